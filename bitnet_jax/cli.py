@@ -1,0 +1,178 @@
+"""The `bitnet-jax` command: its words, its errors and its exit codes. What it does is in commands.py.
+
+Exit codes: 0 done, 1 a check failed or a bug, 2 wrong input (one line says what), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import bitnet_jax
+from bitnet_jax import commands
+
+OURS = ("bitnet_jax", "bitnet_kernels")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sub-command; the exit code."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    args.overrides = (
+        [word for word in rest if word.startswith("--config.")] if args.run is commands.train else []
+    )
+    if unknown := [word for word in rest if word not in args.overrides]:
+        parser.error(f"got {' '.join(unknown)}, expected the options of `bitnet-jax {args.command} --help`")
+    try:
+        # Before the work, not after it.
+        if args.json is not None and not args.json.absolute().parent.is_dir():
+            raise FileNotFoundError(f"got --json {args.json}, expected a file in a folder that exists")
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug or not _is_user_error(error):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _is_user_error(error: Exception) -> bool:
+    """What input can cause: values and files, and every error class that we define."""
+    return isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OURS
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if (
+        isinstance(error, OSError) and error.filename is not None
+    ):  # "[Errno 13] Permission denied: 'x'" otherwise
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bitnet-jax",
+        description="Binary and ternary Transformers: train, pack to bits, prove equal, generate.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"bitnet-jax {bitnet_jax.__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (run, add_arguments) in COMMANDS.items():
+        summary, _, details = (run.__doc__ or "").partition("\n")
+        command = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=textwrap.dedent(details).strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        add_arguments(command)
+        command.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _train_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", required=True, metavar="FILE.py[:VARIANT]", help="file with get_config()"
+    )
+    command.add_argument(
+        "--workdir", required=True, type=Path, help="folder of the run; resumed if it holds one"
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.usage = (
+        "%(prog)s --config FILE.py[:VARIANT] --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
+    )
+
+
+def _pack_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a training run")
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="new folder for the packed model")
+    command.add_argument("--step", type=int, help="pack this checkpoint instead of the newest")
+    command.add_argument(
+        "--tokens", type=int, default=2000, help="greedy tokens to compare (default %(default)s)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace a packed model that is there")
+
+
+def _generate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
+    )
+    source = command.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--file", type=Path, help="read the prompt from FILE")
+    command.add_argument(
+        "--tokens", type=int, help="at most so many new tokens (default 200, or what room is left)"
+    )
+    command.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    command.add_argument("--top-k", type=int, metavar="K", help="choose among the K most likely tokens")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="... that make up probability P"
+    )
+    command.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="... at least P times the likeliest"
+    )
+    command.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less"
+    )
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable"
+    )
+    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+
+
+def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
+    )
+    command.add_argument("--source", help="stdlib, a file, a folder, or hf:NAME")
+    command.add_argument(
+        "--split", choices=("document", "tail", "record", "all"), help="what is held out; all: no part"
+    )
+    command.add_argument(
+        "--valid-fraction", type=float, metavar="X", help="share of the text that is held out"
+    )
+    command.add_argument("--length", type=int, help="tokens of a window (default: the model's longest)")
+    command.add_argument("--max-tokens", type=int, help="look at so many tokens only")
+    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+
+
+def _info_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
+    )
+    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+
+
+def _doctor_arguments(command: argparse.ArgumentParser) -> None:
+    """It takes none."""
+
+
+Run = Callable[[argparse.Namespace], int]
+AddArguments = Callable[[argparse.ArgumentParser], None]
+COMMANDS: dict[str, tuple[Run, AddArguments]] = {
+    "train": (commands.train, _train_arguments),
+    "pack": (commands.pack, _pack_arguments),
+    "generate": (commands.generate, _generate_arguments),
+    "eval": (commands.evaluate, _evaluate_arguments),
+    "info": (commands.info, _info_arguments),
+    "doctor": (commands.doctor, _doctor_arguments),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Batches of a token stream, any of them by its step alone: resuming needs the step and nothing else.
+
+A stream of N tokens has N - 1 predictions: input i is token i, its target token i + 1. A window of length T
+holds T of them. B batch, T tokens of a window.
+
+The order comes from raw Philox words, keyed by (seed, epoch or step). NumPy promises these words to stay the
+same from version to version; it does not promise that of `Generator.permutation`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitnet_jax.data.errors import DataError
+
+SAMPLINGS = ("epoch", "windows")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatches:
+    """Batches for training: `batch(step)` -> {"inputs": int32 [B, T], "targets": int32 [B, T]}.
+
+    sampling `epoch`: consecutive windows that overlap nowhere, in a new random order every epoch. The order
+      is one endless sequence of which batch(step) is the part [step * B, (step + 1) * B): every window comes
+      once per epoch, and a batch may hold the end of one epoch and the start of the next.
+    sampling `windows`: B independent random places per step, as nanoGPT draws them.
+    """
+
+    tokens: np.ndarray  # int [N]
+    length: int  # T
+    batch_size: int  # B
+    seed: int = 0
+    sampling: str = "epoch"
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise DataError(
+                    f"{name}: got {getattr(self, name)}, expected at least 1; correct data.{name}"
+                )
+        if self.sampling not in SAMPLINGS:
+            raise DataError(f"sampling: got {self.sampling!r}, expected one of {', '.join(SAMPLINGS)}")
+        if not 0 <= self.seed < 2**64:
+            raise DataError(f"seed: got {self.seed}, expected 0 to 2**64 - 1; choose another")
+        needed = self.batch_size * self.length + 1
+        if len(self.tokens) < needed:
+            raise DataError(
+                f"got a text of {len(self.tokens)} tokens, expected at least {needed} for one batch of "
+                f"{self.batch_size} x {self.length}; use more text or a smaller data.batch_size or length"
+            )
+
+    @property
+    def windows(self) -> int:
+        """How many windows an epoch has."""
+        return (len(self.tokens) - 1) // self.length
+
+    def epoch(self, step: int) -> float:
+        """How often the text was gone through before this step."""
+        return step * self.batch_size * self.length / (len(self.tokens) - 1)
+
+    def starts(self, step: int) -> np.ndarray:
+        """Where the windows of a step begin in the stream, int64 [B]."""
+        if step < 0:
+            raise DataError(f"step: got {step}, expected 0 or more")
+        if self.sampling == "windows":
+            places = len(self.tokens) - self.length
+            return (_random_words(self.seed, step, self.batch_size) % np.uint64(places)).astype(np.int64)
+        index = step * self.batch_size + np.arange(self.batch_size)
+        order = [
+            _epoch_order(self.seed, int(i) // self.windows, self.windows)[int(i) % self.windows]
+            for i in index
+        ]
+        return np.array(order, np.int64) * self.length
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        return _cut(self.tokens, self.starts(step), self.length)
+
+
+def consecutive_batches(
+    tokens: np.ndarray, length: int, batch_size: int, stride: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches that score every token after the first exactly once, in order.
+
+    Windows begin every `stride` tokens (default: `length`, no overlap). `scored` marks the targets that no
+    window before has scored: with a stride below the length each of them has at least length - stride tokens
+    in front, the first window's excepted. What fills up the last window and the last batch is 0 and not
+    scored.
+
+    Yields:
+      {"inputs": int32 [B, T], "targets": int32 [B, T], "scored": bool [B, T]}
+    """
+    stride = length if stride is None else stride
+    if length < 1 or batch_size < 1 or not 1 <= stride <= length:
+        raise DataError(
+            f"got length {length}, batch_size {batch_size}, stride {stride}; "
+            "expected each at least 1 and the stride at most the length"
+        )
+    predictions = len(tokens) - 1
+    if predictions < 1:
+        raise DataError(
+            f"got a text of {len(tokens)} tokens, expected at least 2 to predict one; use more text"
+        )
+    windows = 1 + max(0, -(-(predictions - length) // stride))
+    padded_windows = -(-windows // batch_size) * batch_size
+    padded = np.zeros((padded_windows - 1) * stride + length + 1, np.int32)
+    padded[: len(tokens)] = tokens
+    for first in range(0, padded_windows, batch_size):
+        window = np.arange(first, first + batch_size)[:, None]
+        target = window * stride + 1 + np.arange(length)[None, :]  # place of each target in the stream
+        fresh = (window == 0) | (target > (window - 1) * stride + length)
+        yield _cut(padded, window[:, 0] * stride, length) | {"scored": fresh & (target <= predictions)}
+
+
+def _cut(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    windows = tokens[starts[:, None] + np.arange(length + 1)[None, :]].astype(np.int32)
+    return {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
+
+
+def _random_words(seed: int, counter: int, count: int) -> np.ndarray:
+    """uint64 [count] that depend on nothing but the arguments."""
+    return np.random.Philox(key=np.array([seed, counter], np.uint64)).random_raw(count)
+
+
+@functools.lru_cache(
+    maxsize=4
+)  # a batch looks at one or two epochs, training and evaluation at one corpus each
+def _epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
+    return np.argsort(_random_words(seed, epoch, windows), kind="stable")

@@ -1,0 +1,327 @@
+"""Text to token ids and back: bytes, characters, or a `tokenizer.json` of the tokenizers library.
+
+Three classes with the same methods (`Tokenizer` lists them). `to_json` and `from_json` carry a tokenizer
+through the `tokenizer.json` of a packed model; for JsonTokenizer that is the library's own file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from bitnet_jax.data.errors import DataError, one_line
+from bitnet_jax.data.text import checked_text
+
+Ids = Sequence[int] | np.ndarray
+
+# Names under which published tokenizers keep "the document ends here", the first one present is taken.
+END_TOKENS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+
+
+class Decoder(Protocol):
+    """Decodes a stream: the pieces joined are `decode` of all ids, and no piece ends inside a character."""
+
+    def push(self, ids: Ids) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class Tokenizer(Protocol):
+    kind: str
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that separates documents and ends a generation."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [T]; nothing is added in front or behind."""
+
+    def decode(self, ids: Ids) -> str: ...
+
+    def decoder(self) -> Decoder: ...
+
+    def count_bytes(self, ids: Ids) -> int:
+        """Bytes of UTF-8 text that the ids stand for; a separator stands for none."""
+
+    def to_json(self) -> str: ...
+
+
+class ByteTokenizer:
+    """Token = byte of the UTF-8 text. Byte 0 separates documents, for it does not occur in text."""
+
+    kind = "byte"
+    vocab_size = 256
+    eos_id = 0
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(checked_text(text, "text").encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        """Bytes that are no UTF-8 become U+FFFD."""
+        return _as_bytes(ids).decode(errors="replace")
+
+    def decoder(self) -> Decoder:
+        return _ByteDecoder()
+
+    def count_bytes(self, ids: Ids) -> int:
+        return int(np.count_nonzero(_checked_ids(ids, 256)))
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind})
+
+
+def _as_bytes(ids: Ids) -> bytes:
+    return _checked_ids(ids, 256).astype(np.uint8).tobytes()
+
+
+class _ByteDecoder:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Ids) -> str:
+        return self._decoder.decode(_as_bytes(ids))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class CharTokenizer:
+    """Token = character of a fixed alphabet.
+
+    Args:
+      symbols: the alphabet; id = index.
+      unknown: the symbol that stands for every character outside the alphabet; None: such a character is an
+      error.
+      separator: the symbol that separates documents; None: documents follow each other directly.
+    """
+
+    kind = "char"
+
+    def __init__(self, symbols: str, unknown: str | None = None, separator: str | None = None) -> None:
+        if not symbols or len(set(symbols)) != len(symbols):
+            raise DataError(
+                f"symbols: got {len(symbols)}, {len(set(symbols))} of them different; expected at least one, "
+                "each once"
+            )
+        for name, symbol in (("unknown", unknown), ("separator", separator)):
+            if symbol is not None and (len(symbol) != 1 or symbol not in symbols):
+                raise DataError(
+                    f"{name}: got {symbol!r}, expected None or one of the {len(symbols)} symbols; add it"
+                )
+        self.symbols, self.unknown, self.separator = checked_text(symbols, "symbols"), unknown, separator
+        self._codes = _code_points(symbols)
+        self._order = np.argsort(self._codes)
+        self._bytes = np.array([len(symbol.encode()) for symbol in symbols], np.int64)
+        if separator is not None:
+            self._bytes[symbols.index(separator)] = 0
+
+    @classmethod
+    def fit(
+        cls, texts: Iterable[str], unknown: str | None = None, separator: str | None = None
+    ) -> CharTokenizer:
+        """The sorted symbols of the texts, and the two special ones."""
+        symbols = {unknown, separator} - {None}
+        for text in texts:
+            symbols |= set(text)
+        return cls("".join(sorted(map(str, symbols))), unknown, separator)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.symbols)
+
+    @property
+    def eos_id(self) -> int | None:
+        return None if self.separator is None else self.symbols.index(self.separator)
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = _code_points(checked_text(text, "text"))
+        place = np.searchsorted(self._codes, codes, sorter=self._order)
+        ids = self._order[np.minimum(place, len(self.symbols) - 1)]
+        outside = self._codes[ids] != codes
+        if outside.any():
+            if self.unknown is None:
+                first = int(np.argmax(outside))
+                raise DataError(
+                    f"got the character {text[first]!r} at {first}, expected one of the {self.vocab_size} "
+                    "symbols the tokenizer was made from; leave it out, or make one with an `unknown` symbol"
+                )
+            ids = np.where(outside, self.symbols.index(self.unknown), ids)
+        return ids.astype(np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        return "".join(self.symbols[i] for i in _checked_ids(ids, self.vocab_size).tolist())
+
+    def decoder(self) -> Decoder:
+        return _CharDecoder(self)
+
+    def count_bytes(self, ids: Ids) -> int:
+        return int(self._bytes[_checked_ids(ids, self.vocab_size)].sum())
+
+    def to_json(self) -> str:
+        settings = {"symbols": self.symbols, "unknown": self.unknown, "separator": self.separator}
+        return json.dumps({"kind": self.kind, **settings})
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+class _CharDecoder:
+    def __init__(self, tokenizer: CharTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def push(self, ids: Ids) -> str:
+        return self._tokenizer.decode(ids)
+
+    def finish(self) -> str:
+        return ""
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` of the tokenizers library (an extra: pip install 'bitnet-jax[tokenizers]').
+
+    `encode` adds no special tokens, but a special token's name inside the text is that token; `decode` leaves
+    special tokens out. `eos_id` is the first of END_TOKENS in the vocabulary, or None.
+    """
+
+    kind = "json"
+
+    def __init__(self, text: str) -> None:
+        self._tokenizer = _library_tokenizer(text)
+        self._tokenizer.no_padding()  # a file may ask to cut or to fill up every text it is given
+        self._tokenizer.no_truncation()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
+        if not 0 < self.vocab_size < 2**31:
+            raise DataError(
+                f"tokenizer.json: got ids up to {self.vocab_size - 1}, expected at least one token and ids "
+                "below 2**31; check the file"
+            )
+        self.eos_id: int | None = next((vocabulary[name] for name in END_TOKENS if name in vocabulary), None)
+
+    def encode(self, text: str) -> np.ndarray:
+        checked_text(text, "text")
+        with _library_errors("a text the tokenizer cannot encode"):
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Ids) -> str:
+        listed = _checked_ids(ids, self.vocab_size).tolist()
+        with _library_errors("ids the tokenizer cannot decode"):
+            return self._tokenizer.decode(listed)
+
+    def decoder(self) -> Decoder:
+        return _JsonDecoder(self)
+
+    def count_bytes(self, ids: Ids) -> int:
+        """Of the decoded text; exact where decoding gives the text back, as byte-level vocabularies do."""
+        return len(self.decode(ids).encode())
+
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
+
+
+def _library_tokenizer(text: str) -> Any:
+    try:
+        from tokenizers import Tokenizer as LibraryTokenizer
+    except ImportError as error:
+        raise DataError(
+            "tokenizer.json: got no package `tokenizers`, which reads it; "
+            "pip install 'bitnet-jax[tokenizers]'"
+        ) from error
+    with _library_errors("a file the tokenizers library cannot read"):
+        return LibraryTokenizer.from_str(text)
+
+
+@contextlib.contextmanager
+def _library_errors(got: str) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises into a DataError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic inside the library is no Exception
+        raise DataError(
+            f"tokenizer.json: got {got} ({one_line(error)}), expected a whole file that this version of "
+            "the library knows; save it again, or install a newer version"
+        ) from error
+
+
+class _JsonDecoder:
+    """Decodes the last finished piece and what follows it, and gives out the difference.
+
+    Decoders of the library may treat the first token of a text in a special way (drop its space), so new ids
+    are decoded behind the piece before them. A text that ends in U+FFFD may end inside a character: it is
+    held back.
+    """
+
+    def __init__(self, tokenizer: JsonTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, ids: Ids) -> str:
+        self._held += [int(i) for i in ids]
+        piece = self._piece()
+        if piece.endswith("\ufffd"):
+            return ""
+        if (
+            piece
+        ):  # ids without text (special tokens) stay, so that something stands in front of the next ones
+            self._before, self._held = self._held, []
+        return piece
+
+    def finish(self) -> str:
+        piece, self._held = self._piece(), []
+        return piece
+
+    def _piece(self) -> str:
+        before = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode(self._before + self._held)[len(before) :]
+
+
+def _checked_ids(ids: Ids, vocab_size: int) -> np.ndarray:
+    array = np.asarray(ids, np.int64)
+    if array.ndim != 1:
+        raise DataError(f"ids: got shape {array.shape}, expected [T]; decode one sequence at a time")
+    if array.size and not (array.min() >= 0 and array.max() < vocab_size):
+        wrong = array[(array < 0) | (array >= vocab_size)][0]
+        raise DataError(
+            f"ids: got {wrong}, expected 0 to {vocab_size - 1}; is this the model's own tokenizer?"
+        )
+    return array
+
+
+def from_json(text: str) -> Tokenizer:
+    """The tokenizer that `to_json` wrote, or that a `tokenizer.json` of the tokenizers library describes."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"tokenizer.json: got damaged JSON ({one_line(error)}); save the tokenizer again"
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"tokenizer.json: got {type(content).__name__}, expected an object; save the tokenizer again"
+        )
+    if "model" in content:
+        return JsonTokenizer(text)
+    kind = content.pop("kind", None)
+    if kind == "byte" and not content:
+        return ByteTokenizer()
+    if kind == "char" and content.keys() == {"symbols", "unknown", "separator"}:
+        symbols, special = content["symbols"], (content["unknown"], content["separator"])
+        if isinstance(symbols, str) and all(isinstance(symbol, str | None) for symbol in special):
+            return CharTokenizer(symbols, *special)
+    raise DataError(
+        f"tokenizer.json: got kind {kind!r} with the fields {sorted(content)[:8]}, expected kind byte, "
+        "kind char with symbols, unknown and separator, or a file of the tokenizers library with the field "
+        "model; save the tokenizer again"
+    )

@@ -1,0 +1,179 @@
+"""What this machine can run, checked bit for bit: every implementation and instruction set.
+
+    bitnet-jax doctor
+
+The reference and every compiled kernel are held to plain NumPy, and a tiny packed model, under each
+instruction set, to the latent model it was packed from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bitnet_jax
+from bitnet_jax import packing
+from bitnet_jax.inference.generate import greedy
+from bitnet_jax.models import PRESETS, ModelConfig, Transformer
+from bitnet_kernels import FORMATS, Choice, PackedArray, choose_implementation, cpu, pack, reference
+
+# m rows, n outputs, k inputs, G groups: one of everything, odd sizes, whole blocks, groups, and a prefill.
+SHAPES = ((1, 1, 1, 1), (1, 16, 64, 1), (3, 17, 65, 1), (2, 48, 256, 4), (7, 100, 1000, 1), (64, 256, 512, 2))
+RULES = (("layers_*/mlp/*", "bitnet"), ("*", "bitnet_b158"))
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512vnni")
+TOKENS = 16  # greedy tokens of each of the two prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of the report: a check that passed or failed, or (passed=None) something absent and why."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def diagnose() -> list[Check]:
+    """All checks on this machine, in order. Never raises for a finding; a finding is a Check."""
+    return [*_check_products(), *_check_models(), *_absent()]
+
+
+def healthy(checks: list[Check]) -> bool:
+    return all(check.passed is not False for check in checks)
+
+
+def chosen(config: ModelConfig, variables: Mapping[str, Any]) -> list[Choice]:
+    """What the packed layers of a model run on here: the different choices, those of most matrices first."""
+    counts: dict[Choice, int] = {}
+    for path, precision in config.precisions().items():
+        weight: Any = variables.get("packed", {})
+        for name in (*path.split("/"), "weight"):
+            weight = weight.get(name, {})
+        if not isinstance(weight, PackedArray):
+            continue
+        if precision.activation == "none":
+            choice = Choice("reference", None, "float activations times unpacked codes, by XLA")
+        else:
+            choice = choose_implementation(weight)
+        counts[choice] = counts.get(choice, 0) + 1
+    return sorted(counts, key=lambda choice: -counts[choice])
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware, for the head of a report."""
+    return {
+        "bitnet_jax": bitnet_jax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "platform": jax.default_backend(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def choice_here() -> Choice:
+    """What packed_matmul takes for an ordinary matrix on this machine."""
+    return choose_implementation(pack(jnp.ones((16, 64), jnp.int8), jnp.ones((1, 1)), "ternary2"))
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it (Linux), else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _checked(name: str, work: Callable[[], str]) -> Check:
+    """Runs one check; whatever a kernel does wrong, also an exception, is a finding and not the end."""
+    try:
+        return Check(name, True, work())
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def _check_products() -> list[Check]:
+    implementations = {"reference": reference.integer_matmul} | {
+        f"cpu ({isa})": functools.partial(cpu.integer_matmul, isa_name=isa) for isa in cpu.available_isas()
+    }
+    return [
+        _checked(f"products, {name}", functools.partial(_products, f)) for name, f in implementations.items()
+    ]
+
+
+def _products(integer_matmul: Callable[[jax.Array, PackedArray], jax.Array]) -> str:
+    """Integer products of every format and of SHAPES against NumPy's."""
+    random = np.random.default_rng(0)
+    for name, form in FORMATS.items():
+        for m, n, k, groups in SHAPES:
+            codes = random.choice(np.array(form.values, np.int8), (n, k))
+            x = random.integers(-128, 128, (m, k), dtype=np.int8)
+            w = pack(jnp.asarray(codes), jnp.asarray(random.random((n, groups), np.float32)), name)
+            grouped = x.reshape(m, groups, -1), codes.reshape(n, groups, -1)
+            expected = np.einsum("mgk,ngk->gmn", *grouped, dtype=np.int64)
+            wrong = np.asarray(integer_matmul(jnp.asarray(x), w)) != expected
+            if wrong.any():
+                raise ValueError(
+                    f"{name} m={m} n={n} k={k} groups={groups}: {wrong.sum()} of {wrong.size} differ"
+                )
+    return f"{len(FORMATS) * len(SHAPES)} exact"
+
+
+def _check_models() -> list[Check]:
+    """A tiny model of binary and ternary layers, packed against latent, under every instruction set."""
+    config = dataclasses.replace(PRESETS["tiny"], num_layers=1, precision=RULES)
+    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size)
+    latent = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)
+
+    def prove(new_tokens: int) -> str:
+        packed = packing.pack(latent["params"], config)
+        proof = packing.prove(config, latent, packed, tokens, greedy=greedy, new_tokens=new_tokens)
+        written = f", {proof.tokens_identical} greedy tokens" if new_tokens else ""
+        return f"packed equals latent: {proof.matrices} matrices, {proof.logits} logits{written}"
+
+    in_use = cpu.isa() if cpu.available_isas() else None
+    checks = []
+    for isa in cpu.available_isas() or (None,):
+        # Generating compiles for seconds, so only what would be used here writes text as well.
+        new_tokens = TOKENS if isa == in_use else 0
+        with _forced(isa):
+            label = f"tiny model, cpu ({isa})" if isa else "tiny model, reference"
+            checks.append(_checked(label, functools.partial(prove, new_tokens)))
+    return checks
+
+
+@contextlib.contextmanager
+def _forced(isa: str | None) -> Iterator[None]:
+    """Everything traced inside uses one instruction set, whatever is compiled before or after."""
+    before = os.environ.get(cpu.ISA_VARIABLE)
+    if isa is not None:
+        os.environ[cpu.ISA_VARIABLE] = isa
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        os.environ.pop(cpu.ISA_VARIABLE, None)
+        if before is not None:
+            os.environ[cpu.ISA_VARIABLE] = before
+        jax.clear_caches()
+
+
+def _absent() -> list[Check]:
+    if reason := cpu.unavailable():
+        return [Check("cpu", None, reason)]
+    lacking = [isa for isa in INSTRUCTION_SETS if isa not in cpu.available_isas()]
+    return [Check(f"cpu ({isa})", None, "this processor does not have it") for isa in lacking] + [
+        Check(platform, None, "no kernel of its own yet: XLA unpacks and multiplies")
+        for platform in ("gpu", "tpu")
+    ]

@@ -1,0 +1,21 @@
+"""What a model is worth: bits per byte and perplexity, and the n-gram floor beneath them."""
+
+from bitnet_jax.evaluation.language import (
+    LanguageScore,
+    evaluate,
+    evaluate_text,
+    model_logits,
+    token_nats,
+)
+from bitnet_jax.evaluation.ngram import ngram_bits_per_byte, ngram_counts, ngram_nats
+
+__all__ = [
+    "LanguageScore",
+    "evaluate",
+    "evaluate_text",
+    "model_logits",
+    "ngram_bits_per_byte",
+    "ngram_counts",
+    "ngram_nats",
+    "token_nats",
+]

@@ -1,0 +1,163 @@
+"""How well a language model predicts a held-out text: nats per token, bits per byte, perplexity.
+
+Every token of the stream after the first is predicted exactly once, in windows of the length the model was
+trained with. A stream from `token_stream` begins with a separator (where the tokenizer has one), so every
+byte of the text is among the predicted; without a separator the first token is given and its bytes are not
+counted.
+
+Bits per byte divide all the bits, separators included, by the bytes of text, in which a separator counts
+nothing: the figure is the length of an ideal code for the documents and their ends, and compares across
+tokenizers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from bitnet_jax.data.batches import consecutive_batches
+from bitnet_jax.data.errors import DataError
+from bitnet_jax.data.tokenizers import Tokenizer
+from bitnet_jax.models import ModelConfig, Transformer
+
+Apply = Callable[[Any, Int[Array, "B T"]], Float[Array, "B T V"]]
+
+
+@dataclass(frozen=True)
+class LanguageScore:
+    """Sums over a text; every figure is a ratio of them."""
+
+    nats: float  # sum of -ln P(token | tokens before)
+    tokens: int  # predicted
+    text_bytes: int  # that these tokens stand for
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.text_bytes
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token); inf where that is beyond a float."""
+        return math.exp(self.nats_per_token) if not self.nats_per_token > 700 else math.inf
+
+    def summary(self) -> dict[str, float | int]:
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "nats_per_token": self.nats_per_token,
+            "perplexity": self.perplexity,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+        }
+
+
+def token_nats(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """-ln softmax(logits)[target], in float32."""
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _window_nats(
+    apply: Apply,
+    variables: Any,
+    inputs: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    scored: Bool[Array, "B T"],
+) -> Float[Array, " B"]:
+    # Not a product: 0 * inf would be NaN where a target that is not scored is impossible.
+    return jnp.sum(jnp.where(scored, token_nats(apply(variables, inputs), targets), 0.0), axis=-1)
+
+
+def evaluate(
+    apply: Apply,
+    variables: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    count_bytes: Callable[[np.ndarray], int],
+) -> LanguageScore:
+    """Score a model over batches.
+
+    Args:
+      apply: (variables, tokens [B, T]) -> logits [B, T, V]; pure. Pass the same function every time: it is
+        the key under which the compiled program is found again.
+      variables: whatever `apply` takes, latent or packed.
+      batches: {"inputs", "targets"} [B, T], and optionally "scored" bool [B, T] (default: all are).
+      count_bytes: text bytes of ids [n], usually `tokenizer.count_bytes`.
+    """
+    nats, tokens, text_bytes = 0.0, 0, 0
+    for batch in batches:
+        targets = batch["targets"]
+        scored = batch.get("scored", np.ones(targets.shape, bool))
+        # Summed over a window in float32, over windows in float64: thousands of windows lose nothing.
+        window_nats = _window_nats(apply, variables, batch["inputs"], targets, scored)
+        nats += float(np.sum(np.asarray(window_nats), dtype=np.float64))
+        tokens += int(scored.sum())
+        text_bytes += count_bytes(targets[scored])
+    if not tokens or not text_bytes:
+        raise DataError(
+            f"got {tokens} tokens and {text_bytes} bytes to predict, expected some; use more text"
+        )
+    return LanguageScore(nats, tokens, text_bytes)
+
+
+@functools.lru_cache(maxsize=64)
+def model_logits(config: ModelConfig) -> Apply:
+    """`Transformer(config)` as `evaluate` takes it: one function per config, hence one compilation."""
+    model = Transformer(config)
+
+    def logits(variables: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        output: Any = model.apply(variables, tokens)
+        return output.logits
+
+    return logits
+
+
+def evaluate_text(
+    config: ModelConfig,
+    variables: Any,
+    tokens: np.ndarray,
+    tokenizer: Tokenizer,
+    *,
+    length: int | None = None,
+    batch_size: int = 16,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> LanguageScore:
+    """Score a Transformer, latent or packed, on a token stream.
+
+    Args:
+      config: of the model.
+      variables: {"params": ...} and, packed, {"packed": ...}.
+      tokens: int [N], usually `corpus.valid`.
+      tokenizer: that made them; it knows how many bytes a token stands for.
+      length: T of a window, default `config.max_length`. The first token of a window sees nothing before it.
+      batch_size: windows at a time.
+      stride: below `length` windows overlap and every token has length - stride tokens in front.
+      max_tokens: look at so many predictions from the start only.
+    """
+    length = config.max_length if length is None else length
+    if config.num_classes or not config.causal:
+        raise DataError(
+            "got a classifier or a model that sees later tokens, expected a causal language model"
+        )
+    if length > config.max_length:
+        raise DataError(f"length: got {length}, expected at most the model's max_length {config.max_length}")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"tokenizer: got {tokenizer.vocab_size} tokens, expected at most the model's vocab_size "
+            f"{config.vocab_size}; use the tokenizer the model was trained with"
+        )
+    part = tokens if max_tokens is None else tokens[: max_tokens + 1]
+    batches = consecutive_batches(part, length, batch_size, stride)
+    return evaluate(model_logits(config), variables, batches, tokenizer.count_bytes)

@@ -1,0 +1,40 @@
+"""The empty cache that generation starts from."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from bitnet_jax.models.transformer import Cache
+from bitnet_jax.nn.attention import KVCache
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.linear_attention import LinearState, zero_state
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
+    """A cache with room for `length` positions of `batch` sequences, none of them written.
+
+    Args:
+      dtype: of keys and values; None: the model's compute dtype, in which nothing is lost. The state of
+        linear attention is float32 always, and does not grow with `length`.
+
+    Raises:
+      ValueError: the model is not a causal language model; it has no use for a cache.
+    """
+    if not config.causal or config.num_classes:
+        raise ValueError(
+            f"a cache needs a causal language model, got causal={config.causal}, "
+            f"num_classes={config.num_classes}"
+        )
+
+    def layer() -> KVCache | LinearState:
+        if config.attention == "linear":
+            return zero_state(batch, config.num_heads, config.head_size)
+        shape = (batch, length, config.kv_heads, config.head_size)
+        # Two arrays, not one twice: a cache is donated, and a buffer can be donated once.
+        return KVCache(jnp.zeros(shape, dtype or config.dtype), jnp.zeros(shape, dtype or config.dtype))
+
+    return Cache(
+        layers=tuple(layer() for _ in range(config.num_layers)),
+        valid=jnp.zeros((batch, length), bool),
+        length=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,127 @@
+"""From logits to the next token: filters that are pure functions on logits [B, V], and their order.
+
+A filter returns logits of the same shape in which a removed token is -inf; at least one token always stays.
+`next_token` applies them in the order that other people's code uses:
+
+    repetition penalty -> temperature -> top-k -> top-p -> min-p -> one categorical draw per row
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+LOWEST_TEMPERATURE = 1e-5  # float32 logits divided by less may leave nothing but infinities
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen. The default is greedy; None or the neutral number switches a filter off.
+
+    Raises:
+      ValueError: a value outside its range.
+    """
+
+    temperature: float = 0.0  # 0: greedy, the filters below then change nothing; 1: the model's distribution
+    top_k: int | None = None  # keep the k most likely tokens
+    top_p: float = 1.0  # keep the most likely tokens that together reach this probability
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the most likely one
+    repetition_penalty: float = 1.0  # > 1 makes tokens of the prompt and the text so far less likely
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            off = value is None and field.name == "top_k"
+            if not off and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{field.name}: got {value!r}, expected a number")
+        if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature < math.inf):
+            raise ValueError(
+                f"temperature: got {self.temperature}, expected 0 (greedy) or at least {LOWEST_TEMPERATURE}"
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k: got {self.top_k}, expected an integer of at least 1, or None for all")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, expected more than 0 and at most 1 (1 keeps all)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p: got {self.min_p}, expected between 0 (keeps all) and 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty: got {self.repetition_penalty}, expected a positive number (1 is off)"
+            )
+
+
+def penalize_repetition(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float
+) -> Float[Array, "B V"]:
+    """Logits of seen tokens: `l / penalty` where l > 0, `l * penalty` elsewhere (CTRL, 1909.05858)."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def apply_temperature(logits: Float[Array, "B V"], temperature: float) -> Float[Array, "B V"]:
+    """`(l - max l) / temperature`: the softmax of `l / temperature`, without overflow at low temperatures."""
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    """The k largest logits; of equal ones those with the lower ids, so that k = 1 is greedy."""
+    B, V = logits.shape
+    _, kept = jax.lax.top_k(logits, min(k, V))
+    keep = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], kept].set(True)
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    """The fewest most likely tokens with total probability of at least p (nucleus sampling, 1904.09751)."""
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(probability[:, :-1], axis=-1)  # of all more likely tokens; none before the first
+    keep_sorted = jnp.pad(before < p, ((0, 0), (1, 0)), constant_values=True)
+    keep = jnp.zeros(logits.shape, bool).at[jnp.arange(logits.shape[0])[:, None], order].set(keep_sorted)
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+def keep_min_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    """Tokens with probability of at least `p * max probability` (2407.01082)."""
+    return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + math.log(p), logits, -jnp.inf)
+
+
+def filtered_logits(
+    logits: Float[Array, "B V"], config: SamplingConfig, seen: Bool[Array, "B V"] | None = None
+) -> Float[Array, "B V"]:
+    """The logits of the distribution that `next_token` draws from; greedy takes their maximum.
+
+    Args:
+      seen: tokens of the prompt and the text so far; needed where the repetition penalty is not 1.
+    """
+    if config.repetition_penalty != 1:
+        if seen is None:
+            raise ValueError("repetition_penalty is not 1, but no `seen` tokens are given")
+        logits = penalize_repetition(logits, seen, config.repetition_penalty)
+    if config.temperature == 0:
+        return logits
+    logits = apply_temperature(logits, config.temperature)
+    if config.top_k is not None:
+        logits = keep_top_k(logits, config.top_k)
+    if config.top_p < 1:
+        logits = keep_top_p(logits, config.top_p)
+    if config.min_p > 0:
+        logits = keep_min_p(logits, config.min_p)
+    return logits
+
+
+def next_token(
+    logits: Float[Array, "B V"],
+    key: PRNGKeyArray,
+    config: SamplingConfig,
+    seen: Bool[Array, "B V"] | None = None,
+) -> Int[Array, "B"]:
+    """One token per row. Each row draws with its own key and so does not depend on the size of the batch."""
+    logits = filtered_logits(logits.astype(jnp.float32), config, seen)
+    if config.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits.shape[0]))
+    return jax.vmap(jax.random.categorical)(row_keys, logits).astype(jnp.int32)

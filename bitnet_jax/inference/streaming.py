@@ -1,0 +1,104 @@
+"""Text as it is generated: ids to characters as soon as they are whole, cut at the first stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from bitnet_jax.data.tokenizers import Tokenizer
+from bitnet_jax.inference.generate import GREEDY, Variables, left_pad, stream_tokens
+from bitnet_jax.inference.sampling import SamplingConfig
+from bitnet_jax.nn.config import ModelConfig
+
+
+def stream(
+    config: ModelConfig,
+    variables: Variables,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig = GREEDY,
+    key: PRNGKeyArray | None = None,
+    eos_ids: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    chunk: int = 16,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Iterator[str]:
+    """Continues one prompt; yields pieces of text, never the prompt, an end token or a stop string.
+
+    Args:
+      eos_ids: tokens that end the text; None: the tokenizer's own, if it has one.
+      stop: the text ends in front of the first of these, wherever chunks or tokens are cut.
+      on_tokens: is told the number of new tokens whenever some have come, before their text.
+      The others: see `generate.generate` and `generate.stream_tokens`.
+
+    Raises:
+      ValueError: see `generate.generate`; also a tokenizer that is not the model's, an empty prompt or empty
+        stop string. All of it when this is called, before anything is computed.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
+            "use the tokenizer the model was trained with"
+        )
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop: got {stop!r}, expected a list of strings that are not empty")
+    ids = tokenizer.encode(prompt)
+    if not len(ids):
+        raise ValueError(f"the prompt {prompt!r} has no tokens; begin with at least one, such as a newline")
+    if eos_ids is None:
+        eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    tokens, mask = left_pad([ids])
+    chunks = stream_tokens(
+        config,
+        variables,
+        tokens,
+        mask,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        key=key,
+        eos_ids=eos_ids,
+        chunk=chunk,
+    )
+
+    def rows() -> Iterator[np.ndarray]:
+        for (row,) in chunks:
+            if on_tokens is not None:
+                on_tokens(len(row))
+            yield row
+
+    return cut_at_stop(_decoded(rows(), tokenizer, frozenset(eos_ids)), stop)
+
+
+def _decoded(chunks: Iterator[np.ndarray], tokenizer: Tokenizer, eos_ids: frozenset[int]) -> Iterator[str]:
+    decoder = tokenizer.decoder()
+    for ids in chunks:
+        yield decoder.push([int(token) for token in ids if int(token) not in eos_ids])
+    yield decoder.finish()
+
+
+def cut_at_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """The joined text up to the first stop string; an end that may yet become one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [place for place in (held.find(s) for s in stop) if place >= 0]
+        if found:
+            if min(found):
+                yield held[: min(found)]
+            return
+        keep = _length_of_possible_stop(held, stop)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def _length_of_possible_stop(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins a stop string."""
+    lengths = range(max(map(len, stop), default=1) - 1, 0, -1)
+    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop) and n <= len(text)), 0)

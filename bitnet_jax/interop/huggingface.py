@@ -1,0 +1,231 @@
+"""BitNet and Llama checkpoints in Hugging Face form -> (ModelConfig, variables).
+
+Forms (`quantization_config` of config.json):
+
+| linear_class | mode | stored for a projection | its output |
+|---|---|---|---|
+| (none) | | float W | x W^T |
+| autobitlinear | online | latent float W | int8(x) ternary(W)^T, with scale mean abs W |
+| autobitlinear | offline | ternary T (packed or floats), `weight_scale` | int8(x) T^T **times** the scale |
+| bitlinear | offline | ternary T (packed), `weight_scale` | int8(x) T^T **divided by** the scale |
+
+Keys that quantization_config does not name mean what the library takes them for: bitlinear, offline.
+Tensors are [outputs, inputs] there as here, and rotary embedding pairs the halves of a head in both, so
+nothing is permuted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Float, Int8, UInt8
+
+from bitnet_jax.interop.huggingface_config import Form, module_name, read_config
+from bitnet_jax.interop.safetensors_folder import open_tensors, read_json
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.quantizers import WEIGHT_QUANTIZERS
+from bitnet_jax.scales import SMALLEST_SCALE
+from bitnet_kernels import PackedArray, pack
+
+_CODES_PER_BYTE = 4
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def load(
+    folder: str | Path, *, packed: bool = True, dtype: str = "float32"
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Read a model folder: `config.json` and `model.safetensors` (or its shards and their index).
+
+    Args:
+      folder: of a model with model_type "bitnet" or "llama".
+      packed: what offline (already ternary) projections become. True: PackedArrays in the collection
+        `packed`, with exactly the stored codes and scale. False: latent weights in `params`, so that training
+        can go on; their quantizer gives back the stored codes exactly and the scale to float32 rounding.
+        Plain and online checkpoints hold float weights, which become `params` in either case.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32, an exact cast of what is stored.
+
+    Returns:
+      the config and `{"params": ...}` or `{"params": ..., "packed": ...}` for `Transformer(config).apply`.
+
+    Raises:
+      FileNotFoundError: config.json or the weights are missing.
+      ValueError: damaged files (StorageError), or a kind of model that is not supported.
+    """
+    folder = Path(folder)
+    tensors = open_tensors(folder)
+    config, form = read_config(read_json(folder / "config.json"), len(tensors), dtype)
+    if _EMBEDDING in tensors and tensors[_EMBEDDING].dtype == ml_dtypes.bfloat16:
+        config = dataclasses.replace(config, embedding_dtype="bfloat16")
+
+    names = tensor_names(config)
+    quantized = {f"{path}/weight" for path, p in config.precisions().items() if p.quantizes_weights}
+    ternary = quantized if form.offline else set()
+    scale_names = {names[path][0] + "_scale" for path in ternary}
+    _check_names(folder, tensors, {name for name, _ in names.values()} | scale_names, config)
+
+    params, packed_weights = {}, {}
+    for path, (name, shape) in names.items():
+        key = tuple(path.split("/"))
+        try:
+            if path not in ternary:
+                params[key] = jnp.asarray(_float32(tensors[name], shape))
+                continue
+            codes = _codes(tensors[name], shape, form)
+            scale = _scale(tensors[f"{name}_scale"], form)
+            if packed:
+                packed_weights[key] = _packed_array(codes, scale)
+            else:
+                params[key] = jnp.asarray(_latent(codes, scale))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {name}: {error}") from error
+    variables = {"params": unflatten_dict(params)}
+    if packed_weights:
+        variables["packed"] = unflatten_dict(packed_weights)
+    return config, variables
+
+
+def tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Our parameter path -> (Hugging Face tensor name, shape of the unpacked tensor)."""
+    D, F, A = config.hidden_size, config.ffn_size, config.num_heads * config.head_size
+    names: dict[str, tuple[str, tuple[int, ...]]] = {
+        "embed/embedding": (_EMBEDDING, (config.vocab_size, D)),
+        "final_norm/scale": ("model.norm.weight", (D,)),
+    }
+    for i in range(config.num_layers):
+        ours, theirs = f"layers_{i}", f"model.layers.{i}"
+        names[f"{ours}/attention_norm/scale"] = (f"{theirs}.input_layernorm.weight", (D,))
+        names[f"{ours}/mlp_norm/scale"] = (f"{theirs}.post_attention_layernorm.weight", (D,))
+        if config.norm_placement == "sub":
+            names[f"{ours}/attention/sub_norm/scale"] = (f"{theirs}.self_attn.attn_sub_norm.weight", (A,))
+            names[f"{ours}/mlp/sub_norm/scale"] = (f"{theirs}.mlp.ffn_sub_norm.weight", (F,))
+    for path, (n, k) in config.linear_shapes().items():
+        module = module_name(path)
+        names[f"{path}/weight"] = (f"{module}.weight", (n, k))
+        if config.inside_norm and path != "lm_head":
+            names[f"{path}/norm/scale"] = (f"{module}.rms_norm.weight", (k,))
+    return names
+
+
+def unpack_weight(packed: UInt8[np.ndarray, "rows k"]) -> Int8[np.ndarray, "n k"]:
+    """Bytes of a Hugging Face ternary weight -> codes in {-1, 0, 1}, n = 4 rows.
+
+    Byte [r, c] holds `code + 1` of the outputs r, r + rows, r + 2 rows, r + 3 rows of the input column c, two
+    bits each, the lowest bits first: rows are interleaved by quarter of the matrix.
+
+    Raises:
+      ValueError: a byte holds the bit pair 3, which means nothing.
+    """
+    fields = np.concatenate([(packed >> (2 * i)) & 3 for i in range(_CODES_PER_BYTE)], axis=0)
+    if (fields == 3).any():
+        row, column = np.argwhere(fields == 3)[0]
+        raise ValueError(
+            f"output {row}, input {column} has code 3, expected 0, 1 or 2; the file is damaged or not ternary"
+        )
+    return fields.astype(np.int8) - np.int8(1)
+
+
+def pack_weight(weight: Float[Array, "n k"]) -> tuple[UInt8[np.ndarray, "n/4 k"], np.float32]:
+    """A latent weight -> (its ternary codes in the layout of `unpack_weight`, mean abs of the weight).
+
+    The scale is what an autobitlinear checkpoint stores as `weight_scale` (bitlinear: its reciprocal).
+
+    Raises:
+      ValueError: the number of outputs is not a multiple of 4.
+    """
+    n, k = weight.shape
+    if n % _CODES_PER_BYTE:
+        raise ValueError(f"weight has {n} outputs, expected a multiple of 4: four rows share a byte")
+    weight = weight.astype(jnp.float32)
+    codes = np.asarray(WEIGHT_QUANTIZERS["ternary_absmean"](weight).codes)
+    fields = (codes + 1).astype(np.uint8).reshape(_CODES_PER_BYTE, n // _CODES_PER_BYTE, k)
+    packed = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
+    return packed, np.float32(jnp.maximum(jnp.mean(jnp.abs(weight)), SMALLEST_SCALE))
+
+
+def _check_names(folder: Path, tensors: dict[str, np.ndarray], wanted: set[str], config: ModelConfig) -> None:
+    # Old Llama checkpoints store the rotary frequencies; they follow from rope_theta.
+    found = {name for name in tensors if not name.endswith(".rotary_emb.inv_freq")}
+    if config.tie_embeddings and {"lm_head.weight", _EMBEDDING} <= found:
+        found.remove("lm_head.weight")
+        if not np.array_equal(tensors["lm_head.weight"], tensors[_EMBEDDING]):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding; "
+                "set it to false in config.json"
+            )
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    if missing or extra:
+        raise ValueError(
+            f"{folder}: the tensors do not fit config.json: {len(missing)} missing"
+            + (f" (first {missing[0]})" if missing else "")
+            + f", {len(extra)} unexpected"
+            + (f" (first {extra[0]})" if extra else "")
+            + "; check model_type, num_hidden_layers, tie_word_embeddings and quantization_config"
+        )
+
+
+def _float32(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The values cast up to float32, which is exact for every float dtype of these files."""
+    if tensor.dtype == np.uint8 or tensor.shape != shape:
+        raise ValueError(
+            f"got {tensor.dtype}{list(tensor.shape)}, expected floats {list(shape)}; "
+            "check the sizes and the quantization_config of config.json"
+        )
+    values = tensor.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("got NaN or infinity, expected finite weights; the file is damaged")
+    return values
+
+
+def _codes(tensor: np.ndarray, shape: tuple[int, ...], form: Form) -> np.ndarray:
+    """int8 codes [n, k] from packed bytes [n/4, k] or, as the library saves a loaded model, floats [n, k]."""
+    n, k = shape
+    if tensor.dtype == np.uint8 and tensor.shape == (n / _CODES_PER_BYTE, k):
+        return unpack_weight(tensor)
+    if not form.scale_multiplies or tensor.dtype == np.uint8 or tensor.shape != shape:
+        floats = f" or floats [{n}, {k}]" if form.scale_multiplies else ""
+        raise ValueError(
+            f"got {tensor.dtype}{list(tensor.shape)}, expected uint8 [{n}/4, {k}]{floats}; "
+            "check the sizes and the quantization_config of config.json"
+        )
+    values = _float32(tensor, shape)
+    if not np.isin(values, (-1.0, 0.0, 1.0)).all():
+        raise ValueError(
+            "got values other than -1, 0 and 1 in an offline checkpoint; "
+            'latent weights need quantization_mode "online" in config.json'
+        )
+    return values.astype(np.int8)
+
+
+def _scale(tensor: np.ndarray, form: Form) -> np.float32:
+    """The factor that multiplies the integer product."""
+    if tensor.size != 1:
+        raise ValueError(f"weight_scale has shape {list(tensor.shape)}, expected one value")
+    value = _float32(tensor, tensor.shape).reshape(())
+    # The reciprocal of a smaller number overflows float32; no real scale is near.
+    if not value > 1e-37:
+        raise ValueError(f"weight_scale is {value}, expected a positive number")
+    return np.float32(value if form.scale_multiplies else 1 / value)
+
+
+def _packed_array(codes: np.ndarray, scale: np.float32) -> PackedArray:
+    return pack(jnp.asarray(codes), jnp.full((1, 1), scale, jnp.float32), format="ternary2")
+
+
+def _latent(codes: np.ndarray, scale: np.float32) -> np.ndarray:
+    """Float weights W = T scale / f, with f the share of non-zero codes, so that mean abs W = scale.
+
+    Ternary absmean then divides by `scale` and rounds T / f, |T / f| >= 1, clipped: T again.
+    """
+    share = np.count_nonzero(codes) / codes.size
+    if share and scale < SMALLEST_SCALE:
+        raise ValueError(
+            f"weight_scale {scale} is below {SMALLEST_SCALE}, where the ternary quantizer clamps; "
+            "load with packed=True"
+        )
+    return codes * np.float32(scale / share if share else 0.0)

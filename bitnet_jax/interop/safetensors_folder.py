@@ -1,0 +1,67 @@
+"""A model folder of other people: its JSON and its safetensors, one file or shards with an index.
+
+Only `*.json` and `*.safetensors` are ever opened; pickled weights (`*.bin`, `*.pt`) are refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitnet_jax.tensor_file import StorageError, parse_json
+from bitnet_jax.tensor_file import read as read_tensors
+
+_JSON_LIMIT = 1 << 26  # 64 MiB: far above any config or index, far below what would hurt
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      StorageError: too large, not UTF-8, not JSON, a name twice, or not an object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face model folder")
+    if path.stat().st_size > _JSON_LIMIT:
+        raise StorageError(f"{path} has {path.stat().st_size} bytes, expected at most {_JSON_LIMIT}")
+    return parse_json(path.read_bytes(), path)
+
+
+def open_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Returns: read-only views of memory maps; no value has been read yet.
+
+    Raises:
+      FileNotFoundError: the folder holds neither.
+      StorageError: a file is damaged, or the index and the shards disagree.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return read_tensors(single, aligned=False).tensors
+    if not index.is_file():
+        pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
+        reason = f" (pickled {pickled[0]} is never loaded: convert it to safetensors)" if pickled else ""
+        raise FileNotFoundError(f"{folder} holds no {single.name} and no {index.name}{reason}")
+
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise StorageError(f"{index}: weight_map is missing or empty, expected tensor name -> file name")
+    for name, file in shard_of.items():
+        # A plain file name only: an index must not reach outside its folder.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise StorageError(f"{index}: {name} is in {file!r}, expected the name of a .safetensors file")
+        if not (folder / file).is_file():
+            raise StorageError(f"{index} names {file}, which is missing; download the folder again")
+    shards = {
+        file: read_tensors(folder / file, aligned=False).tensors for file in sorted(set(shard_of.values()))
+    }
+    for file, tensors in shards.items():
+        listed = {name for name, place in shard_of.items() if place == file}
+        if listed != set(tensors):
+            first = sorted(listed ^ set(tensors))[0]
+            raise StorageError(f"{index} and {file} disagree on {first}; download the folder again")
+    return {name: shards[file][name] for name, file in shard_of.items()}

@@ -1,0 +1,205 @@
+"""The one Transformer: a decoder language model or an encoder classifier, latent or packed.
+
+The same module trains (collection `params` alone: latent weights, fake quantization) and infers
+(collection `packed` beside it: packed weights, integer kernels). State is explicit: a `Cache` goes in and
+a new one comes out.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from bitnet_jax.nn.attention import Attention, KVCache
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.linear import BitLinear
+from bitnet_jax.nn.linear_attention import LinearState
+from bitnet_jax.nn.mlp import MLP
+from bitnet_jax.nn.norms import block_norm
+from bitnet_jax.precision import Precision
+
+
+@flax.struct.dataclass
+class Cache:
+    """What generation remembers. S is the room for positions, `length` how many are written."""
+
+    layers: tuple[KVCache | LinearState, ...]
+    valid: Bool[Array, "B S"]  # True where a real token (not padding) was written
+    length: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class Output:
+    logits: Float[Array, "B T V"] | Float[Array, "B C"]  # float32; [B, C] for a classifier
+    cache: Cache | None = None
+
+
+@jax.custom_jvp
+def _round_to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    # Not a pair of casts: XLA may drop those ("excess precision"), and packed would differ from latent.
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+@_round_to_bfloat16.defjvp
+def _round_to_bfloat16_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _round_to_bfloat16(primals[0]), tangents[0]
+
+
+class Embedding(nn.Module):
+    """A table [rows, D] of latent float32 values, rounded to `stored_dtype` wherever it is used."""
+
+    rows: int
+    features: int
+    stored_dtype: str
+    dtype: str
+    init_std: float
+
+    def setup(self) -> None:
+        shape = (self.rows, self.features)
+        self.embedding = self.param("embedding", nn.initializers.normal(self.init_std), shape, jnp.float32)
+
+    def table(self) -> Float[Array, "V D"]:
+        table = self.embedding.astype(jnp.float32)
+        if self.stored_dtype == "bfloat16":
+            table = _round_to_bfloat16(table)
+        return table.astype(self.dtype)
+
+    def __call__(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        return jnp.take(self.table(), indices, axis=0)
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return jnp.einsum("btd,vd->btv", x, self.table(), preferred_element_type=jnp.float32)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a residual branch."""
+
+    config: ModelConfig
+    precisions: dict[str, Precision]  # "attention/q_proj", ..., "mlp/down_proj"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        visible: Bool[Array, "B T S"],
+        key_mask: Bool[Array, "B T"],
+        cache: KVCache | LinearState | None,
+        length: Int[Array, ""] | None,
+        progress: Float[Array, ""] | float,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "B T D"], KVCache | LinearState | None]:
+        config = self.config
+        attention = Attention(config, self._of("attention"), name="attention")
+        mlp = MLP(config, self._of("mlp"), name="mlp")
+        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+        pre_norm = config.norm_placement != "inside"
+
+        y = block_norm(config, "attention_norm")(x) if pre_norm else x
+        y, cache = attention(
+            y,
+            positions=positions,
+            visible=visible,
+            key_mask=key_mask,
+            cache=cache,
+            length=length,
+            progress=progress,
+        )
+        x = x + dropout(y)
+        y = block_norm(config, "mlp_norm")(x) if pre_norm else x
+        return x + dropout(mlp(y, progress)), cache
+
+    def _of(self, part: str) -> dict[str, Precision]:
+        return {
+            path.removeprefix(part + "/"): precision
+            for path, precision in self.precisions.items()
+            if path.startswith(part + "/")
+        }
+
+
+class Transformer(nn.Module):
+    """See the module docstring. Parameter paths are those of `ModelConfig.linear_shapes`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        progress: Float[Array, ""] | float = 1.0,
+        deterministic: bool = True,
+    ) -> Output:
+        """Logits for every position, or class logits.
+
+        Args:
+          tokens: ids in [0, vocab_size).
+          positions: of the tokens; default: real tokens counted from 0, so left padding does not shift them.
+          mask: True for real tokens, False for padding; default all real.
+          cache: continue after what it holds; the tokens must fit into its room (the caller's duty).
+          progress: share of training done, in [0, 1]; only annealed gradient estimators look at it.
+          deterministic: False switches dropout on (needs an rng named "dropout").
+        """
+        config, (B, T) = self.config, tokens.shape
+        if mask is None:
+            mask = jnp.ones((B, T), bool)
+        length = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        valid = mask if cache is None else jax.lax.dynamic_update_slice(cache.valid, mask, (0, length))
+        if positions is None:
+            counted = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+            positions = jax.lax.dynamic_slice_in_dim(counted, length, T, axis=1)
+        visible = jnp.broadcast_to(valid[:, None, :], (B, T, valid.shape[1]))
+        if config.causal:
+            query = length + jnp.arange(T, dtype=jnp.int32)
+            key = jnp.arange(valid.shape[1], dtype=jnp.int32)
+            visible = visible & (key[None, None, :] <= query[None, :, None])
+
+        def embedding(name: str, rows: int) -> Embedding:
+            return Embedding(
+                rows, config.hidden_size, config.embedding_dtype, config.dtype, config.init_std, name=name
+            )
+
+        embed = embedding("embed", config.vocab_size)
+        x = embed(tokens)
+        if config.position == "learned":
+            x = x + embedding("position_embed", config.max_length)(positions)
+        x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
+
+        precisions = config.precisions()
+        layers = []
+        for i in range(config.num_layers):
+            prefix = f"layers_{i}/"
+            of_block = {p.removeprefix(prefix): v for p, v in precisions.items() if p.startswith(prefix)}
+            x, layer_cache = Block(config, of_block, name=f"layers_{i}")(
+                x,
+                positions=positions,
+                visible=visible,
+                key_mask=mask,
+                cache=None if cache is None else cache.layers[i],
+                length=None if cache is None else length,
+                progress=progress,
+                deterministic=deterministic,
+            )
+            layers.append(layer_cache)
+        x = block_norm(config, "final_norm")(x)
+
+        if config.num_classes:
+            weights = mask.astype(x.dtype)[..., None]
+            pooled = jnp.sum(x * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
+            head = BitLinear.of(config, config.num_classes, precisions["classifier"], "classifier")
+            return Output(head(pooled, progress).astype(jnp.float32))
+        if config.tie_embeddings:
+            logits = embed.attend(x)
+        else:
+            head = BitLinear.of(config, config.vocab_size, precisions["lm_head"], "lm_head")
+            logits = head(x, progress).astype(jnp.float32)
+        if cache is not None:
+            cache = Cache(tuple(layers), valid, length + T)
+        return Output(logits, cache)

@@ -1,0 +1,221 @@
+"""Grouped-query attention between four quantized projections, with a choice of what the scores become.
+
+    q, k, v = heads(q_proj x), heads(k_proj x), heads(v_proj x);   q, k = rotate(q), rotate(k)
+    o_i = sum_j P_ij v_j                                           y = o_proj(sub_norm(concat heads o))
+
+    softmax     P = softmax(q.k s)                                    over the visible keys
+    relu        P = relu(q.k s) / number of visible keys              2309.08586: exact zeros, no exponential
+    binary_qk   softmax of ±1 q and k, each times its mean magnitude  BinaryAttention, 2603.09582
+    binary      q and k plain ±1, and P rounded to {0, a}, a learned  BiT, 2205.13016
+    linear      no scores at all: see linear_attention.py
+
+`s` is the score scale, 1/sqrt(h) by default; "linear" has none. A query that sees no key (left padding) gets
+P = 0 and passes no gradient. Query head j reads kv head j // (H / K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from bitnet_jax.nn import linear_attention
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.linear import BitLinear
+from bitnet_jax.nn.linear_attention import LinearState
+from bitnet_jax.nn.norms import block_norm
+from bitnet_jax.nn.rotary import rotate
+from bitnet_jax.precision import Precision
+from bitnet_jax.quantizers import ACTIVATION_QUANTIZERS
+
+# Latent q and k outside [-1, 1] get no gradient, which bounds them (BNN, BiBERT).
+QK_STE = "clipped"
+
+
+class KVCache(NamedTuple):
+    """Keys (already rotated) and values of all positions; those not written yet are kept out by `visible`."""
+
+    k: Float[Array, "B S K h"]
+    v: Float[Array, "B S K h"]
+
+
+def dot_scores(
+    q: Float[Array, "B T H h"], k: Float[Array, "B S K h"], scale: float
+) -> Float[Array, "B H T S"]:
+    """`q_i . k_j * scale` per query head, in float32."""
+    B, T, H, h = q.shape
+    S, K = k.shape[1:3]
+    grouped = q.reshape(B, T, K, H // K, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32)
+    return scores.reshape(B, H, T, S) * scale
+
+
+def mix_values(p: Float[Array, "B H T S"], v: Float[Array, "B S K h"]) -> Float[Array, "B T H h"]:
+    """`sum_j P_ij v_j`: P is cast to the dtype of v, sums are float32, the result has the dtype of v."""
+    B, H, T, S = p.shape
+    K, h = v.shape[2:]
+    grouped = p.astype(v.dtype).reshape(B, K, H // K, T, S)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", grouped, v, preferred_element_type=jnp.float32)
+    return mixed.reshape(B, T, H, h).astype(v.dtype)
+
+
+def masked_softmax(scores: Float[Array, "B H T S"], visible: Bool[Array, "B T S"]) -> Float[Array, "B H T S"]:
+    """Softmax over the visible keys. Hidden scores are the lowest number, not -inf: a row of -inf is NaN."""
+    visible = visible[:, None]
+    hidden = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
+    return jnp.where(visible, jax.nn.softmax(hidden, axis=-1), 0.0)
+
+
+def softmax(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    visible: Bool[Array, "B T S"],
+    scale: float,
+    progress: Float[Array, ""] | float = 1.0,
+) -> Float[Array, "B H T S"]:
+    """`P_ij = exp(s q_i.k_j) / sum_j' exp(s q_i.k_j')`."""
+    return masked_softmax(dot_scores(q, k, scale), visible)
+
+
+def relu(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    visible: Bool[Array, "B T S"],
+    scale: float,
+    progress: Float[Array, ""] | float = 1.0,
+) -> Float[Array, "B H T S"]:
+    """`P_ij = max(0, s q_i.k_j) / n_i`, n_i the number of keys that query i sees."""
+    scores = jnp.where(visible[:, None], jax.nn.relu(dot_scores(q, k, scale)), 0.0)
+    seen = jnp.sum(visible, axis=-1, dtype=jnp.int32).astype(jnp.float32)[:, None, :, None]
+    return scores / jnp.maximum(seen, 1.0)
+
+
+def binary_qk(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    visible: Bool[Array, "B T S"],
+    scale: float,
+    progress: Float[Array, ""] | float = 1.0,
+) -> Float[Array, "B H T S"]:
+    """Softmax attention of `mean|q| sign(q)` and `mean|k| sign(k)`.
+
+    The means run over the channels of one token and head. The paper's also run over the tokens, which in a
+    causal model would let a token see the magnitude of later ones.
+    """
+    code = partial(ACTIVATION_QUANTIZERS["sign_absmean"], ste=QK_STE, progress=progress)
+    return softmax(code(q).dequantize(), code(k).dequantize(), visible, scale)
+
+
+def binary(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    visible: Bool[Array, "B T S"],
+    scale: float,
+    progress: Float[Array, ""] | float = 1.0,
+    *,
+    probability_scale: Float[Array, ""],
+) -> Float[Array, "B H T S"]:
+    """Softmax attention of `sign(q)` and `sign(k)`, then `P = a round(clip(P / a, 0, 1))`.
+
+    The values stay real: with P in {0, a} they are selected and added, never multiplied.
+    """
+    code = partial(ACTIVATION_QUANTIZERS["sign"], ste=QK_STE, progress=progress)
+    p = softmax(code(q).codes, code(k).codes, visible, scale)
+    return ACTIVATION_QUANTIZERS["elastic_unsigned"](p, scale=probability_scale).dequantize()
+
+
+# Kind of attention -> mixing weights P of (q, k, visible, scale, progress). "linear" never forms P.
+MIXING_WEIGHTS: dict[str, Callable[..., Array]] = {
+    "softmax": softmax,
+    "relu": relu,
+    "binary_qk": binary_qk,
+    "binary": binary,
+}
+
+
+def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""]) -> KVCache:
+    """The cache with the keys and values [B, T, K, h] of new tokens at positions [length, length + T).
+
+    Raises:
+      ValueError: more tokens than the whole cache has room for. (`length` is traced: that they fit behind it
+        is the caller's duty.)
+    """
+    T, S = k.shape[1], cache.k.shape[1]
+    if T > S:
+        raise ValueError(f"{T} tokens do not fit into a cache of {S} positions; make a longer cache")
+    return KVCache(
+        jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), length, axis=1),
+        jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), length, axis=1),
+    )
+
+
+class Attention(nn.Module):
+    """Owns the projections q_proj, k_proj, v_proj, o_proj, the sub norm (placement "sub") and, for kind
+    "binary", `probability_scale` []. All else is the functions above.
+
+    Args of a call:
+      x: [B, T, D].
+      positions: [B, T], for the rotary embedding.
+      visible: [B, T, S], True where query i may read key j. S is T, or the room of the cache.
+      key_mask: [B, T], False for padding among the new tokens. Causal "linear" attention looks at this and
+        not at `visible`, for it only knows "everything before".
+      cache, length: what was remembered, and how many positions of it are written.
+
+    Returns: y [B, T, D] and the cache after these tokens (None without a cache).
+    """
+
+    config: ModelConfig
+    precisions: Mapping[str, Precision]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        visible: Bool[Array, "B T S"],
+        key_mask: Bool[Array, "B T"] | None = None,
+        cache: KVCache | LinearState | None = None,
+        length: Int[Array, ""] | None = None,
+        progress: Float[Array, ""] | float = 1.0,
+    ) -> tuple[Float[Array, "B T D"], KVCache | LinearState | None]:
+        config, kind = self.config, self.config.attention
+        B, T, D = x.shape
+
+        def heads(name: str, count: int) -> Array:
+            linear = BitLinear.of(config, count * config.head_size, self.precisions[name], name)
+            return linear(x, progress).reshape(B, T, count, config.head_size)
+
+        q = heads("q_proj", config.num_heads)
+        k = heads("k_proj", config.kv_heads)
+        v = heads("v_proj", config.kv_heads)
+        if config.position == "rope":
+            q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
+
+        if kind == "linear":
+            k, v = (jnp.repeat(heads, config.num_heads // config.kv_heads, axis=2) for heads in (k, v))
+            if config.causal:
+                o, cache = linear_attention.causal(q, k, v, cache, key_mask)
+            else:
+                o = linear_attention.parallel(q, k, v, visible)
+        else:
+            weigh = MIXING_WEIGHTS[kind]
+            if kind == "binary":
+                # BiT starts at 4 times the mean of P, and a row of P over S keys has the mean 1/S.
+                init = nn.initializers.constant(4.0 / config.max_length)
+                weigh = partial(weigh, probability_scale=self.param("probability_scale", init, ()))
+            if cache is not None:
+                cache = write(cache, k, v, length)
+                k, v = cache.k, cache.v
+            p = weigh(q, k, visible, config.score_scale, progress)
+            o = mix_values(p, v.astype(q.dtype))
+
+        o = o.reshape(B, T, config.num_heads * config.head_size)
+        if config.norm_placement == "sub":
+            o = block_norm(config, "sub_norm")(o)
+        return BitLinear.of(config, D, self.precisions["o_proj"], "o_proj")(o, progress), cache

@@ -1,0 +1,154 @@
+"""The shape of a model as one frozen value, shared by every module that is built from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from bitnet_jax.precision import Precision, Rules, resolve
+
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+GATED_MLPS = ("silu_glu", "relu2_glu")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("rmsnorm", "layernorm"),
+    "norm_placement": ("sub", "pre", "inside"),
+    "mlp": ("relu", "relu2", "gelu", *GATED_MLPS),
+    "attention": ("softmax", "relu", "linear", "binary_qk", "binary"),
+    "position": ("rope", "learned", "none"),
+    "embedding_dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder language model, or an encoder classifier when `num_classes` > 0.
+
+    Raises:
+      ValueError: a field holds an unknown choice, or sizes that do not fit each other.
+    """
+
+    vocab_size: int
+    hidden_size: int  # D
+    num_layers: int
+    num_heads: int  # H
+    ffn_size: int  # F
+    max_length: int  # longest sequence of positions the model is asked for
+    num_kv_heads: int | None = None  # K; None: as many as heads
+    head_dim: int | None = None  # h; None: hidden_size // num_heads
+
+    causal: bool = True
+    num_classes: int = 0  # 0: language model; > 0: masked mean of the hidden states, then a linear head
+
+    attention: str = "softmax"
+    attention_scale: float | None = None  # factor on q.k; None: head_dim ** -0.5
+    position: str = "rope"
+    rope_theta: float = 10_000.0
+
+    mlp: str = "relu2_glu"
+    use_bias: bool = False
+    dropout: float = 0.0
+
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    norm_scale: bool = True  # gains on the block norms and sub norms
+    norm_placement: str = "sub"  # papers' variants: sub = B (2B-4T), pre = C (TriLM), inside = A (BitNet b1)
+    inside_norm: bool = False  # an extra RMSNorm with gain in front of each projection (HF `use_rms_norm`)
+    inside_norm_eps: float = 1e-6
+
+    tie_embeddings: bool = True
+    embedding_dtype: str = "float32"  # the forward pass rounds embeddings (and head) to it; packing stores it
+    init_std: float = 0.02
+
+    precision: Rules = "bitnet_b158"  # a recipe name, or ordered (path pattern, recipe) rules
+    dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"model.{name}: got {value!r}, expected one of {', '.join(choices)}")
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"model.{name}: got {value!r}, expected a positive integer")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
+                "change one of them or set head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}"
+            )
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(
+                f"model.head_dim={self.head_size} is odd; rotary positions need an even head_dim"
+            )
+        # JSON and ConfigDict turn tuples into lists; a config must stay hashable to be a static jit argument.
+        if not isinstance(self.precision, str):
+            object.__setattr__(self, "precision", tuple(tuple(rule) for rule in self.precision))
+        self.precisions()
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def score_scale(self) -> float:
+        return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def mlp_linears(self) -> tuple[str, ...]:
+        return ("gate_proj", "up_proj", "down_proj") if self.mlp in GATED_MLPS else ("up_proj", "down_proj")
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Path of every linear layer -> (outputs, inputs), in the order of the forward pass."""
+        D, F = self.hidden_size, self.ffn_size
+        q, kv = self.num_heads * self.head_size, self.kv_heads * self.head_size
+        attention = {"q_proj": (q, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, q)}
+        mlp = {name: ((D, F) if name == "down_proj" else (F, D)) for name in self.mlp_linears}
+        shapes = {}
+        for i in range(self.num_layers):
+            shapes |= {f"layers_{i}/attention/{name}": shape for name, shape in attention.items()}
+            shapes |= {f"layers_{i}/mlp/{name}": shape for name, shape in mlp.items()}
+        if self.num_classes:
+            shapes["classifier"] = (self.num_classes, D)
+        elif not self.tie_embeddings:
+            shapes["lm_head"] = (self.vocab_size, D)
+        return shapes
+
+    def precisions(self) -> dict[str, Precision]:
+        """Path of every linear layer -> its Precision.
+
+        Raises:
+          ValueError: an unknown recipe, a path no rule matches, or a rule that matches no path.
+        """
+        return resolve(self.precision, list(self.linear_shapes()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+          ValueError: an unknown or missing field (the message names the nearest valid ones).
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+                raise ValueError(f"model.{name} is not a field; did you mean {', '.join(near)}?")
+        required = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
+        if required:
+            raise ValueError(f"model is missing {', '.join(required)}; got {', '.join(fields) or 'nothing'}")
+        return cls(**fields)

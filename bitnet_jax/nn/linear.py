@@ -1,0 +1,122 @@
+"""BitLinear: one linear layer in three states (float, fake-quantized latent, packed).
+
+The exactness that the code base rests on happens here. Both operands are multiplied as integer *codes*, and
+the scales are applied once, to the result:
+
+    y = (x_codes @ w_codes.T) * w_scale * x_scale
+
+Products and sums of small integers are exact in float32 (while |sum| < 2^24), in any order. So the latent
+layer in float arithmetic and the packed layer in int32 arithmetic give the same bits.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.norms import Norm, projection_norm
+from bitnet_jax.precision import Precision
+from bitnet_jax.quantizers import Quantized
+from bitnet_kernels import PackedArray, packed_matmul
+from bitnet_kernels.reference import rescale
+
+
+def _dot(x: Float[Array, "*rows k"], w: Float[Array, "n k"]) -> Float[Array, "*rows n"]:
+    contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
+    return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.float32)
+
+
+def quantized_matmul(x: Quantized, w: Quantized, dtype: str = "float32") -> Float[Array, "*rows n"]:
+    """`x.dequantize() @ w.dequantize().T` in float32, with one exact integer sum per scale group.
+
+    Args:
+      x: codes [..., k], scale [..., 1].
+      w: codes [n, k], scale [1 or n, G]; each group holds k // G neighbouring inputs.
+      dtype: of the operands. bfloat16 holds integers up to 256 exactly, so codes lose nothing in it.
+    """
+    (n, k), groups = w.codes.shape, w.scale.shape[-1]
+    rows = x.codes.astype(dtype).reshape(-1, k)
+    w_codes = w.codes.astype(dtype)
+    if groups == 1:
+        sums = _dot(rows, w_codes)[None]
+    else:
+        rows, w_codes = rows.reshape(-1, groups, k // groups), w_codes.reshape(n, groups, k // groups)
+        sums = jnp.einsum("mgk,ngk->gmn", rows, w_codes, preferred_element_type=jnp.float32)
+    return rescale(sums, w.scale).reshape(*x.codes.shape[:-1], n) * x.scale
+
+
+class BitLinear(nn.Module):
+    """`y = quantized(norm(x)) @ quantized(weight).T + bias`; parameters: weight [n, k] and what is learned.
+
+    With a variable `weight` (a PackedArray) in the collection `packed`, the layer has no parameter `weight`
+    and multiplies through `packed_matmul`. With a float Precision it is a plain dense layer.
+
+    Raises:
+      ValueError: the packed weight does not fit the layer.
+    """
+
+    features: int
+    precision: Precision
+    use_bias: bool = False
+    norm: Norm | None = None
+    dtype: str = "float32"
+    init_std: float = 0.02
+
+    @classmethod
+    def of(cls, config: ModelConfig, features: int, precision: Precision, name: str) -> BitLinear:
+        """The layer as a model config describes it; the heads stand behind the final norm and add none."""
+        in_block = name not in ("lm_head", "classifier")
+        return cls(
+            features,
+            precision,
+            use_bias=config.use_bias and in_block,
+            norm=projection_norm(config) if in_block else None,
+            dtype=config.dtype,
+            init_std=config.init_std,
+            name=name,
+        )
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float = 1.0
+    ) -> Float[Array, "*rows n"]:
+        if self.norm is not None:
+            x = self.norm(x)
+        precision, k = self.precision, x.shape[-1]
+        learned = {
+            name.removeprefix("activation_"): self.param(name, nn.initializers.constant(value), shape, jnp.float32)
+            for name, (shape, value) in precision.activation_param_shapes(k).items()
+        }
+        key = self.make_rng("stochastic") if self.has_rng("stochastic") else None
+        x_key, w_key = (None, None) if key is None else jax.random.split(key)
+        x_quantized = precision.quantize_activation(x, **learned, progress=progress, key=x_key)
+
+        if self.has_variable("packed", "weight"):
+            y = self._packed(x_quantized, self.get_variable("packed", "weight"))
+        else:
+            init = nn.initializers.normal(self.init_std)
+            weight = self.param("weight", init, (self.features, k), jnp.float32)
+            if precision.quantizes_weights:
+                scale = None
+                if precision.scale == "learned":
+                    scale = self.param("weight_scale", lambda _: precision.weight_scale_init(weight))
+                w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
+                y = quantized_matmul(x_quantized, w_quantized, self.dtype)
+            else:
+                dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
+                y = _dot(x_quantized.dequantize().astype(dtype), weight.astype(dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + jnp.expand_dims(bias, range(y.ndim - 1))
+        return y.astype(x.dtype)
+
+    def _packed(self, x: Quantized, weight: PackedArray) -> Float[Array, "*rows n"]:
+        expected = (self.features, x.codes.shape[-1])
+        if weight.shape != expected:
+            raise ValueError(f"{'/'.join(self.path)}: packed weight is {weight.shape}, expected {expected}")
+        if self.precision.activation == "none":
+            return packed_matmul(x.codes.astype(jnp.float32), weight, activation_bits=None)
+        return packed_matmul(x.codes.astype(jnp.int8), weight) * x.scale

@@ -1,0 +1,54 @@
+"""The feed-forward block: plain or gated, between two quantized projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bitnet_jax.nn.config import GATED_MLPS, ModelConfig
+from bitnet_jax.nn.linear import BitLinear
+from bitnet_jax.nn.norms import block_norm
+from bitnet_jax.precision import Precision
+
+
+def relu2(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`max(x, 0)^2` (Primer, 2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "relu2": relu2,
+    "gelu": jax.nn.gelu,
+    "silu_glu": jax.nn.silu,
+    "relu2_glu": relu2,
+}
+
+
+class MLP(nn.Module):
+    """`down(norm(f(up x)))`, or `down(norm(f(gate x) * up x))` when gated; the norm only for placement "sub"."""
+
+    config: ModelConfig
+    precisions: Mapping[str, Precision]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], progress: Float[Array, ""] | float = 1.0
+    ) -> Float[Array, "B T D"]:
+        config, activation = self.config, ACTIVATIONS[self.config.mlp]
+
+        def linear(name: str, features: int) -> BitLinear:
+            return BitLinear.of(config, features, self.precisions[name], name)
+
+        up = linear("up_proj", config.ffn_size)(x, progress)
+        if config.mlp in GATED_MLPS:
+            hidden = activation(linear("gate_proj", config.ffn_size)(x, progress)) * up
+        else:
+            hidden = activation(up)
+        if config.norm_placement == "sub":
+            hidden = block_norm(config, "sub_norm")(hidden)
+        return linear("down_proj", config.hidden_size)(hidden, progress)

@@ -1,0 +1,61 @@
+"""RMSNorm and LayerNorm over the last axis."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bitnet_jax.nn.config import ModelConfig
+
+
+def rms_normalize(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows D"]:
+    """`x / sqrt(mean(x^2) + eps)`, computed in float32, returned in the dtype of x (1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def layer_normalize(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows D"]:
+    """`(x - mean) / sqrt(var + eps)`, computed in float32, returned in the dtype of x (1607.06450)."""
+    x32 = x.astype(jnp.float32)
+    return rms_normalize(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps).astype(x.dtype)
+
+
+NORMS = {"rmsnorm": rms_normalize, "layernorm": layer_normalize}
+
+
+class Norm(nn.Module):
+    """One of NORMS, then an optional gain (and, for LayerNorm, no shift: the 1-bit papers use none).
+
+    The gain multiplies after the cast back to the input dtype, as the released 2B-4T model does.
+    """
+
+    kind: str = "rmsnorm"
+    eps: float = 1e-5
+    use_scale: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        y = NORMS[self.kind](x, self.eps)
+        if not self.use_scale:
+            return y
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        return y * jnp.expand_dims(scale.astype(y.dtype), range(x.ndim - 1))
+
+
+def block_norm(config: ModelConfig, name: str) -> Norm:
+    """The norm in front of a block, of the output head, or before an output projection (SubLN)."""
+    return Norm(config.norm, config.norm_eps, config.norm_scale, name=name)
+
+
+def projection_norm(config: ModelConfig) -> Norm | None:
+    """The norm that a linear layer applies to its own input, if any.
+
+    Placement "inside" is BitNet's first form (2310.11453: no gain); `inside_norm` is the Hugging Face
+    option `use_rms_norm`, with a gain. It has no parent yet, so that the linear layer that is given it adopts
+    it and its gain is found at `<linear>/norm/scale`.
+    """
+    if config.norm_placement == "inside":
+        return Norm(config.norm, config.norm_eps, use_scale=False, parent=None)
+    return Norm("rmsnorm", config.inside_norm_eps, parent=None) if config.inside_norm else None

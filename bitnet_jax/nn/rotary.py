@@ -1,0 +1,34 @@
+"""Rotary position embedding (RoFormer, 2104.09864), in the half-rotation layout of GPT-NeoX and Llama."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """Angle per position of each of the h/2 planes: `theta^(-2i/h)`, float32.
+
+    A NumPy constant, so that no device computes the power its own way.
+
+    Raises:
+      ValueError: head_dim is odd.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} is odd; rotary positions pair channels, use an even head_dim")
+    return (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+
+
+def rotate(x: Float[Array, "B T H h"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H h"]:
+    """Turns each channel pair (i, i + h/2) of each head by the angle `position * theta^(-2i/h)`.
+
+    As complex numbers: `(x_i + 1j x_{i+h/2}) * exp(1j position theta^(-2i/h))`, so that q.k depends on the
+    difference of positions alone. Angles, cosines and sines are float32 and then cast to the dtype of x:
+    bfloat16 angles would be wrong by whole turns at positions in the thousands.
+    """
+    angles = positions[..., None].astype(jnp.float32) * frequencies(x.shape[-1], theta)[None, None, :]
+    cos = jnp.cos(angles).astype(x.dtype)[:, :, None, :]
+    sin = jnp.sin(angles).astype(x.dtype)[:, :, None, :]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

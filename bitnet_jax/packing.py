@@ -1,0 +1,270 @@
+"""From latent weights to packed ones, and the proof that both are the same model.
+
+    pack     quantizes each latent weight as its BitLinear would, packs the codes, drops the latent
+    prove    latent against packed: same codes, same logits, same greedy text; raises at the first difference
+    sizes    what the packed model weighs, part by part
+
+A packed model is {"params": what stays float, "packed": path -> {"weight": PackedArray}}, the variables that
+`Transformer.apply` takes in place of {"params": ...}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Bool, Int
+
+from bitnet_jax.models.transformer import Transformer
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.precision import Precision
+from bitnet_jax.quantizers import Quantized
+from bitnet_kernels import FORMATS, PackedArray, unpack
+from bitnet_kernels import pack as pack_codes
+
+Variables = Mapping[str, Any]
+EMBEDDINGS = ("embed/embedding", "position_embed/embedding")
+LOGIT_TOLERANCE = 1e-5  # relative to the largest logit; both sides do the same float32 work behind exact sums
+
+
+class PackingError(ValueError):
+    """A weight cannot be packed, or a packed model is not the model it was packed from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What `prove` found; it is only ever returned when everything held."""
+
+    matrices: int  # packed matrices, each unpacked again to identical codes
+    max_relative_logit_error: float  # max |difference| / max |latent logit|
+    logits: int  # compared
+    tokens_identical: int  # greedy tokens, all of them identical
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model; `quantized_bfloat16` is what the packed matrices would take in bfloat16."""
+
+    packed: int
+    embeddings: int
+    other: int
+    quantized_bfloat16: int
+
+    @property
+    def total(self) -> int:
+        return self.packed + self.embeddings + self.other
+
+    @property
+    def packed_ratio(self) -> float:
+        """Packed bytes of the quantized matrices over their bfloat16 bytes; NaN where nothing is packed."""
+        return self.packed / self.quantized_bfloat16 if self.quantized_bfloat16 else float("nan")
+
+
+def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Packs every linear layer whose Precision has a packed form; the others keep their latent weights.
+
+    Embeddings are stored in config.embedding_dtype, the rounding their forward pass does anyway.
+
+    Returns: {"params": ..., "packed": ...}.
+
+    Raises:
+      PackingError: a weight is missing, has the wrong shape or holds NaN, or its packed form cannot hold its
+        codes or scales. The message names the path.
+    """
+    flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
+    precisions, packed = config.precisions(), {}
+    for path, shape in config.linear_shapes().items():
+        weight = flat.get(f"{path}/weight")
+        if weight is None or weight.shape != shape:
+            got = "none" if weight is None else f"{list(weight.shape)}"
+            raise PackingError(
+                f"{path}/weight: got {got}, expected {list(shape)}; do params and config belong together?"
+            )
+        format = precisions[path].packed_format
+        if format is None:
+            continue
+        quantized = _quantize(flat, path, precisions[path])
+        del flat[f"{path}/weight"]
+        flat.pop(f"{path}/weight_scale", None)
+        packed[f"{path}/weight"] = _pack_one(path, quantized, format)
+    for path in EMBEDDINGS:
+        if path in flat:
+            flat[path] = flat[path].astype(config.embedding_dtype)
+    return {"params": _nested(flat), "packed": _nested(packed)}
+
+
+@functools.lru_cache(maxsize=8)
+def abstract(config: ModelConfig) -> dict[str, Any]:
+    """The variables of a packed model as shapes and dtypes; nothing is computed or allocated."""
+
+    def packed() -> dict[str, Any]:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return pack(Transformer(config).init(jax.random.key(0), tokens)["params"], config)
+
+    return jax.eval_shape(packed)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in flat.items()})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantize_jitted(precision: Precision, weight: Array, scale: Array | None) -> Quantized:
+    return precision.quantize_weight(weight, scale=scale)
+
+
+def _quantize(flat: Mapping[str, Any], path: str, precision: Precision) -> Quantized:
+    """Codes and scale as the latent BitLinear at `path` computes them: the same function, also compiled."""
+    try:
+        return _quantize_jitted(precision, flat[f"{path}/weight"], flat.get(f"{path}/weight_scale"))
+    except ValueError as error:
+        raise PackingError(f"{path}: {error}") from error
+
+
+def _pack_one(path: str, quantized: Quantized, format: str) -> PackedArray:
+    values = FORMATS[format].values
+    concrete = not isinstance(quantized.codes, jax.core.Tracer)
+    if concrete and not np.isfinite(np.asarray(quantized.scale)).all():
+        raise PackingError(f"{path}: the weights or scales hold NaN or infinity; pack an earlier checkpoint")
+    # Looked at as floats: a cast to int8 would turn NaN or 0.5 into a code.
+    if concrete and not np.isin(np.asarray(quantized.codes), values).all():
+        raise PackingError(
+            f"{path}: the quantizer gave codes {np.unique(np.asarray(quantized.codes))[:5]}, "
+            f"the format {format} holds only {list(values)}"
+        )
+    try:
+        packed = pack_codes(quantized.codes.astype(jnp.int8), quantized.scale, format)
+    except ValueError as error:
+        raise PackingError(f"{path}: {error}") from error
+    if concrete:
+        _check_codes(path, packed, quantized)
+    return packed
+
+
+def _check_codes(path: str, packed: PackedArray, quantized: Quantized) -> None:
+    codes, expected = np.asarray(unpack(packed)), np.asarray(quantized.codes)
+    if codes.shape != expected.shape:
+        raise PackingError(f"{path}: the packed matrix is {codes.shape}, the latent one {expected.shape}")
+    if (codes != expected).any():
+        row, column = np.argwhere(codes != expected)[0]
+        raise PackingError(
+            f"{path}: code [{row}, {column}] is {codes[row, column]} packed and {expected[row, column]:g} "
+            f"latent ({(codes != expected).sum()} of {codes.size} differ)"
+        )
+    if not np.array_equal(np.asarray(packed.scale), np.asarray(quantized.scale)):
+        raise PackingError(f"{path}: the packed scale differs from the latent one")
+
+
+def prove(
+    config: ModelConfig,
+    latent: Variables,
+    packed: Variables,
+    tokens: Int[Array | np.ndarray, "B T"],
+    mask: Bool[Array | np.ndarray, "B T"] | None = None,
+    *,
+    greedy: Callable[..., Array | np.ndarray] | None = None,
+    new_tokens: int = 0,
+    tolerance: float = LOGIT_TOLERANCE,
+) -> Proof:
+    """Proves that `packed` is the model `latent`, or raises.
+
+    Args:
+      latent: {"params": latent parameters}.
+      packed: {"params": ..., "packed": ...}, made by `pack` or loaded from a file.
+      tokens, mask: prompts for the model, padded on the left; their logits are compared.
+      greedy: (config, variables, tokens, mask, n) -> n greedy tokens [B, n], in practice
+        `inference.generate.greedy`; handed in, so that packing knows nothing of generation.
+      new_tokens: tokens to continue *each* prompt by.
+      tolerance: on the largest difference of logits, relative to the largest logit.
+
+    Raises:
+      PackingError: with the first path, position or token at which the two differ.
+      ValueError: new_tokens without a way to generate them.
+    """
+    if new_tokens and greedy is None:
+        raise ValueError(f"new_tokens={new_tokens} needs greedy=inference.generate.greedy")
+    matrices = _prove_codes(config, latent["params"], packed.get("packed", {}))
+    error, count = _prove_logits(config, latent, packed, tokens, mask, tolerance)
+    identical = 0
+    if new_tokens and greedy is not None:
+        ours = np.asarray(greedy(config, packed, tokens, mask, new_tokens))
+        theirs = np.asarray(greedy(config, latent, tokens, mask, new_tokens))
+        if (ours != theirs).any():
+            # By time first: later differences of a row follow from its first one.
+            position, row = np.argwhere((ours != theirs).T)[0]
+            raise PackingError(
+                f"greedy token {position} of prompt {row} is {ours[row, position]} packed and "
+                f"{theirs[row, position]} latent ({(ours == theirs).sum()} of {ours.size} tokens agree)"
+            )
+        identical = ours.size
+    return Proof(matrices, error, count, identical)
+
+
+def _prove_codes(config: ModelConfig, params: Mapping[str, Any], packed: Mapping[str, Any]) -> int:
+    flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
+    weights = {"/".join(path): leaf for path, leaf in flatten_dict(dict(packed)).items()}
+    precisions = config.precisions()
+    expected = {f"{path}/weight" for path, precision in precisions.items() if precision.packed_format}
+    if weights.keys() != expected:
+        differing = sorted(weights.keys() ^ expected)[0]
+        state = "missing from" if differing in expected else "unexpected in"
+        raise PackingError(
+            f"{differing} is {state} the packed model; its config asks for {len(expected)} in all"
+        )
+    for name, weight in weights.items():
+        path = name.removesuffix("/weight")
+        wanted = precisions[path].packed_format
+        if weight.format != wanted:
+            raise PackingError(f"{path}: the packed format is {weight.format}, expected {wanted}")
+        _check_codes(path, weight, _quantize(flat, path, precisions[path]))
+    return len(weights)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, variables: Variables, tokens: Array, mask: Array | None) -> Array:
+    output: Any = Transformer(config).apply(variables, tokens, mask=mask)
+    return output.logits
+
+
+def _prove_logits(
+    config: ModelConfig, latent: Variables, packed: Variables, tokens: Any, mask: Any, tolerance: float
+) -> tuple[float, int]:
+    tokens = jnp.asarray(tokens, jnp.int32)
+    mask = None if mask is None else jnp.asarray(mask, bool)
+    # Collections that neither model has (dropout, statistics) would be ignored; only these two are compared.
+    theirs = np.asarray(_logits(config, {"params": latent["params"]}, tokens, mask))
+    ours = np.asarray(_logits(config, dict(packed), tokens, mask))
+    if not np.isfinite(theirs).all():
+        raise PackingError("the latent model gives NaN or infinite logits; nothing can be proved about it")
+    # A row of padding says nothing, and a language model has one logit vector per token.
+    if mask is not None and theirs.ndim == 3:
+        theirs, ours = theirs[np.asarray(mask)], ours[np.asarray(mask)]
+    difference = np.abs(ours - theirs)
+    error = float(difference.max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))
+    if not error <= tolerance:  # also when it is NaN
+        where = np.unravel_index(np.nanargmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)
+        raise PackingError(
+            f"logits differ by {error:.3g} of the largest, expected at most {tolerance:g}; the worst, at "
+            f"index {[int(i) for i in where]}, is {ours[where]:.8g} packed and {theirs[where]:.8g} latent"
+        )
+    return error, theirs.size
+
+
+def sizes(variables: Variables) -> Sizes:
+    """Bytes by part of a packed, a latent (nothing packed) or an `abstract` model."""
+    flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(variables["params"])).items()}
+    nbytes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in flat.items()}
+    weights = flatten_dict(dict(variables.get("packed", {}))).values()
+    embeddings = sum(nbytes.get(path, 0) for path in EMBEDDINGS)
+    return Sizes(
+        packed=sum(weight.nbytes for weight in weights),
+        embeddings=embeddings,
+        other=sum(nbytes.values()) - embeddings,
+        quantized_bfloat16=sum(2 * weight.shape[0] * weight.shape[1] for weight in weights),
+    )

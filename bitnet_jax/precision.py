@@ -1,0 +1,443 @@
+"""Precision as a value: which quantizers a linear layer uses, and the named recipes.
+
+A layer with `p: Precision` does, in training,
+
+    wq = p.quantize_weight(w, scale=learned or None, progress=..., key=...)
+    xq = p.quantize_activation(x, scale=learned or None, shift=learned or None, progress=..., key=...)
+    y = (xq.codes @ wq.codes.T) * wq.scale * xq.scale        (x @ w.T where p.quantizes_weights is False)
+
+and asks for its extra parameters, all float32, so:
+
+    p.weight_scale_init(w)        -> first learned weight scale [#n, G], or None if it has none
+    p.activation_param_shapes(k)  -> {"activation_scale": ((), 1.6), "activation_shift": ((k,), 0.0)}, only
+                                     the entries that exist; the values suit inputs of unit variance
+    p.activation_scale_init(x)    -> the same scale measured on a first batch (BiT, LSQ), or None
+
+A recipe is a named Precision or, where a paper treats layers differently, a tuple of rules (pattern, recipe).
+`resolve` turns rules into one Precision per linear path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from bitnet_jax.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, Quantized, hadamard, top_k
+from bitnet_jax.scales import SMALLEST_SCALE, Granularity, measure
+from bitnet_jax.ste import STES, Progress
+
+# name -> (bits a weight carries, packed format of its codes)
+PackedFormat = Literal["binary", "ternary2"]
+WEIGHT_FORMATS: dict[str, tuple[float, PackedFormat | None]] = {
+    "binary": (1, "binary"),
+    "binary_centred": (1, "binary"),
+    "binary_raw": (1, "binary"),
+    "binary_stochastic": (1, "binary"),
+    "bwn": (1, "binary"),
+    "ternary_absmean": (math.log2(3), "ternary2"),
+    "ternary_absmedian": (math.log2(3), "ternary2"),
+    "ternary_twn": (math.log2(3), "ternary2"),
+    "seq_ternary": (math.log2(3), "ternary2"),
+    "seq_int2": (2, None),
+    "int2": (2, None),
+    "int3": (3, None),
+    "int4": (4, None),
+    "int8": (8, None),
+}
+ACTIVATION_BITS: dict[str, float] = {
+    "int8": 8,
+    "int4": 4,
+    "int2": 2,
+    "sign": 1,
+    "sign_absmean": 1,
+    "boolean": 1,
+    "elastic_signed": 1,
+    "elastic_unsigned": 1,
+}
+SHIFTED = ("sign", "sign_absmean", "boolean", "elastic_signed", "elastic_unsigned")
+ROUNDING = ("none", "int8", "int4", "int2")  # these know only the STEs identity and clipped
+UNIT_NORMAL_MEAN = math.sqrt(2 / math.pi)  # mean |x| of a standard normal input
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How one linear layer represents its weights and its input. Hashable; `dataclasses.asdict` is JSON."""
+
+    # what
+    weight: str = "float"  # "float" or a name in WEIGHT_QUANTIZERS
+    activation: str = "none"  # a name in ACTIVATION_QUANTIZERS
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the product, for weight="float" only
+    # the gradient of the steps
+    weight_ste: str = "identity"
+    activation_ste: str = "identity"
+    latent_clip: float | None = None  # the optimizer clips the latents to +-c after each update
+    # scales
+    scale: Literal["analytic", "learned", "none"] = "analytic"
+    scale_init: Literal["analytic", "lsq"] = "analytic"  # of a learned one: measured, or 2 mean|w| / sqrt(Qp)
+    granularity: Granularity = "tensor"  # "tensor", "channel" or g inputs per scale
+    activation_scale: Literal["analytic", "learned"] = "analytic"
+    activation_shift: bool = False  # learn a threshold per input feature
+    # around the activation quantizer: BitNet v2, a4.8
+    hadamard: bool | Literal["block"] = False  # rotate the input; "block" for widths that are no power of two
+    top_k: float = 1.0  # fraction of inputs kept per token (a4.8, Q-Sparse); the gradient is not masked
+    # disputed details: keyword arguments of the two quantizers, as (name, value) pairs
+    weight_options: tuple[tuple[str, Any], ...] = ()
+    activation_options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("weight_options", "activation_options"):
+            value = getattr(self, field)
+            pairs = value.items() if isinstance(value, Mapping) else value
+            object.__setattr__(self, field, tuple(sorted((str(name), option) for name, option in pairs)))
+        _check_name("weight", self.weight, ("float", *WEIGHT_QUANTIZERS))
+        _check_name("activation", self.activation, tuple(ACTIVATION_QUANTIZERS))
+        _check_name("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        _check_name("scale", self.scale, ("analytic", "learned", "none"))
+        _check_name("scale_init", self.scale_init, ("analytic", "lsq"))
+        _check_name("activation_scale", self.activation_scale, ("analytic", "learned"))
+        _check_name("weight_ste", self.weight_ste, _stes(self.packed_format == "binary"))
+        _check_name("activation_ste", self.activation_ste, _stes(self.activation not in ROUNDING))
+        if (
+            not isinstance(self.granularity, int)
+            or isinstance(self.granularity, bool)
+            or self.granularity < 1
+        ):
+            _check_name("granularity", self.granularity, ("tensor", "channel"), " or a positive group size")
+        if self.hadamard not in (False, True, "block"):
+            raise ValueError(f"hadamard: got {self.hadamard!r}, expected False, True or 'block'")
+        if not 0 < self.top_k <= 1:
+            raise ValueError(f"top_k: got {self.top_k}, expected a fraction in (0, 1]")
+        if self.weight == "float" and self.activation != "none":
+            raise ValueError(
+                f"activation: got {self.activation!r} with weight='float', expected 'none'; "
+                "choose a weight quantizer"
+            )
+        if self.activation.startswith("elastic") and self.activation_scale != "learned":
+            raise ValueError(
+                f"activation={self.activation!r} needs activation_scale='learned', got 'analytic'"
+            )
+        if self.activation_scale == "learned" and self.activation not in LEARNED_ACTIVATIONS:
+            raise ValueError(
+                f"activation_scale='learned': got activation={self.activation!r}, "
+                f"expected one of {sorted(LEARNED_ACTIVATIONS)}"
+            )
+        if self.scale_init == "lsq" and self.weight not in ("int8", "int4", "int3"):
+            raise ValueError(
+                f"scale_init='lsq': got weight={self.weight!r}, expected 'int8', 'int4' or 'int3'"
+            )
+        if self.weight == "float" and self.weight_options:
+            raise ValueError(f"weight_options: got {self.weight_options} with weight='float', expected none")
+        if self.quantizes_weights:
+            _check_options("weight_options", self.weight_options, WEIGHT_QUANTIZERS[self.weight])
+        _check_options("activation_options", self.activation_options, ACTIVATION_QUANTIZERS[self.activation])
+        if self.activation_shift and self.activation not in SHIFTED:
+            raise ValueError(
+                f"activation_shift: got activation={self.activation!r}, expected one of {sorted(SHIFTED)}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Precision:
+        """The inverse of dataclasses.asdict, also by way of JSON. ValueError for an unknown field."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            _check_name("Precision field", name, names)
+        return cls(**values)
+
+    @property
+    def quantizes_weights(self) -> bool:
+        return self.weight != "float"
+
+    @property
+    def packed_format(self) -> PackedFormat | None:
+        """The packed form of the weight codes, whatever the activations are; None if there is none."""
+        return WEIGHT_FORMATS[self.weight][1] if self.quantizes_weights else None
+
+    @property
+    def weight_bits(self) -> float:
+        """Information per weight: 1, log2(3), ..., without the scales."""
+        return WEIGHT_FORMATS[self.weight][0] if self.quantizes_weights else self._float_bits
+
+    @property
+    def activation_bits(self) -> float:
+        return ACTIVATION_BITS.get(self.activation, self._float_bits)
+
+    @property
+    def needs_key(self) -> bool:
+        """True if training draws random codes; without a key the quantizer is its deterministic self."""
+        return self.weight == "binary_stochastic"
+
+    @property
+    def _float_bits(self) -> float:
+        return 16 if self.compute_dtype == "bfloat16" else 32
+
+    def quantize_weight(
+        self,
+        w: Float[Array, "n k"],
+        scale: Float[Array, "#n G"] | None = None,
+        progress: Progress = 1.0,
+        key: PRNGKeyArray | None = None,
+    ) -> Quantized:
+        """Codes and scale of latent weights; `scale` is the learned one, given exactly if there is one."""
+        if not self.quantizes_weights:
+            raise ValueError("weight='float' has no codes; check quantizes_weights first")
+        if (scale is not None) != (self.scale == "learned"):
+            raise ValueError(
+                f"scale={self.scale!r}: got {'a' if scale is not None else 'no'} learned scale, "
+                "expected the other"
+            )
+        if self.scale == "none":
+            scale = jnp.ones((1, 1), jnp.float32)
+        options = dict(self.weight_options)
+        return WEIGHT_QUANTIZERS[self.weight](
+            w,
+            granularity=self.granularity,
+            ste=self.weight_ste,
+            scale=scale,
+            progress=progress,
+            key=key,
+            **options,
+        )
+
+    def quantize_activation(
+        self,
+        x: Float[Array, "... k"],
+        scale: Float[Array, ""] | None = None,
+        shift: Float[Array, "k"] | None = None,
+        progress: Progress = 1.0,
+        key: PRNGKeyArray | None = None,
+    ) -> Quantized:
+        """Codes and scale of an input: rotate, quantize, keep the codes of each token's top_k largest |x|."""
+        if (scale is not None) != (self.activation_scale == "learned"):
+            raise ValueError(
+                f"activation_scale={self.activation_scale!r}: got "
+                f"{'a' if scale is not None else 'no'} learned scale, expected the other"
+            )
+        x = x.astype(jnp.float32)
+        if self.hadamard:
+            x = hadamard(x, block=self.hadamard == "block")
+        quantized = ACTIVATION_QUANTIZERS[self.activation](
+            x,
+            ste=self.activation_ste,
+            scale=scale,
+            shift=shift,
+            progress=progress,
+            key=key,
+            **dict(self.activation_options),
+        )
+        if self.top_k < 1:
+            quantized = quantized._replace(codes=top_k(quantized.codes, self.top_k, by=x))
+        return quantized
+
+    def weight_scale_init(self, w: Float[Array, "n k"]) -> Float[Array, "#n G"] | None:
+        """First value of the learned weight scale for latents w, None if scales are not learned."""
+        if self.scale != "learned":
+            return None
+        w = jax.lax.stop_gradient(w.astype(jnp.float32))
+        if self.scale_init == "lsq":
+            q_max = 2 ** (int(self.weight_bits) - 1) - 1
+            size = measure(jnp.mean, jnp.abs(w), self.granularity) * (2 / math.sqrt(q_max))
+        elif self.weight.startswith("seq"):
+            size = measure(jnp.max, jnp.abs(w), self.granularity)
+        else:
+            analytic = dataclasses.replace(self, scale="analytic")
+            size = analytic.quantize_weight(w).scale
+        return jnp.maximum(size, SMALLEST_SCALE)
+
+    def activation_param_shapes(self, k: int) -> dict[str, tuple[tuple[int, ...], float]]:
+        """Learned activation parameters of a layer with k inputs: name -> (shape, first value)."""
+        declared: dict[str, tuple[tuple[int, ...], float]] = {}
+        if self.activation_scale == "learned":
+            declared["activation_scale"] = ((), LEARNED_ACTIVATIONS[self.activation] * UNIT_NORMAL_MEAN)
+        if self.activation_shift:
+            declared["activation_shift"] = ((k,), 0.0)
+        return declared
+
+    def activation_scale_init(self, x: Float[Array, "... k"]) -> Float[Array, ""] | None:
+        """First value of the learned activation scale measured on a batch, None if it is not learned."""
+        if self.activation_scale != "learned":
+            return None
+        size = jnp.mean(jnp.abs(x.astype(jnp.float32))) * LEARNED_ACTIVATIONS[self.activation]
+        return jnp.maximum(jax.lax.stop_gradient(size), SMALLEST_SCALE)
+
+
+# Learnable activation quantizers: first scale in units of mean|x|. BiT: 2 or 4; LSQ: 2 / sqrt(Qp).
+LEARNED_ACTIVATIONS = {
+    "elastic_signed": 2.0,
+    "elastic_unsigned": 4.0,
+    "int8": 2 / math.sqrt(127),
+    "int4": 2 / math.sqrt(7),
+    "int2": 1.0,
+}
+
+
+def _stes(is_sign: bool) -> tuple[str, ...]:
+    return tuple(STES) if is_sign else ("identity", "clipped")
+
+
+# What every quantizer is called with; anything else in its signature is an option.
+CALLED_WITH = ("w", "x", "granularity", "ste", "scale", "shift", "progress", "key")
+
+
+def _check_options(
+    what: str, options: tuple[tuple[str, Any], ...], quantizer: Callable[..., Quantized]
+) -> None:
+    allowed = [name for name in inspect.signature(quantizer).parameters if name not in CALLED_WITH]
+    for name, _ in options:
+        _check_name(what, name, allowed)
+
+
+def _check_name(what: str, got: Any, allowed: Sequence[str], also: str = "") -> None:
+    if got not in allowed:
+        near = difflib.get_close_matches(str(got), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what}: got {got!r}, expected one of {sorted(allowed)}{also}{hint}")
+
+
+Recipe = str | Precision | Mapping[str, Any]  # a name in RECIPES, a value, or the value as a dict (from JSON)
+Rules = Recipe | Sequence[tuple[str, Recipe]]
+
+_BITNET = Precision(weight="binary_centred", activation="int8")
+_B158 = Precision(weight="ternary_absmean", activation="int8")
+_BIT = Precision(
+    weight="binary_centred",
+    activation="elastic_signed",
+    activation_ste="clipped",
+    activation_scale="learned",
+    activation_shift=True,
+)
+_PARETOQ = Precision(
+    weight="binary",
+    weight_ste="clipped",
+    scale="learned",
+    granularity="channel",
+    weight_options=(("count", "matrix"),),
+)
+_replace = dataclasses.replace
+
+RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
+    "float32": Precision(),
+    "bfloat16": Precision(compute_dtype="bfloat16"),
+    # measured scales, 8-bit activations
+    "int8": Precision(weight="int8", activation="int8", granularity="channel"),
+    "int4": Precision(weight="int4", activation="int8", granularity="channel"),
+    "int3": Precision(weight="int3", activation="int8", granularity="channel"),
+    "int2": Precision(weight="int2", activation="int8", granularity="channel"),
+    "lsq4": Precision(
+        weight="int4", weight_ste="clipped", scale="learned", scale_init="lsq", activation="int4",
+        activation_ste="clipped", activation_scale="learned",
+    ),
+    # BitNet (2310.11453): W1 A8
+    "bitnet": _BITNET,
+    "bitnet_channel": _replace(_BITNET, granularity="channel"),
+    "bitnet_group64": _replace(_BITNET, granularity=64),
+    "bitnet_group128": _replace(_BITNET, granularity=128),
+    "bitnet_group256": _replace(_BITNET, granularity=256),
+    "binary_weight_only": _replace(_BITNET, activation="none"),  # BiLM of Spectra
+    # BitNet b1.58 (2402.17764): W1.58 A8
+    "bitnet_b158": _B158,
+    "bitnet_b158_channel": _replace(_B158, granularity="channel"),
+    "bitnet_b158_group64": _replace(_B158, granularity=64),
+    "bitnet_b158_group128": _replace(_B158, granularity=128),
+    "bitnet_b158_group256": _replace(_B158, granularity=256),
+    "bitnet_b158_median": _replace(_B158, weight="ternary_absmedian"),
+    "twn": _replace(_B158, weight="ternary_twn"),
+    "bitnet_weight_only": _replace(_B158, activation="none", weight_options=(("epsilon", "add"),)),  # TriLM
+    # low-bit activations: 4 bits where inputs are normalised, 8 where they have heavy tails
+    "bitnet_a48": (
+        ("*o_proj", _replace(_B158, top_k=0.5)),
+        ("*down_proj", _B158),
+        ("*", _replace(_B158, activation="int4")),
+    ),
+    "bitnet_v2": (
+        ("*o_proj", _replace(_B158, hadamard="block")),
+        ("*down_proj", _replace(_B158, hadamard="block")),
+        ("*", _B158),
+    ),
+    "bitnet_v2_a4": (
+        ("*o_proj", _replace(_B158, activation="int4", hadamard="block")),
+        ("*down_proj", _replace(_B158, activation="int4", hadamard="block")),
+        ("*", _replace(_B158, activation="int4")),
+    ),
+    # the first binary networks
+    "binaryconnect": Precision(weight="binary_raw", latent_clip=1.0),
+    "binaryconnect_stochastic": Precision(weight="binary_stochastic", latent_clip=1.0),
+    "bwn": Precision(weight="bwn", weight_ste="clipped", granularity="channel", latent_clip=1.0),
+    "xnor": Precision(
+        weight="bwn", weight_ste="clipped", granularity="channel", latent_clip=1.0, activation="sign_absmean",
+        activation_ste="clipped",
+    ),
+    "bnn": Precision(weight="binary_raw", latent_clip=1.0, activation="sign", activation_ste="clipped"),
+    # BiT (2205.13016): W1 A1 with learned ranges; {0, 1} codes after a ReLU
+    "bit": _BIT,
+    "bit_relu": (("*down_proj", _replace(_BIT, activation="elastic_unsigned")), ("*", _BIT)),
+    # ParetoQ (2502.02631): weight only, learned scale per output row
+    "paretoq_1": _PARETOQ,
+    "paretoq_1.58": _replace(_PARETOQ, weight="seq_ternary"),
+    "paretoq_2": _replace(_PARETOQ, weight="seq_int2"),
+    "paretoq_3": _replace(_PARETOQ, weight="int3"),
+    "paretoq_4": _replace(_PARETOQ, weight="int4"),
+}  # fmt: skip
+
+
+def resolve(rules: Rules, paths: Sequence[str]) -> dict[str, Precision]:
+    """One Precision per linear path; the first rule whose pattern (fnmatch, `*` crosses `/`) matches wins.
+
+    A bare recipe is the rule ("*", recipe). A recipe that is itself a tuple of rules is expanded inside the
+    pattern that names it. lm_head stays float32 unless a pattern names it: "*" alone does not. Raises
+    ValueError for an unknown recipe, for paths that no rule matches, and for patterns that never win.
+    """
+    if isinstance(rules, str | Precision | Mapping):
+        rules = (("*", rules),)
+    resolved: dict[str, Precision] = {}
+    winners: set[int] = set()
+    unmatched = []
+    for path in paths:
+        for index, (pattern, recipe) in enumerate(rules):
+            if fnmatchcase(path, pattern) and not (path == "lm_head" and not pattern.strip("*")):
+                resolved[path] = _expand(recipe, path)
+                winners.add(index)
+                break
+        else:
+            if path == "lm_head":
+                resolved[path] = Precision()
+            else:
+                unmatched.append(path)
+    if unmatched:
+        raise ValueError(
+            f"precision rules leave out {unmatched}: got patterns {[pattern for pattern, _ in rules]}, "
+            "expected every linear to match one; end the rules with ('*', recipe)"
+        )
+    idle = [
+        pattern for index, (pattern, _) in enumerate(rules) if index not in winners and pattern.strip("*")
+    ]
+    if idle:
+        raise ValueError(
+            f"precision patterns that decide no linear: got {idle}, expected each to be the first match "
+            f"of one of {list(paths)}; correct the pattern, or move it before a wider one"
+        )
+    return resolved
+
+
+def _expand(recipe: Recipe, path: str) -> Precision:
+    """The Precision a recipe gives to one path."""
+    if isinstance(recipe, Precision):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Precision.from_dict(recipe)
+    _check_name("recipe", recipe, tuple(RECIPES))
+    named = RECIPES[recipe]
+    if isinstance(named, Precision):
+        return named
+    for pattern, inner in named:
+        if fnmatchcase(path, pattern):
+            return _expand(inner, path)
+    raise ValueError(f"recipe {recipe!r} has no rule for {path!r}")

@@ -1,0 +1,257 @@
+"""Checkpoints through Orbax: whole or not there, checked by checksum, the newest good one wins.
+
+    <folder>/<step>/{params, optimizer, meta}
+
+Orbax writes to a temporary name and renames, so a killed process leaves no half checkpoint. It does not
+notice a flipped bit in the stored arrays, so `meta` also holds a CRC-32 of every array. Saving runs in the
+background; its errors appear at the next `save`, `wait` or `close`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+from orbax.checkpoint import checkpoint_managers
+
+logger = logging.getLogger(__name__)
+
+TEMPORARY = "*.orbax-checkpoint-tmp*"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message is one line."""
+
+
+class Restored(NamedTuple):
+    step: int
+    params: PyTree
+    opt_state: PyTree | None
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager, or call `close`.
+
+    Args:
+      folder: made if missing (not with read_only).
+      keep: how many of the newest stay. At least 2: the last one must outlive the writing of the next.
+      keep_best: the one with the lowest `loss` given to `save` stays too.
+      read_only: for looking into a run that may be going on; changes nothing on disk.
+
+    Raises:
+      CheckpointError: the folder cannot be made, or (read_only) does not exist.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, keep_best: bool = False, read_only: bool = False):
+        if keep < 2:
+            raise ValueError(
+                f"keep={keep}: expected at least 2, so that a failed save leaves a good checkpoint"
+            )
+        self.folder = Path(folder).absolute()
+        if read_only and not self.folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: no such checkpoint folder; expected the folder of a training run"
+            )
+        newest = checkpoint_managers.LatestN(keep)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        policies = [newest, best] if keep_best else [newest]
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=1,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=_loss
+            if keep_best
+            else None,  # without it Orbax does not write the metric beside the step
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=not read_only,
+        )
+        _quieten_orbax()
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise CheckpointError(f"cannot make {self.folder}: {error.strerror or error}") from error
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if error is None:
+                raise  # an error that is already on its way matters more
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints on disk, oldest first."""
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def save(
+        self, step: int, params: PyTree, opt_state: PyTree, meta: Mapping[str, Any], loss: float | None = None
+    ) -> None:
+        """Start writing both trees and `meta` (JSON); the caller may donate the arrays at once.
+
+        Raises:
+          CheckpointError: the disk is full or may not be written, now or in the save before.
+        """
+        self.wait()
+        # A real copy: on CPU a host view would share memory with buffers that the next update overwrites.
+        trees = {
+            name: jax.tree.map(lambda x: np.array(x, copy=True), _flat(tree))
+            for name, tree in (("params", params), ("optimizer", opt_state))
+        }
+        meta = {**meta, "step": step, "crc32": {name: _checksums(tree) for name, tree in trees.items()}}
+        items = ocp.args.Composite(
+            meta=ocp.args.JsonSave(meta),
+            **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
+        )
+        self._guard(
+            lambda: self._manager.save(step, args=items, metrics=None if loss is None else {"loss": loss})
+        )
+
+    def wait(self) -> None:
+        """Until the save under way is on disk.
+
+        Raises:
+          CheckpointError: it failed; nothing of it is left behind.
+        """
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._guard(self._manager.close)
+
+    def _guard(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # Orbax and TensorStore report a full disk as ValueError, OSError, ...
+            for path in self.folder.glob(TEMPORARY):
+                shutil.rmtree(path, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot save a checkpoint in {self.folder}: {_one_line(error)}; make room or fix rights, "
+                f"then start again: it goes on from step {max(self.steps(), default=0)}"
+            ) from error
+
+    def restore(self, params: PyTree, opt_state: PyTree | None = None, step: int | None = None) -> Restored:
+        """Read one checkpoint and compare every checksum.
+
+        Args:
+          params, opt_state: trees of arrays or ShapeDtypeStructs that say structure, shapes and shardings;
+            without opt_state the optimizer's part is not read.
+          step: None takes the newest.
+
+        Raises:
+          CheckpointError: there is none (at this step), or it is damaged or of another model.
+        """
+        steps = self.steps()
+        if step is None and steps:
+            step = steps[-1]
+        if step is None or step not in steps:
+            got = f"no step {step}" if steps else "no checkpoint"
+            raise CheckpointError(
+                f"{self.folder}: {got}; expected one of {steps or 'at least one finished save'}"
+            )
+        wanted = {"params": params} if opt_state is None else {"params": params, "optimizer": opt_state}
+        args = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in wanted.items()}
+        try:
+            read = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
+            for name in wanted:
+                found, expected = _checksums(read[name]), read["meta"]["crc32"][name]
+                wrong = sorted(key for key in found if found[key] != expected.get(key))
+                if wrong:
+                    raise ValueError(
+                        f"checksum of {name} {', '.join(wrong)} differs from the one saved with it"
+                    )
+        except Exception as error:  # a damaged file can surface as nearly any exception
+            raise CheckpointError(f"{self.folder / str(step)} cannot be used: {_one_line(error)}") from error
+        trees = {
+            name: jax.tree.unflatten(jax.tree.structure(tree), [read[name][key] for key in _flat(tree)])
+            for name, tree in wanted.items()
+        }
+        return Restored(step, trees["params"], trees.get("optimizer"), read["meta"])
+
+    def restore_latest_whole(self, params: PyTree, opt_state: PyTree) -> Restored | None:
+        """The newest whole checkpoint, None if there are none; damaged newer ones are reported, set aside.
+
+        Raises:
+          CheckpointError: there are checkpoints, and all are damaged.
+        """
+        damaged = []
+        while self.steps():
+            try:
+                return self.restore(params, opt_state)
+            except CheckpointError as error:
+                step = self.steps()[-1]
+                aside = self._set_aside(step)
+                logger.warning("%s. It is moved to %s; trying the checkpoint before it.", error, aside)
+                damaged.append(step)
+        if damaged:
+            raise CheckpointError(
+                f"{self.folder}: all checkpoints (steps {sorted(damaged)}) are damaged; they are in "
+                f"{self.folder.parent / 'damaged'}. Start in an empty folder, or put a good copy back"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> Path:
+        aside = self.folder.parent / "damaged" / str(step)
+        aside.parent.mkdir(exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+        return aside
+
+
+def _loss(metrics: Mapping[str, float]) -> float:
+    return metrics["loss"]
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    """Leaves by dotted path: Orbax then needs to know none of optax's state classes."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _abstract(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device
+        )
+
+    return {key: describe(leaf) for key, leaf in _flat(tree).items()}
+
+
+def _checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        key: zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)) for key, leaf in leaves.items()
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _quieten_orbax() -> None:
+    """Orbax logs tracebacks of errors that it also raises; `_guard` and `restore` tell those in one line."""
+    absl = logging.getLogger("absl")
+    if not any(isinstance(known, _NotFromOrbax) for known in absl.filters):
+        absl.addFilter(_NotFromOrbax())
+
+
+class _NotFromOrbax(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname

@@ -1,0 +1,205 @@
+"""The settings of a run: sections of frozen dataclasses that fail loudly on unknown names and wrong types."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.training.optimizers import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Section `data`: which text, tokens and batches. `load_corpus` and `TokenBatches` check the values."""
+
+    source: str = "stdlib"  # the running Python's standard library, a path, or hf:NAME (see data/text.py)
+    root: str | None = (
+        None  # folder that relative paths are below; None: working directory, then $BITNET_JAX_DATA
+    )
+    tokenizer: str = "byte"  # byte, char, or the path of a tokenizer.json
+    split: str = "document"  # what is held out: document, tail or record (see split_documents)
+    valid_fraction: float = 0.05
+    valid_source: str | None = None  # hold out all of this source instead
+    length: int = 128  # T, tokens of a training sequence
+    batch_size: int = 16  # B, sequences of one update (all micro-batches together)
+    sampling: str = "epoch"  # epoch: every window once, shuffled, then again; windows: random places
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Section `training`: how long, and what is measured and kept on the way."""
+
+    steps: int = 1000  # updates
+    accumulate: int = 1  # micro-batches per update; divides data.batch_size
+    z_loss: float = 0.0  # weight of (log Z)^2 in the loss
+    max_loss: float | None = None  # a loss above it counts as divergence, as NaN does; None: only NaN and inf
+    log_every: int = 50  # updates between two rows with per-layer statistics, and of the progress line
+    statistics_every: int = 1  # updates between two measurements of the codes (flips, zeros, clips); 0: never
+    eval_every: int = 250  # updates between two evaluations on held-out text; the end has one in any case
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    keep_best: bool = False  # also keep the checkpoint with the lowest held-out loss
+    tensorboard: bool = False  # also write TensorBoard files (extra `tensorboard`)
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
+        for name, low in (least | {"statistics_every": 0, "z_loss": 0, "keep_checkpoints": 2}).items():
+            if getattr(self, name) < low:
+                raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least {low}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Section `evaluation`: the held-out measurement during training."""
+
+    batches: int | None = 20  # from the start of the held-out text; None: all of it
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.batches is not None and self.batches < 1):
+            raise ValueError(
+                f"evaluation: got batches={self.batches}, batch_size={self.batch_size}, expected at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. `model` holds fields of ModelConfig; vocab_size and max_length default to what the data needs.
+
+    Raises:
+      ValueError: an unknown field or section (named, with the nearest valid one), a wrong type or value.
+    """
+
+    seed: int = 0
+    model: Mapping[str, Any]
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.batch_size % self.training.accumulate:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} is not a multiple of "
+                f"training.accumulate={self.training.accumulate}; change one of them"
+            )
+        self.model_config(
+            vocab_size=self.model.get("vocab_size", 256)
+        )  # a bad field fails here, before any work
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The model for a tokenizer of `vocab_size`; max_length is data.length unless `model` says more.
+
+        Raises:
+          ValueError: model.vocab_size or model.max_length is too small for the data, or a field is wrong.
+        """
+        config = ModelConfig.from_dict(
+            {"vocab_size": vocab_size, "max_length": self.data.length} | dict(self.model)
+        )
+        for name, least in (("vocab_size", vocab_size), ("max_length", self.data.length)):
+            if getattr(config, name) < least:
+                raise ValueError(
+                    f"model.{name}: got {getattr(config, name)}, the data needs at least {least}"
+                )
+        return config
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> RunConfig:
+        """From nested dicts or an `ml_collections.ConfigDict`; the inverse of `to_dict`."""
+        fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
+        sections = {"data": DataConfig, "optimizer": OptimizerConfig, "training": TrainingConfig}
+        sections["evaluation"] = EvaluationConfig
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name, value in fields.items():
+            if name not in known:
+                raise ValueError(f"config.{name} is not a section; {_nearest(name, known)}")
+            if name != "seed" and not isinstance(value, Mapping):
+                raise ValueError(f"config.{name}: got {value!r}, expected a section of fields")
+        if "model" not in fields:
+            raise ValueError(f"config has no section model; got {', '.join(fields) or 'nothing'}")
+        seed = fields.get("seed", 0)
+        if not _is_a(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"config.seed: got {seed!r}, expected an integer from 0 to 2**32 - 1")
+        built = {
+            name: _section(name, kind, fields[name]) for name, kind in sections.items() if name in fields
+        }
+        return cls(seed=seed, model=_plain(fields["model"]), **built)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, lists and scalars, equal to what JSON gives back."""
+        return _plain(dataclasses.asdict(self))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """Raises: ValueError: not JSON, or not the JSON of a run config."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"run config: got JSON {type(fields).__name__}, expected an object of sections")
+        return cls.from_dict(fields)
+
+    def hash(self) -> str:
+        """12 hex digits that name these settings, the same in every process."""
+        canonical = RunConfig.from_dict(self.to_dict())  # 1 and 1.0 in a float field are the same setting
+        return hashlib.sha256(canonical.to_json().encode()).hexdigest()[:12]
+
+
+def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
+    """`section.field: value in a, value in b` for every setting that differs."""
+    flat_a, flat_b = _flatten(a.to_dict()), _flatten(b.to_dict())
+    names = sorted(flat_a.keys() | flat_b.keys())
+    return [
+        f"{name}: {flat_a.get(name, 'not set')!r}, {flat_b.get(name, 'not set')!r}"
+        for name in names
+        if (name in flat_a) != (name in flat_b) or flat_a[name] != flat_b[name]
+    ]
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _section(section: str, kind: type, fields: Mapping[str, Any]) -> Any:
+    expected = typing.get_type_hints(kind)
+    for name, value in fields.items():
+        if name not in expected:
+            raise ValueError(f"{section}.{name} is not a field; {_nearest(name, expected)}")
+        if not _is_a(value, expected[name]):
+            wanted = getattr(expected[name], "__name__", str(expected[name]))
+            raise ValueError(f"{section}.{name}: got {value!r}, expected {wanted}")
+    return kind(**{name: float(v) if expected[name] is float else v for name, v in fields.items()})
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"
+
+
+def _is_a(value: Any, expected: Any) -> bool:
+    if isinstance(expected, types.UnionType):
+        return any(_is_a(value, kind) for kind in typing.get_args(expected))
+    if expected is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    return isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    return value

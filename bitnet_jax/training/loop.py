@@ -1,0 +1,213 @@
+"""The host loop around the jitted step: resume, measure, checkpoint, stop in good order.
+
+    result = fit(config, "runs/first")
+
+`fit` may be killed at any moment: started again with the same config and folder it goes on from the last
+whole checkpoint and ends in the same bits as a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+import bitnet_jax
+from bitnet_jax.data import Tokenizer
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.training.checkpoints import Checkpoints
+from bitnet_jax.training.config import RunConfig, TrainingConfig
+from bitnet_jax.training.interrupt import Interrupted, StopWish, stop_on_signals
+from bitnet_jax.training.metrics import MetricsLog
+from bitnet_jax.training.optimizers import make_optimizer
+from bitnet_jax.training.recorder import Diverged, Recorder
+from bitnet_jax.training.run_folder import RunError, RunFolder
+from bitnet_jax.training.state import TrainState
+from bitnet_jax.training.statistics import quantized_paths
+from bitnet_jax.training.step import Metrics, make_train_step
+from bitnet_jax.training.task import Task, abstract_params, language_task
+
+
+def fit(config: RunConfig | Mapping[str, Any], workdir: str | Path, progress: bool = True) -> dict[str, Any]:
+    """Train a language model in `workdir`, going on with the run that it holds, if any.
+
+    Returns:
+      What `result.json` holds: status ("finished" or "diverged"), step, newest train and valid measurements,
+      parameters, tokens, seconds, config_hash, versions. A run that is over is not trained again.
+
+    Raises:
+      ValueError, FileNotFoundError: a wrong config, or text that cannot be used.
+      RunError, CheckpointError: the folder holds another run, cannot be written, or only damaged checkpoints.
+      Interrupted: SIGINT or SIGTERM came; the run is saved and can go on.
+    """
+    if not isinstance(config, RunConfig):
+        config = RunConfig.from_dict(config)
+    folder = RunFolder(workdir)
+    with folder.training(config):
+        result = folder.read_result()
+        return train(language_task(config), config, folder, progress) if result is None else result
+
+
+def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = True) -> dict[str, Any]:
+    """`fit` for any task. The caller holds `folder.training(config)`."""
+    folder.write_tokenizer(task.tokenizer)
+    try:
+        result = _train(task, config, folder, progress)
+    except OSError as error:
+        raise RunError(
+            f"cannot write in {folder.path}: {error.strerror or error}; make room or fix rights and start "
+            "again: the run goes on from its last checkpoint"
+        ) from error
+    folder.write_result(result)
+    return result
+
+
+def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> dict[str, Any]:
+    training = config.training
+    optimizer = make_optimizer(config.optimizer, training.steps)
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+    fresh = jax.jit(lambda key: TrainState.create(task.init(key), optimizer))
+    began = time.monotonic()
+
+    with contextlib.ExitStack() as stack:
+        wish = stack.enter_context(stop_on_signals())
+        checkpoints = stack.enter_context(
+            Checkpoints(folder.checkpoints, keep=training.keep_checkpoints, keep_best=training.keep_best)
+        )
+        shapes = jax.eval_shape(fresh, init_key)
+        restored = checkpoints.restore_latest_whole(shapes.params, shapes.opt_state)
+        if restored is None:
+            state, meta = fresh(init_key), {"seconds": 0.0, "last": {}}
+        else:
+            state = TrainState(jnp.int32(restored.step), restored.params, restored.opt_state)
+            meta = restored.meta
+            if meta["data"] != task.fingerprint:
+                raise RunError(
+                    f"{folder.path}: the training text is not the one this run began with (checksum "
+                    f"{task.fingerprint:08x}, was {meta['data']:08x}); bring it back or use another folder"
+                )
+        first = int(state.step)
+        board = folder.path / "tensorboard" if training.tensorboard else None
+        log = stack.enter_context(MetricsLog(folder.metrics, resume_step=first, tensorboard=board))
+        bar = stack.enter_context(
+            tqdm(total=training.steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
+        )
+        recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
+
+        def seconds() -> float:
+            return meta["seconds"] + time.monotonic() - began
+
+        def rest(step: int, state: TrainState, evaluates: bool, saves: bool) -> None:
+            values = task.evaluate(state.params) if evaluates else None
+            if values is not None:
+                recorder.valid(step, values)
+            if saves:
+                log.flush()  # rows up to a checkpoint are on disk before it is
+                facts = {"config": config.to_dict(), "data": task.fingerprint, "data_position": step}
+                facts |= {"seconds": seconds(), "last": recorder.last}
+                loss = values["loss"] if values is not None else None
+                checkpoints.save(step, state.params, state.opt_state, facts, loss)
+            recorder.pause()
+
+        update = make_train_step(
+            task.loss,
+            optimizer,
+            total_steps=training.steps,
+            precisions=task.precisions,
+            accumulate=training.accumulate,
+            statistics_every=training.statistics_every,
+        )
+        step, problem = _loop(state, first, partial(update, key=key), task, training, wish, recorder, rest)
+        checkpoints.wait()
+        kept = max(checkpoints.steps(), default=0)
+
+    if problem is None and step < training.steps:
+        assert wish.signal is not None
+        print(
+            f"{wish.signal.name}: saved step {step} of {training.steps}; start again to go on",
+            file=sys.stderr,
+        )
+        raise Interrupted(128 + wish.signal)
+    if problem is not None:
+        print(f"stopped: {problem}; the last good checkpoint is of step {kept}", file=sys.stderr)
+    return {
+        "status": "finished" if problem is None else "diverged",
+        "message": None if problem is None else str(problem),
+        "step": step,
+        "steps": training.steps,
+        **recorder.last,
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
+        "tokens": step * task.tokens,
+        "seconds": seconds(),
+        "seed": config.seed,
+        "config_hash": config.hash(),
+        "versions": {
+            "bitnet_jax": bitnet_jax.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _loop(
+    state: TrainState,
+    step: int,
+    update: Callable[..., tuple[TrainState, Metrics]],
+    task: Task,
+    training: TrainingConfig,
+    wish: StopWish,
+    recorder: Recorder,
+    rest: Callable[[int, TrainState, bool, bool], None],
+) -> tuple[int, Diverged | None]:
+    """Updates until the last, a wish to stop or a divergence; returns the step reached and the divergence.
+
+    The device always has the next update to work on while the host reads the metrics of the one before it.
+    `rest(step, state, evaluates, saves)` is called only with states known to be finite.
+    """
+    in_flight = None
+    try:
+        while step < training.steps:
+            state, metrics = update(state, task.train_batch(step))
+            step += 1
+            if in_flight is not None:
+                recorder.update(*in_flight)
+            in_flight = (step, metrics)
+            stop, last = wish.signal is not None, step == training.steps
+            evaluates = last or step % training.eval_every == 0
+            saves = last or stop or step % training.checkpoint_every == 0
+            if evaluates or saves:
+                recorder.update(*in_flight)
+                in_flight = None
+                rest(step, state, evaluates, saves)
+            if stop:
+                break
+    except Diverged as problem:
+        return problem.step, problem
+    return step, None
+
+
+def load_run(
+    workdir: str | Path, step: int | None = None
+) -> tuple[RunConfig, ModelConfig, dict[str, Any], Tokenizer]:
+    """Settings, model, latent parameters (of one checkpoint, the newest by default) and tokenizer of a run.
+
+    Raises:
+      RunError, CheckpointError: not a run, no such checkpoint, or a damaged file.
+    """
+    folder = RunFolder(workdir)
+    config, tokenizer = folder.read_config(), folder.read_tokenizer()
+    model = config.model_config(tokenizer.vocab_size)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        restored = checkpoints.restore(abstract_params(model), step=step)
+    return config, model, restored.params, tokenizer

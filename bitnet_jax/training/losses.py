@@ -1,0 +1,63 @@
+"""What a loss is averaged over, in one place: every term with weight w counts w / (sum of weights)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class LossSums(NamedTuple):
+    """Weighted sums over targets. Sums of micro-batches add up to the big batch's; means do not."""
+
+    loss: Float[Array, ""]
+    correct: Float[Array, ""]  # weight of the targets that the largest logit hits
+    weight: Float[Array, ""]
+
+
+def cross_entropy_sums(
+    logits: Float[Array, "*batch V"],
+    targets: Int[Array, "*batch"],
+    weights: Float[Array, "*batch"] | None = None,
+    z_loss: float = 0.0,
+) -> LossSums:
+    """`sum w * (log Z - logits[target] + z_loss * (log Z)^2)` with `log Z = logsumexp(logits)`, in float32.
+
+    Args:
+      logits: unnormalized log probabilities of tokens or classes.
+      targets: ids in [0, V).
+      weights: 0 leaves a target out (padding); default all 1.
+      z_loss: pulls log Z to 0 (PaLM, 2204.02311, uses 1e-4).
+    """
+    logits = logits.astype(jnp.float32)
+    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    terms = log_z - target_logits
+    if z_loss:
+        terms = terms + z_loss * jnp.square(log_z)
+    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return LossSums(jnp.sum(weights * terms), jnp.sum(weights * correct), jnp.sum(weights))
+
+
+def cross_entropy(
+    logits: Float[Array, "*batch V"],
+    targets: Int[Array, "*batch"],
+    weights: Float[Array, "*batch"] | None = None,
+    z_loss: float = 0.0,
+) -> Float[Array, ""]:
+    """The weighted mean of `cross_entropy_sums`; NaN when all weights are 0."""
+    sums = cross_entropy_sums(logits, targets, weights, z_loss)
+    return sums.loss / sums.weight
+
+
+def accuracy(
+    logits: Float[Array, "*batch V"],
+    targets: Int[Array, "*batch"],
+    weights: Float[Array, "*batch"] | None = None,
+) -> Float[Array, ""]:
+    """Weighted share of targets that the largest logit hits (the first one among equals)."""
+    sums = cross_entropy_sums(logits, targets, weights)
+    return sums.correct / sums.weight

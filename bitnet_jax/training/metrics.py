@@ -1,0 +1,97 @@
+"""The metrics of a run: one JSON object a line, each with the number of updates done when it was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+def finite_json(value: Any) -> Any:
+    """The value with NaN and infinities as the strings "nan", "inf", "-inf": JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: finite_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(inner) for inner in value]
+    return value
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics file; a line that a killed process left unfinished is skipped."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+
+
+class MetricsLog:
+    """Appends rows to `path`. Use as a context manager, or call `close`.
+
+    Rows after `resume_step` are dropped first: the run measures them again. Rows reach the disk at `flush`.
+
+    Args:
+      tensorboard: a folder for scalars in TensorBoard's format too (needs the extra `tensorboard`).
+
+    Raises:
+      OSError: the file cannot be written.
+      ModuleNotFoundError: tensorboard is asked for and tensorboardX is not installed.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0, tensorboard: Path | None = None):
+        if path.exists():
+            _rewrite(path, [row for row in read_metrics(path) if row["step"] <= resume_step])
+        self._board = None if tensorboard is None else _tensorboard(tensorboard, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """Append `values` measured after `step` updates; `kind` says by what ("train", "valid")."""
+        self._file.write(_line({"step": step, "kind": kind, **values}))
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, float) and math.isfinite(value):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(finite_json(row), allow_nan=False) + "\n"
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _tensorboard(folder: Path, resume_step: int) -> Any:
+    try:
+        import tensorboardX
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "training.tensorboard is on and tensorboardX is not installed; "
+            "install bitnet-jax[tensorboard] or set it to False"
+        ) from error
+    return tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1)

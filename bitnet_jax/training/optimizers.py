@@ -1,0 +1,218 @@
+"""AdamW with the schedules of the low-bit papers, and what each parameter is to it.
+
+`t` counts updates from 0, `T` is their total. Every schedule is multiplied by the same linear warm-up
+`min(1, (t + 1) / W)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from bitnet_jax.precision import Precision
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Section `optimizer` of a run config.
+
+    Raises:
+      ValueError: an unknown schedule or a number out of its range.
+    """
+
+    schedule: str = "cosine"
+    learning_rate: float = 1e-3  # peak; the first stage's (virtual) peak in two_stage
+    second_learning_rate: float | None = (
+        None  # two_stage: the second stage's virtual peak; None: 2/3 of the first
+    )
+    stage_switch: float = 0.5  # two_stage: share of training after which the second line holds
+    decay_share: float = 0.2  # wsd: share of training spent in the final linear decay
+    final_factor: float = 0.0  # linear, cosine, wsd: last learning rate as a factor of the peak
+    warmup_steps: int = 0
+    weight_decay: float = 0.1  # decoupled, on matrices only
+    weight_decay_until: float = 1.0  # share of training with weight decay: BitNet 0.5, TriLM 2/3, always 1.0
+    decay_embeddings: bool = True
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float | None = 1.0  # global norm of the gradient; None: no clipping
+    scale_learning_rate_factor: float = (
+        1.0  # learned quantizer scales and shifts: factor on their learning rate
+    )
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"optimizer.schedule: got {self.schedule!r}, expected one of {', '.join(SCHEDULES)}"
+            )
+        limits = {
+            "learning_rate": (0.0, math.inf),
+            "stage_switch": (0.0, 1.0),
+            "decay_share": (0.0, 1.0),
+            "final_factor": (0.0, 1.0),
+            "warmup_steps": (0, math.inf),
+            "weight_decay": (0.0, math.inf),
+            "weight_decay_until": (0.0, 1.0),
+            "beta1": (0.0, 1.0),
+            "beta2": (0.0, 1.0),
+            "scale_learning_rate_factor": (0.0, math.inf),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"optimizer.{name}: got {getattr(self, name)}, expected {low} to {high}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optimizer.clip_norm: got {self.clip_norm}, expected a positive number or None")
+
+
+Schedule = Callable[[Float[Array, ""], int, OptimizerConfig], Float[Array, ""]]
+
+
+def constant(t: Float[Array, ""], T: int, config: OptimizerConfig) -> Float[Array, ""]:
+    """`peak`."""
+    return jnp.full_like(t, config.learning_rate)
+
+
+def linear(t: Float[Array, ""], T: int, config: OptimizerConfig) -> Float[Array, ""]:
+    """`peak * (1 - (1 - final) * p)` with `p = (t - W) / (T - W)`."""
+    return config.learning_rate * (1 - (1 - config.final_factor) * _after_warmup(t, T, config))
+
+
+def cosine(t: Float[Array, ""], T: int, config: OptimizerConfig) -> Float[Array, ""]:
+    """`peak * (final + (1 - final) * (1 + cos(pi * p)) / 2)` with `p = (t - W) / (T - W)`."""
+    wave = (1 + jnp.cos(jnp.pi * _after_warmup(t, T, config))) / 2
+    return config.learning_rate * (config.final_factor + (1 - config.final_factor) * wave)
+
+
+def wsd(t: Float[Array, ""], T: int, config: OptimizerConfig) -> Float[Array, ""]:
+    """Warm-up, stable, decay: `peak`, over the last `decay_share * T` updates linear to `final * peak`."""
+    decay = max(config.decay_share * T, 1.0)
+    p = jnp.clip((t - (T - decay)) / decay, 0.0, 1.0)
+    return config.learning_rate * (1 - (1 - config.final_factor) * p)
+
+
+def two_stage(t: Float[Array, ""], T: int, config: OptimizerConfig) -> Float[Array, ""]:
+    """`peak1 * (1 - t/T)` until `t = switch * T`, from there `peak2 * (1 - t/T)`.
+
+    Both lines run from their peak at 0 to zero at T, so with the switch at one half the second stage starts
+    at half of `peak2` (The Era of 1-bit LLMs: Training Tips, Code and FAQ, section on the schedule).
+    """
+    second = config.second_learning_rate
+    peak2 = config.learning_rate * 2 / 3 if second is None else second
+    peak = jnp.where(t < config.stage_switch * T, config.learning_rate, peak2)
+    return peak * (1 - jnp.clip(t / T, 0.0, 1.0))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "wsd": wsd,
+    "two_stage": two_stage,
+}
+
+
+def _after_warmup(t: Float[Array, ""], T: int, config: OptimizerConfig) -> Float[Array, ""]:
+    return jnp.clip((t - config.warmup_steps) / max(T - config.warmup_steps, 1), 0.0, 1.0)
+
+
+def learning_rate(step: Int[Array, ""] | int, T: int, config: OptimizerConfig) -> Float[Array, ""]:
+    t = jnp.asarray(step, jnp.float32)
+    warmup = jnp.minimum(1.0, (t + 1) / max(config.warmup_steps, 1))
+    return SCHEDULES[config.schedule](t, T, config) * warmup
+
+
+def weight_decay(step: Int[Array, ""] | int, T: int, config: OptimizerConfig) -> Float[Array, ""]:
+    """`config.weight_decay` while `t < weight_decay_until * T`, then 0."""
+    t = jnp.asarray(step, jnp.float32)
+    return jnp.where(t < config.weight_decay_until * T, config.weight_decay, 0.0)
+
+
+# The last part of a parameter's path says what the parameter is.
+LABELS = {
+    "weight": "weight",
+    "embedding": "embedding",
+    "scale": "norm",
+    "bias": "bias",
+    "weight_scale": "quantizer",
+    "activation_scale": "quantizer",
+    "activation_shift": "quantizer",
+}
+
+
+def label_parameters(params: Mapping[str, Any]) -> PyTree[str]:
+    """The same tree, leaves `weight`, `embedding`, `norm`, `bias` or `quantizer` (learned scales, shifts).
+
+    Raises:
+      ValueError: a parameter whose name is in no label.
+    """
+
+    def label(path: tuple[Any, ...], leaf: Array) -> str:
+        name = path[-1].key
+        if name not in LABELS:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"parameter {where}: name {name!r} has no label, expected one of {', '.join(LABELS)}"
+            )
+        return LABELS[name]
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+class Optimizer(NamedTuple):
+    """A gradient transformation with its two schedules, kept apart so that they can be logged."""
+
+    init: Callable[[PyTree], PyTree]
+    update: Callable[..., tuple[PyTree, PyTree]]  # (gradients, state, params, step) -> (updates, state)
+    learning_rate: Callable[[Int[Array, ""]], Float[Array, ""]]
+    weight_decay: Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
+    """AdamW: `update = -lr(t) * factor * (adam(clipped gradient) + wd(t) * parameter)`.
+
+    `wd` acts on weights (and embeddings, by option); norms, biases and learned scales have none. `factor` is
+    1 but for learned scales and shifts.
+    """
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    adam = optax.chain(clip, optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon))
+    decayed = {"weight", "embedding"} if config.decay_embeddings else {"weight"}
+
+    def rate(step: Int[Array, ""]) -> Float[Array, ""]:
+        return learning_rate(step, total_steps, config)
+
+    def decay(step: Int[Array, ""]) -> Float[Array, ""]:
+        return weight_decay(step, total_steps, config)
+
+    def update(
+        gradients: PyTree, state: PyTree, params: PyTree, step: Int[Array, ""]
+    ) -> tuple[PyTree, PyTree]:
+        lr, wd = rate(step), decay(step)
+
+        def scaled(u: Array, p: Array, label: str) -> Array:
+            factor = config.scale_learning_rate_factor if label == "quantizer" else 1.0
+            return -lr * factor * (u + wd * p) if label in decayed else -lr * factor * u
+
+        # optax computes `decay ** count` with an int32 count, which strict dtype promotion would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            directions, state = adam.update(gradients, state)
+        return jax.tree.map(scaled, directions, params, label_parameters(params)), state
+
+    return Optimizer(adam.init, update, rate, decay)
+
+
+def clip_latents(params: dict[str, Any], precisions: Mapping[str, Precision]) -> dict[str, Any]:
+    """Latent weights back into [-c, c] where `Precision.latent_clip` is c (BinaryConnect, 1511.00363)."""
+    clips = {f"{path}/weight": p.latent_clip for path, p in precisions.items() if p.latent_clip is not None}
+
+    def clip(path: tuple[Any, ...], leaf: Array) -> Array:
+        limit = clips.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        return leaf if limit is None else jnp.clip(leaf, -limit, limit)
+
+    return jax.tree_util.tree_map_with_path(clip, params)

@@ -1,0 +1,117 @@
+"""From the metrics of an update, still on the device, to rows of the log and the progress line."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from bitnet_jax.training.config import TrainingConfig
+from bitnet_jax.training.metrics import MetricsLog
+from bitnet_jax.training.statistics import Statistics
+from bitnet_jax.training.step import Metrics
+
+REFRESH_SECONDS = 0.5  # of the progress line
+
+
+class Diverged(ArithmeticError):
+    """The update that made `step` had a loss or gradient that is not finite, or a loss above max_loss."""
+
+    def __init__(self, step: int, message: str):
+        super().__init__(message)
+        self.step = step
+
+
+class Recorder:
+    """Writes one row per update (per-layer statistics on every `log_every`th) and per evaluation.
+
+    Args:
+      paths: names of the layers in `metrics["statistics"]`.
+      tokens: targets of one update.
+      last: newest rows by kind, from before an interruption.
+    """
+
+    def __init__(
+        self,
+        log: MetricsLog,
+        bar: tqdm,
+        training: TrainingConfig,
+        paths: tuple[str, ...],
+        tokens: int,
+        last: Mapping[str, Any],
+    ):
+        self.log, self.bar, self.training, self.paths, self.tokens = log, bar, training, paths, tokens
+        self.last = dict(last)
+        self._before: float | None = None  # time of the last update; None: the next one is not timed
+        self._busy_seconds, self._busy_updates = 0.0, 0  # since the last row with a speed
+        self._shown = -math.inf
+
+    def update(self, step: int, metrics: Metrics) -> None:
+        """Waits for the metrics of the update that made `step`.
+
+        Raises:
+          Diverged: they are not finite, or the loss is above training.max_loss.
+        """
+        values = jax.device_get(metrics)
+        self._time()
+        statistics = values.pop("statistics", None)
+        finite = bool(values.pop("finite"))
+        row: dict[str, Any] = {name: float(value) for name, value in values.items()}
+        measured = statistics is not None and self.paths and step % self.training.statistics_every == 0
+        if measured:
+            row |= {name: float(value.mean()) for name, value in statistics._asdict().items()}
+        self.last["train"] = dict(row)
+        if step % self.training.log_every == 0:
+            row["tokens_per_second"] = self.speed()
+            self._busy_seconds, self._busy_updates = 0.0, 0
+            if measured:
+                row["layers"] = _by_layer(self.paths, statistics)
+        self.log.write(step, "train", row)
+        self._show(row["loss"])
+        limit = self.training.max_loss
+        if not finite or (limit is not None and row["loss"] > limit):
+            self.log.flush()
+            allowed = "finite numbers" if limit is None else f"finite numbers and a loss up to {limit}"
+            raise Diverged(
+                step,
+                f"update {step} gave loss {row['loss']:.6g}, gradient norm {row['grad_norm']:.6g}, update "
+                f"norm {row['update_norm']:.6g}; expected {allowed}; lower optimizer.learning_rate",
+            )
+
+    def valid(self, step: int, values: Mapping[str, float]) -> None:
+        self.log.write(step, "valid", values)
+        self.last["valid"] = dict(values)
+
+    def pause(self) -> None:
+        """Leave the time until the next update (an evaluation, a save) out of the speed."""
+        self._before = None
+
+    def speed(self) -> float | None:
+        """Tokens per second of the updates since the last row that has it; None: none was timed."""
+        return self._busy_updates * self.tokens / self._busy_seconds if self._busy_seconds else None
+
+    def _time(self) -> None:
+        now = time.monotonic()
+        if self._before is not None:
+            self._busy_seconds += now - self._before
+            self._busy_updates += 1
+        self._before = now
+
+    def _show(self, loss: float) -> None:
+        if time.monotonic() - self._shown > REFRESH_SECONDS:
+            self._shown = time.monotonic()
+            speed = self.speed()
+            shown = {"loss": f"{loss:.4f}"} | ({} if speed is None else {"tokens/s": f"{speed:,.0f}"})
+            if "valid" in self.last:
+                shown["valid"] = f"{self.last['valid']['loss']:.4f}"
+            self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+
+def _by_layer(paths: tuple[str, ...], statistics: Statistics) -> dict[str, dict[str, float]]:
+    columns = {name: values.tolist() for name, values in statistics._asdict().items()}
+    return {path: {name: column[i] for name, column in columns.items()} for i, path in enumerate(paths)}

@@ -1,0 +1,73 @@
+"""What an update does to the codes of quantized weights, from the latents alone: no forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from bitnet_jax.precision import Precision
+from bitnet_jax.scales import Quantized, spread
+
+
+class Statistics(NamedTuple):
+    """One number per quantized matrix, in the order of `quantized_paths`."""
+
+    zero_fraction: Float[Array, " layers"]  # codes equal to 0 after the update
+    flip_rate: Float[Array, " layers"]  # codes that the update changed
+    clipped_share: Float[Array, layers]  # |w| > largest |code| * scale, or |w| >= latent_clip
+    scale: Float[Array, " layers"]  # mean scale after the update
+
+
+def quantized_paths(precisions: Mapping[str, Precision]) -> tuple[str, ...]:
+    return tuple(path for path, precision in precisions.items() if precision.quantizes_weights)
+
+
+def statistics(
+    before: PyTree,
+    after: PyTree,
+    precisions: Mapping[str, Precision],
+    progress: Float[Array, ""] | float = 1.0,
+) -> Statistics:
+    """Compares the codes of two parameter trees. Stochastic quantizers act in their deterministic form."""
+    rows = []
+    for path in quantized_paths(precisions):
+        precision = precisions[path]
+        old = _quantize(_subtree(before, path), precision, progress)
+        linear = _subtree(after, path)
+        new = _quantize(linear, precision, progress)
+        size = jnp.abs(linear["weight"])
+        if precision.latent_clip is None:
+            clipped = size > jnp.max(jnp.abs(new.codes)) * spread(new.scale, size.shape[-1])
+        else:
+            clipped = size >= precision.latent_clip
+        rows.append(
+            Statistics(
+                zero_fraction=jnp.mean(new.codes == 0),
+                flip_rate=jnp.mean(new.codes != old.codes),
+                clipped_share=jnp.mean(clipped),
+                scale=jnp.mean(new.scale),
+            )
+        )
+    empty = Statistics(*[jnp.zeros((0,), jnp.float32)] * 4)
+    return jax.tree.map(lambda *values: jnp.stack(values), *rows) if rows else empty
+
+
+def no_statistics(precisions: Mapping[str, Precision]) -> Statistics:
+    """NaN everywhere: not measured at this update."""
+    return Statistics(*[jnp.full((len(quantized_paths(precisions)),), jnp.nan, jnp.float32)] * 4)
+
+
+def _subtree(params: PyTree, path: str) -> dict[str, Any]:
+    for name in path.split("/"):
+        params = params[name]
+    return params
+
+
+def _quantize(
+    linear: Mapping[str, Array], precision: Precision, progress: Float[Array, ""] | float
+) -> Quantized:
+    return precision.quantize_weight(linear["weight"], scale=linear.get("weight_scale"), progress=progress)

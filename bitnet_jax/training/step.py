@@ -1,0 +1,104 @@
+"""One update as one jitted pure function: (state, batch, key) -> (state, metrics)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from bitnet_jax.precision import Precision
+from bitnet_jax.training.losses import LossSums
+from bitnet_jax.training.optimizers import Optimizer, clip_latents
+from bitnet_jax.training.state import TrainState
+from bitnet_jax.training.statistics import no_statistics, statistics
+
+Batch = Mapping[str, Any]  # arrays whose first axis is the batch
+Metrics = dict[str, Any]
+# (params, batch, key or None for a deterministic pass, progress in [0, 1]) -> sums over the batch
+LossFunction = Callable[[PyTree, Batch, PRNGKeyArray | None, Float[Array, ""] | float], LossSums]
+TrainStep = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    loss: LossFunction,
+    optimizer: Optimizer,
+    *,
+    total_steps: int,
+    precisions: Mapping[str, Precision] | None = None,
+    accumulate: int = 1,
+    statistics_every: int = 1,
+) -> TrainStep:
+    """The jitted update. The state given to it is donated: its arrays are gone afterwards.
+
+    All randomness of an update follows from (key, state.step), so a resumed run repeats an uninterrupted one.
+
+    Args:
+      loss: weighted sums, not means: gradients of micro-batches then add up to those of the big batch.
+      precisions: linear path -> Precision, for latent clipping and statistics of the codes.
+      accumulate: micro-batches, taken in order from the batch's first axis.
+      statistics_every: measure codes at every so many updates, the metrics hold NaN in between; 0: never.
+
+    Returns:
+      A function whose metrics are the scalars loss, accuracy, grad_norm, update_norm, learning_rate,
+      weight_decay, finite (False when loss or a norm is NaN or infinite), and `statistics` (see Statistics).
+    """
+    precisions = precisions or {}
+
+    def summed_loss(
+        params: PyTree, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[Array, LossSums]:
+        sums = loss(params, batch, key, progress)
+        return sums.loss, sums
+
+    gradient = jax.grad(summed_loss, has_aux=True)
+
+    def gradients_and_sums(
+        params: PyTree, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[PyTree, LossSums]:
+        if accumulate == 1:
+            return gradient(params, batch, key, progress)
+
+        def add(total: PyTree, numbered: tuple[Array, Batch]) -> tuple[PyTree, None]:
+            index, micro_batch = numbered
+            parts = gradient(params, micro_batch, jax.random.fold_in(key, index), progress)
+            return jax.tree.map(jnp.add, total, parts), None
+
+        micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
+        zero = jnp.zeros((), jnp.float32)
+        start = (jax.tree.map(jnp.zeros_like, params), LossSums(zero, zero, zero))
+        return jax.lax.scan(add, start, (jnp.arange(accumulate), micro_batches))[0]
+
+    def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        progress = state.step.astype(jnp.float32) / total_steps
+        gradients, sums = gradients_and_sums(state.params, batch, key, progress)
+        gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, state.step)
+        params = clip_latents(optax.apply_updates(state.params, updates), precisions)
+
+        mean_loss = sums.loss / sums.weight
+        grad_norm, update_norm = optax.tree.norm(gradients), optax.tree.norm(updates)
+        metrics = {
+            "loss": mean_loss,
+            "accuracy": sums.correct / sums.weight,
+            "grad_norm": grad_norm,
+            "update_norm": update_norm,
+            "learning_rate": optimizer.learning_rate(state.step),
+            "weight_decay": optimizer.weight_decay(state.step),
+            "finite": jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm),
+        }
+        if statistics_every == 1:
+            metrics["statistics"] = statistics(state.params, params, precisions, progress)
+        elif statistics_every:
+            metrics["statistics"] = jax.lax.cond(
+                (state.step + 1) % statistics_every == 0,
+                lambda: statistics(state.params, params, precisions, progress),
+                lambda: no_statistics(precisions),
+            )
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,165 @@
+"""The whole path in one command: train, pack, prove equal, generate, report.
+
+    make quickstart        or        python -m experiments.quickstart --workdir runs/quickstart
+
+Trains a small byte-level language model on the text of Python's standard library three times (float, ternary and
+binary weights), packs the weights to bits, proves that the packed model is the same model, and lets it write text
+through the packed kernels. Interrupt it whenever you like: the next call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bitnet_jax import storage
+from bitnet_jax.data import Corpus, Tokenizer, load_corpus
+from bitnet_jax.doctor import chosen
+from bitnet_jax.evaluation.language import evaluate_text
+from bitnet_jax.evaluation.ngram import ngram_bits_per_byte
+from bitnet_jax.inference.generate import generate
+from bitnet_jax.inference.sampling import SamplingConfig
+from bitnet_jax.model_folders import pack_run
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.training.loop import fit, load_run
+from bitnet_jax.training.metrics import read_metrics
+from experiments import quickstart_report
+from experiments.configs import quickstart as quickstart_config
+
+RECIPES = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}
+PROMPT = "    def __init__(self, "
+SAMPLING = SamplingConfig(temperature=0.7, top_p=0.95)
+PROOF_TOKENS = 2048
+SPEED_TOKENS, SPEED_REPEATS = 256, 3
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def decode_speed(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> float:
+    """Tokens per second of one greedy text, the median of a few runs after one that compiles."""
+    prompt = tokenizer.encode(PROMPT)[None, :]
+    seconds = []
+    for _ in range(1 + SPEED_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(generate(config, variables, prompt, max_new_tokens=SPEED_TOKENS))
+        seconds.append(time.perf_counter() - start)
+    return SPEED_TOKENS / statistics.median(seconds[1:])
+
+
+def sample(config: ModelConfig, variables: Any, tokenizer: Tokenizer, tokens: int) -> str:
+    prompt = tokenizer.encode(PROMPT)[None, :]
+    text = generate(
+        config, variables, prompt, max_new_tokens=tokens, sampling=SAMPLING, key=jax.random.key(0)
+    )
+    return PROMPT + tokenizer.decode(np.asarray(text.tokens[0, : int(text.lengths[0])]))
+
+
+def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dict[str, Any]:
+    """Train one precision (or find it trained), pack it, prove it, measure it. Returns its row of the report."""
+    config = quickstart_config.get_config(variant)
+    config.model.precision = RECIPES[name]
+    result = fit(config, workdir / name / "run")
+    if result["status"] != "finished":
+        raise RuntimeError(f"{name}: training stopped, {result['message']}")
+
+    folder = workdir / name / "packed"
+    say(f"{name}: packing, and comparing {PROOF_TOKENS} greedy tokens of the packed and the latent model")
+    proof, sizes = pack_run(workdir / name / "run", folder, tokens=PROOF_TOKENS, overwrite=True)
+    _, model, params, tokenizer = load_run(workdir / name / "run")
+    _, packed, _ = storage.load_packed(folder)
+    held_out = corpus.valid[: quickstart_config.held_out_tokens(variant) + 1]
+    score = evaluate_text(model, packed, held_out, tokenizer, length=config.data.length)
+    choices = chosen(model, packed)  # none for the float model: it has no packed matrix
+    say(f"{name}: {score.bits_per_byte:.3f} bits per held-out byte; measuring speed")
+    return {
+        "recipe": RECIPES[name],
+        "bits_per_byte": score.bits_per_byte,
+        "parameters": result["parameters"],
+        "training_seconds": result["seconds"],
+        "training_tokens": result["tokens"],
+        "proof": dataclasses.asdict(proof),
+        "sizes": dataclasses.asdict(sizes),
+        "file_bytes": (folder / storage.MODEL).stat().st_size,
+        "matrix_bfloat16_bytes": 2 * sum(n * k for n, k in model.linear_shapes().values()),
+        "packed_tokens_per_second": decode_speed(model, packed, tokenizer),
+        "latent_tokens_per_second": decode_speed(model, {"params": params}, tokenizer),
+        "implementation": choices[0].name if choices else "xla",
+        "isa": choices[0].isa if choices else None,
+        "sample": sample(model, packed, tokenizer, 300),
+        "curve": [
+            {"step": m["step"], "bits_per_byte": m["bits_per_byte"]}
+            for m in read_metrics(workdir / name / "run" / "metrics.jsonl")
+            if m["kind"] == "valid"
+        ],
+    }
+
+
+def summarize(rows: dict[str, dict[str, Any]], trigram: float, began: float) -> dict[str, Any]:
+    """What machines read; the report for people is made from the same figures."""
+    return {
+        "bits_per_byte": {name: row["bits_per_byte"] for name, row in rows.items()},
+        "trigram_bits_per_byte": trigram,
+        "model_bytes": {name: row["file_bytes"] for name, row in rows.items()},
+        "matrix_bfloat16_bytes": {name: row["matrix_bfloat16_bytes"] for name, row in rows.items()},
+        "packed_equals_latent": all(row["proof"]["tokens_identical"] >= PROOF_TOKENS for row in rows.values()),
+        "tokens_identical": min(row["proof"]["tokens_identical"] for row in rows.values()),
+        "max_relative_logit_error": {
+            name: row["proof"]["max_relative_logit_error"] for name, row in rows.items()
+        },
+        "decode_tokens_per_second": {
+            name: {"packed": row["packed_tokens_per_second"], "latent": row["latent_tokens_per_second"]}
+            for name, row in rows.items()
+        },
+        "implementation": rows["binary"]["implementation"],
+        "isa": rows["binary"]["isa"],
+        "cpus": os.cpu_count(),
+        "jax": jax.__version__,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.quickstart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
+    parser.add_argument("--short", action="store_true", help="a tenth of the training, for automatic checks")
+    parser.add_argument("--fresh", action="store_true", help="forget what the folder holds and start again")
+    args = parser.parse_args(argv)
+    began, variant = time.monotonic(), "short" if args.short else "base"
+    workdir = args.workdir / "short" if args.short else args.workdir
+    if args.fresh:
+        shutil.rmtree(workdir, ignore_errors=True)
+
+    data = quickstart_config.get_config(variant).data
+    corpus = load_corpus(data.source, split=data.split, valid_fraction=data.valid_fraction)
+    say(
+        f"text: {corpus.train_bytes:,} bytes of the standard library to learn from, {corpus.valid_bytes:,} held out"
+    )
+    held_out = corpus.valid[: quickstart_config.held_out_tokens(variant) + 1]
+    trigram = ngram_bits_per_byte(corpus.train, held_out, corpus.tokenizer.count_bytes(held_out[2:]))
+    rows = {}
+    for name in RECIPES:
+        say(f"\n{name}: training")
+        rows[name] = run_precision(name, variant, workdir, corpus)
+    summary = summarize(rows, trigram, began)
+    quickstart_report.write(args.workdir, summary, rows)
+    print((args.workdir / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

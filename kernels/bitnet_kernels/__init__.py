@@ -1,0 +1,24 @@
+"""Kernels for matrices of one or two bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
+
+from bitnet_kernels.formats import dequantize, pack, unpack
+from bitnet_kernels.matmul import (
+    IMPLEMENTATIONS,
+    Choice,
+    choose_implementation,
+    packed_matmul,
+)
+from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
+
+__all__ = [
+    "FORMATS",
+    "IMPLEMENTATIONS",
+    "LAYOUTS",
+    "Choice",
+    "PackedArray",
+    "choose_implementation",
+    "dequantize",
+    "pack",
+    "packed_matmul",
+    "unpack",
+    "validate",
+]

@@ -1,0 +1,82 @@
+"""Builds the packages of both source roots and the C++ kernels; everything else is in pyproject.toml.
+
+The kernels are a plain shared object without Python's ABI (loaded with ctypes), so one wheel per platform
+serves every Python. Where it cannot be compiled the installation still succeeds and says so: packed matrices
+then run on XLA.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+SOURCES = [
+    "ffi.cc",
+    "integer_matmul_avx2.cc",
+    "integer_matmul_avx512vnni.cc",
+    "integer_matmul_scalar.cc",
+    "isa.cc",
+    "read_ceiling.cc",
+]
+HEADERS = ["integer_matmul.h", "isa.h", "threads.h"]
+
+NOT_BUILT = """
+{line}
+The C++ kernels were NOT built: {error}
+bitnet_jax works without them, on XLA, much slower and with more memory. To have them, install a C++17
+compiler (Debian: apt install g++) and install again. `bitnet-jax doctor` shows what is in use.
+{line}
+"""
+
+
+def ffi_headers() -> str:
+    """The folder of XLA's FFI headers in the jaxlib of the build environment (pinned in pyproject.toml)."""
+    jaxlib = importlib.util.find_spec("jaxlib")
+    if jaxlib is None or not jaxlib.submodule_search_locations:
+        raise FileNotFoundError("jaxlib, whose FFI headers are needed, is not installed")
+    return str(Path(jaxlib.submodule_search_locations[0]) / "include")
+
+
+class BuildKernels(build_ext):
+    """Builds a shared object without a Python tag; a failure is loud and not fatal."""
+
+    def run(self) -> None:
+        try:
+            for extension in self.extensions:
+                extension.include_dirs.append(ffi_headers())
+            super().run()
+        except Exception as error:  # a missing compiler shows as many exception types
+            print(NOT_BUILT.format(error=error, line="*" * 100), file=sys.stderr)
+            self.extensions = []  # nothing to install
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return ext.export_symbols  # no PyInit_ symbol: this is no Python module
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel py3-none-<platform>."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    packages=[*find_packages(include=["bitnet_jax", "bitnet_jax.*"]), "bitnet_kernels"],
+    package_dir={"bitnet_jax": "bitnet_jax", "bitnet_kernels": "kernels/bitnet_kernels"},
+    ext_modules=[
+        Extension(
+            "bitnet_kernels._cpu",
+            sources=[f"kernels/csrc/{name}" for name in SOURCES],
+            depends=[f"kernels/csrc/{name}" for name in HEADERS],
+            language="c++",
+            extra_compile_args=["-O3", "-std=c++17", "-g0"],
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,128 @@
+"""Every window once per epoch, any batch by its step, and windows that score every token once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitnet_jax.data import DataError, TokenBatches, consecutive_batches
+
+SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(0, 40))
+
+
+def stream(count: int) -> np.ndarray:
+    """Tokens that tell their place."""
+    return np.arange(count, dtype=np.int32)
+
+
+@settings(deadline=None)
+@given(SHAPES, st.integers(0, 2**64 - 1), st.integers(0, 50))
+def test_every_window_once_per_epoch(shape: tuple[int, int, int], seed: int, first_epoch: int) -> None:
+    length, batch_size, more = shape
+    batches = TokenBatches(stream(length * batch_size + 1 + more), length, batch_size, seed)
+    windows = batches.windows
+    # batch_size epochs from any epoch on fill whole steps, whatever the number of windows is
+    first_epoch -= first_epoch % batch_size
+    steps = range(first_epoch * windows // batch_size, (first_epoch + batch_size) * windows // batch_size)
+    starts = np.concatenate([batches.starts(step) for step in steps]).reshape(batch_size, windows)
+    for epoch in starts:
+        assert sorted(epoch) == [i * length for i in range(windows)]
+    assert batches.epoch(steps[0]) <= first_epoch <= batches.epoch(steps[0]) * (1 + 1 / windows) + 1e-9
+
+
+@settings(deadline=None)
+@given(SHAPES, st.sampled_from(["epoch", "windows"]), st.integers(0, 1000))
+def test_inputs_and_targets(shape: tuple[int, int, int], sampling: str, step: int) -> None:
+    length, batch_size, more = shape
+    tokens = stream(length * batch_size + 1 + more)
+    batch = TokenBatches(tokens, length, batch_size, sampling=sampling).batch(step)
+    assert batch.keys() == {"inputs", "targets"}
+    for part in batch.values():
+        assert part.shape == (batch_size, length)
+        assert part.dtype == np.int32
+    np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
+    np.testing.assert_array_equal(
+        batch["inputs"] - batch["inputs"][:, :1], np.tile(np.arange(length), (batch_size, 1))
+    )
+    assert batch["inputs"].min() >= 0
+    assert batch["targets"].max() < len(tokens)
+
+
+@pytest.mark.parametrize("sampling", ["epoch", "windows"])
+def test_a_batch_depends_on_seed_and_step_alone(sampling: str) -> None:
+    tokens = stream(50_001)
+    first = TokenBatches(tokens, 10, 4, seed=3, sampling=sampling)
+    in_order = [first.batch(step)["inputs"] for step in range(3000)]  # crosses two epochs of 1250 steps
+    again = TokenBatches(tokens.astype(np.int64), 10, 4, seed=3, sampling=sampling)
+    for step in (2999, 1250, 7, 1249, 2500):  # resuming anywhere, in any order
+        np.testing.assert_array_equal(again.batch(step)["inputs"], in_order[step])
+    other = TokenBatches(tokens, 10, 4, seed=4, sampling=sampling)
+    assert (other.batch(0)["inputs"] != in_order[0]).any()
+    assert (in_order[1] != in_order[0]).any()
+    # one epoch is not the next one's order
+    assert any((in_order[step] != in_order[step + 1250]).any() for step in range(3))
+
+
+def test_the_order_is_pinned() -> None:
+    """A run that resumes under another NumPy, or another version of this file, must see the same batches."""
+    tokens = stream(1001)
+    assert TokenBatches(tokens, 10, 4, seed=1).starts(0).tolist() == [900, 780, 30, 660]
+    assert TokenBatches(tokens, 10, 4, seed=1).starts(30).tolist() == [160, 170, 460, 130]  # epoch 1
+    assert TokenBatches(tokens, 10, 4, seed=1, sampling="windows").starts(5).tolist() == [299, 103, 195, 106]
+
+
+def test_random_windows_reach_every_place_equally() -> None:
+    batches = TokenBatches(stream(14), 4, 3, sampling="windows")
+    counts = np.bincount(np.concatenate([batches.starts(step) for step in range(4000)]), minlength=10)
+    # 12,000 draws over 10 places: mean 1,200, standard deviation 33; the band is 5 of them
+    assert len(counts) == 10
+    assert counts.min() > 1035
+    assert counts.max() < 1365
+
+
+@settings(deadline=None)
+@given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 4), st.data())
+def test_consecutive_windows_score_every_token_once(
+    count: int, length: int, batch_size: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.none() | st.integers(1, length))
+    scored = []
+    for batch in consecutive_batches(stream(count), length, batch_size, stride):
+        for part in batch.values():
+            assert part.shape == (batch_size, length)
+        mask = batch["scored"]
+        np.testing.assert_array_equal((batch["targets"] - batch["inputs"])[mask], 1)
+        in_front = np.broadcast_to(np.arange(1, length + 1), mask.shape)[mask]
+        scored += list(zip(batch["targets"][mask].tolist(), in_front.tolist(), strict=True))
+    assert [target for target, _ in scored] == list(range(1, count))
+    least = 1 if stride is None else length - stride + 1
+    for target, in_front in scored:
+        assert in_front >= min(target, least)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tokens": stream(40)}, "40 tokens, expected at least 41 for one batch of 4 x 10"),
+        ({"length": 0}, "length: got 0"),
+        ({"batch_size": -1}, "batch_size: got -1"),
+        ({"sampling": "random"}, "expected one of epoch, windows"),
+        ({"seed": -1}, "seed: got -1"),
+    ],
+)
+def test_impossible_batches(change: dict[str, object], expected: str) -> None:
+    TokenBatches(stream(41), length=10, batch_size=4)
+    with pytest.raises(DataError, match=expected):
+        TokenBatches(**({"tokens": stream(41), "length": 10, "batch_size": 4} | change))
+
+
+def test_impossible_steps_and_windows() -> None:
+    with pytest.raises(DataError, match="step: got -1"):
+        TokenBatches(stream(41), 10, 4).batch(-1)
+    with pytest.raises(DataError, match="expected at least 2"):
+        next(consecutive_batches(stream(1), 4, 4))
+    for length, stride in ((4, 5), (0, None), (4, 0)):
+        with pytest.raises(DataError, match="expected each at least 1"):
+            next(consecutive_batches(stream(9), length, 4, stride))

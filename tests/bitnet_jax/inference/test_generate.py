@@ -1,0 +1,191 @@
+"""Generation: the loop against the definition (the whole text again for each token), and its edges."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_jax.inference import generate as generation
+from bitnet_jax.inference.cache import init_cache
+from bitnet_jax.inference.generate import generate, left_pad, stream_tokens
+from bitnet_jax.inference.sampling import SamplingConfig
+from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.nn.linear_attention import LinearState
+
+CONFIG = ModelConfig(
+    vocab_size=23, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=32, max_length=40,
+    mlp="relu2", init_std=0.5,
+)  # fmt: skip
+N = 14
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8]]
+TOKENS, MASK = left_pad(PROMPTS)
+
+
+def init(config: ModelConfig) -> dict[str, Any]:
+    return jax.jit(Transformer(config).init)(jax.random.key(2), jnp.zeros((1, 2), jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict[str, Any]:
+    return init(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def greedy(variables: dict[str, Any]) -> np.ndarray:
+    return np.asarray(generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N).tokens)
+
+
+def test_left_pad() -> None:
+    assert TOKENS.tolist() == [[3, 1, 4, 1, 5], [0, 0, 9, 2, 6], [0, 5, 3, 5, 8]]
+    assert MASK.astype(int).tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+    for empty in ([], [[1], []]):
+        with pytest.raises(ValueError, match="expected at least one token in each"):
+            left_pad(empty)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_greedy_is_the_argmax_of_the_whole_text(
+    variables: dict[str, Any], greedy: np.ndarray, attention: str
+) -> None:
+    config = dataclasses.replace(CONFIG, attention=attention)
+    if attention == "linear":
+        greedy = np.asarray(generate(config, variables, TOKENS, MASK, max_new_tokens=N).tokens)
+    assert greedy.shape == (3, N)
+    assert len(np.unique(greedy)) > 3  # a text, not one token over and over
+    text = np.concatenate([TOKENS, greedy], axis=1)
+    mask = np.concatenate([MASK, np.ones_like(greedy, bool)], axis=1)
+    logits = jax.jit(Transformer(config).apply)(variables, text, mask=mask).logits
+    np.testing.assert_array_equal(greedy, np.argmax(logits[:, TOKENS.shape[1] - 1 : -1], axis=-1))
+
+
+def test_a_row_does_not_depend_on_padding_or_on_its_neighbours(
+    variables: dict[str, Any], greedy: np.ndarray
+) -> None:
+    # One row more and one column of padding more: every row sits elsewhere.
+    tokens, mask = left_pad([[7] * 6, *PROMPTS])
+    padded = generate(CONFIG, variables, tokens, mask, max_new_tokens=N).tokens
+    np.testing.assert_array_equal(padded[1:], greedy)
+    alone = generate(CONFIG, variables, np.asarray(PROMPTS[1:2]), max_new_tokens=N).tokens
+    np.testing.assert_array_equal(alone, greedy[1:2])
+
+
+def test_an_end_token_ends_its_row_and_the_last_one_the_loop(
+    variables: dict[str, Any], greedy: np.ndarray
+) -> None:
+    ends = {int(row[4]) for row in greedy}
+    first = np.asarray([min(i for i, token in enumerate(row) if int(token) in ends) for row in greedy])
+    tokens, lengths = generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, eos_ids=sorted(ends))
+    np.testing.assert_array_equal(lengths, first + 1)
+    for row, expected, length in zip(np.asarray(tokens), greedy, np.asarray(lengths), strict=True):
+        np.testing.assert_array_equal(row[:length], expected[:length])
+        assert not row[length:].any()
+    chunks = list(
+        stream_tokens(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, eos_ids=sorted(ends), chunk=2)
+    )
+    # The loop itself ended: no more tokens were made than the longest row needed.
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens[:, : lengths.max()])
+    np.testing.assert_array_equal(
+        generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, eos_ids=()).lengths, [N] * 3
+    )
+
+
+SAMPLED = SamplingConfig(temperature=1.2, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
+
+
+def test_a_stream_is_the_same_text_in_any_chunks_and_a_seed_repeats_it(variables: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": N, "sampling": SAMPLED}
+    seeded = [
+        np.asarray(generate(CONFIG, variables, TOKENS, MASK, key=jax.random.key(s), **arguments).tokens)
+        for s in (1, 1, 2)
+    ]
+    np.testing.assert_array_equal(seeded[0], seeded[1])
+    assert (seeded[0] != seeded[2]).any()
+    for chunk in (1, 3, 100):
+        chunks = list(
+            stream_tokens(CONFIG, variables, TOKENS, MASK, key=jax.random.key(1), chunk=chunk, **arguments)
+        )
+        assert [c.shape[1] for c in chunks[:2]] == [1, min(chunk, N - 1)]
+        np.testing.assert_array_equal(np.concatenate(chunks, axis=1), seeded[0])
+
+
+def test_a_strong_repetition_penalty_repeats_nothing(variables: dict[str, Any]) -> None:
+    sampling = SamplingConfig(repetition_penalty=1e6)
+    tokens = np.asarray(generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, sampling=sampling).tokens)
+    for row, prompt in zip(tokens, PROMPTS, strict=True):
+        # A token with a positive logit is only damped, so logits near zero beat all seen ones.
+        assert len(set(row.tolist()) | set(prompt)) == len(set(row.tolist())) + len(set(prompt))
+    plain = np.asarray(generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N).tokens)
+    assert any(len(set(row)) < N for row in plain.tolist())  # without it there are repetitions
+
+
+def test_a_second_call_compiles_nothing(variables: dict[str, Any], greedy: np.ndarray) -> None:
+    before = generation._generate._cache_size()
+    generate(CONFIG, variables, TOKENS[::-1], MASK[::-1], max_new_tokens=N)
+    generate(ModelConfig.from_dict(CONFIG.to_dict()), variables, TOKENS, MASK, max_new_tokens=N, eos_ids=[])
+    assert generation._generate._cache_size() == before
+
+
+def test_the_cache_of_a_stream_is_donated_and_the_weights_are_not(variables: dict[str, Any]) -> None:
+    greedy = SamplingConfig()
+    key = jax.random.key(0)
+    state = generation._start(CONFIG, greedy, N, (), variables, TOKENS, MASK, key)
+    after = generation._continue(CONFIG, greedy, (), variables, state, key, np.int32(3))
+    assert state.cache.layers[0].k.is_deleted()
+    assert int(after.step) == 3
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
+
+
+def test_an_empty_cache() -> None:
+    cache = init_cache(CONFIG, 3, 10, dtype="bfloat16")
+    assert cache.layers[0].k.shape == cache.layers[0].v.shape == (3, 10, 1, 8)
+    assert cache.layers[0].k.dtype == jnp.bfloat16
+    assert (cache.valid.shape, int(cache.length), bool(cache.valid.any())) == ((3, 10), 0, False)
+    state = init_cache(dataclasses.replace(CONFIG, attention="linear"), 3, 10).layers[0]
+    assert isinstance(state, LinearState)
+    assert state.s.shape == (3, 2, 8, 8)
+    with pytest.raises(ValueError, match="needs a causal language model, got causal=False"):
+        init_cache(dataclasses.replace(CONFIG, causal=False), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 36}, "prompt of 5 tokens and 36 new ones need 41 positions.*max_length=40"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"tokens": TOKENS.astype(np.float32)}, "tokens are float32"),
+        ({"tokens": TOKENS[0]}, r"tokens are int64?\d*\[5\], expected integers .B, T."),
+        ({"tokens": TOKENS[:, :0], "mask": MASK[:, :0]}, "T >= 1"),
+        ({"tokens": TOKENS + 18}, r"lie in \[18, 27\], expected ids in \[0, 23\)"),
+        ({"tokens": TOKENS - 1}, r"lie in \[-1, 8\]"),
+        ({"mask": MASK[:2]}, r"mask is bool\[2, 5\], expected bool\[3, 5\]"),
+        ({"mask": MASK.astype(np.int32)}, "mask is int32"),
+        ({"mask": MASK[:, ::-1]}, "padding on the left"),
+        ({"mask": MASK & False}, "padding on the left"),
+        ({"sampling": SAMPLED}, "temperature=1.2 needs a key"),
+        ({"config": dataclasses.replace(CONFIG, causal=False)}, "needs a causal language model"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_before_any_computation(
+    variables: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    arguments: dict[str, Any] = {
+        "config": CONFIG, "variables": {}, "tokens": TOKENS, "mask": MASK, "max_new_tokens": N,
+    } | changes  # fmt: skip
+    for function in (generate, stream_tokens):  # a stream is not asked for its first token here
+        with pytest.raises(ValueError, match=message):
+            function(**arguments)
+
+
+def test_the_room_of_the_model_can_be_used_up(variables: dict[str, Any]) -> None:
+    # Padding takes no position: the row of 3 tokens has 37 left, the one of 5 has 35.
+    tokens, mask = np.pad(TOKENS[1:2], ((0, 0), (4, 0))), np.pad(MASK[1:2], ((0, 0), (4, 0)))
+    assert generate(CONFIG, variables, tokens, mask, max_new_tokens=37).tokens.shape == (1, 37)
+    with pytest.raises(ValueError, match="prompt of 3 tokens and 38 new ones"):
+        generate(CONFIG, variables, tokens, mask, max_new_tokens=38)
+    with pytest.raises(ValueError, match="chunk: got 0"):
+        stream_tokens(CONFIG, variables, tokens, mask, max_new_tokens=1, chunk=0)

@@ -1,0 +1,162 @@
+"""Sampling: each filter against its formula in NumPy, and what must hold for any logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from bitnet_jax.inference import sampling
+from bitnet_jax.inference.sampling import SamplingConfig, filtered_logits, next_token
+
+LOGITS = np.random.default_rng(3).normal(0, 2, (4, 11)).astype(np.float32)
+# Distinct quarters up to 20: no ties within the float32 error of a softmax.
+ANY_LOGITS = arrays(np.int8, (2, 7), elements=st.integers(-80, 80), unique=True).map(
+    lambda a: a.astype(np.float32) / 4
+)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def kept(logits: jax.Array) -> np.ndarray:
+    return np.isfinite(np.asarray(logits))
+
+
+def distribution(logits: np.ndarray, **config: Any) -> np.ndarray:
+    return np.asarray(jax.nn.softmax(filtered_logits(jnp.asarray(logits), SamplingConfig(**config)), axis=-1))
+
+
+@settings(deadline=None)
+@given(ANY_LOGITS, st.integers(1, 9))
+def test_top_k_keeps_the_k_largest(logits: np.ndarray, k: int) -> None:
+    filtered = sampling.keep_top_k(jnp.asarray(logits), k)
+    expected = np.argsort(np.argsort(-logits, axis=-1), axis=-1) < k
+    np.testing.assert_array_equal(kept(filtered), expected)
+    np.testing.assert_array_equal(np.asarray(filtered)[expected], logits[expected])
+
+
+@settings(deadline=None)
+@given(ANY_LOGITS, st.floats(0.01, 1))
+def test_top_p_keeps_the_fewest_that_reach_p(logits: np.ndarray, p: float) -> None:
+    filtered = kept(sampling.keep_top_p(jnp.asarray(logits), p))
+    for row, mask, probability in zip(logits, filtered, softmax(logits), strict=True):
+        assert mask.any()
+        assert row[mask].min() > np.max(row[~mask], initial=-np.inf)  # the most likely ones
+        # 1e-6: the cumulated float32 probabilities against float64 ones.
+        assert probability[mask].sum() >= p - 1e-6
+        least = np.argmin(np.where(mask, row, np.inf))
+        assert probability[mask].sum() - probability[least] < p + 1e-6
+
+
+@settings(deadline=None)
+@given(ANY_LOGITS, st.floats(0.01, 1))
+def test_min_p_keeps_what_is_likely_enough(logits: np.ndarray, p: float) -> None:
+    filtered = kept(sampling.keep_min_p(jnp.asarray(logits), p))
+    ratio = softmax(logits) / softmax(logits).max(axis=-1, keepdims=True)
+    clear = abs(ratio / p - 1) > 1e-5  # at the edge itself float32 may decide either way
+    np.testing.assert_array_equal(filtered[clear], (ratio >= p)[clear])
+    assert (filtered.sum(axis=-1) >= 1).all()
+
+
+def test_temperature_and_repetition_penalty_are_their_formulas() -> None:
+    for temperature in (0.1, 0.7, 1.0, 3.0):
+        # float32 against float64: a few units in the last place of the exponent's argument.
+        np.testing.assert_allclose(
+            distribution(LOGITS, temperature=temperature), softmax(LOGITS / temperature), rtol=2e-5, atol=1e-9
+        )
+    seen = np.random.default_rng(0).random(LOGITS.shape) < 0.5
+    penalized = sampling.penalize_repetition(jnp.asarray(LOGITS), jnp.asarray(seen), 1.7)
+    expected = np.where(seen, np.where(LOGITS > 0, LOGITS / 1.7, LOGITS * 1.7), LOGITS)
+    np.testing.assert_allclose(penalized, expected, rtol=1e-6)
+
+
+def test_ties_go_to_the_lower_id_everywhere() -> None:
+    tied = jnp.asarray([[1.0, 3.0, 3.0, 0.0, 3.0]])
+    assert kept(sampling.keep_top_k(tied, 2)).tolist() == [[False, True, True, False, False]]
+    assert kept(sampling.keep_top_p(tied, 0.5)).tolist() == [[False, True, True, False, False]]
+    assert kept(sampling.keep_min_p(tied, 1.0)).tolist() == [[False, True, True, False, True]]
+    assert next_token(tied, jax.random.key(0), SamplingConfig()).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(),
+        SamplingConfig(temperature=1.0, top_k=1),
+        SamplingConfig(temperature=5.0, top_k=1, top_p=0.3, min_p=0.2),
+        SamplingConfig(temperature=1.0, top_p=1e-6),
+        SamplingConfig(temperature=1e-5),
+    ],
+)
+def test_what_leaves_one_token_is_greedy(config: SamplingConfig) -> None:
+    for seed in range(5):
+        token = next_token(jnp.asarray(LOGITS), jax.random.key(seed), config)
+        np.testing.assert_array_equal(token, LOGITS.argmax(axis=-1))
+
+
+def test_neutral_values_change_nothing() -> None:
+    plain = filtered_logits(jnp.asarray(LOGITS), SamplingConfig(temperature=1.0))
+    neutral = SamplingConfig(temperature=1.0, top_k=11, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    np.testing.assert_array_equal(filtered_logits(jnp.asarray(LOGITS), neutral), plain)
+
+
+def test_extreme_logits_stay_a_distribution() -> None:
+    logits = np.asarray([[1e30, -1e30, 0.0, 1e30], [-np.inf, -np.inf, -5.0, -np.inf]], np.float32)
+    probability = distribution(logits, temperature=1e-5, top_k=3, top_p=0.9, min_p=0.1)
+    np.testing.assert_allclose(probability, [[0.5, 0, 0, 0.5], [0, 0, 1, 0]])
+
+
+def test_draws_follow_the_distribution_and_the_seed() -> None:
+    config = SamplingConfig(temperature=1.3, top_k=4)
+    rows = jnp.broadcast_to(jnp.asarray(LOGITS[:1]), (20_000, 11))
+    draws = np.asarray(next_token(rows, jax.random.key(7), config))
+    expected = distribution(LOGITS[:1], temperature=1.3, top_k=4)[0]
+    # Standard error of a share is at most 0.5 / sqrt(20000) = 0.0035; five of them.
+    np.testing.assert_allclose(np.bincount(draws, minlength=11) / 20_000, expected, atol=0.018)
+    np.testing.assert_array_equal(next_token(rows, jax.random.key(7), config), draws)
+    assert (np.asarray(next_token(rows, jax.random.key(8), config)) != draws).any()
+
+
+def test_a_row_draws_the_same_in_any_batch() -> None:
+    config = SamplingConfig(temperature=2.0)
+    key = jax.random.key(1)
+    together = next_token(jnp.asarray(LOGITS), key, config)
+    assert next_token(jnp.asarray(LOGITS[:2]), key, config).tolist() == together[:2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: got -1.0, expected 0 .greedy. or at least"),
+        ({"temperature": 1e-9}, "temperature: got 1e-09"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": float("inf")}, "temperature: got inf"),
+        ({"temperature": "hot"}, "temperature: got 'hot', expected a number"),
+        ({"top_k": 0}, "top_k: got 0, expected an integer of at least 1"),
+        ({"top_k": 2.5}, "top_k: got 2.5"),
+        ({"top_k": True}, "top_k: got True"),
+        ({"top_p": 0.0}, "top_p: got 0.0, expected more than 0"),
+        ({"top_p": 1.1}, "top_p: got 1.1"),
+        ({"min_p": -0.1}, "min_p: got -0.1"),
+        ({"min_p": 1.5}, "min_p: got 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: got 0.0, expected a positive number"),
+        ({"top_p": None}, "top_p: got None, expected a number"),
+    ],
+)
+def test_values_outside_their_range_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**fields)
+
+
+def test_a_penalty_needs_the_seen_tokens() -> None:
+    with pytest.raises(ValueError, match="no `seen` tokens"):
+        filtered_logits(jnp.asarray(LOGITS), SamplingConfig(repetition_penalty=1.2))

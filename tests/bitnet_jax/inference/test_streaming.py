@@ -1,0 +1,107 @@
+"""Streamed text: stop strings and characters across any cut, and the ids of generate behind it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer
+from bitnet_jax.inference import streaming
+from bitnet_jax.inference.generate import generate
+from bitnet_jax.inference.sampling import SamplingConfig
+from bitnet_jax.inference.streaming import cut_at_stop, stream
+from bitnet_jax.models import ModelConfig, Transformer
+
+CONFIG = ModelConfig(
+    vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32, max_length=40, mlp="relu2", init_std=0.5
+)  # fmt: skip
+SAMPLED: dict[str, Any] = {
+    "max_new_tokens": 24, "sampling": SamplingConfig(temperature=1.0), "key": jax.random.key(5), "chunk": 5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict[str, Any]:
+    return jax.jit(Transformer(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    edges = [0, *sorted(min(place, len(text)) for place in places), len(text)]
+    return [text[a:b] for a, b in pairwise(edges)]
+
+
+@given(
+    st.text("ab\n", max_size=30),
+    st.lists(st.integers(0, 30), max_size=8),
+    st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+)
+def test_text_is_cut_at_the_first_stop_string_wherever_pieces_end(
+    text: str, places: list[int], stop: list[str]
+) -> None:
+    first = min((text.index(s) for s in stop if s in text), default=len(text))
+    pieces = list(cut_at_stop(iter(cut(text, places)), stop))
+    assert "".join(pieces) == text[:first]
+    assert all(pieces)
+
+
+def test_text_that_cannot_begin_a_stop_string_is_given_out_at_once() -> None:
+    given: list[str] = []
+    pieces = cut_at_stop(iter(["one ", "two <", "end", "ing> ", "<end>", "never"]), ["<end>"])
+    for piece in pieces:
+        given.append(piece)
+    assert given == ["one ", "two ", "<ending> "]
+    assert list(cut_at_stop(iter(["held <en"]), ["<end>"])) == ["held ", "<en"]
+
+
+def test_a_stream_is_the_decoded_text_of_generate(variables: dict[str, Any]) -> None:
+    tokenizer = ByteTokenizer()
+    prompt = tokenizer.encode("Grüße")[None]
+    arguments = {name: value for name, value in SAMPLED.items() if name != "chunk"}
+    tokens, (length,) = generate(CONFIG, variables, prompt, eos_ids=[0], **arguments)
+    expected = tokenizer.decode(np.asarray(tokens[0, :length])).removesuffix("\0")
+    assert len(expected) > 5
+
+    pieces = list(stream(CONFIG, variables, tokenizer, "Grüße", **SAMPLED))
+    assert "".join(pieces) == expected
+    assert len(pieces) > 1
+    # The same text up to a string of two of its characters, which no chunk needs to hold whole.
+    stop = expected[4:6]
+    stopped = "".join(stream(CONFIG, variables, tokenizer, "Grüße", stop=["never there", stop], **SAMPLED))
+    assert stopped == expected[: expected.index(stop)]
+
+
+def test_characters_of_several_tokens_come_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "naïve Grüße, 世界 🙂"
+    ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    chunks = [ids[None, i : i + 3] for i in range(0, len(ids), 3)]
+    chunks.append(np.asarray([[0]]))  # the end token, which is no text
+    monkeypatch.setattr(streaming, "stream_tokens", lambda *a, **k: iter(chunks))
+    counts: list[int] = []
+    pieces = list(
+        stream(CONFIG, {}, ByteTokenizer(), "x", max_new_tokens=9, on_tokens=counts.append, stop=["界 🙃"])
+    )
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert counts == [chunk.shape[1] for chunk in chunks]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "changes", "message"),
+    [
+        (ByteTokenizer(), {"prompt": ""}, "the prompt '' has no tokens"),
+        (ByteTokenizer(), {"stop": [""]}, "stop: got"),
+        (ByteTokenizer(), {"stop": "end"}, "stop: got 'end', expected a list"),
+        (ByteTokenizer(), {"prompt": "x" * 30}, "prompt of 30 tokens and 24 new ones need 54"),
+        (CharTokenizer("".join(map(chr, range(300)))), {}, "the tokenizer has 300 tokens, the model 256"),
+    ],
+)
+def test_errors_come_when_it_is_called(tokenizer: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stream(CONFIG, {}, tokenizer, **{"prompt": "x"} | SAMPLED | changes)

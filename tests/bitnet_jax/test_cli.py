@@ -1,0 +1,280 @@
+"""The command from outside: what it prints, writes, and how it ends. One tiny run serves all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from bitnet_jax import cli, packing
+from bitnet_jax.inference.generate import generate
+from bitnet_jax.model_folders import load_model
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(variant="float"):
+    recipes = {"float": "float32", "ternary": "bitnet_b158"}
+    if variant not in recipes:
+        raise ValueError(f"got variant {variant!r}, expected one of {sorted(recipes)}")
+    config = ConfigDict()
+    config.model = ConfigDict(dict(
+        hidden_size=16, ffn_size=32, num_layers=1, num_heads=2, max_length=32, precision=recipes[variant],
+    ))
+    config.data = ConfigDict(dict(source="SOURCE", split="tail", valid_fraction=0.2, length=16, batch_size=2))
+    config.training = ConfigDict(dict(steps=3, eval_every=3, checkpoint_every=2, log_every=1))
+    config.evaluation = ConfigDict(dict(batches=1, batch_size=2))
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """text.txt, config.py, `run` trained from them and `packed` made from that, all by command."""
+    place = tmp_path_factory.mktemp("cli")
+    (place / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
+    (place / "config.py").write_text(CONFIG.replace("SOURCE", str(place / "text.txt")))
+    train = ["train", "--config", f"{place}/config.py:ternary", "--workdir", f"{place}/run", "--quiet"]
+    overrides = ["--config.training.steps=2", "--config.model.ffn_size=48"]
+    assert cli.main([*train, *overrides, "--json", f"{place}/train.json"]) == 0
+    pack = ["pack", f"{place}/run", f"{place}/packed", "--tokens", "40", "--json", f"{place}/pack.json"]
+    assert cli.main(pack) == 0
+    return place
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_train_reports_the_result_of_the_run(place: Path) -> None:
+    assert read(place / "train.json") == read(place / "run" / "result.json")
+    assert read(place / "train.json")["status"] == "finished"
+    assert read(place / "train.json")["step"] == 2
+
+
+def test_variant_and_overrides_reach_the_run(place: Path) -> None:
+    config = read(place / "run" / "config.json")
+    assert (config["training"]["steps"], config["model"]["ffn_size"]) == (2, 48)
+    assert config["model"]["precision"] == "bitnet_b158"
+
+
+def test_pack_proves_and_writes(place: Path) -> None:
+    figures = read(place / "pack.json")
+    assert figures["proof"]["matrices"] == 7
+    assert figures["proof"]["tokens_identical"] >= 40
+    assert figures["bytes"]["packed"] < figures["bytes"]["quantized_bfloat16"] / 4
+    assert load_model(place / "packed").kind == "packed"
+
+
+def test_pack_writes_nothing_when_the_proof_fails(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack = packing.pack
+
+    def flipped(params: dict, config: object) -> dict:
+        """One sign of one packed matrix differs: the smallest way to be another model."""
+        variables = pack(params, config)
+        weight = variables["packed"]["layers_0"]["mlp"]["up_proj"]["weight"]
+        codes = weight.codes.at[0, 0, 0].set(weight.codes[0, 0, 0] ^ 2)
+        variables["packed"]["layers_0"]["mlp"]["up_proj"]["weight"] = type(weight)(
+            codes, weight.scale, weight.format, weight.layout, weight.shape
+        )
+        return variables
+
+    monkeypatch.setattr(packing, "pack", flipped)
+    assert cli.main(["pack", f"{place}/run", f"{tmp_path}/packed", "--tokens", "0"]) == 2
+    assert "layers_0/mlp/up_proj" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_streams_what_generate_gives(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--prompt", "A tiny ", "--tokens", "20", "--json", f"{place}/generate.json"]
+    assert cli.main(["generate", f"{place}/packed", *arguments]) == 0
+    output = capsys.readouterr()
+    model = load_model(place / "packed")
+    prompt = model.tokenizer.encode("A tiny ")[None]
+    tokens = np.asarray(generate(model.config, model.variables, prompt, max_new_tokens=20).tokens)[0]
+    assert output.out == model.tokenizer.decode(tokens) + "\n"
+    figures = read(place / "generate.json")
+    assert figures["text"] == output.out[:-1]
+    assert figures["tokens"] == 20
+    assert figures["ran_on"][0]["name"] in output.err
+    assert "20 tokens" in output.err
+
+
+def test_generate_is_reproducible_by_its_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(seed: str) -> str:
+        arguments = ["--prompt", "A", "--tokens", "20", "--temperature", "1", "--seed", seed]
+        assert cli.main(["generate", f"{place}/packed", *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert text("1") == text("1")
+    assert text("1") != text("2")
+
+
+def test_generate_reads_the_prompt_from_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "prompt.txt").write_text("A tiny ")
+    for source in (["--prompt", "A tiny "], ["--file", f"{place}/prompt.txt"]):
+        assert cli.main(["generate", f"{place}/packed", "--tokens", "20", *source]) == 0
+    out = capsys.readouterr().out
+    half = len(out) // 2
+    assert out[:half] == out[half:]
+
+
+def test_eval_of_packed_equals_eval_of_latent(place: Path) -> None:
+    figures = []
+    for folder in ("run", "packed"):
+        source = ["--source", f"{place}/text.txt", "--split", "tail", "--json", f"{place}/eval.json"]
+        assert cli.main(["eval", f"{place}/{folder}", *source]) == 0
+        figures.append({k: v for k, v in read(place / "eval.json").items() if k != "seconds"})
+    assert figures[0] == figures[1]
+    assert cli.main(["eval", f"{place}/run", "--json", f"{place}/eval.json"]) == 0
+    own = read(place / "eval.json")
+    assert own["source"] == str(place / "text.txt")
+    assert own["split"] == "tail"
+
+
+def test_eval_of_all_sees_more_than_the_held_out_part(place: Path) -> None:
+    counted = {}
+    for split in ("tail", "all"):
+        source = ["--source", f"{place}/text.txt", "--split", split, "--json", f"{place}/eval.json"]
+        assert cli.main(["eval", f"{place}/packed", *source]) == 0
+        counted[split] = read(place / "eval.json")["text_bytes"]
+    assert counted["all"] == len((place / "text.txt").read_bytes())
+    assert counted["tail"] < counted["all"]
+
+
+def test_info_names_recipe_format_and_layout_of_each_matrix(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["info", f"{place}/packed", "--json", f"{place}/info.json"]) == 0
+    figures = read(place / "info.json")
+    row = figures["matrices"]["layers_0/mlp/down_proj"]
+    assert (row["shape"], row["recipe"], row["stored"]) == ([16, 48], "bitnet_b158", "ternary2 panel16")
+    assert figures["bytes"]["packed"] == sum(row["bytes"] for row in figures["matrices"].values())
+    assert "ternary2 panel16" in capsys.readouterr().out
+    assert cli.main(["info", f"{place}/run", "--json", f"{place}/info.json"]) == 0
+    assert read(place / "info.json")["matrices"]["layers_0/mlp/down_proj"]["stored"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "{place}/nowhere"], "there is no such folder"),
+        (["info", "{place}"], "expected checkpoints/"),
+        (["info", "{place}/packed", "--step", "3"], "expected no step"),
+        (["info", "{place}/packed", "--json", "{place}/nowhere/x.json"], "folder that exists"),
+        (["pack", "{place}/run", "{place}/packed"], "packed, which exists"),
+        (["pack", "{place}/packed", "{place}/again"], "packed"),
+        (["pack", "{place}/run", "{place}/again", "--step", "77"], "77"),
+        (["pack", "{place}/run", "{place}/again", "--tokens", "-1"], "tokens=-1"),
+        (["generate", "{place}/packed", "--prompt", ""], "no tokens"),
+        (["generate", "{place}/packed", "--prompt", "A", "--tokens", "500"], "max_length=32"),
+        (["generate", "{place}/packed", "--prompt", "A", "--top-p", "2"], "top_p"),
+        (["generate", "{place}/packed", "--file", "{place}/nowhere.txt"], "No such file"),
+        (["eval", "{place}/packed", "--source", "{place}/nowhere.txt"], "nowhere.txt"),
+        (["train", "--config", "{place}/nowhere.py", "--workdir", "{place}/x"], "there is no file"),
+        (["train", "--config", "{place}/config.py:huge", "--workdir", "{place}/x"], "'huge'"),
+        (
+            ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.training.step=1"],
+            "step",
+        ),
+        (
+            [
+                "train",
+                "--config",
+                "{place}/config.py",
+                "--workdir",
+                "{place}/x",
+                "--config.model.precision=b",
+            ],
+            "'b'",
+        ),
+        (["train", "--config", "{place}/config.py", "--workdir", "{place}/run", "--config.seed=1"], "seed"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(place.iterdir())
+    assert cli.main([word.format(place=place) for word in arguments]) == 2
+    error = capsys.readouterr().err
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in error
+    assert sorted(place.iterdir()) == before, "a refused command left something behind"
+
+
+def test_debug_shows_the_traceback(place: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        cli.main(["eval", f"{place}/nowhere", "--debug"])
+
+
+def test_a_bug_is_not_dressed_up_as_wrong_input(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "sizes", lambda variables: variables["no such key"])
+    with pytest.raises(KeyError):
+        cli.main(["info", f"{place}/packed"])
+
+
+def test_unknown_options_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["info", f"{place}/packed", "--config.a=1"])
+    assert ended.value.code == 2
+    assert "got --config.a=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert f"example:\n  bitnet-jax {command}" in out
+
+
+def test_ctrl_c_ends_with_130_and_a_word(place: Path, tmp_path: Path) -> None:
+    """A real process and a real signal, sent while it waits for a prompt that never comes."""
+    code = (
+        "import sys; print('up', flush=True); from bitnet_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "generate", f"{place}/packed"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        while not _waits_for_input(process.pid):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1] == "interrupted"
+
+
+def _waits_for_input(pid: int) -> bool:
+    """Linux tells where a process sleeps; elsewhere a moment has to do."""
+    channel = Path(f"/proc/{pid}/wchan")
+    if not channel.exists():
+        time.sleep(10)
+        return True
+    return "pipe" in channel.read_text()
+
+
+def test_nothing_is_left_configured_by_the_command(place: Path) -> None:
+    assert jax.config.jax_numpy_dtype_promotion == "strict"

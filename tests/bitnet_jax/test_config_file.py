@@ -1,0 +1,80 @@
+"""Settings from a file: variants, overrides, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitnet_jax.config_file import load_config_file
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(variant="base"):
+    if variant not in ("base", "small"):
+        raise ValueError(f"got variant {variant!r}, expected base or small")
+    model = ConfigDict({"rate": 1e-3, "name": "bitnet", "tied": True, "sizes": (1, 2)})
+    return ConfigDict({"steps": 10 if variant == "small" else 100, "model": model})
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    (tmp_path / "config.py").write_text(CONFIG)
+    return str(tmp_path / "config.py")
+
+
+def test_variants(spec: str) -> None:
+    assert load_config_file(spec).steps == 100
+    assert load_config_file(f"{spec}:small").steps == 10
+
+
+def test_overrides_keep_the_type_of_their_field(spec: str) -> None:
+    overrides = ["--config.steps=7", "--config.model.rate=1", "--config.model.name=3"]
+    overrides += ["--config.model.tied=false", "--config.model.sizes=(4, 5)"]
+    config = load_config_file(f"{spec}:small", overrides)
+    assert config.steps == 7
+    assert config.model.to_dict() == {"rate": 1.0, "name": "3", "tied": False, "sizes": (4, 5)}
+    assert isinstance(config.model.rate, float)
+
+
+def test_the_command_line_of_the_process_is_not_looked_at(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest", "--config=elsewhere.py", "--config.steps=1"])
+    assert load_config_file(spec).steps == 100
+
+
+@pytest.mark.parametrize(
+    ("variant", "override", "message"),
+    [
+        (":huge", "--config.steps=1", "got variant 'huge'"),
+        ("", "--config.step=1", "steps"),
+        ("", "--config.steps=many", "many"),
+        ("", "--config.steps", "Missing value"),
+        ("", "--config.model=1", "ConfigDict"),
+        ("", "--config.model.tied=perhaps", "perhaps"),
+        ("", "--other=1", "Unknown"),
+        ("", "word", "got word"),
+    ],
+)
+def test_refused_overrides_are_named_in_one_line(
+    spec: str, variant: str, override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_config_file(spec + variant, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_refused_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_config_file(str(tmp_path / "none.py:small"))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match="get_config"):
+        load_config_file(str(tmp_path / "empty.py"))
+    (tmp_path / "number.py").write_text("def get_config(): return 3")
+    with pytest.raises(ValueError, match="got int"):
+        load_config_file(str(tmp_path / "number.py"))
+    (tmp_path / "broken.py").write_text("def get_config(:")
+    with pytest.raises(SyntaxError):
+        load_config_file(str(tmp_path / "broken.py"))

@@ -1,0 +1,134 @@
+"""The doctor finds a healthy machine healthy, and every kind of broken kernel broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bitnet_jax import cli, doctor, packing
+from bitnet_jax.models import PRESETS, ModelConfig, Transformer
+from bitnet_kernels import IMPLEMENTATIONS, PackedArray, cpu, reference
+
+TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num_heads=2, max_length=16)
+
+
+def test_the_command_reports_every_implementation_and_exits_0(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "TOKENS", 2)
+    monkeypatch.setattr(doctor, "SHAPES", ((3, 17, 65, 1), (2, 48, 256, 4)))
+    assert cli.main(["doctor", "--json", f"{tmp_path}/doctor.json"]) == 0
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    passed = {check["name"] for check in report["checks"] if check["passed"]}
+    for isa in cpu.available_isas():
+        assert {f"products, cpu ({isa})", f"tiny model, cpu ({isa})"} <= passed
+    assert "products, reference" in passed
+    assert report["healthy"] is True
+    assert report["choice"]["name"] in IMPLEMENTATIONS
+    out = capsys.readouterr().out
+    assert "healthy" in out
+    assert f"packed_matmul runs on {report['choice']['name']}" in out
+
+
+def _one_off(x: jax.Array, w: PackedArray, isa_name: str | None = None) -> jax.Array:
+    return reference.integer_matmul(x, w).at[0, 0, 0].add(1)
+
+
+def _raises(x: jax.Array, w: PackedArray, isa_name: str | None = None) -> jax.Array:
+    raise RuntimeError("illegal instruction")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "detail"), [(_one_off, "1 of 1 differ"), (_raises, "illegal instruction")]
+)
+def test_a_wrong_kernel_is_found(
+    kernel: object, detail: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "SHAPES", ((1, 1, 1, 1),))
+    monkeypatch.setattr(doctor, "_check_models", lambda: [])
+    monkeypatch.setattr(cpu, "available_isas", lambda: ("scalar",))
+    monkeypatch.setattr(cpu, "integer_matmul", kernel)
+    assert cli.main(["doctor"]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert len(wrong) == 1
+    assert "products, cpu (scalar)" in wrong[0]
+    assert detail in wrong[0]
+
+
+def test_a_packed_model_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differs(*args: object, **kwargs: object) -> None:
+        raise packing.PackingError("layers_0/mlp/up_proj: code [0, 0] is 1 packed and -1 latent")
+
+    monkeypatch.setattr(packing, "prove", differs)
+    monkeypatch.setattr(doctor, "PRESETS", PRESETS | {"tiny": TINY})
+    checks = doctor._check_models()
+    assert {check.passed for check in checks} == {False}
+    assert "up_proj" in checks[0].detail
+    assert not doctor.healthy(checks)
+
+
+def test_a_missing_library_is_absent_with_its_reason_and_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available_isas", lambda: ())
+    monkeypatch.setattr(cpu, "unavailable", lambda: "_cpu.so was not built")
+    absent = doctor._absent()
+    assert [(check.name, check.passed, check.detail) for check in absent] == [
+        ("cpu", None, "_cpu.so was not built")
+    ]
+    assert doctor.healthy(absent)
+    assert doctor.choice_here().name == "reference"
+
+
+def test_absent_instruction_sets_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(cpu.available_isas()) <= set(doctor.INSTRUCTION_SETS), "an instruction set the doctor forgets"
+    monkeypatch.setattr(cpu, "available_isas", lambda: ("scalar",))
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    assert {"cpu (avx2)", "cpu (avx512vnni)"} <= {check.name for check in doctor._absent()}
+
+
+@pytest.mark.parametrize(
+    ("precision", "names"),
+    [
+        ("float32", []),
+        ("bitnet_b158", ["cpu"]),
+        ("bitnet_weight_only", ["reference"]),
+        ((("layers_0/mlp/*", "bitnet_weight_only"), ("*", "bitnet")), ["cpu", "reference"]),
+    ],
+)
+def test_chosen_tells_what_a_model_runs_on(precision: object, names: list[str]) -> None:
+    if not cpu.available_isas():
+        pytest.skip(f"no C++ kernels: {cpu.unavailable()}")
+    config = ModelConfig(**{**TINY.to_dict(), "precision": precision})
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    choices = doctor.chosen(config, packing.pack(params, config))
+    assert [choice.name for choice in choices] == names
+    assert doctor.chosen(config, {"params": params}) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", doctor.INSTRUCTION_SETS)
+def test_the_doctor_passes_under_each_forced_instruction_set(isa: str) -> None:
+    if isa not in cpu.available_isas():
+        pytest.skip(f"this processor has no {isa}")
+    environment = os.environ | {cpu.ISA_VARIABLE: isa, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-m", "bitnet_jax.cli", "doctor"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{isa} forced by {cpu.ISA_VARIABLE}" in done.stdout
+
+
+def test_an_unknown_forced_instruction_set_is_a_user_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not cpu.available_isas():
+        pytest.skip(f"no C++ kernels: {cpu.unavailable()}")
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
+    assert cli.main(["doctor"]) == 2
+    assert "'sse9'" in capsys.readouterr().err

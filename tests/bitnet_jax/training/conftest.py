@@ -1,0 +1,88 @@
+"""A problem small enough to compile in a moment: one quantized matrix between an embedding and a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_jax.data import ByteTokenizer
+from bitnet_jax.precision import Precision
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.losses import LossSums, cross_entropy, cross_entropy_sums
+from bitnet_jax.training.task import Task
+
+V, D, B, T = 5, 6, 4, 3
+TERNARY = Precision(weight="ternary_absmean")
+
+
+def toy_params(key: jax.Array) -> dict[str, Any]:
+    embed, out = jax.random.split(key)
+    return {
+        "embed": {"embedding": jax.random.normal(embed, (V, D))},
+        "out": {"weight": jax.random.normal(out, (V, D))},
+    }
+
+
+def toy_logits(params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+    weight = TERNARY.quantize_weight(params["out"]["weight"]).dequantize()
+    return params["embed"]["embedding"][inputs] @ weight.T
+
+
+def toy_loss(params: Any, batch: Mapping[str, Any], key: Any, progress: Any) -> LossSums:
+    return cross_entropy_sums(toy_logits(params, batch["inputs"]), batch["targets"], batch.get("weights"))
+
+
+def toy_batch(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    inputs = rng.integers(0, V, (B, T), np.int32)
+    return {"inputs": inputs, "targets": (inputs + 1) % V}
+
+
+def toy_evaluate(params: Any) -> dict[str, float]:
+    batch = toy_batch(10**6)
+    return {"loss": float(cross_entropy(toy_logits(params, batch["inputs"]), batch["targets"]))}
+
+
+@pytest.fixture
+def toy() -> Task:
+    return Task(
+        init=toy_params,
+        loss=toy_loss,
+        train_batch=toy_batch,
+        tokens=B * T,
+        evaluate=toy_evaluate,
+        precisions={"out": TERNARY},
+        tokenizer=ByteTokenizer(),
+        fingerprint=1,
+    )
+
+
+MODEL = dict(hidden_size=8, num_layers=1, num_heads=2, ffn_size=8)
+
+
+@pytest.fixture
+def run_config() -> Callable[..., RunConfig]:
+    """A run config with fields of any section replaced: run_config(training=dict(steps=3))."""
+
+    def build(**sections: Any) -> RunConfig:
+        small = {
+            "model": MODEL,
+            "data": dict(length=8, batch_size=2),
+            "optimizer": dict(learning_rate=1e-2),
+            "training": dict(steps=6, log_every=2, eval_every=3, checkpoint_every=2),
+        }
+        merged = {
+            name: small.get(name, {}) | sections.get(name, {}) for name in small | sections if name != "seed"
+        }
+        return RunConfig.from_dict(merged | {"seed": sections.get("seed", 0)})
+
+    return build
+
+
+def jnp_tree(tree: Any) -> Any:
+    return jax.tree.map(jnp.asarray, tree)

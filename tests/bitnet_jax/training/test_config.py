@@ -1,0 +1,102 @@
+"""Run configs: round trips, and errors that name the field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from bitnet_jax.training.config import RunConfig, differing_fields
+
+MODEL = dict(hidden_size=8, num_layers=1, num_heads=2, ffn_size=8)
+
+
+def test_a_config_dict_with_all_sections() -> None:
+    fields = ConfigDict(
+        {
+            "seed": 3,
+            "model": MODEL | {"precision": (("*/mlp/*", "int8"), ("*", "bitnet"))},
+            "data": {"source": "stdlib", "length": 16},
+            "optimizer": {"schedule": "two_stage", "learning_rate": 1},
+            "training": {"steps": 5, "max_loss": 9.0},
+            "evaluation": {"batches": None},
+        }
+    )
+    config = RunConfig.from_dict(fields)
+    assert config.seed == 3
+    assert config.optimizer.learning_rate == 1.0
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.evaluation.batches is None
+    model = config.model_config(vocab_size=256)
+    assert (model.vocab_size, model.max_length) == (256, 16)
+    assert model.precision == (("*/mlp/*", "int8"), ("*", "bitnet"))
+
+    again = RunConfig.from_json(config.to_json())
+    assert again.to_dict() == config.to_dict() == json.loads(config.to_json())
+    assert again.model_config(256) == model
+    assert again.hash() == config.hash()
+    assert differing_fields(config, again) == []
+
+
+def test_the_hash_is_stable_and_sees_every_section() -> None:
+    base = {"model": MODEL}
+    changed: list[dict[str, Any]] = [
+        base,
+        base | {"seed": 1},
+        base | {"model": MODEL | {"num_layers": 2}},
+        base | {"data": {"length": 64}},
+        base | {"optimizer": {"beta2": 0.99}},
+        base | {"training": {"steps": 7}},
+        base | {"evaluation": {"batches": 3}},
+    ]
+    hashes = {RunConfig.from_dict(fields).hash() for fields in changed}
+    assert len(hashes) == len(changed)
+    spelled = base | {"seed": 0, "training": {"steps": 1000, "z_loss": 0}}
+    assert RunConfig.from_dict(spelled).hash() == RunConfig.from_dict(base).hash()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modle": {}}, "config.modle is not a section; did you mean model"),
+        ({}, "no section model"),
+        ({"model": 3}, "config.model: got 3, expected a section"),
+        ({"model": MODEL | {"hiden_size": 3}}, "model.hiden_size is not a field; did you mean hidden_size"),
+        ({"model": MODEL | {"precision": "bitnet_b159"}}, "bitnet_b159.*did you mean 'bitnet_b158'"),
+        ({"model": MODEL | {"num_heads": 3}}, "num_heads"),
+        ({"model": MODEL | {"max_length": 8}, "data": {"length": 9}}, "max_length: got 8.*at least 9"),
+        ({"model": MODEL, "data": {"lenght": 3}}, "data.lenght is not a field; did you mean length"),
+        ({"model": MODEL, "training": {"zzz": 3}}, "training.zzz is not a field; expected one of steps"),
+        ({"model": MODEL, "training": {"steps": "10"}}, "training.steps: got '10', expected int"),
+        ({"model": MODEL, "training": {"steps": True}}, "training.steps: got True, expected int"),
+        ({"model": MODEL, "training": {"steps": 0}}, "training.steps: got 0, expected at least 1"),
+        ({"model": MODEL, "training": {"keep_best": 1}}, "training.keep_best: got 1, expected bool"),
+        ({"model": MODEL, "training": {"max_loss": "x"}}, r"training.max_loss: got 'x', expected float \| None"),
+        ({"model": MODEL, "training": {"accumulate": 3}}, "batch_size=16 is not a multiple of.*accumulate=3"),
+        ({"model": MODEL, "evaluation": {"batches": 0}}, "batches=0"),
+        ({"model": MODEL, "seed": -1}, "seed: got -1"),
+    ],
+)
+def test_wrong_settings_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        RunConfig.from_dict(fields)
+    assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
+    config = RunConfig.from_dict({"model": MODEL | {"vocab_size": 100}})
+    with pytest.raises(ValueError, match="vocab_size: got 100, the data needs at least 256"):
+        config.model_config(256)
+
+
+def test_json_of_something_else_is_refused() -> None:
+    with pytest.raises(ValueError, match="list, expected an object"):
+        RunConfig.from_json("[1]")
+
+
+def test_differing_fields_names_both_values() -> None:
+    a = RunConfig.from_dict({"model": MODEL, "training": {"steps": 5}})
+    b = RunConfig.from_dict({"model": MODEL | {"num_kv_heads": 1}, "training": {"steps": 6}})
+    assert differing_fields(a, b) == ["model.num_kv_heads: 'not set', 1", "training.steps: 5, 6"]

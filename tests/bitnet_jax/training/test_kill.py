@@ -1,0 +1,132 @@
+"""SIGKILL at any moment: the next start ends in the same bits as a run that nobody disturbed.
+
+Each attempt is a process of its own that trains a real model with `fit`, and is really killed: right after a save
+was begun in the background, or a random moment into a random update.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.metrics import read_metrics
+
+STEPS = 12
+
+CHILD = """
+import json, os, signal, sys
+from bitnet_jax.data import TokenBatches
+from bitnet_jax.training import fit
+from bitnet_jax.training.checkpoints import Checkpoints
+
+config, workdir, die_in_save = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+save, batch = Checkpoints.save, TokenBatches.batch
+
+def save_and_die(self, step, *rest):
+    save(self, step, *rest)
+    if str(step) == die_in_save:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def say_and_batch(self, step):
+    print(step, flush=True)
+    return batch(self, step)
+
+Checkpoints.save, TokenBatches.batch = save_and_die, say_and_batch
+fit(config, workdir, progress=False)
+"""
+
+
+@pytest.fixture
+def start(
+    tmp_path: Path, repository: Path, run_config: Callable[..., RunConfig]
+) -> Callable[..., subprocess.Popen[str]]:
+    """Starts a process that trains in a folder; `die_in_save` is the step of a save that it does not survive."""
+    (tmp_path / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
+    config = run_config(
+        data=dict(source=str(tmp_path / "text.txt"), split="tail", valid_fraction=0.2),
+        model=dict(dropout=0.1),
+        training=dict(steps=STEPS, checkpoint_every=3, eval_every=6, accumulate=2),
+        evaluation=dict(batches=1, batch_size=2),
+    )
+
+    def popen(workdir: str, die_in_save: int | None = None, cache: bool = True) -> subprocess.Popen[str]:
+        environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{repository / 'kernels'}"}
+        if cache:  # compiled once: the attempts then take seconds less
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
+            environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        arguments = [json.dumps(config.to_dict()), str(tmp_path / workdir), str(die_in_save)]
+        return subprocess.Popen(
+            [sys.executable, "-c", CHILD, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    return popen
+
+
+def finish(process: subprocess.Popen[str]) -> int:
+    """Exit status; a child that hangs is ended and fails the test."""
+    try:
+        process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return process.returncode
+
+
+def kill_during(process: subprocess.Popen[str], step: int, rng: random.Random) -> bool:
+    """SIGKILL a moment after the batch of update `step` was asked for; False if the process was faster."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) >= step:
+            break
+    time.sleep(rng.uniform(0, 0.02))
+    process.kill()
+    return finish(process) == -signal.SIGKILL
+
+
+def checksums(run: Path) -> dict[str, Any]:
+    """Of every array of the final checkpoint, parameters and optimizer state, as saved with it."""
+    meta = json.loads((run / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
+    return {"crc32": meta["crc32"], "last": meta["last"], "position": meta["data_position"]}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    found = list(read_metrics(run / "metrics.jsonl"))
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in found]
+
+
+def test_killed_runs_end_in_the_bits_of_an_undisturbed_one(start: Callable[..., Any], tmp_path: Path) -> None:
+    rng = random.Random(0)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+
+    assert finish(start("run", die_in_save=3)) == -signal.SIGKILL
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left != ["3"], "the first save was done before the process died: nothing was tested"
+    assert not (run / "result.json").exists()
+
+    kills = 1
+    for step in (rng.randrange(1, 5), rng.randrange(4, 9)):
+        kills += kill_during(start("run"), step, rng)
+    kills += finish(start("run", die_in_save=9)) == -signal.SIGKILL
+    kills += kill_during(start("run"), STEPS - 1, rng)
+    assert kills >= 4, "too few attempts died"
+
+    assert finish(start("run")) == 0
+    assert finish(start("whole", cache=False)) == 0
+    assert checksums(run) == checksums(whole)
+    assert rows(run) == rows(whole)
+    assert [row["step"] for row in rows(run) if row["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["12", "9"]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, whole)]
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1]

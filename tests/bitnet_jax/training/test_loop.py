@@ -1,0 +1,250 @@
+"""The loop: results, resuming, divergence, signals, folders that cannot be used."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from bitnet_jax.training import CheckpointError, Interrupted, RunConfig, RunError, fit, load_run
+from bitnet_jax.training.checkpoints import Checkpoints
+from bitnet_jax.training.loop import train
+from bitnet_jax.training.metrics import read_metrics
+from bitnet_jax.training.optimizers import make_optimizer
+from bitnet_jax.training.run_folder import RunFolder
+from bitnet_jax.training.state import TrainState
+from bitnet_jax.training.task import Task
+
+Config = Callable[..., RunConfig]
+
+
+def run(task: Task, config: RunConfig, path: Path, progress: bool = False) -> dict[str, Any]:
+    folder = RunFolder(path)
+    with folder.training(config):
+        return train(task, config, folder, progress)
+
+
+def final_bits(task: Task, config: RunConfig, path: Path) -> list[bytes]:
+    """Parameters and optimizer state of the newest checkpoint."""
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    shapes = jax.eval_shape(lambda: TrainState.create(task.init(jax.random.key(0)), optimizer))
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(shapes.params, shapes.opt_state)
+    leaves = jax.tree.leaves((restored.params, restored.opt_state))
+    return [np.int32(restored.step).tobytes(), *(np.asarray(leaf).tobytes() for leaf in leaves)]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Metrics without the one number that is a time."""
+    found = list(read_metrics(path / "metrics.jsonl"))
+    for row in found:
+        row.pop("tokens_per_second", None)
+    return found
+
+
+def test_a_run_of_a_real_model_on_real_text(tmp_path: Path, run_config: Config, capfd: Any) -> None:
+    (tmp_path / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
+    config = run_config(
+        data=dict(source="text.txt", root=str(tmp_path), split="tail", valid_fraction=0.2), evaluation=dict(batches=2)
+    )
+    result = fit(config.to_dict(), tmp_path / "run")
+    assert result["status"] == "finished"
+    assert result["step"] == result["steps"] == 6
+    assert result["tokens"] == 6 * 2 * 8
+    # 148 held-out bytes and the end of the document are predicted, and the bytes count
+    assert result["valid"]["bits_per_byte"] == pytest.approx(result["valid"]["loss"] / np.log(2) * 149 / 148)
+    assert result["config_hash"] == config.hash()
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert "6/6" in capfd.readouterr().err  # the progress line
+
+    found = rows(tmp_path / "run")
+    assert [(r["step"], r["kind"]) for r in found] == [
+        (1, "train"), (2, "train"), (3, "train"), (3, "valid"), (4, "train"), (5, "train"), (6, "train"), (6, "valid")
+    ]  # fmt: skip
+    assert all("flip_rate" in r for r in found if r["kind"] == "train")
+    layers = [r["layers"] for r in found if "layers" in r]
+    assert len(layers) == 3
+    assert set(layers[0]["layers_0/mlp/down_proj"]) == {"zero_fraction", "flip_rate", "clipped_share", "scale"}
+
+    loaded, model, params, tokenizer = load_run(tmp_path / "run")
+    assert loaded == config
+    assert (model.vocab_size, tokenizer.vocab_size, model.max_length) == (256, 256, 8)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == result["parameters"]
+    _, _, earlier, _ = load_run(tmp_path / "run", step=4)
+    assert not np.array_equal(earlier["embed"]["embedding"], params["embed"]["embedding"])
+
+    assert fit(config, tmp_path / "run", progress=False) == result  # over: nothing is trained again
+
+
+class Calls:
+    """Wraps a train_batch: does something before the batch of one step is made."""
+
+    def __init__(self, task: Task, step: int, action: Callable[[], None]):
+        self.task, self.step, self.action = task, step, action
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        if step == self.step:
+            self.action()
+        return self.task.train_batch(step)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_update_saves_and_the_next_start_ends_in_the_same_bits(
+    toy: Task, tmp_path: Path, run_config: Config, number: int, code: int, capsys: Any
+) -> None:
+    config = run_config(training=dict(steps=9, checkpoint_every=4, eval_every=5, accumulate=2))
+    run(toy, config, tmp_path / "whole")
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    stopped = toy._replace(train_batch=Calls(toy, 5, lambda: os.kill(os.getpid(), number)))
+    with pytest.raises(Interrupted) as stop:
+        run(stopped, config, tmp_path / "run")
+    assert stop.value.code == code
+    assert f"{signal.Signals(number).name}: saved step 6 of 9" in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert not (tmp_path / "run" / "result.json").exists()
+
+    started = []
+    resumed = toy._replace(train_batch=Calls(toy, 6, lambda: started.append(6)))
+    result = run(resumed, config, tmp_path / "run")
+    assert (result["status"], result["step"], started) == ("finished", 9, [6])
+    assert final_bits(toy, config, tmp_path / "run") == final_bits(toy, config, tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_a_second_signal_is_not_held_back(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(toy._replace(train_batch=Calls(toy, 1, twice)), run_config(), tmp_path / "run")
+
+
+def test_a_signal_during_the_last_update_is_no_interruption(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    last = Calls(toy, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(toy._replace(train_batch=last), run_config(), tmp_path / "run")["status"] == "finished"
+
+
+def with_weight(task: Task, at: int, weight: float) -> Task:
+    def batch(step: int) -> dict[str, np.ndarray]:
+        found = task.train_batch(step)
+        return found | {"weights": np.full(found["targets"].shape, weight if step == at else 1.0, np.float32)}
+
+    return task._replace(train_batch=batch)
+
+
+@pytest.mark.parametrize("last", [3, 4])  # the update before a checkpoint, and one in between
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
+    toy: Task, tmp_path: Path, run_config: Config, last: int, capsys: Any
+) -> None:
+    config = run_config(training=dict(steps=9))
+    result = run(with_weight(toy, last, np.nan), config, tmp_path)
+    assert (result["status"], result["step"]) == ("diverged", last + 1)
+    assert f"update {last + 1} gave loss nan" in result["message"]
+    kept = 2 * (last // 2)
+    assert f"the last good checkpoint is of step {kept}" in capsys.readouterr().err
+    assert all(np.isfinite(np.frombuffer(b, np.float32)).all() for b in final_bits(toy, config, tmp_path)[2:])
+    assert json.loads((tmp_path / "result.json").read_text())["train"]["loss"] == "nan"
+    assert rows(tmp_path)[-1]["loss"] == "nan"
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps()[-1] == kept
+
+
+def test_divergence_before_the_first_checkpoint_and_by_the_limit(
+    toy: Task, tmp_path: Path, run_config: Config, capsys: Any
+) -> None:
+    result = run(toy, run_config(training=dict(max_loss=0.1)), tmp_path)
+    assert (result["status"], result["step"]) == ("diverged", 1)
+    assert "a loss up to 0.1" in result["message"]
+    assert "checkpoint is of step 0" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_is_kept(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.6])
+    task = toy._replace(evaluate=lambda params: {"loss": next(losses)})
+    config = run_config(training=dict(steps=5, eval_every=1, checkpoint_every=1, keep_best=True))
+    assert run(task, config, tmp_path)["valid"] == {"loss": 2.6}
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 4, 5]
+
+
+def test_a_damaged_newest_checkpoint_costs_some_updates_and_no_bits(
+    toy: Task, tmp_path: Path, run_config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = run_config()
+    run(toy, config, tmp_path / "whole")
+    run(toy, config, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "checkpoints" / "6" / "meta" / "metadata").write_text("damaged")
+    run(toy, config, tmp_path / "run")
+    assert "trying the checkpoint before it" in caplog.text
+    assert final_bits(toy, config, tmp_path / "run") == final_bits(toy, config, tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_another_config_or_another_text_is_refused(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    run(toy, run_config(), tmp_path)
+    with pytest.raises(RunError, match=r"other settings \(optimizer.beta2: 0.95, 0.9; saved, then given\)"):
+        run(toy, run_config(optimizer=dict(beta2=0.9)), tmp_path)
+    with pytest.raises(RunError, match="not the one this run began with"):
+        run(toy._replace(fingerprint=2), run_config(), tmp_path)
+
+
+def test_folders_that_cannot_be_used(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot make the run folder .*: Not a directory"):
+        run(toy, run_config(), tmp_path / "file" / "run")
+
+    (tmp_path / "odd" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(RunError, match="checkpoints without config.json"):
+        run(toy, run_config(), tmp_path / "odd")
+
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"model": ')
+    with pytest.raises(RunError, match="config.json cannot be read"):
+        run(toy, run_config(), tmp_path / "damaged")
+
+    (tmp_path / "busy").mkdir()
+    with (tmp_path / "busy" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process is training in it"):
+            run(toy, run_config(), tmp_path / "busy")
+
+
+def test_runs_that_cannot_be_read(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    with pytest.raises(RunError, match=r"no config.json; expected the folder of a training run"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text(run_config().to_json())
+    with pytest.raises(RunError, match=r"tokenizer.json cannot be read"):
+        load_run(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"kind": "byte"}')
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        load_run(tmp_path)
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(RunError, match=r"result.json cannot be read: .*; remove it"):
+        fit(run_config(), tmp_path)
+
+
+def test_a_disk_that_refuses_is_one_line(
+    toy: Task, tmp_path: Path, run_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bitnet_jax.training.metrics.MetricsLog.flush", full)
+    with pytest.raises(RunError, match="cannot write in .*: No space left on device; make room") as error:
+        run(toy, run_config(), tmp_path / "a")
+    assert "\n" not in str(error.value)
+
+    monkeypatch.setattr(os, "replace", lambda *paths: full(None))
+    with pytest.raises(RunError, match=r"cannot write .*config.json: No space left"):
+        run(toy, run_config(), tmp_path / "b")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [".lock"]

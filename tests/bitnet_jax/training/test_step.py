@@ -1,0 +1,161 @@
+"""The jitted update: accumulation, randomness, metrics, latent clipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.precision import Precision
+from bitnet_jax.training.losses import LossSums, cross_entropy
+from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
+from bitnet_jax.training.state import TrainState
+from bitnet_jax.training.step import make_train_step
+from bitnet_jax.training.task import Task, init_params, model_loss
+
+STEPS = 10
+KEY = jax.random.key(7)
+
+
+def optimizer() -> Any:
+    # a large epsilon: else Adam blows up the rounding error of a gradient that is exactly zero on paper
+    return make_optimizer(OptimizerConfig(schedule="constant", learning_rate=0.05, epsilon=1e-3), STEPS)
+
+
+def step_of(task: Task, **options: Any) -> Any:
+    return make_train_step(task.loss, optimizer(), total_steps=STEPS, precisions=task.precisions, **options)
+
+
+def fresh(task: Task) -> TrainState:
+    return TrainState.create(task.init(jax.random.key(0)), optimizer())
+
+
+def test_one_update_is_the_gradient_of_the_mean_loss_through_the_optimizer(toy: Task) -> None:
+    batch = toy.train_batch(0) | {
+        "weights": np.array([[1, 1, 0], [0, 1, 2], [1, 1, 1], [0, 0, 1]], np.float32)
+    }
+    before = fresh(toy)
+
+    def mean_loss(params: Any) -> jax.Array:
+        sums = toy.loss(params, batch, None, 0.0)
+        return sums.loss / sums.weight
+
+    loss, gradients = jax.value_and_grad(mean_loss)(before.params)
+    updates, _ = optimizer().update(gradients, before.opt_state, before.params, before.step)
+    expected = optax.apply_updates(before.params, updates)
+
+    after, metrics = step_of(toy)(before, batch, KEY)
+    assert int(after.step) == 1
+    # jit may order float32 sums differently
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), after.params, expected)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-5)
+    assert float(metrics["update_norm"]) == pytest.approx(float(optax.tree.norm(updates)), rel=1e-5)
+    assert float(metrics["learning_rate"]) == np.float32(0.05)
+    assert float(metrics["weight_decay"]) == np.float32(0.1)
+    assert bool(metrics["finite"])
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_add_up_to_the_big_batch(toy: Task, accumulate: int) -> None:
+    """Also with weights that differ between micro-batches, where a mean of means would be wrong."""
+    weights = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [0, 2, 0]], np.float32)
+    whole, parts = step_of(toy), step_of(toy, accumulate=accumulate)
+    a, b = fresh(toy), fresh(toy)
+    for step in range(3):
+        batch = toy.train_batch(step) | {"weights": weights}
+        a, metrics_a = whole(a, batch, KEY)
+        b, metrics_b = parts(b, batch, KEY)
+        for name in ("loss", "accuracy", "grad_norm"):
+            assert float(metrics_a[name]) == pytest.approx(float(metrics_b[name]), rel=1e-5), name
+    # the same sums in another order
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a.params, b.params)
+
+
+def noisy(params: Any, batch: Any, key: jax.Array, progress: jax.Array) -> LossSums:
+    loss = jax.random.uniform(key) + 0 * jnp.sum(params["w"]["weight"])
+    return LossSums(loss + 100 * progress, jnp.float32(0), jnp.float32(1))
+
+
+def test_randomness_and_progress_follow_from_key_and_step_alone() -> None:
+    def loss_at(step: int, seed: int, **options: Any) -> float:
+        state = TrainState.create({"w": {"weight": jnp.ones(2)}}, optimizer())
+        update = make_train_step(noisy, optimizer(), total_steps=STEPS, **options)
+        batch = {"inputs": np.zeros((2, 1), np.int32)}
+        _, metrics = update(state.replace(step=jnp.int32(step)), batch, jax.random.key(seed))
+        return float(metrics["loss"])
+
+    assert loss_at(3, 1) == loss_at(3, 1)
+    assert int(loss_at(3, 1)) == 30  # progress 3 / 10
+    assert len({loss_at(step, seed) % 10 for step in (3, 4) for seed in (1, 2)}) == 4
+    # micro-batches draw different numbers: their mean is neither of the single draws
+    assert loss_at(3, 1, accumulate=2) != loss_at(3, 1)
+
+
+def exploding(params: Any, batch: Any, key: Any, progress: Any) -> LossSums:
+    w = params["w"]["weight"]
+    return LossSums(jnp.sum(w * batch["factor"]), jnp.float32(0), jnp.float32(1))
+
+
+@pytest.mark.parametrize(
+    ("factor", "finite"), [(1.0, True), (np.nan, False), (np.inf, False), (3e38, False), (-1e30, False)]
+)
+def test_the_finite_flag_sees_losses_and_gradients_that_overflow(factor: float, finite: bool) -> None:
+    state = TrainState.create({"w": {"weight": jnp.array([1.0, 2.0])}}, optimizer())
+    _, metrics = make_train_step(exploding, optimizer(), total_steps=STEPS)(
+        state, {"factor": np.full((2,), factor, np.float32)}, KEY
+    )
+    assert bool(metrics["finite"]) is finite
+
+
+def test_statistics_can_be_rare_or_absent(toy: Task) -> None:
+    batch = toy.train_batch(0)
+    state, metrics = step_of(toy, statistics_every=2)(fresh(toy), batch, KEY)
+    assert np.isnan(metrics["statistics"].zero_fraction).all()
+    _, metrics = step_of(toy, statistics_every=2)(state, batch, KEY)
+    _, always = step_of(toy)(step_of(toy)(fresh(toy), batch, KEY)[0], batch, KEY)
+    np.testing.assert_array_equal(metrics["statistics"], always["statistics"])
+    _, without = step_of(toy, statistics_every=0)(fresh(toy), batch, KEY)
+    assert "statistics" not in without
+
+
+def test_latents_stay_inside_their_clip(toy: Task) -> None:
+    precisions = {"out": Precision(weight="binary_raw", latent_clip=0.5)}
+    update = make_train_step(toy.loss, optimizer(), total_steps=STEPS, precisions=precisions)
+    state, metrics = update(fresh(toy), toy.train_batch(0), KEY)
+    weight = np.asarray(state.params["out"]["weight"])
+    assert np.abs(weight).max() == 0.5
+    clipped = np.mean(np.abs(weight) >= 0.5)
+    assert float(metrics["statistics"].clipped_share[0]) == pytest.approx(clipped)
+    assert clipped > 0
+    assert np.abs(state.params["embed"]["embedding"]).max() > 0.5
+
+
+SHAPE = dict(vocab_size=8, hidden_size=8, num_layers=1, num_heads=2, ffn_size=8, max_length=4)
+TOKENS = np.arange(8, dtype=np.int32).reshape(2, 4)
+
+
+def test_the_model_loss_of_a_language_model_and_of_a_classifier() -> None:
+    config = ModelConfig(**SHAPE, dropout=0.5)
+    params = init_params(config, jax.random.key(0))
+    batch = {"inputs": TOKENS, "targets": (TOKENS + 1) % 8}
+    loss = model_loss(Transformer(config))
+    quiet = loss(params, batch, None, 1.0)
+    logits = Transformer(config).apply({"params": params}, TOKENS).logits
+    assert float(quiet.loss / quiet.weight) == pytest.approx(float(cross_entropy(logits, batch["targets"])))
+    draws = {float(loss(params, batch, jax.random.key(seed), 1.0).loss) for seed in (1, 1, 2)}
+    assert len(draws) == 2  # a key switches dropout on, the same key gives the same mask
+
+    config = ModelConfig(**SHAPE, num_classes=3, causal=False)
+    params = init_params(config, jax.random.key(0))
+    mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
+    batch = {"inputs": TOKENS, "targets": np.array([0, 2], np.int32), "mask": mask}
+    sums = model_loss(Transformer(config))(params, batch, None, 1.0)
+    assert float(sums.weight) == 2
+    padded = dict(batch, inputs=np.where(mask, TOKENS, 7))
+    assert model_loss(Transformer(config))(params, padded, None, 1.0).loss == sums.loss

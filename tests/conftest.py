@@ -1,0 +1,76 @@
+"""What every test runs under: strict JAX, two CPU devices, marks for slow and hardware cases, outside data.
+
+    pytest                          the quick suite
+    pytest --run-slow               also the tests marked slow (or BITNET_JAX_RUN_SLOW=1)
+    JAX_PLATFORMS=cuda,cpu pytest -m gpu    on a machine with a GPU
+
+Strict promotion is for our own code. Optax computes `decay ** step` with an int32 step, which it refuses, so
+bitnet_jax.training.optimizers traces optax's update under `jax.numpy_dtype_promotion("standard")`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Both are read when the backend starts, so they must be set before anything imports jax.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    run_slow = config.getoption("--run-slow") or os.environ.get("BITNET_JAX_RUN_SLOW") == "1"
+    for item in items:
+        if item.get_closest_marker("slow") and not run_slow:
+            item.add_marker(pytest.mark.skip(reason="slow: ask with --run-slow or BITNET_JAX_RUN_SLOW=1"))
+        for platform in ("gpu", "tpu"):
+            # The backend is asked only where a marker needs the answer: collecting must not start a device.
+            if item.get_closest_marker(platform) and jax.default_backend() != platform:
+                reason = f"needs a {platform}, this run has {jax.default_backend()!r} (see JAX_PLATFORMS)"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def outside_folder(variable: str, beside: str) -> Path:
+    """The folder an environment variable names, else one beside the repository; neither: the test is skipped.
+
+    A variable that is set and wrong is an error and no skip: someone meant these tests to run.
+    """
+    named = os.environ.get(variable)
+    folder = Path(named) if named else ROOT.parent / beside
+    if folder.is_dir():
+        return folder
+    if named:
+        pytest.fail(f"{variable}: got {named!r}, expected a folder; unset it or point it at one")
+    pytest.skip(f"no folder ../{beside} beside the repository and {variable} is not set")
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Reference vectors and tiny checkpoints made by other people's code."""
+    return outside_folder("BITNET_JAX_ORACLES", "shared/oracles")
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Real text and images, too large for the repository."""
+    return outside_folder("BITNET_JAX_DATA", "shared/data")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository, for tests that read its files."""
+    return ROOT

@@ -1,0 +1,208 @@
+"""The C++ kernels: exact under every instruction set, selectable, and clear when they cannot be used."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_kernels import FORMATS, cpu, matmul, pack, packed_matmul, reference
+
+built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
+ISAS = cpu.available_isas()
+
+# One of everything, odd sizes, whole blocks, more than one tile of 64 rows and of 1024 inputs, groups.
+SHAPES = (
+    (1, 1, 1),
+    (3, 31, 1),
+    (16, 32, 1),
+    (37, 100, 1),
+    (65, 2049, 1),
+    (100, 640, 20),
+    (33, 96, 3),
+    (50, 4096, 2),
+)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 33)
+
+
+def exact(x: np.ndarray, codes: np.ndarray, groups: int) -> np.ndarray:
+    """[G, m, n] by float64 products, exact below 2^53."""
+    a = x.reshape(len(x), groups, -1).astype(np.float64).swapaxes(0, 1)
+    return a @ codes.reshape(len(codes), groups, -1).astype(np.float64).transpose(1, 2, 0)
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("n", "k", "groups"), SHAPES)
+def test_every_instruction_set_is_exact(
+    make_packed, isa: str, format: str, n: int, k: int, groups: int
+) -> None:
+    codes, w = make_packed(format, n, k, groups)
+    random = np.random.default_rng(1)
+    for m in ROWS:
+        x = random.integers(-128, 128, (m, k), np.int8)
+        x[m // 2] = random.choice(np.array([-128, 127], np.int8), k)
+        sums = cpu.integer_matmul(jnp.asarray(x), w, isa_name=isa)
+        assert (sums.dtype, sums.shape) == (np.int32, (groups, m, n))
+        np.testing.assert_array_equal(sums, exact(x, codes, groups), err_msg=f"m={m}")
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("k", [4096, cpu.MAX_GROUP_INPUTS])
+def test_the_largest_sums_do_not_overflow(isa: str, format: str, k: int) -> None:
+    codes = np.ones((2, k), np.int8)
+    codes[1] = -1
+    w = pack(codes, np.ones((1, 1), np.float32), format)
+    for value in (-128, 127):
+        for m in (1, 5):
+            sums = cpu.integer_matmul(jnp.full((m, k), value, jnp.int8), w, isa_name=isa)
+            np.testing.assert_array_equal(sums, np.broadcast_to([value * k, -value * k], (1, m, 2)))
+
+
+@built
+def test_no_rows_give_no_rows(make_packed) -> None:
+    _, w = make_packed("binary", 16, 32)
+    assert cpu.integer_matmul(jnp.zeros((0, 32), jnp.int8), w).shape == (1, 0, 16)
+
+
+@built
+@pytest.mark.parametrize(
+    ("x", "codes", "sums", "attributes", "message"),
+    [
+        ((2, 32), (1, 1, 64), (1, 2, 16), {"isa": "mmx"}, "isa=mmx is not available; expected one of scalar"),
+        ((2, 32), (1, 1, 64), (1, 2, 16), {"bits": np.int64(3)}, "bits=3; expected 1"),
+        ((2, 32), (1, 1, 64), (1, 3, 16), {}, r"y\[groups, 2, n\]; got y\[1, 3, 16\]"),
+        ((2, 32), (1, 2, 64), (1, 2, 16), {}, r"has codes \[1, 1, 64\]; got \[1, 2, 64\]"),
+        ((2, 32), (1, 1, 64), (1, 2, 17), {}, r"has codes \[2, 1, 64\]; got \[1, 1, 64\]"),
+        ((2, 32), (1, 1, 32), (1, 2, 16), {}, r"got \[1, 1, 32\]"),
+        ((2, 96), (1, 3, 64), (2, 2, 16), {}, "2 groups of k=96; expected groups of a multiple of 32"),
+        ((1, 2**18 + 32), (1, 2**13 + 1, 64), (1, 1, 16), {}, "overflows int32; expected at most 262144"),
+    ],
+)
+def test_the_custom_call_refuses(x, codes, sums, attributes: dict, message: str) -> None:
+    out = jax.ShapeDtypeStruct(sums, jnp.int32)
+    call = jax.ffi.ffi_call("bitnet_kernels_integer_matmul", out)
+    attributes = {"bits": np.int64(1), "isa": "scalar"} | attributes
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        call(jnp.zeros(x, jnp.int8), jnp.zeros(codes, jnp.uint8), **attributes)
+
+
+@built
+@pytest.mark.parametrize(
+    ("x", "codes", "message"),
+    [(jnp.zeros((2, 32)), jnp.zeros((1, 1, 64), jnp.uint8), "S8"), (jnp.zeros(32, jnp.int8), None, "rank")],
+)
+def test_the_custom_call_refuses_wrong_types(x, codes, message: str) -> None:
+    codes = jnp.zeros((1, 1, 64), jnp.uint8) if codes is None else codes
+    call = jax.ffi.ffi_call("bitnet_kernels_integer_matmul", jax.ShapeDtypeStruct((1, 2, 16), jnp.int32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        call(x, codes, bits=np.int64(1), isa="scalar")
+
+
+FORCED = """
+import numpy as np, jax.numpy as jnp
+from bitnet_kernels import choose_implementation, cpu, pack, packed_matmul
+random = np.random.default_rng(0)
+codes = random.integers(-1, 2, (70, 200), np.int8)
+w = pack(codes, np.full((1, 1), 0.5, np.float32), "ternary2")
+choice = choose_implementation(w)
+x = jnp.asarray(random.normal(size=(9, 200)), jnp.float32)
+same = (packed_matmul(x, w) == packed_matmul(x, w, implementation="reference")).all()
+print(cpu.isa(), choice.name, choice.isa, bool(same), "forced" in choice.reason)
+"""
+
+
+def run_forced(isa: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"BITNET_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FORCED]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_environment_forces_an_instruction_set(isa: str) -> None:
+    result = run_forced(isa)
+    assert result.stdout.split() == [isa, "cpu", isa, "True", "True"], result.stderr
+
+
+@built
+def test_an_instruction_set_that_is_not_here_is_an_error(
+    make_packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, w = make_packed("binary", 16, 32)
+    monkeypatch.setenv("BITNET_KERNELS_ISA", "avx1024")
+    message = (
+        f"BITNET_KERNELS_ISA='avx1024' is not available on this machine; expected one of {', '.join(ISAS)}"
+    )
+    with pytest.raises(ValueError, match=message):
+        cpu.isa()
+    with pytest.raises(ValueError, match=message):
+        packed_matmul(jnp.ones((1, 32)), w)
+    monkeypatch.setenv("BITNET_KERNELS_ISA", "scalar")
+    assert cpu.isa() == "scalar"
+    monkeypatch.setenv("BITNET_KERNELS_ISA", "")
+    assert cpu.isa() == ISAS[-1]
+
+
+@pytest.fixture
+def library_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for another library than the built one."""
+    path = tmp_path / "_cpu.so"
+    monkeypatch.setattr(cpu, "LIBRARY", path)
+    matmul._warn_once.cache_clear()
+    return path
+
+
+def test_without_a_library_packed_matmul_warns_once_and_uses_xla(make_packed, library_path: Path) -> None:
+    _, w = make_packed("ternary2", 20, 40)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40)), jnp.float32)
+    with pytest.warns(RuntimeWarning, match="runs on XLA.*was not built.*install again to build it"):
+        y = packed_matmul(x, w)
+    np.testing.assert_array_equal(packed_matmul(x, w), y)  # a second warning would be an error here
+    np.testing.assert_array_equal(packed_matmul(x, w, implementation="reference"), y)
+    with pytest.raises(NotImplementedError, match="implementation='cpu' cannot be used.*was not built"):
+        packed_matmul(x, w, implementation="cpu")
+    choice = matmul.choose_implementation(w)
+    assert (choice.name, choice.isa) == ("reference", None)
+    assert "was not built" in choice.reason
+    assert cpu.available_isas() == ()
+    with pytest.raises(RuntimeError, match="not available.*was not built"):
+        cpu.isa()
+
+
+def test_a_file_that_is_no_library_is_told(library_path: Path) -> None:
+    library_path.write_bytes(b"not a shared object")
+    assert "cannot be loaded" in str(cpu.unavailable())
+
+
+@built
+def test_newer_headers_than_the_runtime_are_refused(
+    library_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library_path.symlink_to(Path(cpu.__file__).parent / "_cpu.so")
+    header = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR 1\n")
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
+    assert "this jaxlib has 0.1; build it with the oldest supported jaxlib" in str(cpu.unavailable())
+
+
+def test_too_many_inputs_a_group_are_left_to_xla() -> None:
+    k = cpu.MAX_GROUP_INPUTS + 1
+    w = pack(np.ones((1, k), np.int8), np.ones((1, 1), np.float32), "binary")
+    choice = matmul.choose_implementation(w, "cpu")
+    assert choice.name == "reference"
+    assert "exceed the 262144" in choice.reason
+    x = jnp.full((1, k), -128, jnp.int8)
+    assert reference.integer_matmul(x, w).tolist() == [[[-128 * k]]]
+    with pytest.raises(NotImplementedError, match="exceed the 262144"):
+        packed_matmul(x, w, implementation="cpu")

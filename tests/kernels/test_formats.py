@@ -1,0 +1,90 @@
+"""Codecs: round trips, the written-down bit order, padding, bad input."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitnet_kernels import FORMATS, pack, unpack, validate
+
+ONE = np.ones((1, 1), np.float32)
+
+
+@settings(max_examples=25, deadline=None)  # every new shape compiles
+@given(st.sampled_from(sorted(FORMATS)), st.integers(1, 40), st.integers(1, 80), st.integers(0, 2**32 - 1))
+def test_round_trip(format: str, n: int, k: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).choice(np.array(FORMATS[format].values, np.int8), (n, k))
+    w = pack(codes, ONE, format)
+    validate(w)  # zero padding included
+    np.testing.assert_array_equal(unpack(w), codes)
+    assert unpack(w).dtype == np.int8
+
+
+def test_ternary_bytes_are_those_of_the_layout_page() -> None:
+    codes = np.full((18, 17), -1, np.int8)  # -1 is the field 0
+    #             s=0            s=1            s=2            s=3
+    codes[0] = [-1, 0, 1, 0, 1, 1, 0, -1, 0, -1, 1, 1, 1, 0, -1, 0, 1]
+    codes[1, 15] = 1
+    codes[17, 6] = 0
+    packed = np.asarray(pack(codes, ONE, "ternary2").codes)
+    assert packed.shape == (2, 2, 64)
+    # byte 4 r + j, field s in bits 2 s, input 4 s + j of the block
+    assert packed[0, 0, :4].tolist() == [0b10_01_10_00, 0b01_00_10_01, 0b00_10_01_10, 0b01_10_00_01]
+    assert packed[0, 0, 4:8].tolist() == [0, 0, 0, 0b10_00_00_00]
+    assert packed[0, 1, :4].tolist() == [0b10, 0, 0, 0]
+    assert packed[1, 0, 4:8].tolist() == [0, 0, 0b00_00_01_00, 0]
+    assert packed.sum(dtype=int) == sum([0x98, 0x49, 0x26, 0x61, 0x80, 0x02, 0x04])
+
+
+def test_binary_bytes_are_those_of_the_layout_page() -> None:
+    codes = np.full((17, 33), -1, np.int8)
+    codes[0, [0, 5, 10, 31]] = 1  # fields 0, 1, 2, 7 of bytes 0, 1, 2, 3
+    codes[15, 28] = 1  # field 7 of byte 0 of the last row of the panel
+    codes[16, 32] = 1  # second panel, second block
+    packed = np.asarray(pack(codes, ONE, "binary").codes)
+    assert packed.shape == (2, 2, 64)
+    assert packed[0, 0, :4].tolist() == [1 << 0, 1 << 1, 1 << 2, 1 << 7]
+    assert packed[0, 0, 60] == 1 << 7
+    assert packed[1, 1, 0] == 1
+    assert np.count_nonzero(packed) == 6
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packs_under_jit_and_vmap(make_packed, format: str) -> None:
+    codes = np.stack([make_packed(format, 20, 50, seed=seed)[0] for seed in range(3)])
+    stacked = jax.jit(jax.vmap(lambda c: pack(c, jax.numpy.ones((1, 1)), format)))(codes)
+    np.testing.assert_array_equal(jax.vmap(unpack)(stacked), codes)
+
+
+@pytest.mark.parametrize(
+    ("codes", "scale", "format", "layout", "message"),
+    [
+        (np.ones((2, 2), np.int8), ONE, "ternary", "panel16", "format='ternary' is unknown"),
+        (np.ones((2, 2), np.int8), ONE, "binary", "panel8", "layout='panel8' is unknown"),
+        (
+            np.ones((2, 2), np.float32),
+            ONE,
+            "binary",
+            "panel16",
+            r"codes are float32\[2, 2\]; expected int8\[n, k\]",
+        ),
+        (np.ones((2,), np.int8), ONE, "binary", "panel16", r"codes are int8\[2\]"),
+        (np.ones((0, 2), np.int8), ONE, "binary", "panel16", r"codes are int8\[0, 2\]"),
+        (np.zeros((2, 2), np.int8), ONE, "binary", "panel16", r"values \[0\]; binary can hold \[-1, 1\]"),
+        (
+            np.full((2, 2), 2, np.int8),
+            ONE,
+            "ternary2",
+            "panel16",
+            r"values \[2\]; ternary2 can hold \[-1, 0, 1\]",
+        ),
+        (np.ones((2, 2), np.int8), np.ones((2,), np.float32), "binary", "panel16", r"scale has shape \(2,\)"),
+        (np.ones((2, 2), np.int8), np.ones((1, 1), np.int32), "binary", "panel16", "scale is int32"),
+    ],
+)
+def test_bad_input_is_named(codes, scale, format: str, layout: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack(codes, scale, format, layout)

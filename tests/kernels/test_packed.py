@@ -1,0 +1,116 @@
+"""PackedArray: its invariants, one broken at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_kernels import FORMATS, PackedArray, dequantize, pack, validate
+
+
+def with_byte(w: PackedArray, index: tuple[int, int, int], value: int) -> PackedArray:
+    return dataclasses.replace(w, codes=w.codes.at[index].set(jnp.uint8(value)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("n", "k", "groups"), [(1, 1, 1), (37, 100, 1), (16, 64, 2), (33, 96, 3)])
+def test_a_packed_matrix_is_valid(make_packed, format: str, n: int, k: int, groups: int) -> None:
+    _, w = make_packed(format, n, k, groups)
+    validate(w)
+    assert (w.groups, w.group_size) == (groups, k // groups)
+    assert w.nbytes == w.codes.nbytes + w.scale.nbytes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "ternary9"}, "format='ternary9' is unknown; expected one of"),
+        ({"layout": "rows"}, "layout='rows' is unknown; expected one of"),
+        ({"shape": (37, 0)}, "n >= 1 and k >= 1"),
+        ({"shape": (37,)}, r"must be \(n, k\)"),
+        ({"shape": (49, 100)}, r"uint8\[3, 7, 64\]; expected uint8\[4, 7, 64\]"),
+        ({"shape": (37, 113)}, r"uint8\[3, 7, 64\]; expected uint8\[3, 8, 64\]"),
+        ({"codes": jnp.zeros((3, 7, 64), jnp.int8)}, r"int8\[3, 7, 64\]; expected uint8"),
+        ({"scale": jnp.ones((1, 1), jnp.int32)}, "scale is int32; expected float32"),
+        ({"scale": jnp.ones((1,), jnp.float32)}, r"scale has shape \(1,\)"),
+        (
+            {"scale": jnp.ones((36, 1), jnp.float32)},
+            r"scale has shape \(36, 1\); expected \(1, 1\), \(37, 1\)",
+        ),
+        ({"scale": jnp.ones((37, 0), jnp.float32)}, r"scale has shape \(37, 0\)"),
+        ({"scale": jnp.ones((37, 3), jnp.float32)}, "G divides k=100"),
+        ({"scale": jnp.ones((37, 2), jnp.float32)}, "multiple of 32 inputs"),
+        ({"scale": jnp.ones((1, 2), jnp.float32)}, r"expected \(37, G\)"),
+        ({"scale": jnp.full((1, 1), jnp.nan, jnp.float32)}, "NaN or infinity"),
+        ({"scale": jnp.full((1, 1), jnp.inf, jnp.float32)}, "NaN or infinity"),
+    ],
+)
+def test_each_broken_invariant_is_named(make_packed, change: dict, message: str) -> None:
+    _, w = make_packed("ternary2", 37, 100)
+    with pytest.raises(ValueError, match=message):
+        validate(dataclasses.replace(w, **change))
+
+
+@pytest.mark.parametrize("field", range(4))
+def test_the_undefined_ternary_field_is_refused(make_packed, field: int) -> None:
+    _, w = make_packed("ternary2", 32, 64)
+    with pytest.raises(ValueError, match="the field 3"):
+        validate(with_byte(w, (1, 2, 5), 3 << (2 * field)))
+
+
+@pytest.mark.parametrize(("format", "top"), [("binary", 128), ("ternary2", 64)])
+def test_padding_must_be_zero(make_packed, format: str, top: int) -> None:
+    _, w = make_packed(format, 17, 100)  # row 17 is padding, and so are the upper fields of the last block
+    with pytest.raises(ValueError, match="padding rows 17 to 31 are not zero"):
+        validate(with_byte(w, (1, 0, 4), 1))
+    last = w.codes.shape[1] - 1
+    with pytest.raises(ValueError, match="padding inputs 100 to"):
+        validate(with_byte(w, (0, last, 0), top))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_padding_check_starts_at_input_k(format: str) -> None:
+    bits, block_k = FORMATS[format].bits, FORMATS[format].block_k
+    for k in range(1, block_k):
+        # Field c of row 0 set, and nothing else: fine for the last input, refused for the first padding one.
+        for c in (k - 1, k):
+            codes = np.zeros((1, 1, 64), np.uint8)
+            codes[0, 0, c % 4] = 1 << (bits * (c // 4))
+            w = PackedArray(codes, np.ones((1, 1), np.float32), format, "panel16", (16, k))
+            if c < k:
+                validate(w)
+            else:
+                with pytest.raises(ValueError, match=f"padding inputs {k} to {block_k - 1} are not zero"):
+                    validate(w)
+
+
+def test_contents_of_traced_arrays_are_skipped(make_packed) -> None:
+    _, w = make_packed("ternary2", 16, 16)
+    bad = with_byte(w, (0, 0, 0), 255)
+    validate(bad, contents=False)
+
+    @jax.jit
+    def inside(w: PackedArray) -> jax.Array:
+        validate(w)
+        return w.scale
+
+    inside(bad)
+
+
+def test_it_is_a_pytree_with_two_leaves(make_packed) -> None:
+    _, w = make_packed("binary", 16, 64)
+    leaves, tree = jax.tree.flatten(w)
+    assert [leaf.shape for leaf in leaves] == [w.codes.shape, w.scale.shape]
+    again = jax.tree.unflatten(tree, leaves)
+    assert (again.format, again.layout, again.shape) == (w.format, w.layout, w.shape)
+
+
+def test_dequantize_is_codes_times_scale_of_the_group() -> None:
+    codes = np.where(np.arange(2 * 128).reshape(2, 128) % 3 == 0, 1, -1).astype(np.int8)
+    scale = np.array([[0.5, 2.0], [3.0, 0.25]], np.float32)
+    expected = codes * np.repeat(scale, 64, axis=1)
+    np.testing.assert_array_equal(dequantize(pack(codes, scale, "binary")), expected)

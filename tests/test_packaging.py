@@ -1,0 +1,133 @@
+"""What a user gets by installing: every package, declared dependencies, one version."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import bitnet_jax
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+ROOTS = {"bitnet_jax": ROOT / "bitnet_jax", "bitnet_kernels": ROOT / "kernels" / "bitnet_kernels"}
+# Import names that differ from the name on the package index.
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py", "tensorboardX": "tensorboardx"}
+# Installed by every jax: what it computes with, and what its arrays are made of.
+WITH_JAX = {"jaxlib", "ml-dtypes"}
+
+
+def names(requirements: list[str]) -> set[str]:
+    """Distribution names of requirement strings, normalised."""
+    return {re.split(r"[\s<>=!~;\[]", text, maxsplit=1)[0].lower().replace("_", "-") for text in requirements}
+
+
+def third_party(folder: Path) -> set[str]:
+    """Distributions that the modules of a folder import, wherever in the file."""
+    roots = set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                roots.add((node.module or "").split(".")[0])
+    ours = {*ROOTS, "experiments", "__future__"}
+    return {
+        DISTRIBUTIONS.get(root, root).lower().replace("_", "-")
+        for root in roots - ours - sys.stdlib_module_names
+    }
+
+
+def test_everything_imported_is_declared() -> None:
+    required = names(PROJECT["dependencies"]) | WITH_JAX
+    extras = names(sum(PROJECT["optional-dependencies"].values(), []))
+    for package, folder in ROOTS.items():
+        undeclared = third_party(folder) - required - extras
+        assert not undeclared, f"{package} imports {undeclared}, which pyproject.toml does not declare"
+    undeclared = third_party(ROOT / "experiments") - required - extras
+    assert not undeclared, f"experiments import {undeclared}, which pyproject.toml does not declare"
+
+
+def test_every_declared_dependency_is_used() -> None:
+    used = set().union(*map(third_party, (*ROOTS.values(), ROOT / "experiments")))
+    assert names(PROJECT["dependencies"]) <= used
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    """find_packages silently leaves out a folder without __init__.py."""
+    for folder in ROOTS.values():
+        with_code = {file.parent for file in folder.rglob("*.py")}
+        assert {place for place in with_code if not (place / "__init__.py").exists()} == set()
+
+
+def test_the_version_is_a_literal_that_setuptools_can_read() -> None:
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "bitnet_jax.__version__"}
+    tree = ast.parse((ROOT / "bitnet_jax" / "__init__.py").read_text())
+    literals = [node.value.value for node in tree.body if isinstance(node, ast.Assign)]
+    assert literals == [bitnet_jax.__version__]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", bitnet_jax.__version__)
+    assert bitnet_jax.__version__ in (ROOT / "CHANGELOG.md").read_text()
+    assert bitnet_jax.__version__ in (ROOT / "README.md").read_text(), "the citation names the version"
+
+
+def test_the_command_exists() -> None:
+    module, _, function = PROJECT["scripts"]["bitnet-jax"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_library_is_built_with_the_oldest_supported_headers() -> None:
+    """Headers newer than the runtime would disable the CPU backend."""
+    oldest = next(text for text in PROJECT["dependencies"] if text.startswith("jax>="))
+    assert oldest.replace("jax>=", "jaxlib==") in PYPROJECT["build-system"]["requires"]
+
+
+def test_the_licence_is_whole() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in text
+    assert "9. Accepting Warranty or Additional Liability" in text
+    assert text.rstrip().endswith("limitations under the License.")
+
+
+def build(target: Path, **environment: str) -> zipfile.ZipFile:
+    """The wheel that pip makes of a copy of the sources."""
+    source = target / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "bitnet_jax", "kernels"):
+        subprocess.run(["cp", "-r", ROOT / name, source], check=True)
+    for built in (*source.rglob("*.so"), *source.rglob("*.egg-info")):
+        subprocess.run(["rm", "-r", built], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", target, source]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = target.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_both_packages_and_the_library_and_serves_every_python(tmp_path: Path) -> None:
+    wheel = build(tmp_path)
+    assert re.search(r"-py3-none-(linux|macosx|manylinux)", wheel.filename)
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    expected = {
+        f"{package}/{file.relative_to(folder).as_posix()}"
+        for package, folder in ROOTS.items()
+        for file in folder.rglob("*.py")
+    }
+    assert files == expected | {"bitnet_kernels/_cpu.so"}
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path) -> None:
+    wheel = build(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    assert "bitnet_kernels/matmul.py" in wheel.namelist()
+    assert "bitnet_kernels/_cpu.so" not in wheel.namelist()

@@ -1,0 +1,77 @@
+"""The README does what it says: its example runs, its commands parse, its tree exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bitnet_jax.cli import build_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == language]
+
+
+def test_the_example_runs_as_it_stands() -> None:
+    (example,) = blocks("python")
+    lines = [line for line in example.splitlines() if line.strip()]
+    assert len(lines) <= 15
+    assert "assert" in example, "without an assertion this test could not fail"
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def commands() -> list[str]:
+    text = "\n".join((README, (ROOT / "CONTRIBUTING.md").read_text()))
+    return sorted(set(re.findall(r"^bitnet-jax [^#\n]*", text, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_parses(command: str) -> None:
+    words = [word for word in shlex.split(command)[1:] if not word.startswith("--config.")]
+    build_parser().parse_args(words)
+
+
+def tree() -> list[str]:
+    """Paths of the annotated tree: two blanks of indentation a level, a comment behind two blanks or more."""
+    (text,) = [block for block in blocks("") if block.startswith("bitnet_jax/")]
+    paths: list[str] = []
+    parents: list[str] = []
+    for line in text.splitlines():
+        names = re.match(r"( *)(\S+(?: \S+)*)", line)
+        level = len(names.group(1)) // 2 if names else 0
+        if names is None or level > len(parents):  # a comment with a line of its own
+            continue
+        entries = names.group(2).split(" ")
+        paths += ["".join(parents[:level]) + entry for entry in entries]
+        parents[level:] = [entries[-1]]
+    return paths
+
+
+def test_the_tree_names_what_is_there() -> None:
+    paths = tree()
+    assert len(paths) > 40
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_tree_leaves_out_no_module() -> None:
+    named = set(tree())
+    for root in ("bitnet_jax", "kernels/bitnet_kernels", "kernels/csrc"):
+        files = [*(ROOT / root).rglob("*.py"), *(ROOT / root).rglob("*.cc")]
+        modules = {file.relative_to(ROOT).as_posix() for file in files if file.name != "__init__.py"}
+        assert modules - named == set()
+
+
+def test_no_number_stands_between_the_markers_without_its_source() -> None:
+    """Results come from committed files; the section says which."""
+    section = re.search(r"<!-- results:begin.*?-->(.*?)<!-- results:end -->", README, re.DOTALL)
+    assert section is not None
+    if re.search(r"\d", section.group(1)):
+        assert re.search(r"results\.jsonl|summary\.json", section.group(1))
