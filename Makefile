@@ -5,7 +5,7 @@
 #   make bench        kernel timings       make clean  forget everything built here
 #
 # PYTHON=python3.13 make ...      another interpreter, for a new environment
-# make quickstart QUICKSTART_FLAGS=--short      a two-minute version
+# make quickstart QUICKSTART_FLAGS=--short      with a tenth of the training
 # make test PYTEST_FLAGS="-k packing"           any pytest flags
 
 PYTHON ?= python3

@@ -20,8 +20,11 @@ SOURCES = [
     "integer_matmul_scalar.cc",
     "isa.cc",
     "read_ceiling.cc",
+    "scaled_matmul.cc",
 ]
-HEADERS = ["integer_matmul.h", "isa.h", "threads.h"]
+HEADERS = ["integer_matmul.h", "isa.h", "scaled_matmul.h", "threads.h"]
+# A product and a sum are two roundings, as in XLA's code: no fused multiply-add.
+FLAGS = ["-O3", "-std=c++17", "-g0", "-ffp-contract=off"]
 
 NOT_BUILT = """
 {line}
@@ -75,7 +78,7 @@ setup(
             sources=[f"kernels/csrc/{name}" for name in SOURCES],
             depends=[f"kernels/csrc/{name}" for name in HEADERS],
             language="c++",
-            extra_compile_args=["-O3", "-std=c++17", "-g0"],
+            extra_compile_args=FLAGS,
         )
     ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},

@@ -274,11 +274,10 @@ def hadamard(x: Float[Array, "... k"], block: bool = False) -> Float[Array, "...
             f"hadamard: got an axis of {k}, expected a power of two; "
             f"choose another width, or hadamard='block' for blocks of {size}"
         )
-    y = _float32(x)
-    width = 1
-    while width < size:
-        pairs = y.reshape(*x.shape[:-1], k // (2 * width), 2, width)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        y = jnp.stack([a + b, a - b], axis=-2).reshape(x.shape)
-        width *= 2
-    return y * (1 / size**0.5)
+    y = _float32(x).reshape(*x.shape[:-1], k // size, size)
+    for _ in range(size.bit_length() - 1):
+        # Each stage transforms the lowest bit of the index and moves it to the top; at the end all are back.
+        pairs = y.reshape(*y.shape[:-1], size // 2, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        y = jnp.concatenate([a + b, a - b], axis=-1)
+    return y.reshape(x.shape) * (1 / size**0.5)

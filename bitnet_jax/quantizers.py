@@ -11,9 +11,10 @@ Everything is computed in float32 whatever the input dtype; codes and scale are 
 autodiff through codes * scale, and STEs (ste.py) say what a step's derivative is.
 
 Non-finite input is never hidden. A NaN makes its own code NaN and, where the scale is measured, the scale of
-everything it shares one with. An infinity makes a measured scale infinite, and its neighbours 0 * inf = NaN once
-dequantized. Subnormal numbers are zeros wherever the backend flushes them, as XLA's CPU does: the sign of -1e-40
-is the sign of -0.
+everything it shares one with. An infinity takes the outermost code where the scale does not depend on it, and
+otherwise makes the scale infinite and its neighbours 0 * inf = NaN once dequantized.
+
+Subnormal numbers are zeros wherever the backend flushes them, as XLA's CPU does: sign(-1e-40) is sign(-0).
 """
 
 from __future__ import annotations

@@ -148,13 +148,16 @@ def heaviside(z: Float[Array, "..."], ste: str = "clipped", progress: Progress =
 def window(z: Array, low: float, high: float, ste: str) -> Array:
     """Slope of a rounding step between the codes low and high: 1 (identity) or 1[low <= z <= high] (clipped).
 
-    The shaped surrogates model the one jump of a sign and mean nothing for a staircase, so they are refused.
+    The end points belong to the window, with a slack of 1e-6: the weight that set an absmax scale must not
+    fall out of it by rounding. The shaped surrogates model the one jump of a sign and mean nothing for a
+    staircase, so they are refused.
     """
     z = jax.lax.stop_gradient(z)
     if ste == "identity":
         return jnp.ones_like(z)
     if ste == "clipped":
-        return ((z >= low) & (z <= high)).astype(z.dtype)
+        slack = 1e-6 * max(abs(low), abs(high))
+        return ((z >= low - slack) & (z <= high + slack)).astype(z.dtype)
     raise ValueError(f"STE of a rounding step: got {ste!r}, expected 'identity' or 'clipped'")
 
 

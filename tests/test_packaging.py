@@ -23,7 +23,7 @@ ROOTS = {"bitnet_jax": ROOT / "bitnet_jax", "bitnet_kernels": ROOT / "kernels" /
 # Import names that differ from the name on the package index.
 DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py", "tensorboardX": "tensorboardx"}
 # Installed by every jax: what it computes with, and what its arrays are made of.
-WITH_JAX = {"jaxlib", "ml-dtypes"}
+WITH_JAX = {"jaxlib", "ml-dtypes", "scipy"}
 
 
 def names(requirements: list[str]) -> set[str]:

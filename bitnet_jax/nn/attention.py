@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bitnet_jax.nn import linear_attention
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.linear import BitLinear
-from bitnet_jax.nn.linear_attention import LinearState
+from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.rotary import rotate
 from bitnet_jax.precision import Precision
@@ -138,13 +138,15 @@ MIXING_WEIGHTS: dict[str, Callable[..., Array]] = {
 }
 
 
-def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""]) -> KVCache:
+def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""] | None) -> KVCache:
     """The cache with the keys and values [B, T, K, h] of new tokens at positions [length, length + T).
 
     Raises:
-      ValueError: more tokens than the whole cache has room for. (`length` is traced: that they fit behind it
-        is the caller's duty.)
+      ValueError: no length, or more tokens than the whole cache has room for. (`length` is traced: that they
+        fit behind it is the caller's duty.)
     """
+    if length is None:
+        raise ValueError("got a cache without its length; pass how many of its positions are written")
     T, S = k.shape[1], cache.k.shape[1]
     if T > S:
         raise ValueError(f"{T} tokens do not fit into a cache of {S} positions; make a longer cache")
@@ -198,12 +200,22 @@ class Attention(nn.Module):
             q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
 
         if kind == "linear":
+            if isinstance(cache, KVCache):
+                raise TypeError(
+                    "linear attention remembers a LinearState, got a KVCache of another kind's model"
+                )
             k, v = (jnp.repeat(heads, config.num_heads // config.kv_heads, axis=2) for heads in (k, v))
             if config.causal:
-                o, cache = linear_attention.causal(q, k, v, cache, key_mask)
+                past = cache or zero_state(B, config.num_heads, config.head_size)
+                o, state = linear_attention.chunked(q, k, v, past, key_mask)
+                cache = state if cache else None
             else:
                 o = linear_attention.parallel(q, k, v, visible)
         else:
+            if isinstance(cache, LinearState):
+                raise TypeError(
+                    f"{kind} attention remembers a KVCache, got the LinearState of linear attention"
+                )
             weigh = MIXING_WEIGHTS[kind]
             if kind == "binary":
                 # BiT starts at 4 times the mean of P, and a row of P over S keys has the mean 1/S.

@@ -63,7 +63,7 @@ class ModelConfig:
     embedding_dtype: str = "float32"  # the forward pass rounds embeddings (and head) to it; packing stores it
     init_std: float = 0.02
 
-    precision: Rules = "bitnet_b158"  # a recipe name, or ordered (path pattern, recipe) rules
+    precision: str | Rules = "bitnet_b158"  # a recipe name, or ordered (path pattern, recipe) rules
     dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
 
     def __post_init__(self) -> None:
@@ -90,7 +90,8 @@ class ModelConfig:
             )
         # JSON and ConfigDict turn tuples into lists; a config must stay hashable to be a static jit argument.
         if not isinstance(self.precision, str):
-            object.__setattr__(self, "precision", tuple(tuple(rule) for rule in self.precision))
+            rules = tuple((pattern, recipe) for pattern, recipe in self.precision)
+            object.__setattr__(self, "precision", rules)
         self.precisions()
 
     @property
@@ -115,7 +116,7 @@ class ModelConfig:
         q, kv = self.num_heads * self.head_size, self.kv_heads * self.head_size
         attention = {"q_proj": (q, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, q)}
         mlp = {name: ((D, F) if name == "down_proj" else (F, D)) for name in self.mlp_linears}
-        shapes = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for i in range(self.num_layers):
             shapes |= {f"layers_{i}/attention/{name}": shape for name, shape in attention.items()}
             shapes |= {f"layers_{i}/mlp/{name}": shape for name, shape in mlp.items()}

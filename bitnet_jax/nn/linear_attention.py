@@ -100,7 +100,8 @@ def chunked(
 ) -> tuple[Float[Array, "B T H h"], LinearState]:
     """Causal attention chunk by chunk, from `state`; returns outputs and the state after them.
 
-    Any T: the last chunk is filled up with keys that add nothing, and its surplus outputs are dropped.
+    Any T: the last chunk is filled up with keys that add nothing, and its surplus outputs are dropped. One
+    token makes one chunk, which is one step of `recurrent`.
 
     Raises:
       ValueError: chunk is not positive.
@@ -127,27 +128,12 @@ def chunked(
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     tokens = (phi(q), phi_keys(k, key_mask), v.astype(jnp.float32))
-    if T == chunk:
+    if chunk == T:
         state, o = step(state, tokens)
         return o.astype(q.dtype), state
     state, o = jax.lax.scan(step, state, jax.tree.map(split, tokens))
     o = jnp.moveaxis(o, 0, 1)
     return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :T].astype(q.dtype), state
-
-
-def causal(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B T H h"],
-    v: Float[Array, "B T H h"],
-    state: LinearState | None = None,
-    key_mask: Bool[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T H h"], LinearState | None]:
-    """The form that suits the case: one step for one token, chunks for more; no state in, no state out."""
-    B, T, H, h = q.shape
-    if state is None:
-        return chunked(q, k, v, zero_state(B, H, h), key_mask)[0], None
-    form = recurrent if T == 1 else chunked
-    return form(q, k, v, state, key_mask)
 
 
 def _normalize(mixed: Float[Array, "*axes h"], total: Float[Array, "*axes"]) -> Float[Array, "*axes h"]:

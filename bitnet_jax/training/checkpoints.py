@@ -67,6 +67,7 @@ class Checkpoints:
             get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         policies = [newest, best] if keep_best else [newest]
+        _quieten_orbax()
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=1,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
@@ -78,7 +79,6 @@ class Checkpoints:
             read_only=read_only,
             enable_async_checkpointing=not read_only,
         )
-        _quieten_orbax()
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
@@ -237,7 +237,8 @@ def _abstract(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
     return {
-        key: zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)) for key, leaf in leaves.items()
+        key: zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+        for key, leaf in leaves.items()
     }
 
 

@@ -76,7 +76,16 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
     training = config.training
     optimizer = make_optimizer(config.optimizer, training.steps)
     init_key, key = jax.random.split(jax.random.key(config.seed))
-    fresh = jax.jit(lambda key: TrainState.create(task.init(key), optimizer))
+    # the key is an argument, for XLA would try to fold numbers drawn from a constant one
+    fresh = partial(jax.jit(lambda key: TrainState.create(task.init(key), optimizer)), init_key)
+    update = make_train_step(
+        task.loss,
+        optimizer,
+        total_steps=training.steps,
+        precisions=task.precisions,
+        accumulate=training.accumulate,
+        statistics_every=training.statistics_every,
+    )
     began = time.monotonic()
 
     with contextlib.ExitStack() as stack:
@@ -84,19 +93,8 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, keep=training.keep_checkpoints, keep_best=training.keep_best)
         )
-        shapes = jax.eval_shape(fresh, init_key)
-        restored = checkpoints.restore_latest_whole(shapes.params, shapes.opt_state)
-        if restored is None:
-            state, meta = fresh(init_key), {"seconds": 0.0, "last": {}}
-        else:
-            state = TrainState(jnp.int32(restored.step), restored.params, restored.opt_state)
-            meta = restored.meta
-            if meta["data"] != task.fingerprint:
-                raise RunError(
-                    f"{folder.path}: the training text is not the one this run began with (checksum "
-                    f"{task.fingerprint:08x}, was {meta['data']:08x}); bring it back or use another folder"
-                )
-        first = int(state.step)
+        state, meta = _start(fresh, checkpoints, task, folder)
+        first, shapes = int(state.step), jax.eval_shape(lambda: state.params)
         board = folder.path / "tensorboard" if training.tensorboard else None
         log = stack.enter_context(MetricsLog(folder.metrics, resume_step=first, tensorboard=board))
         bar = stack.enter_context(
@@ -119,34 +117,29 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
                 checkpoints.save(step, state.params, state.opt_state, facts, loss)
             recorder.pause()
 
-        update = make_train_step(
-            task.loss,
-            optimizer,
-            total_steps=training.steps,
-            precisions=task.precisions,
-            accumulate=training.accumulate,
-            statistics_every=training.statistics_every,
-        )
-        step, problem = _loop(state, first, partial(update, key=key), task, training, wish, recorder, rest)
+        def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+            return update(state, task.train_batch(step), key)
+
+        step, problem = _loop(state, first, advance, training, wish, recorder, rest)
         checkpoints.wait()
         kept = max(checkpoints.steps(), default=0)
 
-    if problem is None and step < training.steps:
-        assert wish.signal is not None
+    if problem is not None:
+        print(f"stopped: {problem}; the last good checkpoint is of step {kept}", file=sys.stderr)
+    elif step < training.steps:
+        assert wish.signal is not None  # nothing else ends the loop early
         print(
             f"{wish.signal.name}: saved step {step} of {training.steps}; start again to go on",
             file=sys.stderr,
         )
         raise Interrupted(128 + wish.signal)
-    if problem is not None:
-        print(f"stopped: {problem}; the last good checkpoint is of step {kept}", file=sys.stderr)
     return {
         "status": "finished" if problem is None else "diverged",
         "message": None if problem is None else str(problem),
         "step": step,
         "steps": training.steps,
         **recorder.last,
-        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
         "tokens": step * task.tokens,
         "seconds": seconds(),
         "seed": config.seed,
@@ -160,11 +153,26 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
     }
 
 
+def _start(
+    fresh: Callable[[], TrainState], checkpoints: Checkpoints, task: Task, folder: RunFolder
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, and what the checkpoint knew besides: seconds spent, last rows."""
+    shapes = jax.eval_shape(fresh)
+    restored = checkpoints.restore_latest_whole(shapes.params, shapes.opt_state)
+    if restored is None:
+        return fresh(), {"seconds": 0.0, "last": {}}
+    if restored.meta["data"] != task.fingerprint:
+        raise RunError(
+            f"{folder.path}: the training text is not the one this run began with (checksum "
+            f"{task.fingerprint:08x}, was {restored.meta['data']:08x}); bring it back or use another folder"
+        )
+    return TrainState(jnp.int32(restored.step), restored.params, restored.opt_state), restored.meta
+
+
 def _loop(
     state: TrainState,
     step: int,
-    update: Callable[..., tuple[TrainState, Metrics]],
-    task: Task,
+    advance: Callable[[TrainState, int], tuple[TrainState, Metrics]],
     training: TrainingConfig,
     wish: StopWish,
     recorder: Recorder,
@@ -178,7 +186,7 @@ def _loop(
     in_flight = None
     try:
         while step < training.steps:
-            state, metrics = update(state, task.train_batch(step))
+            state, metrics = advance(state, step)
             step += 1
             if in_flight is not None:
                 recorder.update(*in_flight)

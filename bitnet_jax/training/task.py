@@ -44,7 +44,7 @@ def model_loss(model: Transformer, z_loss: float = 0.0) -> LossFunction:
         params: PyTree, batch: Batch, key: PRNGKeyArray | None, progress: Float[Array, ""] | float
     ) -> LossSums:
         rngs = {} if key is None else dict(zip(("dropout", "stochastic"), jax.random.split(key), strict=True))
-        output = model.apply(
+        output: Any = model.apply(
             {"params": params},
             batch["inputs"],
             mask=batch.get("mask"),
@@ -105,5 +105,5 @@ def language_task(config: RunConfig) -> Task:
         evaluate=evaluate_params,
         precisions=model_config.precisions(),
         tokenizer=corpus.tokenizer,
-        fingerprint=zlib.crc32(np.ascontiguousarray(corpus.train).view(np.uint8)),
+        fingerprint=zlib.crc32(np.ascontiguousarray(corpus.train).view(np.uint8).data),
     )

@@ -21,10 +21,10 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.model = model = ConfigDict()
     model.vocab_size = 256  # bytes
     model.hidden_size = 64 if small else 128
-    model.num_layers = 2 if small else 6
+    model.num_layers = 2 if small else 3
     model.num_heads = 4
     model.num_kv_heads = 2  # grouped-query attention, as 2B-4T (4 query heads per kv head there)
-    model.ffn_size = 128 if small else 512
+    model.ffn_size = 128 if small else 1024
     model.max_length = 256 if small else 512  # longest prompt plus answer
     model.mlp = "relu2_glu"  # 2B-4T's gated squared ReLU
     model.norm_placement = "sub"  # 2B-4T's extra norm before o_proj and down_proj
@@ -37,14 +37,14 @@ def get_config(variant: str = "base") -> ConfigDict:
     data.tokenizer = "byte"
     data.split = "document"  # whole documents are held out, by a hash of their content
     data.valid_fraction = 0.05
-    data.length = 64 if small else 128  # T
+    data.length = 64  # T
     data.batch_size = 8 if small else 16  # B
     data.sampling = "epoch"  # shuffled without replacement
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 3e-3
     optimizer.schedule = "cosine"
-    optimizer.warmup_steps = 10 if small else 50
+    optimizer.warmup_steps = 10 if small else 40
     optimizer.weight_decay = 0.1
     optimizer.clip_norm = 1.0
 

@@ -1,4 +1,4 @@
-"""The CPU backend: the C++ library, its instruction sets, and the custom call under jit and vmap."""
+"""The CPU backend: the C++ library, its instruction sets, and the custom calls under jit and vmap."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bitnet_kernels.packed import FORMATS, PackedArray
@@ -19,13 +20,14 @@ LIBRARY = Path(__file__).parent / "_cpu.so"
 ISA_VARIABLE = "BITNET_KERNELS_ISA"
 MAX_GROUP_INPUTS = 2**18  # int32 accumulators of the C++ side; kMaxGroupInputs there
 
-_TARGET = "bitnet_kernels_integer_matmul"
+_INTEGER_TARGET = "bitnet_kernels_integer_matmul"
+_SCALED_TARGET = "bitnet_kernels_scaled_matmul"
 _loading = threading.Lock()
 
 
 @functools.cache
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
-    """(the library with its custom call registered, "") or (None, why it cannot be used)."""
+    """(the library with its custom calls registered, "") or (None, why it cannot be used)."""
     if not path.exists():
         return None, f"{path.name} was not built; with a C++17 compiler present, install again to build it"
     try:
@@ -44,7 +46,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.bitnet_kernels_available_isas.restype = ctypes.c_char_p
     library.bitnet_kernels_read.restype = ctypes.c_uint64
     library.bitnet_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(getattr(library, _TARGET)), platform="cpu")
+    for target in (_INTEGER_TARGET, _SCALED_TARGET):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     return library, ""
 
 
@@ -89,30 +92,56 @@ def integer_matmul(x: jax.Array, w: PackedArray, *, isa_name: str | None = None)
 
     isa_name: an instruction set other than `isa()`. Under vmap a batch axis of x is folded into its rows.
     """
-    call = _custom_call(FORMATS[w.format].bits, w.shape[0], w.groups, isa_name or isa())
-    return call(x, w.codes)
+    return _integer_call(FORMATS[w.format].bits, w.groups, w.shape[0], isa_name or isa())(x, w.codes)
+
+
+def scaled_matmul(x: jax.Array, w: PackedArray, *, isa_name: str | None = None) -> jax.Array:
+    """int8 codes [m, k] times a packed matrix and its scales -> float32 [m, n].
+
+    The definition is reference.scaled_matmul, bit for bit, without its [G, m, n] sums in memory.
+    """
+    return _scaled_call(FORMATS[w.format].bits, w.shape[0], isa_name or isa())(x, w.codes, w.scale)
 
 
 @functools.cache
-def _custom_call(
-    bits: int, n: int, groups: int, isa_name: str
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    load()
-
-    @jax.custom_batching.custom_vmap
+def _integer_call(bits: int, groups: int, n: int, isa_name: str) -> Callable[..., jax.Array]:
     def call(x: jax.Array, codes: jax.Array) -> jax.Array:
         sums = jax.ShapeDtypeStruct((groups, x.shape[0], n), np.int32)
-        return jax.ffi.ffi_call(_TARGET, sums)(x, codes, bits=np.int64(bits), isa=isa_name)
+        return jax.ffi.ffi_call(_INTEGER_TARGET, sums)(x, codes, bits=np.int64(bits), isa=isa_name)
 
-    @call.def_vmap
-    def call_batched(
-        axis_size: int, batched: list[bool], x: jax.Array, codes: jax.Array
-    ) -> tuple[jax.Array, bool]:
-        x_batched, codes_batched = batched
-        if codes_batched:  # matrices of their own: one after the other
-            rows = (x, codes) if x_batched else codes
-            return jax.lax.map(lambda one: call(*one) if x_batched else call(x, one), rows), True
-        sums = call(x.reshape(axis_size * x.shape[1], x.shape[2]), codes)
-        return sums.reshape(groups, axis_size, x.shape[1], n).transpose(1, 0, 2, 3), True
+    return _fold_batches(call, rows_axis=1)
 
-    return call
+
+@functools.cache
+def _scaled_call(bits: int, n: int, isa_name: str) -> Callable[..., jax.Array]:
+    def call(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+        y = jax.ShapeDtypeStruct((x.shape[0], n), np.float32)
+        return jax.ffi.ffi_call(_SCALED_TARGET, y)(x, codes, scale, bits=np.int64(bits), isa=isa_name)
+
+    return _fold_batches(call, rows_axis=0)
+
+
+def _fold_batches(call: Callable[..., jax.Array], rows_axis: int) -> Callable[..., jax.Array]:
+    """call(x [m, k], *matrix) under vmap: more rows for one matrix, one call after the other for several.
+
+    rows_axis: the axis of the result that holds the rows of x.
+    """
+    load()
+    batched_call = jax.custom_batching.custom_vmap(call)
+
+    @batched_call.def_vmap
+    def rule(axis_size: int, batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        if any(batched[1:]):
+            several = [array for array, is_batched in zip(arrays, batched, strict=True) if is_batched]
+
+            def one(slices: list[jax.Array]) -> jax.Array:
+                taken = iter(slices)
+                return batched_call(*(next(taken) if b else a for a, b in zip(arrays, batched, strict=True)))
+
+            return jax.lax.map(one, several), True
+        x, *matrix = arrays
+        y = batched_call(x.reshape(axis_size * x.shape[1], x.shape[2]), *matrix)
+        shape = (*y.shape[:rows_axis], axis_size, x.shape[1], *y.shape[rows_axis + 1 :])
+        return jnp.moveaxis(y.reshape(shape), rows_axis, 0), True
+
+    return batched_call

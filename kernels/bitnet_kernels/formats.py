@@ -69,11 +69,13 @@ def _decode(packed: jax.Array, format: str, shape: tuple[int, int]) -> jax.Array
     """uint8 [panels, blocks, 64] -> int8 [n, k]."""
     form = FORMATS[format]
     (n, k), (panels, blocks, _) = shape, packed.shape
-    rows = packed.reshape(panels, blocks, PANEL_ROWS, 1, 4).transpose(0, 2, 1, 3, 4)
-    shifts = form.bits * jnp.arange(form.fields, dtype=jnp.uint8).reshape(1, 1, 1, form.fields, 1)
-    fields = ((rows >> shifts) & jnp.uint8(2**form.bits - 1)).astype(jnp.int8)
-    codes = 2 * fields - 1 if form.bits == 1 else fields - 1
-    return codes.reshape(panels * PANEL_ROWS, blocks * form.block_k)[:n, :k]
+    # The four bytes of a row as one word: a quarter of the elements to transpose and shift.
+    words = jax.lax.bitcast_convert_type(packed.reshape(panels, blocks, PANEL_ROWS, 4), jnp.uint32)
+    words = words.transpose(0, 2, 1)[:, :, :, None]
+    shifts = form.bits * jnp.arange(form.fields, dtype=jnp.uint32).reshape(1, 1, 1, form.fields)
+    words = (words >> shifts) & jnp.uint32(0x01010101 * (2**form.bits - 1))
+    fields = jax.lax.bitcast_convert_type(words, jnp.int8).reshape(panels * PANEL_ROWS, blocks * form.block_k)
+    return (2 * fields - 1 if form.bits == 1 else fields - 1)[:n, :k]
 
 
 def dequantize(w: PackedArray) -> jax.Array:

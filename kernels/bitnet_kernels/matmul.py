@@ -16,10 +16,11 @@ from bitnet_kernels import cpu, reference
 from bitnet_kernels.formats import dequantize
 from bitnet_kernels.packed import PackedArray, validate
 
-IntegerMatmul = Callable[[jax.Array, PackedArray], jax.Array]
-IMPLEMENTATIONS: dict[str, IntegerMatmul] = {
-    "cpu": cpu.integer_matmul,
-    "reference": reference.integer_matmul,
+# int8 codes [m, k] and a packed matrix -> float32 [m, n]
+ScaledMatmul = Callable[[jax.Array, PackedArray], jax.Array]
+IMPLEMENTATIONS: dict[str, ScaledMatmul] = {
+    "cpu": cpu.scaled_matmul,
+    "reference": reference.scaled_matmul,
 }
 
 
@@ -123,36 +124,36 @@ def _warn_once(obstacle: str) -> None:
 def _matmul(
     x: jax.Array, w: PackedArray, activation_bits: int | None, implementation: str | None, isa: str | None
 ) -> jax.Array:
-    integer_matmul = _integer_matmul(implementation, isa)
+    scaled_matmul = _scaled_matmul(implementation, isa)
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype == np.int8:
-        y = reference.rescale(integer_matmul(rows, w), w.scale)
+        y = scaled_matmul(rows, w)
     elif activation_bits is None:
         y = reference.rescale(reference.float_matmul(rows, w), w.scale)
     else:
-        y = _quantized_matmul(integer_matmul, rows.astype(jnp.float32), w)
+        y = _quantized_matmul(scaled_matmul, rows.astype(jnp.float32), w)
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
-def _integer_matmul(implementation: str | None, isa: str | None) -> IntegerMatmul:
+def _scaled_matmul(implementation: str | None, isa: str | None) -> ScaledMatmul:
     if implementation == "reference":
-        return reference.integer_matmul
-    by_cpu = functools.partial(cpu.integer_matmul, isa_name=isa)
-    default = {"default": reference.integer_matmul} if implementation is None else {}
+        return reference.scaled_matmul
+    by_cpu = functools.partial(cpu.scaled_matmul, isa_name=isa)
+    default = {"default": reference.scaled_matmul} if implementation is None else {}
     return lambda x, w: jax.lax.platform_dependent(x, w, cpu=by_cpu, **default)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _quantized_matmul(integer_matmul: IntegerMatmul, x: jax.Array, w: PackedArray) -> jax.Array:
+def _quantized_matmul(scaled_matmul: ScaledMatmul, x: jax.Array, w: PackedArray) -> jax.Array:
     codes, scale = reference.quantize_activations(x)
-    return reference.rescale(integer_matmul(codes, w), w.scale) * scale
+    return scaled_matmul(codes, w) * scale
 
 
-def _forward(integer_matmul: IntegerMatmul, x: jax.Array, w: PackedArray) -> tuple[jax.Array, PackedArray]:
-    return _quantized_matmul(integer_matmul, x, w), w
+def _forward(scaled_matmul: ScaledMatmul, x: jax.Array, w: PackedArray) -> tuple[jax.Array, PackedArray]:
+    return _quantized_matmul(scaled_matmul, x, w), w
 
 
-def _backward(integer_matmul: IntegerMatmul, w: PackedArray, dy: jax.Array) -> tuple[jax.Array, None]:
+def _backward(scaled_matmul: ScaledMatmul, w: PackedArray, dy: jax.Array) -> tuple[jax.Array, None]:
     return dy @ dequantize(w), None
 
 

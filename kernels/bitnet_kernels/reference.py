@@ -5,8 +5,11 @@ Axis letters: m rows of x, n outputs, k inputs, G scale groups of g = k / G inpu
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from bitnet_kernels.formats import unpack
 from bitnet_kernels.packed import PackedArray
@@ -27,25 +30,29 @@ def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
-    """int8 codes [m, k] times a packed matrix -> int32 [G, m, n], one exact sum per scale group.
+    """int8 codes [m, k] times a packed matrix -> int32 [G, m, n], one exact sum per scale group."""
+    m = x.shape[0]
+    rows = jnp.pad(x, ((0, 1), (0, 0))) if m == 1 else x  # XLA's CPU has a slow loop for one int8 row
+    return _group_sums(rows, unpack(w), w.groups, jnp.int32)[:, :m]
 
-    A sum of g products of size up to 128 stays below 2^24 up to g = 131071; float32 is exact there, in any
-    order of summation, and XLA's float32 dot is its fastest exact one on every platform.
-    """
-    m, n = x.shape[0], w.shape[0]
-    dtype = jnp.float32 if 128 * w.group_size < 2**24 else jnp.int32
-    a = x.astype(dtype).reshape(m, w.groups, w.group_size)
-    b = unpack(w).astype(dtype).reshape(n, w.groups, w.group_size)
-    sums = jnp.einsum("mgk,ngk->gmn", a, b, precision="highest", preferred_element_type=dtype)
-    return sums.astype(jnp.int32)
+
+def scaled_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
+    """int8 codes [m, k] times a packed matrix and its scales -> float32 [m, n]."""
+    return rescale(integer_matmul(x, w), w.scale)
 
 
 def float_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
     """float [m, k] times the unpacked codes -> float32 [G, m, n]: weight-only quantization."""
-    m, n = x.shape[0], w.shape[0]
-    a = x.astype(jnp.float32).reshape(m, w.groups, w.group_size)
-    b = unpack(w).astype(jnp.float32).reshape(n, w.groups, w.group_size)
-    return jnp.einsum("mgk,ngk->gmn", a, b, precision="highest")
+    return _group_sums(x.astype(jnp.float32), unpack(w).astype(jnp.float32), w.groups, jnp.float32)
+
+
+def _group_sums(x: jax.Array, codes: jax.Array, groups: int, dtype: DTypeLike) -> jax.Array:
+    """[G, m, n]: the product of each group of inputs of x [m, k] and codes [n, k]."""
+    dot = functools.partial(jnp.einsum, precision="highest", preferred_element_type=dtype)
+    if groups == 1:
+        return dot("mk,nk->mn", x, codes)[None]  # a batch axis of one would be a slower product
+    (m, k), n = x.shape, codes.shape[0]
+    return dot("mgk,ngk->gmn", x.reshape(m, groups, k // groups), codes.reshape(n, groups, k // groups))
 
 
 def rescale(sums: jax.Array, scale: jax.Array) -> jax.Array:

@@ -14,6 +14,13 @@
 #include <algorithm>
 #include <cstdint>
 
+// Before a loop over accumulators: they stay in registers only where the loop is unrolled whole.
+#if defined(__clang__)
+#define BITNET_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define BITNET_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace bitnet {
 
 constexpr int64_t kPanelRows = 16;
@@ -31,7 +38,7 @@ struct Problem {
   int64_t group_blocks;  // blocks of one group, the last one padded
   const int8_t* x;       // [m, x_stride], zero where the matrix is padded
   int64_t x_stride;
-  const int32_t* x_sums;  // [groups, m], sums of x over a group
+  const int32_t* x_sums;  // [m, groups], sums of x over a group
   const uint8_t* w;       // [ceil(n / 16), groups * group_blocks, 64]
   int32_t* y;             // [groups, m, n]
 
@@ -46,6 +53,7 @@ struct Problem {
   const int8_t* inputs(int64_t row, int64_t group, int64_t block) const {
     return x + row * x_stride + (group * group_blocks + block) * block_inputs();
   }
+  int32_t x_sum(int64_t row, int64_t group) const { return x_sums[row * groups + group]; }
   int32_t* outputs(int64_t group, int64_t row, int64_t panel) const {
     return y + (group * m + row) * n + panel * kPanelRows;
   }

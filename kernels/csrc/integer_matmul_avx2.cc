@@ -35,13 +35,14 @@ AVX2_INLINE void add_to_outputs(const Problem& p, int64_t g, int64_t row, int64_
     _mm256_store_si256(reinterpret_cast<__m256i*>(sums + 8 * h), scaled);
   }
   int32_t* y = p.outputs(g, row, panel);
-  const int32_t x_sum = p.x_sums[g * p.m + row];
+  const int32_t x_sum = p.x_sum(row, g);
   for (int64_t r = 0; r < p.panel_rows(panel); ++r) y[r] = (first ? -x_sum : y[r]) + sums[r];
 }
 
 // One row of x times one panel. The low nibble of a byte is taken in place, the high one after one shift, so a nibble
-// has kInPlace fields standing at scale 2^(bits s). A pair of products reaches 2 x 8 x 128 = 2048 in size at the highest scale
-// (ternary 2 << 2, binary 1 << 3), twice per block: 8 blocks sum to at least -32768, which int16 just holds, and at most 32512.
+// has kInPlace fields standing at scale 2^(bits s). A pair of products reaches 2 x 8 x 128 = 2048 in size at the
+// highest scale (ternary 2 << 2, binary 1 << 3), twice per block: 8 blocks sum to at least -32768, which int16 just
+// holds, and at most 32512.
 template <int kBits>
 AVX2 void decode(const Problem& p, int64_t row, int64_t panel) {
   constexpr int kInPlace = 4 / kBits;
@@ -110,26 +111,31 @@ AVX2 void multiply(const Problem& p, int64_t row, int64_t panel, int64_t g, int6
   const int64_t inputs = blocks * p.block_inputs();
   __m256i total[kRows][2];
   const int8_t* x[kRows];
+  BITNET_UNROLL
   for (int t = 0; t < kRows; ++t) {
     x[t] = p.inputs(row + t, g, b);
     total[t][0] = total[t][1] = _mm256_setzero_si256();
   }
   for (int64_t c = 0; c < inputs; c += kWidenInputs) {
     __m256i sums[kRows][2];
+    BITNET_UNROLL
     for (int t = 0; t < kRows; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
     const int64_t stop = std::min(inputs, c + kWidenInputs);
     for (int64_t i = c; i < stop; i += 4, fields += 2) {
       const __m256i low = _mm256_load_si256(fields), high = _mm256_load_si256(fields + 1);
+      BITNET_UNROLL
       for (int t = 0; t < kRows; ++t) {
         const __m256i x4 = broadcast4(x[t] + i);
         sums[t][0] = _mm256_add_epi16(sums[t][0], _mm256_maddubs_epi16(low, x4));
         sums[t][1] = _mm256_add_epi16(sums[t][1], _mm256_maddubs_epi16(high, x4));
       }
     }
+    BITNET_UNROLL
     for (int t = 0; t < kRows; ++t) {
       for (int h = 0; h < 2; ++h) total[t][h] = _mm256_add_epi32(total[t][h], widen(sums[t][h]));
     }
   }
+  BITNET_UNROLL
   for (int t = 0; t < kRows; ++t) add_to_outputs(p, g, row + t, panel, b == 0, total[t]);
 }
 

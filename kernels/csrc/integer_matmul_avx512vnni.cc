@@ -61,7 +61,7 @@ VNNI void decode(const Problem& p, int64_t row, int64_t panel, int64_t panel_ste
         for (int i = 0; i < kPanels; ++i) sums[i][s] = dot(sums[i][s], _mm512_and_si512(fields[i], mask), x4);
       }
     }
-    const __m512i x_sum = _mm512_set1_epi32(p.x_sums[g * p.m + row]);
+    const __m512i x_sum = _mm512_set1_epi32(p.x_sum(row, g));
     for (int i = 0; i < kPanels; ++i) {
       __m512i total = sums[i][0];
       for (int s = 1; s < kFields; ++s) total = _mm512_add_epi32(total, _mm512_srai_epi32(sums[i][s], kBits * s));
@@ -78,7 +78,8 @@ constexpr int kTileRows = 6;          // rows of x: 6 x 4 accumulators
 
 // Unpacks blocks of up to four panels to fields[input / 4][panel][64], fields at the bottom of their bytes.
 template <int kBits>
-VNNI void unpack(const Problem& p, int64_t panel, int64_t panels, int64_t g, int64_t b, int64_t blocks, __m512i* fields) {
+VNNI void unpack(const Problem& p, int64_t panel, int64_t panels, int64_t g, int64_t b, int64_t blocks,
+                 __m512i* fields) {
   constexpr int kFields = 8 / kBits;
   const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
   for (int64_t i = 0; i < panels; ++i) {
@@ -99,6 +100,7 @@ VNNI void multiply(const Problem& p, int64_t row, int64_t panel, int64_t panels,
                    const __m512i* fields) {
   __m512i sums[kRows][kTilePanels];
   const int8_t* x[kRows];
+  BITNET_UNROLL
   for (int t = 0; t < kRows; ++t) {
     x[t] = p.inputs(row + t, g, b);
     for (int i = 0; i < kTilePanels; ++i) sums[t][i] = _mm512_setzero_si512();
@@ -110,13 +112,15 @@ VNNI void multiply(const Problem& p, int64_t row, int64_t panel, int64_t panels,
       w[i] = fields[i];
       asm("" : "+v"(w[i]));
     }
+    BITNET_UNROLL
     for (int t = 0; t < kRows; ++t) {
       const __m512i x4 = broadcast4(x[t] + c);
       for (int i = 0; i < kTilePanels; ++i) sums[t][i] = dot(sums[t][i], w[i], x4);
     }
   }
+  BITNET_UNROLL
   for (int t = 0; t < kRows; ++t) {
-    const __m512i x_sum = _mm512_set1_epi32(p.x_sums[g * p.m + row + t]);
+    const __m512i x_sum = _mm512_set1_epi32(p.x_sum(row + t, g));
     for (int i = 0; i < kTilePanels; ++i) {  // a constant bound keeps sums in registers
       if (i >= panels) continue;
       int32_t* y = p.outputs(g, row + t, panel + i);

@@ -41,7 +41,7 @@ void matmul(const Problem& p, int64_t begin, int64_t end) {
           }
           int32_t* y = p.outputs(g, row, panel);
           for (int64_t r = 0; r < p.panel_rows(panel); ++r) {
-            y[r] = (b == 0 ? -p.x_sums[g * p.m + row] : y[r]) + scale * sums[r];
+            y[r] = (b == 0 ? -p.x_sum(row, g) : y[r]) + scale * sums[r];
           }
         }
       }

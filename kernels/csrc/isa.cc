@@ -1,20 +1,44 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <cstdint>
 #include <string>
 #include <vector>
 
 namespace bitnet {
 namespace {
 
+#if defined(__x86_64__)
+
+bool has(uint32_t value, uint32_t bits) { return (value & bits) == bits; }
+
+// The registers that the operating system saves: the low half of XCR0, or 0 where it cannot be read.
+uint32_t saved_registers() {
+  uint32_t eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has(ecx, 1u << 27)) return 0;  // OSXSAVE
+  asm("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  return eax;
+}
+
+// By cpuid itself: __builtin_cpu_supports answers no to everything in some clang distributions.
+void detect_x86(std::vector<const Kernels*>& available) {
+  uint32_t eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return;
+  const uint32_t saved = saved_registers();
+  const uint32_t avx2 = 1u << 5, avx512f_bw_vl = 1u << 16 | 1u << 30 | 1u << 31, vnni = 1u << 11;
+  if (has(saved, 0x06) && has(ebx, avx2)) available.push_back(&kAvx2Kernels);
+  if (has(saved, 0xe6) && has(ebx, avx512f_bw_vl) && has(ecx, vnni)) available.push_back(&kAvx512VnniKernels);
+}
+
+#endif  // __x86_64__
+
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> available = {&kScalarKernels};
 #if defined(__x86_64__)
-  __builtin_cpu_init();  // these also ask whether the operating system saves the registers
-  if (__builtin_cpu_supports("avx2")) available.push_back(&kAvx2Kernels);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
-    available.push_back(&kAvx512VnniKernels);
-  }
+  detect_x86(available);
 #endif
   return available;
 }

@@ -1,8 +1,9 @@
 // A parallel loop on somebody else's thread pool that cannot deadlock.
 //
-// XLA runs independent custom calls at once, each on a thread of the pool that they would like helpers from. A call that waits
-// for scheduled tasks hangs when all threads wait so. Here the caller drains the shared index itself and waits only for
-// items that a helper has already started; a helper that arrives late finds the index exhausted and touches nothing but it.
+// XLA runs independent custom calls at once, each on a thread of the pool that they would like helpers from. A call
+// that waits for scheduled tasks hangs when all threads wait so. Here the caller drains the shared index itself and
+// waits only for items that a helper has already started; a helper that arrives late finds the index exhausted and
+// touches nothing else.
 
 #ifndef BITNET_KERNELS_THREADS_H_
 #define BITNET_KERNELS_THREADS_H_

@@ -1,4 +1,4 @@
-"""Scales: shapes, epsilon readings, the learned scale's gradient, and bits that do not depend on compilation."""
+"""Scales: shapes, epsilon readings, learned gradients, and bits that do not depend on compilation."""
 
 from __future__ import annotations
 

@@ -380,6 +380,16 @@ def test_variables_of_another_config_are_not_written(variables: dict[str, Any], 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_config_that_json_changes_is_not_written(
+    variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = CONFIG.to_dict() | {"init_std": 0.5}
+    monkeypatch.setattr(ModelConfig, "to_dict", lambda config: changed)
+    with pytest.raises(StorageError, match="the config changes on a trip through JSON"):
+        save_packed(tmp_path / "model", variables, CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
 class Failing:
     """Stands in for os.fsync: works `calls` times, then fails."""
 

@@ -1,7 +1,8 @@
-"""Weight quantizers: forward and backward formulas, edge values, published vectors and errors, disputed options."""
+"""Weight quantizers: both formulas, edge values, published vectors and errors, disputed options."""
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 
 import jax
@@ -23,8 +24,11 @@ WINDOWED = ("binary_raw", "binary_stochastic", "bwn")  # their window is on the 
 RANDOM = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
 
 
-def gaussian(n: int = 512, k: int = 512) -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((n, k)).astype(np.float32)
+def gaussian() -> np.ndarray:
+    """65,536 quantiles of N(0, 1): the distribution itself, with no sampling error."""
+    normal = statistics.NormalDist()
+    quantiles = [normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)]
+    return np.random.default_rng(1).permutation(np.asarray(quantiles, np.float32)).reshape(256, 256)
 
 
 def pull(quantize, w, g):
@@ -110,7 +114,7 @@ def test_backward_formula(name: str, granularity, ste: str) -> None:
         name, (-1, 1)
     )
     if name in ("int3", "int4", "int8"):
-        high = 2 ** (int(name[3]) - 1) - 1 + 1e-6  # the largest weight is an end point, up to rounding
+        high = 2 ** (int(name[3]) - 1) - 1 + 1e-5  # the largest weight is an end point, up to rounding
         low = -high - 1
     window = (z >= low) & (z <= high) if ste == "clipped" else np.ones_like(z)
     if name in WINDOWED:
@@ -141,10 +145,10 @@ def test_binary_quantizers_take_every_ste(name: str, ste: str) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
-@pytest.mark.parametrize("value", [0.0, -0.0, 1e-40, -1e-40, 0.25, -3.0])
+@pytest.mark.parametrize("value", [0.0, -0.0, -1e-40, 0.25])
 def test_constant_matrices(name: str, value: float) -> None:
     """No division by zero anywhere; zeros and subnormals quantize to something of the order of the floor."""
-    w = np.full((4, 8), value, np.float32)
+    w = np.full(RANDOM.shape, value, np.float32)  # one shape for all: compiled once
     q = WEIGHT_QUANTIZERS[name](jnp.asarray(w), granularity="channel")
     codes, scale = np.asarray(q.codes), np.asarray(q.scale)
     assert set(np.unique(codes)) <= LEVELS[name]
@@ -179,15 +183,19 @@ def test_nan_is_never_hidden(name: str) -> None:
 
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
 @pytest.mark.parametrize("infinity", [np.inf, -np.inf])
-def test_infinity_shows_in_its_row_only(name: str, infinity: float) -> None:
+def test_infinity_stays_in_its_row(name: str, infinity: float) -> None:
     w = RANDOM.copy()
     w[2, 5] = infinity
     value = np.asarray(WEIGHT_QUANTIZERS[name](jnp.asarray(w), granularity="channel").dequantize())
     assert np.isfinite(np.delete(value, 2, axis=0)).all()
-    if name in ("binary_raw", "binary_stochastic"):
-        assert value[2, 5] == np.sign(infinity)
+    if name in ("binary_raw", "binary_stochastic", "ternary_absmedian"):  # their scale does not see it
+        assert value[2, 5] == np.sign(infinity) * np.abs(value[2]).max()
     else:
         assert not np.isfinite(value[2]).any()
+    learned = WEIGHT_QUANTIZERS[name](jnp.asarray(w), granularity="channel", scale=jnp.full((6, 1), 0.7))
+    if name != "binary_centred" and name != "ternary_twn":  # these two still measure a mean
+        assert np.isfinite(learned.dequantize()).all()
+        assert abs(learned.codes[2, 5]) == max(abs(code) for code in LEVELS[name] if code * infinity > 0)
 
 
 def test_ties_and_signed_zeros() -> None:
@@ -240,15 +248,15 @@ def test_relative_error_on_a_gaussian(case: str) -> None:
     if isinstance(quantize, partial) and "scale" in quantize.keywords:
         quantize = partial(quantize, scale=jnp.full((1, 1), quantize.keywords["scale"], jnp.float32))
     error = np.mean((np.asarray(quantize(jnp.asarray(w)).dequantize()) - w) ** 2) / np.mean(w**2)
-    # Half a unit of the last digit quoted, and 1 % for 262,144 samples (about five standard errors).
+    # Half a unit of the last digit quoted, and 0.2 % for the tail beyond the last quantile.
     digit = 0.5 * 10.0 ** -len(str(target).split(".")[1])
-    assert abs(error - target) < digit + 0.01 * target
+    assert abs(error - target) < digit + 0.002 * target
 
 
 def test_twn_scale_and_zeros_on_a_gaussian() -> None:
     q = quantizers.ternary_twn(jnp.asarray(gaussian()))
-    assert float(q.scale.item()) == pytest.approx(1.184, abs=0.005)  # sampling error about 0.002
-    assert float(jnp.mean(q.codes == 0)) == pytest.approx(0.424, abs=0.005)  # five standard errors
+    assert float(q.scale.item()) == pytest.approx(1.184, abs=0.0006)  # the digits quoted
+    assert float(jnp.mean(q.codes == 0)) == pytest.approx(0.424, abs=0.0006)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +281,7 @@ def test_zero_fractions(draw: str, quantize, zeros: float) -> None:
 
 
 def test_mean_absolute_value_is_the_optimal_binary_scale() -> None:
-    w = gaussian(64, 64).astype(np.float64)
+    w = RANDOM.astype(np.float64)
     q = quantizers.binary(jnp.asarray(w, jnp.float32))
     residual = lambda scale: np.sum((w - scale * np.asarray(q.codes)) ** 2)  # noqa: E731
     best = np.sum(w**2) - np.sum(np.abs(w)) ** 2 / w.size
@@ -442,20 +450,21 @@ def test_wrong_options(call, message: str) -> None:
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
 def test_same_bits_compiled_mapped_and_from_bfloat16(name: str, learned: bool) -> None:
-    """Packing and training quantize in different programs; codes and scales must not depend on the program."""
-    w = np.random.default_rng(9).standard_normal((3, 33, 100)).astype(np.float32) * 0.02
-    w = jnp.asarray(w).astype(jnp.bfloat16)
-    scale = jnp.full((33, 4), 0.017) if learned else None
+    """Packing and training quantize in different programs, which must not show in codes or scales."""
+    stack = np.random.default_rng(9).standard_normal((2, 6, 100)).astype(np.float32) * 0.02
+    stack = jnp.asarray(stack).astype(jnp.bfloat16)
+    scale = jnp.full((6, 4), 0.017) if learned else None
     quantize = partial(WEIGHT_QUANTIZERS[name], granularity=25, scale=scale)
-    one_by_one = [quantize(matrix) for matrix in w]
-    mapped = jax.jit(jax.vmap(quantize))(w)
-    with_gradient = jax.jit(
-        jax.value_and_grad(lambda w: (lambda q: (q.dequantize().sum(), q))(quantize(w)), has_aux=True)
-    )
-    for index, single in enumerate(one_by_one):
-        from_float32 = quantize(w[index].astype(jnp.float32))
-        in_training = with_gradient(w[index])[0][1]
-        for other in (jax.tree.map(lambda a: a[index], mapped), from_float32, in_training):
-            np.testing.assert_array_equal(single.codes, other.codes)
-            np.testing.assert_array_equal(single.scale, other.scale)
-    assert single.codes.dtype == single.scale.dtype == jnp.float32
+
+    def with_gradient(w):
+        return jax.value_and_grad(lambda w: (quantize(w).dequantize().sum(), quantize(w)), has_aux=True)(w)
+
+    (_, in_training), _ = jax.jit(jax.vmap(with_gradient))(stack)
+    for index, w in enumerate(stack):
+        one = quantize(w)
+        assert one.codes.dtype == one.scale.dtype == jnp.float32
+        from_float32 = quantize(w.astype(jnp.float32))
+        np.testing.assert_array_equal(one.codes, from_float32.codes)
+        np.testing.assert_array_equal(one.codes, in_training.codes[index])
+        np.testing.assert_array_equal(one.scale, from_float32.scale)
+        np.testing.assert_array_equal(one.scale, in_training.scale[index])

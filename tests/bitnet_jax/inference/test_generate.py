@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from bitnet_jax.nn.linear_attention import LinearState
 
 CONFIG = ModelConfig(
     vocab_size=23, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=32, max_length=40,
-    mlp="relu2", init_std=0.5,
+    mlp="relu2", init_std=0.5, tie_embeddings=False, precision="float32",
 )  # fmt: skip
 N = 14
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8]]
@@ -48,18 +49,22 @@ def test_left_pad() -> None:
             left_pad(empty)
 
 
-@pytest.mark.parametrize("attention", ["softmax", "linear"])
-def test_greedy_is_the_argmax_of_the_whole_text(
-    variables: dict[str, Any], greedy: np.ndarray, attention: str
-) -> None:
-    config = dataclasses.replace(CONFIG, attention=attention)
-    if attention == "linear":
-        greedy = np.asarray(generate(config, variables, TOKENS, MASK, max_new_tokens=N).tokens)
+def whole_text_logits(config: ModelConfig, variables: dict[str, Any], text: np.ndarray) -> np.ndarray:
+    mask = np.pad(MASK, ((0, 0), (0, N)), constant_values=True)
+    return np.asarray(_whole_text(config, variables, text.astype(np.int32), mask))
+
+
+@partial(jax.jit, static_argnums=0)
+def _whole_text(
+    config: ModelConfig, variables: dict[str, Any], text: jax.Array, mask: jax.Array
+) -> jax.Array:
+    return Transformer(config).apply(variables, text, mask=mask).logits
+
+
+def test_greedy_is_the_argmax_of_the_whole_text(variables: dict[str, Any], greedy: np.ndarray) -> None:
     assert greedy.shape == (3, N)
     assert len(np.unique(greedy)) > 3  # a text, not one token over and over
-    text = np.concatenate([TOKENS, greedy], axis=1)
-    mask = np.concatenate([MASK, np.ones_like(greedy, bool)], axis=1)
-    logits = jax.jit(Transformer(config).apply)(variables, text, mask=mask).logits
+    logits = whole_text_logits(CONFIG, variables, np.concatenate([TOKENS, greedy], axis=1))
     np.testing.assert_array_equal(greedy, np.argmax(logits[:, TOKENS.shape[1] - 1 : -1], axis=-1))
 
 
@@ -70,8 +75,12 @@ def test_a_row_does_not_depend_on_padding_or_on_its_neighbours(
     tokens, mask = left_pad([[7] * 6, *PROMPTS])
     padded = generate(CONFIG, variables, tokens, mask, max_new_tokens=N).tokens
     np.testing.assert_array_equal(padded[1:], greedy)
-    alone = generate(CONFIG, variables, np.asarray(PROMPTS[1:2]), max_new_tokens=N).tokens
-    np.testing.assert_array_equal(alone, greedy[1:2])
+    # Alone, and up to the last position of the model: padding takes none, so 3 tokens leave room for 37.
+    tokens, mask = np.pad(TOKENS[1:2], ((0, 0), (4, 0))), np.pad(MASK[1:2], ((0, 0), (4, 0)))
+    alone = generate(CONFIG, variables, tokens, mask, max_new_tokens=37).tokens
+    np.testing.assert_array_equal(alone[:, :N], greedy[1:2])
+    with pytest.raises(ValueError, match="prompt of 3 tokens and 38 new ones"):
+        generate(CONFIG, variables, tokens, mask, max_new_tokens=38)
 
 
 def test_an_end_token_ends_its_row_and_the_last_one_the_loop(
@@ -113,14 +122,36 @@ def test_a_stream_is_the_same_text_in_any_chunks_and_a_seed_repeats_it(variables
         np.testing.assert_array_equal(np.concatenate(chunks, axis=1), seeded[0])
 
 
-def test_a_strong_repetition_penalty_repeats_nothing(variables: dict[str, Any]) -> None:
-    sampling = SamplingConfig(repetition_penalty=1e6)
-    tokens = np.asarray(generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, sampling=sampling).tokens)
-    for row, prompt in zip(tokens, PROMPTS, strict=True):
-        # A token with a positive logit is only damped, so logits near zero beat all seen ones.
-        assert len(set(row.tolist()) | set(prompt)) == len(set(row.tolist())) + len(set(prompt))
-    plain = np.asarray(generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N).tokens)
-    assert any(len(set(row)) < N for row in plain.tolist())  # without it there are repetitions
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_the_repetition_penalty_sees_the_prompt_and_the_text_so_far(
+    variables: dict[str, Any], attention: str
+) -> None:
+    """Against the definition; also that both kinds of cache give the logits of the whole text."""
+    config = dataclasses.replace(CONFIG, attention=attention)
+    sampling = SamplingConfig(repetition_penalty=2.0)
+    tokens = np.asarray(generate(config, variables, TOKENS, MASK, max_new_tokens=N, sampling=sampling).tokens)
+    assert len(np.unique(tokens)) > 5
+    text = np.concatenate([TOKENS, tokens], axis=1)
+    logits = whole_text_logits(config, variables, text)[:, TOKENS.shape[1] - 1 : -1]
+    for row, prompt, row_logits in zip(tokens, PROMPTS, logits, strict=True):
+        for i in range(N):
+            seen = np.isin(np.arange(CONFIG.vocab_size), [*prompt, *row[:i]])
+            damped = np.where(row_logits[i] > 0, row_logits[i] / 2, row_logits[i] * 2)
+            assert row[i] == np.argmax(np.where(seen, damped, row_logits[i]))
+
+
+def test_each_step_draws_anew() -> None:
+    """Equal logits at every step: one key for all of them would choose one token over and over."""
+    sampling, key, logits = SamplingConfig(temperature=1.0), jax.random.key(0), jnp.zeros((3, 50))
+    empty = jnp.zeros(3, jnp.int32)
+    state = generation.State(
+        cache=init_cache(CONFIG, 3, 1), tokens=jnp.zeros((3, 8), jnp.int32), lengths=empty,
+        step=jnp.zeros((), jnp.int32), done=empty > 0, seen=None,
+    )  # fmt: skip
+    for _ in range(8):
+        state = generation._choose(sampling, (), state, logits, key)
+    assert all(len(set(row)) > 4 for row in np.asarray(state.tokens).tolist())
+    assert state.lengths.tolist() == [8, 8, 8]
 
 
 def test_a_second_call_compiles_nothing(variables: dict[str, Any], greedy: np.ndarray) -> None:
@@ -131,13 +162,17 @@ def test_a_second_call_compiles_nothing(variables: dict[str, Any], greedy: np.nd
 
 
 def test_the_cache_of_a_stream_is_donated_and_the_weights_are_not(variables: dict[str, Any]) -> None:
-    greedy = SamplingConfig()
     key = jax.random.key(0)
-    state = generation._start(CONFIG, greedy, N, (), variables, TOKENS, MASK, key)
-    after = generation._continue(CONFIG, greedy, (), variables, state, key, np.int32(3))
+    state = generation._start(CONFIG, SAMPLED, N, (), variables, TOKENS, MASK, key)
+    after = generation._continue(CONFIG, SAMPLED, (), variables, state, key, np.int32(3))
     assert state.cache.layers[0].k.is_deleted()
     assert int(after.step) == 3
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
+
+
+def test_a_chunk_has_at_least_one_token(variables: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="chunk: got 0"):
+        stream_tokens(CONFIG, variables, TOKENS, MASK, max_new_tokens=1, chunk=0)
 
 
 def test_an_empty_cache() -> None:
@@ -158,7 +193,7 @@ def test_an_empty_cache() -> None:
         ({"max_new_tokens": 36}, "prompt of 5 tokens and 36 new ones need 41 positions.*max_length=40"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
         ({"tokens": TOKENS.astype(np.float32)}, "tokens are float32"),
-        ({"tokens": TOKENS[0]}, r"tokens are int64?\d*\[5\], expected integers .B, T."),
+        ({"tokens": TOKENS[0]}, r"tokens are int32\[5\], expected integers .B, T."),
         ({"tokens": TOKENS[:, :0], "mask": MASK[:, :0]}, "T >= 1"),
         ({"tokens": TOKENS + 18}, r"lie in \[18, 27\], expected ids in \[0, 23\)"),
         ({"tokens": TOKENS - 1}, r"lie in \[-1, 8\]"),
@@ -179,13 +214,3 @@ def test_what_cannot_be_generated_is_refused_before_any_computation(
     for function in (generate, stream_tokens):  # a stream is not asked for its first token here
         with pytest.raises(ValueError, match=message):
             function(**arguments)
-
-
-def test_the_room_of_the_model_can_be_used_up(variables: dict[str, Any]) -> None:
-    # Padding takes no position: the row of 3 tokens has 37 left, the one of 5 has 35.
-    tokens, mask = np.pad(TOKENS[1:2], ((0, 0), (4, 0))), np.pad(MASK[1:2], ((0, 0), (4, 0)))
-    assert generate(CONFIG, variables, tokens, mask, max_new_tokens=37).tokens.shape == (1, 37)
-    with pytest.raises(ValueError, match="prompt of 3 tokens and 38 new ones"):
-        generate(CONFIG, variables, tokens, mask, max_new_tokens=38)
-    with pytest.raises(ValueError, match="chunk: got 0"):
-        stream_tokens(CONFIG, variables, tokens, mask, max_new_tokens=1, chunk=0)

@@ -20,7 +20,8 @@ from bitnet_jax.inference.streaming import cut_at_stop, stream
 from bitnet_jax.models import ModelConfig, Transformer
 
 CONFIG = ModelConfig(
-    vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32, max_length=40, mlp="relu2", init_std=0.5
+    vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, ffn_size=32, max_length=40, mlp="relu2",
+    tie_embeddings=False, precision="float32",
 )  # fmt: skip
 SAMPLED: dict[str, Any] = {
     "max_new_tokens": 24, "sampling": SamplingConfig(temperature=1.0), "key": jax.random.key(5), "chunk": 5,

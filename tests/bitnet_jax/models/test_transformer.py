@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ TRIPLES = [
     for (i, a), (j, m) in itertools.product(*map(enumerate, (ATTENTIONS, MLPS)))
 ]
 PER_KIND = TRIPLES[::6]  # each attention kind and each MLP once
-# Logits of size 1 through two layers of float32 sums of at most 24 terms, in another order.
+# Logits of size 1 through one or two layers of float32 sums of at most 24 terms, in another order.
 SAME = {"rtol": 1e-4, "atol": 1e-4}
 
 TOKENS = jnp.asarray([[3, 1, 4, 0, 5], [9, 2, 6, 8, 7]], jnp.int32)  # no token twice in a row
@@ -40,19 +39,18 @@ def tiny(
 ) -> ModelConfig:
     # Weights of size 1 / sqrt(D), so that every part matters to the logits.
     fields = {
-        "vocab_size": V, "hidden_size": H * h, "num_layers": 2, "num_heads": H, "num_kv_heads": K,
+        "vocab_size": V, "hidden_size": H * h, "num_layers": 1, "num_heads": H, "num_kv_heads": K,
         "ffn_size": 24, "max_length": 8, "attention": attention, "norm_placement": placement, "mlp": mlp,
         "precision": "float32", "init_std": 0.25,
     }  # fmt: skip
     return ModelConfig(**(fields | changes))
 
 
-@partial(jax.jit, static_argnums=0)
 def variables(config: ModelConfig, seed: int = 0) -> dict:
     return Transformer(config).init(jax.random.key(seed), TOKENS)
 
 
-@partial(jax.jit, static_argnums=0)
+# Uncompiled on purpose: the operations are compiled once and shared by all these little models.
 def apply(config: ModelConfig, v: dict, tokens: jax.Array, **arguments) -> Output:
     return Transformer(config).apply(v, tokens, **arguments)
 
@@ -83,14 +81,14 @@ def in_pieces(config: ModelConfig, v: dict, pieces: list[int], mask: jax.Array) 
 @pytest.mark.parametrize(("attention", "placement", "mlp"), TRIPLES)
 def test_finite_causal_and_trained_everywhere(attention, placement, mlp):
     # Untied, the embedding of a token is used where the token stands and nowhere else.
-    config = tiny(attention, placement, mlp, precision="bitnet_b158", tie_embeddings=False, num_layers=1)
+    config = tiny(attention, placement, mlp, precision="bitnet_b158", tie_embeddings=False)
     seen = 3
 
     def output(v):
         out = Transformer(config).apply(v, TOKENS, mask=LEFT_PADDED).logits
         return jnp.sum(jnp.sin(out[:, seen])), out
 
-    grads, out = jax.jit(jax.grad(output, has_aux=True))(variables(config))
+    grads, out = jax.grad(output, has_aux=True)(variables(config))
     assert out.shape == (*TOKENS.shape, V)
     assert out.dtype == jnp.float32
     assert np.isfinite(out).all()
@@ -98,27 +96,22 @@ def test_finite_causal_and_trained_everywhere(attention, placement, mlp):
     for path, g in flatten_dict(grads["params"], sep="/").items():
         assert np.isfinite(g).all(), path
         assert np.any(g != 0.0), path
-    seen_tokens = [*TOKENS[0, 2 : seen + 1].tolist(), *TOKENS[1, : seen + 1].tolist()]
-    reached = np.flatnonzero(np.any(grads["params"]["embed"]["embedding"] != 0.0, axis=-1))
-    assert reached.tolist() == sorted(seen_tokens)  # exactly zero at later tokens, padding and unused ids
+    # Exactly zero at later tokens, padding and unused ids. (A ReLU score may be zero at an earlier one too.)
+    to_embedding = grads["params"]["embed"]["embedding"]
+    reached = set(np.flatnonzero(np.any(to_embedding != 0.0, axis=-1)).tolist())
+    own, earlier = {0, 8}, {4, 9, 2, 6}
+    assert reached <= own | earlier
+    assert reached >= own
+    assert reached & earlier
 
 
 @pytest.mark.parametrize(("attention", "placement", "mlp"), PER_KIND)
 def test_cache_equals_no_cache(attention, placement, mlp):
-    config = tiny(attention, placement, mlp)
+    config = tiny(attention, placement, mlp, num_layers=2)
     v = variables(config)
     whole = logits(config, v, TOKENS, mask=LEFT_PADDED)
     np.testing.assert_allclose(in_pieces(config, v, [1] * T, LEFT_PADDED), whole, **SAME)
     np.testing.assert_allclose(in_pieces(config, v, [3, 1, 1], LEFT_PADDED), whole, **SAME)
-
-
-def test_cache_equals_no_cache_when_quantized():
-    config = tiny(precision="bitnet_b158", num_layers=1)
-    v = variables(config)
-    whole, pieces = logits(config, v, TOKENS, mask=ALL), in_pieces(config, v, [3, 1, 1], ALL)
-    # Integer products are exact, but attention sums in another order, and an activation within that noise of
-    # a half may round to its other neighbour: one code of 127 then moves a logit by about 1 %.
-    assert np.mean(np.abs(pieces - whole)) < 0.02 * np.std(whole)
 
 
 @pytest.mark.parametrize(("attention", "placement", "mlp"), PER_KIND)
@@ -145,13 +138,19 @@ def test_classifier_ignores_padding(attention):
     )
     assert on_left.shape == (2, 3)
     np.testing.assert_allclose(on_left, on_right, **SAME)
-    np.testing.assert_allclose(on_left[0], logits(config, v, left[:1, 2:])[0], **SAME)
     np.testing.assert_array_equal(on_left, logits(config, v, left.at[0, :2].set(7), mask=LEFT_PADDED))
     assert np.max(np.abs(on_left - logits(config, v, left.at[0, :2].set(7), mask=ALL))[0]) > 1e-3
 
 
+def test_classifier_of_a_padded_row_is_that_of_the_row_alone():
+    config = tiny(causal=False, num_classes=3)
+    v = variables(config)
+    alone = jax.jit(lambda v, x: logits(config, v, x))(v, TOKENS[:1, 2:])
+    np.testing.assert_allclose(logits(config, v, TOKENS, mask=LEFT_PADDED)[:1], alone, **SAME)
+
+
 def test_classifier_reads_both_directions():
-    config = tiny(causal=False, num_classes=3, position="none", norm_placement="pre", num_layers=1)
+    config = tiny(causal=False, num_classes=3, position="none", norm_placement="pre")
     v = variables(config)
     # Without positions and with a mean at the end, the order of tokens cannot matter; which tokens, does.
     np.testing.assert_allclose(logits(config, v, TOKENS), logits(config, v, TOKENS[:, ::-1]), **SAME)
@@ -163,16 +162,17 @@ def test_classifier_reads_both_directions():
 def test_jit_equals_no_jit(attention):
     config = tiny(attention)
     v = variables(config)
-    eager = Transformer(config).apply(v, TOKENS, mask=LEFT_PADDED, progress=0.5).logits
-    np.testing.assert_allclose(logits(config, v, TOKENS, mask=LEFT_PADDED, progress=0.5), eager, **SAME)
+    compiled = jax.jit(lambda v, x, mask, progress: logits(config, v, x, mask=mask, progress=progress))
+    out = compiled(v, TOKENS, LEFT_PADDED, 0.5)
+    np.testing.assert_allclose(out, logits(config, v, TOKENS, mask=LEFT_PADDED), **SAME)
 
 
 def test_vmap_over_parameters_equals_a_loop():
     # Ternary weights: each model of the stack must have its own scale.
-    config = tiny(precision="bitnet_weight_only", num_layers=1)
+    config = tiny(precision="bitnet_weight_only")
     models = [variables(config, seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
-    together = jax.vmap(lambda v: logits(config, v, TOKENS))(stacked)
+    together = jax.jit(jax.vmap(lambda v: logits(config, v, TOKENS)))(stacked)
     np.testing.assert_allclose(together, jnp.stack([logits(config, v, TOKENS) for v in models]), **SAME)
 
 
@@ -182,7 +182,7 @@ def test_bfloat16_stays_within_its_band(attention):
     v = variables(high)
     exact, rounded = logits(high, v, TOKENS), logits(low, v, TOKENS)
     assert rounded.dtype == jnp.float32
-    # Per layer some ten roundings of 2^-9 = 0.2 %, independent and of either sign: sqrt(20) * 0.2 % = 1 % of
+    # Some ten roundings of 2^-9 = 0.2 %, independent and of either sign: sqrt(10) * 0.2 % = 0.6 % of
     # the logits' spread is expected; below 0.1 % nothing would be rounded, above 5 % something is wrong.
     error = np.sqrt(np.mean(np.square(rounded - exact))) / np.std(exact)
     assert 1e-3 < error < 5e-2

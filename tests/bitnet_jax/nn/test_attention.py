@@ -352,3 +352,17 @@ def test_more_tokens_than_the_cache_holds_are_refused():
     call = seeing(LEFT_PADDED) | {"cache": KVCache(empty, empty), "length": jnp.int32(0)}
     with pytest.raises(ValueError, match="6 tokens do not fit into a cache of 5 positions"):
         run(c, variables(c), normal(29, B, T, D), call)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache", "length", "message"),
+    [
+        ("softmax", zero_state(B, H, h), 0, "softmax attention remembers a KVCache"),
+        ("linear", KVCache(*[jnp.zeros((B, T, K, h))] * 2), 0, "linear attention remembers a LinearState"),
+        ("softmax", KVCache(*[jnp.zeros((B, T, K, h))] * 2), None, "got a cache without its length"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(kind, cache, length, message):
+    c = config(kind)
+    with pytest.raises((TypeError, ValueError), match=message):
+        run(c, variables(c), normal(29, B, T, D), seeing(ALL) | {"cache": cache, "length": length})

@@ -12,7 +12,7 @@ from bitnet_jax.nn import linear_attention as la
 B, T, H, h = 2, 11, 2, 4
 # Compiled once for all tests; the last test compares with the uncompiled functions.
 parallel, recurrent = jax.jit(la.parallel), jax.jit(la.recurrent)
-chunked, causal = jax.jit(la.chunked, static_argnames="chunk"), jax.jit(la.causal)
+chunked = jax.jit(la.chunked, static_argnames="chunk")
 # Sums of at most T h products of numbers around 1, in another order, then one division: some tens of 2^-24.
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -27,7 +27,7 @@ def visible(key_mask: jax.Array) -> jax.Array:
     return jnp.tril(jnp.ones((1, key_mask.shape[1], key_mask.shape[1]), bool)) & key_mask[:, None, :]
 
 
-FORMS = {"recurrent": recurrent, "chunked": chunked, "causal": causal}
+FORMS = {"recurrent": recurrent, "chunked": chunked}
 ALL = jnp.ones((B, T), bool)
 LEFT_PADDED = jnp.asarray([[False] * 3 + [True] * (T - 3), [True] * T])
 
@@ -68,7 +68,7 @@ def test_three_forms_agree(chunk):
 
 
 @pytest.mark.parametrize("split", [1, 10])
-@pytest.mark.parametrize("form", ["recurrent", "chunked", "causal"])
+@pytest.mark.parametrize("form", ["recurrent", "chunked"])
 def test_two_calls_with_the_state_between_equal_one(form, split):
     q, k, v = qkv(1)
     parts = [tuple(x[:, part] for x in (q, k, v)) for part in (slice(None, split), slice(split, None))]
@@ -77,13 +77,6 @@ def test_two_calls_with_the_state_between_equal_one(form, split):
     second, _ = FORMS[form](*parts[1], state, masks[1])
     whole = parallel(q, k, v, visible(LEFT_PADDED))
     np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, **SAME)
-
-
-def test_causal_without_a_state_returns_none():
-    q, k, v = qkv(2)
-    o, state = causal(q, k, v)
-    assert state is None
-    np.testing.assert_allclose(o, parallel(q, k, v, visible(ALL)), **SAME)
 
 
 @pytest.mark.parametrize("form", ["parallel", "recurrent", "chunked"])

@@ -72,7 +72,9 @@ def test_saving_is_safe_when_the_arrays_are_donated_at_once(folder: Path) -> Non
         checkpoints.save(1, params, OPTIMIZER.init(params), {})
         overwrite(params)
         checkpoints.wait()
-        assert bits(checkpoints.restore({"w": jax.ShapeDtypeStruct((1 << 16,), jnp.float32)}).params) == expected
+        assert (
+            bits(checkpoints.restore({"w": jax.ShapeDtypeStruct((1 << 16,), jnp.float32)}).params) == expected
+        )
 
 
 def test_reading_only_parameters_of_a_named_step_changes_nothing(two: Path) -> None:
@@ -139,13 +141,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves an event loop behind
+@pytest.mark.usefixtures("orbax_litter")
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     two: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     DAMAGE[damage](two / "2")
     with Checkpoints(two) as checkpoints:
-        with caplog.at_level(logging.WARNING), pytest.raises(CheckpointError, match="2 cannot be used") as error:
+        with (
+            caplog.at_level(logging.WARNING),
+            pytest.raises(CheckpointError, match="2 cannot be used") as error,
+        ):
             checkpoints.restore(*shapes())
         assert "\n" not in str(error.value)
         restored = checkpoints.restore_latest_whole(*shapes())
@@ -158,16 +163,20 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
         assert bits(checkpoints.restore(*shapes()).params) == bits(params_at(2))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("orbax_litter")
 def test_nothing_whole_left_is_an_error_and_nothing_saved_is_a_fresh_start(two: Path, tmp_path: Path) -> None:
     for step in ("1", "2"):
         flip_a_bit(largest(two / step))
-    with Checkpoints(two) as checkpoints, pytest.raises(CheckpointError, match=r"all checkpoints \(steps \[1, 2\]\)"):
+    with (
+        Checkpoints(two) as checkpoints,
+        pytest.raises(CheckpointError, match=r"all checkpoints \(steps \[1, 2\]\)"),
+    ):
         checkpoints.restore_latest_whole(*shapes())
     with Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.restore_latest_whole(*shapes()) is None
 
 
+@pytest.mark.usefixtures("orbax_litter")
 def test_a_checkpoint_of_another_model_is_refused(two: Path) -> None:
     other = {"layer": {"weight": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
     with Checkpoints(two) as checkpoints, pytest.raises(CheckpointError, match="cannot be used"):
@@ -181,7 +190,7 @@ import numpy as np
 from bitnet_jax.training.checkpoints import CheckpointError, Checkpoints
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # writing more into a file fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # larger files fail, as on a full disk
 folder = Path(sys.argv[1])
 checkpoints = Checkpoints(folder)
 small = {"w": np.ones(3, np.float32)}
@@ -200,7 +209,11 @@ checkpoints.close()
 def test_a_full_disk_is_one_line_and_leaves_only_whole_checkpoints(tmp_path: Path, repository: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{repository / 'kernels'}"}
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     error, left = done.stdout.splitlines()

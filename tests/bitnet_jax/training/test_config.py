@@ -73,7 +73,10 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ({"model": MODEL, "training": {"steps": True}}, "training.steps: got True, expected int"),
         ({"model": MODEL, "training": {"steps": 0}}, "training.steps: got 0, expected at least 1"),
         ({"model": MODEL, "training": {"keep_best": 1}}, "training.keep_best: got 1, expected bool"),
-        ({"model": MODEL, "training": {"max_loss": "x"}}, r"training.max_loss: got 'x', expected float \| None"),
+        (
+            {"model": MODEL, "training": {"max_loss": "x"}},
+            r"training.max_loss: got 'x', expected float \| None",
+        ),
         ({"model": MODEL, "training": {"accumulate": 3}}, "batch_size=16 is not a multiple of.*accumulate=3"),
         ({"model": MODEL, "evaluation": {"batches": 0}}, "batches=0"),
         ({"model": MODEL, "seed": -1}, "seed: got -1"),

@@ -1,7 +1,7 @@
 """SIGKILL at any moment: the next start ends in the same bits as a run that nobody disturbed.
 
-Each attempt is a process of its own that trains a real model with `fit`, and is really killed: right after a save
-was begun in the background, or a random moment into a random update.
+Each attempt is a process of its own that trains a real model with `fit`, and is really killed: right after a
+save was begun in the background, or a random moment into a random update.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
+from bitnet_jax.training import load_run
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.metrics import read_metrics
 
@@ -51,7 +54,7 @@ fit(config, workdir, progress=False)
 def start(
     tmp_path: Path, repository: Path, run_config: Callable[..., RunConfig]
 ) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a process that trains in a folder; `die_in_save` is the step of a save that it does not survive."""
+    """Starts a process that trains in a folder; it dies in the save of step `die_in_save`."""
     (tmp_path / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
     config = run_config(
         data=dict(source=str(tmp_path / "text.txt"), split="tail", valid_fraction=0.2),
@@ -114,15 +117,16 @@ def test_killed_runs_end_in_the_bits_of_an_undisturbed_one(start: Callable[..., 
     assert not (run / "result.json").exists()
 
     kills = 1
-    for step in (rng.randrange(1, 5), rng.randrange(4, 9)):
-        kills += kill_during(start("run"), step, rng)
+    kills += kill_during(start("run"), rng.randrange(1, 8), rng)
     kills += finish(start("run", die_in_save=9)) == -signal.SIGKILL
     kills += kill_during(start("run"), STEPS - 1, rng)
-    assert kills >= 4, "too few attempts died"
+    assert kills >= 3, "too few attempts died"
 
     assert finish(start("run")) == 0
     assert finish(start("whole", cache=False)) == 0
-    assert checksums(run) == checksums(whole)
+    assert checksums(run) == checksums(whole)  # of parameters and optimizer state
+    ours, theirs = (jax.tree.leaves(load_run(folder)[2]) for folder in (run, whole))
+    assert [np.asarray(leaf).tobytes() for leaf in ours] == [np.asarray(leaf).tobytes() for leaf in theirs]
     assert rows(run) == rows(whole)
     assert [row["step"] for row in rows(run) if row["kind"] == "train"] == list(range(1, STEPS + 1))
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["12", "9"]

@@ -53,7 +53,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def test_a_run_of_a_real_model_on_real_text(tmp_path: Path, run_config: Config, capfd: Any) -> None:
     (tmp_path / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
     config = run_config(
-        data=dict(source="text.txt", root=str(tmp_path), split="tail", valid_fraction=0.2), evaluation=dict(batches=2)
+        data=dict(source="text.txt", root=str(tmp_path), split="tail", valid_fraction=0.2),
+        evaluation=dict(batches=2),
     )
     result = fit(config.to_dict(), tmp_path / "run")
     assert result["status"] == "finished"
@@ -66,13 +67,17 @@ def test_a_run_of_a_real_model_on_real_text(tmp_path: Path, run_config: Config, 
     assert "6/6" in capfd.readouterr().err  # the progress line
 
     found = rows(tmp_path / "run")
-    assert [(r["step"], r["kind"]) for r in found] == [
-        (1, "train"), (2, "train"), (3, "train"), (3, "valid"), (4, "train"), (5, "train"), (6, "train"), (6, "valid")
-    ]  # fmt: skip
+    assert [r["step"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in found if r["kind"] == "valid"] == [3, 6]
     assert all("flip_rate" in r for r in found if r["kind"] == "train")
     layers = [r["layers"] for r in found if "layers" in r]
     assert len(layers) == 3
-    assert set(layers[0]["layers_0/mlp/down_proj"]) == {"zero_fraction", "flip_rate", "clipped_share", "scale"}
+    assert set(layers[0]["layers_0/mlp/down_proj"]) == {
+        "zero_fraction",
+        "flip_rate",
+        "clipped_share",
+        "scale",
+    }
 
     loaded, model, params, tokenizer = load_run(tmp_path / "run")
     assert loaded == config
@@ -128,7 +133,9 @@ def test_a_second_signal_is_not_held_back(toy: Task, tmp_path: Path, run_config:
         run(toy._replace(train_batch=Calls(toy, 1, twice)), run_config(), tmp_path / "run")
 
 
-def test_a_signal_during_the_last_update_is_no_interruption(toy: Task, tmp_path: Path, run_config: Config) -> None:
+def test_a_signal_during_the_last_update_is_no_interruption(
+    toy: Task, tmp_path: Path, run_config: Config
+) -> None:
     last = Calls(toy, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run(toy._replace(train_batch=last), run_config(), tmp_path / "run")["status"] == "finished"
 
@@ -176,6 +183,7 @@ def test_the_best_checkpoint_is_kept(toy: Task, tmp_path: Path, run_config: Conf
         assert checkpoints.steps() == [2, 4, 5]
 
 
+@pytest.mark.usefixtures("orbax_litter")
 def test_a_damaged_newest_checkpoint_costs_some_updates_and_no_bits(
     toy: Task, tmp_path: Path, run_config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,49 @@
+#include "scaled_matmul.h"
+
+#include <vector>
+
+namespace bitnet {
+namespace {
+
+constexpr int64_t kScratchSums = 64 << 10;  // int32 sums of a tile: 256 KiB, in L2
+constexpr int64_t kRowStep = 12;            // whole register tiles of every instruction set
+
+}  // namespace
+
+void scaled_matmul(const Kernels& kernels, const Problem& p, const float* scale, int64_t scale_stride, float* out,
+                   int64_t begin, int64_t end) {
+  // The same problem cut down to these panels and, where there are many rows of x, to some of them at a time.
+  Problem part = p;
+  const int64_t first = begin * kPanelRows;
+  part.n = std::min(p.n, end * kPanelRows) - first;
+  part.w = p.w + begin * p.panel_bytes();
+  const int64_t fitting = kScratchSums / (p.groups * part.n) / kRowStep * kRowStep;
+  const int64_t rows = std::min(p.m, std::max(kRowStep, fitting));
+  static thread_local std::vector<int32_t> sums;
+  static thread_local std::vector<float> scales;  // [groups, part.n], so that rows of the matrix are neighbours
+  sums.resize(p.groups * rows * part.n);
+  scales.resize(p.groups * part.n);
+  for (int64_t g = 0; g < p.groups; ++g) {
+    for (int64_t r = 0; r < part.n; ++r) scales[g * part.n + r] = scale[(first + r) * scale_stride + g];
+  }
+  for (int64_t row = 0; row < p.m; row += rows) {
+    part.m = std::min(rows, p.m - row);
+    part.x = p.x + row * p.x_stride;
+    part.x_sums = p.x_sums + row * p.groups;
+    part.y = sums.data();
+    kernels.matmul(part, 0, part.panels());
+    for (int64_t i = 0; i < part.m; ++i) {
+      float* y = out + (row + i) * p.n + first;
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const int32_t* s = sums.data() + (g * part.m + i) * part.n;
+        const float* f = scales.data() + g * part.n;
+        for (int64_t r = 0; r < part.n; ++r) {
+          const float product = static_cast<float>(s[r]) * f[r];
+          y[r] = g == 0 ? product : y[r] + product;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace bitnet

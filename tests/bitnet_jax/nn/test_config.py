@@ -1,0 +1,74 @@
+"""ModelConfig: what it refuses, what it derives, and that it survives JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax.traverse_util import flatten_dict
+
+from bitnet_jax.models import PRESETS, ModelConfig, Transformer
+
+TINY = PRESETS["tiny"].to_dict()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name: str) -> None:
+    assert ModelConfig.from_dict(json.loads(json.dumps(PRESETS[name].to_dict()))) == PRESETS[name]
+
+
+def test_rules_survive_json_and_stay_hashable() -> None:
+    config = ModelConfig(**TINY | {"precision": [["layers_*/mlp/*", "bitnet"], ["*", "int8"]]})
+    assert hash(config) == hash(ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))))
+    assert config.precisions()["layers_1/mlp/up_proj"].weight == "binary_centred"
+    assert config.precisions()["layers_1/attention/q_proj"].weight == "int8"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norms": "rmsnorm"}, r"model\.norms is not a field; did you mean norm"),
+        ({"norm": "batch"}, r"model\.norm: got 'batch', expected one of rmsnorm, layernorm"),
+        ({"hidden_size": 0}, r"model\.hidden_size: got 0, expected a positive integer"),
+        ({"hidden_size": 65}, r"hidden_size=65 is not a multiple of num_heads=4"),
+        ({"num_kv_heads": 3}, r"num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"head_dim": 7}, r"head_dim=7 is odd"),
+        ({"precision": "bitnet_b159"}, r"recipe: got 'bitnet_b159'.*did you mean 'bitnet_b158'"),
+        ({"precision": [["layers_9/*", "int8"], ["*", "bitnet"]]}, r"layers_9"),
+    ],
+)
+def test_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict(TINY | change)
+
+
+def test_missing_fields_are_named() -> None:
+    with pytest.raises(ValueError, match="missing hidden_size, num_layers, num_heads, ffn_size, max_length"):
+        ModelConfig.from_dict({"vocab_size": 3})
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"tie_embeddings": False}, {"mlp": "relu"}, {"num_classes": 3, "causal": False}]
+)
+def test_linear_shapes_are_those_of_the_parameters(change: dict[str, Any]) -> None:
+    config = ModelConfig(**TINY | change)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    weights = {path[:-1]: leaf.shape for path, leaf in flatten_dict(params).items() if path[-1] == "weight"}
+    assert {"/".join(path): shape for path, shape in weights.items()} == config.linear_shapes()
+
+
+def test_2b4t_has_the_linear_parameters_of_the_released_model() -> None:
+    # papers/bitnet_line 6.1: 69.47 M per layer, 2.0840 B in total, embedding 328.3 M
+    shapes = PRESETS["2b4t"].linear_shapes().values()
+    assert round(sum(n * k for n, k in shapes) / 1e9, 4) == 2.0840
+    assert round(PRESETS["2b4t"].vocab_size * PRESETS["2b4t"].hidden_size / 1e6, 1) == 328.3
+
+
+def test_heads_stay_float_under_a_bare_recipe() -> None:
+    for change, head in (({"tie_embeddings": False}, "lm_head"), ({"num_classes": 2}, "classifier")):
+        precisions = ModelConfig(**TINY | change).precisions()
+        assert not precisions[head].quantizes_weights
+        assert precisions["layers_0/mlp/up_proj"].quantizes_weights
