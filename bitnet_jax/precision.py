@@ -388,11 +388,14 @@ RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
 }  # fmt: skip
 
 
+HEADS = ("lm_head", "classifier")  # no paper of the BitNet line quantizes them
+
+
 def resolve(rules: Rules, paths: Sequence[str]) -> dict[str, Precision]:
     """One Precision per linear path; the first rule whose pattern (fnmatch, `*` crosses `/`) matches wins.
 
     A bare recipe is the rule ("*", recipe). A recipe that is itself a tuple of rules is expanded inside the
-    pattern that names it. lm_head stays float32 unless a pattern names it: "*" alone does not. Raises
+    pattern that names it. The heads stay float32 unless a pattern names it: "*" alone does not. Raises
     ValueError for an unknown recipe, for paths that no rule matches, and for patterns that never win.
     """
     if isinstance(rules, str | Precision | Mapping):
@@ -402,12 +405,12 @@ def resolve(rules: Rules, paths: Sequence[str]) -> dict[str, Precision]:
     unmatched = []
     for path in paths:
         for index, (pattern, recipe) in enumerate(rules):
-            if fnmatchcase(path, pattern) and not (path == "lm_head" and not pattern.strip("*")):
+            if fnmatchcase(path, pattern) and not (path in HEADS and not pattern.strip("*")):
                 resolved[path] = _expand(recipe, path)
                 winners.add(index)
                 break
         else:
-            if path == "lm_head":
+            if path in HEADS:
                 resolved[path] = Precision()
             else:
                 unmatched.append(path)

@@ -60,7 +60,7 @@ def _shared_count(x: Array, scale: Array, count: str) -> int:
 
 def _binary(
     w: Array,
-    v: Array,
+    centre: Array | float,
     *,
     granularity: Granularity,
     ste: str,
@@ -71,7 +71,8 @@ def _binary(
     scale_gradient: bool = False,
     count: str = "shared",
 ) -> Quantized:
-    """sign(v) with the scale mean|w|: the common body of the binary quantizers; v is w or w centred."""
+    """sign(w - centre) with the scale mean|w|: the common body of the binary quantizers."""
+    v = w - centre
     if scale is None:
         scale = jnp.maximum(measure(jnp.mean, jnp.abs(w), granularity), SMALLEST_SCALE)
         scale = scale if scale_gradient else jax.lax.stop_gradient(scale)
@@ -84,7 +85,7 @@ def _binary(
         slope = ste_lib.surrogate(ste, v, progress)
     else:
         raise ValueError(f"window: got {window!r}, expected 'scaled' or 'raw'")
-    return Quantized(straight_through(ste_lib.signs(v, zero), (v,), (slope,)), scale)
+    return Quantized(straight_through(ste_lib.signs(w, zero, centre), (v,), (slope,)), scale)
 
 
 def binary(
@@ -110,7 +111,7 @@ def binary(
     w = _float32(w)
     return _binary(
         w,
-        w,
+        0.0,
         granularity=granularity,
         ste=ste,
         scale=scale,
@@ -143,10 +144,9 @@ def binary_centred(
     """
     w = _float32(w)
     mean = spread(measure(jnp.mean, w, granularity), w.shape[-1])
-    v = w - (mean if centre_gradient else jax.lax.stop_gradient(mean))
     return _binary(
         w,
-        v,
+        mean if centre_gradient else jax.lax.stop_gradient(mean),
         granularity=granularity,
         ste=ste,
         scale=scale,

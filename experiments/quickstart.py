@@ -113,7 +113,9 @@ def summarize(rows: dict[str, dict[str, Any]], trigram: float, began: float) -> 
         "trigram_bits_per_byte": trigram,
         "model_bytes": {name: row["file_bytes"] for name, row in rows.items()},
         "matrix_bfloat16_bytes": {name: row["matrix_bfloat16_bytes"] for name, row in rows.items()},
-        "packed_equals_latent": all(row["proof"]["tokens_identical"] >= PROOF_TOKENS for row in rows.values()),
+        "packed_equals_latent": all(
+            row["proof"]["tokens_identical"] >= PROOF_TOKENS for row in rows.values()
+        ),
         "tokens_identical": min(row["proof"]["tokens_identical"] for row in rows.values()),
         "max_relative_logit_error": {
             name: row["proof"]["max_relative_logit_error"] for name, row in rows.items()

@@ -9,8 +9,8 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+matplotlib.use("Agg")  # no window; before pyplot is imported
+import matplotlib.pyplot as plt
 
 
 def write(folder: Path, summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
-import numpy as np  # noqa: E402
-import scipy.stats  # noqa: E402
+matplotlib.use("Agg")  # no window; before pyplot is imported
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
 
-from experiments.study import Study, load_study, read_results  # noqa: E402
+from experiments.study import Study, load_study, read_results
 
 BEGIN, END = "<!-- table: written by experiments.report -->", "<!-- end of table -->"
 
@@ -41,7 +41,9 @@ def table(study: Study, rows: list[dict[str, Any]]) -> str:
     for arm, runs in by_arm.items():
         good = {seed: row[study.metric] for seed, row in runs.items() if row["status"] == "finished"}
         if not good:
-            lines.append(f"| {arm} | 0 | {', '.join(r['status'] for r in runs.values()) or 'not run'} | | | |")
+            lines.append(
+                f"| {arm} | 0 | {', '.join(r['status'] for r in runs.values()) or 'not run'} | | | |"
+            )
             continue
         base = {s: r[study.metric] for s, r in by_arm[study.baseline].items() if r["status"] == "finished"}
         paired = [good[seed] - base[seed] for seed in good if seed in base]

@@ -14,7 +14,9 @@ from ml_collections import config_flags
 from bitnet_jax.training.loop import fit
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(); FILE.py:variant.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; resumed when it holds one.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; resumed when it holds one.", required=True
+)
 
 
 def main(argv: list[str]) -> None:
@@ -24,5 +26,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

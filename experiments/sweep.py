@@ -85,7 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--study", required=True, help="folder name below experiments/studies")
     parser.add_argument("--small", action="store_true", help="the same study, shrunk for two cores")
-    parser.add_argument("--workdir", type=Path, help="where runs are kept (default runs/studies/STUDY[-small])")
+    parser.add_argument(
+        "--workdir", type=Path, help="where runs are kept (default runs/studies/STUDY[-small])"
+    )
     args = parser.parse_args(argv)
     study = load_study(args.study)
     workdir = args.workdir or Path("runs/studies") / (args.study + ("-small" if args.small else ""))

@@ -41,7 +41,13 @@ def _dummy(hidden: int, ffn: int, layers: int, heads: int) -> ModelConfig:
 
 PRESETS: dict[str, ModelConfig] = {name: _dummy(*size) for name, size in _DUMMY_SIZES.items()} | {
     "tiny": ModelConfig(
-        vocab_size=256, hidden_size=64, ffn_size=128, num_layers=2, num_heads=4, num_kv_heads=2, max_length=256
+        vocab_size=256,
+        hidden_size=64,
+        ffn_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        max_length=256,
     ),
     "2b4t": ModelConfig(
         vocab_size=128_256,

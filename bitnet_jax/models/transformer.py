@@ -7,6 +7,8 @@ a new one comes out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -71,7 +73,11 @@ class Embedding(nn.Module):
         return jnp.take(self.table(), indices, axis=0)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return jnp.einsum("btd,vd->btv", x, self.table(), preferred_element_type=jnp.float32)
+        # As a product of matrices, see bitnet_jax.nn.linear.
+        logits = jnp.einsum(
+            "md,vd->mv", x.reshape(-1, x.shape[-1]), self.table(), preferred_element_type=jnp.float32
+        )
+        return logits.reshape(*x.shape[:-1], self.rows)
 
 
 class Block(nn.Module):
@@ -173,7 +179,7 @@ class Transformer(nn.Module):
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
 
         precisions = config.precisions()
-        layers = []
+        layers: list[Any] = []
         for i in range(config.num_layers):
             prefix = f"layers_{i}/"
             of_block = {p.removeprefix(prefix): v for p, v in precisions.items() if p.startswith(prefix)}

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from bitnet_jax.precision import Precision, Rules, resolve
+from bitnet_jax.precision import Precision, Recipe, Rules, resolve
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED_MLPS = ("silu_glu", "relu2_glu")
@@ -21,6 +21,17 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "embedding_dtype": ("float32", "bfloat16"),
     "dtype": ("float32", "bfloat16"),
 }
+
+
+def _recipe(recipe: Recipe) -> str | Precision:
+    return Precision.from_dict(recipe) if isinstance(recipe, Mapping) else recipe
+
+
+def _hashable(rules: Rules) -> Rules:
+    """Lists and mappings, which JSON makes of rules, as tuples and Precisions: a config is a static jit argument."""
+    if isinstance(rules, str | Precision | Mapping):
+        return _recipe(rules)
+    return tuple((pattern, _recipe(recipe)) for pattern, recipe in rules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +74,7 @@ class ModelConfig:
     embedding_dtype: str = "float32"  # the forward pass rounds embeddings (and head) to it; packing stores it
     init_std: float = 0.02
 
-    precision: str | Rules = "bitnet_b158"  # a recipe name, or ordered (path pattern, recipe) rules
+    precision: Rules = "bitnet_b158"  # a recipe name, or ordered (path pattern, recipe) rules
     dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
 
     def __post_init__(self) -> None:
@@ -88,10 +99,7 @@ class ModelConfig:
             raise ValueError(
                 f"model.head_dim={self.head_size} is odd; rotary positions need an even head_dim"
             )
-        # JSON and ConfigDict turn tuples into lists; a config must stay hashable to be a static jit argument.
-        if not isinstance(self.precision, str):
-            rules = tuple((pattern, recipe) for pattern, recipe in self.precision)
-            object.__setattr__(self, "precision", rules)
+        object.__setattr__(self, "precision", _hashable(self.precision))
         self.precisions()
 
     @property

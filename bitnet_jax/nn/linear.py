@@ -25,8 +25,10 @@ from bitnet_kernels.reference import rescale
 
 
 def _dot(x: Float[Array, "*rows k"], w: Float[Array, "n k"]) -> Float[Array, "*rows n"]:
-    contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
-    return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.float32)
+    # As a product of matrices: on CPUs the gradient of one with more axes takes XLA's slow path.
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(rows, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:-1], w.shape[0])
 
 
 def quantized_matmul(x: Quantized, w: Quantized, dtype: str = "float32") -> Float[Array, "*rows n"]:
@@ -38,8 +40,7 @@ def quantized_matmul(x: Quantized, w: Quantized, dtype: str = "float32") -> Floa
       dtype: of the operands. bfloat16 holds integers up to 256 exactly, so codes lose nothing in it.
     """
     (n, k), groups = w.codes.shape, w.scale.shape[-1]
-    rows = x.codes.astype(dtype).reshape(-1, k)
-    w_codes = w.codes.astype(dtype)
+    rows, w_codes = x.codes.astype(dtype).reshape(-1, k), w.codes.astype(dtype)
     if groups == 1:
         sums = _dot(rows, w_codes)[None]
     else:
@@ -87,7 +88,9 @@ class BitLinear(nn.Module):
             x = self.norm(x)
         precision, k = self.precision, x.shape[-1]
         learned = {
-            name.removeprefix("activation_"): self.param(name, nn.initializers.constant(value), shape, jnp.float32)
+            name.removeprefix("activation_"): self.param(
+                name, nn.initializers.constant(value), shape, jnp.float32
+            )
             for name, (shape, value) in precision.activation_param_shapes(k).items()
         }
         key = self.make_rng("stochastic") if self.has_rng("stochastic") else None

@@ -1,6 +1,6 @@
 """The three models of `make quickstart`: the byte_lm setting, sized for a few minutes on two cores.
 
-    python -m experiments.quickstart --workdir=runs/quickstart
+python -m experiments.quickstart --workdir=runs/quickstart
 """
 
 from __future__ import annotations

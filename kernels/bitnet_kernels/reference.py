@@ -60,13 +60,14 @@ def rescale(sums: jax.Array, scale: jax.Array) -> jax.Array:
 
     y = sums[0] * scale[:, 0] + sums[1] * scale[:, 1] + ..., each product and sum rounded, in this order.
     """
-    factors = scale.T[:, None, :]
-    products = sums.astype(jnp.float32) * factors
-    if products.shape[0] > 1:
-        # Changes no value; but without a select between them XLA fuses products and sums into one rounding,
-        # and compiled code differs from uncompiled (jax 0.10 drops an optimization_barrier too early).
-        products = jnp.where(factors == 0, 0.0, products)
-    y = products[0]
-    for product in products[1:]:
-        y = y + product
-    return y
+    if sums.shape[0] == 1:
+        return sums[0].astype(jnp.float32) * scale.T
+    return jax.lax.scan(_add_group, jnp.zeros(sums.shape[1:], jnp.float32), (sums, scale.T))[0]
+
+
+def _add_group(y: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    sums, scale = group
+    product = sums.astype(jnp.float32) * scale[None, :]
+    # Changes no value; but without a select between them XLA fuses product and sum into one rounding, and
+    # compiled code differs from uncompiled (jax 0.10 drops an optimization_barrier too early to help).
+    return y + jnp.where(scale[None, :] == 0, 0.0, product), None

@@ -79,9 +79,6 @@ def test_every_recipe_quantizes_and_learns(precision: Precision) -> None:
         assert set(np.unique(w.codes)) == {-1, 0, 1}
     if precision.activation != "none":
         np.testing.assert_array_equal(np.asarray(a.codes).astype(np.int8), a.codes)
-    eager = precision.quantize_weight(params["weight"], params.get("weight_scale"), 0.5, jax.random.key(0))
-    np.testing.assert_array_equal(eager.codes, w.codes)
-    np.testing.assert_array_equal(eager.scale, w.scale)
 
 
 def test_formats_and_bits() -> None:
@@ -284,6 +281,7 @@ def test_a_recipe_name_means_all_linears_but_the_head() -> None:
     assert set(resolved.values()) == {RECIPES["bitnet"]}
     assert resolve(RECIPES["bitnet"], PATHS) == resolve("bitnet", PATHS)
     assert set(resolve("bitnet", PATHS[:-1]).values()) == {RECIPES["bitnet"]}
+    assert resolve("bitnet", [*PATHS[:-1], "classifier"])["classifier"] == RECIPES["float32"]
 
 
 def test_first_match_wins() -> None:

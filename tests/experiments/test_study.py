@@ -19,7 +19,8 @@ def get_config(variant="base"):
     return ConfigDict(dict(
         seed=0,
         model=model,
-        data=dict(source={text!r}, tokenizer="byte", split="tail", valid_fraction=0.2, length=8, batch_size=2),
+        data=dict(source={text!r}, tokenizer="byte", split="tail", valid_fraction=0.2,
+                  length=8, batch_size=2),
         optimizer=dict(learning_rate=1e-2),
         training=dict(steps=4, log_every=2, eval_every=2, checkpoint_every=4),
         evaluation=dict(batches=1, batch_size=2),

@@ -252,7 +252,7 @@ def test_the_c_call_is_compiled_in_for_cpu_only(make_packed) -> None:
         pytest.skip(f"no C++ kernels: {cpu.unavailable()}")
     _, w = make_packed("binary", 37, 64)
     traced = jax.jit(packed_matmul).trace(jnp.ones((2, 64)), w)
-    target = "bitnet_kernels_integer_matmul"
+    target = "bitnet_kernels_scaled_matmul"
     assert target in traced.lower().as_text()
     assert target not in traced.lower(lowering_platforms=("tpu",)).as_text()
     ordered = jax.jit(functools.partial(packed_matmul, implementation="cpu")).trace(jnp.ones((2, 64)), w)

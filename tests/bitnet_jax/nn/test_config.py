@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
+from bitnet_jax.precision import Precision
 
 TINY = PRESETS["tiny"].to_dict()
 
@@ -25,6 +26,12 @@ def test_rules_survive_json_and_stay_hashable() -> None:
     assert hash(config) == hash(ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))))
     assert config.precisions()["layers_1/mlp/up_proj"].weight == "binary_centred"
     assert config.precisions()["layers_1/attention/q_proj"].weight == "int8"
+
+
+def test_precisions_in_rules_survive_json() -> None:
+    own = Precision(weight="binary", granularity=64, weight_options=(("zero", -1),))
+    config = ModelConfig(**TINY | {"precision": (("*", own),)})
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,9 @@ def test_missing_fields_are_named() -> None:
 )
 def test_linear_shapes_are_those_of_the_parameters(change: dict[str, Any]) -> None:
     config = ModelConfig(**TINY | change)
-    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))[
+        "params"
+    ]
     weights = {path[:-1]: leaf.shape for path, leaf in flatten_dict(params).items() if path[-1] == "weight"}
     assert {"/".join(path): shape for path, shape in weights.items()} == config.linear_shapes()
 

@@ -46,14 +46,18 @@ def test_bfloat16_recipe_rounds_its_operands() -> None:
 def test_product_of_codes_is_exact(groups: int, dtype: str) -> None:
     rng = np.random.default_rng(0)
     x = Quantized(rng.integers(-128, 128, (2, 3, K)).astype(np.float32), np.full((2, 3, 1), 0.5, np.float32))
-    scale = 2.0 ** rng.integers(-3, 3, (N, groups)).astype(np.float32)  # powers of two: the scaling is exact too
+    scale = 2.0 ** rng.integers(-3, 3, (N, groups)).astype(
+        np.float32
+    )  # powers of two: the scaling is exact too
     w = Quantized(rng.integers(-1, 2, (N, K)).astype(np.float32), scale)
     y = quantized_matmul(jax.tree.map(jnp.asarray, x), jax.tree.map(jnp.asarray, w), dtype)
     full = w.codes * np.repeat(scale, K // groups, axis=1)
     np.testing.assert_array_equal(y, (x.codes.astype(np.float64) @ full.T.astype(np.float64)) * 0.5)
 
 
-@pytest.mark.parametrize("name", ["bitnet", "bitnet_b158", "bitnet_b158_channel", "bitnet_group64", "xnor", "bnn"])
+@pytest.mark.parametrize(
+    "name", ["bitnet", "bitnet_b158", "bitnet_b158_channel", "bitnet_group64", "xnor", "bnn"]
+)
 def test_packed_equals_latent_bit_for_bit(name: str) -> None:
     precision = recipe(name)
     module, params = layer(precision)

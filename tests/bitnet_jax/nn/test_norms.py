@@ -46,12 +46,11 @@ def test_gain_multiplies_after_the_cast() -> None:
 
 def test_mlp_kinds_are_their_formulas() -> None:
     x = jax.random.normal(jax.random.key(0), (1, 3, 64))
-    relu = lambda a: np.maximum(a, 0)
     formulas = {
-        "relu": lambda up, gate: relu(up),
-        "relu2": lambda up, gate: relu(up) ** 2,
+        "relu": lambda up, gate: np.maximum(up, 0),
+        "relu2": lambda up, gate: np.maximum(up, 0) ** 2,
         "silu_glu": lambda up, gate: gate / (1 + np.exp(-gate)) * up,
-        "relu2_glu": lambda up, gate: relu(gate) ** 2 * up,
+        "relu2_glu": lambda up, gate: np.maximum(gate, 0) ** 2 * up,
     }
     for kind, expected in formulas.items():
         config = dataclasses.replace(

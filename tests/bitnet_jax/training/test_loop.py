@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,12 @@ def test_a_second_signal_is_not_held_back(toy: Task, tmp_path: Path, run_config:
 
     with pytest.raises(KeyboardInterrupt):
         run(toy._replace(train_batch=Calls(toy, 1, twice)), run_config(), tmp_path / "run")
+
+
+def test_a_thread_other_than_the_main_one_can_train(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    """Python lets only the main thread handle signals; the others train without."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, toy, run_config(), tmp_path).result()["status"] == "finished"
 
 
 def test_a_signal_during_the_last_update_is_no_interruption(

@@ -15,7 +15,14 @@ from bitnet_jax.training.task import init_params, model_loss
 
 STEPS = 10
 # 256 inputs everywhere, so that the largest scale groups and the Hadamard rotation fit.
-SHAPE = {"vocab_size": 17, "hidden_size": 256, "ffn_size": 256, "num_layers": 1, "num_heads": 2, "max_length": 8}
+SHAPE = {
+    "vocab_size": 17,
+    "hidden_size": 256,
+    "ffn_size": 256,
+    "num_layers": 1,
+    "num_heads": 2,
+    "max_length": 8,
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -140,22 +141,28 @@ SHAPE = dict(vocab_size=8, hidden_size=8, num_layers=1, num_heads=2, ffn_size=8,
 TOKENS = np.arange(8, dtype=np.int32).reshape(2, 4)
 
 
-def test_the_model_loss_of_a_language_model_and_of_a_classifier() -> None:
-    config = ModelConfig(**SHAPE, dropout=0.5)
-    params = init_params(config, jax.random.key(0))
+def model_with_params(**fields: Any) -> tuple[Transformer, Any, Any]:
+    """(model, parameters, compiled loss); compiled, for running a model op by op takes seconds."""
+    config = ModelConfig(**SHAPE, **fields)
+    model = Transformer(config)
+    return model, jax.jit(partial(init_params, config))(jax.random.key(0)), jax.jit(model_loss(model))
+
+
+def test_the_loss_of_a_language_model() -> None:
+    model, params, loss = model_with_params(dropout=0.5)
     batch = {"inputs": TOKENS, "targets": (TOKENS + 1) % 8}
-    loss = model_loss(Transformer(config))
     quiet = loss(params, batch, None, 1.0)
-    logits = Transformer(config).apply({"params": params}, TOKENS).logits
+    logits = jax.jit(model.apply)({"params": params}, TOKENS).logits
     assert float(quiet.loss / quiet.weight) == pytest.approx(float(cross_entropy(logits, batch["targets"])))
     draws = {float(loss(params, batch, jax.random.key(seed), 1.0).loss) for seed in (1, 1, 2)}
     assert len(draws) == 2  # a key switches dropout on, the same key gives the same mask
 
-    config = ModelConfig(**SHAPE, num_classes=3, causal=False)
-    params = init_params(config, jax.random.key(0))
+
+def test_the_loss_of_a_classifier_sees_no_padding() -> None:
+    _, params, loss = model_with_params(num_classes=3, causal=False)
     mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
     batch = {"inputs": TOKENS, "targets": np.array([0, 2], np.int32), "mask": mask}
-    sums = model_loss(Transformer(config))(params, batch, None, 1.0)
+    sums = loss(params, batch, None, 1.0)
     assert float(sums.weight) == 2
-    padded = dict(batch, inputs=np.where(mask, TOKENS, 7))
-    assert model_loss(Transformer(config))(params, padded, None, 1.0).loss == sums.loss
+    assert loss(params, dict(batch, inputs=np.where(mask, TOKENS, 7)), None, 1.0).loss == sums.loss
+    assert loss(params, dict(batch, inputs=np.where(mask, 7, TOKENS)), None, 1.0).loss != sums.loss
