@@ -33,8 +33,8 @@ def _report(summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Quickstart: one model, three precisions",
         "",
-        f"The packed models are **{equal}** as the trained ones: at least {summary['tokens_identical']:,} greedy tokens "
-        "each, token for token, and equal codes in every matrix.",
+        f"Packed and trained form are **{equal}**: equal codes in every matrix, and at least "
+        f"{summary['tokens_identical']:,} greedy tokens of each precision identical.",
         "",
         "| weights | bits per byte (held out) | model file | quantized matrices in bf16 | file / bf16 matrices "
         "| tokens/s packed | tokens/s trained form | training |",
@@ -51,11 +51,11 @@ def _report(summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     lines += [
         "",
         f"For scale: an add-0.1 byte trigram model, counted on all of the training text, needs "
-        f"{summary['trigram_bits_per_byte']:.3f} bits per byte. Each model here has {first['parameters']:,} parameters and "
-        f"saw {first['training_tokens']:,} bytes of it. The file also holds the embedding (bfloat16) and the norms.",
+        f"{summary['trigram_bits_per_byte']:.3f} bits per byte. Each model here has {first['parameters']:,} parameters "
+        f"and saw {first['training_tokens']:,} bytes of it. The file also holds the embedding (bfloat16) and the norms.",
         "",
-        f"Packed matrices ran on `{summary['implementation']}` with `{summary['isa']}` code, {summary['cpus']} CPUs, "
-        f"jax {summary['jax']}. Speeds are medians of one text at a time on a model this small: they show that the path "
+        f"Packed matrices ran on `{summary['implementation']}` with `{summary['isa']}` code, "
+        f"{summary['cpus']} CPUs, jax {summary['jax']}. Speeds are medians of one text at a time on a model this small: they show that the path "
         "works, not what the kernels can do.",
         "",
         "![Held-out bits per byte while training](loss_curves.png)",
