@@ -129,7 +129,7 @@ def signs(
 ) -> Float[Array, "..."]:
     """sign(z - threshold): `zero` (+1 or -1) where they are equal (0 and -0 are), NaN where NaN. No gradient.
 
-    It compares and does not subtract: subtracting a mean, compiled to one fused instruction, rounds otherwise.
+    It compares and does not subtract: subtracting a mean, fused into one instruction, rounds otherwise.
     """
     z, threshold = jax.lax.stop_gradient(z), jax.lax.stop_gradient(threshold)
     positive = z >= threshold if zero > 0 else z > threshold

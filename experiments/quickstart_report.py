@@ -51,12 +51,13 @@ def _report(summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     lines += [
         "",
         f"For scale: an add-0.1 byte trigram model, counted on all of the training text, needs "
-        f"{summary['trigram_bits_per_byte']:.3f} bits per byte. Each model here has {first['parameters']:,} parameters "
-        f"and saw {first['training_tokens']:,} bytes of it. The file also holds the embedding (bfloat16) and the norms.",
+        f"{summary['trigram_bits_per_byte']:.3f} bits per byte. Each model here has {first['parameters']:,} "
+        f"parameters and saw {first['training_tokens']:,} bytes of it. The file also holds the embedding "
+        "(bfloat16) and the norms.",
         "",
         f"Packed matrices ran on `{summary['implementation']}` with `{summary['isa']}` code, "
-        f"{summary['cpus']} CPUs, jax {summary['jax']}. Speeds are medians of one text at a time on a model this small: they show that the path "
-        "works, not what the kernels can do.",
+        f"{summary['cpus']} CPUs, jax {summary['jax']}. Speeds are medians of one text at a time on a model this "
+        "small: they show that the path works, not what the kernels can do.",
         "",
         "![Held-out bits per byte while training](loss_curves.png)",
         "![Quality against size](quality_and_size.png)",

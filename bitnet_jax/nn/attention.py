@@ -204,7 +204,7 @@ class Attention(nn.Module):
                 raise TypeError(
                     "linear attention remembers a LinearState, got a KVCache of another kind's model"
                 )
-            k, v = (jnp.repeat(heads, config.num_heads // config.kv_heads, axis=2) for heads in (k, v))
+            k, v = (jnp.repeat(x, config.num_heads // config.kv_heads, axis=2) for x in (k, v))
             if config.causal:
                 past = cache or zero_state(B, config.num_heads, config.head_size)
                 o, state = linear_attention.chunked(q, k, v, past, key_mask)

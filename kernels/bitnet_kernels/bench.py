@@ -71,7 +71,8 @@ def chained(product: Product, x: jax.Array, weights: Sequence[Any], length: int,
     def chain(x: jax.Array, weights: Sequence[Any]) -> jax.Array:
         for w in weights:
             y = product(x, w)
-            x = jnp.where(y[0, 0] == math.pi, jnp.zeros_like(x), x)  # never, but the next product waits for y
+            never = y[0, 0].astype(jnp.float32) == math.pi  # but the next product has to wait for y
+            x = jnp.where(never, jnp.zeros_like(x), x)
         return y
 
     links = [
@@ -105,7 +106,7 @@ def bench_shape(shape: Shape, ceiling: float | None, working_set: int, budget: f
     random = np.random.default_rng(0)
     codes = jnp.asarray(random.integers(-127, 128, (shape.m, shape.k), np.int8))
     products = shape.m * shape.n * shape.k
-    # Long chains hide the 5 to 10 us of starting a compiled program; XLA's products of large matrices need none.
+    # Long chains hide the 5 to 10 us that a compiled program takes to start; XLA's large products need none.
     length = 16 if shape.m <= 16 else 2
     xla_length = length if shape.n * shape.k <= 2**20 else 2
     xla: dict[str, float] = {}

@@ -82,6 +82,14 @@ def test_reciprocal_is_the_same_compiled_or_not() -> None:
     ).any()  # the values on which the two could differ are in the sample
 
 
+def test_a_measured_mean_is_rounded_before_anything_multiplies_it() -> None:
+    w = jnp.asarray(np.random.default_rng(1).uniform(0, 1, (512, 100)), jnp.float32)
+    scaled = lambda w: scales.measure(jnp.mean, w, "channel") * 7**-0.5  # noqa: E731
+    expected = np.asarray(jnp.mean(w, axis=-1, keepdims=True)) * np.float32(7**-0.5)
+    np.testing.assert_array_equal(scaled(w), expected)
+    np.testing.assert_array_equal(jax.jit(scaled)(w), expected)
+
+
 def test_nearest_odd_cells_are_half_open() -> None:
     z = jnp.asarray([-9, -4, -2.001, -2, -1e-6, -0.0, 0, 1.999, 2, 3.9, 9, jnp.inf, jnp.nan])
     expected = [-3, -3, -3, -1, -1, 1, 1, 1, 3, 3, 3, 3, np.nan]

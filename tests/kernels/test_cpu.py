@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -57,6 +58,25 @@ def test_every_instruction_set_is_exact(
 @built
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("n", "k", "groups"), [(37, 100, 1), (100, 640, 20), (65, 1024, 32)])
+@pytest.mark.parametrize("m", [1, 5, 50])  # 50 rows of 32 groups are more than one tile of scratch holds
+def test_the_fused_rescale_gives_the_bits_of_the_definition(
+    make_packed, isa: str, format: str, n: int, k: int, groups: int, m: int
+) -> None:
+    _, w = make_packed(format, n, k, groups)
+    x = jnp.asarray(np.random.default_rng(1).integers(-128, 128, (m, k), np.int8))
+    expected = reference.scaled_matmul(x, w)
+    np.testing.assert_array_equal(cpu.scaled_matmul(x, w, isa_name=isa), expected)
+    if groups == 1:
+        shared = dataclasses.replace(w, scale=w.scale[:1])
+        np.testing.assert_array_equal(
+            cpu.scaled_matmul(x, shared, isa_name=isa), reference.scaled_matmul(x, shared)
+        )
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("k", [4096, cpu.MAX_GROUP_INPUTS])
 def test_the_largest_sums_do_not_overflow(isa: str, format: str, k: int) -> None:
     codes = np.ones((2, k), np.int8)
@@ -69,9 +89,20 @@ def test_the_largest_sums_do_not_overflow(isa: str, format: str, k: int) -> None
 
 
 @built
-def test_no_rows_give_no_rows(make_packed) -> None:
-    _, w = make_packed("binary", 16, 32)
-    assert cpu.integer_matmul(jnp.zeros((0, 32), jnp.int8), w).shape == (1, 0, 16)
+@pytest.mark.parametrize("product", [cpu.integer_matmul, reference.integer_matmul])
+def test_integer_sums_under_vmap(make_packed, product) -> None:
+    codes, w = make_packed("ternary2", 20, 64, 2)
+    x = np.random.default_rng(0).integers(-128, 128, (3, 4, 64), np.int8)
+    sums = jax.vmap(product, (0, None))(jnp.asarray(x), w)
+    np.testing.assert_array_equal(sums, np.stack([exact(rows, codes, 2) for rows in x]))
+
+
+@built
+@pytest.mark.parametrize("product", [cpu.integer_matmul, reference.integer_matmul])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_no_rows_give_no_rows(make_packed, product, groups: int) -> None:
+    _, w = make_packed("binary", 16, 64, groups)
+    assert product(jnp.zeros((0, 64), jnp.int8), w).shape == (groups, 0, 16)
 
 
 @built
@@ -80,7 +111,8 @@ def test_no_rows_give_no_rows(make_packed) -> None:
     [
         ((2, 32), (1, 1, 64), (1, 2, 16), {"isa": "mmx"}, "isa=mmx is not available; expected one of scalar"),
         ((2, 32), (1, 1, 64), (1, 2, 16), {"bits": np.int64(3)}, "bits=3; expected 1"),
-        ((2, 32), (1, 1, 64), (1, 3, 16), {}, r"y\[groups, 2, n\]; got y\[1, 3, 16\]"),
+        ((2, 32), (1, 1, 64), (1, 3, 16), {}, r"expected y\[groups, 2, n\]; got y\[1, 3, 16\]"),
+        ((2, 0), (1, 0, 64), (1, 2, 16), {}, r"at least one scale group and one input; got x\[2, 0\]"),
         ((2, 32), (1, 2, 64), (1, 2, 16), {}, r"has codes \[1, 1, 64\]; got \[1, 2, 64\]"),
         ((2, 32), (1, 1, 64), (1, 2, 17), {}, r"has codes \[2, 1, 64\]; got \[1, 1, 64\]"),
         ((2, 32), (1, 1, 32), (1, 2, 16), {}, r"got \[1, 1, 32\]"),
@@ -94,6 +126,24 @@ def test_the_custom_call_refuses(x, codes, sums, attributes: dict, message: str)
     attributes = {"bits": np.int64(1), "isa": "scalar"} | attributes
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         call(jnp.zeros(x, jnp.int8), jnp.zeros(codes, jnp.uint8), **attributes)
+
+
+@built
+@pytest.mark.parametrize(
+    ("scale", "y", "message"),
+    [
+        ((17, 1), (2, 16), r"expected scale\[1, 1\] or scale\[16, groups\]; got scale\[17, 1\]"),
+        ((16, 0), (2, 16), "at least one scale group"),
+        ((1, 2), (2, 16), r"got scale\[1, 2\]"),
+        ((1, 1), (3, 16), r"expected y\[2, n\]; got y\[3, 16\]"),
+        ((1, 1), (2, 17), r"has codes \[2, 2, 64\]; got \[1, 2, 64\]"),
+    ],
+)
+def test_the_scaled_custom_call_refuses(scale, y, message: str) -> None:
+    call = jax.ffi.ffi_call("bitnet_kernels_scaled_matmul", jax.ShapeDtypeStruct(y, jnp.float32))
+    x, codes = jnp.zeros((2, 64), jnp.int8), jnp.zeros((1, 2, 64), jnp.uint8)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        call(x, codes, jnp.ones(scale), bits=np.int64(1), isa="scalar")
 
 
 @built

@@ -36,7 +36,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def orbax_litter() -> Iterator[None]:
-    """Reading a damaged checkpoint, Orbax leaves coroutines behind: their end is no failure, here or later."""
+    """Reading a damaged checkpoint, Orbax leaves coroutines behind: their end is no failure."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "unraisablehook", lambda unraisable: None)
         yield
