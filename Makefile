@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART_FLAGS ?=
 PYTEST_FLAGS ?=
+# Most of the time goes into compiling small programs, each on one core; the tests of a file share programs.
+PARALLEL ?= -n 2 --dist loadfile
 BENCH_FLAGS ?=
 COVERAGE_MINIMUM ?= 0
 
@@ -28,10 +30,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m experiments.quickstart --workdir runs/quickstart $(QUICKSTART_FLAGS)
 
 test: $(VENV)/.installed-for-development
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_FLAGS)
 
 coverage: $(VENV)/.installed-for-development
-	$(BIN)/python -m pytest --cov --cov-fail-under=$(COVERAGE_MINIMUM) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-fail-under=$(COVERAGE_MINIMUM) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-for-development
 	$(BIN)/ruff check .

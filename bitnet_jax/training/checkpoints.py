@@ -107,7 +107,7 @@ class Checkpoints:
           CheckpointError: the disk is full or may not be written, now or in the save before.
         """
         self.wait()
-        # A real copy: on CPU a host view would share memory with buffers that the next update overwrites.
+        # A real copy: on CPU a host view shares the buffer, and the next update could not reuse it in place.
         trees = {
             name: jax.tree.map(lambda x: np.array(x, copy=True), _flat(tree))
             for name, tree in (("params", params), ("optimizer", opt_state))

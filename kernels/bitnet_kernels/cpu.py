@@ -34,20 +34,27 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path.name} cannot be loaded: {error}"
+    try:
+        built = library.bitnet_kernels_ffi_api_minor()
+        targets = {
+            name: jax.ffi.pycapsule(getattr(library, name)) for name in (_INTEGER_TARGET, _SCALED_TARGET)
+        }
+        library.bitnet_kernels_available_isas.restype = ctypes.c_char_p
+        library.bitnet_kernels_read.restype = ctypes.c_uint64
+        library.bitnet_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    except AttributeError as error:
+        return None, f"{path.name} is of another version ({error}); install again to build it"
     # Registering a custom call that was built with newer headers would disable XLA's whole CPU backend.
     header = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
     found = re.search(r"#define XLA_FFI_API_MINOR (\d+)", header)
-    built, runtime = library.bitnet_kernels_ffi_api_minor(), int(found.group(1)) if found else -1
+    runtime = int(found.group(1)) if found else -1
     if built > runtime:
         return None, (
             f"{path.name} was built with XLA FFI headers 0.{built}, this jaxlib has 0.{runtime}; build it "
             "with the oldest supported jaxlib (pip does, unless --no-build-isolation is given)"
         )
-    library.bitnet_kernels_available_isas.restype = ctypes.c_char_p
-    library.bitnet_kernels_read.restype = ctypes.c_uint64
-    library.bitnet_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    for target in (_INTEGER_TARGET, _SCALED_TARGET):
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    for name, target in targets.items():
+        jax.ffi.register_ffi_target(name, target, platform="cpu")
     return library, ""
 
 

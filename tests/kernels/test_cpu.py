@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import dataclasses
 import os
 import subprocess
@@ -232,6 +233,11 @@ def test_without_a_library_packed_matmul_warns_once_and_uses_xla(make_packed, li
 def test_a_file_that_is_no_library_is_told(library_path: Path) -> None:
     library_path.write_bytes(b"not a shared object")
     assert "cannot be loaded" in str(cpu.unavailable())
+
+
+def test_a_library_of_another_version_is_told(library_path: Path) -> None:
+    library_path.symlink_to(_ctypes.__file__)  # some library, with other symbols
+    assert "is of another version" in str(cpu.unavailable())
 
 
 @built

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -141,6 +142,18 @@ def test_vmap_of_w(make_packed, multiply) -> None:
     np.testing.assert_array_equal(own, jnp.stack([multiply(a, w) for a, w in zip(x, matrices, strict=True)]))
     nested = jax.vmap(jax.vmap(multiply, (0, None)), (None, 0))(x, stack(*matrices))
     np.testing.assert_array_equal(nested, jnp.stack([multiply(x, w) for w in matrices]))
+
+
+def test_vmap_of_codes_or_of_scales_alone(make_packed, multiply) -> None:
+    matrices = [make_packed("ternary2", 37, 64, seed=seed)[1] for seed in range(3)]
+    x, first, stacked = activations(4, 64), matrices[0], stack(*matrices)
+
+    of_codes = jax.vmap(lambda codes: multiply(x, dataclasses.replace(first, codes=codes)))(stacked.codes)
+    expected = [multiply(x, dataclasses.replace(w, scale=first.scale)) for w in matrices]
+    np.testing.assert_array_equal(of_codes, jnp.stack(expected))
+    of_scales = jax.vmap(lambda scale: multiply(x, dataclasses.replace(first, scale=scale)))(stacked.scale)
+    expected = [multiply(x, dataclasses.replace(first, scale=w.scale)) for w in matrices]
+    np.testing.assert_array_equal(of_scales, jnp.stack(expected))
 
 
 def test_scan_over_layers_and_while_loop(make_packed, multiply) -> None:

@@ -55,6 +55,12 @@ def test_each_broken_invariant_is_named(make_packed, change: dict, message: str)
         validate(dataclasses.replace(w, **change))
 
 
+def test_groups_of_half_a_binary_block_are_refused(make_packed) -> None:
+    _, w = make_packed("ternary2", 5, 96)
+    with pytest.raises(ValueError, match="multiple of 32 inputs"):
+        validate(dataclasses.replace(w, scale=jnp.ones((5, 2))))  # 48 inputs a group
+
+
 @pytest.mark.parametrize("field", range(4))
 def test_the_undefined_ternary_field_is_refused(make_packed, field: int) -> None:
     _, w = make_packed("ternary2", 32, 64)
