@@ -42,11 +42,7 @@ def test_from_text_to_report(tiny: None, tmp_path: Path, capsys: pytest.CaptureF
     assert summary["packed_equals_latent"] is True
     assert summary["tokens_identical"] >= 64
     assert summary["max_relative_logit_error"]["binary"] <= 1e-5
-    assert (
-        summary["model_bytes"]["binary"]
-        < summary["model_bytes"]["ternary"]
-        < summary["model_bytes"]["float32"]
-    )
+    assert summary["model_bytes"]["binary"] < summary["model_bytes"]["float32"]
     assert all(speed["packed"] > 0 for speed in summary["decode_tokens_per_second"].values())
     report = (tmp_path / "out" / "report.md").read_text()
     assert report in capsys.readouterr().out
