@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shutil
 import statistics
 import sys
@@ -35,6 +34,7 @@ from bitnet_jax.training.loop import fit, load_run
 from bitnet_jax.training.metrics import read_metrics
 from experiments import quickstart_report
 from experiments.configs import quickstart as quickstart_config
+from experiments.provenance import provenance
 
 RECIPES = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}
 PROMPT = "    def __init__(self, "
@@ -129,8 +129,7 @@ def summarize(rows: dict[str, dict[str, Any]], trigram: float, began: float) -> 
         },
         "implementation": rows["binary"]["implementation"],
         "isa": rows["binary"]["isa"],
-        "cpus": os.cpu_count(),
-        "jax": jax.__version__,
+        **provenance(),
         "seconds": round(time.monotonic() - began, 1),
     }
 

@@ -55,9 +55,9 @@ def _report(summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
         f"parameters and saw {first['training_tokens']:,} bytes of it. The file also holds the embedding "
         "(bfloat16) and the norms.",
         "",
-        f"Packed matrices ran on `{summary['implementation']}` with `{summary['isa']}` code, "
-        f"{summary['cpus']} CPUs, jax {summary['jax']}. Speeds are medians of one text at a time on a model this "
-        "small: they show that the path works, not what the kernels can do.",
+        f"Packed matrices ran on `{summary['implementation']}` with `{summary['isa']}` code. Measured on "
+        f"{summary['hardware']}; Python {summary['python']}, jax {summary['jax']}. Speeds are medians of one text "
+        "at a time on a model this small: they show that the path works, not what the kernels can do.",
         "",
         "![Held-out bits per byte while training](loss_curves.png)",
         "![Quality against size](quality_and_size.png)",

@@ -11,32 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from bitnet_jax.config_file import load_config_file
 from bitnet_jax.training.loop import fit
 from bitnet_jax.training.metrics import read_metrics
+from experiments.provenance import provenance
 from experiments.study import Study, load_study, read_results
-
-
-def provenance() -> dict[str, Any]:
-    """Commit and hardware that a row of results was measured with."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "commit": git.stdout.strip() or "unknown",
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs, {jax.devices()[0].device_kind}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
 
 
 def run_one(study: Study, name: str, workdir: Path, small: bool) -> dict[str, Any]:
