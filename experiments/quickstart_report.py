@@ -85,6 +85,9 @@ def _quality_and_size(path: Path, summary: dict[str, Any], rows: dict[str, dict[
         axes.plot(row["file_bytes"] / 1e3, row["bits_per_byte"], "o", markersize=9, label=name)
     axes.axhline(summary["trigram_bits_per_byte"], color="grey", linestyle=":", label="trigram")
     axes.set_xscale("log")
+    sizes = [row["file_bytes"] / 1e3 for row in rows.values()]
+    axes.set_xticks(sizes, labels=[f"{size:,.0f}" for size in sizes])
+    axes.minorticks_off()
     axes.set(xlabel="model file (kB)", ylabel="bits per byte, held out", title="What the bits buy")
     axes.legend()
     _save(figure, path)
