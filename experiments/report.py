@@ -54,10 +54,10 @@ def table(study: Study, rows: list[dict[str, Any]]) -> str:
             f"| {arm} | {len(good)} | {mean_interval(list(good.values()))} | {difference} "
             f"| {first['parameters']:,} | {seconds:.0f} |"
         )
-    first = rows[0]
+    first, commits = rows[0], ", ".join(sorted({row["commit"] for row in rows}))
     lines += [
         "",
-        f"Mean ± 95 % Student-t interval over seeds. Commit {first['commit']}, {first['hardware']}, "
+        f"Mean ± 95 % Student-t interval over seeds. Commits {commits}; {first['hardware']}, "
         f"jax {first['jax']}. Command: `python -m experiments.sweep --study={study.name}`.",
     ]
     return "\n".join(lines)
