@@ -13,16 +13,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = [
-    "ffi.cc",
-    "integer_matmul_avx2.cc",
-    "integer_matmul_avx512vnni.cc",
-    "integer_matmul_scalar.cc",
-    "isa.cc",
-    "read_ceiling.cc",
-    "scaled_matmul.cc",
-]
-HEADERS = ["integer_matmul.h", "isa.h", "scaled_matmul.h", "threads.h"]
+CSRC = Path("kernels/csrc")
+SOURCES, HEADERS = (sorted(str(path) for path in CSRC.glob(pattern)) for pattern in ("*.cc", "*.h"))
 # A product and a sum are two roundings, as in XLA's code: no fused multiply-add.
 FLAGS = ["-O3", "-std=c++17", "-g0", "-ffp-contract=off"]
 
@@ -75,8 +67,8 @@ setup(
     ext_modules=[
         Extension(
             "bitnet_kernels._cpu",
-            sources=[f"kernels/csrc/{name}" for name in SOURCES],
-            depends=[f"kernels/csrc/{name}" for name in HEADERS],
+            sources=SOURCES,
+            depends=HEADERS,
             language="c++",
             extra_compile_args=FLAGS,
         )

@@ -22,6 +22,7 @@ MAX_GROUP_INPUTS = 2**18  # int32 accumulators of the C++ side; kMaxGroupInputs 
 
 _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
+_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET)
 _loading = threading.Lock()
 
 
@@ -36,9 +37,7 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{path.name} cannot be loaded: {error}"
     try:
         built = library.bitnet_kernels_ffi_api_minor()
-        targets = {
-            name: jax.ffi.pycapsule(getattr(library, name)) for name in (_INTEGER_TARGET, _SCALED_TARGET)
-        }
+        targets = {name: jax.ffi.pycapsule(getattr(library, name)) for name in _TARGETS}
         library.bitnet_kernels_available_isas.restype = ctypes.c_char_p
         library.bitnet_kernels_read.restype = ctypes.c_uint64
         library.bitnet_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
