@@ -162,6 +162,13 @@ class Precision:
         return WEIGHT_FORMATS[self.weight][1] if self.quantizes_weights else None
 
     @property
+    def quantizes_input_by_absmax(self) -> bool:
+        """True where the input becomes plain absmax int8 per token, which packed_matmul does by itself."""
+        return self == dataclasses.replace(
+            self, activation="int8", activation_scale="analytic", hadamard=False, top_k=1.0, activation_options=()
+        )
+
+    @property
     def weight_bits(self) -> float:
         """Information per weight: 1, log2(3), ..., without the scales."""
         return WEIGHT_FORMATS[self.weight][0] if self.quantizes_weights else self._float_bits

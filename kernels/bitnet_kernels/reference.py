@@ -6,9 +6,11 @@ Axis letters: m rows of x, n outputs, k inputs, G scale groups of g = k / G inpu
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from bitnet_kernels.formats import unpack
@@ -36,9 +38,15 @@ def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
     return _group_sums(rows, unpack(w), w.groups, jnp.int32)[:, :m]
 
 
-def scaled_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
-    """int8 codes [m, k] times a packed matrix and its scales -> float32 [m, n]."""
-    return rescale(integer_matmul(x, w), w.scale)
+def scaled_matmuls(x: jax.Array, ws: Sequence[PackedArray]) -> tuple[jax.Array, ...]:
+    """x [m, k] times packed matrices and their scales -> float32 [m, n] of each.
+
+    int8 x holds codes; float x is quantized, and the scale of its rows multiplies last.
+    """
+    if x.dtype == np.int8:
+        return tuple(rescale(integer_matmul(x, w), w.scale) for w in ws)
+    codes, scale = quantize_activations(x)
+    return tuple(y * scale for y in scaled_matmuls(codes, ws))
 
 
 def float_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
