@@ -47,7 +47,8 @@ std::vector<int8_t> pad_rows(const int8_t* x, int64_t m, int64_t k, int64_t padd
 ffi::Error make_problem(Activations x, Codes w, int64_t bits, int64_t groups, int64_t n, Problem& p) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   if (bits != 1 && bits != 2) return invalid("bits=" + std::to_string(bits) + "; expected 1 (binary) or 2 (ternary)");
-  p = {bits, m, n, groups, 0, x.typed_data(), k, nullptr, w.typed_data(), nullptr};
+  const Format format = bits == 1 ? Format::kBinary : Format::kTernary2;
+  p = {format, m, n, groups, 0, x.typed_data(), k, nullptr, w.typed_data(), nullptr};
   const int64_t blocks = (k + p.block_inputs() - 1) / p.block_inputs();
   if (groups < 1 || k < 1) return invalid("expected at least one scale group and one input; got x" + dims(x));
   if (w.dimensions()[0] != p.panels() || w.dimensions()[1] != blocks || w.dimensions()[2] != kBlockBytes) {
@@ -59,9 +60,9 @@ ffi::Error make_problem(Activations x, Codes w, int64_t bits, int64_t groups, in
     return invalid(std::to_string(groups) + " groups of k=" + std::to_string(k) +
                    "; expected groups of a multiple of 32 inputs");
   }
-  if (k / groups > kMaxGroupInputs) {
+  if (k / groups > max_group_inputs(format)) {
     return invalid("k=" + std::to_string(k) + " in " + std::to_string(groups) +
-                   " groups overflows int32; expected at most " + std::to_string(kMaxGroupInputs) + " inputs a group");
+                   " groups overflows int32; expected at most " + std::to_string(max_group_inputs(format)) + " inputs a group");
   }
   p.group_blocks = blocks / groups;
   p.x_stride = blocks * p.block_inputs();
