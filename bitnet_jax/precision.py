@@ -164,9 +164,9 @@ class Precision:
     @property
     def quantizes_input_by_absmax(self) -> bool:
         """True where the input becomes plain absmax int8 per token, which packed_matmul does by itself."""
-        return self == dataclasses.replace(
-            self, activation="int8", activation_scale="analytic", hadamard=False, top_k=1.0, activation_options=()
-        )
+        plain = Precision(weight=self.weight, activation="int8") if self.quantizes_weights else None
+        fields = ("activation", "activation_scale", "hadamard", "top_k", "activation_options")
+        return plain is not None and all(getattr(self, f) == getattr(plain, f) for f in fields)
 
     @property
     def weight_bits(self) -> float:

@@ -23,7 +23,7 @@ from bitnet_jax.nn.norms import Norm, projection_norm
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import Quantized
 from bitnet_kernels import PackedArray, packed_matmul, packed_matmuls
-from bitnet_kernels.reference import rescale
+from bitnet_kernels.reference import rescale, rounded_product
 
 
 def _dot(x: Float[Array, "*rows k"], w: Float[Array, "n k"]) -> Float[Array, "*rows n"]:
@@ -48,7 +48,7 @@ def quantized_matmul(x: Quantized, w: Quantized, dtype: str = "float32") -> Floa
     else:
         rows, w_codes = rows.reshape(-1, groups, k // groups), w_codes.reshape(n, groups, k // groups)
         sums = jnp.einsum("mgk,ngk->gmn", rows, w_codes, preferred_element_type=jnp.float32)
-    return rescale(sums, w.scale).reshape(*x.codes.shape[:-1], n) * x.scale
+    return rounded_product(rescale(sums, w.scale).reshape(*x.codes.shape[:-1], n), x.scale)
 
 
 class BitLinear(nn.Module):
@@ -86,7 +86,7 @@ class BitLinear(nn.Module):
         """The packed matrix [features, k] in place of a parameter, if there is one."""
         if not self.has_variable("packed", "weight"):
             return None
-        weight = self.get_variable("packed", "weight")
+        weight: PackedArray = self.get_variable("packed", "weight")
         expected = (self.features, k)
         if weight.shape != expected:
             raise ValueError(f"{'/'.join(self.path)}: packed weight is {weight.shape}, expected {expected}")
@@ -128,7 +128,8 @@ class BitLinear(nn.Module):
         if packed is not None:
             if precision.activation == "none":
                 return packed_matmul(x_quantized.codes.astype(jnp.float32), packed, activation_bits=None)
-            return packed_matmul(x_quantized.codes.astype(jnp.int8), packed) * x_quantized.scale
+            y = packed_matmul(x_quantized.codes.astype(jnp.int8), packed)
+            return rounded_product(y, x_quantized.scale)
         weight = self.param("weight", nn.initializers.normal(self.init_std), (self.features, k), jnp.float32)
         if precision.quantizes_weights:
             scale = None

@@ -85,8 +85,10 @@ def random_packed(format: str, shape: Shape, seed: int) -> PackedArray:
     """Random codes, packed already (their padding is not zero, which costs and saves no time)."""
     random = np.random.default_rng(seed)
     packed = random.integers(0, 256, codes_shape(format, (shape.n, shape.k)), np.uint8)
-    if FORMATS[format].bits == 2:
+    if format == "ternary2":
         packed &= ~((packed & (packed >> 1) & 0x55) * np.uint8(2))  # no field 3
+    if format == "ternary5":
+        packed %= np.uint8(243)
     scale = jnp.ones((1, 1), jnp.float32)
     return PackedArray(jnp.asarray(packed), scale, format, "panel16", (shape.n, shape.k))
 

@@ -179,7 +179,8 @@ def _forward(
 def _backward(
     multiply: ScaledMatmuls, ws: tuple[PackedArray, ...], dys: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, None]:
-    return sum(dy @ dequantize(w) for dy, w in zip(dys, ws, strict=True)), None
+    products = [dy @ dequantize(w) for dy, w in zip(dys, ws, strict=True)]
+    return functools.reduce(jnp.add, products), None
 
 
 _quantized_matmuls.defvjp(_forward, _backward)

@@ -130,7 +130,7 @@ def validate_scale(scale: jax.Array, shape: tuple[int, int]) -> None:
 
 
 def _validate_contents(w: PackedArray) -> None:
-    form, (n, k) = FORMATS[w.format], w.shape
+    form, n = FORMATS[w.format], w.shape[0]
     codes, scale = np.asarray(w.codes), np.asarray(w.scale)
     if not np.isfinite(scale).all():
         raise ValueError("scale holds NaN or infinity; expected finite values")

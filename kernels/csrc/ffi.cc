@@ -25,6 +25,7 @@ constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several ro
 constexpr int64_t kItemBytes = 128 << 10;                // packed bytes of a piece of work, one row of x
 constexpr int64_t kSerialActivations = int64_t{1} << 15;  // elements of x
 
+using Bytes = ffi::Buffer<ffi::S8, 2>;
 using Codes = ffi::Buffer<ffi::U8, 3>;
 using Floats = ffi::Buffer<ffi::F32, 2>;
 using Sums = ffi::Buffer<ffi::S32, 3>;
@@ -126,7 +127,7 @@ ffi::Error unknown_isa(std::string_view isa) {
   return invalid("isa=" + std::string(isa) + " is not available; expected one of " + bitnet_kernels_available_isas());
 }
 
-ffi::Error integer_call(ffi::Buffer<ffi::S8, 2> x, Codes w, int64_t format, std::string_view isa, ffi::Result<Sums> y) {
+ffi::Error integer_call(Bytes x, Codes w, int64_t format, std::string_view isa, ffi::Result<Sums> y) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   std::vector<Problem> problems(1);
   Problem& p = problems[0];
@@ -186,7 +187,7 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
   for (size_t i = 0; i < count; ++i) {
     const auto w = matrices.get<Codes>(2 * i);
     const auto scale = matrices.get<Floats>(2 * i + 1);
-    const auto y = results.get<Floats>(i);
+    auto y = results.get<Floats>(i);
     if (!w) return w.error();
     if (!scale) return scale.error();
     if (!y) return y.error();
@@ -224,7 +225,7 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_integer_matmul, bitnet::integer_call,
                               ffi::Ffi::Bind()
-                                  .Arg<ffi::Buffer<ffi::S8, 2>>()  // x [m, k]
+                                  .Arg<bitnet::Bytes>()  // x [m, k]
                                   .Arg<bitnet::Codes>()            // codes [panels, blocks, 64]
                                   .Attr<int64_t>("format")
                                   .Attr<std::string_view>("isa")

@@ -51,6 +51,9 @@ def test_it_writes_one_row_per_shape_and_format(tmp_path: Path, capsys: pytest.C
     assert {row["format"]: row["weight_bytes"] for row in rows} == {
         "binary": 256 * 512 // 8,
         "ternary2": 256 * 512 // 4,
+        "ternary5": 256 * 520 // 5,  # whole blocks of 20 inputs
+        "int4": 256 * 512 // 2,
+        "int8": 256 * 512,
     }
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
