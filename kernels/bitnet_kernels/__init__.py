@@ -1,5 +1,6 @@
 """Kernels for matrices of one or two bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
 
+from bitnet_kernels.attention import cached_attention, reference_attention
 from bitnet_kernels.formats import dequantize, pack, unpack
 from bitnet_kernels.matmul import (
     IMPLEMENTATIONS,
@@ -15,10 +16,12 @@ __all__ = [
     "LAYOUTS",
     "Choice",
     "PackedArray",
+    "cached_attention",
     "choose_implementation",
     "dequantize",
     "pack",
     "packed_matmul",
+    "reference_attention",
     "unpack",
     "validate",
 ]

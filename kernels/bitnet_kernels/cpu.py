@@ -22,7 +22,8 @@ MAX_GROUP_INPUTS = 2**18  # int32 accumulators of the C++ side; kMaxGroupInputs 
 
 _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
-_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET)
+_ATTENTION_TARGET = "bitnet_kernels_attention"
+_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET)
 _loading = threading.Lock()
 
 
@@ -125,6 +126,19 @@ def _scaled_call(bits: int, n: int, isa_name: str) -> Callable[..., jax.Array]:
         return jax.ffi.ffi_call(_SCALED_TARGET, y)(x, codes, scale, bits=np.int64(bits), isa=isa_name)
 
     return _fold_batches(call, rows_axis=0)
+
+
+@functools.cache
+def attention(scale: float, isa_name: str) -> Callable[..., jax.Array]:
+    """The custom call (q, k, v, k_scale, v_scale, visible, length) of attention.py; sequential under vmap."""
+    load()
+
+    @jax.custom_batching.sequential_vmap
+    def call(q: jax.Array, *others: jax.Array) -> jax.Array:
+        out = jax.ShapeDtypeStruct(q.shape, np.float32)
+        return jax.ffi.ffi_call(_ATTENTION_TARGET, out)(q, *others, scale=np.float32(scale), isa=isa_name)
+
+    return call
 
 
 def _fold_batches(call: Callable[..., jax.Array], rows_axis: int) -> Callable[..., jax.Array]:
