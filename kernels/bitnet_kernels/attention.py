@@ -46,7 +46,7 @@ def reference_attention(
         return jnp.where(written[None, :, None, None], x, 0.0)
 
     k, v = floats(k, k_scale), floats(v, v_scale)
-    seen = (visible & written)[:, None, None]
+    seen = (visible & written[None, None])[:, None, None]
     grouped = q.astype(jnp.float32).reshape(B, T, K, H // K, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k) * scale
     # The lowest number, not -inf: a row of -inf is NaN.
