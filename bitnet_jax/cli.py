@@ -132,6 +132,11 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable"
     )
+    command.add_argument(
+        "--kv-format",
+        choices=("float32", "bfloat16", "int8"),
+        help="of remembered keys and values (default: the model's own dtype); int8 reads a quarter of float32",
+    )
     command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
 
 

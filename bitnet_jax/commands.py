@@ -105,6 +105,7 @@ def generate(args: argparse.Namespace) -> int:
         sampling=sampling,
         key=jax.random.key(args.seed),
         stop=args.stop,
+        kv_format=args.kv_format,
         on_tokens=lambda count: came.append((time.perf_counter() - began, count)),
     )
     text = ""

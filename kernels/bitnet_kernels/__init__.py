@@ -1,5 +1,6 @@
 """Kernels for matrices of one to eight bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
 
+from bitnet_kernels.attention import cached_attention, reference_attention
 from bitnet_kernels.formats import dequantize, pack, unpack
 from bitnet_kernels.matmul import (
     IMPLEMENTATIONS,
@@ -16,11 +17,13 @@ __all__ = [
     "LAYOUTS",
     "Choice",
     "PackedArray",
+    "cached_attention",
     "choose_implementation",
     "dequantize",
     "pack",
     "packed_matmul",
     "packed_matmuls",
+    "reference_attention",
     "unpack",
     "validate",
 ]

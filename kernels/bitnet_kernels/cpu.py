@@ -22,7 +22,8 @@ ISA_VARIABLE = "BITNET_KERNELS_ISA"
 
 _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
-_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET)
+_ATTENTION_TARGET = "bitnet_kernels_attention"
+_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET)
 _loading = threading.Lock()
 
 
@@ -151,6 +152,19 @@ def _scaled_call(
         )
 
     return _fold_batches(call, rows_axis=0)
+
+
+@functools.cache
+def attention(scale: float, isa_name: str) -> Callable[..., jax.Array]:
+    """The custom call (q, k, v, k_scale, v_scale, visible, length) of attention.py; sequential under vmap."""
+    load()
+
+    @jax.custom_batching.sequential_vmap
+    def call(q: jax.Array, *others: jax.Array) -> jax.Array:
+        out = jax.ShapeDtypeStruct(q.shape, np.float32)
+        return jax.ffi.ffi_call(_ATTENTION_TARGET, out)(q, *others, scale=np.float32(scale), isa=isa_name)
+
+    return call
 
 
 def _fold_batches(call: Callable[..., Any], rows_axis: int) -> Callable[..., Any]:

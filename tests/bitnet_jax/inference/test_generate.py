@@ -163,7 +163,7 @@ def test_a_second_call_compiles_nothing(variables: dict[str, Any], greedy: np.nd
 
 def test_the_cache_of_a_stream_is_donated_and_the_weights_are_not(variables: dict[str, Any]) -> None:
     key = jax.random.key(0)
-    state = generation._start(CONFIG, SAMPLED, N, (), variables, TOKENS, MASK, key)
+    state = generation._start(CONFIG, SAMPLED, N, (), None, variables, TOKENS, MASK, key)
     after = generation._continue(CONFIG, SAMPLED, (), variables, state, key, np.int32(3))
     assert state.cache.layers[0].k.is_deleted()
     assert int(after.step) == 3
