@@ -1,6 +1,7 @@
 """Kernels for matrices of one or two bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
 
 from bitnet_kernels.formats import dequantize, pack, unpack
+from bitnet_kernels.head import bfloat16_logits
 from bitnet_kernels.matmul import (
     IMPLEMENTATIONS,
     Choice,
@@ -15,6 +16,7 @@ __all__ = [
     "LAYOUTS",
     "Choice",
     "PackedArray",
+    "bfloat16_logits",
     "choose_implementation",
     "dequantize",
     "pack",

@@ -22,7 +22,8 @@ MAX_GROUP_INPUTS = 2**18  # int32 accumulators of the C++ side; kMaxGroupInputs 
 
 _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
-_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET)
+_LOGITS_TARGET = "bitnet_kernels_bfloat16_logits"
+_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _LOGITS_TARGET)
 _loading = threading.Lock()
 
 
@@ -107,6 +108,20 @@ def scaled_matmul(x: jax.Array, w: PackedArray, *, isa_name: str | None = None) 
     The definition is reference.scaled_matmul, bit for bit, without its [G, m, n] sums in memory.
     """
     return _scaled_call(FORMATS[w.format].bits, w.shape[0], isa_name or isa())(x, w.codes, w.scale)
+
+
+def bfloat16_logits(x: jax.Array, table: jax.Array, *, isa_name: str | None = None) -> jax.Array:
+    """float32 [m, k] times the transpose of a bfloat16 table [n, k] -> float32 [m, n]; see head.py."""
+    return _logits_call(isa_name or isa())(x, table)
+
+
+@functools.cache
+def _logits_call(isa_name: str) -> Callable[..., jax.Array]:
+    def call(x: jax.Array, table: jax.Array) -> jax.Array:
+        y = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), np.float32)
+        return jax.ffi.ffi_call(_LOGITS_TARGET, y)(x, table, isa=isa_name)
+
+    return _fold_batches(call, rows_axis=0)
 
 
 @functools.cache
