@@ -62,7 +62,16 @@ ARROWS: dict[str, set[str]] = {
 EVERYWHERE = {"", "compat"}  # the version, and the one file that knows JAX versions differ
 
 # The only files outside kernels/ that may touch the kernels.
-TOUCH_KERNELS = {"nn.linear", "nn.attention", "nn.conv", "packing", "storage", "interop", "doctor"}
+TOUCH_KERNELS = {
+    "nn.linear",
+    "nn.attention",
+    "nn.embedding",
+    "nn.conv",
+    "packing",
+    "storage",
+    "interop",
+    "doctor",
+}
 
 # Other libraries, by root. None: anything that pyproject.toml declares.
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "ml_dtypes", "bitnet_kernels"}

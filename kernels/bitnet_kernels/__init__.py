@@ -2,6 +2,7 @@
 
 from bitnet_kernels.attention import cached_attention, reference_attention
 from bitnet_kernels.formats import dequantize, pack, unpack
+from bitnet_kernels.head import bfloat16_logits
 from bitnet_kernels.matmul import (
     IMPLEMENTATIONS,
     Choice,
@@ -17,6 +18,7 @@ __all__ = [
     "LAYOUTS",
     "Choice",
     "PackedArray",
+    "bfloat16_logits",
     "cached_attention",
     "choose_implementation",
     "dequantize",

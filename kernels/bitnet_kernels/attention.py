@@ -87,7 +87,9 @@ def cached_attention(
     """
     arrays = _checked(q, k, v, visible, k_scale, v_scale)
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"implementation={implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}"
+        )
     name, isa = _resolve(implementation)
     return _attention(float(scale), name, isa)(*arrays, jnp.asarray(length, jnp.int32))
 

@@ -23,7 +23,8 @@ ISA_VARIABLE = "BITNET_KERNELS_ISA"
 _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
 _ATTENTION_TARGET = "bitnet_kernels_attention"
-_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET)
+_LOGITS_TARGET = "bitnet_kernels_bfloat16_logits"
+_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET, _LOGITS_TARGET)
 _loading = threading.Lock()
 
 
@@ -126,6 +127,20 @@ def scaled_matmuls(
     """
     matrices = tuple((w.format, w.shape[0]) for w in ws)
     return _scaled_call(matrices, isa_name or isa())(x, *(leaf for w in ws for leaf in (w.codes, w.scale)))
+
+
+def bfloat16_logits(x: jax.Array, table: jax.Array, *, isa_name: str | None = None) -> jax.Array:
+    """float32 [m, k] times the transpose of a bfloat16 table [n, k] -> float32 [m, n]; see head.py."""
+    return _logits_call(isa_name or isa())(x, table)
+
+
+@functools.cache
+def _logits_call(isa_name: str) -> Callable[..., jax.Array]:
+    def call(x: jax.Array, table: jax.Array) -> jax.Array:
+        y = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), np.float32)
+        return jax.ffi.ffi_call(_LOGITS_TARGET, y)(x, table, isa=isa_name)
+
+    return _fold_batches(call, rows_axis=0)
 
 
 @functools.cache
