@@ -156,6 +156,9 @@ def _info_arguments(command: argparse.ArgumentParser) -> None:
         "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
     )
     command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    command.add_argument(
+        "--verify", action="store_true", help="read all of a packed model, compare checksums"
+    )
 
 
 def _doctor_arguments(command: argparse.ArgumentParser) -> None:

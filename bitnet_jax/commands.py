@@ -206,13 +206,15 @@ def evaluate(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     """Show what a folder holds: config, recipe of each layer, size of each part, packed formats.
 
+    Contents of a large packed model are read and compared with their checksums only with --verify.
+
     example:
-      bitnet-jax info runs/first-packed
+      bitnet-jax info runs/first-packed --verify
     """
     from bitnet_jax import packing
     from bitnet_jax.model_folders import load_model, matrices
 
-    model = load_model(args.folder, step=args.step, verify=False)
+    model = load_model(args.folder, step=args.step, verify=args.verify or None)
     sizes = packing.sizes(model.variables)
     layers = matrices(model.config, model.variables)
     config = model.config.to_dict()

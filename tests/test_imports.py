@@ -38,8 +38,10 @@ ARROWS: dict[str, set[str]] = {
     "training.metrics": KNOW_NO_MODEL,
     "training.checkpoints": KNOW_NO_MODEL,
     "packing": MODEL,
-    "storage": MODEL | {"data", "packing", "tensor_file"},
+    "storage": MODEL | {"data", "packing", "tensor_file", "whole_folder"},
     "tensor_file": KNOW_NO_MODEL,
+    "whole_folder": {"tensor_file"},
+    "random_model": MODEL | {"packing", "storage", "tensor_file"},
     "inference": MODEL | {"inference", "data"},
     "evaluation": MODEL | {"evaluation", "inference", "data", "training.losses"},
     "training": MODEL | {"training", "evaluation", "data"},
@@ -62,7 +64,7 @@ ARROWS: dict[str, set[str]] = {
 EVERYWHERE = {"", "compat"}  # the version, and the one file that knows JAX versions differ
 
 # The only files outside kernels/ that may touch the kernels.
-TOUCH_KERNELS = {"nn.linear", "nn.conv", "packing", "storage", "interop", "doctor"}
+TOUCH_KERNELS = {"nn.linear", "nn.conv", "packing", "storage", "random_model", "interop", "doctor"}
 
 # Other libraries, by root. None: anything that pyproject.toml declares.
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "ml_dtypes", "bitnet_kernels"}
