@@ -161,6 +161,27 @@ def _info_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _bench_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--preset", metavar="NAME", help="shape of the model: tiny, 125m, ..., 100b, 2b4t")
+    command.add_argument("--recipe", metavar="NAME", help="precision of its layers (default bitnet_b158)")
+    command.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="time this; made first if it does not exist"
+    )
+    command.add_argument(
+        "--keep", action="store_true", help="do not remove the temporary folder of the weights"
+    )
+    command.add_argument(
+        "--prompt", type=int, default=512, metavar="N", help="tokens to read (default %(default)s)"
+    )
+    command.add_argument(
+        "--generate", type=int, default=64, metavar="N", help="tokens to write (default %(default)s)"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="use the first N processors (default: all)")
+    command.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="time everything N times (default %(default)s)"
+    )
+
+
 def _doctor_arguments(command: argparse.ArgumentParser) -> None:
     """It takes none."""
 
@@ -173,6 +194,7 @@ COMMANDS: dict[str, tuple[Run, AddArguments]] = {
     "generate": (commands.generate, _generate_arguments),
     "eval": (commands.evaluate, _evaluate_arguments),
     "info": (commands.info, _info_arguments),
+    "bench": (commands.bench, _bench_arguments),
     "doctor": (commands.doctor, _doctor_arguments),
 }
 
