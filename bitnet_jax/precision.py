@@ -162,6 +162,13 @@ class Precision:
         return WEIGHT_FORMATS[self.weight][1] if self.quantizes_weights else None
 
     @property
+    def quantizes_input_by_absmax(self) -> bool:
+        """True where the input becomes plain absmax int8 per token, which packed_matmul does by itself."""
+        plain = Precision(weight=self.weight, activation="int8") if self.quantizes_weights else None
+        fields = ("activation", "activation_scale", "hadamard", "top_k", "activation_options")
+        return plain is not None and all(getattr(self, f) == getattr(plain, f) for f in fields)
+
+    @property
     def weight_bits(self) -> float:
         """Information per weight: 1, log2(3), ..., without the scales."""
         return WEIGHT_FORMATS[self.weight][0] if self.quantizes_weights else self._float_bits

@@ -1,4 +1,4 @@
-"""Kernels for matrices of one or two bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
+"""Kernels for matrices of one to eight bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
 
 from bitnet_kernels.formats import dequantize, pack, unpack
 from bitnet_kernels.matmul import (
@@ -6,6 +6,7 @@ from bitnet_kernels.matmul import (
     Choice,
     choose_implementation,
     packed_matmul,
+    packed_matmuls,
 )
 from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
 
@@ -19,6 +20,7 @@ __all__ = [
     "dequantize",
     "pack",
     "packed_matmul",
+    "packed_matmuls",
     "unpack",
     "validate",
 ]
