@@ -68,15 +68,15 @@ def bench_model(folder: str | Path, *, prompt: int, new_tokens: int, repeats: in
     kernels = step_kernels(config, variables, steps)
     model_file = np.memmap(Path(folder) / storage.MODEL, np.uint8, mode="r")
     read, peak = read_all(model_file), dot_peak()
-    others = kernels | ({"read": read} if read else {}) | ({"peak": peak.call} if peak else {})
+    others = kernels | ({"read": read.run} if read else {}) | ({"peak": peak.run} if peak else {})
     for call in others.values():
         call(0)
     took = interleaved({"prefill": prefill, "decode": decode, **others}, rounds=(repeats, repeats), warmup=0)
 
     prefill_seconds, decode_seconds = took["prefill"].median, took["decode"].median
     choices = chosen(config, variables)
-    ceiling = model_file.nbytes / took["read"].median if read else None
-    macs_peak = peak.macs / took["peak"].median if peak else None
+    ceiling = read.amount / took["read"].median if read else None
+    macs_peak = peak.amount / took["peak"].median if peak else None
     bytes_per_token = _bytes_per_token(config, variables, prompt + new_tokens // 2)
     macs = prompt * sum(math.prod(shape) for path, shape in config.linear_shapes().items() if "/" in path)
     kernel_seconds = {name: took[name].median / steps for name in kernels}

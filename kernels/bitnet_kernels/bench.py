@@ -11,8 +11,9 @@ cannot be compared. XLA multiplies one row of x as 8 rows, the faster of its way
 
 Rows of another `op` check single things:
 
-    in_cache       one matrix that stays in the cache: what its unpacking costs, without memory
+    in_cache       one matrix that stays in the cache, on one thread: what its unpacking costs, without memory
     custom_call    16 x 64 weights: what any call costs
+    fork_join      a parallel loop with nothing in it
 
 What cannot be measured is null: read ceiling and multiplier peak without the C++ library.
 """
@@ -20,9 +21,10 @@ What cannot be measured is null: read ceiling and multiplier peak without the C+
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_kernels import cpu
-from bitnet_kernels.machine import dot_peak, provenance, read_all
+from bitnet_kernels.machine import Call, dot_peak, fork_join, provenance, read_all
 from bitnet_kernels.matmul import choose_implementation, packed_matmul
 from bitnet_kernels.packed import FORMATS, PackedArray
 from bitnet_kernels.random_packed import random_packed
@@ -40,7 +42,8 @@ from bitnet_kernels.timing import Spread, chain, interleaved, threads
 
 XLA = ("float32", "bfloat16", "int8")
 XLA_ROWS = 8  # XLA multiplies fewer rows by a slow loop
-READ, PEAK = "read", "peak"
+READ_PIECE = 32 << 20  # bytes
+SPUN_SECONDS = 2e-6  # inside each loop of fork_join
 
 Row = dict[str, Any]
 
@@ -74,45 +77,72 @@ def bench_shape(shape: Shape, ceiling_data: np.ndarray, budget: float) -> list[R
         number = copies(matrices[name].codes.nbytes, ceiling_data.nbytes)
         packed = [matrices[name], *(random_packed(name, (n, k), seed=seed) for seed in range(1, number))]
         calls[name] = chain(packed_matmul, codes, packed, length)
-    limits, macs = _limits(ceiling_data)
-    took = interleaved(calls | limits, budget)
+    # Read in pieces of about what a chain reads.
+    limits = _limits(read=read_all(ceiling_data, min(READ_PIECE, ceiling_data.nbytes)), peak=dot_peak())
+    took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, budget)
     xla = {name: took[name] / 2 for name in XLA}
-    read = ceiling_data.nbytes / took[READ].median if READ in took else None
-    peak = macs / took[PEAK].median if PEAK in took else None
+    rates = {name: limit.amount / took[name].median for name, limit in limits.items()}
     return [
-        _row("packed_matmul", m, w, took[name] / length, read, peak)
+        _row("packed_matmul", m, w, took[name] / length, rates.get("read"), rates.get("peak"))
         | {f"speedup_vs_xla_{other}": t.median / (took[name].median / length) for other, t in xla.items()}
         for name, w in matrices.items()
     ]
 
 
-def bench_in_cache(budget: float) -> list[Row]:
-    """One row per format of a matrix that stays in the cache, and one for a call on next to nothing."""
-    length = 64
-    cases = {("in_cache", name): (IN_CACHE, name) for name in FORMATS}
-    cases[("custom_call", "ternary2")] = (TINY, "ternary2")
-    matrices = {key: random_packed(name, (shape.n, shape.k)) for key, (shape, name) in cases.items()}
-    calls: dict[tuple[str, str], Any] = {
-        key: chain(packed_matmul, jnp.ones((1, w.shape[1]), jnp.int8), [w] * length, length)
-        for key, w in matrices.items()
+def bench_overheads(budget: float) -> list[Row]:
+    """What does not depend on memory: a matrix of each format that stays in the cache, and next to no work."""
+    length, repeats = 4, 16  # of a chain; a loop over a few, for the compiler
+
+    def repeated(format: str, shape: Shape) -> tuple[PackedArray, Any]:
+        w = random_packed(format, (shape.n, shape.k))
+        return w, chain(packed_matmul, jnp.ones((shape.m, shape.k), jnp.int8), [w] * length, length, repeats)
+
+    rows = []
+    with _one_thread():
+        cases = {format: repeated(format, IN_CACHE) for format in FORMATS}
+        limits = _limits(peak=dot_peak())
+        calls = {name: call for name, (_, call) in cases.items()}
+        took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, budget)
+        peak = limits["peak"].amount / took["peak"].median if limits else None
+        for format, (w, _) in cases.items():
+            rows.append(
+                _row("in_cache", 1, w, took[format] / (length * repeats), None, peak) | {"threads": 1}
+            )
+    w, call = repeated("ternary2", TINY)
+    limits = _limits(fork_join=fork_join())
+    took = interleaved({"call": call} | {name: limit.run for name, limit in limits.items()}, budget)
+    rows.append(_row("custom_call", 1, w, took["call"] / (length * repeats), None, None))
+    for name, limit in limits.items():
+        each = Spread(*(max(0.0, seconds - SPUN_SECONDS) for seconds in took[name] / limit.amount))
+        unlike = dict.fromkeys(rows[-1]) | {"op": name, "threads": threads(), **_microseconds(each)}
+        rows.append(unlike | {"implementation": "cpu"})
+    return [row | dict.fromkeys(f"speedup_vs_xla_{other}" for other in XLA) for row in rows]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The C++ kernels, where there are any, on one thread."""
+    if cpu.unavailable():
+        yield
+        return
+    cpu.set_thread_count(1)
+    try:
+        yield
+    finally:
+        cpu.set_thread_count(threads())
+
+
+def _limits(**calls: Call | None) -> dict[str, Call]:
+    """Those that can be measured here."""
+    return {name: call for name, call in calls.items() if call}
+
+
+def _microseconds(took: Spread) -> Row:
+    return {
+        "microseconds": took.median * 1e6,
+        "microseconds_p10": took.p10 * 1e6,
+        "microseconds_p90": took.p90 * 1e6,
     }
-    limits, macs = _limits(None)
-    took: dict[Any, Spread] = interleaved({**calls, **limits}, budget)
-    peak = macs / took[PEAK].median if PEAK in took else None
-    return [
-        _row(op, 1, w, took[op, name] / length, None, peak)
-        | {f"speedup_vs_xla_{other}": None for other in XLA}
-        for (op, name), w in matrices.items()
-    ]
-
-
-def _limits(data: np.ndarray | None) -> tuple[dict[str, Any], float]:
-    """The calls that only read and only multiply, as far as there are any, and the products of the latter."""
-    read, peak = None if data is None else read_all(data), dot_peak()
-    calls: dict[str, Any] = {} if read is None else {READ: read}
-    if peak is None:
-        return calls, 0
-    return calls | {PEAK: peak.call}, peak.macs
 
 
 def _row(op: str, m: int, w: PackedArray, took: Spread, read: float | None, peak: float | None) -> Row:
@@ -128,9 +158,7 @@ def _row(op: str, m: int, w: PackedArray, took: Spread, read: float | None, peak
         "threads": threads(),
         "implementation": choice.name,
         "isa": choice.isa,
-        "microseconds": took.median * 1e6,
-        "microseconds_p10": took.p10 * 1e6,
-        "microseconds_p90": took.p90 * 1e6,
+        **_microseconds(took),
         "weight_bytes": nbytes,
         "gbytes_per_second": nbytes / took.median / 1e9,
         "read_ceiling_gbytes_per_second": read and read / 1e9,
@@ -153,26 +181,28 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
 
 
 COLUMNS = (
-    "op            format      m      n      k  runs on            us   [p10, p90]        GB/s  %ceiling  GMAC/s"
-    "  %peak    faster than XLA f32 bf16 int8"
+    "op            format      m      n      k  runs on             us             [p10, p90]    GB/s  %ceiling"
+    "   GMAC/s  %peak       times XLA f32, bf16, int8"
 )
 
 
 def show(row: Mapping[str, Any]) -> str:
     """A row as a line under COLUMNS."""
 
-    def percent(name: str) -> str:
-        return "-" if row[name] is None else f"{100 * row[name]:.0f}"
+    def number(name: str, digits: int = 1, factor: int = 1) -> str:
+        return "-" if row[name] is None else f"{factor * row[name]:.{digits}f}"
 
-    spread = f"[{row['microseconds_p10']:.1f}, {row['microseconds_p90']:.1f}]"
-    faster = [row[f"speedup_vs_xla_{name}"] for name in XLA]
-    times = "" if None in faster else "{:14.1f} {:6.1f} {:6.1f}".format(*faster)
-    return (
-        f"{row['op']:13} {row['format']:9} {row['m']:3} {row['n']:6} {row['k']:6}  "
-        f"{row['isa'] or row['implementation']:10} {row['microseconds']:9.1f} {spread:>20} "
-        f"{row['gbytes_per_second']:6.1f} {percent('ceiling_fraction'):>9} {row['gmacs_per_second']:7.1f} "
-        f"{percent('peak_fraction'):>6} {times}"
+    names = [str(row[name] or "-") for name in ("op", "format", "m", "n", "k")]
+    spread = f"[{number('microseconds_p10', 2)}, {number('microseconds_p90', 2)}]"
+    numbers = (
+        "{:13} {:9} {:>3} {:>6} {:>6}".format(*names),
+        f"{row['isa'] or row['implementation']:10}",
+        f"{number('microseconds', 2):>10} {spread:>22}",
+        f"{number('gbytes_per_second'):>6} {number('ceiling_fraction', 0, 100):>9}",
+        f"{number('gmacs_per_second'):>7} {number('peak_fraction', 0, 100):>6}",
+        "     " + " ".join(f"{number(f'speedup_vs_xla_{name}'):>6}" for name in XLA),
     )
+    return "  ".join(numbers)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     for shape in (None, *SUITES[options.suite]):
         more = (
-            bench_in_cache(options.seconds)
+            bench_overheads(options.seconds)
             if shape is None
             else bench_shape(shape, ceiling_data, options.seconds)
         )

@@ -12,7 +12,6 @@ import datetime
 import platform
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,44 +25,48 @@ from bitnet_kernels.timing import threads
 STEP = 256  # bytes: bitnet_kernels_read takes multiples of them
 
 
-def read_all(data: np.ndarray) -> Callable[[int], None] | None:
+class Call(NamedTuple):
+    """`run(round)` does `amount` of something: bytes read, loops, products."""
+
+    run: Callable[[int], Any]
+    amount: int
+
+
+def read_all(data: np.ndarray, piece: int | None = None) -> Call | None:
     """A call(round) that reads the bytes of `data` once with all threads; None without the C++ library.
 
-    Each thread reads its own contiguous part; what is left over, less than STEP bytes a thread, is not read.
+    Args:
+      piece: read only so many bytes a call, in turn, so that a call takes as long as what it is compared with: a
+        machine that is shared takes whole milliseconds away, which the median of longer calls does not leave out.
     """
     library, _ = cpu.load()
     if library is None:
         return None
-    part = data.nbytes // threads() // STEP * STEP
-    starts = [data.ctypes.data + i * part for i in range(threads())]
-    pool = ThreadPoolExecutor(threads())
+    length = (piece or data.nbytes) // STEP * STEP
+    pieces = data.nbytes // length
 
     def read(round: int) -> None:
-        assert data.nbytes  # the closure keeps the memory alive
-        list(pool.map(lambda start: library.bitnet_kernels_read(start, part), starts))
+        library.bitnet_kernels_read(data.ctypes.data + round % pieces * length, length)
 
-    return read
-
-
-class DotPeak(NamedTuple):
-    """`call(round)` makes `macs` int8 multiply-accumulates on registers, with all threads."""
-
-    call: Callable[[int], None]
-    macs: float
+    return Call(read, length)
 
 
-def dot_peak(iterations: int = 1 << 18) -> DotPeak | None:
-    """The peak of the instruction set in use, or None without the C++ library."""
+def fork_join(loops: int = 1000) -> Call | None:
+    """A call(round) that starts and ends `loops` parallel loops, in each of which every thread spins for 2 us."""
+    library, _ = cpu.load()
+    if library is None:
+        return None
+    return Call(lambda round: library.bitnet_kernels_fork_join(loops), loops)
+
+
+def dot_peak(iterations: int = 1 << 16) -> Call | None:
+    """A call(round) that multiplies int8 on registers with all threads; None without the C++ library."""
     library, _ = cpu.load()
     if library is None or not hasattr(library, "bitnet_kernels_dot_peak"):
         return None
     isa = cpu.isa().encode()
-    pool = ThreadPoolExecutor(threads())
-
-    def call(round: int) -> None:
-        list(pool.map(lambda _: library.bitnet_kernels_dot_peak(isa, iterations), range(threads())))
-
-    return DotPeak(call, threads() * library.bitnet_kernels_dot_peak(isa, iterations))
+    macs = library.bitnet_kernels_dot_peak(isa, iterations)
+    return Call(lambda round: library.bitnet_kernels_dot_peak(isa, iterations), macs)
 
 
 def processor() -> str:

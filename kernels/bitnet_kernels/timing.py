@@ -90,7 +90,8 @@ def chain(
         def once(_: Any, x: jax.Array) -> jax.Array:
             return functools.reduce(lambda x, w: link(x, w)[0], weights, x)
 
-        x = jax.lax.fori_loop(0, repeats - 1, once, x)
+        if repeats > 1:
+            x = jax.lax.fori_loop(0, repeats - 1, once, x)
         for w in weights:
             x, y = link(x, w)
         return y

@@ -52,12 +52,17 @@ def test_it_writes_one_row_per_shape_and_format(results: dict[str, Any]) -> None
     assert [(row["op"], row["m"], row["format"]) for row in rows] == [
         *(("in_cache", 1, f) for f in FORMATS),
         ("custom_call", 1, "ternary2"),
+        *([("fork_join", None, None)] if cpu.unavailable() is None else []),
         *(("packed_matmul", shape.m, f) for shape in SUITES["smoke"] for f in FORMATS),
     ]
     for row in rows:
         assert set(row) == COLUMNS
         took = row["microseconds"] / 1e6
-        assert 0 < row["microseconds_p10"] <= row["microseconds"] <= row["microseconds_p90"]
+        assert 0 <= row["microseconds_p10"] <= row["microseconds"] <= row["microseconds_p90"]
+        if row["op"] == "fork_join":
+            assert row["microseconds"] < 1e5  # even of a machine that does other things
+            continue
+        assert row["threads"] == (1 if row["op"] == "in_cache" else timing.threads())
         np.testing.assert_allclose(row["gmacs_per_second"], row["m"] * row["n"] * row["k"] / took / 1e9)
         np.testing.assert_allclose(row["gbytes_per_second"], row["weight_bytes"] / took / 1e9)
         ceiling, peak = row["read_ceiling_gbytes_per_second"], row["dot_peak_gmacs_per_second"]
@@ -96,23 +101,32 @@ def test_the_results_tell_where_they_come_from(results: dict[str, Any]) -> None:
 def test_a_row_is_a_line_under_the_columns(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         words = bench.show(row).split()
-        assert words[:5] == [row["op"], row["format"], str(row["m"]), str(row["n"]), str(row["k"])]
+        assert words[:5] == [str(row[name] or "-") for name in ("op", "format", "m", "n", "k")]
+        assert len(words) == 16
 
 
 def test_without_a_library_nothing_is_a_ceiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
     assert machine.read_all(np.ones(4096, np.uint8)) is None
     assert machine.dot_peak() is None
+    assert machine.fork_join() is None
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="the C++ library is absent")
-def test_the_ceiling_reads_all_of_the_memory_it_is_given() -> None:
-    """Twice the bytes take about twice the time; ten times of room, for the machine may be busy."""
-    small, large = np.ones(8 << 20, np.uint8), np.ones(64 << 20, np.uint8)
-    took = timing.interleaved({"small": machine.read_all(small), "large": machine.read_all(large)}, 0.1)
-    assert took["large"].median > 0.8 * took["small"].median
-    bytes_per_second = large.nbytes / took["large"].median
-    assert 5e8 < bytes_per_second < 2e12
+def test_the_ceiling_reads_all_of_the_memory_it_is_given_piece_by_piece() -> None:
+    data = np.zeros(10 << 20, np.uint8)
+    data[[0, 3 << 20, (5 << 20) - 1]] = 1, 2, 4  # of the first half
+    data[[5 << 20, -1]] = 8, 16
+    library, _ = cpu.load()
+    read = library.bitnet_kernels_read
+    told = [read(data.ctypes.data + half * (5 << 20), 5 << 20) for half in (0, 1)]
+    # The xor of all words: each marked byte shows at its own place of a word.
+    expected = [np.bitwise_xor.reduce(half.view(np.uint64)) for half in np.split(data, 2)]
+    assert told == expected
+    halves, whole = machine.read_all(data, 5 << 20), machine.read_all(data)
+    assert halves is not None
+    assert whole is not None
+    assert (halves.amount, whole.amount) == (5 << 20, 10 << 20)
 
 
 def test_things_are_timed_in_turn_and_the_first_rounds_are_not_counted() -> None:
