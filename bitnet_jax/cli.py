@@ -132,7 +132,16 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable"
     )
+    _kv_format_argument(command)
     command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+
+
+def _kv_format_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--kv-format",
+        choices=("float32", "bfloat16", "int8"),
+        help="of remembered keys and values (default: the model's own dtype); int8 reads a quarter of float32",
+    )
 
 
 def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
@@ -164,6 +173,10 @@ def _info_arguments(command: argparse.ArgumentParser) -> None:
 def _bench_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--preset", metavar="NAME", help="shape of the model: tiny, 125m, ..., 100b, 2b4t")
     command.add_argument("--recipe", metavar="NAME", help="precision of its layers (default bitnet_b158)")
+    command.add_argument(
+        "--head", metavar="NAME", help="recipe of the output head, which then is a matrix of its own"
+    )
+    _kv_format_argument(command)
     command.add_argument(
         "--model", type=Path, metavar="FOLDER", help="time this; made first if it does not exist"
     )

@@ -106,6 +106,7 @@ def generate(args: argparse.Namespace) -> int:
         sampling=sampling,
         key=jax.random.key(args.seed),
         stop=args.stop,
+        kv_format=args.kv_format,
         on_tokens=lambda count: came.append((time.perf_counter() - began, count)),
     )
     text = ""
@@ -260,9 +261,16 @@ def bench(args: argparse.Namespace) -> int:
         _use_threads(args.threads)  # before JAX starts its own
     from bitnet_jax import model_bench
 
-    with model_bench.model_folder(args.preset, args.recipe, args.model, keep=args.keep) as folder:
+    config = None
+    if args.preset is not None:
+        config = model_bench.preset_config(args.preset, args.recipe, args.head)
+    with model_bench.model_folder(config, args.model, keep=args.keep) as folder:
         figures = model_bench.bench_model(
-            folder, prompt=args.prompt, new_tokens=args.generate, repeats=args.repeats
+            folder,
+            prompt=args.prompt,
+            new_tokens=args.generate,
+            repeats=args.repeats,
+            kv_format=args.kv_format,
         )
     _write_json(args.json, figures)
     print(model_bench.table(figures))

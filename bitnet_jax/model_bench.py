@@ -39,11 +39,14 @@ from bitnet_kernels.timing import interleaved, threads
 Variables = Mapping[str, Any]
 
 
-def bench_model(folder: str | Path, *, prompt: int, new_tokens: int, repeats: int = 5) -> dict[str, Any]:
+def bench_model(
+    folder: str | Path, *, prompt: int, new_tokens: int, repeats: int = 5, kv_format: str | None = None
+) -> dict[str, Any]:
     """The figures of a packed model, of which commands.bench shows a table; None where nothing can measure one.
 
     Args:
       prompt: random tokens to read.
+      kv_format: of the cache, see `generate.generate`.
       new_tokens: tokens to write; the first comes with the prefill, the others are what decoding is timed by.
 
     Raises:
@@ -59,7 +62,7 @@ def bench_model(folder: str | Path, *, prompt: int, new_tokens: int, repeats: in
 
     steps = new_tokens - 1
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, prompt))
-    prefill, decode = _generation(config, variables, tokens, new_tokens)
+    prefill, decode = _generation(config, variables, tokens, new_tokens, kv_format)
     began = time.perf_counter()
     prefill(0), decode(0)
     first_seconds = time.perf_counter() - began
@@ -77,7 +80,7 @@ def bench_model(folder: str | Path, *, prompt: int, new_tokens: int, repeats: in
     choices = chosen(config, variables)
     ceiling = read.amount / took["read"].median if read else None
     macs_peak = peak.amount / took["peak"].median if peak else None
-    bytes_per_token = _bytes_per_token(config, variables, prompt + new_tokens // 2)
+    bytes_per_token = _bytes_per_token(config, variables, prompt + new_tokens // 2, kv_format)
     macs = prompt * sum(math.prod(shape) for path, shape in config.linear_shapes().items() if "/" in path)
     kernel_seconds = {name: took[name].median / steps for name in kernels}
     return {
@@ -95,7 +98,7 @@ def bench_model(folder: str | Path, *, prompt: int, new_tokens: int, repeats: in
         "load_seconds": load_seconds,
         "compile_seconds": first_seconds - prefill_seconds - decode_seconds,
         "head_format": _head_format(config, variables),
-        "kv_format": _kv_format(config),
+        "kv_format": kv_format or config.dtype,
         "implementation": choices[0].name if choices else None,
         "isa": choices[0].isa if choices else None,
         "threads": threads(),
@@ -109,26 +112,44 @@ def bench_model(folder: str | Path, *, prompt: int, new_tokens: int, repeats: in
     }
 
 
+def preset_config(preset: str, recipe: str | None = None, head: str | None = None) -> ModelConfig:
+    """The config of a preset.
+
+    Args:
+      recipe: of its layers; None: the preset's own.
+      head: recipe of the output head, which then is a matrix of its own; None: the preset's head.
+
+    Raises:
+      ValueError: an unknown preset or recipe.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"got --preset {preset}, expected one of {', '.join(PRESETS)}")
+    config = PRESETS[preset]
+    if recipe is not None:
+        config = dataclasses.replace(config, precision=recipe)
+    if head is None:
+        return config
+    # In one go: a rule for the head needs a head.
+    rules: Any = (("lm_head", head), ("*", config.precision))
+    return dataclasses.replace(config, tie_embeddings=False, precision=rules)
+
+
 @contextlib.contextmanager
-def model_folder(
-    preset: str | None, recipe: str | None, folder: Path | None, *, keep: bool = False
-) -> Iterator[Path]:
+def model_folder(config: ModelConfig | None, folder: Path | None, *, keep: bool = False) -> Iterator[Path]:
     """The folder of the model to time: an existing one, or random weights written to it or to a temporary one.
 
     Args:
-      recipe: None: the preset's own.
       keep: leave the temporary folder there, and say where.
 
     Raises:
-      ValueError: an unknown preset or recipe; neither preset nor existing folder; or both, and they differ.
+      ValueError: neither config nor existing folder; or both, and they differ.
       StorageError: see `random_model.write_random`.
     """
-    config = None if preset is None else _preset(preset, recipe)
     if folder is not None and folder.exists():
         there, _, _ = storage.load_packed(folder, verify=False)
         if config is not None and config != there:
             raise ValueError(
-                f"got {folder}, which is not --preset {preset} of that recipe; leave --preset out"
+                f"got {folder} of another preset, recipe or head; leave them out, or name a new folder"
             )
         yield folder
         return
@@ -149,13 +170,6 @@ def model_folder(
             print(f"the model is kept in {temporary / 'model'}", file=sys.stderr)
         else:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _preset(name: str, recipe: str | None) -> ModelConfig:
-    if name not in PRESETS:
-        raise ValueError(f"got --preset {name}, expected one of {', '.join(PRESETS)}")
-    config = PRESETS[name]
-    return config if recipe is None else dataclasses.replace(config, precision=recipe)
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -195,7 +209,7 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 def _generation(
-    config: ModelConfig, variables: Variables, tokens: np.ndarray, new_tokens: int
+    config: ModelConfig, variables: Variables, tokens: np.ndarray, new_tokens: int, kv_format: str | None
 ) -> tuple[Call, Call]:
     """Two calls in turn: reading the prompt up to the first token, and writing all the others."""
     running: list[Iterator[np.ndarray]] = []
@@ -211,24 +225,15 @@ def _generation(
     return prefill, decode
 
 
-def _bytes_per_token(config: ModelConfig, variables: Variables, length: int) -> int:
+def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_format: str | None) -> int:
     """What a decode step has to read: all weights, of a table that is no head one row, and `length` positions."""
     params: dict[str, Any] = flat(variables["params"])
-    rows = [path for path in packing.EMBEDDINGS if path in params]
-    if config.tie_embeddings:
-        rows.remove("embed/embedding")
-    unread = sum(params[path].nbytes - params[path][0].nbytes for path in rows)
-    return packing.sizes(variables).total - unread + _cache_bytes(config, length)
-
-
-def _cache_bytes(config: ModelConfig, length: int) -> int:
-    cache = jax.eval_shape(lambda: init_cache(config, 1, length))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
-
-
-def _kv_format(config: ModelConfig) -> str:
-    cache = jax.eval_shape(lambda: init_cache(config, 1, 1))
-    return str(jax.tree.leaves(cache.layers)[0].dtype)
+    looked_up = ["position_embed/embedding"] + ([] if config.tie_embeddings else ["embed/embedding"])
+    tables = [params[path] for path in looked_up if path in params]
+    unread = sum(table.nbytes - table.nbytes // len(table) for table in tables)
+    cache = jax.eval_shape(lambda: init_cache(config, 1, length, kv_format)).layers
+    read = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    return packing.sizes(variables).total - unread + read
 
 
 def _head_format(config: ModelConfig, variables: Variables) -> str:

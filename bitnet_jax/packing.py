@@ -29,7 +29,7 @@ from bitnet_kernels import FORMATS, PackedArray, unpack
 from bitnet_kernels import pack as pack_codes
 
 Variables = Mapping[str, Any]
-EMBEDDINGS = ("embed/embedding", "position_embed/embedding")
+TABLES = ("embed/embedding", "position_embed/embedding", "lm_head/weight")
 LOGIT_TOLERANCE = 1e-5  # relative to the largest logit; both sides do the same float32 work behind exact sums
 
 
@@ -52,7 +52,7 @@ class Sizes:
     """Bytes of a model; `quantized_bfloat16` is what the packed matrices would take in bfloat16."""
 
     packed: int
-    embeddings: int
+    embeddings: int  # and the float head, where it is a table of its own
     other: int
     quantized_bfloat16: int
 
@@ -69,7 +69,7 @@ class Sizes:
 def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Packs every linear layer whose Precision has a packed form; the others keep their latent weights.
 
-    Embeddings are stored in config.embedding_dtype, the rounding their forward pass does anyway.
+    Embeddings and a float head are stored in config.embedding_dtype, the rounding their forward pass does anyway.
 
     Returns: {"params": ..., "packed": ...}.
 
@@ -93,7 +93,7 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         del flat[f"{path}/weight"]
         flat.pop(f"{path}/weight_scale", None)
         packed[f"{path}/weight"] = _pack_one(path, quantized, format)
-    for path in EMBEDDINGS:
+    for path in TABLES:
         if path in flat:
             flat[path] = flat[path].astype(config.embedding_dtype)
     return {"params": _nested(flat), "packed": _nested(packed)}
@@ -295,7 +295,7 @@ def sizes(variables: Variables) -> Sizes:
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(variables["params"])).items()}
     nbytes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in flat.items()}
     weights = flatten_dict(dict(variables.get("packed", {}))).values()
-    embeddings = sum(nbytes.get(path, 0) for path in EMBEDDINGS)
+    embeddings = sum(nbytes.get(path, 0) for path in TABLES)
     return Sizes(
         packed=sum(weight.nbytes for weight in weights),
         embeddings=embeddings,

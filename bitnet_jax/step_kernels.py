@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from bitnet_jax.models.transformer import Embedding
 from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.embedding import Embedding
 from bitnet_kernels import PackedArray, packed_matmul
 from bitnet_kernels.timing import Product, chain
 
@@ -27,25 +27,30 @@ def step_kernels(config: ModelConfig, variables: Mapping[str, Any], steps: int) 
     kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path, precision in config.precisions().items():
         weight = packed.get(f"{path}/weight")
-        if weight is None:
+        if path == "lm_head" and not precision.quantizes_weights:
             weight = params[f"{path}/weight"]
-            kind: tuple[Any, ...] = (str(weight.dtype), _float_product, jnp.float32)
+            kind: tuple[Any, ...] = (
+                str(weight.dtype),
+                _float_head(Embedding.head(config, precision)),
+                jnp.float32,
+            )
+        elif weight is None:
+            weight = params[f"{path}/weight"]
+            kind = (str(weight.dtype), _float_product, jnp.float32)
         elif precision.activation == "none":
             kind = (f"{weight.format} of float inputs", _weight_only_product, jnp.float32)
         else:
             kind = (weight.format, packed_matmul, jnp.int8)
         kinds.setdefault((weight.shape, *kind), {})[path] = weight
+    if config.tie_embeddings and not config.num_classes:
+        table = params["embed/embedding"]
+        head = _float_head(Embedding.of(config, config.vocab_size, "embed"))
+        kinds[table.shape, str(table.dtype), head, jnp.float32] = {"head": table}
     calls: dict[str, Call] = {}
     for ((n, k), stored, product, dtype), weights in kinds.items():
         names = dict.fromkeys(path.rpartition("/")[2] for path in weights)
         run = chain(product, jnp.ones((1, k), dtype), list(weights.values()), len(weights), steps)
         calls[f"{', '.join(names)} {n} x {k} {stored}"] = run
-    if config.tie_embeddings and not config.num_classes:
-        table = params["embed/embedding"]
-        x = jnp.ones((1, config.hidden_size), config.dtype)
-        calls["head {} x {} {}".format(*table.shape, table.dtype)] = chain(
-            _tied_head(config), x, [table], 1, steps
-        )
     return calls
 
 
@@ -62,13 +67,9 @@ def _weight_only_product(x: jax.Array, w: PackedArray) -> jax.Array:
     return packed_matmul(x, w, activation_bits=None)
 
 
-def _tied_head(config: ModelConfig) -> Product:
-    embed = Embedding(
-        config.vocab_size, config.hidden_size, config.embedding_dtype, config.dtype, config.init_std
-    )
-
+def _float_head(module: Embedding) -> Product:
     def head(x: jax.Array, table: jax.Array) -> jax.Array:
-        logits: Any = embed.apply({"params": {"embedding": table}}, x[None], method="attend")
+        logits: Any = module.apply({"params": {module.parameter: table}}, x[None], method="attend")
         return logits[0]
 
     return head

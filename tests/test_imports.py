@@ -69,6 +69,8 @@ EVERYWHERE = {"", "compat"}  # the version, and the one file that knows JAX vers
 # The only files outside kernels/ that may touch the kernels.
 TOUCH_KERNELS = {
     "nn.linear",
+    "nn.attention",
+    "nn.embedding",
     "nn.conv",
     "packing",
     "storage",

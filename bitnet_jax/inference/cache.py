@@ -9,16 +9,19 @@ from bitnet_jax.nn.attention import KVCache
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 
+KV_FORMATS = ("float32", "bfloat16", "int8")
+
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
     """A cache with room for `length` positions of `batch` sequences, none of them written.
 
     Args:
-      dtype: of keys and values; None: the model's compute dtype, in which nothing is lost. The state of
-        linear attention is float32 always, and does not grow with `length`.
+      dtype: of keys and values, one of KV_FORMATS; None: the model's compute dtype, in which nothing is lost.
+        "int8" holds codes with a scale per token and head (`nn.attention.quantize_kv`). The state of linear
+        attention is float32 always, and does not grow with `length`.
 
     Raises:
-      ValueError: the model is not a causal language model; it has no use for a cache.
+      ValueError: an unknown dtype, or the model is not a causal language model; it has no use for a cache.
     """
     if not config.causal or config.num_classes:
         raise ValueError(
@@ -26,12 +29,19 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
             f"num_classes={config.num_classes}"
         )
 
+    dtype = dtype or config.dtype
+    if dtype not in KV_FORMATS:
+        raise ValueError(f"got keys and values in {dtype!r}, expected one of {', '.join(KV_FORMATS)}")
+
     def layer() -> KVCache | LinearState:
         if config.attention == "linear":
             return zero_state(batch, config.num_heads, config.head_size)
         shape = (batch, length, config.kv_heads, config.head_size)
         # Two arrays, not one twice: a cache is donated, and a buffer can be donated once.
-        return KVCache(jnp.zeros(shape, dtype or config.dtype), jnp.zeros(shape, dtype or config.dtype))
+        keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        if dtype != "int8":
+            return KVCache(keys, values)
+        return KVCache(keys, values, jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
 
     return Cache(
         layers=tuple(layer() for _ in range(config.num_layers)),

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from bitnet_jax.inference.cache import init_cache
+from bitnet_jax.inference.cache import KV_FORMATS, init_cache
 from bitnet_jax.inference.sampling import SamplingConfig, next_token
 from bitnet_jax.models.transformer import Cache, Transformer
 from bitnet_jax.nn.config import ModelConfig
@@ -75,6 +75,7 @@ def generate(
     sampling: SamplingConfig = GREEDY,
     key: PRNGKeyArray | None = None,
     eos_ids: Sequence[int] = (),
+    kv_format: str | None = None,
 ) -> Generation:
     """Continues a batch of prompts.
 
@@ -84,13 +85,15 @@ def generate(
       max_new_tokens: N; the loop ends earlier once every row has met an end token.
       key: jax.random.key(seed); needed unless sampling is greedy.
       eos_ids: tokens that end a row.
+      kv_format: of the cache, "float32", "bfloat16" or "int8"; None: config.dtype.
 
     Raises:
       ValueError: before any computation, if prompt and new tokens do not fit into config.max_length, if the
-        prompts are empty, not padded on the left or hold ids outside the vocabulary, or if a key is missing.
+        prompts are empty, not padded on the left or hold ids outside the vocabulary, if a key is missing, or for
+        an unknown kv_format.
     """
-    prompt = _checked(config, tokens, mask, max_new_tokens, sampling, key)
-    return _generate(config, sampling, max_new_tokens, _ids(eos_ids), variables, *prompt)
+    prompt = _checked(config, tokens, mask, max_new_tokens, sampling, key, kv_format)
+    return _generate(config, sampling, max_new_tokens, _ids(eos_ids), kv_format, variables, *prompt)
 
 
 def greedy(
@@ -114,6 +117,7 @@ def stream_tokens(
     sampling: SamplingConfig = GREEDY,
     key: PRNGKeyArray | None = None,
     eos_ids: Sequence[int] = (),
+    kv_format: str | None = None,
     chunk: int = 16,
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate` as arrays [B, <= chunk], the first one (of length 1) right after the prefill.
@@ -123,11 +127,11 @@ def stream_tokens(
     """
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, expected at least 1 token")
-    prompt = _checked(config, tokens, mask, max_new_tokens, sampling, key)
+    prompt = _checked(config, tokens, mask, max_new_tokens, sampling, key, kv_format)
     eos = _ids(eos_ids)
 
     def chunks() -> Iterator[np.ndarray]:
-        state = _start(config, sampling, max_new_tokens, eos, variables, *prompt)
+        state = _start(config, sampling, max_new_tokens, eos, kv_format, variables, *prompt)
         given = 0
         while True:
             step, done = int(state.step), bool(state.done.all())
@@ -148,6 +152,7 @@ def _checked(
     max_new_tokens: int,
     sampling: SamplingConfig,
     key: PRNGKeyArray | None,
+    kv_format: str | None,
 ) -> tuple[np.ndarray, np.ndarray, PRNGKeyArray]:
     """Tokens, mask and key for the jitted functions; everything a user can get wrong is refused here."""
     if not config.causal or config.num_classes:
@@ -177,6 +182,8 @@ def _checked(
             f"positions, the model has max_length={config.max_length}; "
             "shorten the prompt or ask for fewer tokens"
         )
+    if kv_format not in (None, *KV_FORMATS):
+        raise ValueError(f"kv_format: got {kv_format!r}, expected None or one of {', '.join(KV_FORMATS)}")
     if key is None:
         if sampling.temperature > 0:
             raise ValueError(f"temperature={sampling.temperature} needs a key; pass jax.random.key(seed)")
@@ -192,7 +199,7 @@ def _forward(
     config: ModelConfig, variables: Variables, tokens: Array, cache: Cache, mask: Array | None = None
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits behind the last of the tokens [B, T], and the cache that holds them all."""
-    output: Any = Transformer(config).apply(variables, tokens, mask=mask, cache=cache)
+    output: Any = Transformer(config).apply(variables, tokens, mask=mask, cache=cache, last_only=True)
     return output.logits[:, -1], output.cache
 
 
@@ -225,6 +232,7 @@ def _prefill(
     sampling: SamplingConfig,
     max_new_tokens: int,
     eos: tuple[int, ...],
+    kv_format: str | None,
     variables: Variables,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
@@ -233,7 +241,7 @@ def _prefill(
     """Reads the prompt and chooses the first token."""
     B, T = tokens.shape
     # The last new token is never read, so the cache needs no room for it.
-    cache = init_cache(config, B, T + max_new_tokens - 1)
+    cache = init_cache(config, B, T + max_new_tokens - 1, kv_format)
     logits, cache = _forward(config, variables, tokens, cache, mask)
     seen = None
     if sampling.repetition_penalty != 1:
@@ -273,21 +281,22 @@ def _advance(
     return jax.lax.while_loop(unfinished, step, state)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _generate(
     config: ModelConfig,
     sampling: SamplingConfig,
     max_new_tokens: int,
     eos: tuple[int, ...],
+    kv_format: str | None,
     variables: Variables,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     key: PRNGKeyArray,
 ) -> Generation:
-    state = _prefill(config, sampling, max_new_tokens, eos, variables, tokens, mask, key)
+    state = _prefill(config, sampling, max_new_tokens, eos, kv_format, variables, tokens, mask, key)
     state = _advance(config, sampling, eos, variables, state, key, max_new_tokens)
     return Generation(state.tokens, state.lengths)
 
 
-_start = jax.jit(_prefill, static_argnums=(0, 1, 2, 3))
+_start = jax.jit(_prefill, static_argnums=(0, 1, 2, 3, 4))
 _continue = jax.jit(_advance, static_argnums=(0, 1, 2), donate_argnums=(4,))

@@ -24,6 +24,7 @@ def stream(
     key: PRNGKeyArray | None = None,
     eos_ids: Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    kv_format: str | None = None,
     chunk: int = 16,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Iterator[str]:
@@ -61,6 +62,7 @@ def stream(
         sampling=sampling,
         key=key,
         eos_ids=eos_ids,
+        kv_format=kv_format,
         chunk=chunk,
     )
 

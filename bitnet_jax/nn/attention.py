@@ -9,7 +9,8 @@
     binary      q and k plain ±1, and P rounded to {0, a}, a learned  BiT, 2205.13016
     linear      no scores at all: see linear_attention.py
 
-`s` is the score scale, 1/sqrt(h) by default; "linear" has none. A query that sees no key (left padding) gets
+`s` is the score scale, 1/sqrt(h) by default; "linear" has none. Softmax over a cache is
+`bitnet_kernels.cached_attention`: C++ on a CPU, the same for latent and packed weights. A query that sees no key (left padding) gets
 P = 0 and passes no gradient. Query head j reads kv head j // (H / K).
 """
 
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from bitnet_jax.nn import linear_attention
 from bitnet_jax.nn.config import ModelConfig
@@ -32,16 +33,33 @@ from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.rotary import rotate
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import ACTIVATION_QUANTIZERS
+from bitnet_kernels import cached_attention
 
 # Latent q and k outside [-1, 1] get no gradient, which bounds them (BNN, BiBERT).
 QK_STE = "clipped"
 
 
 class KVCache(NamedTuple):
-    """Keys (already rotated) and values of all positions; those not written yet are kept out by `visible`."""
+    """Keys (already rotated) and values of all positions; those not written yet are kept out by `visible`.
 
-    k: Float[Array, "B S K h"]
-    v: Float[Array, "B S K h"]
+    float32 or bfloat16, without scales; or int8 codes with one scale per token and head, see `quantize_kv`.
+    """
+
+    k: Array  # [B, S, K, h]
+    v: Array  # [B, S, K, h]
+    k_scale: Float[Array, "B S K"] | None = None
+    v_scale: Float[Array, "B S K"] | None = None
+
+
+def quantize_kv(x: Float[Array, "B T K h"]) -> tuple[Int8[Array, "B T K h"], Float[Array, "B T K"]]:
+    """int8 codes and the scale of each token and head: `scale = max|x| / 127`, `codes = round(x / scale)`.
+
+    codes * scale is within scale / 2 of x. Where all of x is 0 both are 0.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    codes = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
+    return jnp.clip(codes, -127, 127).astype(jnp.int8), scale
 
 
 def dot_scores(
@@ -150,10 +168,26 @@ def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""] | None) -> 
     T, S = k.shape[1], cache.k.shape[1]
     if T > S:
         raise ValueError(f"{T} tokens do not fit into a cache of {S} positions; make a longer cache")
+
+    def at_length(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), length, axis=1)
+
+    if cache.k_scale is None or cache.v_scale is None:
+        return KVCache(at_length(cache.k, k), at_length(cache.v, v))
+    (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
     return KVCache(
-        jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), length, axis=1),
-        jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), length, axis=1),
+        at_length(cache.k, k),
+        at_length(cache.v, v),
+        at_length(cache.k_scale, k_scale),
+        at_length(cache.v_scale, v_scale),
     )
+
+
+def remembered(cache: KVCache) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
+    """The keys and values of a cache; codes become float32."""
+    if cache.k_scale is None or cache.v_scale is None:
+        return cache.k, cache.v
+    return cache.k * cache.k_scale[..., None], cache.v * cache.v_scale[..., None]
 
 
 class Attention(nn.Module):
@@ -215,16 +249,22 @@ class Attention(nn.Module):
                 raise TypeError(
                     f"{kind} attention remembers a KVCache, got the LinearState of linear attention"
                 )
-            weigh = MIXING_WEIGHTS[kind]
-            if kind == "binary":
-                # BiT starts at 4 times the mean of P, and a row of P over S keys has the mean 1/S.
-                init = nn.initializers.constant(4.0 / config.max_length)
-                weigh = partial(weigh, probability_scale=self.param("probability_scale", init, ()))
             if cache is not None:
                 cache = write(cache, k, v, length)
-                k, v = cache.k, cache.v
-            p = weigh(q, k, visible, config.score_scale, progress)
-            o = mix_values(p, v.astype(q.dtype))
+            if cache is not None and kind == "softmax":
+                o = cached_attention(
+                    q, cache.k, cache.v, visible, config.score_scale, length=length + T,
+                    k_scale=cache.k_scale, v_scale=cache.v_scale,
+                ).astype(q.dtype)  # fmt: skip
+            else:
+                weigh = MIXING_WEIGHTS[kind]
+                if kind == "binary":
+                    # BiT starts at 4 times the mean of P, and a row of P over S keys has the mean 1/S.
+                    init = nn.initializers.constant(4.0 / config.max_length)
+                    weigh = partial(weigh, probability_scale=self.param("probability_scale", init, ()))
+                if cache is not None:
+                    k, v = remembered(cache)
+                o = mix_values(weigh(q, k, visible, config.score_scale, progress), v.astype(q.dtype))
 
         o = o.reshape(B, T, config.num_heads * config.head_size)
         if config.norm_placement == "sub":

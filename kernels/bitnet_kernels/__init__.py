@@ -1,6 +1,8 @@
 """Kernels for matrices of one to eight bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
 
+from bitnet_kernels.attention import cached_attention, reference_attention
 from bitnet_kernels.formats import dequantize, pack, unpack
+from bitnet_kernels.head import bfloat16_logits
 from bitnet_kernels.matmul import (
     IMPLEMENTATIONS,
     Choice,
@@ -16,11 +18,14 @@ __all__ = [
     "LAYOUTS",
     "Choice",
     "PackedArray",
+    "bfloat16_logits",
+    "cached_attention",
     "choose_implementation",
     "dequantize",
     "pack",
     "packed_matmul",
     "packed_matmuls",
+    "reference_attention",
     "unpack",
     "validate",
 ]

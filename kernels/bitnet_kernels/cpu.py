@@ -22,7 +22,9 @@ ISA_VARIABLE = "BITNET_KERNELS_ISA"
 
 _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
-_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET)
+_ATTENTION_TARGET = "bitnet_kernels_attention"
+_LOGITS_TARGET = "bitnet_kernels_bfloat16_logits"
+_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET, _LOGITS_TARGET)
 _loading = threading.Lock()
 
 
@@ -128,6 +130,20 @@ def scaled_matmuls(
     return _scaled_call(matrices, isa_name or isa())(x, *(leaf for w in ws for leaf in (w.codes, w.scale)))
 
 
+def bfloat16_logits(x: jax.Array, table: jax.Array, *, isa_name: str | None = None) -> jax.Array:
+    """float32 [m, k] times the transpose of a bfloat16 table [n, k] -> float32 [m, n]; see head.py."""
+    return _logits_call(isa_name or isa())(x, table)
+
+
+@functools.cache
+def _logits_call(isa_name: str) -> Callable[..., jax.Array]:
+    def call(x: jax.Array, table: jax.Array) -> jax.Array:
+        y = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), np.float32)
+        return jax.ffi.ffi_call(_LOGITS_TARGET, y)(x, table, isa=isa_name)
+
+    return _fold_batches(call, rows_axis=0)
+
+
 @functools.cache
 def _integer_call(format: str, groups: int, n: int, isa_name: str) -> Callable[..., jax.Array]:
     number = np.int64(list(FORMATS).index(format))
@@ -152,6 +168,19 @@ def _scaled_call(
         )
 
     return _fold_batches(call, rows_axis=0)
+
+
+@functools.cache
+def attention(scale: float, isa_name: str) -> Callable[..., jax.Array]:
+    """The custom call (q, k, v, k_scale, v_scale, visible, length) of attention.py; sequential under vmap."""
+    load()
+
+    @jax.custom_batching.sequential_vmap
+    def call(q: jax.Array, *others: jax.Array) -> jax.Array:
+        out = jax.ShapeDtypeStruct(q.shape, np.float32)
+        return jax.ffi.ffi_call(_ATTENTION_TARGET, out)(q, *others, scale=np.float32(scale), isa=isa_name)
+
+    return call
 
 
 def _fold_batches(call: Callable[..., Any], rows_axis: int) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import pytest
 
 from bitnet_jax import cli, model_bench, packing
 from bitnet_jax.models import PRESETS, ModelConfig
+from bitnet_jax.precision import RECIPES
 from bitnet_jax.random_model import write_random
 from bitnet_jax.step_kernels import step_kernels
 from bitnet_jax.storage import load_packed
@@ -48,7 +49,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def figures(mixed: Path) -> dict[str, Any]:
-    return model_bench.bench_model(mixed, prompt=6, new_tokens=5, repeats=3)
+    return model_bench.bench_model(mixed, prompt=6, new_tokens=5, repeats=3, kv_format="bfloat16")
 
 
 def test_the_fields_are_there_and_agree_with_each_other(figures: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ def test_the_fields_are_there_and_agree_with_each_other(figures: dict[str, Any])
     kernels = sum(figures["kernel_microseconds"].values()) / 1e6
     np.testing.assert_allclose(figures["kernel_fraction"], kernels / step)
     assert figures["compile_seconds"] > prefill  # a compiler is never faster than this model
-    assert (figures["head_format"], figures["kv_format"]) == ("float32", "float32")
+    assert (figures["head_format"], figures["kv_format"]) == ("bfloat16", "bfloat16")
     if cpu.unavailable() is None:
         assert (figures["implementation"], figures["isa"]) == ("cpu", cpu.isa())
         speed = figures["bytes_per_token"] / step
@@ -75,9 +76,11 @@ def test_bytes_per_token_are_all_weights_one_row_of_the_embedding_and_the_cache(
     figures: dict[str, Any],
 ) -> None:
     sizes = packing.sizes(packing.abstract(MIXED))
-    cache = 2 * 2 * (6 + 5 // 2) * 64 * 4  # layers, keys and values, positions, numbers, bytes
+    cache = 2 * 2 * (6 + 5 // 2) * 64 * 2  # layers, keys and values, positions, numbers, bytes
     assert figures["model_bytes"] == sizes.total
-    assert figures["bytes_per_token"] == sizes.packed + sizes.other + 64 * 2 + cache
+    assert (
+        figures["bytes_per_token"] == sizes.packed + sizes.other + (40 * 64 + 64) * 2 + cache
+    )  # the head, a row
 
 
 def test_every_matrix_of_a_step_is_in_one_kind(mixed: Path) -> None:
@@ -90,7 +93,7 @@ def test_every_matrix_of_a_step_is_in_one_kind(mixed: Path) -> None:
         "o_proj 64 x 64 ternary2 of float inputs",
         "gate_proj, up_proj 96 x 64 ternary2",
         "down_proj 64 x 96 ternary2",
-        "lm_head 40 x 64 float32",
+        "lm_head 40 x 64 bfloat16",
     }
     shapes = {name: call(0).shape for name, call in kinds.items()}
     assert all(f" {n} x " in name for name, (_, n) in shapes.items())
@@ -134,22 +137,34 @@ def test_a_kept_or_named_folder_stays_and_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(model_bench.tempfile, "tempdir", str(tmp_path))
-    with model_bench.model_folder("tiny", None, None, keep=True) as folder:
+    with model_bench.model_folder(PRESETS["tiny"], None, keep=True) as folder:
         pass
     assert load_packed(folder)[0] == PRESETS["tiny"]
     assert f"the model is kept in {folder}" in capsys.readouterr().err
 
     named = tmp_path / "named"
-    with model_bench.model_folder("tiny", "bitnet", named) as folder:
+    config = model_bench.preset_config("tiny", "bitnet")
+    with model_bench.model_folder(config, named) as folder:
         written = (named / "model.safetensors").stat().st_mtime_ns
-    for preset, recipe in (("tiny", "bitnet"), (None, None)):
-        with model_bench.model_folder(preset, recipe, named) as folder:
+    for asked in (config, None):
+        with model_bench.model_folder(asked, named) as folder:
             assert (folder, (named / "model.safetensors").stat().st_mtime_ns) == (named, written)
     with (
-        pytest.raises(ValueError, match="is not --preset tiny of that recipe"),
-        model_bench.model_folder("tiny", "bitnet_b158", named),
+        pytest.raises(ValueError, match="of another preset, recipe or head"),
+        model_bench.model_folder(PRESETS["tiny"], named),
     ):
         pass
+
+
+@pytest.mark.parametrize("preset", ["tiny", "125m"])  # with a tied head, and with one of its own
+def test_a_head_may_have_a_recipe_of_its_own(preset: str) -> None:
+    config = model_bench.preset_config(preset, "bitnet", "bitnet_b158")
+    precisions = config.precisions()
+    assert precisions["lm_head"] == RECIPES["bitnet_b158"]
+    assert {value for path, value in precisions.items() if path != "lm_head"} == {RECIPES["bitnet"]}
+    assert (
+        model_bench.preset_config(preset, "bitnet_a48", "bitnet").precisions()["lm_head"] == RECIPES["bitnet"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_bfloat16_models_are_proved_too_and_only_packed_layers_lose_their_latent
     assert block["mlp"]["up_proj"]["weight"] is params["layers_0"]["mlp"]["up_proj"]["weight"]
     assert "weight" in params["layers_0"]["attention"]["q_proj"]  # the caller's parameters are untouched
     assert kept["embed"]["embedding"].dtype == kept["position_embed"]["embedding"].dtype == jnp.bfloat16
-    assert kept["lm_head"]["weight"].dtype == jnp.float32
+    assert kept["lm_head"]["weight"].dtype == jnp.bfloat16
     assert packing.prove(config, {"params": params}, packed, TOKENS, MASK).matrices == 5
 
 

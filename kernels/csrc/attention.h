@@ -1,0 +1,101 @@
+// Softmax attention of a few or many queries over a cache of keys and values, on raw pointers.
+//
+// The arithmetic of one query is fixed, so its bits depend neither on the instruction set, nor on the threads, nor on
+// which other queries are computed beside it:
+//   keys      chunks of kChunkKeys, beginning at multiples of it;
+//   scores    q.k in 16 lanes, each a chain of fused multiply-adds, summed as a tree of lanes i and i + 8, 4, 2, 1;
+//   chunk     p = exp(score - largest of the chunk), sum of p in 16 lanes, mix = a chain of p v over its keys;
+//   chunks    merged in order into (largest, sum, mix), each side scaled by exp(its largest - the larger one).
+// One chunk does not look at another, so they can be computed anywhere and merged later.
+
+#ifndef BITNET_KERNELS_ATTENTION_H_
+#define BITNET_KERNELS_ATTENTION_H_
+
+#include <cstdint>
+#include <functional>
+#include <string_view>
+
+namespace bitnet {
+
+constexpr int64_t kChunkKeys = 128;
+constexpr int64_t kLanes = 16;
+constexpr int64_t kTileRows = 4;    // rows of q are padded to a multiple of it
+constexpr int64_t kBlockKeys = 32;  // keys that are converted to float32 at once: 16 KiB at 128 channels
+
+enum class KvType { kFloat32, kBfloat16, kInt8 };
+
+// One call. Layouts as in bitnet_kernels/attention.py.
+struct AttentionProblem {
+  int64_t batch, tokens, heads, kv_heads, head_size, room;
+  int64_t length;  // positions that are written, at most room
+  float scale;
+  KvType type;
+  const float* q;          // [batch, tokens, heads, head_size]
+  const void* k;           // [batch, room, kv_heads, head_size]
+  const void* v;           // the same
+  const float* k_scale;    // [batch, room, kv_heads] for int8, else null
+  const float* v_scale;    // the same
+  const uint8_t* visible;  // [batch, tokens, room], 0 or 1
+  float* out;              // [batch, tokens, heads, head_size]
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t padded() const { return (head_size + kLanes - 1) / kLanes * kLanes; }
+};
+
+// What some rows have seen of the keys so far: the largest score (-inf: no key), the sum of p, the mix of values.
+struct Partial {
+  float* largest;  // [rows]
+  float* sum;      // [rows]
+  float* mix;      // [rows, padded]
+};
+
+// What a query can see of a chunk: nothing outside [begin, end), and inside it where hidden is 0.
+struct Sight {
+  const float* hidden;  // [kChunkKeys], 0 or -1
+  int64_t begin, end;
+};
+
+// Some rows, the queries of one kv head, against the keys of one chunk.
+struct ChunkProblem {
+  KvType type;
+  const void* k;  // the first key of the chunk
+  const void* v;
+  int64_t stride;        // elements from a key to the next
+  const float* k_scale;  // [kChunkKeys] for int8, else null
+  const float* v_scale;
+  int64_t keys;
+  int64_t head_size, padded;
+  int64_t rows;        // a multiple of kTileRows
+  const float* q;      // [rows, padded], times the scale of the scores, zeros behind head_size
+  const Sight* sight;  // [rows]
+  float* scores;       // [rows, kChunkKeys], overwritten
+  float* block;        // [kBlockKeys, padded], overwritten
+};
+
+// One instruction set.
+struct AttentionKernels {
+  const char* name;
+  void (*chunk)(const ChunkProblem&, const Partial& out);
+  void (*merge)(const Partial& into, const Partial& from, int64_t rows, int64_t padded);
+};
+
+extern const AttentionKernels kScalarAttention;
+#if defined(__x86_64__)
+extern const AttentionKernels kAvx2Attention;
+extern const AttentionKernels kAvx512Attention;
+#elif defined(__aarch64__)
+extern const AttentionKernels kNeonAttention;
+#endif
+
+// The loops that go with an instruction set of the matrix products (isa.h), or null where that is not available.
+const AttentionKernels* find_attention(std::string_view isa);
+
+using ParallelFor = std::function<void(int64_t items, const std::function<void(int64_t)>& body)>;
+
+// Writes out for all queries; the items of parallel_for may run in any order and at once.
+void attend(const AttentionKernels& kernels, const AttentionProblem& p, int64_t threads,
+            const ParallelFor& parallel_for);
+
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_ATTENTION_H_
