@@ -101,8 +101,42 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def abstract(config: ModelConfig) -> dict[str, Any]:
-    """The variables of a packed model as shapes and dtypes; nothing is computed or allocated."""
+    """The variables of a packed model as shapes and dtypes; nothing is computed or allocated.
 
+    Layers of the same precisions have the same shapes, so one of each kind is traced, however deep the model.
+    """
+    kinds: dict[
+        tuple[tuple[str, Precision], ...], int
+    ] = {}  # a layer's precisions -> its place in the traced model
+    kind_of = [kinds.setdefault(layer, len(kinds)) for layer in _layers(config)]
+    heads = [(path, value) for path, value in config.precisions().items() if not path.startswith("layers_")]
+    rules = [(f"layers_{i}/{path}", value) for layer, i in kinds.items() for path, value in layer]
+    traced = _trace(dataclasses.replace(config, num_layers=len(kinds), precision=(*rules, *heads)))
+
+    def deepened(variables: dict[str, Any]) -> dict[str, Any]:
+        outside = {name: part for name, part in variables.items() if not name.startswith("layers_")}
+        layers = {
+            f"layers_{i}": variables[f"layers_{kind}"]
+            for i, kind in enumerate(kind_of)
+            if f"layers_{kind}"
+            in variables  # a collection has no entry for a layer without any of its arrays
+        }
+        return outside | layers
+
+    return {collection: deepened(variables) for collection, variables in traced.items()}
+
+
+def _layers(config: ModelConfig) -> list[tuple[tuple[str, Precision], ...]]:
+    """The (path in the layer, Precision) pairs of each layer."""
+    layers: list[dict[str, Precision]] = [{} for _ in range(config.num_layers)]
+    for path, precision in config.precisions().items():
+        layer, _, inside = path.partition("/")
+        if layer.startswith("layers_"):
+            layers[int(layer.removeprefix("layers_"))][inside] = precision
+    return [tuple(layer.items()) for layer in layers]
+
+
+def _trace(config: ModelConfig) -> dict[str, Any]:
     def packed() -> dict[str, Any]:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return pack(Transformer(config).init(jax.random.key(0), tokens)["params"], config)
