@@ -174,6 +174,11 @@ class Precision:
         return plain is not None and all(getattr(self, f) == getattr(plain, f) for f in fields)
 
     @property
+    def input_is_signs(self) -> bool:
+        """True where every code of the input is -1 or 1."""
+        return self.activation in ("sign", "sign_absmean", "elastic_signed") and self.top_k == 1
+
+    @property
     def weight_bits(self) -> float:
         """Information per weight: 1, log2(3), ..., without the scales."""
         return WEIGHT_FORMATS[self.weight][0] if self.quantizes_weights else self._float_bits

@@ -128,7 +128,8 @@ class BitLinear(nn.Module):
         if packed is not None:
             if precision.activation == "none":
                 return packed_matmul(x_quantized.codes.astype(jnp.float32), packed, activation_bits=None)
-            y = packed_matmul(x_quantized.codes.astype(jnp.int8), packed)
+            bits = 1 if precision.input_is_signs else 8
+            y = packed_matmul(x_quantized.codes.astype(jnp.int8), packed, activation_bits=bits)
             return rounded_product(y, x_quantized.scale)
         weight = self.param("weight", nn.initializers.normal(self.init_std), (self.features, k), jnp.float32)
         if precision.quantizes_weights:

@@ -120,15 +120,19 @@ def integer_matmul(x: jax.Array, w: PackedArray, *, isa_name: str | None = None)
 
 
 def scaled_matmuls(
-    x: jax.Array, ws: Sequence[PackedArray], *, isa_name: str | None = None
+    x: jax.Array, ws: Sequence[PackedArray], *, activation_bits: int = 8, isa_name: str | None = None
 ) -> tuple[jax.Array, ...]:
     """x [m, k], int8 codes or float32, times packed matrices and their scales -> float32 [m, n] of each.
 
-    float32 rows are quantized first. The definition is reference.scaled_matmuls, bit for bit, without its
+    float32 rows are quantized first. activation_bits=1: the codes of x are all -1 or 1; products with binary
+    matrices count bits. The definition is reference.scaled_matmuls, bit for bit, without its
     [G, m, n] sums in memory; all matrices are one parallel loop.
     """
     matrices = tuple((w.format, w.shape[0]) for w in ws)
-    return _scaled_call(matrices, isa_name or isa())(x, *(leaf for w in ws for leaf in (w.codes, w.scale)))
+    bits = 1 if activation_bits == 1 and all(w.format == "binary" for w in ws) else 8
+    return _scaled_call(matrices, bits, isa_name or isa())(
+        x, *(leaf for w in ws for leaf in (w.codes, w.scale))
+    )
 
 
 def bfloat16_logits(x: jax.Array, table: jax.Array, *, isa_name: str | None = None) -> jax.Array:
@@ -165,15 +169,15 @@ def _integer_call(format: str, groups: int, n: int, isa_name: str) -> Callable[.
 
 @functools.cache
 def _scaled_call(
-    matrices: tuple[tuple[str, int], ...], isa_name: str
+    matrices: tuple[tuple[str, int], ...], activation_bits: int, isa_name: str
 ) -> Callable[..., tuple[jax.Array, ...]]:
     numbers = np.array([list(FORMATS).index(format) for format, _ in matrices], np.int64)
 
     def call(x: jax.Array, *codes_and_scales: jax.Array) -> tuple[jax.Array, ...]:
         results = tuple(jax.ShapeDtypeStruct((x.shape[0], n), np.float32) for _, n in matrices)
-        return tuple(
-            jax.ffi.ffi_call(_SCALED_TARGET, results)(x, *codes_and_scales, formats=numbers, isa=isa_name)
-        )
+        call = jax.ffi.ffi_call(_SCALED_TARGET, results)
+        bits = np.int64(activation_bits)
+        return tuple(call(x, *codes_and_scales, formats=numbers, activation_bits=bits, isa=isa_name))
 
     return _fold_batches(call, rows_axis=0)
 

@@ -68,7 +68,8 @@ def packed_matmul(
     in integers and rescaled in float32, y = sum_g(sums_g * w.scale_g) * x.scale. Its gradient to x goes
     straight through the rounding: dx = dy @ dequantize(w). w gets no gradient.
     x int8: x holds codes already; returns sum_g(sums_g * w.scale_g), which the caller multiplies by the
-    scale of the tokens.
+    scale of the tokens. activation_bits=1 promises that all of them are -1 or 1 (nothing checks it), and
+    products with a binary w count bits.
     x float, activation_bits=None: weight-only; a float32 product with the unpacked codes, by XLA.
 
     implementation=None takes what choose_implementation names, on the platform that the code is compiled
@@ -100,8 +101,8 @@ def packed_matmuls(
             )
     if not ws:
         raise ValueError("got no matrices; expected at least one")
-    if activation_bits not in (8, None):
-        raise ValueError(f"activation_bits={activation_bits}; expected 8 or None")
+    if activation_bits not in (8, None) and not (activation_bits == 1 and x.dtype == np.int8):
+        raise ValueError(f"activation_bits={activation_bits}; expected 8, None, or 1 for int8 x of -1 and 1")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={implementation!r}; expected None or one of {sorted(IMPLEMENTATIONS)}"
@@ -144,7 +145,7 @@ def _matmuls(
     implementation: str | None,
     isa: str | None,
 ) -> tuple[jax.Array, ...]:
-    multiply = _scaled_matmuls(implementation, isa)
+    multiply = _scaled_matmuls(implementation, activation_bits, isa)
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype == np.int8:
         ys = multiply(rows, ws)
@@ -155,10 +156,12 @@ def _matmuls(
     return tuple(y.reshape(*x.shape[:-1], w.shape[0]) for y, w in zip(ys, ws, strict=True))
 
 
-def _scaled_matmuls(implementation: str | None, isa: str | None) -> ScaledMatmuls:
+def _scaled_matmuls(
+    implementation: str | None, activation_bits: int | None, isa: str | None
+) -> ScaledMatmuls:
     if implementation == "reference":
         return reference.scaled_matmuls
-    by_cpu = functools.partial(cpu.scaled_matmuls, isa_name=isa)
+    by_cpu = functools.partial(cpu.scaled_matmuls, activation_bits=activation_bits or 8, isa_name=isa)
     default = {"default": reference.scaled_matmuls} if implementation is None else {}
     return lambda x, ws: jax.lax.platform_dependent(x, ws, cpu=by_cpu, **default)
 

@@ -11,6 +11,7 @@
 #include "integer_matmul.h"
 #include "isa.h"
 #include "scaled_matmul.h"
+#include "sign_matmul.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -67,6 +68,7 @@ ffi::Error make_problem(int64_t m, int64_t k, Codes w, int64_t format, int64_t g
 // The rows of x with every group padded to the blocks of one matrix, and their sums.
 struct Rows {
   std::vector<int8_t> padded;
+  std::vector<uint32_t> signs;
   std::vector<int32_t> sums;
 
   // From codes [m, k], to which p.x and p.x_sums point afterwards, or to a padded copy.
@@ -170,8 +172,19 @@ struct Activations {
   }
 };
 
+// Rows of signs as words, in the shape that find_sign_kernels describes.
+void prepare_signs(const int8_t* codes, int64_t k, Rows& rows, Problem& p) {
+  const int64_t inputs = k / p.groups;
+  rows.signs.assign(p.m * p.groups * p.group_blocks, 0);
+  for (int64_t i = 0; i < p.m * p.groups; ++i) pack_signs(codes + i * inputs, inputs, rows.signs.data() + i * p.group_blocks);
+  rows.sums.assign(p.m * p.groups, static_cast<int32_t>(inputs));
+  p.x = reinterpret_cast<const int8_t*>(rows.signs.data());
+  p.x_stride = p.groups * p.group_blocks * static_cast<int64_t>(sizeof(uint32_t));
+  p.x_sums = rows.sums.data();
+}
+
 ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<const int64_t> formats,
-                       std::string_view isa, ffi::RemainingRets results) {
+                       int64_t activation_bits, std::string_view isa, ffi::RemainingRets results) {
   if (x.dimensions().size() != 2 || (x.element_type() != ffi::S8 && x.element_type() != ffi::F32)) {
     return invalid("expected x as int8 or float32 [m, k]; got rank " + std::to_string(x.dimensions().size()));
   }
@@ -204,14 +217,24 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
     scales[i] = {scale->typed_data(), rows == 1 ? 0 : groups, nullptr};
     outputs[i] = (*y)->typed_data();
   }
-  const Kernels* kernels = find_kernels(isa);
+  const bool binary = std::all_of(problems.begin(), problems.end(), [](const Problem& p) { return p.format == Format::kBinary; });
+  const bool signs = activation_bits == 1;
+  if (activation_bits != 8 && !(signs && binary && x.element_type() == ffi::S8)) {
+    return invalid("activation_bits=" + std::to_string(activation_bits) +
+                   "; expected 8, or 1 for int8 signs and binary matrices");
+  }
+  const Kernels* kernels = signs ? find_sign_kernels(isa) : find_kernels(isa);
   if (kernels == nullptr) return unknown_isa(isa);
   if (m == 0) return ffi::Error::Success();
 
   const Activations activations = Activations::of(x);
   std::vector<Rows> rows(count);
   for (size_t i = 0; i < count; ++i) {
-    rows[i].prepare(activations.codes, k, *kernels, problems[i]);
+    if (signs) {
+      prepare_signs(activations.codes, k, rows[i], problems[i]);
+    } else {
+      rows[i].prepare(activations.codes, k, *kernels, problems[i]);
+    }
     scales[i].activation = activations.scales;
   }
   run(problems, [&](size_t i, int64_t begin, int64_t end) {
@@ -236,6 +259,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_scaled_matmul, bitnet::scaled_call,
                                   .Arg<ffi::AnyBuffer>()  // x [m, k], int8 codes or float32
                                   .RemainingArgs()        // of each matrix codes [panels, blocks, 64], scale
                                   .Attr<ffi::Span<const int64_t>>("formats")
+                                  .Attr<int64_t>("activation_bits")
                                   .Attr<std::string_view>("isa")
                                   .RemainingRets());  // of each matrix y [m, n]
 

@@ -77,6 +77,8 @@ def test_every_recipe_quantizes_and_learns(precision: Precision) -> None:
         assert set(np.unique(w.codes)) == {-1, 1}
     if precision.packed_format == "ternary2":
         assert set(np.unique(w.codes)) == {-1, 0, 1}
+    if precision.input_is_signs:
+        assert set(np.unique(a.codes)) == {-1, 1}
     if precision.activation != "none":
         np.testing.assert_array_equal(np.asarray(a.codes).astype(np.int8), a.codes)
 

@@ -76,6 +76,22 @@ def test_the_fused_rescale_gives_the_bits_of_the_definition(
 
 @built
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("n", "k", "groups"), [(1, 1, 1), (37, 100, 1), (100, 640, 20), (33, 2049, 1)])
+def test_signs_times_signs_count_bits(make_packed, isa: str, n: int, k: int, groups: int) -> None:
+    _, w = make_packed("binary", n, k, groups)
+    _, other = make_packed("ternary2", n, k, groups)  # beside it, signs are ordinary codes
+    for m in (1, 3, 4, 5, 9):
+        x = jnp.asarray(np.random.default_rng(m).choice(np.array([-1, 1], np.int8), (m, k)))
+        expected = reference.scaled_matmuls(x, [w, other])
+        (y,) = cpu.scaled_matmuls(x, [w], activation_bits=1, isa_name=isa)
+        np.testing.assert_array_equal(y, expected[0])
+        both = cpu.scaled_matmuls(x, [w, other], activation_bits=1, isa_name=isa)
+        for got, wanted in zip(both, expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS)
 def test_matrices_of_different_formats_run_as_one(make_packed, isa: str) -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 256)), jnp.float32)
     ws = [make_packed(format, 40 + i, 256, 1 + i % 2)[1] for i, format in enumerate(FORMATS)]
@@ -176,7 +192,14 @@ def test_the_scaled_custom_call_refuses(scale, y, message: str) -> None:
     call = jax.ffi.ffi_call("bitnet_kernels_scaled_matmul", (jax.ShapeDtypeStruct(y, jnp.float32),))
     x, codes = jnp.zeros((2, 64), jnp.int8), jnp.zeros((1, 2, 64), jnp.uint8)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        call(x, codes, jnp.ones(scale), formats=np.zeros(1, np.int64), isa="scalar")
+        call(
+            x,
+            codes,
+            jnp.ones(scale),
+            formats=np.zeros(1, np.int64),
+            activation_bits=np.int64(8),
+            isa="scalar",
+        )
 
 
 @built

@@ -232,7 +232,8 @@ def test_all_implementations_give_the_same_bits(
         (jnp.ones(()), {}, r"x has shape \(\)"),
         (jnp.ones((2, 64), jnp.int32), {}, "x is int32; expected a float type, or int8"),
         (jnp.ones((2, 64), jnp.uint8), {}, "x is uint8"),
-        (jnp.ones((2, 64)), {"activation_bits": 4}, "activation_bits=4; expected 8 or None"),
+        (jnp.ones((2, 64)), {"activation_bits": 4}, "activation_bits=4; expected 8, None, or 1"),
+        (jnp.ones((2, 64)), {"activation_bits": 1}, "activation_bits=1; expected 8, None, or 1 for int8 x"),
         (jnp.ones((2, 64)), {"implementation": "cuda"}, "implementation='cuda'; expected None or one of"),
     ],
 )
