@@ -28,9 +28,14 @@ void detect_x86(std::vector<const Kernels*>& available) {
   uint32_t eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return;
   const uint32_t saved = saved_registers();
-  const uint32_t avx2 = 1u << 5, avx512f_bw_vl = 1u << 16 | 1u << 30 | 1u << 31, vnni = 1u << 11;
-  if (has(saved, 0x06) && has(ebx, avx2)) available.push_back(&kAvx2Kernels);
-  if (has(saved, 0xe6) && has(ebx, avx512f_bw_vl) && has(ecx, vnni)) available.push_back(&kAvx512VnniKernels);
+  const bool avx2 = has(saved, 0x06) && has(ebx, 1u << 5);
+  const bool avx512 = has(saved, 0xe6) && has(ebx, 1u << 16 | 1u << 30 | 1u << 31);  // F, BW, VL
+  const bool avx512vnni = avx512 && has(ecx, 1u << 11), avx512vbmi = avx512vnni && has(ecx, 1u << 1);
+  const bool avxvnni = avx2 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && has(eax, 1u << 4);
+  if (avx2) available.push_back(&kAvx2Kernels);
+  if (avxvnni) available.push_back(&kAvxVnniKernels);
+  if (avx512vnni) available.push_back(&kAvx512VnniKernels);
+  if (avx512vbmi) available.push_back(&kAvx512VbmiKernels);
 }
 
 #endif  // __x86_64__

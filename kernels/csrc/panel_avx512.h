@@ -1,0 +1,60 @@
+// AVX-512 with VNNI: vpdpbusd multiplies 64 unsigned fields with 64 signed activations and adds groups of four to
+// 16 int32 lanes, exactly for every int8 value. Included like panel_fields.h.
+
+struct Avx512Vnni {
+  using Bytes = __m512i;
+  using Sums = __m512i;
+  static constexpr int kLanes = 16;
+  static constexpr int slots(Format format) { return fields(format); }
+  static constexpr int kStreams = 2;
+  static constexpr int kFusedRows = 4, kFewRows = 8;
+  static constexpr int kTilePanels = 4, kTileRows = 6;
+  static constexpr int64_t partial_limit(Format) { return 0; }
+  static constexpr int32_t offset(Format format) { return bitnet::offset(format); }
+
+  static BITNET_INLINE Bytes load(const void* source) {
+    Bytes bytes = _mm512_loadu_si512(source);
+    asm("" : "+v"(bytes));  // one load: gcc 12 would fold it into every use
+    return bytes;
+  }
+  static BITNET_INLINE Bytes broadcast(const int8_t* x) {
+    int32_t dword;
+    std::memcpy(&dword, x, 4);
+    return _mm512_set1_epi32(dword);
+  }
+  static BITNET_INLINE Bytes splat(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
+  static BITNET_INLINE Bytes bit_and(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+  static BITNET_INLINE Bytes min(Bytes a, Bytes b) { return _mm512_min_epu8(a, b); }
+  static BITNET_INLINE Bytes subtract(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+  // Bits of a neighbouring byte come in at the top; a mask follows.
+  template <int kBits>
+  static BITNET_INLINE Bytes shift_right(Bytes bytes) {
+    return _mm512_srli_epi16(bytes, kBits);
+  }
+  static BITNET_INLINE Bytes look_up(const uint8_t* table, Bytes indices) {
+    const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), indices);
+  }
+  template <Format>
+  static BITNET_INLINE Sums dot(Sums sums, Bytes fields, Bytes x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(fields), "v"(x));  // gcc 12 copies sums around the intrinsic
+    return sums;
+  }
+  template <Format>
+  static BITNET_INLINE Sums finish(Sums sums) {
+    return sums;
+  }
+  static BITNET_INLINE Sums zero() { return _mm512_setzero_si512(); }
+  static BITNET_INLINE Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
+  template <int kScale>
+  static BITNET_INLINE Sums divide(Sums sums) {
+    if constexpr (kScale == 1) {
+      return sums;
+    } else if constexpr (kScale % 2 == 0) {
+      return divide<kScale / 2>(_mm512_srai_epi32(sums, 1));
+    } else {
+      return _mm512_mullo_epi32(sums, _mm512_set1_epi32(inverse(kScale)));
+    }
+  }
+  static BITNET_INLINE void store(int32_t* target, Sums sums) { _mm512_store_si512(target, sums); }
+};

@@ -1,0 +1,116 @@
+// Every instruction set of this processor against plain loops, on buffers of exactly the right size and on two threads:
+// run by itself, under the sanitizers (test_sanitizers.py) and in emulated processors (test_emulated.py). Prints a line
+// for each instruction set; the exit status tells whether all outputs were right.
+
+#include <cstdio>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "isa.h"
+
+using namespace bitnet;
+
+namespace {
+
+struct Shape {
+  int64_t n, k, groups;
+};
+
+// Sums and codes whose layout is that of the product: codes[n][x_stride], zero in padding.
+struct Case {
+  std::vector<int8_t> x, codes;
+  std::vector<uint8_t> w;
+  Problem p;
+};
+
+// Activations and fields are random (every second activation -128 or 127), or at one of their extremes everywhere.
+Case make_case(Format format, int64_t m, const Shape& shape, bool extreme, std::mt19937& random) {
+  Case c;
+  c.p = {format, m, shape.n, shape.groups, 0, nullptr, 0, nullptr, nullptr, nullptr};
+  const int64_t used = shape.k / shape.groups;
+  c.p.group_blocks = (used + c.p.block_inputs() - 1) / c.p.block_inputs();
+  c.p.x_stride = shape.groups * c.p.group_inputs();
+  c.x.resize(m * c.p.x_stride);
+  c.codes.resize(shape.n * c.p.x_stride);
+  c.w.resize(c.p.panels() * c.p.panel_bytes());
+  for (int64_t i = 0; i < c.p.x_stride; ++i) {
+    if (i % c.p.group_inputs() >= used) continue;
+    for (int64_t row = 0; row < m; ++row) {
+      const uint32_t bits = random();
+      const bool low = extreme ? row % 2 : bits & 1, ends = extreme || (bits & 2);
+      c.x[row * c.p.x_stride + i] = static_cast<int8_t>(ends ? (low ? -128 : 127) : static_cast<int32_t>(bits >> 24));
+    }
+    const int64_t block = i / c.p.block_inputs(), input = i % c.p.block_inputs();
+    int64_t weight = 1;  // of the field in its byte
+    for (int64_t s = 0; s < input / 4; ++s) weight *= field_base(format);
+    for (int64_t row = 0; row < shape.n; ++row) {
+      const int64_t highest = highest_field(format);
+      const int64_t field = extreme ? (row / 2 % 2 ? 0 : highest) : random() % (highest + 1);
+      c.codes[row * c.p.x_stride + i] = static_cast<int8_t>(multiplier(format) * field - offset(format));
+      uint8_t& byte = c.w[row / 16 * c.p.panel_bytes() + block * kBlockBytes + 4 * (row % 16) + input % 4];
+      byte = static_cast<uint8_t>(byte + field * weight);
+    }
+  }
+  c.p.x = c.x.data();
+  c.p.w = c.w.data();
+  return c;
+}
+
+int64_t wrong_outputs(const Kernels& kernels, Case& c) {
+  Problem& p = c.p;
+  const int64_t inputs = p.group_inputs(), middle = (p.panels() + 1) / 2;
+  std::vector<int32_t> x_sums(p.m * p.groups), y(p.groups * p.m * p.n);
+  for (size_t i = 0; i < x_sums.size(); ++i) x_sums[i] = kernels.sum(p.x + i * inputs, inputs);
+  p.x_sums = x_sums.data();
+  p.y = y.data();
+  std::thread helper([&] { kernels.matmul(p, middle, p.panels()); });
+  kernels.matmul(p, 0, middle);
+  helper.join();
+
+  int64_t wrong = 0;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    for (int64_t row = 0; row < p.m; ++row) {
+      const int8_t* x = p.inputs(row, g, 0);
+      for (int64_t r = 0; r < p.n; ++r) {
+        const int8_t* codes = c.codes.data() + r * p.x_stride + g * inputs;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < inputs; ++i) sum += codes[i] * x[i];
+        wrong += sum != y[(g * p.m + row) * p.n + r];
+      }
+    }
+  }
+  return wrong;
+}
+
+}  // namespace
+
+int main() {
+  // One of everything; odd sizes; several panels of every instruction set's tiles; more inputs than a tile; groups.
+  const Shape shapes[] = {{1, 1, 1}, {3, 31, 1}, {37, 100, 1}, {129, 160, 1}, {65, 2100, 1}, {100, 640, 20}, {33, 288, 3}};
+  int64_t all_wrong = 0;
+  std::istringstream names(bitnet_kernels_available_isas());
+  for (std::string isa; std::getline(names, isa, ',');) {
+    const Kernels& kernels = *find_kernels(isa);
+    std::mt19937 random(1);
+    int64_t wrong = 0, cases = 0;
+    for (Format format : kFormats) {
+      for (const Shape& shape : shapes) {
+        for (int64_t m = 1; m <= 20; ++m, ++cases) {
+          Case c = make_case(format, m, shape, m % 4 == 3, random);
+          wrong += wrong_outputs(kernels, c);
+        }
+      }
+      for (int64_t m : {1, 2, 17, 33, 70}) {
+        Case c = make_case(format, m, {20, m < 3 ? max_group_inputs(format) : 300, 1}, m != 33, random);
+        wrong += wrong_outputs(kernels, c);
+        ++cases;
+      }
+    }
+    std::printf("%s: %lld cases, %lld wrong\n", isa.c_str(), static_cast<long long>(cases), static_cast<long long>(wrong));
+    all_wrong += wrong;
+  }
+  return all_wrong != 0;
+}
