@@ -9,9 +9,9 @@
     binary      q and k plain ±1, and P rounded to {0, a}, a learned  BiT, 2205.13016
     linear      no scores at all: see linear_attention.py
 
-`s` is the score scale, 1/sqrt(h) by default; "linear" has none. Softmax over a cache is
-`bitnet_kernels.cached_attention`: C++ on a CPU, the same for latent and packed weights. A query that sees no key (left padding) gets
-P = 0 and passes no gradient. Query head j reads kv head j // (H / K).
+`s` is the score scale, 1/sqrt(h) by default; "linear" has none. A query that sees no key (left padding) gets
+P = 0 and passes no gradient. Query head j reads kv head j // (H / K). Softmax over a cache is
+`bitnet_kernels.cached_attention`, C++ on a CPU, for latent and for packed weights alike.
 """
 
 from __future__ import annotations

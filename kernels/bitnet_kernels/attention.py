@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bitnet_kernels import cpu
 
@@ -87,7 +86,9 @@ def cached_attention(
     """
     arrays = _checked(q, k, v, visible, k_scale, v_scale)
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"implementation={implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}"
+        )
     name, isa = _resolve(implementation)
     return _attention(float(scale), name, isa)(*arrays, jnp.asarray(length, jnp.int32))
 
