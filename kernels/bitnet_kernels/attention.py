@@ -167,7 +167,7 @@ def _attention(scale: float, implementation: str | None, isa: str | None) -> Cal
         return jax.lax.platform_dependent(*arrays, **branches)
 
     @attention.defjvp
-    def refuse(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> None:
+    def refuse(primals: object, tangents: object) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError(
             "cached_attention has no gradient; it is for inference. Train without a cache, or differentiate "
             "reference_attention"

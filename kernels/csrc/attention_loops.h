@@ -123,7 +123,7 @@ struct Loops {
             for (int b = 0; b < 4; ++b) x[b] = channels<kType>(key[b], d, size);
             Lanes::transpose(x);
             BITNET_UNROLL
-            for (int j = 0; j < 4; ++j) Lanes::store(to + (d + 4 * j) * 4, x[j]);
+            for (int j = 0; j < 4; ++j) Lanes::store(to + (d + 4 * j) * kLanes, x[j]);
           }
         }
       }
