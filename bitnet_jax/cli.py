@@ -132,12 +132,16 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable"
     )
+    _kv_format_argument(command)
+    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+
+
+def _kv_format_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--kv-format",
         choices=("float32", "bfloat16", "int8"),
         help="of remembered keys and values (default: the model's own dtype); int8 reads a quarter of float32",
     )
-    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
 
 
 def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
@@ -161,6 +165,34 @@ def _info_arguments(command: argparse.ArgumentParser) -> None:
         "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
     )
     command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    command.add_argument(
+        "--verify", action="store_true", help="read all of a packed model, compare checksums"
+    )
+
+
+def _bench_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--preset", metavar="NAME", help="shape of the model: tiny, 125m, ..., 100b, 2b4t")
+    command.add_argument("--recipe", metavar="NAME", help="precision of its layers (default bitnet_b158)")
+    command.add_argument(
+        "--head", metavar="NAME", help="recipe of the output head, which then is a matrix of its own"
+    )
+    _kv_format_argument(command)
+    command.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="time this; made first if it does not exist"
+    )
+    command.add_argument(
+        "--keep", action="store_true", help="do not remove the temporary folder of the weights"
+    )
+    command.add_argument(
+        "--prompt", type=int, default=512, metavar="N", help="tokens to read (default %(default)s)"
+    )
+    command.add_argument(
+        "--generate", type=int, default=64, metavar="N", help="tokens to write (default %(default)s)"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="use the first N processors (default: all)")
+    command.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="time everything N times (default %(default)s)"
+    )
 
 
 def _doctor_arguments(command: argparse.ArgumentParser) -> None:
@@ -175,6 +207,7 @@ COMMANDS: dict[str, tuple[Run, AddArguments]] = {
     "generate": (commands.generate, _generate_arguments),
     "eval": (commands.evaluate, _evaluate_arguments),
     "info": (commands.info, _info_arguments),
+    "bench": (commands.bench, _bench_arguments),
     "doctor": (commands.doctor, _doctor_arguments),
 }
 

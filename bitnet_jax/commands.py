@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -207,13 +208,15 @@ def evaluate(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     """Show what a folder holds: config, recipe of each layer, size of each part, packed formats.
 
+    Contents of a large packed model are read and compared with their checksums only with --verify.
+
     example:
-      bitnet-jax info runs/first-packed
+      bitnet-jax info runs/first-packed --verify
     """
     from bitnet_jax import packing
     from bitnet_jax.model_folders import load_model, matrices
 
-    model = load_model(args.folder, step=args.step, verify=False)
+    model = load_model(args.folder, step=args.step, verify=args.verify or None)
     sizes = packing.sizes(model.variables)
     layers = matrices(model.config, model.variables)
     config = model.config.to_dict()
@@ -242,6 +245,46 @@ def _size_figures(sizes: Any) -> dict[str, int]:
 def _describe_sizes(sizes: Any) -> str:
     packed = f"{sizes.packed:,d} packed ({sizes.packed_ratio:.3f} of bfloat16), " if sizes.packed else ""
     return f"{sizes.total:,d} bytes: {packed}{sizes.embeddings:,d} embeddings, {sizes.other:,d} other"
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Time a model of a known shape with random weights: prefill, decoding, memory, against the machine's limits.
+
+    The weights are written to a temporary folder, or to --model, and read back; a --model that exists is timed as
+    it is. Ratios (of the read ceiling, of the multiplier peak, kernels to whole step) come from measurements in
+    turn; figures in tokens per second move with what else the machine does.
+
+    example:
+      bitnet-jax bench --preset 2b4t --recipe bitnet_b158 --prompt 512 --generate 64 --threads 2 --json bench.json
+    """
+    if args.threads is not None:
+        _use_threads(args.threads)  # before JAX starts its own
+    from bitnet_jax import model_bench
+
+    config = None
+    if args.preset is not None:
+        config = model_bench.preset_config(args.preset, args.recipe, args.head)
+    with model_bench.model_folder(config, args.model, keep=args.keep) as folder:
+        figures = model_bench.bench_model(
+            folder,
+            prompt=args.prompt,
+            new_tokens=args.generate,
+            repeats=args.repeats,
+            kv_format=args.kv_format,
+        )
+    _write_json(args.json, figures)
+    print(model_bench.table(figures))
+    return 0
+
+
+def _use_threads(count: int) -> None:
+    """Restricts the process to the first `count` processors that it may use."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError(f"got --threads {count}, expected none: this system cannot restrict a process")
+    allowed = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(allowed):
+        raise ValueError(f"got --threads {count}, expected 1 to {len(allowed)}, the processors there are")
+    os.sched_setaffinity(0, allowed[:count])
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -14,7 +14,6 @@ import functools
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from bitnet_jax import packing
 from bitnet_jax.inference.generate import greedy
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_kernels import FORMATS, Choice, PackedArray, choose_implementation, cpu, pack, reference
+from bitnet_kernels.machine import processor
 
 # m rows, n outputs, k inputs, G groups: one of everything, odd sizes, whole blocks, groups, and a prefill.
 SHAPES = ((1, 1, 1, 1), (1, 16, 64, 1), (3, 17, 65, 1), (2, 48, 256, 4), (7, 100, 1000, 1), (64, 256, 512, 2))
@@ -76,7 +76,7 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": jax.default_backend(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
@@ -84,15 +84,6 @@ def machine() -> dict[str, Any]:
 def choice_here() -> Choice:
     """What packed_matmul takes for an ordinary matrix on this machine."""
     return choose_implementation(pack(jnp.ones((16, 64), jnp.int8), jnp.ones((1, 1)), "ternary2"))
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it (Linux), else its architecture."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _checked(name: str, work: Callable[[], str]) -> Check:

@@ -32,12 +32,12 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer | None  # a run always has one
 
 
-def load_model(folder: str | Path, *, step: int | None = None, verify: bool = True) -> LoadedModel:
+def load_model(folder: str | Path, *, step: int | None = None, verify: bool | None = None) -> LoadedModel:
     """The model of a folder, whichever kind it is.
 
     Args:
       step: of the checkpoint, for a run; None: the newest.
-      verify: compare the checksums of a packed model (reads it once).
+      verify: of a packed model, see `storage.load_packed`.
 
     Raises:
       FileNotFoundError: no such folder, or nothing in it that is known.
@@ -137,5 +137,5 @@ def pack_run(
     prompt = jax.random.randint(jax.random.key(0), (prompts, length), 0, config.vocab_size)
     proof = packing.prove(config, {"params": params}, variables, prompt, greedy=greedy, new_tokens=new_tokens)
     storage.save_packed(folder, variables, config, tokenizer, overwrite=overwrite)
-    storage.load_packed(folder)
+    storage.load_packed(folder, verify=True)
     return proof, packing.sizes(variables)

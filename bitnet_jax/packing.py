@@ -29,7 +29,7 @@ from bitnet_kernels import FORMATS, PackedArray, unpack
 from bitnet_kernels import pack as pack_codes
 
 Variables = Mapping[str, Any]
-EMBEDDINGS = ("embed/embedding", "position_embed/embedding")
+TABLES = ("embed/embedding", "position_embed/embedding", "lm_head/weight")
 LOGIT_TOLERANCE = 1e-5  # relative to the largest logit; both sides do the same float32 work behind exact sums
 
 
@@ -52,7 +52,7 @@ class Sizes:
     """Bytes of a model; `quantized_bfloat16` is what the packed matrices would take in bfloat16."""
 
     packed: int
-    embeddings: int
+    embeddings: int  # and the float head, where it is a table of its own
     other: int
     quantized_bfloat16: int
 
@@ -69,7 +69,7 @@ class Sizes:
 def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Packs every linear layer whose Precision has a packed form; the others keep their latent weights.
 
-    Embeddings are stored in config.embedding_dtype, the rounding their forward pass does anyway.
+    Embeddings and a float head are stored in config.embedding_dtype, the rounding their forward pass does anyway.
 
     Returns: {"params": ..., "packed": ...}.
 
@@ -93,7 +93,7 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         del flat[f"{path}/weight"]
         flat.pop(f"{path}/weight_scale", None)
         packed[f"{path}/weight"] = _pack_one(path, quantized, format)
-    for path in EMBEDDINGS:
+    for path in TABLES:
         if path in flat:
             flat[path] = flat[path].astype(config.embedding_dtype)
     return {"params": _nested(flat), "packed": _nested(packed)}
@@ -101,8 +101,42 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def abstract(config: ModelConfig) -> dict[str, Any]:
-    """The variables of a packed model as shapes and dtypes; nothing is computed or allocated."""
+    """The variables of a packed model as shapes and dtypes; nothing is computed or allocated.
 
+    Layers of the same precisions have the same shapes, so one of each kind is traced, however deep the model.
+    """
+    kinds: dict[
+        tuple[tuple[str, Precision], ...], int
+    ] = {}  # a layer's precisions -> its place in the traced model
+    kind_of = [kinds.setdefault(layer, len(kinds)) for layer in _layers(config)]
+    heads = [(path, value) for path, value in config.precisions().items() if not path.startswith("layers_")]
+    rules = [(f"layers_{i}/{path}", value) for layer, i in kinds.items() for path, value in layer]
+    traced = _trace(dataclasses.replace(config, num_layers=len(kinds), precision=(*rules, *heads)))
+
+    def deepened(variables: dict[str, Any]) -> dict[str, Any]:
+        outside = {name: part for name, part in variables.items() if not name.startswith("layers_")}
+        layers = {
+            f"layers_{i}": variables[f"layers_{kind}"]
+            for i, kind in enumerate(kind_of)
+            if f"layers_{kind}"
+            in variables  # a collection has no entry for a layer without any of its arrays
+        }
+        return outside | layers
+
+    return {collection: deepened(variables) for collection, variables in traced.items()}
+
+
+def _layers(config: ModelConfig) -> list[tuple[tuple[str, Precision], ...]]:
+    """The (path in the layer, Precision) pairs of each layer."""
+    layers: list[dict[str, Precision]] = [{} for _ in range(config.num_layers)]
+    for path, precision in config.precisions().items():
+        layer, _, inside = path.partition("/")
+        if layer.startswith("layers_"):
+            layers[int(layer.removeprefix("layers_"))][inside] = precision
+    return [tuple(layer.items()) for layer in layers]
+
+
+def _trace(config: ModelConfig) -> dict[str, Any]:
     def packed() -> dict[str, Any]:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return pack(Transformer(config).init(jax.random.key(0), tokens)["params"], config)
@@ -261,7 +295,7 @@ def sizes(variables: Variables) -> Sizes:
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(variables["params"])).items()}
     nbytes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in flat.items()}
     weights = flatten_dict(dict(variables.get("packed", {}))).values()
-    embeddings = sum(nbytes.get(path, 0) for path in EMBEDDINGS)
+    embeddings = sum(nbytes.get(path, 0) for path in TABLES)
     return Sizes(
         packed=sum(weight.nbytes for weight in weights),
         embeddings=embeddings,

@@ -5,23 +5,19 @@
     tokenizer.json      the tokenizer, where there is one
 
 Metadata (strings, as the format demands): `format` and `version` of this page, `bitnet_jax` the version that
-wrote it, and three JSON tables: `packed` path -> {format, layout, shape}, `crc32` of every tensor, and
-`files_crc32` of the two other files. Tensors are named `params/<path>`, `packed/<path>/codes` and
+wrote it, and three JSON tables: `packed` path -> {format, layout, shape}, `crc32` of every tensor (by
+tensor_file.py), and `files_crc32` of the two other files. Tensors are named `params/<path>`, `packed/<path>/codes` and
 `packed/<path>/scale`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import shutil
-import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,16 +27,18 @@ import bitnet_jax
 from bitnet_jax import packing, tensor_file
 from bitnet_jax.data import tokenizers
 from bitnet_jax.nn.config import ModelConfig
-from bitnet_jax.tensor_file import RESTORE, StorageError
+from bitnet_jax.tensor_file import RESTORE, StorageError, Streamed
+from bitnet_jax.whole_folder import synced_file, whole_folder
 from bitnet_kernels import validate
 
 __all__ = ["StorageError", "load_packed", "save_packed"]
 
 FORMAT, VERSION = "bitnet_jax.packed", "1"
 MODEL, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+VERIFIED_BYTES = 1 << 28  # a model file of up to so many bytes is read and verified whenever it is loaded
 JSON_LIMIT = 1 << 28  # bytes of config.json or tokenizer.json: far above any real one
 
-Tensors = dict[str, np.ndarray]
+Tensors = Mapping[str, np.ndarray | Streamed]
 
 
 def save_packed(
@@ -50,13 +48,17 @@ def save_packed(
     tokenizer: tokenizers.Tokenizer | None = None,
     *,
     overwrite: bool = False,
+    on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Writes a packed model (or one of float recipes, whose "packed" is empty) as a folder.
 
-    Everything goes to a hidden sibling `.<name>.<random>` first and is renamed when it is safely on disk, so
-    a reader sees the old folder or the new one. On any failure what was begun is removed. Only a process
-    killed outright leaves its hidden sibling; in the instant between the two renames of an overwrite the old
-    model is such a sibling too, `.<name>.<random>.old`.
+    Everything goes to a hidden sibling first and is renamed when it is safely on disk (whole_folder.py), so a
+    reader sees the old folder or the new one.
+
+    Args:
+      variables: arrays, or `tensor_file.Streamed` where one would not fit into memory; nobody looks at the
+        contents of those but the writer.
+      on_bytes: is told the bytes of each piece that was written, for a progress bar.
 
     Raises:
       StorageError: the folder exists (without overwrite) or holds other things than a packed model (with it);
@@ -67,11 +69,19 @@ def save_packed(
     variables = {"params": dict(variables["params"]), "packed": dict(variables.get("packed", {}))}
     for name, weight in _flatten(variables["packed"]).items():
         try:
-            validate(weight)
+            validate(weight, contents=not isinstance(weight.codes, Streamed))
         except ValueError as error:
             raise StorageError(f"{name}: {error}; pack the model again") from error
-    tensors = {name: np.asarray(leaf) for name, leaf in _tensors(variables).items()}
-    _check_tensors(tensors, packing.abstract(config), f"{folder}: the variables")
+    tensors = {
+        name: leaf if isinstance(leaf, Streamed) else np.asarray(leaf)
+        for name, leaf in _tensors(variables).items()
+    }
+    expected = packing.abstract(config)
+    _check_tensors(tensors, expected, f"{folder}: the variables")
+    if _packed_metadata(variables["packed"]) != _packed_metadata(expected["packed"]):
+        raise StorageError(
+            f"{folder}: packed formats, layouts or shapes are not those of the config; pack it again"
+        )
 
     texts = {CONFIG: json.dumps(config.to_dict(), indent=2) + "\n"}
     if ModelConfig.from_dict(json.loads(texts[CONFIG])) != config:
@@ -84,28 +94,30 @@ def save_packed(
         "version": VERSION,
         "bitnet_jax": bitnet_jax.__version__,
         "packed": json.dumps(_packed_metadata(variables["packed"])),
-        "crc32": json.dumps({name: _crc32(tensor) for name, tensor in tensors.items()}),
         "files_crc32": json.dumps({name: zlib.crc32(content) for name, content in contents.items()}),
     }
-    with _whole_folder(folder) as temporary:
-        with _synced_file(temporary / MODEL) as file:
-            tensor_file.write(file, tensors, metadata)
+    with whole_folder(folder, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        with synced_file(temporary / MODEL) as file:
+            tensor_file.write(file, tensors, metadata, on_bytes)
         for name, content in contents.items():
-            with _synced_file(temporary / name) as file:
+            with synced_file(temporary / name) as file:
                 file.write(content)
 
 
 def load_packed(
-    folder: str | Path, verify: bool = True
+    folder: str | Path, verify: bool | None = None
 ) -> tuple[ModelConfig, dict[str, Any], tokenizers.Tokenizer | None]:
     """Maps a folder that `save_packed` wrote: (config, variables for Transformer.apply, tokenizer or None).
 
     On a CPU the arrays are views of the file: nothing is copied, pages come in when they are first used and
     can be dropped again. Never donate them, and never change the file in place (save_packed does not).
 
+    Names, shapes, dtypes and sizes are checked always, which is instant.
+
     Args:
-      verify: also read everything once and compare checksums. Without it only names, shapes, dtypes and sizes
-        are checked, which is instant.
+      verify: also read everything once, compare checksums and look for codes that no packer writes. None: for
+        files of up to VERIFIED_BYTES; a larger one would make its user wait, and is verified where that is asked
+        for (`bitnet-jax info --verify`) and after it was packed.
 
     Raises:
       StorageError: a file is missing, damaged, truncated, of a newer version, or does not fit the others.
@@ -116,6 +128,8 @@ def load_packed(
     if (folder / TOKENIZER).exists():
         contents[TOKENIZER] = _read(folder / TOKENIZER)
     tensors, metadata = tensor_file.read(path)
+    if verify is None:
+        verify = sum(tensor.nbytes for tensor in tensors.values()) <= VERIFIED_BYTES
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise StorageError(
             f"{path}: got format {metadata.get('format')!r}, version {metadata.get('version')!r}, expected "
@@ -254,53 +268,3 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     names = {entry.name for entry in folder.iterdir()} if is_folder else set()
     if not {MODEL, CONFIG} <= names <= {MODEL, CONFIG, TOKENIZER}:
         raise StorageError(f"{folder} is no packed model and will not be overwritten; choose another folder")
-
-
-@contextlib.contextmanager
-def _synced_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file whose bytes are on disk when the body is done."""
-    with path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the names inside a folder durable, as fsync does for the bytes of a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A hidden sibling to write into; it takes the name `folder` if the body succeeds and vanishes if not."""
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
-    old = temporary.with_name(f"{temporary.name}.old")
-    made = [parent for parent in (folder.parent, *folder.parent.parents) if not parent.exists()]
-    renamed = False
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _sync_folder(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        renamed = True
-        _sync_folder(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(folder if renamed else temporary, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"{folder} cannot be written ({error.strerror or error}); nothing was left behind; "
-                "make room, or choose a folder you may write to"
-            ) from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)

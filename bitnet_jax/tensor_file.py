@@ -1,4 +1,4 @@
-"""A safetensors file whose tensors all start at multiples of 64 bytes: written in one go, read by one map.
+"""A safetensors file whose tensors all start at multiples of 64 bytes: written in one pass, read by one map.
 
     8 bytes   length of the header, little endian
     header    JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__": str -> str;
@@ -7,7 +7,9 @@
 
 What would leave the next tensor unaligned is followed by a uint8 tensor `__pad.N` of zeros, so any
 safetensors reader can read the file. Alignment is what lets `jax.device_put` take a view of the map without a
-copy.
+copy. The entry `crc32` of the metadata, a JSON table, has the checksum of every tensor but the pads.
+
+A tensor may be `Streamed`: made piece by piece while it is written, so that a file may be larger than memory.
 
 Reading trusts nothing: every number of the header is checked against the file before it is used. Files of
 other people, which align nothing, are read by the same code with `aligned=False`.
@@ -15,9 +17,11 @@ other people, which align nothing, are read by the same code with `aligned=False
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,6 +30,7 @@ import numpy as np
 
 ALIGNMENT = 64  # bytes: a cache line, an AVX-512 vector, and what XLA asks of a buffer it takes over
 PAD = "__pad."
+PIECE_BYTES = 4 << 20  # checksum, then write, while a piece is in the cache
 MAX_HEADER_BYTES = 100_000_000  # the limit of the official readers
 DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
@@ -47,41 +52,84 @@ class TensorFile(NamedTuple):
     metadata: dict[str, str]
 
 
-def write(file: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes all tensors in the given order.
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A tensor that nobody holds whole: `chunks`, iterated once, gives its elements in C order."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: Iterable[np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(
+    file: BinaryIO,
+    tensors: Mapping[str, np.ndarray | Streamed],
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes all tensors in the given order, and `metadata` with the entry `crc32` added.
+
+    Args:
+      file: empty, and one that can seek: the header, which holds the checksums, is written last.
+      on_bytes: is told the bytes of each piece that was written, for a progress bar.
 
     Raises:
-      StorageError: a tensor has a dtype outside DTYPES, no elements, or a name that is reserved.
+      StorageError: a tensor has a dtype outside DTYPES, no elements, or a name that is reserved; or the chunks
+        of a streamed one are not what its shape and dtype say.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    chunks: list[np.ndarray] = []
+    entries: dict[str, Any] = {}
     end = 0
-
-    def add(name: str, tensor: np.ndarray) -> None:
-        nonlocal end
-        begin, end = end, end + tensor.nbytes
-        shape = list(tensor.shape)
-        header[name] = {"dtype": names[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
-        chunks.append(tensor)
-
     for name, tensor in tensors.items():
-        if tensor.dtype not in names or not tensor.size or name == "__metadata__" or name.startswith(PAD):
+        if tensor.dtype not in names or not tensor.nbytes or name == "__metadata__" or name.startswith(PAD):
             raise StorageError(
                 f"{name}: got {tensor.dtype}{list(tensor.shape)}, expected one of {', '.join(DTYPES)}, "
                 f"not empty, with a name other than __metadata__ and {PAD}N"
             )
-        add(name, np.ascontiguousarray(tensor).reshape(tensor.shape))
-        if end % ALIGNMENT:
-            add(f"{PAD}{len(chunks)}", np.zeros(-end % ALIGNMENT, np.uint8))
+        begin, end = end, end + tensor.nbytes
+        offsets = {"shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": names[tensor.dtype], **offsets}
+        if hole := -end % ALIGNMENT:
+            begin, end = end, end + hole
+            entries[f"{PAD}{len(entries)}"] = {"dtype": "U8", "shape": [hole], "data_offsets": [begin, end]}
 
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for chunk in chunks:
+    def header(crc32: Mapping[str, int]) -> bytes:
+        told = {**metadata, "crc32": json.dumps(crc32)}
+        return json.dumps({"__metadata__": told, **entries}, separators=(",", ":")).encode()
+
+    # Room for the longest checksums; the real ones are known when the data is written.
+    length = len(header(dict.fromkeys(tensors, 2**32 - 1)))
+    length += -(8 + length) % ALIGNMENT
+    file.write(length.to_bytes(8, "little") + b" " * length)
+    crc32 = {}
+    for name, tensor in tensors.items():
+        crc32[name] = 0
+        for piece in _pieces(name, tensor):
+            crc32[name] = zlib.crc32(piece, crc32[name])
+            file.write(piece)
+            on_bytes(len(piece))
+        file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
+    file.seek(8)
+    file.write(header(crc32).ljust(length))
+
+
+def _pieces(name: str, tensor: np.ndarray | Streamed) -> Iterator[memoryview]:
+    """The bytes of a tensor, some MiB at a time."""
+    count = 0
+    for chunk in tensor.chunks if isinstance(tensor, Streamed) else (tensor,):
+        if chunk.dtype != tensor.dtype:
+            raise StorageError(f"{name}: got a chunk of {chunk.dtype}, expected {tensor.dtype}")
         # Through uint8: bfloat16 has no buffer protocol.
-        file.write(chunk.reshape(-1).view(np.uint8).data)
+        content = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+        count += len(content)
+        for begin in range(0, len(content), PIECE_BYTES):
+            yield content[begin : begin + PIECE_BYTES]
+    if count != tensor.nbytes:
+        raise StorageError(f"{name}: its chunks have {count} bytes, expected {tensor.nbytes}")
 
 
 def read(path: Path, *, aligned: bool = True) -> TensorFile:

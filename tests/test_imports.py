@@ -38,8 +38,10 @@ ARROWS: dict[str, set[str]] = {
     "training.metrics": KNOW_NO_MODEL,
     "training.checkpoints": KNOW_NO_MODEL,
     "packing": MODEL,
-    "storage": MODEL | {"data", "packing", "tensor_file"},
+    "storage": MODEL | {"data", "packing", "tensor_file", "whole_folder"},
     "tensor_file": KNOW_NO_MODEL,
+    "whole_folder": {"tensor_file"},
+    "random_model": MODEL | {"packing", "storage", "tensor_file"},
     "inference": MODEL | {"inference", "data"},
     "evaluation": MODEL | {"evaluation", "inference", "data", "training.losses"},
     "training": MODEL | {"training", "evaluation", "data"},
@@ -47,7 +49,10 @@ ARROWS: dict[str, set[str]] = {
     "config_file": KNOW_NO_MODEL,
     "model_folders": MODEL | {"packing", "storage", "inference", "training", "data", "interop"},
     "doctor": MODEL | {"packing", "inference"},
+    "step_kernels": MODEL,
+    "model_bench": MODEL | {"packing", "storage", "random_model", "step_kernels", "inference", "doctor"},
     "commands": {
+        "model_bench",
         "config_file",
         "doctor",
         "model_folders",
@@ -62,7 +67,19 @@ ARROWS: dict[str, set[str]] = {
 EVERYWHERE = {"", "compat"}  # the version, and the one file that knows JAX versions differ
 
 # The only files outside kernels/ that may touch the kernels.
-TOUCH_KERNELS = {"nn.linear", "nn.attention", "nn.conv", "packing", "storage", "interop", "doctor"}
+TOUCH_KERNELS = {
+    "nn.linear",
+    "nn.attention",
+    "nn.embedding",
+    "nn.conv",
+    "packing",
+    "storage",
+    "random_model",
+    "step_kernels",
+    "model_bench",
+    "interop",
+    "doctor",
+}
 
 # Other libraries, by root. None: anything that pyproject.toml declares.
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "ml_dtypes", "bitnet_kernels"}

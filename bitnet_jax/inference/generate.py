@@ -199,7 +199,7 @@ def _forward(
     config: ModelConfig, variables: Variables, tokens: Array, cache: Cache, mask: Array | None = None
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits behind the last of the tokens [B, T], and the cache that holds them all."""
-    output: Any = Transformer(config).apply(variables, tokens, mask=mask, cache=cache)
+    output: Any = Transformer(config).apply(variables, tokens, mask=mask, cache=cache, last_only=True)
     return output.logits[:, -1], output.cache
 
 

@@ -60,7 +60,8 @@ def load(
     folder = Path(folder)
     tensors = open_tensors(folder)
     config, form = read_config(read_json(folder / "config.json"), len(tensors), dtype)
-    if _EMBEDDING in tensors and tensors[_EMBEDDING].dtype == ml_dtypes.bfloat16:
+    tables = [tensors[name] for name in (_EMBEDDING, "lm_head.weight") if name in tensors]
+    if tables and all(table.dtype == ml_dtypes.bfloat16 for table in tables):
         config = dataclasses.replace(config, embedding_dtype="bfloat16")
 
     names = tensor_names(config)

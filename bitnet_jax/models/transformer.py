@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax.nn.attention import Attention, KVCache
 from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.nn.mlp import MLP
@@ -36,48 +37,8 @@ class Cache:
 @flax.struct.dataclass
 class Output:
     logits: Float[Array, "B T V"] | Float[Array, "B C"]  # float32; [B, C] for a classifier
+    hidden: Float[Array, "B T D"]  # behind the final norm: what the head multiplies
     cache: Cache | None = None
-
-
-@jax.custom_jvp
-def _round_to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    # Not a pair of casts: XLA may drop those ("excess precision"), and packed would differ from latent.
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-
-
-@_round_to_bfloat16.defjvp
-def _round_to_bfloat16_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _round_to_bfloat16(primals[0]), tangents[0]
-
-
-class Embedding(nn.Module):
-    """A table [rows, D] of latent float32 values, rounded to `stored_dtype` wherever it is used."""
-
-    rows: int
-    features: int
-    stored_dtype: str
-    dtype: str
-    init_std: float
-
-    def setup(self) -> None:
-        shape = (self.rows, self.features)
-        self.embedding = self.param("embedding", nn.initializers.normal(self.init_std), shape, jnp.float32)
-
-    def table(self) -> Float[Array, "V D"]:
-        table = self.embedding.astype(jnp.float32)
-        if self.stored_dtype == "bfloat16":
-            table = _round_to_bfloat16(table)
-        return table.astype(self.dtype)
-
-    def __call__(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        return jnp.take(self.table(), indices, axis=0)
-
-    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        # As a product of matrices, see bitnet_jax.nn.linear.
-        logits = jnp.einsum(
-            "md,vd->mv", x.reshape(-1, x.shape[-1]), self.table(), preferred_element_type=jnp.float32
-        )
-        return logits.reshape(*x.shape[:-1], self.rows)
 
 
 class Block(nn.Module):
@@ -142,6 +103,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         progress: Float[Array, ""] | float = 1.0,
         deterministic: bool = True,
+        last_only: bool = False,
     ) -> Output:
         """Logits for every position, or class logits.
 
@@ -152,6 +114,7 @@ class Transformer(nn.Module):
           cache: continue after what it holds; the tokens must fit into its room (the caller's duty).
           progress: share of training done, in [0, 1]; only annealed gradient estimators look at it.
           deterministic: False switches dropout on (needs an rng named "dropout").
+          last_only: logits and hidden of a language model for the last position alone, T = 1 there.
         """
         config, (B, T) = self.config, tokens.shape
         if mask is None:
@@ -159,23 +122,18 @@ class Transformer(nn.Module):
         length = jnp.zeros((), jnp.int32) if cache is None else cache.length
         valid = mask if cache is None else jax.lax.dynamic_update_slice(cache.valid, mask, (0, length))
         if positions is None:
-            counted = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-            positions = jax.lax.dynamic_slice_in_dim(counted, length, T, axis=1)
+            before = 0 if cache is None else jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
+            positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         visible = jnp.broadcast_to(valid[:, None, :], (B, T, valid.shape[1]))
         if config.causal:
             query = length + jnp.arange(T, dtype=jnp.int32)
             key = jnp.arange(valid.shape[1], dtype=jnp.int32)
             visible = visible & (key[None, None, :] <= query[None, :, None])
 
-        def embedding(name: str, rows: int) -> Embedding:
-            return Embedding(
-                rows, config.hidden_size, config.embedding_dtype, config.dtype, config.init_std, name=name
-            )
-
-        embed = embedding("embed", config.vocab_size)
+        embed = Embedding.of(config, config.vocab_size, "embed")
         x = embed(tokens)
         if config.position == "learned":
-            x = x + embedding("position_embed", config.max_length)(positions)
+            x = x + Embedding.of(config, config.max_length, "position_embed")(positions)
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
 
         precisions = config.precisions()
@@ -200,12 +158,16 @@ class Transformer(nn.Module):
             weights = mask.astype(x.dtype)[..., None]
             pooled = jnp.sum(x * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
             head = BitLinear.of(config, config.num_classes, precisions["classifier"], "classifier")
-            return Output(head(pooled, progress).astype(jnp.float32))
+            return Output(head(pooled, progress).astype(jnp.float32), x)
+        if last_only:
+            x = x[:, -1:]
         if config.tie_embeddings:
             logits = embed.attend(x)
-        else:
+        elif precisions["lm_head"].quantizes_weights:
             head = BitLinear.of(config, config.vocab_size, precisions["lm_head"], "lm_head")
-            logits = head(x, progress).astype(jnp.float32)
+            logits = head(x.astype(jnp.float32), progress)
+        else:
+            logits = Embedding.head(config, precisions["lm_head"]).attend(x)
         if cache is not None:
             cache = Cache(tuple(layers), valid, length + T)
-        return Output(logits, cache)
+        return Output(logits, x, cache)

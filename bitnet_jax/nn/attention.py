@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 
 from bitnet_jax.nn import linear_attention
 from bitnet_jax.nn.config import ModelConfig
-from bitnet_jax.nn.linear import BitLinear
+from bitnet_jax.nn.linear import BitLinear, apply_together
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.rotary import rotate
@@ -221,13 +221,12 @@ class Attention(nn.Module):
         config, kind = self.config, self.config.attention
         B, T, D = x.shape
 
-        def heads(name: str, count: int) -> Array:
-            linear = BitLinear.of(config, count * config.head_size, self.precisions[name], name)
-            return linear(x, progress).reshape(B, T, count, config.head_size)
-
-        q = heads("q_proj", config.num_heads)
-        k = heads("k_proj", config.kv_heads)
-        v = heads("v_proj", config.kv_heads)
+        counts = {"q_proj": config.num_heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
+        linears = [
+            BitLinear.of(config, count * config.head_size, self.precisions[name], name)
+            for name, count in counts.items()
+        ]
+        q, k, v = (y.reshape(B, T, -1, config.head_size) for y in apply_together(linears, x, progress))
         if config.position == "rope":
             q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
 

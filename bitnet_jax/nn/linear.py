@@ -11,6 +11,8 @@ layer in float arithmetic and the packed layer in int32 arithmetic give the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,8 @@ from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.norms import Norm, projection_norm
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import Quantized
-from bitnet_kernels import PackedArray, packed_matmul
-from bitnet_kernels.reference import rescale
+from bitnet_kernels import PackedArray, packed_matmul, packed_matmuls
+from bitnet_kernels.reference import rescale, rounded_product
 
 
 def _dot(x: Float[Array, "*rows k"], w: Float[Array, "n k"]) -> Float[Array, "*rows n"]:
@@ -46,7 +48,7 @@ def quantized_matmul(x: Quantized, w: Quantized, dtype: str = "float32") -> Floa
     else:
         rows, w_codes = rows.reshape(-1, groups, k // groups), w_codes.reshape(n, groups, k // groups)
         sums = jnp.einsum("mgk,ngk->gmn", rows, w_codes, preferred_element_type=jnp.float32)
-    return rescale(sums, w.scale).reshape(*x.codes.shape[:-1], n) * x.scale
+    return rounded_product(rescale(sums, w.scale).reshape(*x.codes.shape[:-1], n), x.scale)
 
 
 class BitLinear(nn.Module):
@@ -80,13 +82,39 @@ class BitLinear(nn.Module):
             name=name,
         )
 
+    def packed_weight(self, k: int) -> PackedArray | None:
+        """The packed matrix [features, k] in place of a parameter, if there is one."""
+        if not self.has_variable("packed", "weight"):
+            return None
+        weight: PackedArray = self.get_variable("packed", "weight")
+        expected = (self.features, k)
+        if weight.shape != expected:
+            raise ValueError(f"{'/'.join(self.path)}: packed weight is {weight.shape}, expected {expected}")
+        return weight
+
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float = 1.0
+        self,
+        x: Float[Array, "*rows k"],
+        progress: Float[Array, ""] | float = 1.0,
+        product: Float[Array, "*rows n"] | None = None,
+    ) -> Float[Array, "*rows n"]:
+        """product: quantized(x) @ quantized(weight).T where apply_together has computed it already."""
+        y = self._product(x, progress) if product is None else product
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + jnp.expand_dims(bias, range(y.ndim - 1))
+        return y.astype(x.dtype)
+
+    def _product(
+        self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float
     ) -> Float[Array, "*rows n"]:
         if self.norm is not None:
             x = self.norm(x)
         precision, k = self.precision, x.shape[-1]
+        packed = self.packed_weight(k)
+        if packed is not None and precision.quantizes_input_by_absmax:
+            return packed_matmul(x, packed)
         learned = {
             name.removeprefix("activation_"): self.param(
                 name, nn.initializers.constant(value), shape, jnp.float32
@@ -97,29 +125,32 @@ class BitLinear(nn.Module):
         x_key, w_key = (None, None) if key is None else jax.random.split(key)
         x_quantized = precision.quantize_activation(x, **learned, progress=progress, key=x_key)
 
-        if self.has_variable("packed", "weight"):
-            y = self._packed(x_quantized, self.get_variable("packed", "weight"))
-        else:
-            init = nn.initializers.normal(self.init_std)
-            weight = self.param("weight", init, (self.features, k), jnp.float32)
-            if precision.quantizes_weights:
-                scale = None
-                if precision.scale == "learned":
-                    scale = self.param("weight_scale", lambda _: precision.weight_scale_init(weight))
-                w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
-                y = quantized_matmul(x_quantized, w_quantized, self.dtype)
-            else:
-                dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
-                y = _dot(x_quantized.dequantize().astype(dtype), weight.astype(dtype))
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            y = y + jnp.expand_dims(bias, range(y.ndim - 1))
-        return y.astype(x.dtype)
+        if packed is not None:
+            if precision.activation == "none":
+                return packed_matmul(x_quantized.codes.astype(jnp.float32), packed, activation_bits=None)
+            y = packed_matmul(x_quantized.codes.astype(jnp.int8), packed)
+            return rounded_product(y, x_quantized.scale)
+        weight = self.param("weight", nn.initializers.normal(self.init_std), (self.features, k), jnp.float32)
+        if precision.quantizes_weights:
+            scale = None
+            if precision.scale == "learned":
+                scale = self.param("weight_scale", lambda _: precision.weight_scale_init(weight))
+            w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
+            return quantized_matmul(x_quantized, w_quantized, self.dtype)
+        dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
+        return _dot(x_quantized.dequantize().astype(dtype), weight.astype(dtype))
 
-    def _packed(self, x: Quantized, weight: PackedArray) -> Float[Array, "*rows n"]:
-        expected = (self.features, x.codes.shape[-1])
-        if weight.shape != expected:
-            raise ValueError(f"{'/'.join(self.path)}: packed weight is {weight.shape}, expected {expected}")
-        if self.precision.activation == "none":
-            return packed_matmul(x.codes.astype(jnp.float32), weight, activation_bits=None)
-        return packed_matmul(x.codes.astype(jnp.int8), weight) * x.scale
+
+def apply_together(
+    layers: Sequence[BitLinear], x: Float[Array, "*rows k"], progress: Float[Array, ""] | float = 1.0
+) -> list[Float[Array, "*rows n"]]:
+    """What each layer makes of one input. Packed layers that quantize it alike (q, k, v; gate, up) do so once,
+    and run as one product; the results are the same bits."""
+    alike = {
+        layer.name: weight
+        for layer in layers
+        if layer.norm is None and layer.precision.quantizes_input_by_absmax
+        if (weight := layer.packed_weight(x.shape[-1])) is not None
+    }
+    products = dict(zip(alike, packed_matmuls(x, list(alike.values())), strict=True)) if alike else {}
+    return [layer(x, progress, products.get(layer.name)) for layer in layers]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bitnet_jax.nn.config import GATED_MLPS, ModelConfig
-from bitnet_jax.nn.linear import BitLinear
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.linear import BitLinear, apply_together
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.precision import Precision
 
@@ -44,11 +44,9 @@ class MLP(nn.Module):
         def linear(name: str, features: int) -> BitLinear:
             return BitLinear.of(config, features, self.precisions[name], name)
 
-        up = linear("up_proj", config.ffn_size)(x, progress)
-        if config.mlp in GATED_MLPS:
-            hidden = activation(linear("gate_proj", config.ffn_size)(x, progress)) * up
-        else:
-            hidden = activation(up)
+        inner = [linear(name, config.ffn_size) for name in config.mlp_linears if name != "down_proj"]
+        *gate, up = apply_together(inner, x, progress)
+        hidden = activation(gate[0]) * up if gate else activation(up)
         if config.norm_placement == "sub":
             hidden = block_norm(config, "sub_norm")(hidden)
         return linear("down_proj", config.hidden_size)(hidden, progress)

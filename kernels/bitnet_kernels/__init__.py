@@ -1,12 +1,15 @@
-"""Kernels for matrices of one or two bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
+"""Kernels for matrices of one to eight bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
 
 from bitnet_kernels.attention import cached_attention, reference_attention
 from bitnet_kernels.formats import dequantize, pack, unpack
+from bitnet_kernels.head import bfloat16_logits
+from bitnet_kernels.lookup import bfloat16_rows
 from bitnet_kernels.matmul import (
     IMPLEMENTATIONS,
     Choice,
     choose_implementation,
     packed_matmul,
+    packed_matmuls,
 )
 from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
 
@@ -16,11 +19,14 @@ __all__ = [
     "LAYOUTS",
     "Choice",
     "PackedArray",
+    "bfloat16_logits",
+    "bfloat16_rows",
     "cached_attention",
     "choose_implementation",
     "dequantize",
     "pack",
     "packed_matmul",
+    "packed_matmuls",
     "reference_attention",
     "unpack",
     "validate",

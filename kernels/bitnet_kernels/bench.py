@@ -1,25 +1,30 @@
-"""Times packed products against XLA's float32, bfloat16 and int8 products and against the speed of memory.
+"""Times packed products against XLA's float32, bfloat16 and int8 products and against what the machine can do.
 
     python -m bitnet_kernels.bench --suite decode --json decode.json
 
 What is timed: the product of int8 codes with a packed matrix and its rescale to float32 (packed_matmul of
 int8 input), inside jit. Matrices are taken in turn from a working set larger than the caches that matter, as
-when a model runs, and each product of a compiled chain waits for the one before. A row tells the median over
-chains, divided by the length of the chain; the first calls are not counted. The read ceiling is a C++ loop
-that only reads, over as many bytes with as many threads, measured in the same run: compare ratios to it, for
-times of different runs often cannot be compared. What is not measured is null: the peak of the multipliers
-(peak_fraction), and the ceiling where the C++ library is absent.
+when a model runs, and each product of a compiled chain waits for the one before. All formats, XLA's products, a
+C++ loop that only reads and one that only multiplies are timed in turn, round after round: a row tells the median
+with its 10th and 90th percentiles, and ratios of things that saw the same machine; times of different runs often
+cannot be compared. XLA multiplies one row of x as 8 rows, the faster of its ways.
+
+Rows of another `op` check single things:
+
+    in_cache       one matrix that stays in the cache, on one thread: what its unpacking costs, without memory
+    custom_call    16 x 64 weights: what any call costs
+    fork_join      a parallel loop with nothing in it
+
+What cannot be measured is null: read ceiling and multiplier peak without the C++ library.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
-import os
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,67 +33,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_kernels import cpu
+from bitnet_kernels.machine import Call, dot_peak, fork_join, provenance, read_all
 from bitnet_kernels.matmul import choose_implementation, packed_matmul
-from bitnet_kernels.packed import FORMATS, PackedArray, codes_shape
-from bitnet_kernels.shapes import SUITES, Shape
+from bitnet_kernels.packed import FORMATS, PackedArray
+from bitnet_kernels.random_packed import random_packed
+from bitnet_kernels.shapes import IN_CACHE, SUITES, TINY, Shape
+from bitnet_kernels.timing import Spread, chain, interleaved, threads
 
-Product = Callable[[jax.Array, Any], jax.Array]
+XLA = ("float32", "bfloat16", "int8")
+XLA_ROWS = 8  # XLA multiplies fewer rows by a slow loop
+READ_PIECE = 32 << 20  # bytes
+SPUN_SECONDS = 2e-6  # inside each loop of fork_join
 
-
-def threads() -> int:
-    """Processors that this process may use: the size of XLA's pool."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def seconds(call: Callable[[int], Any], budget: float) -> float:
-    """The median time of call(0), call(1), ..., within a budget of seconds but at least three calls."""
-    call(0), call(1)  # compilation, first touch of memory
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 1000):
-        start = time.perf_counter()
-        call(len(times))
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def read_ceiling(working_set: int, budget: float) -> float | None:
-    """Bytes per second of reading memory with all threads, or None without the C++ library."""
-    library, _ = cpu.load()
-    if library is None:
-        return None
-    part = working_set // threads() // 256 * 256
-    data = np.ones(part * threads(), np.uint8)
-    starts = [data.ctypes.data + i * part for i in range(threads())]
-    with ThreadPoolExecutor(threads()) as pool:
-        read = lambda _: list(pool.map(lambda start: library.bitnet_kernels_read(start, part), starts))  # noqa: E731
-        return data.nbytes / seconds(read, budget)
-
-
-def chained(product: Product, x: jax.Array, weights: Sequence[Any], length: int, budget: float) -> float:
-    """Seconds of one product, taking the weights in turn in compiled chains."""
-
-    @jax.jit
-    def chain(x: jax.Array, weights: Sequence[Any]) -> jax.Array:
-        for w in weights:
-            y = product(x, w)
-            never = y[0, 0].astype(jnp.float32) == math.pi  # but the next product has to wait for y
-            x = jnp.where(never, jnp.zeros_like(x), x)
-        return y
-
-    links = [
-        tuple(weights[(i + j) % len(weights)] for j in range(length)) for i in range(0, len(weights), length)
-    ]
-    return seconds(lambda i: chain(x, links[i % len(links)]).block_until_ready(), budget) / length
-
-
-def random_packed(format: str, shape: Shape, seed: int) -> PackedArray:
-    """Random codes, packed already (their padding is not zero, which costs and saves no time)."""
-    random = np.random.default_rng(seed)
-    packed = random.integers(0, 256, codes_shape(format, (shape.n, shape.k)), np.uint8)
-    if FORMATS[format].bits == 2:
-        packed &= ~((packed & (packed >> 1) & 0x55) * np.uint8(2))  # no field 3
-    scale = jnp.ones((1, 1), jnp.float32)
-    return PackedArray(jnp.asarray(packed), scale, format, "panel16", (shape.n, shape.k))
+Row = dict[str, Any]
 
 
 def dense(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -101,60 +58,151 @@ def copies(nbytes: int, working_set: int) -> int:
     return max(2, math.ceil(working_set / nbytes))
 
 
-def bench_shape(shape: Shape, ceiling: float | None, working_set: int, budget: float) -> list[dict[str, Any]]:
-    """One row per format."""
+def bench_shape(shape: Shape, ceiling_data: np.ndarray, budget: float) -> list[Row]:
+    """One row per format. The working set of each is as large as `ceiling_data`, whose reading is the ceiling."""
+    m, n, k = shape
     random = np.random.default_rng(0)
-    codes = jnp.asarray(random.integers(-127, 128, (shape.m, shape.k), np.int8))
-    products = shape.m * shape.n * shape.k
-    # Long chains hide the 5 to 10 us that a compiled program takes to start; XLA's large products need none.
-    length = 16 if shape.m <= 16 else 2
-    xla_length = length if shape.n * shape.k <= 2**20 else 2
-    xla: dict[str, float] = {}
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
-        name = jnp.dtype(dtype).name
-        first = jnp.asarray(random.integers(-1, 2, (shape.n, shape.k), np.int8)).astype(dtype)
-        weights = [first + jnp.zeros_like(first) for _ in range(copies(first.nbytes, working_set))]
-        xla[name] = chained(dense, codes.astype(dtype), weights, xla_length, budget)
+    codes = jnp.asarray(random.integers(-127, 128, (m, k), np.int8))
+    padded = jnp.pad(codes, ((0, max(0, XLA_ROWS - m)), (0, 0)))
+    # Long chains hide the 5 to 10 us that a compiled program takes to start; large products need none.
+    length = 16 if m <= 16 else 2
+    calls: dict[str, Any] = {}
+    for name in XLA:
+        first = jnp.asarray(random.integers(-1, 2, (n, k), np.int8)).astype(name)
+        several = [first + jnp.zeros_like(first) for _ in range(copies(first.nbytes, ceiling_data.nbytes))]
+        calls[name] = chain(dense, padded.astype(name), several, 2)
+    matrices: dict[str, PackedArray] = {}
+    for name in FORMATS:
+        matrices[name] = random_packed(name, (n, k))
+        number = copies(matrices[name].codes.nbytes, ceiling_data.nbytes)
+        packed = [matrices[name], *(random_packed(name, (n, k), seed=seed) for seed in range(1, number))]
+        calls[name] = chain(packed_matmul, codes, packed, length)
+    # Read in pieces of about what a chain reads.
+    limits = _limits(read=read_all(ceiling_data, min(READ_PIECE, ceiling_data.nbytes)), peak=dot_peak())
+    took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, budget)
+    xla = {name: took[name] / 2 for name in XLA}
+    rates = {name: limit.amount / took[name].median for name, limit in limits.items()}
+    return [
+        _row("packed_matmul", m, w, took[name] / length, rates.get("read"), rates.get("peak"))
+        | {f"speedup_vs_xla_{other}": t.median / (took[name].median / length) for other, t in xla.items()}
+        for name, w in matrices.items()
+    ]
+
+
+def bench_overheads(budget: float) -> list[Row]:
+    """What does not depend on memory: a matrix of each format that stays in the cache, and next to no work."""
+    length, repeats = 4, 16  # of a chain; a loop over a few, for the compiler
+
+    def repeated(format: str, shape: Shape) -> tuple[PackedArray, Any]:
+        w = random_packed(format, (shape.n, shape.k))
+        return w, chain(packed_matmul, jnp.ones((shape.m, shape.k), jnp.int8), [w] * length, length, repeats)
+
     rows = []
-    for format in FORMATS:
-        one = random_packed(format, shape, 0)
-        number = copies(one.codes.nbytes, working_set)
-        matrices = [one, *(random_packed(format, shape, seed) for seed in range(1, number))]
-        took = chained(packed_matmul, codes, matrices, length, budget)
-        choice = choose_implementation(one)
-        read = one.codes.nbytes / took
-        row: dict[str, Any] = {
-            "op": "packed_matmul",
-            "format": format,
-            **shape._asdict(),
-            "threads": threads(),
-        }
-        row |= {"implementation": choice.name, "isa": choice.isa, "microseconds": took * 1e6}
-        row |= {"weight_bytes": one.codes.nbytes, "gbytes_per_second": read / 1e9}
-        row["read_ceiling_gbytes_per_second"] = ceiling and ceiling / 1e9
-        row["ceiling_fraction"] = ceiling and read / ceiling
-        row |= {"gmacs_per_second": products / took / 1e9, "peak_fraction": None}
-        row |= {f"speedup_vs_xla_{name}": xla_took / took for name, xla_took in xla.items()}
-        rows.append(row)
-    return rows
+    with _one_thread():
+        cases = {format: repeated(format, IN_CACHE) for format in FORMATS}
+        limits = _limits(peak=dot_peak())
+        calls = {name: call for name, (_, call) in cases.items()}
+        took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, budget)
+        peak = limits["peak"].amount / took["peak"].median if limits else None
+        for format, (w, _) in cases.items():
+            rows.append(
+                _row("in_cache", 1, w, took[format] / (length * repeats), None, peak) | {"threads": 1}
+            )
+    w, call = repeated("ternary2", TINY)
+    limits = _limits(fork_join=fork_join())
+    took = interleaved({"call": call} | {name: limit.run for name, limit in limits.items()}, budget)
+    rows.append(_row("custom_call", 1, w, took["call"] / (length * repeats), None, None))
+    for name, limit in limits.items():
+        each = Spread(*(max(0.0, seconds - SPUN_SECONDS) for seconds in took[name] / limit.amount))
+        unlike = dict.fromkeys(rows[-1]) | {"op": name, "threads": threads(), **_microseconds(each)}
+        rows.append(unlike | {"implementation": "cpu"})
+    return [row | dict.fromkeys(f"speedup_vs_xla_{other}" for other in XLA) for row in rows]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The C++ kernels, where there are any, on one thread."""
+    if cpu.unavailable():
+        yield
+        return
+    cpu.set_thread_count(1)
+    try:
+        yield
+    finally:
+        cpu.set_thread_count(threads())
+
+
+def _limits(**calls: Call | None) -> dict[str, Call]:
+    """Those that can be measured here."""
+    return {name: call for name, call in calls.items() if call}
+
+
+def _microseconds(took: Spread) -> Row:
+    return {
+        "microseconds": took.median * 1e6,
+        "microseconds_p10": took.p10 * 1e6,
+        "microseconds_p90": took.p90 * 1e6,
+    }
+
+
+def _row(op: str, m: int, w: PackedArray, took: Spread, read: float | None, peak: float | None) -> Row:
+    """A row but for the speedups; read: bytes a second, peak: products a second."""
+    n, k = w.shape
+    choice, nbytes = choose_implementation(w), w.codes.nbytes
+    return {
+        "op": op,
+        "format": w.format,
+        "m": m,
+        "n": n,
+        "k": k,
+        "threads": threads(),
+        "implementation": choice.name,
+        "isa": choice.isa,
+        **_microseconds(took),
+        "weight_bytes": nbytes,
+        "gbytes_per_second": nbytes / took.median / 1e9,
+        "read_ceiling_gbytes_per_second": read and read / 1e9,
+        "ceiling_fraction": read and nbytes / took.median / read,
+        "gmacs_per_second": m * n * k / took.median / 1e9,
+        "dot_peak_gmacs_per_second": peak and peak / 1e9,
+        "peak_fraction": peak and m * n * k / took.median / peak,
+    }
+
+
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """Binary against ternary2, weights per second: the geometric mean over the shapes of each m."""
+    times: dict[int, list[float]] = {}
+    for row in rows:
+        if row["op"] == "packed_matmul" and row["format"] == "ternary2":
+            same = {name: row[name] for name in ("op", "m", "n", "k")} | {"format": "binary"}
+            binary = next(other for other in rows if same.items() <= other.items())
+            times.setdefault(row["m"], []).append(row["microseconds"] / binary["microseconds"])
+    return {f"binary_over_ternary2_m{m}": float(np.exp(np.mean(np.log(t)))) for m, t in times.items()}
 
 
 COLUMNS = (
-    "format       m      n      k  runs on           us   GB/s  %cl  GMAC/s    faster than XLA f32 bf16 int8"
+    "op            format      m      n      k  runs on             us             [p10, p90]    GB/s  %ceiling"
+    "   GMAC/s  %peak       times XLA f32, bf16, int8"
 )
 
 
-def show(row: dict[str, Any]) -> str:
+def show(row: Mapping[str, Any]) -> str:
     """A row as a line under COLUMNS."""
-    ceiling = "   -" if row["ceiling_fraction"] is None else f"{100 * row['ceiling_fraction']:4.0f}"
-    shape = (
-        f"{row['format']:9} {row['m']:4} {row['n']:6} {row['k']:6}  {row['isa'] or row['implementation']:10}"
+
+    def number(name: str, digits: int = 1, factor: int = 1) -> str:
+        return "-" if row[name] is None else f"{factor * row[name]:.{digits}f}"
+
+    names = [str(row[name] or "-") for name in ("op", "format", "m", "n", "k")]
+    spread = f"[{number('microseconds_p10', 2)}, {number('microseconds_p90', 2)}]"
+    numbers = (
+        "{:13} {:9} {:>3} {:>6} {:>6}".format(*names),
+        f"{row['isa'] or row['implementation']:10}",
+        f"{number('microseconds', 2):>10} {spread:>22}",
+        f"{number('gbytes_per_second'):>6} {number('ceiling_fraction', 0, 100):>9}",
+        f"{number('gmacs_per_second'):>7} {number('peak_fraction', 0, 100):>6}",
+        "     " + " ".join(f"{number(f'speedup_vs_xla_{name}'):>6}" for name in XLA),
     )
-    speed = (
-        f"{row['microseconds']:9.1f} {row['gbytes_per_second']:6.1f} {ceiling} {row['gmacs_per_second']:7.1f}"
-    )
-    faster = [row[f"speedup_vs_xla_{name}"] for name in ("float32", "bfloat16", "int8")]
-    return f"{shape} {speed}         {faster[0]:6.1f} {faster[1]:6.1f} {faster[2]:6.1f}"
+    return "  ".join(numbers)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,23 +210,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", choices=sorted(SUITES), default="all")
-    parser.add_argument("--json", type=Path, help="write machine and rows here")
+    parser.add_argument("--json", type=Path, help="write provenance, rows and summary here")
     parser.add_argument("--working-set", type=int, default=256, help="MiB of matrices taken in turn")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each figure")
     options = parser.parse_args(arguments)
 
-    working_set = options.working_set << 20
-    ceiling = read_ceiling(working_set, options.seconds)
-    told = f"{ceiling / 1e9:.1f} GB/s" if ceiling else f"not measured ({cpu.unavailable()})"
-    print(f"{threads()} threads, read ceiling over {options.working_set} MiB: {told}")
+    told = provenance()
+    print(f"{told['threads']} threads of {told['processor']}, commit {told['commit']}")
+    if reason := cpu.unavailable():
+        print(f"no ceiling, no peak, and XLA instead of the C++ kernels: {reason}")
     print(COLUMNS)
-    rows = []
-    for shape in SUITES[options.suite]:
-        for row in bench_shape(shape, ceiling, working_set, options.seconds):
+    ceiling_data = np.ones(options.working_set << 20, np.uint8)
+    rows: list[Row] = []
+    for shape in (None, *SUITES[options.suite]):
+        more = (
+            bench_overheads(options.seconds)
+            if shape is None
+            else bench_shape(shape, ceiling_data, options.seconds)
+        )
+        for row in more:
             print(show(row), flush=True)
-            rows.append(row)
+        rows += more
+    ratios = summary(rows)
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f} times the weights a second")
     if options.json:
-        options.json.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1) + "\n")
+        results = {"provenance": told, "rows": rows, "summary": ratios}
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

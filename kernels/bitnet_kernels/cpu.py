@@ -7,8 +7,9 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,13 @@ from bitnet_kernels.packed import FORMATS, PackedArray
 
 LIBRARY = Path(__file__).parent / "_cpu.so"
 ISA_VARIABLE = "BITNET_KERNELS_ISA"
-MAX_GROUP_INPUTS = 2**18  # int32 accumulators of the C++ side; kMaxGroupInputs there
 
 _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
 _ATTENTION_TARGET = "bitnet_kernels_attention"
-_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET)
+_LOGITS_TARGET = "bitnet_kernels_bfloat16_logits"
+_LOOKUP_TARGET = "bitnet_kernels_lookup"
+_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET, _LOGITS_TARGET, _LOOKUP_TARGET)
 _loading = threading.Lock()
 
 
@@ -42,6 +44,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         library.bitnet_kernels_available_isas.restype = ctypes.c_char_p
         library.bitnet_kernels_read.restype = ctypes.c_uint64
         library.bitnet_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        library.bitnet_kernels_fork_join.argtypes = [ctypes.c_int64]
+        library.bitnet_kernels_set_thread_count.argtypes = [ctypes.c_int64]
     except AttributeError as error:
         return None, f"{path.name} is of another version ({error}); install again to build it"
     # Registering a custom call that was built with newer headers would disable XLA's whole CPU backend.
@@ -94,36 +98,82 @@ def isa() -> str:
     return forced
 
 
+def set_thread_count(count: int) -> None:
+    """Runs the kernels on so many threads from now on; until then, on as many as there are processors.
+
+    Raises RuntimeError without a library and ValueError for less than one thread. Results do not depend on it.
+    """
+    library, reason = load()
+    if library is None:
+        raise RuntimeError(f"the C++ kernels are not available: {reason}")
+    if count < 1:
+        raise ValueError(f"count={count}; expected at least one thread")
+    library.bitnet_kernels_set_thread_count(count)
+
+
 def integer_matmul(x: jax.Array, w: PackedArray, *, isa_name: str | None = None) -> jax.Array:
     """int8 codes [m, k] times a packed matrix -> int32 [G, m, n]; the definition is reference.integer_matmul.
 
     isa_name: an instruction set other than `isa()`. Under vmap a batch axis of x is folded into its rows.
     """
-    return _integer_call(FORMATS[w.format].bits, w.groups, w.shape[0], isa_name or isa())(x, w.codes)
+    return _integer_call(w.format, w.groups, w.shape[0], isa_name or isa())(x, w.codes)
 
 
-def scaled_matmul(x: jax.Array, w: PackedArray, *, isa_name: str | None = None) -> jax.Array:
-    """int8 codes [m, k] times a packed matrix and its scales -> float32 [m, n].
+def scaled_matmuls(
+    x: jax.Array, ws: Sequence[PackedArray], *, isa_name: str | None = None
+) -> tuple[jax.Array, ...]:
+    """x [m, k], int8 codes or float32, times packed matrices and their scales -> float32 [m, n] of each.
 
-    The definition is reference.scaled_matmul, bit for bit, without its [G, m, n] sums in memory.
+    float32 rows are quantized first. The definition is reference.scaled_matmuls, bit for bit, without its
+    [G, m, n] sums in memory; all matrices are one parallel loop.
     """
-    return _scaled_call(FORMATS[w.format].bits, w.shape[0], isa_name or isa())(x, w.codes, w.scale)
+    matrices = tuple((w.format, w.shape[0]) for w in ws)
+    return _scaled_call(matrices, isa_name or isa())(x, *(leaf for w in ws for leaf in (w.codes, w.scale)))
+
+
+def bfloat16_logits(x: jax.Array, table: jax.Array, *, isa_name: str | None = None) -> jax.Array:
+    """float32 [m, k] times the transpose of a bfloat16 table [n, k] -> float32 [m, n]; see head.py."""
+    return _logits_call(isa_name or isa())(x, table)
+
+
+@jax.custom_batching.sequential_vmap
+def lookup(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of a bfloat16 table [n, k] at int32 indices [m] -> float32 [m, k]; see lookup.py."""
+    rows = jax.ShapeDtypeStruct((indices.shape[0], table.shape[1]), np.float32)
+    return jax.ffi.ffi_call(_LOOKUP_TARGET, rows)(table, indices)
 
 
 @functools.cache
-def _integer_call(bits: int, groups: int, n: int, isa_name: str) -> Callable[..., jax.Array]:
+def _logits_call(isa_name: str) -> Callable[..., jax.Array]:
+    def call(x: jax.Array, table: jax.Array) -> jax.Array:
+        y = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), np.float32)
+        return jax.ffi.ffi_call(_LOGITS_TARGET, y)(x, table, isa=isa_name)
+
+    return _fold_batches(call, rows_axis=0)
+
+
+@functools.cache
+def _integer_call(format: str, groups: int, n: int, isa_name: str) -> Callable[..., jax.Array]:
+    number = np.int64(list(FORMATS).index(format))
+
     def call(x: jax.Array, codes: jax.Array) -> jax.Array:
         sums = jax.ShapeDtypeStruct((groups, x.shape[0], n), np.int32)
-        return jax.ffi.ffi_call(_INTEGER_TARGET, sums)(x, codes, bits=np.int64(bits), isa=isa_name)
+        return jax.ffi.ffi_call(_INTEGER_TARGET, sums)(x, codes, format=number, isa=isa_name)
 
     return _fold_batches(call, rows_axis=1)
 
 
 @functools.cache
-def _scaled_call(bits: int, n: int, isa_name: str) -> Callable[..., jax.Array]:
-    def call(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-        y = jax.ShapeDtypeStruct((x.shape[0], n), np.float32)
-        return jax.ffi.ffi_call(_SCALED_TARGET, y)(x, codes, scale, bits=np.int64(bits), isa=isa_name)
+def _scaled_call(
+    matrices: tuple[tuple[str, int], ...], isa_name: str
+) -> Callable[..., tuple[jax.Array, ...]]:
+    numbers = np.array([list(FORMATS).index(format) for format, _ in matrices], np.int64)
+
+    def call(x: jax.Array, *codes_and_scales: jax.Array) -> tuple[jax.Array, ...]:
+        results = tuple(jax.ShapeDtypeStruct((x.shape[0], n), np.float32) for _, n in matrices)
+        return tuple(
+            jax.ffi.ffi_call(_SCALED_TARGET, results)(x, *codes_and_scales, formats=numbers, isa=isa_name)
+        )
 
     return _fold_batches(call, rows_axis=0)
 
@@ -141,27 +191,33 @@ def attention(scale: float, isa_name: str) -> Callable[..., jax.Array]:
     return call
 
 
-def _fold_batches(call: Callable[..., jax.Array], rows_axis: int) -> Callable[..., jax.Array]:
-    """call(x [m, k], *matrix) under vmap: more rows for one matrix, one call after the other for several.
+def _fold_batches(call: Callable[..., Any], rows_axis: int) -> Callable[..., Any]:
+    """call(x [m, k], *matrices) under vmap: more rows where only x is batched, else one call after the other.
 
-    rows_axis: the axis of the result that holds the rows of x.
+    rows_axis: the axis of every result that holds the rows of x.
     """
     load()
     batched_call = jax.custom_batching.custom_vmap(call)
 
     @batched_call.def_vmap
-    def rule(axis_size: int, batched: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+    def rule(axis_size: int, batched: list[bool], *arrays: jax.Array) -> tuple[Any, Any]:
         if any(batched[1:]):
             several = [array for array, is_batched in zip(arrays, batched, strict=True) if is_batched]
 
-            def one(slices: list[jax.Array]) -> jax.Array:
+            def one(slices: list[jax.Array]) -> Any:
                 taken = iter(slices)
                 return batched_call(*(next(taken) if b else a for a, b in zip(arrays, batched, strict=True)))
 
-            return jax.lax.map(one, several), True
-        x, *matrix = arrays
-        y = batched_call(x.reshape(axis_size * x.shape[1], x.shape[2]), *matrix)
-        shape = (*y.shape[:rows_axis], axis_size, x.shape[1], *y.shape[rows_axis + 1 :])
-        return jnp.moveaxis(y.reshape(shape), rows_axis, 0), True
+            results = jax.lax.map(one, several)
+        else:
+            x, *matrices = arrays
+            results = batched_call(x.reshape(axis_size * x.shape[1], x.shape[2]), *matrices)
+
+            def unfold(y: jax.Array) -> jax.Array:
+                shape = (*y.shape[:rows_axis], axis_size, x.shape[1], *y.shape[rows_axis + 1 :])
+                return jnp.moveaxis(y.reshape(shape), rows_axis, 0)
+
+            results = jax.tree.map(unfold, results)
+        return results, jax.tree.map(lambda _: True, results)
 
     return batched_call

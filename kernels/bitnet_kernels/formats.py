@@ -40,42 +40,48 @@ def pack(codes: jax.Array, scale: jax.Array, format: str, layout: str = "panel16
         found = np.unique(np.asarray(codes))
         if not set(found.tolist()) <= set(form.values):
             raise ValueError(f"codes hold the values {found.tolist()}; {format} can hold {list(form.values)}")
-    return PackedArray(_encode(jnp.asarray(codes), format), scale, format, layout, (n, k))
+    packed = _encode(jnp.asarray(codes), format, scale.shape[1])
+    return PackedArray(packed, scale, format, layout, (n, k))
 
 
-@jax.jit(static_argnames="format")
-def _encode(codes: jax.Array, format: str) -> jax.Array:
+@jax.jit(static_argnames=("format", "groups"))
+def _encode(codes: jax.Array, format: str, groups: int) -> jax.Array:
     """int8 [n, k] -> uint8 [panels, blocks, 64]."""
     form = FORMATS[format]
     n, k = codes.shape
-    panels, blocks, block_bytes = codes_shape(format, (n, k))
-    # Binary -1, +1 -> 0, 1 and ternary -1, 0, +1 -> 0, 1, 2; padded after that, so padding bits are zero.
-    fields = (codes > 0).astype(jnp.uint8) if form.bits == 1 else (codes + jnp.int8(1)).astype(jnp.uint8)
-    fields = jnp.pad(fields, ((0, panels * PANEL_ROWS - n), (0, blocks * form.block_k - k)))
+    panels, blocks, block_bytes = codes_shape(format, (n, k), groups)
+    # Padded as fields, so that padding is zero; in uint8, where code - lowest of int8 does not overflow.
+    fields = (codes.astype(jnp.uint8) - jnp.uint8(form.values.start % 256)) // jnp.uint8(form.values.step)
+    fields = fields.reshape(n, groups, k // groups)
+    row_padding, group_padding = panels * PANEL_ROWS - n, blocks * form.block_k // groups - k // groups
+    fields = jnp.pad(fields, ((0, row_padding), (0, 0), (0, group_padding)))
     fields = fields.reshape(panels, PANEL_ROWS, blocks, form.fields, 4)
-    packed = jnp.zeros((panels, PANEL_ROWS, blocks, 4), jnp.uint8)
-    for s in range(form.fields):
-        packed |= fields[:, :, :, s] << jnp.uint8(form.bits * s)
+    packed = sum(fields[:, :, :, s] * jnp.uint8(form.base**s) for s in range(form.fields))
     return packed.transpose(0, 2, 1, 3).reshape(panels, blocks, block_bytes)
 
 
 def unpack(w: PackedArray) -> jax.Array:
     """The integer codes int8 [n, k] of a packed matrix; unpack(pack(codes, ...)) == codes."""
-    return _decode(w.codes, w.format, w.shape)
+    return _decode(w.codes, w.format, w.shape, w.groups)
 
 
-@jax.jit(static_argnames=("format", "shape"))
-def _decode(packed: jax.Array, format: str, shape: tuple[int, int]) -> jax.Array:
+@jax.jit(static_argnames=("format", "shape", "groups"))
+def _decode(packed: jax.Array, format: str, shape: tuple[int, int], groups: int) -> jax.Array:
     """uint8 [panels, blocks, 64] -> int8 [n, k]."""
     form = FORMATS[format]
     (n, k), (panels, blocks, _) = shape, packed.shape
-    # The four bytes of a row as one word: a quarter of the elements to transpose and shift.
+    # The four bytes of a row as one word: a quarter of the elements to transpose.
     words = jax.lax.bitcast_convert_type(packed.reshape(panels, blocks, PANEL_ROWS, 4), jnp.uint32)
-    words = words.transpose(0, 2, 1)[:, :, :, None]
-    shifts = form.bits * jnp.arange(form.fields, dtype=jnp.uint32).reshape(1, 1, 1, form.fields)
-    words = (words >> shifts) & jnp.uint32(0x01010101 * (2**form.bits - 1))
-    fields = jax.lax.bitcast_convert_type(words, jnp.int8).reshape(panels * PANEL_ROWS, blocks * form.block_k)
-    return (2 * fields - 1 if form.bits == 1 else fields - 1)[:n, :k]
+    row_bytes = jax.lax.bitcast_convert_type(words.transpose(0, 2, 1), jnp.uint8)
+    fields = [_digit(row_bytes, s, form.base) for s in range(form.fields)]
+    padded = jnp.stack(fields, axis=-2).reshape(panels * PANEL_ROWS, groups, blocks * form.block_k // groups)
+    fields = padded[:n, :, : k // groups].reshape(n, k) * jnp.uint8(form.values.step)
+    return (fields + jnp.uint8(form.values.start % 256)).astype(jnp.int8)
+
+
+def _digit(byte: jax.Array, s: int, base: int) -> jax.Array:
+    """Digit s of a uint8 in a base; base 256 has one digit and does not fit the type."""
+    return byte if base == 256 else byte // jnp.uint8(base**s) % jnp.uint8(base)
 
 
 def dequantize(w: PackedArray) -> jax.Array:

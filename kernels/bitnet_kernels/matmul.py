@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,13 +14,13 @@ import numpy as np
 
 from bitnet_kernels import cpu, reference
 from bitnet_kernels.formats import dequantize
-from bitnet_kernels.packed import PackedArray, validate
+from bitnet_kernels.packed import FORMATS, PackedArray, validate
 
-# int8 codes [m, k] and a packed matrix -> float32 [m, n]
-ScaledMatmul = Callable[[jax.Array, PackedArray], jax.Array]
-IMPLEMENTATIONS: dict[str, ScaledMatmul] = {
-    "cpu": cpu.scaled_matmul,
-    "reference": reference.scaled_matmul,
+# x [m, k], int8 codes or float32, and packed matrices -> float32 [m, n] of each
+ScaledMatmuls = Callable[[jax.Array, Sequence[PackedArray]], tuple[jax.Array, ...]]
+IMPLEMENTATIONS: dict[str, ScaledMatmuls] = {
+    "cpu": cpu.scaled_matmuls,
+    "reference": reference.scaled_matmuls,
 }
 
 
@@ -54,8 +54,8 @@ def choose_implementation(w: PackedArray, platform: str | None = None) -> Choice
 
 def _cpu_obstacle(w: PackedArray) -> str | None:
     """Why the C++ kernels cannot multiply by w, or None."""
-    if w.group_size > cpu.MAX_GROUP_INPUTS:
-        return f"k={w.group_size} inputs a group exceed the {cpu.MAX_GROUP_INPUTS} of the int32 accumulators"
+    if w.group_size > (most := FORMATS[w.format].max_inputs):
+        return f"k={w.group_size} inputs a group exceed the {most} of the int32 accumulators of {w.format}"
     return cpu.unavailable()
 
 
@@ -77,13 +77,29 @@ def packed_matmul(
     Works under jit, grad, vmap (of x and of w), scan and while_loop; inside shard_map, build a PackedArray of
     the local codes and scale with the local shape.
     """
-    validate(w, contents=False)
+    return packed_matmuls(x, (w,), activation_bits=activation_bits, implementation=implementation)[0]
+
+
+def packed_matmuls(
+    x: jax.Array,
+    ws: Sequence[PackedArray],
+    *,
+    activation_bits: int | None = 8,
+    implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """packed_matmul of one x with several matrices of k inputs: x is quantized once, and the C++ kernels
+    run them as one parallel loop. The results are those of packed_matmul, bit for bit."""
+    for w in ws:
+        validate(w, contents=False)
     if x.dtype != np.int8 and not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x is {x.dtype}; expected a float type, or int8 for codes")
-    if x.ndim < 1 or x.shape[-1] != w.shape[1]:
-        raise ValueError(
-            f"x has shape {x.shape}; expected (..., {w.shape[1]}) for a matrix of shape {w.shape}"
-        )
+    for w in ws:
+        if x.ndim < 1 or x.shape[-1] != w.shape[1]:
+            raise ValueError(
+                f"x has shape {x.shape}; expected (..., {w.shape[1]}) for a matrix of shape {w.shape}"
+            )
+    if not ws:
+        raise ValueError("got no matrices; expected at least one")
     if activation_bits not in (8, None):
         raise ValueError(f"activation_bits={activation_bits}; expected 8 or None")
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -93,15 +109,15 @@ def packed_matmul(
 
     if implementation == "cpu" and x.dtype != np.int8 and activation_bits is None:
         raise NotImplementedError("implementation='cpu' has no product of float activations; use 'reference'")
-    name, isa = _resolve(implementation, w)
-    return _matmul(x, w, activation_bits, name, isa)
+    name, isa = _resolve(implementation, ws)
+    return _matmuls(x, tuple(ws), activation_bits, name, isa)
 
 
-def _resolve(implementation: str | None, w: PackedArray) -> tuple[str | None, str | None]:
+def _resolve(implementation: str | None, ws: Sequence[PackedArray]) -> tuple[str | None, str | None]:
     """(implementation, instruction set); (None, isa) leaves the choice to the platform of compilation."""
     if implementation == "reference":
         return "reference", None
-    obstacle = _cpu_obstacle(w)
+    obstacle = next(filter(None, map(_cpu_obstacle, ws)), None)
     if not obstacle:
         return implementation, cpu.isa()
     if implementation == "cpu":
@@ -116,45 +132,55 @@ def _warn_once(obstacle: str) -> None:
         warnings.warn(
             f"packed_matmul runs on XLA, much slower than the C++ kernels: {obstacle}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
 @jax.jit(static_argnums=(2, 3, 4))
-def _matmul(
-    x: jax.Array, w: PackedArray, activation_bits: int | None, implementation: str | None, isa: str | None
-) -> jax.Array:
-    scaled_matmul = _scaled_matmul(implementation, isa)
+def _matmuls(
+    x: jax.Array,
+    ws: tuple[PackedArray, ...],
+    activation_bits: int | None,
+    implementation: str | None,
+    isa: str | None,
+) -> tuple[jax.Array, ...]:
+    multiply = _scaled_matmuls(implementation, isa)
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype == np.int8:
-        y = scaled_matmul(rows, w)
+        ys = multiply(rows, ws)
     elif activation_bits is None:
-        y = reference.rescale(reference.float_matmul(rows, w), w.scale)
+        ys = tuple(reference.rescale(reference.float_matmul(rows, w), w.scale) for w in ws)
     else:
-        y = _quantized_matmul(scaled_matmul, rows.astype(jnp.float32), w)
-    return y.reshape(*x.shape[:-1], w.shape[0])
+        ys = _quantized_matmuls(multiply, rows.astype(jnp.float32), ws)
+    return tuple(y.reshape(*x.shape[:-1], w.shape[0]) for y, w in zip(ys, ws, strict=True))
 
 
-def _scaled_matmul(implementation: str | None, isa: str | None) -> ScaledMatmul:
+def _scaled_matmuls(implementation: str | None, isa: str | None) -> ScaledMatmuls:
     if implementation == "reference":
-        return reference.scaled_matmul
-    by_cpu = functools.partial(cpu.scaled_matmul, isa_name=isa)
-    default = {"default": reference.scaled_matmul} if implementation is None else {}
-    return lambda x, w: jax.lax.platform_dependent(x, w, cpu=by_cpu, **default)
+        return reference.scaled_matmuls
+    by_cpu = functools.partial(cpu.scaled_matmuls, isa_name=isa)
+    default = {"default": reference.scaled_matmuls} if implementation is None else {}
+    return lambda x, ws: jax.lax.platform_dependent(x, ws, cpu=by_cpu, **default)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _quantized_matmul(scaled_matmul: ScaledMatmul, x: jax.Array, w: PackedArray) -> jax.Array:
-    codes, scale = reference.quantize_activations(x)
-    return scaled_matmul(codes, w) * scale
+def _quantized_matmuls(
+    multiply: ScaledMatmuls, x: jax.Array, ws: tuple[PackedArray, ...]
+) -> tuple[jax.Array, ...]:
+    return multiply(x, ws)
 
 
-def _forward(scaled_matmul: ScaledMatmul, x: jax.Array, w: PackedArray) -> tuple[jax.Array, PackedArray]:
-    return _quantized_matmul(scaled_matmul, x, w), w
+def _forward(
+    multiply: ScaledMatmuls, x: jax.Array, ws: tuple[PackedArray, ...]
+) -> tuple[tuple[jax.Array, ...], tuple[PackedArray, ...]]:
+    return multiply(x, ws), ws
 
 
-def _backward(scaled_matmul: ScaledMatmul, w: PackedArray, dy: jax.Array) -> tuple[jax.Array, None]:
-    return dy @ dequantize(w), None
+def _backward(
+    multiply: ScaledMatmuls, ws: tuple[PackedArray, ...], dys: tuple[jax.Array, ...]
+) -> tuple[jax.Array, None]:
+    products = [dy @ dequantize(w) for dy, w in zip(dys, ws, strict=True)]
+    return functools.reduce(jnp.add, products), None
 
 
-_quantized_matmul.defvjp(_forward, _backward)
+_quantized_matmuls.defvjp(_forward, _backward)

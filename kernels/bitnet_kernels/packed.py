@@ -1,4 +1,4 @@
-"""PackedArray: a weight matrix of one or two bits per element, as a pytree."""
+"""PackedArray: a weight matrix of one to eight bits per element, as a pytree."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ LAYOUTS = ("panel16",)
 
 
 class Format(NamedTuple):
-    """How many bits hold one code, and which codes there are."""
+    """How codes become bytes: byte = sum over s of field_s * base^s, field = index of the code in `values`."""
 
-    bits: int
-    values: tuple[int, ...]
+    base: int
+    fields: int  # codes per byte
+    values: range  # the codes there are
+    max_inputs: int = 2**18  # of a scale group, with which no int32 accumulator of any kernel overflows
 
     @property
-    def fields(self) -> int:
-        """Codes per byte."""
-        return 8 // self.bits
+    def bits(self) -> float:
+        """Stored bits per code."""
+        return 8 / self.fields
 
     @property
     def block_k(self) -> int:
@@ -31,8 +33,11 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
-    "binary": Format(bits=1, values=(-1, 1)),
-    "ternary2": Format(bits=2, values=(-1, 0, 1)),
+    "binary": Format(base=2, fields=8, values=range(-1, 2, 2)),
+    "ternary2": Format(base=4, fields=4, values=range(-1, 2)),
+    "ternary5": Format(base=3, fields=5, values=range(-1, 2)),
+    "int4": Format(base=16, fields=2, values=range(-8, 8), max_inputs=2**17),
+    "int8": Format(base=256, fields=1, values=range(-128, 128), max_inputs=2**16),
 }
 
 
@@ -44,14 +49,15 @@ class PackedArray:
     Invariants (n, k = shape; `validate` checks just these):
 
     * `format` is a key of FORMATS, `layout` one of LAYOUTS, n >= 1, k >= 1.
-    * `codes` is uint8 [panels, blocks, 64] with panels = ceil(n / 16), blocks = ceil(k / (4 P)),
-      P codes per byte (binary 8, ternary2 4).
-    * byte 4 i + j of block b in panel p holds P fields, field 0 in the lowest bits; field s is the
-      code of row 16 p + i and input 4 P b + 4 s + j.
-    * a binary field is 1 for +1 and 0 for -1; a ternary2 field is code + 1 (0, 1, 2; never 3).
-    * every field of a row >= n or an input >= k is zero.
     * `scale` is finite float32: [1, 1] for the matrix, [n, 1] per output, or [n, G] per group of
       g = k / G inputs, g a multiple of 32; group of input c is c // g.
+    * `codes` is uint8 [panels, blocks, 64] with panels = ceil(n / 16), blocks = G ceil(g / (4 P)),
+      P codes per byte (binary 8, ternary2 4, ternary5 5, int4 2, int8 1): a group begins with a block.
+    * byte 4 i + j of a block of panel p holds P fields as digits of base 2, 4, 3, 16 or 256, field 0
+      the lowest; field s of block b of a group is the code of row 16 p + i and input 4 P b + 4 s + j of it.
+    * a field is (code + 1) / 2 for binary, code + 1 for ternary2 (never 3) and ternary5, code + 8 for
+      int4, code + 128 for int8.
+    * every field of a row >= n or an input beyond its group is zero.
 
     `format`, `layout` and `shape` are static: two PackedArrays of one shape share a compilation.
     Under vmap or scan the leaves may carry leading axes; the invariants hold for each slice.
@@ -79,10 +85,10 @@ class PackedArray:
         return self.codes.size + 4 * self.scale.size
 
 
-def codes_shape(format: str, shape: tuple[int, int]) -> tuple[int, int, int]:
-    """The shape [panels, blocks, 64] of the packed bytes of a matrix [n, k]."""
+def codes_shape(format: str, shape: tuple[int, int], groups: int = 1) -> tuple[int, int, int]:
+    """The shape [panels, blocks, 64] of the packed bytes of a matrix [n, k] with so many scale groups."""
     n, k = shape
-    return -(-n // PANEL_ROWS), -(-k // FORMATS[format].block_k), BLOCK_BYTES
+    return -(-n // PANEL_ROWS), groups * -(-k // (groups * FORMATS[format].block_k)), BLOCK_BYTES
 
 
 def validate(w: PackedArray, *, contents: bool = True) -> None:
@@ -97,13 +103,13 @@ def validate(w: PackedArray, *, contents: bool = True) -> None:
         raise ValueError(f"layout={w.layout!r} is unknown; expected one of {sorted(LAYOUTS)}")
     if len(w.shape) != 2 or min(w.shape) < 1:
         raise ValueError(f"shape={w.shape} of a packed matrix must be (n, k) with n >= 1 and k >= 1")
-    expected = codes_shape(w.format, w.shape)
+    validate_scale(w.scale, w.shape)
+    expected = codes_shape(w.format, w.shape, w.groups)
     if w.codes.shape != expected or w.codes.dtype != np.uint8:
         raise ValueError(
             f"codes are {w.codes.dtype}{list(w.codes.shape)}; expected uint8{list(expected)} "
             f"for a {w.format} matrix of shape {w.shape} in layout {w.layout}"
         )
-    validate_scale(w.scale, w.shape)
     if contents and not isinstance(w.codes, jax.core.Tracer):
         _validate_contents(w)
 
@@ -124,20 +130,29 @@ def validate_scale(scale: jax.Array, shape: tuple[int, int]) -> None:
 
 
 def _validate_contents(w: PackedArray) -> None:
-    form, (n, k) = FORMATS[w.format], w.shape
+    form, n = FORMATS[w.format], w.shape[0]
     codes, scale = np.asarray(w.codes), np.asarray(w.scale)
     if not np.isfinite(scale).all():
         raise ValueError("scale holds NaN or infinity; expected finite values")
-    if form.bits == 2 and (codes & (codes >> 1) & 0x55).any():
-        raise ValueError(f"codes hold the field 3, which {w.format} does not define; expected 0, 1 or 2")
+    if w.format == "ternary2" and (codes & (codes >> 1) & 0x55).any():
+        raise ValueError("codes hold the field 3, which ternary2 does not define; expected 0, 1 or 2")
+    if codes.max() >= (defined := form.base**form.fields):
+        raise ValueError(f"codes hold the byte {codes.max()}; {w.format} defines 0 to {defined - 1}")
     last_panel = codes[-1].reshape(-1, PANEL_ROWS, 4)
     rows = n - PANEL_ROWS * (codes.shape[0] - 1)
     if last_panel[:, rows:].any():
         raise ValueError(f"padding rows {n} to {PANEL_ROWS * codes.shape[0] - 1} are not zero")
-    # Bits of the last block that belong to inputs >= k; input 4 s + j of the block is field s of byte j.
-    inputs = k - form.block_k * (codes.shape[1] - 1)
-    padding = np.zeros(4, np.uint8)
-    for c in range(inputs, form.block_k):
-        padding[c % 4] |= ((1 << form.bits) - 1) << (form.bits * (c // 4))
-    if (codes[:, -1].reshape(-1, 4) & padding).any():
-        raise ValueError(f"padding inputs {k} to {form.block_k * codes.shape[1] - 1} are not zero")
+    # Input 4 s + j of the last block of a group is field s of byte j.
+    group_blocks = codes.shape[1] // w.groups
+    last_blocks = codes.reshape(codes.shape[0], w.groups, group_blocks, PANEL_ROWS, 4)[:, :, -1]
+    padded = form.block_k * group_blocks
+    inputs = w.group_size - (padded - form.block_k)
+    for s, field in enumerate(digits(last_blocks, form)):
+        if field[..., max(0, min(4, inputs - 4 * s)) :].any():
+            raise ValueError(f"padding inputs {w.group_size} to {padded - 1} of a group are not zero")
+
+
+def digits(packed: np.ndarray, form: Format) -> list[np.ndarray]:
+    """The fields of packed bytes, field 0 first: the digits of each byte in the base of the format."""
+    wide = packed.astype(np.int32)
+    return [wide // form.base**s % form.base for s in range(form.fields)]

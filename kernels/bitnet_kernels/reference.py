@@ -6,9 +6,11 @@ Axis letters: m rows of x, n outputs, k inputs, G scale groups of g = k / G inpu
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from bitnet_kernels.formats import unpack
@@ -36,9 +38,15 @@ def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
     return _group_sums(rows, unpack(w), w.groups, jnp.int32)[:, :m]
 
 
-def scaled_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
-    """int8 codes [m, k] times a packed matrix and its scales -> float32 [m, n]."""
-    return rescale(integer_matmul(x, w), w.scale)
+def scaled_matmuls(x: jax.Array, ws: Sequence[PackedArray]) -> tuple[jax.Array, ...]:
+    """x [m, k] times packed matrices and their scales -> float32 [m, n] of each.
+
+    int8 x holds codes; float x is quantized, and the scale of its rows multiplies last.
+    """
+    if x.dtype == np.int8:
+        return tuple(rescale(integer_matmul(x, w), w.scale) for w in ws)
+    codes, scale = quantize_activations(x)
+    return tuple(rounded_product(y, scale) for y in scaled_matmuls(codes, ws))
 
 
 def float_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
@@ -67,7 +75,23 @@ def rescale(sums: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _add_group(y: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
     sums, scale = group
-    product = sums.astype(jnp.float32) * scale[None, :]
-    # Changes no value; but without a select between them XLA fuses product and sum into one rounding, and
-    # compiled code differs from uncompiled (jax 0.10 drops an optimization_barrier too early to help).
-    return y + jnp.where(scale[None, :] == 0, 0.0, product), None
+    return y + rounded_product(sums.astype(jnp.float32), scale[None, :]), None
+
+
+@jax.custom_jvp
+def rounded_product(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """values * scale, rounded before anything is added to it.
+
+    The minimum changes no finite value; but without an operation in between XLA fuses product and sum into one
+    rounding, and compiled code differs from uncompiled and from C++ (jax 0.10 drops an optimization_barrier too
+    early to help).
+    """
+    return jnp.minimum(values * scale, jnp.finfo(jnp.float32).max)
+
+
+@rounded_product.defjvp
+def _rounded_product_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (values, scale), (d_values, d_scale) = primals, tangents
+    return rounded_product(values, scale), d_values * scale + values * d_scale

@@ -22,3 +22,6 @@ SUITES: dict[str, tuple[Shape, ...]] = {
 }
 SUITES["all"] = SUITES["decode"] + SUITES["prefill"]
 SUITES["smoke"] = (Shape(1, 256, 512), Shape(4, 256, 512))
+
+IN_CACHE = Shape(1, 512, 2560)  # in a second-level cache in every format
+TINY = Shape(1, 16, 64)

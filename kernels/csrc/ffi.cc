@@ -1,11 +1,13 @@
-// XLA custom call: checks of shapes and values, splitting over threads, bindings.
+// XLA custom calls of the packed products: checks of shapes and values, splitting over threads, bindings.
 
 #include <algorithm>
+#include <iterator>
 #include <cstring>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "activations.h"
 #include "integer_matmul.h"
 #include "isa.h"
 #include "scaled_matmul.h"
@@ -17,117 +19,205 @@ namespace ffi = xla::ffi;
 namespace bitnet {
 namespace {
 
-// Work below which one thread is as fast as two: a helper of XLA's pool takes some microseconds to start.
-constexpr int64_t kSerialBytes = 512 << 10;            // packed bytes, one row of x
-constexpr int64_t kSerialProducts = int64_t{4} << 20;  // products, several rows of x
-constexpr int64_t kItemBytes = 256 << 10;              // packed bytes of a piece of work: long runs read faster
+// Work below which one thread is as fast as two: a helper takes up to a microsecond to begin.
+constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one row of x
+constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several rows of x
+constexpr int64_t kItemBytes = 128 << 10;                // packed bytes of a piece of work, one row of x
+constexpr int64_t kSerialActivations = int64_t{1} << 15;  // elements of x
 
-using Activations = ffi::Buffer<ffi::S8, 2>;
+using Bytes = ffi::Buffer<ffi::S8, 2>;
 using Codes = ffi::Buffer<ffi::U8, 3>;
-using Sums = ffi::Buffer<ffi::S32, 3>;
 using Floats = ffi::Buffer<ffi::F32, 2>;
+using Sums = ffi::Buffer<ffi::S32, 3>;
 
 ffi::Error invalid(std::string message) { return ffi::Error::InvalidArgument("bitnet_kernels: " + std::move(message)); }
 
-template <typename Buffer>
-std::string dims(const Buffer& buffer) {
+std::string dims(ffi::AnyBuffer::Dimensions dimensions) {
   std::string text = "[";
-  for (int64_t dim : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
+  for (int64_t dim : dimensions) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
   return text + "]";
 }
 
-// The rows of x, each padded with zeros to the inputs of the packed matrix where those are more.
-std::vector<int8_t> pad_rows(const int8_t* x, int64_t m, int64_t k, int64_t padded) {
-  std::vector<int8_t> rows(m * padded);
-  for (int64_t row = 0; row < m; ++row) std::memcpy(rows.data() + row * padded, x + row * k, k);
-  return rows;
-}
-
-// Fills a problem from the buffers of a call, or says what does not fit. y and x_sums stay empty.
-ffi::Error make_problem(Activations x, Codes w, int64_t bits, int64_t groups, int64_t n, Problem& p) {
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
-  if (bits != 1 && bits != 2) return invalid("bits=" + std::to_string(bits) + "; expected 1 (binary) or 2 (ternary)");
-  p = {bits, m, n, groups, 0, x.typed_data(), k, nullptr, w.typed_data(), nullptr};
-  const int64_t blocks = (k + p.block_inputs() - 1) / p.block_inputs();
-  if (groups < 1 || k < 1) return invalid("expected at least one scale group and one input; got x" + dims(x));
-  if (w.dimensions()[0] != p.panels() || w.dimensions()[1] != blocks || w.dimensions()[2] != kBlockBytes) {
-    return invalid("a packed [" + std::to_string(n) + ", " + std::to_string(k) + "] of " + std::to_string(bits) +
-                   " bits has codes [" + std::to_string(p.panels()) + ", " + std::to_string(blocks) + ", 64]; got " +
-                   dims(w));
+// Fills a problem from a matrix and the shape of its result, or says what does not fit. x, x_sums and y stay empty.
+ffi::Error make_problem(int64_t m, int64_t k, Codes w, int64_t format, int64_t groups, int64_t n, Problem& p) {
+  if (format < 0 || format >= static_cast<int64_t>(std::size(kFormats))) {
+    return invalid("format=" + std::to_string(format) + "; expected a number below " + std::to_string(std::size(kFormats)));
   }
+  p = {static_cast<Format>(format), m, n, groups, 0, nullptr, 0, nullptr, w.typed_data(), nullptr};
+  if (groups < 1 || k < 1) return invalid("expected at least one scale group and one input; got k=" + std::to_string(k));
   if (groups > 1 && (k % groups != 0 || (k / groups) % 32 != 0)) {
     return invalid(std::to_string(groups) + " groups of k=" + std::to_string(k) +
                    "; expected groups of a multiple of 32 inputs");
   }
-  if (k / groups > kMaxGroupInputs) {
-    return invalid("k=" + std::to_string(k) + " in " + std::to_string(groups) +
-                   " groups overflows int32; expected at most " + std::to_string(kMaxGroupInputs) + " inputs a group");
+  const int64_t most = max_group_inputs(p.format);
+  if (k / groups > most) {
+    return invalid("k=" + std::to_string(k) + " in " + std::to_string(groups) + " groups overflows int32; expected at most " +
+                   std::to_string(most) + " inputs a group");
   }
-  p.group_blocks = blocks / groups;
-  p.x_stride = blocks * p.block_inputs();
+  p.group_blocks = (k / groups + p.block_inputs() - 1) / p.block_inputs();
+  p.x_stride = groups * p.group_blocks * p.block_inputs();
+  const auto got = w.dimensions();
+  if (got[0] != p.panels() || got[1] != groups * p.group_blocks || got[2] != kBlockBytes) {
+    return invalid("a matrix [" + std::to_string(n) + ", " + std::to_string(k) + "] of this format has codes [" +
+                   std::to_string(p.panels()) + ", " + std::to_string(groups * p.group_blocks) + ", 64]; got " + dims(got));
+  }
   return ffi::Error::Success();
 }
 
-// Prepares x and runs work(kernels, problem, begin, end) over all panels, on the threads that the size deserves.
-template <typename Work>
-ffi::Error run(ffi::ThreadPool& pool, Problem p, int64_t k, std::string_view isa, Work work) {
-  const Kernels* kernels = find_kernels(isa);
-  if (kernels == nullptr) {
-    return invalid("isa=" + std::string(isa) + " is not available; expected one of " + bitnet_kernels_available_isas());
-  }
-  if (p.m == 0 || p.n == 0) return ffi::Error::Success();
+// The rows of x with every group padded to the blocks of one matrix, and their sums.
+struct Rows {
   std::vector<int8_t> padded;
-  if (p.x_stride != k) {
-    padded = pad_rows(p.x, p.m, k, p.x_stride);
-    p.x = padded.data();
-  }
-  const int64_t group_inputs = p.x_stride / p.groups;
-  std::vector<int32_t> x_sums(p.m * p.groups);
-  for (int64_t i = 0; i < p.m * p.groups; ++i) x_sums[i] = kernels->sum(p.x + i * group_inputs, group_inputs);
-  p.x_sums = x_sums.data();
+  std::vector<int32_t> sums;
 
-  const int64_t panels = p.panels(), bytes = panels * p.panel_bytes();
-  const bool serial = p.m == 1 ? bytes < kSerialBytes : p.m * p.n * k < kSerialProducts;
-  const int64_t threads = serial ? 1 : std::max<int64_t>(1, pool.num_threads());
-  // Pieces of an even number of panels for the pairs of one row of x, of four for the tiles of several rows.
-  const int64_t pairs = std::min(kItemBytes, bytes / threads) / p.panel_bytes() / 2;
-  const int64_t grain = p.m == 1 ? std::max<int64_t>(1, pairs) * 2 : 4;
-  parallel_for(pool, threads, (panels + grain - 1) / grain, [&](int64_t item) {
-    work(*kernels, p, item * grain, std::min(panels, (item + 1) * grain));
+  // From codes [m, k], to which p.x and p.x_sums point afterwards, or to a padded copy.
+  void prepare(const int8_t* codes, int64_t k, const Kernels& kernels, Problem& p) {
+    const int64_t inputs = k / p.groups, padded_inputs = p.x_stride / p.groups;
+    p.x = codes;
+    if (padded_inputs != inputs) {
+      padded.assign(p.m * p.x_stride, 0);
+      for (int64_t i = 0; i < p.m * p.groups; ++i) {
+        std::memcpy(padded.data() + i * padded_inputs, codes + i * inputs, inputs);
+      }
+      p.x = padded.data();
+    }
+    sums.resize(p.m * p.groups);
+    for (int64_t i = 0; i < p.m * p.groups; ++i) sums[i] = kernels.sum(p.x + i * padded_inputs, padded_inputs);
+    p.x_sums = sums.data();
+  }
+};
+
+// How a matrix is cut into items: panels at a time.
+struct Split {
+  int64_t grain;  // panels of an item
+  int64_t items;
+
+  explicit Split(const Problem& p) {
+    // An even number of panels for the pairs of one row of x, four for the tiles of several rows.
+    grain = p.m == 1 ? std::max<int64_t>(1, kItemBytes / p.panel_bytes() / 2) * 2 : 4;
+    items = (p.panels() + grain - 1) / grain;
+  }
+};
+
+using Work = std::function<void(size_t matrix, int64_t begin, int64_t end)>;
+
+// Runs work over the panels of all matrices, in one parallel loop where the work deserves one.
+void run(const std::vector<Problem>& problems, const Work& work) {
+  std::vector<Split> splits;
+  int64_t items = 0, bytes = 0, products = 0;
+  for (const Problem& p : problems) {
+    splits.emplace_back(p);
+    items += splits.back().items;
+    bytes += p.panels() * p.panel_bytes();
+    products += p.m * p.n * p.x_stride;
+  }
+  const auto run_item = [&](int64_t item) {
+    size_t i = 0;
+    for (; item >= splits[i].items; ++i) item -= splits[i].items;
+    const int64_t begin = item * splits[i].grain;
+    work(i, begin, std::min(begin + splits[i].grain, problems[i].panels()));
+  };
+  if (problems[0].m == 1 ? bytes < kSerialBytes : products < kSerialProducts) {
+    for (int64_t item = 0; item < items; ++item) run_item(item);
+  } else {
+    parallel_for(items, run_item);
+  }
+}
+
+ffi::Error unknown_isa(std::string_view isa) {
+  return invalid("isa=" + std::string(isa) + " is not available; expected one of " + bitnet_kernels_available_isas());
+}
+
+ffi::Error integer_call(Bytes x, Codes w, int64_t format, std::string_view isa, ffi::Result<Sums> y) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  std::vector<Problem> problems(1);
+  Problem& p = problems[0];
+  ffi::Error error = make_problem(m, k, w, format, y->dimensions()[0], y->dimensions()[2], p);
+  if (error.failure()) return error;
+  if (y->dimensions()[1] != m) return invalid("expected y[groups, " + std::to_string(m) + ", n]; got y" + dims(y->dimensions()));
+  const Kernels* kernels = find_kernels(isa);
+  if (kernels == nullptr) return unknown_isa(isa);
+  if (m == 0 || p.n == 0) return ffi::Error::Success();
+  Rows rows;
+  rows.prepare(x.typed_data(), k, *kernels, p);
+  p.y = y->typed_data();
+  run(problems, [&](size_t, int64_t begin, int64_t end) { kernels->matmul(p, begin, end); });
+  return ffi::Error::Success();
+}
+
+// x as int8 codes [m, k] with one scale a row: what it holds already, or float32 quantized here.
+struct Activations {
+  const int8_t* codes;
+  const float* scales = nullptr;
+
+  static Activations of(ffi::AnyBuffer x) {
+    const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+    if (x.element_type() == ffi::S8) return {x.typed_data<int8_t>()};
+    // Kept from call to call: a large prompt would otherwise fault in fresh pages for every matrix.
+    static thread_local std::vector<int8_t> codes;
+    static thread_local std::vector<float> scales;
+    codes.resize(m * k);
+    scales.resize(m);
+    const float* rows = x.typed_data<float>();
+    int8_t* to = codes.data();
+    float* scale = scales.data();
+    const auto quantize = [=](int64_t row) { scale[row] = quantize_row(rows + row * k, k, to + row * k); };
+    if (m * k < kSerialActivations) {
+      for (int64_t row = 0; row < m; ++row) quantize(row);
+    } else {
+      parallel_for(m, quantize);
+    }
+    return {to, scale};
+  }
+};
+
+ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<const int64_t> formats,
+                       std::string_view isa, ffi::RemainingRets results) {
+  if (x.dimensions().size() != 2 || (x.element_type() != ffi::S8 && x.element_type() != ffi::F32)) {
+    return invalid("expected x as int8 or float32 [m, k]; got rank " + std::to_string(x.dimensions().size()));
+  }
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  const size_t count = formats.size();
+  if (count == 0 || matrices.size() != 2 * count || results.size() != count) {
+    return invalid("expected codes and scale for each of " + std::to_string(count) + " formats and results; got " +
+                   std::to_string(matrices.size()) + " arrays");
+  }
+  std::vector<Problem> problems(count);
+  std::vector<Scales> scales(count);
+  std::vector<float*> outputs(count);
+  for (size_t i = 0; i < count; ++i) {
+    const auto w = matrices.get<Codes>(2 * i);
+    const auto scale = matrices.get<Floats>(2 * i + 1);
+    auto y = results.get<Floats>(i);
+    if (!w) return w.error();
+    if (!scale) return scale.error();
+    if (!y) return y.error();
+    const int64_t n = (*y)->dimensions()[1], rows = scale->dimensions()[0], groups = scale->dimensions()[1];
+    ffi::Error error = make_problem(m, k, *w, formats[i], groups, n, problems[i]);
+    if (error.failure()) return error;
+    if ((*y)->dimensions()[0] != m) {
+      return invalid("expected y[" + std::to_string(m) + ", n]; got y" + dims((*y)->dimensions()));
+    }
+    if (rows != n && (rows != 1 || groups != 1)) {
+      return invalid("expected scale[1, 1] or scale[" + std::to_string(n) + ", groups]; got scale" +
+                     dims(scale->dimensions()));
+    }
+    scales[i] = {scale->typed_data(), rows == 1 ? 0 : groups, nullptr};
+    outputs[i] = (*y)->typed_data();
+  }
+  const Kernels* kernels = find_kernels(isa);
+  if (kernels == nullptr) return unknown_isa(isa);
+  if (m == 0) return ffi::Error::Success();
+
+  const Activations activations = Activations::of(x);
+  std::vector<Rows> rows(count);
+  for (size_t i = 0; i < count; ++i) {
+    rows[i].prepare(activations.codes, k, *kernels, problems[i]);
+    scales[i].activation = activations.scales;
+  }
+  run(problems, [&](size_t i, int64_t begin, int64_t end) {
+    scaled_matmul(*kernels, problems[i], scales[i], outputs[i], begin, end);
   });
   return ffi::Error::Success();
-}
-
-ffi::Error integer_call(ffi::ThreadPool pool, Activations x, Codes w, int64_t bits, std::string_view isa,
-                        ffi::Result<Sums> y) {
-  Problem p;
-  ffi::Error error = make_problem(x, w, bits, y->dimensions()[0], y->dimensions()[2], p);
-  if (error.failure()) return error;
-  if (y->dimensions()[1] != p.m) return invalid("expected y[groups, " + std::to_string(p.m) + ", n]; got y" + dims(*y));
-  p.y = y->typed_data();
-  const auto work = [](const Kernels& kernels, const Problem& p, int64_t begin, int64_t end) {
-    kernels.matmul(p, begin, end);
-  };
-  return run(pool, p, x.dimensions()[1], isa, work);
-}
-
-ffi::Error scaled_call(ffi::ThreadPool pool, Activations x, Codes w, Floats scale, int64_t bits,
-                       std::string_view isa, ffi::Result<Floats> y) {
-  Problem p;
-  const int64_t n = y->dimensions()[1], scale_rows = scale.dimensions()[0], groups = scale.dimensions()[1];
-  ffi::Error error = make_problem(x, w, bits, groups, n, p);
-  if (error.failure()) return error;
-  if (y->dimensions()[0] != p.m) return invalid("expected y[" + std::to_string(p.m) + ", n]; got y" + dims(*y));
-  if (scale_rows != n && (scale_rows != 1 || groups != 1)) {
-    return invalid("expected scale[1, 1] or scale[" + std::to_string(n) + ", groups]; got scale" + dims(scale));
-  }
-  const float* scales = scale.typed_data();
-  const int64_t stride = scale_rows == 1 ? 0 : groups;
-  float* out = y->typed_data();
-  const auto work = [=](const Kernels& kernels, const Problem& p, int64_t begin, int64_t end) {
-    scaled_matmul(kernels, p, scales, stride, out, begin, end);
-  };
-  return run(pool, p, x.dimensions()[1], isa, work);
 }
 
 }  // namespace
@@ -135,22 +225,19 @@ ffi::Error scaled_call(ffi::ThreadPool pool, Activations x, Codes w, Floats scal
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_integer_matmul, bitnet::integer_call,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<bitnet::Activations>()  // x [m, k]
-                                  .Arg<bitnet::Codes>()        // codes [panels, blocks, 64]
-                                  .Attr<int64_t>("bits")
+                                  .Arg<bitnet::Bytes>()  // x [m, k]
+                                  .Arg<bitnet::Codes>()            // codes [panels, blocks, 64]
+                                  .Attr<int64_t>("format")
                                   .Attr<std::string_view>("isa")
                                   .Ret<bitnet::Sums>());  // y [groups, m, n]
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_scaled_matmul, bitnet::scaled_call,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<bitnet::Activations>()  // x [m, k]
-                                  .Arg<bitnet::Codes>()        // codes [panels, blocks, 64]
-                                  .Arg<bitnet::Floats>()       // scale [1, 1], [n, 1] or [n, groups]
-                                  .Attr<int64_t>("bits")
+                                  .Arg<ffi::AnyBuffer>()  // x [m, k], int8 codes or float32
+                                  .RemainingArgs()        // of each matrix codes [panels, blocks, 64], scale
+                                  .Attr<ffi::Span<const int64_t>>("formats")
                                   .Attr<std::string_view>("isa")
-                                  .Ret<bitnet::Floats>());  // y [m, n]
+                                  .RemainingRets());  // of each matrix y [m, n]
 
 // Headers newer than the runtime make registration fail and take XLA's whole CPU backend with it: Python compares
 // first.

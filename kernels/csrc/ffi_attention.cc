@@ -25,8 +25,8 @@ bool has_shape(ffi::AnyBuffer::Dimensions dims, std::initializer_list<int64_t> e
   return std::equal(dims.begin(), dims.end(), expected.begin(), expected.end());
 }
 
-ffi::Error attention_call(ffi::ThreadPool pool, Queries q, ffi::AnyBuffer k, ffi::AnyBuffer v, Scales k_scale,
-                          Scales v_scale, Visible visible, Length length, float scale, std::string_view isa,
+ffi::Error attention_call(Queries q, ffi::AnyBuffer k, ffi::AnyBuffer v, Scales k_scale, Scales v_scale,
+                          Visible visible, Length length, float scale, std::string_view isa,
                           ffi::Result<Queries> out) {
   const AttentionKernels* kernels = find_attention(isa);
   if (kernels == nullptr) {
@@ -59,10 +59,7 @@ ffi::Error attention_call(ffi::ThreadPool pool, Queries q, ffi::AnyBuffer k, ffi
   p.k_scale = k_scale.typed_data(), p.v_scale = v_scale.typed_data();
   p.visible = reinterpret_cast<const uint8_t*>(visible.typed_data());
   p.out = out->typed_data();
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  attend(*kernels, p, threads, [&](int64_t items, const std::function<void(int64_t)>& body) {
-    parallel_for(pool, threads, items, body);
-  });
+  attend(*kernels, p, thread_count(), parallel_for);
   return ffi::Error::Success();
 }
 
@@ -71,7 +68,6 @@ ffi::Error attention_call(ffi::ThreadPool pool, Queries q, ffi::AnyBuffer k, ffi
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_attention, bitnet::attention_call,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<bitnet::Queries>()  // q [B, T, H, h]
                                   .Arg<ffi::AnyBuffer>()   // k [B, S, K, h]
                                   .Arg<ffi::AnyBuffer>()   // v [B, S, K, h]

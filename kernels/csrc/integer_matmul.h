@@ -5,8 +5,8 @@
 // So a 32-bit lane is a row, field s of all rows multiplies one broadcast dword of x, and 16 results leave as
 // one vector: no shuffles and no horizontal sums.
 //
-// The kernels sum fields f (binary 0, 1; ternary 0, 1, 2) instead of codes and correct once at the end:
-// sum(code x) = 2 sum(f x) - sum(x) for binary, sum(f x) - sum(x) for ternary.
+// The kernels sum fields f >= 0 instead of codes and correct once at the end:
+// sum(code x) = multiplier sum(f x) - offset sum(x).
 
 #ifndef BITNET_KERNELS_INTEGER_MATMUL_H_
 #define BITNET_KERNELS_INTEGER_MATMUL_H_
@@ -26,24 +26,51 @@ namespace bitnet {
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kBlockBytes = 64;
 
-// The AND-only kernels let field s stand scaled by 2^(bits s), at most 128 a product: the accumulator of the highest
-// ternary field stays below 2^31 up to 524287 inputs of a group. One simple bound for all kernels is kept below that.
-constexpr int64_t kMaxGroupInputs = int64_t{1} << 18;
+// What a byte holds. The values are those of the custom calls' attribute.
+enum class Format : int64_t {
+  kBinary,    // 8 codes -1, 1 as a bit: field 1 for +1
+  kTernary2,  // 4 codes -1, 0, 1 of two bits: field = code + 1
+  kTernary5,  // 5 codes -1, 0, 1 as digits to the base 3, field 0 the lowest: field = code + 1
+  kInt4,      // 2 codes -8 .. 7: field = code + 8
+  kInt8,      // 1 code -128 .. 127: field = code + 128
+};
+
+constexpr Format kFormats[] = {Format::kBinary, Format::kTernary2, Format::kTernary5, Format::kInt4, Format::kInt8};
+
+constexpr int fields(Format format) {
+  constexpr int kFields[] = {8, 4, 5, 2, 1};
+  return kFields[static_cast<int>(format)];
+}
+// A byte is the sum of field s times base^s.
+constexpr int field_base(Format format) { return format == Format::kTernary5 ? 3 : 1 << (8 / fields(format)); }
+constexpr int highest_field(Format format) { return format == Format::kTernary2 ? 2 : field_base(format) - 1; }
+constexpr int64_t block_inputs(Format format) { return 4 * fields(format); }
+constexpr int32_t multiplier(Format format) { return format == Format::kBinary ? 2 : 1; }
+constexpr int32_t offset(Format format) {
+  constexpr int32_t kOffsets[] = {1, 1, 1, 8, 128};
+  return kOffsets[static_cast<int>(format)];
+}
+
+// Decoding leaves a field where it stands in its byte, so a product is as large as (byte & field) * 128: 162 * 128 per
+// five inputs at most for base 3, 240 * 128 per two for int4, 255 * 128 for int8. Sums of that stay below 2^31.
+constexpr int64_t max_group_inputs(Format format) {
+  return int64_t{1} << (format == Format::kInt8 ? 16 : format == Format::kInt4 ? 17 : 18);
+}
 
 struct Problem {
-  int64_t bits;          // 1: binary, 2: ternary
+  Format format;
   int64_t m;             // rows of x
   int64_t n;             // rows of the matrix, without padding
   int64_t groups;        // scale groups along the input
-  int64_t group_blocks;  // blocks of one group, the last one padded
+  int64_t group_blocks;  // blocks of one group, the last one padded with zeros
   const int8_t* x;       // [m, x_stride], zero where the matrix is padded
   int64_t x_stride;
   const int32_t* x_sums;  // [m, groups], sums of x over a group
   const uint8_t* w;       // [ceil(n / 16), groups * group_blocks, 64]
   int32_t* y;             // [groups, m, n]
 
-  int64_t fields() const { return 8 / bits; }
-  int64_t block_inputs() const { return 4 * fields(); }
+  int64_t block_inputs() const { return bitnet::block_inputs(format); }
+  int64_t group_inputs() const { return group_blocks * block_inputs(); }
   int64_t panels() const { return (n + kPanelRows - 1) / kPanelRows; }
   int64_t panel_bytes() const { return groups * group_blocks * kBlockBytes; }
   int64_t panel_rows(int64_t panel) const { return std::min(kPanelRows, n - panel * kPanelRows); }

@@ -31,7 +31,7 @@ AVX2_INLINE void add_to_outputs(const Problem& p, int64_t g, int64_t row, int64_
                                 const __m256i total[2]) {
   alignas(32) int32_t sums[kPanelRows];
   for (int h = 0; h < 2; ++h) {
-    const __m256i scaled = p.bits == 1 ? _mm256_slli_epi32(total[h], 1) : total[h];
+    const __m256i scaled = p.format == Format::kBinary ? _mm256_slli_epi32(total[h], 1) : total[h];
     _mm256_store_si256(reinterpret_cast<__m256i*>(sums + 8 * h), scaled);
   }
   int32_t* y = p.outputs(g, row, panel);
@@ -166,7 +166,11 @@ AVX2 void matmul_bits(const Problem& p, int64_t begin, int64_t end) {
 }
 
 void matmul(const Problem& p, int64_t begin, int64_t end) {
-  p.bits == 1 ? matmul_bits<1>(p, begin, end) : matmul_bits<2>(p, begin, end);
+  switch (p.format) {
+    case Format::kBinary: return matmul_bits<1>(p, begin, end);
+    case Format::kTernary2: return matmul_bits<2>(p, begin, end);
+    default: return kScalarKernels.matmul(p, begin, end);
+  }
 }
 
 AVX2 int32_t sum(const int8_t* x, int64_t count) {

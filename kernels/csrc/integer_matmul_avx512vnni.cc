@@ -125,7 +125,7 @@ VNNI void multiply(const Problem& p, int64_t row, int64_t panel, int64_t panels,
       if (i >= panels) continue;
       int32_t* y = p.outputs(g, row + t, panel + i);
       const __mmask16 mask = row_mask(p, panel + i);
-      __m512i total = p.bits == 1 ? _mm512_slli_epi32(sums[t][i], 1) : sums[t][i];
+      __m512i total = p.format == Format::kBinary ? _mm512_slli_epi32(sums[t][i], 1) : sums[t][i];
       total = b == 0 ? _mm512_sub_epi32(total, x_sum) : _mm512_add_epi32(total, _mm512_maskz_loadu_epi32(mask, y));
       _mm512_mask_storeu_epi32(y, mask, total);
     }
@@ -168,7 +168,11 @@ VNNI void matmul_bits(const Problem& p, int64_t begin, int64_t end) {
 }
 
 void matmul(const Problem& p, int64_t begin, int64_t end) {
-  p.bits == 1 ? matmul_bits<1>(p, begin, end) : matmul_bits<2>(p, begin, end);
+  switch (p.format) {
+    case Format::kBinary: return matmul_bits<1>(p, begin, end);
+    case Format::kTernary2: return matmul_bits<2>(p, begin, end);
+    default: return kScalarKernels.matmul(p, begin, end);
+  }
 }
 
 VNNI int32_t sum(const int8_t* x, int64_t count) {

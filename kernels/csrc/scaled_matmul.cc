@@ -10,8 +10,8 @@ constexpr int64_t kRowStep = 12;            // whole register tiles of every ins
 
 }  // namespace
 
-void scaled_matmul(const Kernels& kernels, const Problem& p, const float* scale, int64_t scale_stride, float* out,
-                   int64_t begin, int64_t end) {
+void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& s, float* out, int64_t begin,
+                   int64_t end) {
   // The same problem cut down to these panels and, where there are many rows of x, to some of them at a time.
   Problem part = p;
   const int64_t first = begin * kPanelRows;
@@ -24,7 +24,7 @@ void scaled_matmul(const Kernels& kernels, const Problem& p, const float* scale,
   sums.resize(p.groups * rows * part.n);
   scales.resize(p.groups * part.n);
   for (int64_t g = 0; g < p.groups; ++g) {
-    for (int64_t r = 0; r < part.n; ++r) scales[g * part.n + r] = scale[(first + r) * scale_stride + g];
+    for (int64_t r = 0; r < part.n; ++r) scales[g * part.n + r] = s.matrix[(first + r) * s.stride + g];
   }
   for (int64_t row = 0; row < p.m; row += rows) {
     part.m = std::min(rows, p.m - row);
@@ -35,13 +35,16 @@ void scaled_matmul(const Kernels& kernels, const Problem& p, const float* scale,
     for (int64_t i = 0; i < part.m; ++i) {
       float* y = out + (row + i) * p.n + first;
       for (int64_t g = 0; g < p.groups; ++g) {
-        const int32_t* s = sums.data() + (g * part.m + i) * part.n;
+        const int32_t* sum = sums.data() + (g * part.m + i) * part.n;
         const float* f = scales.data() + g * part.n;
         for (int64_t r = 0; r < part.n; ++r) {
-          const float product = static_cast<float>(s[r]) * f[r];
+          const float product = static_cast<float>(sum[r]) * f[r];
           y[r] = g == 0 ? product : y[r] + product;
         }
       }
+      if (s.activation == nullptr) continue;
+      const float activation = s.activation[row + i];
+      for (int64_t r = 0; r < part.n; ++r) y[r] *= activation;
     }
   }
 }

@@ -7,11 +7,17 @@
 
 namespace bitnet {
 
-// Writes out[m, n] = sum over groups g, in order, of float(y[g, m, n]) * scale[n, g], every product and sum rounded:
-// the same bits as rescale of bitnet_kernels/reference.py. For the matrix panels [begin, end); p.y is not used.
-// scale_stride is the number of scales of a row of the matrix (groups), or 0 where one scale serves all rows.
-void scaled_matmul(const Kernels& kernels, const Problem& p, const float* scale, int64_t scale_stride, float* out,
-                   int64_t begin, int64_t end);
+struct Scales {
+  const float* matrix;      // [n, groups], or one number
+  int64_t stride;           // scales of a row of the matrix (groups), or 0 where one number serves all rows
+  const float* activation;  // [m], or nullptr for none
+};
+
+// Writes out[m, n] = (sum over groups g, in order, of float(y[g, m, n]) * matrix[n, g]) * activation[m], every product
+// and sum rounded: the same bits as rescale of bitnet_kernels/reference.py. For the matrix panels [begin, end); p.y is
+// not used.
+void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& scales, float* out, int64_t begin,
+                   int64_t end);
 
 }  // namespace bitnet
 

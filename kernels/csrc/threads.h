@@ -1,53 +1,29 @@
-// A parallel loop on somebody else's thread pool that cannot deadlock.
+// A parallel loop on threads of our own that spin for the next loop: a matrix of a decode step takes tens of
+// microseconds, and waking a sleeping thread takes as long.
 //
-// XLA runs independent custom calls at once, each on a thread of the pool that they would like helpers from. A call
-// that waits for scheduled tasks hangs when all threads wait so. Here the caller drains the shared index itself and
-// waits only for items that a helper has already started; a helper that arrives late finds the index exhausted and
-// touches nothing else.
+// Any thread may call it, also several at once: one caller has the helpers, another runs its loop alone. A caller
+// never waits for a helper to begin, so it cannot deadlock, and a loop gives the same result whoever takes part.
+// A helper without work spins for a while, then sleeps; after a fork the child has helpers of its own.
 
 #ifndef BITNET_KERNELS_THREADS_H_
 #define BITNET_KERNELS_THREADS_H_
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <functional>
-#include <memory>
-#include <thread>
 
 namespace bitnet {
 
-struct ParallelLoop {
-  std::function<void(int64_t)> body;
-  int64_t items;
-  std::atomic<int64_t> next{0};
-  std::atomic<int64_t> done{0};
+// Threads that take part in a loop, the caller among them: the processors that this process may run on when the
+// first loop starts, or what set_thread_count asked for.
+int64_t thread_count();
 
-  void drain() {
-    for (int64_t i = next.fetch_add(1); i < items; i = next.fetch_add(1)) {
-      body(i);
-      done.fetch_add(1, std::memory_order_release);
-    }
-  }
-};
-
-// Runs body(0) .. body(items - 1), the caller and up to threads - 1 helpers of the pool taking items in order.
-// Pool: anything with Schedule(callable).
-template <typename Pool>
-void parallel_for(Pool& pool, int64_t threads, int64_t items, std::function<void(int64_t)> body) {
-  auto loop = std::make_shared<ParallelLoop>();
-  loop->body = std::move(body);
-  loop->items = items;
-  for (int64_t helper = 1; helper < std::min(threads, items); ++helper) {
-    pool.Schedule([loop] { loop->drain(); });
-  }
-  loop->drain();
-  // A helper finishes its item in microseconds; yield only in case it lost its processor.
-  for (int64_t spins = 0; loop->done.load(std::memory_order_acquire) < items; ++spins) {
-    if (spins > 4096) std::this_thread::yield();
-  }
-}
+// Runs body(0) .. body(items - 1). Each thread walks through its own run of neighbouring items, and when it is done
+// takes items from the end of another's.
+void parallel_for(int64_t items, const std::function<void(int64_t)>& body);
 
 }  // namespace bitnet
+
+// For tests and measurements: loops that start from now on use so many threads (at least 1).
+extern "C" void bitnet_kernels_set_thread_count(int64_t count);
 
 #endif  // BITNET_KERNELS_THREADS_H_

@@ -131,7 +131,7 @@ def test_bfloat16_models_are_proved_too_and_only_packed_layers_lose_their_latent
     assert block["mlp"]["up_proj"]["weight"] is params["layers_0"]["mlp"]["up_proj"]["weight"]
     assert "weight" in params["layers_0"]["attention"]["q_proj"]  # the caller's parameters are untouched
     assert kept["embed"]["embedding"].dtype == kept["position_embed"]["embedding"].dtype == jnp.bfloat16
-    assert kept["lm_head"]["weight"].dtype == jnp.float32
+    assert kept["lm_head"]["weight"].dtype == jnp.bfloat16
     assert packing.prove(config, {"params": params}, packed, TOKENS, MASK).matrices == 5
 
 
@@ -164,12 +164,42 @@ def test_sizes_count_every_byte(ternary: Any) -> None:
     assert np.isnan(packing.sizes({"params": packed["params"]}).packed_ratio)
 
 
+DEEP: dict[str, dict[str, Any]] = {
+    "one kind of layer": {"num_layers": 12, "precision": "bitnet_b158"},  # layers_10 sorts before layers_2
+    "float": {"num_layers": 2, "precision": "float32"},
+    "alternating kinds": {
+        "num_layers": 5, "use_bias": True,
+        "precision": (("layers_[13]/mlp/*", "bitnet"), ("layers_3/*", "float32"), ("*", "bitnet_b158")),
+    },
+    "learned scales, quantized head": {
+        "num_layers": 3, "tie_embeddings": False, "position": "learned", "inside_norm": True,
+        "precision": (("*/q_proj", "bit"), ("lm_head", "paretoq_1.58"), ("*", "paretoq_1")),
+    },
+    "linear attention": {"num_layers": 2, "attention": "linear", "norm_placement": "inside"},
+    "classifier": {"num_layers": 2, "num_classes": 3, "causal": False, "attention": "binary"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_the_abstract_model_is_that_of_a_trace_of_all_layers(case: str) -> None:
+    config = ModelConfig(**SHAPE | DEEP[case])
+    abstract, traced = packing.abstract(config), packing._trace(config)
+    assert jax.tree.structure(abstract) == jax.tree.structure(traced)
+    assert jax.tree.leaves(abstract) == jax.tree.leaves(traced)
+
+
+def test_a_deep_model_is_described_as_fast_as_a_shallow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    depths, trace = [], packing._trace
+    monkeypatch.setattr(packing, "_trace", lambda config: depths.append(config.num_layers) or trace(config))
+    described = packing.abstract(dataclasses.replace(PRESETS["100b"], precision="bitnet"))
+    assert depths == [1]
+    assert len(described["packed"]) == 72
+
+
 def test_a_model_of_100_billion_binary_weights_takes_a_sixteenth_of_bfloat16() -> None:
-    sizes = packing.sizes(
-        packing.abstract(dataclasses.replace(PRESETS["100b"], num_layers=1, precision="bitnet"))
-    )
+    sizes = packing.sizes(packing.abstract(dataclasses.replace(PRESETS["100b"], precision="bitnet")))
     assert sizes.packed_ratio == pytest.approx(1 / 16, rel=1e-4)  # a few scales come on top
-    assert 72 * sizes.packed == pytest.approx(12.5e9, rel=0.1)
+    assert sizes.packed == pytest.approx(12.5e9, rel=0.1)
 
 
 # What prove must find. Each mutation is the kind of mistake a packer, a file or a kernel could make.

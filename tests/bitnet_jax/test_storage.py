@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -25,6 +27,7 @@ from bitnet_jax import packing, storage, tensor_file
 from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.storage import StorageError, load_packed, save_packed
+from bitnet_jax.tensor_file import Streamed
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=24, num_layers=1, num_heads=2, ffn_size=40, max_length=32,
@@ -177,6 +180,38 @@ def test_the_writer_refuses_what_the_reader_would(tmp_path: Path, name: str, ten
         pytest.raises(StorageError, match=r"expected one of U8"),
     ):
         tensor_file.write(file, {name: tensor}, {})
+
+
+def test_a_tensor_may_be_streamed_and_is_written_as_if_it_had_been_whole(tmp_path: Path) -> None:
+    whole = {"a": np.arange(21, dtype=np.float32).reshape(7, 3), "b": np.ones(3, ml_dtypes.bfloat16)}
+    chunks = (whole["a"][start : start + 2] for start in range(0, 7, 2))
+    streamed = {"a": Streamed((7, 3), np.dtype(np.float32), chunks), "b": whole["b"]}
+    written = []
+    for name, tensors in {"whole": whole, "streamed": streamed}.items():
+        told: list[int] = []
+        with (tmp_path / name).open("wb") as file:
+            tensor_file.write(file, tensors, {"note": "same"}, told.append)
+        assert sum(told) == 7 * 3 * 4 + 3 * 2
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+    assert json.loads(tensor_file.read(tmp_path / "streamed").metadata["crc32"]) == {
+        name: zlib.crc32(tensor.tobytes()) for name, tensor in whole.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [
+        ([np.zeros(3, np.uint8)], "x: its chunks have 3 bytes, expected 4"),
+        ([np.zeros(3, np.uint8), np.zeros(2, np.uint8)], "x: its chunks have 5 bytes, expected 4"),
+        ([np.zeros(1, np.float32)], "x: got a chunk of float32, expected uint8"),
+    ],
+)
+def test_a_stream_that_is_not_what_it_says_is_refused(
+    tmp_path: Path, chunks: list[np.ndarray], message: str
+) -> None:
+    with (tmp_path / "x").open("wb") as file, pytest.raises(StorageError, match=message):
+        tensor_file.write(file, {"x": Streamed((4,), np.dtype(np.uint8), chunks)}, {})
 
 
 # Damage
@@ -364,10 +399,28 @@ def test_codes_that_no_packer_writes_are_refused_even_with_right_checksums(
         save_packed(tmp_path / "model", broken, CONFIG)
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "validate", lambda weight: None)
+        patch.setattr(storage, "validate", lambda weight, contents: None)
         save_packed(tmp_path / "model", broken, CONFIG)
     with pytest.raises(StorageError, match="v_proj/weight: codes hold the field 3"):
         load_packed(tmp_path / "model")
+
+
+def test_a_large_file_is_verified_only_where_that_is_asked_for(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[header_of(copy)[1]] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match="has the checksum"):
+        load_packed(copy)
+    monkeypatch.setattr(storage, "VERIFIED_BYTES", path.stat().st_size // 2)
+    load_packed(copy)
+    with pytest.raises(StorageError, match="has the checksum"):
+        load_packed(copy, verify=True)
+    path.write_bytes(content[:-1])  # what can be seen without reading is looked at always
+    with pytest.raises(StorageError, match="truncated"):
+        load_packed(copy)
 
 
 # Writing whole or not at all
@@ -377,6 +430,14 @@ def test_variables_of_another_config_are_not_written(variables: dict[str, Any], 
     other = ModelConfig.from_dict(CONFIG.to_dict() | {"precision": "bitnet"})
     with pytest.raises(StorageError, match="the variables: packed/layers_0/attention/o_proj/weight/codes"):
         save_packed(tmp_path / "model", variables, other)
+    relabelled = jax.tree.map(lambda leaf: leaf, variables)
+    mlp = relabelled["packed"]["layers_0"]["mlp"]
+    weight = mlp["up_proj"]["weight"]
+    mlp["up_proj"]["weight"] = dataclasses.replace(
+        weight, codes=jnp.zeros_like(weight.codes), format="ternary2", shape=(40, 12)
+    )
+    with pytest.raises(StorageError, match="packed formats, layouts or shapes are not those of the config"):
+        save_packed(tmp_path / "model", relabelled, CONFIG)
     assert not list(tmp_path.iterdir())
 
 
@@ -420,7 +481,7 @@ def test_a_failure_at_any_moment_leaves_nothing_behind_and_the_old_model_whole(
     changed = jax.tree.map(lambda leaf: leaf, variables)
     changed["params"]["final_norm"]["scale"] = jnp.ones(24)
 
-    monkeypatch.setattr(storage.os, "fsync", Failing(calls, OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(os, "fsync", Failing(calls, OSError(errno.ENOSPC, "No space left on device")))
     # Three files and their folder are synced before the rename, the parent after it.
     with pytest.raises(
         StorageError, match=r"cannot be written \(No space left on device\); nothing was left"
@@ -435,7 +496,7 @@ def test_a_failure_at_any_moment_leaves_nothing_behind_and_the_old_model_whole(
 def test_an_interrupt_cleans_up_too_and_is_passed_on(
     variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.os, "fsync", Failing(1, KeyboardInterrupt()))
+    monkeypatch.setattr(os, "fsync", Failing(1, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         save_packed(tmp_path / "model", variables, CONFIG)
     assert not list(tmp_path.iterdir())
@@ -450,6 +511,18 @@ def test_a_file_size_limit_of_the_system_is_a_clear_error(variables: dict[str, A
             save_packed(tmp_path / "model", variables, CONFIG)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(
+        StorageError, match=r"got 10,000 bytes free on its disk, expected \d\d,\d{3} at least"
+    ):
+        save_packed(tmp_path / "deep" / "model", variables, CONFIG)
     assert not list(tmp_path.iterdir())
 
 

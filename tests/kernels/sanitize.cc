@@ -3,7 +3,6 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <thread>
 #include <vector>
 
 #include "isa.h"
@@ -12,48 +11,39 @@
 
 using namespace bitnet;
 
-struct Pool {
-  std::vector<std::thread> threads;
-  template <typename Work>
-  void Schedule(Work work) {
-    threads.emplace_back(std::move(work));
-  }
-  ~Pool() {
-    for (std::thread& thread : threads) thread.join();
-  }
-};
-
-int64_t wrong_outputs(const Kernels& kernels, int64_t bits, int64_t m, int64_t n, int64_t k, int64_t groups) {
-  Problem p = {bits, m, n, groups, 0, nullptr, 0, nullptr, nullptr, nullptr};
-  const int64_t blocks = (k + p.block_inputs() - 1) / p.block_inputs();
-  p.group_blocks = blocks / groups;
-  p.x_stride = blocks * p.block_inputs();
-  const int64_t group_inputs = p.x_stride / groups, highest = bits == 1 ? 1 : 2;
+int64_t wrong_outputs(const Kernels& kernels, Format format, int64_t m, int64_t n, int64_t k, int64_t groups) {
+  Problem p = {format, m, n, groups, 0, nullptr, 0, nullptr, nullptr, nullptr};
+  p.group_blocks = (k / groups + p.block_inputs() - 1) / p.block_inputs();
+  p.x_stride = groups * p.group_inputs();
+  const int64_t group_inputs = p.group_inputs(), base = field_base(format);
 
   std::vector<int8_t> x(m * p.x_stride), codes(n * p.x_stride);
-  std::vector<uint8_t> w(p.panels() * blocks * kBlockBytes);
+  std::vector<uint8_t> w(p.panels() * p.panel_bytes());
   std::vector<int32_t> x_sums(m * groups), y(groups * m * n);
-  std::vector<float> scale(n * groups), scaled(m * n);
-  for (int64_t row = 0; row < m; ++row) {
-    for (int64_t c = 0; c < k; ++c) x[row * p.x_stride + c] = static_cast<int8_t>(std::rand() % 3 ? std::rand() : -128);
-  }
-  for (int64_t row = 0; row < n; ++row) {
-    for (int64_t c = 0; c < k; ++c) {
-      const int64_t field = std::rand() % (highest + 1), block = c / p.block_inputs(), input = c % p.block_inputs();
-      codes[row * p.x_stride + c] = static_cast<int8_t>(bits == 1 ? 2 * field - 1 : field - 1);
-      w[((row / 16) * blocks + block) * kBlockBytes + 4 * (row % 16) + input % 4] |= field << (bits * (input / 4));
+  std::vector<float> scale(n * groups), activation(m, 0.5f), scaled(m * n);
+  for (int64_t c = 0; c < p.x_stride; ++c) {
+    if (c % group_inputs >= k / groups) continue;  // padding: zero
+    for (int64_t row = 0; row < m; ++row) {
+      x[row * p.x_stride + c] = static_cast<int8_t>(std::rand() % 3 ? std::rand() : -128);
+    }
+    const int64_t block = c / p.block_inputs(), input = c % p.block_inputs();
+    int64_t weight = 1;  // of the field in its byte
+    for (int64_t s = 0; s < input / 4; ++s) weight *= base;
+    for (int64_t row = 0; row < n; ++row) {
+      const int64_t field = std::rand() % (highest_field(format) + 1);
+      codes[row * p.x_stride + c] = static_cast<int8_t>(multiplier(format) * field - offset(format));
+      w[row / 16 * p.panel_bytes() + block * kBlockBytes + 4 * (row % 16) + input % 4] += field * weight;
     }
   }
   for (float& f : scale) f = static_cast<float>(std::rand()) / RAND_MAX;
   for (int64_t i = 0; i < m * groups; ++i) x_sums[i] = kernels.sum(x.data() + i * group_inputs, group_inputs);
   p.x = x.data(), p.x_sums = x_sums.data(), p.w = w.data(), p.y = y.data();
   {
-    Pool pool;
     const int64_t grain = m == 1 ? 2 : 4;
-    parallel_for(pool, 4, (p.panels() + grain - 1) / grain, [&](int64_t item) {
+    parallel_for((p.panels() + grain - 1) / grain, [&](int64_t item) {
       const int64_t end = std::min(p.panels(), (item + 1) * grain);
       kernels.matmul(p, item * grain, end);
-      scaled_matmul(kernels, p, scale.data(), groups, scaled.data(), item * grain, end);
+      scaled_matmul(kernels, p, {scale.data(), groups, activation.data()}, scaled.data(), item * grain, end);
     });
   }
 
@@ -70,22 +60,23 @@ int64_t wrong_outputs(const Kernels& kernels, int64_t bits, int64_t m, int64_t n
         const float product = static_cast<float>(sum) * scale[r * groups + g];
         expected += product;
       }
-      wrong += expected != scaled[row * n + r];
+      wrong += expected * activation[row] != scaled[row * n + r];
     }
   }
   return wrong;
 }
 
 int main() {
+  bitnet_kernels_set_thread_count(4);
   const int64_t shapes[][3] = {{1, 1, 1}, {3, 31, 1}, {37, 100, 1}, {65, 1100, 1}, {100, 640, 20}, {33, 96, 3}};
   int64_t wrong = 0, cases = 0;
   for (const char* isa : {"scalar", "avx2", "avx512vnni"}) {
     const Kernels* kernels = find_kernels(isa);
     if (kernels == nullptr) continue;
     for (const auto& [n, k, groups] : shapes) {
-      for (int64_t bits : {1, 2}) {
+      for (Format format : kFormats) {
         for (int64_t m : {1, 2, 3, 4, 5, 6, 13}) {
-          wrong += wrong_outputs(*kernels, bits, m, n, k, groups);
+          wrong += wrong_outputs(*kernels, format, m, n, k, groups);
           ++cases;
         }
       }

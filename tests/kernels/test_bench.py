@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_kernels import FORMATS, bench, cpu, validate
-from bitnet_kernels.shapes import SUITES, Shape
+from bitnet_kernels import FORMATS, bench, cpu, machine, timing
+from bitnet_kernels.shapes import SUITES
 
 COLUMNS = {
     "op",
@@ -21,11 +25,14 @@ COLUMNS = {
     "implementation",
     "isa",
     "microseconds",
+    "microseconds_p10",
+    "microseconds_p90",
     "weight_bytes",
     "gbytes_per_second",
     "read_ceiling_gbytes_per_second",
     "ceiling_fraction",
     "gmacs_per_second",
+    "dot_peak_gmacs_per_second",
     "peak_fraction",
     "speedup_vs_xla_float32",
     "speedup_vs_xla_bfloat16",
@@ -33,33 +40,117 @@ COLUMNS = {
 }
 
 
-def test_it_writes_one_row_per_shape_and_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "rows.json"
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("bench") / "rows.json"
     bench.main(["--suite", "smoke", "--working-set", "1", "--seconds", "0.001", "--json", str(path)])
-    rows = json.loads(path.read_text())["rows"]
-    assert [(row["m"], row["format"]) for row in rows] == [(s.m, f) for s in SUITES["smoke"] for f in FORMATS]
+    return json.loads(path.read_text())
+
+
+def test_it_writes_one_row_per_shape_and_format(results: dict[str, Any]) -> None:
+    rows = results["rows"]
+    assert [(row["op"], row["m"], row["format"]) for row in rows] == [
+        *(("in_cache", 1, f) for f in FORMATS),
+        ("custom_call", 1, "ternary2"),
+        *([("fork_join", None, None)] if cpu.unavailable() is None else []),
+        *(("packed_matmul", shape.m, f) for shape in SUITES["smoke"] for f in FORMATS),
+    ]
     for row in rows:
         assert set(row) == COLUMNS
         took = row["microseconds"] / 1e6
-        assert took > 0
+        assert 0 <= row["microseconds_p10"] <= row["microseconds"] <= row["microseconds_p90"]
+        if row["op"] == "fork_join":
+            assert row["microseconds"] < 1e5  # even of a machine that does other things
+            continue
+        assert row["threads"] == (1 if row["op"] == "in_cache" else timing.threads())
         np.testing.assert_allclose(row["gmacs_per_second"], row["m"] * row["n"] * row["k"] / took / 1e9)
         np.testing.assert_allclose(row["gbytes_per_second"], row["weight_bytes"] / took / 1e9)
-        if cpu.unavailable() is None:
-            ceiling = row["read_ceiling_gbytes_per_second"]
+        ceiling, peak = row["read_ceiling_gbytes_per_second"], row["dot_peak_gmacs_per_second"]
+        assert (ceiling is None) == (row["op"] != "packed_matmul" or cpu.unavailable() is not None)
+        if ceiling is not None:
             np.testing.assert_allclose(row["ceiling_fraction"], row["gbytes_per_second"] / ceiling)
+        if peak is not None:
+            np.testing.assert_allclose(row["peak_fraction"], row["gmacs_per_second"] / peak)
+        if cpu.unavailable() is None:
             assert (row["implementation"], row["isa"]) == ("cpu", cpu.isa())
-    assert {row["format"]: row["weight_bytes"] for row in rows} == {
-        "binary": 256 * 512 // 8,
-        "ternary2": 256 * 512 // 4,
+        assert (row["speedup_vs_xla_float32"] is None) == (row["op"] != "packed_matmul")
+        assert row["weight_bytes"] == -(-row["k"] // FORMATS[row["format"]].block_k) * 64 * row["n"] // 16
+
+
+def test_the_summary_is_the_ratio_of_the_rows(results: dict[str, Any]) -> None:
+    times = {
+        (row["format"], row["m"]): row["microseconds"]
+        for row in results["rows"]
+        if row["op"] == "packed_matmul"
     }
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+    assert set(results["summary"]) == {f"binary_over_ternary2_m{shape.m}" for shape in SUITES["smoke"]}
+    for shape in SUITES["smoke"]:
+        ratio = times["ternary2", shape.m] / times["binary", shape.m]
+        np.testing.assert_allclose(results["summary"][f"binary_over_ternary2_m{shape.m}"], ratio)
 
 
-def test_without_a_library_the_ceiling_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_results_tell_where_they_come_from(results: dict[str, Any]) -> None:
+    told = results["provenance"]
+    assert told["jax"] == jax.__version__
+    assert told["threads"] == timing.threads()
+    assert told["isas"] == list(cpu.available_isas())
+    assert told["date"].endswith("+00:00")
+    assert told["processor"]
+
+
+def test_a_row_is_a_line_under_the_columns(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        words = bench.show(row).split()
+        assert words[:5] == [str(row[name] or "-") for name in ("op", "format", "m", "n", "k")]
+        assert len(words) == 16
+
+
+def test_without_a_library_nothing_is_a_ceiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
-    assert bench.read_ceiling(1 << 20, 0.001) is None
+    assert machine.read_all(np.ones(4096, np.uint8)) is None
+    assert machine.dot_peak() is None
+    assert machine.fork_join() is None
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_its_matrices_are_valid(format: str) -> None:
-    validate(bench.random_packed(format, Shape(1, 32, 64), 0))
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the C++ library is absent")
+def test_the_ceiling_reads_all_of_the_memory_it_is_given_piece_by_piece() -> None:
+    data = np.zeros(10 << 20, np.uint8)
+    data[[0, 3 << 20, (5 << 20) - 1]] = 1, 2, 4  # of the first half
+    data[[5 << 20, -1]] = 8, 16
+    library, _ = cpu.load()
+    read = library.bitnet_kernels_read
+    told = [read(data.ctypes.data + half * (5 << 20), 5 << 20) for half in (0, 1)]
+    # The xor of all words: each marked byte shows at its own place of a word.
+    expected = [np.bitwise_xor.reduce(half.view(np.uint64)) for half in np.split(data, 2)]
+    assert told == expected
+    halves, whole = machine.read_all(data, 5 << 20), machine.read_all(data)
+    assert halves is not None
+    assert whole is not None
+    assert (halves.amount, whole.amount) == (5 << 20, 10 << 20)
+
+
+def test_things_are_timed_in_turn_and_the_first_rounds_are_not_counted() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def thing(name: str, seconds: float) -> Any:
+        def call(round: int) -> None:
+            calls.append((name, round))
+            time.sleep(0.2 if len(calls) <= 4 else seconds)
+
+        return call
+
+    took = timing.interleaved({"a": thing("a", 0.001), "b": thing("b", 0.01)}, 0.02)
+    assert calls[:4] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert calls[4:10] == [(name, round) for round in range(3) for name in "ab"]
+    assert 0.001 <= took["a"].median < 0.1  # a sleep is never shorter, and the slow rounds are left out
+    assert took["b"].p10 >= 0.01
+
+
+def test_a_chain_takes_its_weights_in_turn_and_each_product_waits_for_the_last() -> None:
+    """The last y of a link of 2 is that of its second weight, in this round and after a turn around."""
+    weights = [jnp.full((2, 3), value, jnp.float32) for value in range(3)]
+    run = timing.chain(bench.dense, jnp.ones((1, 3)), weights, 2)
+    assert [float(run(round)[0, 0]) for round in range(4)] == [3, 0, 3, 0]
+    # An x that is zeroed where y is pi is how a product waits; with y = pi it shows.
+    pi = timing.chain(lambda x, w: x[:, :1] * w, jnp.ones((1, 3)), [jnp.float32(np.pi), jnp.float32(1)], 2)
+    assert float(pi(0)[0, 0]) == 0

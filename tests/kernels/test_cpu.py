@@ -65,28 +65,54 @@ def test_the_fused_rescale_gives_the_bits_of_the_definition(
     make_packed, isa: str, format: str, n: int, k: int, groups: int, m: int
 ) -> None:
     _, w = make_packed(format, n, k, groups)
-    x = jnp.asarray(np.random.default_rng(1).integers(-128, 128, (m, k), np.int8))
-    expected = reference.scaled_matmul(x, w)
-    np.testing.assert_array_equal(cpu.scaled_matmul(x, w, isa_name=isa), expected)
-    if groups == 1:
-        shared = dataclasses.replace(w, scale=w.scale[:1])
-        np.testing.assert_array_equal(
-            cpu.scaled_matmul(x, shared, isa_name=isa), reference.scaled_matmul(x, shared)
-        )
+    ws = [w, dataclasses.replace(w, scale=w.scale[:1])] if groups == 1 else [w]
+    random = np.random.default_rng(1)
+    codes = jnp.asarray(random.integers(-128, 128, (m, k), np.int8))
+    for x in (codes, jnp.asarray(random.normal(size=(m, k)), jnp.float32)):
+        expected = reference.scaled_matmuls(x, ws)
+        for got, wanted in zip(cpu.scaled_matmuls(x, ws, isa_name=isa), expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS)
+def test_matrices_of_different_formats_run_as_one(make_packed, isa: str) -> None:
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 256)), jnp.float32)
+    ws = [make_packed(format, 40 + i, 256, 1 + i % 2)[1] for i, format in enumerate(FORMATS)]
+    for got, w in zip(cpu.scaled_matmuls(x, ws, isa_name=isa), ws, strict=True):
+        np.testing.assert_array_equal(got, reference.scaled_matmuls(x, [w])[0])
+
+
+@built
+def test_activations_are_quantized_as_the_definition_does(make_packed) -> None:
+    _, w = make_packed("int8", 16, 96)
+    random = np.random.default_rng(2)
+    rows = random.normal(size=(9, 96)).astype(np.float32)
+    rows[1], rows[2] = 0, 1e-7  # below the smallest absmax
+    rows[3, 5], rows[4, 6], rows[5, 7] = np.inf, np.nan, -np.inf
+    rows[6] *= 1e30
+    rows[7] = np.arange(96) - 47.5  # halves: 127 / absmax times them is not exact, the next row is
+    rows[8] = np.concatenate([[127], np.arange(95) - 46.5])
+    np.testing.assert_array_equal(
+        cpu.scaled_matmuls(jnp.asarray(rows), [w])[0], reference.scaled_matmuls(jnp.asarray(rows), [w])[0]
+    )
 
 
 @built
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("k", [4096, cpu.MAX_GROUP_INPUTS])
+@pytest.mark.parametrize("k", [4096, 0])
 def test_the_largest_sums_do_not_overflow(isa: str, format: str, k: int) -> None:
-    codes = np.ones((2, k), np.int8)
-    codes[1] = -1
+    values, k = FORMATS[format].values, k or FORMATS[format].max_inputs
+    extremes = [max(values), min(values)]
+    codes = np.repeat(np.array(extremes, np.int8)[:, None], k, axis=1)
     w = pack(codes, np.ones((1, 1), np.float32), format)
     for value in (-128, 127):
         for m in (1, 5):
             sums = cpu.integer_matmul(jnp.full((m, k), value, jnp.int8), w, isa_name=isa)
-            np.testing.assert_array_equal(sums, np.broadcast_to([value * k, -value * k], (1, m, 2)))
+            np.testing.assert_array_equal(
+                sums, np.broadcast_to([value * k * code for code in extremes], (1, m, 2))
+            )
 
 
 @built
@@ -111,10 +137,16 @@ def test_no_rows_give_no_rows(make_packed, product, groups: int) -> None:
     ("x", "codes", "sums", "attributes", "message"),
     [
         ((2, 32), (1, 1, 64), (1, 2, 16), {"isa": "mmx"}, "isa=mmx is not available; expected one of scalar"),
-        ((2, 32), (1, 1, 64), (1, 2, 16), {"bits": np.int64(3)}, "bits=3; expected 1"),
+        ((2, 32), (1, 1, 64), (1, 2, 16), {"format": np.int64(9)}, "format=9; expected a number below 5"),
         ((2, 32), (1, 1, 64), (1, 3, 16), {}, r"expected y\[groups, 2, n\]; got y\[1, 3, 16\]"),
-        ((2, 0), (1, 0, 64), (1, 2, 16), {}, r"at least one scale group and one input; got x\[2, 0\]"),
-        ((2, 32), (1, 2, 64), (1, 2, 16), {}, r"has codes \[1, 1, 64\]; got \[1, 2, 64\]"),
+        ((2, 0), (1, 0, 64), (1, 2, 16), {}, "at least one scale group and one input; got k=0"),
+        (
+            (2, 32),
+            (1, 2, 64),
+            (1, 2, 16),
+            {},
+            r"a matrix \[16, 32\] of this format has codes \[1, 1, 64\]; got \[1, 2, 64\]",
+        ),
         ((2, 32), (1, 1, 64), (1, 2, 17), {}, r"has codes \[2, 1, 64\]; got \[1, 1, 64\]"),
         ((2, 32), (1, 1, 32), (1, 2, 16), {}, r"got \[1, 1, 32\]"),
         ((2, 96), (1, 3, 64), (2, 2, 16), {}, "2 groups of k=96; expected groups of a multiple of 32"),
@@ -124,7 +156,7 @@ def test_no_rows_give_no_rows(make_packed, product, groups: int) -> None:
 def test_the_custom_call_refuses(x, codes, sums, attributes: dict, message: str) -> None:
     out = jax.ShapeDtypeStruct(sums, jnp.int32)
     call = jax.ffi.ffi_call("bitnet_kernels_integer_matmul", out)
-    attributes = {"bits": np.int64(1), "isa": "scalar"} | attributes
+    attributes = {"format": np.int64(0), "isa": "scalar"} | attributes
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         call(jnp.zeros(x, jnp.int8), jnp.zeros(codes, jnp.uint8), **attributes)
 
@@ -141,10 +173,10 @@ def test_the_custom_call_refuses(x, codes, sums, attributes: dict, message: str)
     ],
 )
 def test_the_scaled_custom_call_refuses(scale, y, message: str) -> None:
-    call = jax.ffi.ffi_call("bitnet_kernels_scaled_matmul", jax.ShapeDtypeStruct(y, jnp.float32))
+    call = jax.ffi.ffi_call("bitnet_kernels_scaled_matmul", (jax.ShapeDtypeStruct(y, jnp.float32),))
     x, codes = jnp.zeros((2, 64), jnp.int8), jnp.zeros((1, 2, 64), jnp.uint8)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        call(x, codes, jnp.ones(scale), bits=np.int64(1), isa="scalar")
+        call(x, codes, jnp.ones(scale), formats=np.zeros(1, np.int64), isa="scalar")
 
 
 @built
@@ -156,7 +188,7 @@ def test_the_custom_call_refuses_wrong_types(x, codes, message: str) -> None:
     codes = jnp.zeros((1, 1, 64), jnp.uint8) if codes is None else codes
     call = jax.ffi.ffi_call("bitnet_kernels_integer_matmul", jax.ShapeDtypeStruct((1, 2, 16), jnp.int32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        call(x, codes, bits=np.int64(1), isa="scalar")
+        call(x, codes, format=np.int64(0), isa="scalar")
 
 
 FORCED = """
@@ -253,7 +285,7 @@ def test_newer_headers_than_the_runtime_are_refused(
 
 
 def test_too_many_inputs_a_group_are_left_to_xla() -> None:
-    k = cpu.MAX_GROUP_INPUTS + 1
+    k = FORMATS["binary"].max_inputs + 1
     w = pack(np.ones((1, k), np.int8), np.ones((1, 1), np.float32), "binary")
     choice = matmul.choose_implementation(w, "cpu")
     assert choice.name == "reference"

@@ -52,6 +52,27 @@ def test_binary_bytes_are_those_of_the_layout_page() -> None:
     assert np.count_nonzero(packed) == 6
 
 
+def test_ternary5_bytes_are_those_of_the_layout_page() -> None:
+    codes = np.full((2, 64), -1, np.int8)
+    codes[0, [0, 5, 10, 19]] = [1, 0, 1, 1]  # fields 0, 1, 2, 4 of bytes 0, 1, 2, 3
+    codes[1, 32] = 0  # a group of 32 inputs is padded to two blocks of 20
+    packed = np.asarray(pack(codes, np.ones((2, 2), np.float32), "ternary5").codes)
+    assert packed.shape == (1, 4, 64)
+    assert packed[0, 0, :4].tolist() == [2, 3, 2 * 9, 2 * 81]
+    assert packed[0, 2, 4] == 1
+    assert np.count_nonzero(packed) == 5
+
+
+def test_int4_and_int8_bytes_are_those_of_the_layout_page() -> None:
+    codes = np.full((1, 9), -8, np.int8)
+    codes[0, [0, 5, 8]] = [7, -7, 3]  # fields 0 and 1 of bytes 0 and 1; the second block
+    packed = np.asarray(pack(codes, ONE, "int4").codes)
+    assert packed.shape == (1, 2, 64)
+    assert packed[0, :, :4].tolist() == [[15, 1 << 4, 0, 0], [11, 0, 0, 0]]
+    packed = np.asarray(pack(np.array([[-128, 0, 127, -1, 5]], np.int8), ONE, "int8").codes)
+    assert packed[0, :, :4].tolist() == [[0, 128, 255, 127], [133, 0, 0, 0]]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_packs_under_jit_and_vmap(make_packed, format: str) -> None:
     codes = np.stack([make_packed(format, 20, 50, seed=seed)[0] for seed in range(3)])

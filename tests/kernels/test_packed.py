@@ -32,7 +32,7 @@ def test_a_packed_matrix_is_valid(make_packed, format: str, n: int, k: int, grou
         ({"layout": "rows"}, "layout='rows' is unknown; expected one of"),
         ({"shape": (37, 0)}, "n >= 1 and k >= 1"),
         ({"shape": (37,)}, r"must be \(n, k\)"),
-        ({"shape": (49, 100)}, r"uint8\[3, 7, 64\]; expected uint8\[4, 7, 64\]"),
+        ({"shape": (49, 100), "scale": jnp.ones((1, 1))}, r"uint8\[3, 7, 64\]; expected uint8\[4, 7, 64\]"),
         ({"shape": (37, 113)}, r"uint8\[3, 7, 64\]; expected uint8\[3, 8, 64\]"),
         ({"codes": jnp.zeros((3, 7, 64), jnp.int8)}, r"int8\[3, 7, 64\]; expected uint8"),
         ({"scale": jnp.ones((1, 1), jnp.int32)}, "scale is int32; expected float32"),
@@ -78,19 +78,30 @@ def test_padding_must_be_zero(make_packed, format: str, top: int) -> None:
         validate(with_byte(w, (0, last, 0), top))
 
 
+def test_an_undefined_ternary5_byte_is_refused(make_packed) -> None:
+    _, w = make_packed("ternary5", 32, 64)
+    validate(with_byte(w, (1, 2, 5), 242))
+    with pytest.raises(ValueError, match="byte 243; ternary5 defines 0 to 242"):
+        validate(with_byte(w, (1, 2, 5), 243))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_padding_check_starts_at_input_k(format: str) -> None:
-    bits, block_k = FORMATS[format].bits, FORMATS[format].block_k
-    for k in range(1, block_k):
-        # Field c of row 0 set, and nothing else: fine for the last input, refused for the first padding one.
+def test_the_padding_check_starts_at_the_end_of_a_group(format: str, groups: int) -> None:
+    form = FORMATS[format]
+    for k in range(1, form.block_k) if groups == 1 else (32, 64):
+        blocks = -(-k // form.block_k)
+        # One field of row 0 set, and nothing else: fine for the last input of a group, refused behind it.
         for c in (k - 1, k):
-            codes = np.zeros((1, 1, 64), np.uint8)
-            codes[0, 0, c % 4] = 1 << (bits * (c // 4))
-            w = PackedArray(codes, np.ones((1, 1), np.float32), format, "panel16", (16, k))
+            if c == blocks * form.block_k:
+                continue  # the group fills its blocks
+            codes = np.zeros((1, groups * blocks, 64), np.uint8)
+            codes[0, blocks - 1, c % 4] = form.base ** (c % form.block_k // 4)
+            w = PackedArray(codes, np.ones((16, groups), np.float32), format, "panel16", (16, groups * k))
             if c < k:
                 validate(w)
             else:
-                with pytest.raises(ValueError, match=f"padding inputs {k} to {block_k - 1} are not zero"):
+                with pytest.raises(ValueError, match=f"padding inputs {k} to {blocks * form.block_k - 1} of"):
                     validate(w)
 
 

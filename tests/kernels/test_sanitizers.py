@@ -17,7 +17,10 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_nothing_is_found(sanitizer: str, repository: Path, tmp_path: Path) -> None:
     folder = repository / "kernels" / "csrc"
-    sources = [*folder.glob("integer_matmul_*.cc"), folder / "isa.cc", folder / "scaled_matmul.cc"]
+    sources = [
+        *folder.glob("integer_matmul_*.cc"),
+        *(folder / f"{name}.cc" for name in ("isa", "scaled_matmul", "threads")),
+    ]
     sources.append(Path(__file__).parent / "sanitize.cc")
     flags = ["-std=c++17", "-O1", "-g", "-w", "-ffp-contract=off", "-pthread", f"-I{folder}"]
     flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]

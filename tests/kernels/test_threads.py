@@ -1,14 +1,19 @@
-"""Many custom calls at once: none may wait for a thread that waits for it."""
+"""The threads of the C++ kernels: no deadlock, the same results whatever their number, none left after a fork."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from bitnet_kernels import cpu
+from bitnet_kernels import FORMATS, bench, cpu, packed_matmuls
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 
@@ -49,3 +54,30 @@ def test_independent_calls_in_one_program_and_from_many_threads() -> None:
     command = [sys.executable, "-c", CONCURRENT]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.stdout.split() == ["8"], result.stderr[-2000:]
+
+
+def test_results_do_not_depend_on_the_number_of_threads_or_rows(make_packed) -> None:
+    matrices = [make_packed(format, 1000, 1024, 2)[1] for format in FORMATS]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 1024)), jnp.float32)
+    multiply = jax.jit(lambda x: packed_matmuls(x, matrices))
+    expected = np.stack(multiply(x))
+    try:
+        for count in (1, 2, 3, 8):
+            cpu.set_thread_count(count)
+            np.testing.assert_array_equal(np.stack(multiply(x)), expected)
+            for row in range(len(x)):
+                np.testing.assert_array_equal(np.stack(multiply(x[row : row + 1]))[:, 0], expected[:, row])
+    finally:
+        cpu.set_thread_count(bench.threads())
+    with pytest.raises(ValueError, match="count=0; expected at least one thread"):
+        cpu.set_thread_count(0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the check with")
+def test_the_parallel_loop_alone(repository: Path, tmp_path: Path) -> None:
+    """Every item once, from many callers, with any number of threads, asleep, and after a fork."""
+    program, csrc = tmp_path / "threads", repository / "kernels" / "csrc"
+    sources = [str(csrc / "threads.cc"), str(Path(__file__).parent / "threads.cc")]
+    subprocess.run(["g++", "-std=c++17", "-O2", "-pthread", f"-I{csrc}", *sources, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr

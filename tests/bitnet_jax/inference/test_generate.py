@@ -179,6 +179,16 @@ def test_a_second_call_compiles_nothing(variables: dict[str, Any], greedy: np.nd
     assert generation._generate._cache_size() == before
 
 
+def test_a_prefill_computes_the_logits_of_one_position(variables: dict[str, Any]) -> None:
+    prompt = (TOKENS, MASK, jax.random.key(0))
+    compiled = (
+        generation._start.lower(CONFIG, SamplingConfig(), N, (), variables, *prompt).compile().as_text()
+    )
+    assert "f32[3,23]" in compiled
+    assert "f32[3,5,23]" not in compiled
+    assert "f32[15,23]" not in compiled
+
+
 def test_the_cache_of_a_stream_is_donated_and_the_weights_are_not(variables: dict[str, Any]) -> None:
     key = jax.random.key(0)
     state = generation._start(CONFIG, SAMPLED, N, (), None, variables, TOKENS, MASK, key)

@@ -228,3 +228,15 @@ def test_embeddings_are_rounded_to_what_packing_stores():
     low = logits(tiny(embedding_dtype="bfloat16"), v, TOKENS)
     np.testing.assert_array_equal(low, logits(tiny(), rounded, TOKENS))
     assert np.any(low != logits(tiny(), v, TOKENS))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_last_position_alone_has_the_same_logits_and_hidden_states(tied: bool) -> None:
+    config = tiny(tie_embeddings=tied)
+    v = variables(config)
+    whole, last = (apply(config, v, TOKENS, mask=LEFT_PADDED, last_only=only) for only in (False, True))
+    assert whole.hidden.shape == (2, T, H * h)
+    np.testing.assert_allclose(last.logits, whole.logits[:, -1:], **SAME)
+    np.testing.assert_array_equal(last.hidden, whole.hidden[:, -1:])
+    head = v["params"]["embed"]["embedding"] if tied else v["params"]["lm_head"]["weight"]
+    np.testing.assert_allclose(whole.hidden @ head.T, whole.logits, **SAME)

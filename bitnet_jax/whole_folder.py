@@ -1,0 +1,85 @@
+"""A folder that is written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from bitnet_jax.tensor_file import StorageError
+
+
+@contextlib.contextmanager
+def synced_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file whose bytes are on disk when the body is done."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names inside a folder durable, as fsync does for the bytes of a file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise StorageError(
+            f"{folder} cannot be written: got {free:,} bytes free on its disk, expected {nbytes:,} at least; "
+            "make room, or choose a folder on another disk"
+        )
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, nbytes: int) -> Iterator[Path]:
+    """A hidden sibling to write into; it takes the name `folder` if the body succeeds and vanishes if not.
+
+    On any failure what was begun is removed. Only a process killed outright leaves its hidden sibling
+    `.<name>.<random>`; in the instant between the two renames of an overwrite the old folder is such a sibling
+    too, `.<name>.<random>.old`.
+
+    Args:
+      nbytes: what will be written; too full a disk is refused before it is filled.
+
+    Raises:
+      StorageError: the disk has no room for nbytes, or the operating system refuses anything.
+    """
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
+    old = temporary.with_name(f"{temporary.name}.old")
+    made = [parent for parent in (folder.parent, *folder.parent.parents) if not parent.exists()]
+    renamed = False
+    try:
+        _check_room(folder, nbytes)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync_folder(temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        renamed = True
+        _sync_folder(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(folder if renamed else temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise StorageError(
+                f"{folder} cannot be written ({error.strerror or error}); nothing was left behind; "
+                "make room, or choose a folder you may write to"
+            ) from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""The output head of a language model: logits of a table of bfloat16 rows."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from bitnet_kernels import cpu
+
+IMPLEMENTATIONS = ("cpu", "reference")
+
+
+def bfloat16_logits(x: jax.Array, table: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    """x float [..., k] times the transpose of a bfloat16 table [n, k] -> float32 [..., n].
+
+    x is used in float32, every weight widened to float32; nothing else is rounded but the sums. "cpu", the C++
+    kernel, sums in one fixed order (kernels/csrc/head.h): a logit has the same bits whatever the instruction
+    set, the number of threads and the other rows of x and of the table. "reference" is XLA's float32 product,
+    whose order is its own. Both are within n_k * 2^-24 * sum |x_i w_i| of the exact sum, n_k the additions that
+    one product goes through: at most k, in the kernel k / 16 + 4.
+
+    implementation=None takes "cpu" where code is compiled for a CPU and the library is there, else "reference";
+    a named one that cannot be used is a NotImplementedError with the reason. Under jit, vmap and grad; the
+    gradient goes to x alone, dx = dy @ table.
+
+    Raises:
+      ValueError: shapes or types that do not fit.
+    """
+    if table.dtype != jnp.bfloat16 or table.ndim != 2 or min(table.shape) < 1:
+        raise ValueError(f"table is {table.dtype}{list(table.shape)}; expected bfloat16[n, k], n, k >= 1")
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1 or x.shape[-1] != table.shape[1]:
+        raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected floats [..., {table.shape[1]}]")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r}; expected None or one of {IMPLEMENTATIONS}")
+    absent = cpu.unavailable()
+    if implementation == "cpu" and absent:
+        raise NotImplementedError(f"implementation='cpu' cannot be used: {absent}")
+    isa = None if absent or implementation == "reference" else cpu.isa()
+    y = _logits(implementation, isa, x.astype(jnp.float32).reshape(-1, x.shape[-1]), table)
+    return y.reshape(*x.shape[:-1], table.shape[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logits(implementation: str | None, isa: str | None, x: jax.Array, table: jax.Array) -> jax.Array:
+    if isa is None:
+        return _reference(x, table)
+    by_cpu = functools.partial(cpu.bfloat16_logits, isa_name=isa)
+    default = {"default": _reference} if implementation is None else {}
+    return jax.lax.platform_dependent(x, table, cpu=by_cpu, **default)
+
+
+def _reference(x: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.einsum("mk,nk->mn", x, table.astype(jnp.float32), precision="highest")
+
+
+def _forward(
+    implementation: str | None, isa: str | None, x: jax.Array, table: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _logits(implementation, isa, x, table), table
+
+
+def _backward(
+    implementation: str | None, isa: str | None, table: jax.Array, dy: jax.Array
+) -> tuple[jax.Array, None]:
+    return jnp.einsum("mn,nk->mk", dy, table.astype(jnp.float32), precision="highest"), None
+
+
+_logits.defvjp(_forward, _backward)

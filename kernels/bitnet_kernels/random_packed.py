@@ -1,0 +1,51 @@
+"""Random packed matrices of any size, in bounded memory and as fast as memory: for benchmarks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_kernels.formats import pack
+from bitnet_kernels.packed import FORMATS, PANEL_ROWS, PackedArray
+
+POOL_CODES = 4 << 20  # codes that are really drawn; their panels are repeated
+
+
+def random_panels(
+    format: str, shape: tuple[int, int], groups: int = 1, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """The codes uint8 [panels, blocks, 64] of a random valid matrix [n, k], a run of panels at a time.
+
+    Whole panels are repeated out of a pool, from a place in it that depends on the seed; a last panel of fewer
+    rows is packed for itself, so the padding is zero as everywhere.
+    """
+    n, k = shape
+    whole, rest = divmod(n, PANEL_ROWS)
+    if whole:
+        pool = _pool(format, min(whole, max(1, POOL_CODES // (PANEL_ROWS * k))) * PANEL_ROWS, k, groups)
+        place = int(np.random.default_rng(seed).integers(len(pool)))
+        while whole:
+            run = pool[place : place + whole]
+            yield run
+            whole, place = whole - len(run), 0
+    if rest:
+        yield _pool(format, rest, k, groups)
+
+
+def random_packed(format: str, shape: tuple[int, int], groups: int = 1, seed: int = 0) -> PackedArray:
+    """A random valid matrix in memory, with scales 1."""
+    codes = np.concatenate(list(random_panels(format, shape, groups, seed)))
+    scale = np.ones((1, 1) if groups == 1 else (shape[0], groups), np.float32)
+    return PackedArray(jnp.asarray(codes), jnp.asarray(scale), format, "panel16", shape)
+
+
+@functools.lru_cache(maxsize=8)
+def _pool(format: str, rows: int, k: int, groups: int) -> np.ndarray:
+    """The packed bytes of random codes [rows, k]."""
+    values = np.array(FORMATS[format].values, np.int8)
+    codes = np.random.default_rng(0).choice(values, (rows, k))
+    scale = np.ones((rows, groups) if groups > 1 else (1, 1), np.float32)
+    return np.asarray(pack(jnp.asarray(codes), jnp.asarray(scale), format).codes)

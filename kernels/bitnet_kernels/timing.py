@@ -1,0 +1,102 @@
+"""How things are timed here: in turn, so that ratios hold while the machine drifts; medians with their spread."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Product = Callable[[jax.Array, Any], jax.Array]
+Name = TypeVar("Name")
+MIN_ROUNDS, MAX_ROUNDS = 3, 1000
+
+
+class Spread(NamedTuple):
+    """Seconds of one thing over the rounds."""
+
+    median: float
+    p10: float
+    p90: float
+
+    def __truediv__(self, parts: float) -> Spread:
+        return Spread(*(value / parts for value in self))
+
+
+def threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def interleaved(
+    calls: Mapping[Name, Callable[[int], Any]],
+    budget: float = 0.0,
+    *,
+    rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS),
+    warmup: int = 2,
+) -> dict[Name, Spread]:
+    """Times call(round) of each thing in turn, round after round.
+
+    On a shared machine the speed of memory moves by half within seconds; what is timed in turn sees the same
+    machine, and its ratios can be trusted.
+
+    Args:
+      budget: seconds for each thing on average.
+      rounds: how many there are at least and at most, whatever the budget.
+      warmup: rounds that come first and are not counted (compilation, first touch of memory).
+    """
+    for round in range(warmup):
+        for call in calls.values():
+            call(round)
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    began, done = time.perf_counter(), 0
+    while done < rounds[0] or (done < rounds[1] and time.perf_counter() - began < budget * len(calls)):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(done)
+            times[name].append(time.perf_counter() - start)
+        done += 1
+    return {name: spread(values) for name, values in times.items()}
+
+
+def spread(times: Sequence[float]) -> Spread:
+    return Spread(*(float(value) for value in np.quantile(times, (0.5, 0.1, 0.9))))
+
+
+def chain(
+    product: Product, x: jax.Array, weights: Sequence[Any], length: int, repeats: int = 1
+) -> Callable[[int], Any]:
+    """A call(round) that runs `length` products, each waiting for the one before, inside one compiled program.
+
+    The weights are taken in turn, over the rounds as well; the first of a round follows the last of another.
+
+    Args:
+      repeats: how often a call goes through its `length` weights.
+    """
+
+    def link(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
+        y = product(x, w)
+        never = y[0, 0].astype(jnp.float32) == math.pi  # but the next product has to wait for y
+        return jnp.where(never, jnp.zeros_like(x), x), y
+
+    @jax.jit
+    def run(x: jax.Array, weights: Sequence[Any]) -> jax.Array:
+        def once(_: Any, x: jax.Array) -> jax.Array:
+            return functools.reduce(lambda x, w: link(x, w)[0], weights, x)
+
+        if repeats > 1:
+            x = jax.lax.fori_loop(0, repeats - 1, once, x)
+        for w in weights:
+            x, y = link(x, w)
+        return y
+
+    links = [
+        tuple(weights[(i + j) % len(weights)] for j in range(length)) for i in range(0, len(weights), length)
+    ]
+    return lambda round: run(x, links[round % len(links)]).block_until_ready()

@@ -1,0 +1,16 @@
+// Absmax int8 of float activations, a row at a time.
+
+#ifndef BITNET_KERNELS_ACTIVATIONS_H_
+#define BITNET_KERNELS_ACTIVATIONS_H_
+
+#include <cstdint>
+
+namespace bitnet {
+
+// codes[i] = clip(round(x[i] s), -128, 127) with s = 127 / max(max|x|, 1e-5), half to even; returns 1 / s. The same
+// bits as quantize_activations of bitnet_kernels/reference.py, NaN and infinity included.
+float quantize_row(const float* x, int64_t count, int8_t* codes);
+
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_ACTIVATIONS_H_

@@ -1,0 +1,61 @@
+// What the machine can do at most, for the benchmark to divide by: reading memory, and starting a parallel loop.
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+
+#include "threads.h"
+
+namespace bitnet {
+namespace {
+
+constexpr int64_t kReadBytes = int64_t{1} << 20;  // of one piece of reading, a multiple of 256
+constexpr std::chrono::microseconds kSpin{2};
+
+// Reads size bytes as four streams (one alone loses a fifth of the bandwidth) and returns their xor, so that the
+// compiler keeps the loads. size is a multiple of 256.
+uint64_t read(const uint8_t* data, int64_t size) {
+  constexpr int kStreams = 4, kWords = 8;
+  const int64_t stream = size / kStreams;
+  uint64_t words[kStreams][kWords] = {};
+  for (int64_t i = 0; i < stream; i += 64) {
+    for (int s = 0; s < kStreams; ++s) {
+      uint64_t line[kWords];
+      std::memcpy(line, data + s * stream + i, sizeof(line));
+      for (int j = 0; j < kWords; ++j) words[s][j] ^= line[j];
+    }
+  }
+  uint64_t result = 0;
+  for (int s = 0; s < kStreams; ++s) {
+    for (int j = 0; j < kWords; ++j) result ^= words[s][j];
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace bitnet
+
+// Reads size bytes, a multiple of 256, once with all threads.
+extern "C" uint64_t bitnet_kernels_read(const uint8_t* data, int64_t size) {
+  using namespace bitnet;
+  std::atomic<uint64_t> result{0};
+  parallel_for((size + kReadBytes - 1) / kReadBytes, [&](int64_t i) {
+    const int64_t begin = i * kReadBytes;
+    result ^= read(data + begin, size - begin < kReadBytes ? size - begin : kReadBytes);
+  });
+  return result;
+}
+
+// Runs so many parallel loops in which each thread has two microseconds to spin: an instant loop would be over before
+// the helpers have come, and tell nothing.
+extern "C" void bitnet_kernels_fork_join(int64_t loops) {
+  using namespace bitnet;
+  using Clock = std::chrono::steady_clock;
+  for (int64_t loop = 0; loop < loops; ++loop) {
+    parallel_for(thread_count(), [](int64_t) {
+      for (const auto end = Clock::now() + kSpin; Clock::now() < end;) {
+      }
+    });
+  }
+}
