@@ -185,7 +185,8 @@ def remembered(cache: KVCache) -> tuple[Float[Array, "B S K h"], Float[Array, "B
     """The keys and values of a cache; codes become float32."""
     if cache.k_scale is None or cache.v_scale is None:
         return cache.k, cache.v
-    return cache.k * cache.k_scale[..., None], cache.v * cache.v_scale[..., None]
+    k, v = cache.k.astype(jnp.float32), cache.v.astype(jnp.float32)
+    return k * cache.k_scale[..., None], v * cache.v_scale[..., None]
 
 
 class Attention(nn.Module):
@@ -263,9 +264,16 @@ class Attention(nn.Module):
             else:
                 cache = write(cache, k, v, length)
                 if kind == "softmax":
-                    scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
-                    scale, written = config.score_scale, length + T
-                    o = cached_attention(q, cache.k, cache.v, visible, scale, length=written, **scales)
+                    o = cached_attention(
+                        q,
+                        cache.k,
+                        cache.v,
+                        visible,
+                        config.score_scale,
+                        length=length + T,
+                        k_scale=cache.k_scale,
+                        v_scale=cache.v_scale,
+                    )
                     o = o.astype(q.dtype)
                 else:
                     o = mixed(*remembered(cache))

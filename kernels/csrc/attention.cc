@@ -9,6 +9,7 @@
 #include <new>
 
 #include "isa.h"
+#include "threads.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -203,11 +204,10 @@ const AttentionKernels* find_attention(std::string_view isa) {
   return &kScalarAttention;
 }
 
-void attend(const AttentionKernels& kernels, const AttentionProblem& p, int64_t threads,
-            const ParallelFor& parallel_for) {
+void attend(const AttentionKernels& kernels, const AttentionProblem& p) {
   const Blocks blocks(p);
   const int64_t chunks = (p.length + kChunkKeys - 1) / kChunkKeys, padded = p.padded();
-  if (chunks == 1 || blocks.count >= 4 * threads) {
+  if (chunks == 1 || blocks.count >= 4 * thread_count()) {
     parallel_for(blocks.count, [&](int64_t i) {
       BlockWork work(kernels, p, blocks, i);
       const Partial total = work.total();

@@ -12,7 +12,6 @@
 #define BITNET_KERNELS_ATTENTION_H_
 
 #include <cstdint>
-#include <functional>
 #include <string_view>
 
 namespace bitnet {
@@ -90,11 +89,8 @@ extern const AttentionKernels kNeonAttention;
 // The loops that go with an instruction set of the matrix products (isa.h), or null where that is not available.
 const AttentionKernels* find_attention(std::string_view isa);
 
-using ParallelFor = std::function<void(int64_t items, const std::function<void(int64_t)>& body)>;
-
-// Writes out for all queries; the items of parallel_for may run in any order and at once.
-void attend(const AttentionKernels& kernels, const AttentionProblem& p, int64_t threads,
-            const ParallelFor& parallel_for);
+// Writes out for all queries, on all threads.
+void attend(const AttentionKernels& kernels, const AttentionProblem& p);
 
 }  // namespace bitnet
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitnet_kernels import attention, cached_attention, cpu, reference_attention
+from bitnet_kernels import attention, bench, cached_attention, cpu, reference_attention
 
 needs_library = pytest.mark.skipif(
     cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}"
@@ -125,21 +125,32 @@ def test_a_query_does_not_depend_on_its_neighbours(H: int, K: int, h: int, dtype
 
 
 @needs_library
+@pytest.mark.parametrize(("T", "S"), [(1, 900), (40, 300), (300, 200)])
+def test_the_number_of_threads_changes_no_bit(T: int, S: int) -> None:
+    arguments = problem(1, T, 6, 3, 64, S, "bfloat16")
+    results = []
+    try:
+        for count in (1, 2, 5):
+            cpu.set_thread_count(count)
+            results.append(by_cpu(arguments, S))
+    finally:
+        cpu.set_thread_count(bench.threads())
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@needs_library
 def test_nothing_behind_the_length_and_no_hidden_key_is_looked_at() -> None:
     arguments = problem(2, 3, 4, 2, 64, 300, "float32")
-    expected, changed = by_cpu(arguments, 200), dict(arguments)
-    for name in ("k", "v"):
-        changed[name] = arguments[name].at[:, 200:].set(jnp.nan)
-    changed["k"] = changed["k"].at[:, 7].set(jnp.nan)
-    hidden = arguments["visible"].at[:, :, 7].set(False)
-    assert_same_bits(by_cpu(changed | {"visible": hidden}, 200), by_cpu(arguments | {"visible": hidden}, 200))
-    np.testing.assert_array_equal(np.asarray(reference_attention(**changed | {"visible": hidden}, length=200)),
-                                  np.asarray(reference_attention(**arguments | {"visible": hidden}, length=200)))  # fmt: skip
+    arguments["visible"] = arguments["visible"].at[:, :, 7].set(False).at[1, 2, :200].set(False)
+    changed = {name: arguments[name].at[:, 200:].set(jnp.nan) for name in ("k", "v")}
+    changed = arguments | changed | {"k": changed["k"].at[:, 7].set(jnp.nan)}
+    expected = by_cpu(arguments, 200)
     assert np.isfinite(expected).all()
-    blind = ~np.asarray(arguments["visible"])[:, :, :200].any(axis=-1)
-    nothing = by_cpu(arguments | {"visible": jnp.zeros_like(hidden)}, 200)
-    assert not nothing.any()
-    assert not expected[blind].any()
+    assert_same_bits(by_cpu(changed, 200), expected)
+    definition = [reference_attention(**a, length=200) for a in (arguments, changed)]
+    np.testing.assert_array_equal(*definition)
+    assert not expected[1, 2].any()
 
 
 @needs_library

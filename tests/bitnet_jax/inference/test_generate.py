@@ -181,9 +181,8 @@ def test_a_second_call_compiles_nothing(variables: dict[str, Any], greedy: np.nd
 
 def test_a_prefill_computes_the_logits_of_one_position(variables: dict[str, Any]) -> None:
     prompt = (TOKENS, MASK, jax.random.key(0))
-    compiled = (
-        generation._start.lower(CONFIG, SamplingConfig(), N, (), variables, *prompt).compile().as_text()
-    )
+    lowered = generation._start.lower(CONFIG, SamplingConfig(), N, (), None, variables, *prompt)
+    compiled = lowered.compile().as_text()
     assert "f32[3,23]" in compiled
     assert "f32[3,5,23]" not in compiled
     assert "f32[15,23]" not in compiled

@@ -347,13 +347,13 @@ def test_bfloat16_cache_under_a_float32_model():
 
 
 def test_quantized_keys_and_values_are_within_half_a_step():
-    x = normal(30, 3, 5, K, 16) * jnp.asarray([1e-6, 1.0, 1e6])[:, None, None, None]
+    x = normal(30, 3, 5, K, 16) * jnp.asarray([1e-6, 1.0, 1e6], jnp.float32)[:, None, None, None]
     x = x.at[0, 0, 0].set(0.0)
     codes, scale = quantize_kv(x)
     assert (codes.dtype, scale.shape) == (jnp.int8, x.shape[:-1])
     np.testing.assert_array_equal(jnp.max(jnp.abs(codes.astype(jnp.int32)), axis=-1) == 127, scale > 0)
     # Half a step, and the rounding of x / scale (of size 127) and of the product.
-    error = jnp.abs(codes * scale[..., None] - x)
+    error = jnp.abs(codes.astype(jnp.float32) * scale[..., None] - x)
     assert np.all(error <= (0.5 + 127 * 2.0**-22) * scale[..., None])
     assert not codes[0, 0, 0].any()
 
