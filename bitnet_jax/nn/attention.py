@@ -9,9 +9,9 @@
     binary      q and k plain ±1, and P rounded to {0, a}, a learned  BiT, 2205.13016
     linear      no scores at all: see linear_attention.py
 
-`s` is the score scale, 1/sqrt(h) by default; "linear" has none. Softmax over a cache is
-`bitnet_kernels.cached_attention`: C++ on a CPU, the same for latent and packed weights. A query that sees no key (left padding) gets
-P = 0 and passes no gradient. Query head j reads kv head j // (H / K).
+`s` is the score scale, 1/sqrt(h) by default; "linear" has none. A query that sees no key (left padding) gets
+P = 0 and passes no gradient. Query head j reads kv head j // (H / K). Softmax over a cache is
+`bitnet_kernels.cached_attention`, C++ on a CPU, for latent and for packed weights alike.
 """
 
 from __future__ import annotations
@@ -156,15 +156,13 @@ MIXING_WEIGHTS: dict[str, Callable[..., Array]] = {
 }
 
 
-def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""] | None) -> KVCache:
+def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""]) -> KVCache:
     """The cache with the keys and values [B, T, K, h] of new tokens at positions [length, length + T).
 
     Raises:
-      ValueError: no length, or more tokens than the whole cache has room for. (`length` is traced: that they
-        fit behind it is the caller's duty.)
+      ValueError: more tokens than the whole cache has room for. (`length` is traced: that they fit behind it is
+        the caller's duty.)
     """
-    if length is None:
-        raise ValueError("got a cache without its length; pass how many of its positions are written")
     T, S = k.shape[1], cache.k.shape[1]
     if T > S:
         raise ValueError(f"{T} tokens do not fit into a cache of {S} positions; make a longer cache")
@@ -187,7 +185,8 @@ def remembered(cache: KVCache) -> tuple[Float[Array, "B S K h"], Float[Array, "B
     """The keys and values of a cache; codes become float32."""
     if cache.k_scale is None or cache.v_scale is None:
         return cache.k, cache.v
-    return cache.k * cache.k_scale[..., None], cache.v * cache.v_scale[..., None]
+    k, v = cache.k.astype(jnp.float32), cache.v.astype(jnp.float32)
+    return k * cache.k_scale[..., None], v * cache.v_scale[..., None]
 
 
 class Attention(nn.Module):
@@ -249,22 +248,35 @@ class Attention(nn.Module):
                 raise TypeError(
                     f"{kind} attention remembers a KVCache, got the LinearState of linear attention"
                 )
-            if cache is not None:
-                cache = write(cache, k, v, length)
-            if cache is not None and kind == "softmax":
-                o = cached_attention(
-                    q, cache.k, cache.v, visible, config.score_scale, length=length + T,
-                    k_scale=cache.k_scale, v_scale=cache.v_scale,
-                ).astype(q.dtype)  # fmt: skip
-            else:
+
+            def mixed(k: Array, v: Array) -> Array:
                 weigh = MIXING_WEIGHTS[kind]
                 if kind == "binary":
                     # BiT starts at 4 times the mean of P, and a row of P over S keys has the mean 1/S.
                     init = nn.initializers.constant(4.0 / config.max_length)
                     weigh = partial(weigh, probability_scale=self.param("probability_scale", init, ()))
-                if cache is not None:
-                    k, v = remembered(cache)
-                o = mix_values(weigh(q, k, visible, config.score_scale, progress), v.astype(q.dtype))
+                return mix_values(weigh(q, k, visible, config.score_scale, progress), v.astype(q.dtype))
+
+            if cache is None:
+                o = mixed(k, v)
+            elif length is None:
+                raise ValueError("got a cache without its length; pass how many of its positions are written")
+            else:
+                cache = write(cache, k, v, length)
+                if kind == "softmax":
+                    o = cached_attention(
+                        q,
+                        cache.k,
+                        cache.v,
+                        visible,
+                        config.score_scale,
+                        length=length + T,
+                        k_scale=cache.k_scale,
+                        v_scale=cache.v_scale,
+                    )
+                    o = o.astype(q.dtype)
+                else:
+                    o = mixed(*remembered(cache))
 
         o = o.reshape(B, T, config.num_heads * config.head_size)
         if config.norm_placement == "sub":

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bitnet_kernels import cpu
 
@@ -168,7 +167,7 @@ def _attention(scale: float, implementation: str | None, isa: str | None) -> Cal
         return jax.lax.platform_dependent(*arrays, **branches)
 
     @attention.defjvp
-    def refuse(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> None:
+    def refuse(primals: object, tangents: object) -> tuple[jax.Array, jax.Array]:
         raise NotImplementedError(
             "cached_attention has no gradient; it is for inference. Train without a cache, or differentiate "
             "reference_attention"

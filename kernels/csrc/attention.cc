@@ -9,6 +9,7 @@
 #include <new>
 
 #include "isa.h"
+#include "threads.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -102,8 +103,9 @@ class BlockWork {
     const int64_t padded = p.padded(), real = block_.tokens * p.group();
     for (int64_t row = 0; row < block_.rows; ++row) {
       float* to = work_.q + row * padded;
-      const float* from = p.q + query(std::min(row, real - 1)) * p.head_size;
-      for (int64_t d = 0; d < padded; ++d) to[d] = row < real && d < p.head_size ? from[d] * p.scale : 0.0f;
+      const int64_t size = row < real ? p.head_size : 0;
+      for (int64_t d = 0; d < size; ++d) to[d] = p.q[query(row) * p.head_size + d] * p.scale;
+      std::fill(to + size, to + padded, 0.0f);
     }
   }
 
@@ -138,7 +140,7 @@ class BlockWork {
 
   void merge(const Partial& into, const Partial& from) { kernels_.merge(into, from, block_.rows, p_.padded()); }
 
-  // out = mix / sum, or 0 for a query that saw no key.
+  // out = mix * (1 / sum), or 0 for a query that saw no key.
   void write(const Partial& total) const {
     for (int64_t row = 0; row < block_.tokens * p_.group(); ++row) {
       float* out = p_.out + query(row) * p_.head_size;
@@ -165,10 +167,12 @@ class BlockWork {
       int64_t begin = 0, end = 0, seen = 0;
       if (t < block_.tokens) {  // else the rows that fill the last tile
         const uint8_t* visible = p_.visible + (block_.sequence * p_.tokens + block_.token + t) * p_.room + first;
-        seen = keys, end = keys;
-        for (int64_t i = 0; i < keys; ++i) hidden[i] = visible[i] ? 0.0f : -1.0f;
-        while (end > 0 && !visible[end - 1]) --end;
-        while (begin < end && !visible[begin]) ++begin;
+        seen = keys;
+        for (int64_t i = 0; i < keys; ++i) hidden[i] = static_cast<float>(visible[i]) - 1.0f;
+        if (const void* found = std::memchr(visible, 1, keys)) {
+          begin = static_cast<const uint8_t*>(found) - visible;
+          for (end = keys; !visible[end - 1];) --end;
+        }
       }
       std::fill(hidden + seen, hidden + kChunkKeys, -1.0f);
       any = any || begin < end;
@@ -200,11 +204,10 @@ const AttentionKernels* find_attention(std::string_view isa) {
   return &kScalarAttention;
 }
 
-void attend(const AttentionKernels& kernels, const AttentionProblem& p, int64_t threads,
-            const ParallelFor& parallel_for) {
+void attend(const AttentionKernels& kernels, const AttentionProblem& p) {
   const Blocks blocks(p);
   const int64_t chunks = (p.length + kChunkKeys - 1) / kChunkKeys, padded = p.padded();
-  if (chunks == 1 || blocks.count >= 4 * threads) {
+  if (chunks == 1 || blocks.count >= 4 * thread_count()) {
     parallel_for(blocks.count, [&](int64_t i) {
       BlockWork work(kernels, p, blocks, i);
       const Partial total = work.total();

@@ -3,8 +3,8 @@
 // The arithmetic of one query is fixed, so its bits depend neither on the instruction set, nor on the threads, nor on
 // which other queries are computed beside it:
 //   keys      chunks of kChunkKeys, beginning at multiples of it;
-//   scores    q.k in 16 lanes, each a chain of fused multiply-adds, summed as a tree of lanes i and i + 8, 4, 2, 1;
-//   chunk     p = exp(score - largest of the chunk), sum of p in 16 lanes, mix = a chain of p v over its keys;
+//   scores    q.k in 4 lanes (channels i, i + 4, ..), each a chain of fused multiply-adds, summed (0 + 2) + (1 + 3);
+//   chunk     p = exp(score - largest of the chunk), sum of p in 16 lanes and a tree, mix = a chain of p v over its keys;
 //   chunks    merged in order into (largest, sum, mix), each side scaled by exp(its largest - the larger one).
 // One chunk does not look at another, so they can be computed anywhere and merged later.
 
@@ -12,7 +12,6 @@
 #define BITNET_KERNELS_ATTENTION_H_
 
 #include <cstdint>
-#include <functional>
 #include <string_view>
 
 namespace bitnet {
@@ -20,7 +19,7 @@ namespace bitnet {
 constexpr int64_t kChunkKeys = 128;
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTileRows = 4;    // rows of q are padded to a multiple of it
-constexpr int64_t kBlockKeys = 32;  // keys that are converted to float32 at once: 16 KiB at 128 channels
+constexpr int64_t kBlockKeys = 64;  // values that are converted at once: 32 KiB at 128 channels
 
 enum class KvType { kFloat32, kBfloat16, kInt8 };
 
@@ -90,11 +89,8 @@ extern const AttentionKernels kNeonAttention;
 // The loops that go with an instruction set of the matrix products (isa.h), or null where that is not available.
 const AttentionKernels* find_attention(std::string_view isa);
 
-using ParallelFor = std::function<void(int64_t items, const std::function<void(int64_t)>& body)>;
-
-// Writes out for all queries; the items of parallel_for may run in any order and at once.
-void attend(const AttentionKernels& kernels, const AttentionProblem& p, int64_t threads,
-            const ParallelFor& parallel_for);
+// Writes out for all queries, on all threads.
+void attend(const AttentionKernels& kernels, const AttentionProblem& p);
 
 }  // namespace bitnet
 

@@ -15,7 +15,8 @@ struct Avx2Lanes {
   struct Vec {
     __m256 low, high;
   };
-  static constexpr int kScoreRows = 2, kScoreKeys = 2, kMixVectors = 1;  // 16 registers
+  using Part = __m256;
+  static constexpr int kParts = 2, kScoreRows = 2, kMixVectors = 1;  // 8 sums, for there are 16 registers
 
   BITNET_INLINE static Vec load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
   BITNET_INLINE static void store(float* x, Vec a) { _mm256_storeu_ps(x, a.low), _mm256_storeu_ps(x + 8, a.high); }
@@ -50,13 +51,9 @@ struct Avx2Lanes {
   }
   BITNET_INLINE static float first(Vec a) { return _mm256_cvtss_f32(a.low); }
 
-  // Lane i plus lanes i + 8, i + 4 and i + 12.
-  BITNET_INLINE static __m128 quarter(Vec a) {
-    const __m256 half = _mm256_add_ps(a.low, a.high);
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
   BITNET_INLINE static float sum_of(Vec a) {
-    __m128 sums = quarter(a);
+    const __m256 half = _mm256_add_ps(a.low, a.high);
+    __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     sums = _mm_add_ps(sums, _mm_movehl_ps(sums, sums));
     return _mm_cvtss_f32(_mm_add_ss(sums, _mm_movehdup_ps(sums)));
   }
@@ -66,13 +63,26 @@ struct Avx2Lanes {
     most = _mm_max_ps(most, _mm_movehl_ps(most, most));
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
   }
-  BITNET_INLINE static void store_sums(const Vec a[4], float* scores) {
-    const __m128 q0 = quarter(a[0]), q1 = quarter(a[1]), q2 = quarter(a[2]), q3 = quarter(a[3]);
-    const __m128 above = _mm_add_ps(_mm_movelh_ps(q0, q1), _mm_movehl_ps(q1, q0));
-    const __m128 below = _mm_add_ps(_mm_movelh_ps(q2, q3), _mm_movehl_ps(q3, q2));
-    const __m128 sums = _mm_add_ps(_mm_shuffle_ps(above, below, 0x88), _mm_shuffle_ps(above, below, 0xdd));
-    _mm_storel_pi(reinterpret_cast<__m64*>(scores), sums);
-    _mm_storeh_pi(reinterpret_cast<__m64*>(scores + kChunkKeys), sums);
+  BITNET_INLINE static void transpose(Vec x[4]) {
+    const Vec a = x[0], b = x[1], c = x[2], d = x[3];
+    x[0] = {_mm256_permute2f128_ps(a.low, b.low, 0x20), _mm256_permute2f128_ps(c.low, d.low, 0x20)};
+    x[1] = {_mm256_permute2f128_ps(a.low, b.low, 0x31), _mm256_permute2f128_ps(c.low, d.low, 0x31)};
+    x[2] = {_mm256_permute2f128_ps(a.high, b.high, 0x20), _mm256_permute2f128_ps(c.high, d.high, 0x20)};
+    x[3] = {_mm256_permute2f128_ps(a.high, b.high, 0x31), _mm256_permute2f128_ps(c.high, d.high, 0x31)};
+  }
+
+  BITNET_INLINE static Part load_part(const float* x) { return _mm256_loadu_ps(x); }
+  BITNET_INLINE static void store_part(float* x, Part a) { _mm256_storeu_ps(x, a); }
+  BITNET_INLINE static Part set1_part(float x) { return _mm256_set1_ps(x); }
+  BITNET_INLINE static Part fma_part(Part a, Part b, Part c) { return _mm256_fmadd_ps(a, b, c); }
+  BITNET_INLINE static Part repeat4(const float* x) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x)); }
+  BITNET_INLINE static __m256 pairs(Part a, Part b) {
+    const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  }
+  BITNET_INLINE static Part sum4(const Part a[4]) {
+    const Part x = pairs(a[0], a[1]), y = pairs(a[2], a[3]);
+    return _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x88), _mm256_shuffle_ps(x, y, 0xdd));
   }
 };
 

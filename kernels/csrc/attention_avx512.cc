@@ -1,4 +1,4 @@
-// AVX-512: a vector is a register; the sums of 16 registers of scores leave as one.
+// AVX-512: a vector is a register.
 
 #if defined(__x86_64__)
 
@@ -13,7 +13,8 @@ namespace {
 
 struct Avx512Lanes {
   using Vec = __m512;
-  static constexpr int kScoreRows = 4, kScoreKeys = 4, kMixVectors = 4;
+  using Part = __m512;
+  static constexpr int kParts = 1, kScoreRows = 4, kMixVectors = 4;
 
   BITNET_INLINE static Vec load(const float* x) { return _mm512_loadu_ps(x); }
   BITNET_INLINE static void store(float* x, Vec a) { _mm512_storeu_ps(x, a); }
@@ -52,28 +53,27 @@ struct Avx512Lanes {
     return first(max(a, _mm512_permute_ps(a, 0xb1)));
   }
 
-  // The sums of the lanes of 16 vectors. Each step adds the halves of two vectors and keeps both results in one.
-  BITNET_INLINE static void store_sums(const Vec a[16], float* scores) {
-    Vec b[8], c[4], d[2];
-    BITNET_UNROLL
-    for (int i = 0; i < 8; ++i) {  // quarters: vector j, j, j + 4, j + 4
-      const int j = i / 4 * 8 + i % 4;
-      b[i] = add(_mm512_shuffle_f32x4(a[j], a[j + 4], 0x44), _mm512_shuffle_f32x4(a[j], a[j + 4], 0xee));
-    }
-    BITNET_UNROLL
-    for (int i = 0; i < 4; ++i) {  // quarters: vector i, i + 4, i + 8, i + 12
-      c[i] = add(_mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd));
-    }
-    BITNET_UNROLL
-    for (int i = 0; i < 2; ++i) {  // lanes of a quarter: vector 2 i, 2 i, 2 i + 1, 2 i + 1
-      const __m512d even = _mm512_castps_pd(c[2 * i]), odd = _mm512_castps_pd(c[2 * i + 1]);
-      d[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)), _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
-    }
-    const Vec sums = add(_mm512_shuffle_ps(d[0], d[1], 0x88), _mm512_shuffle_ps(d[0], d[1], 0xdd));
-    _mm_storeu_ps(scores, _mm512_castps512_ps128(sums));
-    _mm_storeu_ps(scores + kChunkKeys, _mm512_extractf32x4_ps(sums, 1));
-    _mm_storeu_ps(scores + 2 * kChunkKeys, _mm512_extractf32x4_ps(sums, 2));
-    _mm_storeu_ps(scores + 3 * kChunkKeys, _mm512_extractf32x4_ps(sums, 3));
+  BITNET_INLINE static void transpose(Vec x[4]) {
+    const Vec a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
+    const Vec c = _mm512_shuffle_f32x4(x[0], x[1], 0xee), d = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
+    x[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+    x[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    x[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+    x[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
+  }
+
+  BITNET_INLINE static Part load_part(const float* x) { return load(x); }
+  BITNET_INLINE static void store_part(float* x, Part a) { store(x, a); }
+  BITNET_INLINE static Part set1_part(float x) { return set1(x); }
+  BITNET_INLINE static Part fma_part(Part a, Part b, Part c) { return fma(a, b, c); }
+  BITNET_INLINE static Part repeat4(const float* x) { return _mm512_broadcast_f32x4(_mm_loadu_ps(x)); }
+  BITNET_INLINE static __m512 pairs(Part a, Part b) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  BITNET_INLINE static Part sum4(const Part a[4]) {
+    const Part x = pairs(a[0], a[1]), y = pairs(a[2], a[3]);
+    return add(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd));
   }
 };
 

@@ -3,7 +3,9 @@
 //
 // Lanes has a type Vec and: load, store, set1, add, sub, mul, fma (a b + c, one rounding), max (a > b ? a : b),
 // where_less (a < b ? x : y), load_bfloat16, load_int8, times_power (bits of y + bits of t << 23), first, sum_of,
-// max_of, store_sums; kScoreKeys keys and kScoreRows rows of a tile of scores, kMixVectors vectors of a tile of mixes.
+// max_of; transpose (of four vectors as 4 x 4 quarters). A Vec is kParts Parts, for tiles of scores that would not
+// fit into registers as Vecs: load_part, store_part, set1_part, repeat4 (four floats, over and over), fma_part,
+// sum4 (of quarters: see Score). kScoreRows rows are a tile of scores, kMixVectors vectors a tile of mixes.
 
 #include <cstring>
 #include <limits>
@@ -19,6 +21,7 @@ namespace {
 template <typename Lanes>
 struct Loops {
   using Vec = typename Lanes::Vec;
+  static constexpr int64_t kAhead = 32;  // keys between one that is read and one that is asked for
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
   // exp(x) for x <= 0, relative error below 2^-23. Less than exp(-60) = 2^-86 counts as 0: beside a weight of 1 it is
@@ -39,42 +42,48 @@ struct Loops {
     return Lanes::where_less(x, Lanes::set1(-60.0f), Lanes::set1(0.0f), Lanes::times_power(y, t));
   }
 
-  // Rows of keys or values as float32.
-  struct Rows {
-    const float* data;
-    int64_t stride;
-    BITNET_INLINE const float* row(int64_t i) const { return data + i * stride; }
-  };
+  template <KvType kType>
+  BITNET_INLINE static const void* element(const void* data, int64_t i) {
+    constexpr int64_t kBytes = kType == KvType::kFloat32 ? 4 : kType == KvType::kBfloat16 ? 2 : 1;
+    return static_cast<const char*>(data) + i * kBytes;
+  }
 
-  BITNET_INLINE static float convert(const ChunkProblem& p, const void* base, int64_t i) {
-    if (p.type == KvType::kFloat32) return static_cast<const float*>(base)[i];
-    if (p.type == KvType::kInt8) return static_cast<const int8_t*>(base)[i];
-    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(base)[i]} << 16;
+  template <KvType kType>
+  BITNET_INLINE static float load1(const void* data, int64_t i) {
+    if (kType == KvType::kFloat32) return static_cast<const float*>(data)[i];
+    if (kType == KvType::kInt8) return static_cast<const int8_t*>(data)[i];
+    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(data)[i]} << 16;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
   }
 
-  BITNET_INLINE static Vec convert16(const ChunkProblem& p, const void* base, int64_t i) {
-    if (p.type == KvType::kFloat32) return Lanes::load(static_cast<const float*>(base) + i);
-    if (p.type == KvType::kInt8) return Lanes::load_int8(static_cast<const int8_t*>(base) + i);
-    return Lanes::load_bfloat16(static_cast<const uint16_t*>(base) + i);
+  template <KvType kType>
+  BITNET_INLINE static Vec load(const void* data, int64_t i) {
+    if (kType == KvType::kFloat32) return Lanes::load(static_cast<const float*>(data) + i);
+    if (kType == KvType::kBfloat16) return Lanes::load_bfloat16(static_cast<const uint16_t*>(data) + i);
+    return Lanes::load_int8(static_cast<const int8_t*>(data) + i);
   }
 
-  // Keys or values [first, first + count) of the chunk: where they lie, if a few rows read them once, else a copy
-  // without the other heads between them.
-  BITNET_TARGET static Rows rows_of(const ChunkProblem& p, const void* base, int64_t first, int64_t count) {
-    if (p.type == KvType::kFloat32 && p.head_size == p.padded && p.rows <= 2 * kTileRows) {
-      return {static_cast<const float*>(base) + first * p.stride, p.stride};
-    }
-    const int64_t whole = p.head_size / kLanes * kLanes;
-    for (int64_t i = 0; i < count; ++i) {
-      float* to = p.block + i * p.padded;
-      const int64_t from = (first + i) * p.stride;
-      for (int64_t d = 0; d < whole; d += kLanes) Lanes::store(to + d, convert16(p, base, from + d));
-      for (int64_t d = whole; d < p.padded; ++d) to[d] = d < p.head_size ? convert(p, base, from + d) : 0.0f;
-    }
-    return {p.block, p.padded};
+  // Channels [d, d + 16) of a key or value, zeros behind the last channel.
+  template <KvType kType>
+  BITNET_INLINE static Vec channels(const void* data, int64_t d, int64_t head_size) {
+    if (d + kLanes <= head_size) return load<kType>(data, d);
+    float some[kLanes] = {};
+    for (int64_t i = 0; d + i < head_size; ++i) some[i] = load1<kType>(data, d + i);
+    return Lanes::load(some);
+  }
+
+  template <KvType kType>
+  BITNET_INLINE static void prefetch(const void* data, int64_t elements) {
+    const char* end = static_cast<const char*>(element<kType>(data, elements));
+    for (const char* line = static_cast<const char*>(data); line < end; line += 64) __builtin_prefetch(line);
+  }
+
+  // A few rows read the cache as fast as memory gives it: the values from where they lie, kAhead keys ahead. Many rows
+  // share converted blocks.
+  BITNET_INLINE static bool few_rows(const ChunkProblem& p) {
+    return p.head_size == p.padded && p.rows <= 2 * kTileRows;
   }
 
   // The keys of [first, last) that some row of a tile can see, as [begin, end).
@@ -89,41 +98,156 @@ struct Loops {
     end = end > last ? last : end;
   }
 
-  BITNET_INLINE static void score_tile(const float* q, int64_t padded, const float* const k[], float* scores) {
-    constexpr int R = Lanes::kScoreRows, C = Lanes::kScoreKeys;
-    Vec sums[R * C];
-    BITNET_UNROLL
-    for (int i = 0; i < R * C; ++i) sums[i] = Lanes::set1(0.0f);
-    for (int64_t d = 0; d < padded; d += kLanes) {
-      Vec keys[C];
-      BITNET_UNROLL
-      for (int c = 0; c < C; ++c) keys[c] = Lanes::load(k[c] + d);
-      BITNET_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const Vec row = Lanes::load(q + r * padded + d);
-        BITNET_UNROLL
-        for (int c = 0; c < C; ++c) sums[r * C + c] = Lanes::fma(row, keys[c], sums[r * C + c]);
+  // Scores of 16 keys at a time. Four keys share a vector: quarter b of vector c of a step holds four channels of key
+  // c + 4 b, so that sum4 gives the 16 scores of a row in order.
+  struct Score {
+    static constexpr int64_t kRows = Lanes::kScoreRows, kKeys = kBlockKeys / 2;
+
+    // The block as [16 keys][channels / 4][c][b][4]. The last key stands for those behind it.
+    template <KvType kType>
+    BITNET_TARGET static void convert(const ChunkProblem& p, int64_t first, int64_t last) {
+      const int64_t size = p.head_size, padded = p.padded, ahead = few_rows(p) ? size : 0;
+      for (int64_t tile = first; tile < last; tile += kLanes) {
+        float* to = p.block + (tile - first) * padded;
+        for (int64_t c = 0; c < 4; ++c, to += kLanes) {
+          const void* key[4];
+          BITNET_UNROLL
+          for (int b = 0; b < 4; ++b) {
+            const int64_t i = tile + c + 4 * b < last ? tile + c + 4 * b : last - 1;
+            key[b] = element<kType>(p.k, i * p.stride);
+            prefetch<kType>(element<kType>(key[b], kAhead * p.stride), ahead);
+          }
+          for (int64_t d = 0; d < padded; d += kLanes) {
+            Vec x[4];
+            BITNET_UNROLL
+            for (int b = 0; b < 4; ++b) x[b] = channels<kType>(key[b], d, size);
+            Lanes::transpose(x);
+            BITNET_UNROLL
+            for (int j = 0; j < 4; ++j) Lanes::store(to + (d + 4 * j) * kLanes, x[j]);
+          }
+        }
       }
     }
-    Lanes::store_sums(sums, scores);
-  }
 
-  // scores = q.k for what the rows can see; hidden places beside it get any number.
-  BITNET_TARGET static void score(const ChunkProblem& p) {
-    constexpr int64_t R = Lanes::kScoreRows, C = Lanes::kScoreKeys;
-    for (int64_t first = 0; first < p.keys; first += kBlockKeys) {
-      const int64_t last = first + kBlockKeys < p.keys ? first + kBlockKeys : p.keys;
+    BITNET_INLINE static void tile(const float* q, int64_t padded, const float* keys, float* scores) {
+      constexpr int R = kRows;
+      constexpr int64_t kWidth = kLanes / Lanes::kParts;
+      for (int64_t part = 0; part < kLanes; part += kWidth) {
+        typename Lanes::Part sums[R * 4];
+        BITNET_UNROLL
+        for (int i = 0; i < R * 4; ++i) sums[i] = Lanes::set1_part(0.0f);
+        for (int64_t d = 0; d < padded; d += 4) {
+          typename Lanes::Part key[4];
+          BITNET_UNROLL
+          for (int c = 0; c < 4; ++c) key[c] = Lanes::load_part(keys + (d + c) * kLanes + part);
+          BITNET_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const typename Lanes::Part row = Lanes::repeat4(q + r * padded + d);
+            BITNET_UNROLL
+            for (int c = 0; c < 4; ++c) sums[r * 4 + c] = Lanes::fma_part(row, key[c], sums[r * 4 + c]);
+          }
+        }
+        BITNET_UNROLL
+        for (int r = 0; r < R; ++r) Lanes::store_part(scores + r * kChunkKeys + part, Lanes::sum4(sums + 4 * r));
+      }
+    }
+
+    template <KvType kType>
+    BITNET_INLINE static void rows(const ChunkProblem& p, const Partial&, int64_t row, int64_t first, int64_t begin,
+                                   int64_t end) {
+      for (int64_t key = begin / kLanes * kLanes; key < end; key += kLanes) {
+        const float* keys = p.block + (key - first) * p.padded;
+        tile(p.q + row * p.padded, p.padded, keys, p.scores + row * kChunkKeys + key);
+      }
+    }
+  };
+
+  // mix += sum over keys of weight * value, for kTileRows rows and some vectors of channels at a time.
+  struct Mix {
+    static constexpr int64_t kRows = kTileRows, kKeys = kBlockKeys;
+
+    // The block as [keys][channels], for many rows.
+    template <KvType kType>
+    BITNET_TARGET static void convert(const ChunkProblem& p, int64_t first, int64_t last) {
+      if (few_rows(p)) return;
+      const int64_t size = p.head_size, padded = p.padded;
+      for (int64_t key = first; key < last; ++key) {
+        const void* value = element<kType>(p.v, key * p.stride);
+        float* to = p.block + (key - first) * padded;
+        for (int64_t d = 0; d < padded; d += kLanes) Lanes::store(to + d, channels<kType>(value, d, size));
+      }
+    }
+
+    // V vectors of channels; asks for later values `ahead` elements away, if that is not 0.
+    template <KvType kType, int V>
+    BITNET_INLINE static void tile(const float* weights, const void* data, int64_t stride, int64_t ahead, int64_t keys,
+                                   float* mix, int64_t padded) {
+      Vec sums[kTileRows * V];
+      BITNET_UNROLL
+      for (int i = 0; i < kTileRows * V; ++i) sums[i] = Lanes::load(mix + i / V * padded + i % V * kLanes);
+      for (int64_t key = 0; key < keys; ++key) {
+        const void* value = element<kType>(data, key * stride);
+        if (ahead != 0) prefetch<kType>(element<kType>(value, ahead), V * kLanes);
+        Vec values[V];
+        BITNET_UNROLL
+        for (int i = 0; i < V; ++i) values[i] = load<kType>(value, i * kLanes);
+        BITNET_UNROLL
+        for (int r = 0; r < kTileRows; ++r) {
+          const Vec weight = Lanes::set1(weights[r * kChunkKeys + key]);
+          BITNET_UNROLL
+          for (int i = 0; i < V; ++i) sums[r * V + i] = Lanes::fma(weight, values[i], sums[r * V + i]);
+        }
+      }
+      BITNET_UNROLL
+      for (int i = 0; i < kTileRows * V; ++i) Lanes::store(mix + i / V * padded + i % V * kLanes, sums[i]);
+    }
+
+    template <KvType kType>
+    BITNET_INLINE static void tiles(const ChunkProblem& p, const Partial& out, int64_t row, const void* data,
+                                    int64_t stride, int64_t ahead, int64_t begin, int64_t end) {
+      constexpr int V = Lanes::kMixVectors;
+      const float* weights = p.scores + row * kChunkKeys + begin;
+      float* mix = out.mix + row * p.padded;
+      int64_t d = 0;
+      for (; d + V * kLanes <= p.padded; d += V * kLanes) {
+        tile<kType, V>(weights, element<kType>(data, d), stride, ahead, end - begin, mix + d, p.padded);
+      }
+      for (; d < p.padded; d += kLanes) {
+        tile<kType, 1>(weights, element<kType>(data, d), stride, ahead, end - begin, mix + d, p.padded);
+      }
+    }
+
+    template <KvType kType>
+    BITNET_INLINE static void rows(const ChunkProblem& p, const Partial& out, int64_t row, int64_t first,
+                                   int64_t begin, int64_t end) {
+      if (few_rows(p)) {
+        const void* values = element<kType>(p.v, begin * p.stride);
+        tiles<kType>(p, out, row, values, p.stride, row == 0 ? kAhead * p.stride : 0, begin, end);
+      } else {
+        const float* values = p.block + (begin - first) * p.padded;
+        tiles<KvType::kFloat32>(p, out, row, values, p.padded, 0, begin, end);
+      }
+    }
+  };
+
+  // Work over the keys or values (`data`) that each tile of rows can see, block by block: a block serves all rows
+  // while it is in the first-level cache, and the next one is on its way.
+  template <KvType kType, typename Work>
+  BITNET_TARGET static void for_blocks(const ChunkProblem& p, const void* data, const Partial& out) {
+    constexpr int64_t K = Work::kKeys;
+    for (int64_t first = 0; first < p.keys; first += K) {
+      const int64_t last = first + K < p.keys ? first + K : p.keys;
       int64_t begin, end;
       clip(p, 0, p.rows, first, last, begin, end);
       if (begin >= end) continue;
-      const Rows keys = rows_of(p, p.k, first, last - first);
-      for (int64_t row = 0; row < p.rows; row += R) {
-        clip(p, row, R, first, last, begin, end);
-        for (int64_t key = begin / C * C; key < end; key += C) {
-          const float* k[C];
-          for (int64_t c = 0; c < C; ++c) k[c] = keys.row((key + c < last ? key + c : last - 1) - first);
-          score_tile(p.q + row * p.padded, p.padded, k, p.scores + row * kChunkKeys + key);
+      Work::template convert<kType>(p, first, last);
+      int64_t asked = few_rows(p) ? last + K : last;
+      for (int64_t row = 0; row < p.rows; row += Work::kRows) {
+        for (; asked < last + K * (row + Work::kRows) / p.rows; ++asked) {
+          prefetch<kType>(element<kType>(data, asked * p.stride), p.head_size);
         }
+        clip(p, row, Work::kRows, first, last, begin, end);
+        if (begin < end) Work::template rows<kType>(p, out, row, first, begin, end);
       }
     }
   }
@@ -158,60 +282,18 @@ struct Loops {
     out.sum[row] = Lanes::sum_of(sum);
   }
 
-  // mix += sum over keys [begin, end) of weight * value, for kTileRows rows and V vectors of channels.
-  template <int V>
-  BITNET_INLINE static void mix_tile(const float* weights, const Rows& values, int64_t channel, int64_t begin,
-                                     int64_t end, int64_t first, float* mix, int64_t padded) {
-    Vec sums[kTileRows * V];
-    BITNET_UNROLL
-    for (int i = 0; i < kTileRows * V; ++i) sums[i] = Lanes::load(mix + i / V * padded + i % V * kLanes);
-    for (int64_t key = begin; key < end; ++key) {
-      const float* value = values.row(key - first) + channel;
-      Vec vectors[V];
-      BITNET_UNROLL
-      for (int i = 0; i < V; ++i) vectors[i] = Lanes::load(value + i * kLanes);
-      BITNET_UNROLL
-      for (int r = 0; r < kTileRows; ++r) {
-        const Vec weight = Lanes::set1(weights[r * kChunkKeys + key]);
-        BITNET_UNROLL
-        for (int i = 0; i < V; ++i) sums[r * V + i] = Lanes::fma(weight, vectors[i], sums[r * V + i]);
-      }
-    }
-    BITNET_UNROLL
-    for (int i = 0; i < kTileRows * V; ++i) Lanes::store(mix + i / V * padded + i % V * kLanes, sums[i]);
-  }
-
-  BITNET_TARGET static void mix(const ChunkProblem& p, const Partial& out) {
-    constexpr int64_t V = Lanes::kMixVectors;
+  template <KvType kType>
+  BITNET_TARGET static void chunk_of(const ChunkProblem& p, const Partial& out) {
+    for_blocks<kType, Score>(p, p.k, out);
+    for (int64_t row = 0; row < p.rows; ++row) weigh(p, row, out);
     std::memset(out.mix, 0, sizeof(float) * p.rows * p.padded);
-    for (int64_t first = 0; first < p.keys; first += kBlockKeys) {
-      const int64_t last = first + kBlockKeys < p.keys ? first + kBlockKeys : p.keys;
-      int64_t begin, end;
-      clip(p, 0, p.rows, first, last, begin, end);
-      if (begin >= end) continue;
-      const Rows values = rows_of(p, p.v, first, last - first);
-      for (int64_t row = 0; row < p.rows; row += kTileRows) {
-        clip(p, row, kTileRows, first, last, begin, end);
-        if (begin >= end) continue;
-        const float* weights = p.scores + row * kChunkKeys;
-        float* mix = out.mix + row * p.padded;
-        int64_t d = 0;
-        for (; d + V * kLanes <= p.padded; d += V * kLanes) {
-          mix_tile<V>(weights, values, d, begin, end, first, mix + d, p.padded);
-        }
-        for (; d < p.padded; d += kLanes) mix_tile<1>(weights, values, d, begin, end, first, mix + d, p.padded);
-      }
-    }
-    // A tile adds 0 * v for the keys that only its other rows see, which may turn -0 to +0: it is +0 always.
-    for (int64_t i = 0; i < p.rows * p.padded; i += kLanes) {
-      Lanes::store(out.mix + i, Lanes::add(Lanes::load(out.mix + i), Lanes::set1(0.0f)));
-    }
+    for_blocks<kType, Mix>(p, p.v, out);
   }
 
   BITNET_TARGET static void chunk(const ChunkProblem& p, const Partial& out) {
-    score(p);
-    for (int64_t row = 0; row < p.rows; ++row) weigh(p, row, out);
-    mix(p, out);
+    if (p.type == KvType::kFloat32) return chunk_of<KvType::kFloat32>(p, out);
+    if (p.type == KvType::kBfloat16) return chunk_of<KvType::kBfloat16>(p, out);
+    return chunk_of<KvType::kInt8>(p, out);
   }
 
   BITNET_TARGET static void merge(const Partial& into, const Partial& from, int64_t rows, int64_t padded) {
@@ -223,7 +305,8 @@ struct Loops {
       into.sum[row] = Lanes::first(Lanes::fma(Lanes::set1(into.sum[row]), a, sum));
       into.largest[row] = largest;
       for (int64_t d = row * padded; d < (row + 1) * padded; d += kLanes) {
-        const Vec mix = Lanes::mul(Lanes::load(from.mix + d), b);
+        // A tile added 0 * v for keys that only its other rows see, which may turn -0 to +0: it is +0 always.
+        const Vec mix = Lanes::add(Lanes::mul(Lanes::load(from.mix + d), b), Lanes::set1(0.0f));
         Lanes::store(into.mix + d, Lanes::fma(Lanes::load(into.mix + d), a, mix));
       }
     }

@@ -15,7 +15,8 @@ struct NeonLanes {
   struct Vec {
     float32x4_t part[4];
   };
-  static constexpr int kScoreRows = 2, kScoreKeys = 2, kMixVectors = 1;
+  using Part = float32x4_t;
+  static constexpr int kParts = 4, kScoreRows = 4, kMixVectors = 1;
 
   template <typename F>
   BITNET_INLINE static Vec each(F f) {
@@ -78,10 +79,22 @@ struct NeonLanes {
     const float even = lane[0] > lane[2] ? lane[0] : lane[2], odd = lane[1] > lane[3] ? lane[1] : lane[3];
     return even > odd ? even : odd;
   }
-  BITNET_INLINE static void store_sums(const Vec a[4], float* scores) {
-    scores[0] = sum_of(a[0]), scores[1] = sum_of(a[1]);
-    scores[kChunkKeys] = sum_of(a[2]), scores[kChunkKeys + 1] = sum_of(a[3]);
+  BITNET_INLINE static void transpose(Vec x[4]) {
+    const Vec a = x[0], b = x[1], c = x[2], d = x[3];
+    BITNET_UNROLL
+    for (int i = 0; i < 4; ++i) x[i] = {{a.part[i], b.part[i], c.part[i], d.part[i]}};
   }
+
+  BITNET_INLINE static Part load_part(const float* x) { return vld1q_f32(x); }
+  BITNET_INLINE static void store_part(float* x, Part a) { vst1q_f32(x, a); }
+  BITNET_INLINE static Part set1_part(float x) { return vdupq_n_f32(x); }
+  BITNET_INLINE static Part fma_part(Part a, Part b, Part c) { return vfmaq_f32(c, a, b); }
+  BITNET_INLINE static Part repeat4(const float* x) { return vld1q_f32(x); }
+  BITNET_INLINE static Part pairs(Part a, Part b) {
+    const float32x4_t low = vcombine_f32(vget_low_f32(a), vget_low_f32(b));
+    return vaddq_f32(low, vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
+  }
+  BITNET_INLINE static Part sum4(const Part a[4]) { return vpaddq_f32(pairs(a[0], a[1]), pairs(a[2], a[3])); }
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Plain C++: the lanes are a loop. std::fma is one rounding by its definition, however the processor comes to it.
 
+#include <algorithm>
 #include <cmath>
 
 #define BITNET_TARGET
@@ -13,7 +14,8 @@ struct ScalarLanes {
   struct Vec {
     float lane[kLanes];
   };
-  static constexpr int kScoreRows = 1, kScoreKeys = 1, kMixVectors = 1;
+  using Part = Vec;
+  static constexpr int kParts = 1, kScoreRows = 1, kMixVectors = 1;
 
   template <typename F>
   static Vec each(F f) {
@@ -80,7 +82,25 @@ struct ScalarLanes {
     }
     return a.lane[0];
   }
-  static void store_sums(const Vec a[1], float* scores) { *scores = sum_of(a[0]); }
+  static void transpose(Vec x[4]) {
+    for (int64_t i = 0; i < 4; ++i) {
+      for (int64_t j = 0; j < i; ++j) std::swap_ranges(x[i].lane + 4 * j, x[i].lane + 4 * j + 4, x[j].lane + 4 * i);
+    }
+  }
+
+  static Part load_part(const float* x) { return load(x); }
+  static void store_part(float* x, Part a) { store(x, a); }
+  static Part set1_part(float x) { return set1(x); }
+  static Part fma_part(Part a, Part b, Part c) { return fma(a, b, c); }
+  static Part repeat4(const float* x) {
+    return each([&](int64_t i) { return x[i % 4]; });
+  }
+  static Part sum4(const Part a[4]) {
+    return each([&](int64_t i) {
+      const float* quarter = a[i % 4].lane + i / 4 * 4;
+      return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+    });
+  }
 };
 
 }  // namespace

@@ -6,7 +6,6 @@
 
 #include "attention.h"
 #include "isa.h"
-#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -59,7 +58,7 @@ ffi::Error attention_call(Queries q, ffi::AnyBuffer k, ffi::AnyBuffer v, Scales 
   p.k_scale = k_scale.typed_data(), p.v_scale = v_scale.typed_data();
   p.visible = reinterpret_cast<const uint8_t*>(visible.typed_data());
   p.out = out->typed_data();
-  attend(*kernels, p, thread_count(), parallel_for);
+  attend(*kernels, p);
   return ffi::Error::Success();
 }
 

@@ -95,13 +95,18 @@ def test_pack_writes_nothing_when_the_proof_fails(
     assert not list(tmp_path.iterdir())
 
 
-def test_generate_streams_what_generate_gives(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kv_format", [None, "int8"])
+def test_generate_streams_what_generate_gives(
+    place: Path, capsys: pytest.CaptureFixture[str], kv_format: str | None
+) -> None:
     arguments = ["--prompt", "A tiny ", "--tokens", "20", "--json", f"{place}/generate.json"]
+    arguments += ["--kv-format", kv_format] if kv_format else []
     assert cli.main(["generate", f"{place}/packed", *arguments]) == 0
     output = capsys.readouterr()
     model = load_model(place / "packed")
     prompt = model.tokenizer.encode("A tiny ")[None]
-    tokens = np.asarray(generate(model.config, model.variables, prompt, max_new_tokens=20).tokens)[0]
+    given = generate(model.config, model.variables, prompt, max_new_tokens=20, kv_format=kv_format)
+    tokens = np.asarray(given.tokens)[0]
     assert output.out == model.tokenizer.decode(tokens) + "\n"
     figures = read(place / "generate.json")
     assert figures["text"] == output.out[:-1]

@@ -103,6 +103,24 @@ def test_an_end_token_ends_its_row_and_the_last_one_the_loop(
     )
 
 
+@pytest.mark.parametrize("kv_format", [None, "float32", "bfloat16", "int8"])
+def test_each_format_of_the_cache_continues_a_clear_text(
+    variables: dict[str, Any], greedy: np.ndarray, kv_format: str | None
+) -> None:
+    """Streamed and at once the same; rounding the cache changes a token only where two are close."""
+    tokens = generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, kv_format=kv_format).tokens
+    chunks = stream_tokens(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, kv_format=kv_format, chunk=5)
+    np.testing.assert_array_equal(np.concatenate(list(chunks), axis=1), tokens)
+    if kv_format in (None, "float32"):
+        np.testing.assert_array_equal(tokens, greedy)
+        return
+    logits = whole_text_logits(CONFIG, variables, np.concatenate([TOKENS, tokens], axis=1))
+    logits = logits[:, TOKENS.shape[1] - 1 : -1]
+    chosen = np.take_along_axis(logits, np.asarray(tokens)[..., None], axis=-1)[..., 0]
+    # Logits of size std(logits); keys and values are rounded by 2^-9 (bfloat16) or 1/254 of their largest channel.
+    assert (logits.max(axis=-1) - chosen < 0.1 * np.std(logits)).all()
+
+
 SAMPLED = SamplingConfig(temperature=1.2, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
 
 
@@ -163,9 +181,8 @@ def test_a_second_call_compiles_nothing(variables: dict[str, Any], greedy: np.nd
 
 def test_a_prefill_computes_the_logits_of_one_position(variables: dict[str, Any]) -> None:
     prompt = (TOKENS, MASK, jax.random.key(0))
-    compiled = (
-        generation._start.lower(CONFIG, SamplingConfig(), N, (), variables, *prompt).compile().as_text()
-    )
+    lowered = generation._start.lower(CONFIG, SamplingConfig(), N, (), None, variables, *prompt)
+    compiled = lowered.compile().as_text()
     assert "f32[3,23]" in compiled
     assert "f32[3,5,23]" not in compiled
     assert "f32[15,23]" not in compiled
@@ -190,6 +207,10 @@ def test_an_empty_cache() -> None:
     assert cache.layers[0].k.shape == cache.layers[0].v.shape == (3, 10, 1, 8)
     assert cache.layers[0].k.dtype == jnp.bfloat16
     assert (cache.valid.shape, int(cache.length), bool(cache.valid.any())) == ((3, 10), 0, False)
+    layer = init_cache(CONFIG, 3, 10, dtype="int8").layers[0]
+    assert (layer.k.dtype, layer.v_scale.shape, layer.v_scale.dtype) == (jnp.int8, (3, 10, 1), jnp.float32)
+    with pytest.raises(ValueError, match="'int4', expected one of float32, bfloat16, int8"):
+        init_cache(CONFIG, 3, 10, dtype="int4")
     state = init_cache(dataclasses.replace(CONFIG, attention="linear"), 3, 10).layers[0]
     assert isinstance(state, LinearState)
     assert state.s.shape == (3, 2, 8, 8)
@@ -212,6 +233,7 @@ def test_an_empty_cache() -> None:
         ({"mask": MASK[:, ::-1]}, "padding on the left"),
         ({"mask": MASK & False}, "padding on the left"),
         ({"sampling": SAMPLED}, "temperature=1.2 needs a key"),
+        ({"kv_format": "int4"}, "kv_format: got 'int4', expected None or one of float32, bfloat16, int8"),
         ({"config": dataclasses.replace(CONFIG, causal=False)}, "needs a causal language model"),
     ],
 )

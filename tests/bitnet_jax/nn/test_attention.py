@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.nn import attention as at
-from bitnet_jax.nn.attention import Attention, KVCache
+from bitnet_jax.nn.attention import Attention, KVCache, quantize_kv
 from bitnet_jax.nn.config import ATTENTION_LINEARS, ModelConfig
 from bitnet_jax.nn.linear_attention import zero_state
 
@@ -344,6 +344,39 @@ def test_bfloat16_cache_under_a_float32_model():
     assert y.dtype == jnp.float32
     exact = module(c).apply(v, x, **call)[0]
     assert np.max(np.abs(y - exact)) < 2e-2 * np.max(np.abs(exact))  # keys and values rounded by 2^-9
+
+
+def test_quantized_keys_and_values_are_within_half_a_step():
+    x = normal(30, 3, 5, K, 16) * jnp.asarray([1e-6, 1.0, 1e6], jnp.float32)[:, None, None, None]
+    x = x.at[0, 0, 0].set(0.0)
+    codes, scale = quantize_kv(x)
+    assert (codes.dtype, scale.shape) == (jnp.int8, x.shape[:-1])
+    np.testing.assert_array_equal(jnp.max(jnp.abs(codes.astype(jnp.int32)), axis=-1) == 127, scale > 0)
+    # Half a step, and the rounding of x / scale (of size 127) and of the product.
+    error = jnp.abs(codes.astype(jnp.float32) * scale[..., None] - x)
+    assert np.all(error <= (0.5 + 127 * 2.0**-22) * scale[..., None])
+    assert not codes[0, 0, 0].any()
+
+
+def empty_cache(room: int, dtype: str) -> KVCache:
+    values, scales = jnp.zeros((B, room, K, h), dtype), jnp.zeros((B, room, K))
+    return KVCache(values, values, scales, scales) if dtype == "int8" else KVCache(values, values)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "relu"])
+def test_an_int8_cache_errs_as_its_steps_allow(kind):
+    """softmax by the kernel and relu by XLA remember the same codes."""
+    c = config(kind)
+    v, x, call = variables(c), normal(28, B, T, D), seeing(LEFT_PADDED)
+    y, cache = run(c, v, x, call | {"cache": empty_cache(T, "int8"), "length": jnp.int32(0)})
+    assert cache.k.dtype == cache.v.dtype == jnp.int8
+    _, floats = run(c, v, x, call | {"cache": empty_cache(T, "float32"), "length": jnp.int32(0)})
+    np.testing.assert_array_equal(cache.k, quantize_kv(floats.k)[0])
+    np.testing.assert_array_equal(cache.v_scale, quantize_kv(floats.v)[1])
+    exact = module(c).apply(v, x, **call)[0]
+    error = np.max(np.abs(y - exact)) / np.max(np.abs(exact))
+    # A step is 1/127 of the largest channel, so an error is at most 0.4 % of it in values and in scores.
+    assert 0 < error < 2e-2
 
 
 def test_more_tokens_than_the_cache_holds_are_refused():

@@ -1,0 +1,231 @@
+"""cached_attention: its definition against NumPy, the C++ kernels against the definition and against themselves."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bitnet_kernels import attention, bench, cached_attention, cpu, reference_attention
+
+needs_library = pytest.mark.skipif(
+    cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}"
+)
+DTYPES = ("float32", "bfloat16", "int8")
+# Scores, weights and mixes are each float32 sums of at most 300 terms of size 1, in another order: 300 roundings of
+# 2^-24 if all went one way, in practice some.
+SAME = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def problem(B: int, T: int, H: int, K: int, h: int, S: int, dtype: str, seed: int = 0) -> dict:
+    """Arguments of cached_attention, all but the length; a query in four sees nothing."""
+    random = np.random.default_rng(seed)
+    q, k, v = (random.normal(size=size).astype(np.float32) for size in ((B, T, H, h), *[(B, S, K, h)] * 2))
+    visible = random.random((B, T, S)) < random.choice([0.0, 0.1, 0.6, 1.0], (B, T, 1))
+    arguments = {"q": jnp.asarray(q), "visible": jnp.asarray(visible), "scale": h**-0.5}
+    if dtype != "int8":
+        return arguments | {"k": jnp.asarray(k, dtype), "v": jnp.asarray(v, dtype)}
+    scales = [np.abs(x).max(axis=-1) / 127 for x in (k, v)]
+    codes = [np.round(x / s[..., None]).astype(np.int8) for x, s in zip((k, v), scales, strict=True)]
+    names = ("k", "v", "k_scale", "v_scale")
+    return arguments | {name: jnp.asarray(x) for name, x in zip(names, (*codes, *scales), strict=True)}
+
+
+def in_float64(arguments: dict, length: int) -> np.ndarray:
+    """The definition once more, query by query."""
+    a = {
+        name: np.asarray(x, np.float64) if name != "visible" else np.asarray(x)
+        for name, x in arguments.items()
+    }
+    if "k_scale" in a:
+        a["k"], a["v"] = a["k"] * a["k_scale"][..., None], a["v"] * a["v_scale"][..., None]
+    B, T, H, h = a["q"].shape
+    out = np.zeros((B, T, H, h))
+    for b, t, j in np.ndindex(B, T, H):
+        seen = np.flatnonzero(a["visible"][b, t, :length])
+        if len(seen):
+            head = j // (H // a["k"].shape[2])
+            scores = a["k"][b, seen, head] @ a["q"][b, t, j] * a["scale"]
+            p = np.exp(scores - scores.max())
+            out[b, t, j] = p / p.sum() @ a["v"][b, seen, head]
+    return out
+
+
+@functools.cache
+def compiled(scale: float, isa: str):
+    return jax.jit(cpu.attention(scale, isa))
+
+
+def by_cpu(arguments: dict, length: int, isa: str | None = None) -> np.ndarray:
+    a = dict(arguments)
+    scale = a.pop("scale")
+    checked = attention._checked(a["q"], a["k"], a["v"], a["visible"], a.get("k_scale"), a.get("v_scale"))
+    return np.asarray(compiled(scale, isa or cpu.isa())(*checked, jnp.int32(length)))
+
+
+def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
+    np.testing.assert_array_equal(np.asarray(a).view(np.int32), np.asarray(b).view(np.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_the_formula(dtype: str, implementation: str) -> None:
+    if implementation == "cpu" and cpu.unavailable():
+        pytest.skip("no C++ kernels")
+    arguments = problem(2, 5, 6, 3, 20, 150, dtype)
+    for length in (0, 1, 149, 150, 1000):
+        got = cached_attention(**arguments, length=length, implementation=implementation)
+        assert (got.shape, got.dtype) == ((2, 5, 6, 20), np.float32)
+        np.testing.assert_allclose(got, in_float64(arguments, length), **SAME)
+
+
+SHAPES = st.tuples(
+    st.integers(1, 3),  # B
+    st.integers(1, 9),  # T
+    st.integers(1, 3),  # K
+    st.integers(1, 5),  # queries of a kv head
+    st.sampled_from([1, 7, 16, 24, 64, 80, 128]),  # h
+    st.integers(1, 300),  # S
+)
+
+
+@needs_library
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(SHAPES, st.floats(0, 1), st.sampled_from(DTYPES), st.integers(0, 2**31))
+def test_every_instruction_set_gives_the_bits_of_the_scalar_loops(
+    shape: tuple, part: float, dtype: str, seed: int
+) -> None:
+    B, T, K, group, h, S = shape
+    arguments, length = problem(B, T, K * group, K, h, S, dtype, seed), round(part * S)
+    scalar = by_cpu(arguments, length, "scalar")
+    np.testing.assert_allclose(scalar, in_float64(arguments, length), **SAME)
+    for isa in cpu.available_isas():
+        assert_same_bits(by_cpu(arguments, length, isa), scalar)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "K", "h"), [(4, 1, 64), (6, 3, 20), (3, 3, 128)])
+def test_a_query_does_not_depend_on_its_neighbours(H: int, K: int, h: int, dtype: str) -> None:
+    """One call of many queries, blocked, against one call for each, split over chunks of keys."""
+    arguments, length = problem(3, 70, H, K, h, 400, dtype), 390
+    together = by_cpu(arguments, length)
+    per_query = ("q", "visible")
+    for b in range(3):
+        sequence = {n: x if n == "scale" else x[b : b + 1] for n, x in arguments.items()}
+        assert_same_bits(by_cpu(sequence, length), together[b : b + 1])
+        for t in range(0, 70, 9):
+            one = {n: x[:, t : t + 1] if n in per_query else x for n, x in sequence.items()}
+            assert_same_bits(by_cpu(one, length), together[b : b + 1, t : t + 1])
+
+
+@needs_library
+@pytest.mark.parametrize(("T", "S"), [(1, 900), (40, 300), (300, 200)])
+def test_the_number_of_threads_changes_no_bit(T: int, S: int) -> None:
+    arguments = problem(1, T, 6, 3, 64, S, "bfloat16")
+    results = []
+    try:
+        for count in (1, 2, 5):
+            cpu.set_thread_count(count)
+            results.append(by_cpu(arguments, S))
+    finally:
+        cpu.set_thread_count(bench.threads())
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@needs_library
+def test_nothing_behind_the_length_and_no_hidden_key_is_looked_at() -> None:
+    arguments = problem(2, 3, 4, 2, 64, 300, "float32")
+    arguments["visible"] = arguments["visible"].at[:, :, 7].set(False).at[1, 2, :200].set(False)
+    changed = {name: arguments[name].at[:, 200:].set(jnp.nan) for name in ("k", "v")}
+    changed = arguments | changed | {"k": changed["k"].at[:, 7].set(jnp.nan)}
+    expected = by_cpu(arguments, 200)
+    assert np.isfinite(expected).all()
+    assert_same_bits(by_cpu(changed, 200), expected)
+    definition = [reference_attention(**a, length=200) for a in (arguments, changed)]
+    np.testing.assert_array_equal(*definition)
+    assert not expected[1, 2].any()
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1e-30, 1.0, 60.0, 1e4])
+def test_scores_of_any_size(size: float) -> None:
+    """Large scores make a hard choice of one key; the weights of all others vanish without a NaN."""
+    arguments = problem(1, 4, 2, 1, 16, 200, "float32")
+    arguments["q"] = arguments["q"] * size
+    # A score of size s is rounded by s 2^-24 or so, and its weight changes by as much in proportion.
+    tolerance = {"rtol": 2e-5, "atol": 2e-5 + 1e-6 * size}
+    np.testing.assert_allclose(by_cpu(arguments, 200), in_float64(arguments, 200), **tolerance)
+
+
+@needs_library
+def test_one_key_is_returned_as_it_is() -> None:
+    arguments = problem(1, 1, 2, 2, 24, 130, "float32")
+    arguments["visible"] = jnp.zeros((1, 1, 130), bool).at[0, 0, 129].set(True)
+    assert_same_bits(by_cpu(arguments, 130), np.asarray(arguments["v"])[:, 129:130])
+
+
+@needs_library
+def test_transformations() -> None:
+    arguments, length = problem(2, 3, 4, 2, 20, 50, "int8"), jnp.int32(41)
+    arrays = {name: x for name, x in arguments.items() if name != "scale"}
+    call = functools.partial(cached_attention, scale=arguments["scale"], length=length, implementation="cpu")
+    expected = call(**arrays)
+    assert_same_bits(jax.jit(lambda a: call(**a))(arrays), expected)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), arrays)
+    assert_same_bits(jax.vmap(lambda a: call(**a))(stacked), np.stack([expected, expected[::-1]]))
+    only_q = jax.vmap(lambda q: call(**arrays | {"q": q}))(stacked["q"][:, :1].repeat(2, axis=1))
+    assert only_q.shape == (2, *expected.shape)
+    half = call(**arrays | {"q": arrays["q"].astype(jnp.bfloat16)})
+    assert half.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_no_gradient(implementation: str | None) -> None:
+    arguments = problem(1, 2, 2, 1, 8, 9, "float32")
+    with pytest.raises(NotImplementedError, match="cached_attention has no gradient"):
+        jax.grad(
+            lambda q: cached_attention(**arguments | {"q": q}, length=9, implementation=implementation).sum()
+        )(arguments["q"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((2, 3, 4), jnp.float32)}, "q is float32"),
+        ({"q": jnp.zeros((2, 3, 5, 8), jnp.float32)}, "H a multiple of K"),
+        ({"k": jnp.zeros((2, 9, 2, 8), jnp.float16)}, "k is float16"),
+        ({"v": jnp.zeros((2, 8, 2, 8), jnp.float32)}, "expected \\[B, S, K, h\\]"),
+        ({"visible": jnp.zeros((2, 3, 8), bool)}, "visible is bool\\[2, 3, 8\\]"),
+        ({"k_scale": jnp.zeros((2, 9, 2), jnp.float32)}, "expected None for float32"),
+        ({"implementation": "gpu"}, "implementation='gpu'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+    arguments = problem(2, 3, 4, 2, 8, 9, "float32") | change
+    with pytest.raises(ValueError, match=message):
+        cached_attention(**arguments, length=9)
+
+
+def test_int8_needs_its_scales() -> None:
+    arguments = problem(2, 3, 4, 2, 8, 9, "int8")
+    del arguments["v_scale"]
+    with pytest.raises(ValueError, match="k_scale or v_scale is None"):
+        cached_attention(**arguments, length=9)
+
+
+def test_a_named_implementation_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable", lambda: "it was eaten")
+    arguments = problem(1, 1, 2, 1, 8, 9, "float32")
+    with pytest.raises(NotImplementedError, match="it was eaten"):
+        cached_attention(**arguments, length=9, implementation="cpu")
+    attention._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="it was eaten"):
+        got = cached_attention(**arguments, length=9)
+    np.testing.assert_array_equal(got, reference_attention(**arguments, length=9))
