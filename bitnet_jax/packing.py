@@ -80,7 +80,7 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         codes or scales. The message names the path.
     """
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
-    formats, packed = packed_formats(config), {}
+    precisions, packed = config.precisions(), {}
     for path, shape in config.linear_shapes().items():
         name = latent_path(config, path)
         weight = flat.get(name)
@@ -89,7 +89,7 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
             raise PackingError(
                 f"{name}: got {got}, expected {list(shape)}; do params and config belong together?"
             )
-        format = formats.get(path)
+        format = precisions[path].packed_format
         if format is None:
             continue
         quantized = _quantize(config, flat, path)
@@ -180,16 +180,6 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnums=0)
 def _quantize_jitted(precision: Precision, weight: Array, scale: Array | None) -> Quantized:
     return precision.quantize_weight(weight, scale=scale)
-
-
-def packed_formats(config: ModelConfig) -> dict[str, str]:
-    """Path of every linear layer that is packed -> the format of its codes."""
-    formats: dict[str, str | None] = {
-        path: precision.packed_format for path, precision in config.precisions().items()
-    }
-    if config.head != "float":
-        formats["lm_head"] = config.head
-    return {path: format for path, format in formats.items() if format is not None}
 
 
 def latent_path(config: ModelConfig, path: str) -> str:
@@ -291,8 +281,8 @@ def prove(
 def _prove_codes(config: ModelConfig, params: Mapping[str, Any], packed: Mapping[str, Any]) -> int:
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
     weights = {"/".join(path): leaf for path, leaf in flatten_dict(dict(packed)).items()}
-    formats = packed_formats(config)
-    expected = {f"{path}/weight" for path in formats}
+    precisions = config.precisions()
+    expected = {f"{path}/weight" for path, precision in precisions.items() if precision.packed_format}
     if weights.keys() != expected:
         differing = sorted(weights.keys() ^ expected)[0]
         state = "missing from" if differing in expected else "unexpected in"
@@ -301,7 +291,7 @@ def _prove_codes(config: ModelConfig, params: Mapping[str, Any], packed: Mapping
         )
     for name, weight in weights.items():
         path = name.removesuffix("/weight")
-        wanted = formats[path]
+        wanted = precisions[path].packed_format
         if weight.format != wanted:
             raise PackingError(f"{path}: the packed format is {weight.format}, expected {wanted}")
         _check_codes(path, weight, _quantize(config, flat, path))

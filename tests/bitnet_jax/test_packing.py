@@ -126,13 +126,13 @@ def test_bfloat16_models_are_proved_too_and_only_packed_layers_lose_their_latent
     params = init(config)
     packed = pack(params, config)
     kept, block = packed["params"], packed["params"]["layers_0"]
-    assert set(packed["packed"]["layers_0"]["mlp"]) == {"down_proj"}
+    assert set(packed["packed"]["layers_0"]["mlp"]) == {"down_proj", "up_proj"}
     assert set(block["attention"]["q_proj"]) == {"activation_scale", "activation_shift"}
-    assert block["mlp"]["up_proj"]["weight"] is params["layers_0"]["mlp"]["up_proj"]["weight"]
+    assert block["mlp"]["gate_proj"]["weight"] is params["layers_0"]["mlp"]["gate_proj"]["weight"]
     assert "weight" in params["layers_0"]["attention"]["q_proj"]  # the caller's parameters are untouched
     assert kept["embed"]["embedding"].dtype == kept["position_embed"]["embedding"].dtype == jnp.bfloat16
     assert kept["lm_head"]["weight"].dtype == jnp.bfloat16
-    assert packing.prove(config, {"params": params}, packed, TOKENS, MASK).matrices == 5
+    assert packing.prove(config, {"params": params}, packed, TOKENS, MASK).matrices == 6
 
 
 def test_packed_codes_and_scales_are_the_formula(ternary: Any) -> None:
