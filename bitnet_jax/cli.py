@@ -104,6 +104,12 @@ def _pack_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokens", type=int, default=2000, help="greedy tokens to compare (default %(default)s)"
     )
+    command.add_argument(
+        "--head",
+        choices=("float", "int8", "int4"),
+        help="store the output head so; int8 and int4 are smaller, faster and not quite the head that was "
+        "trained (default: as the run's config says)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace a packed model that is there")
 
 
@@ -129,6 +135,12 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less"
     )
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--exact-head",
+        action="store_true",
+        help="read an int8 copy of a bfloat16 head and re-score its best rows: the same text, faster; greedy or "
+        "with --top-k, without --repetition-penalty",
+    )
     command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable"
     )
@@ -174,7 +186,9 @@ def _bench_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--preset", metavar="NAME", help="shape of the model: tiny, 125m, ..., 100b, 2b4t")
     command.add_argument("--recipe", metavar="NAME", help="precision of its layers (default bitnet_b158)")
     command.add_argument(
-        "--head", metavar="NAME", help="recipe of the output head, which then is a matrix of its own"
+        "--head",
+        metavar="NAME",
+        help="float, int8 or int4: form of the output head; or a recipe of one that is a matrix of its own",
     )
     _kv_format_argument(command)
     command.add_argument(

@@ -48,11 +48,17 @@ def pack(args: argparse.Namespace) -> int:
 
     example:
       bitnet-jax pack runs/first runs/first-packed
+      bitnet-jax pack runs/first runs/first-int8 --head int8
     """
     from bitnet_jax.model_folders import pack_run
 
     proof, sizes = pack_run(
-        args.run_folder, args.folder, step=args.step, tokens=args.tokens, overwrite=args.overwrite
+        args.run_folder,
+        args.folder,
+        step=args.step,
+        tokens=args.tokens,
+        head=args.head,
+        overwrite=args.overwrite,
     )
     if not proof.matrices:
         print("warning: no matrix of this model has a packed form; it is stored as it is", file=sys.stderr)
@@ -77,6 +83,7 @@ def generate(args: argparse.Namespace) -> int:
     import jax
 
     from bitnet_jax.doctor import chosen
+    from bitnet_jax.inference.exact_head import with_exact_head
     from bitnet_jax.inference.sampling import SamplingConfig
     from bitnet_jax.inference.streaming import stream
     from bitnet_jax.model_folders import load_model
@@ -94,12 +101,13 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError(
             f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"
         )
+    variables = with_exact_head(model.config, model.variables) if args.exact_head else model.variables
     room = model.config.max_length - len(model.tokenizer.encode(prompt))
     began = time.perf_counter()
     came: list[tuple[float, int]] = []  # (seconds, tokens) of each chunk
     pieces = stream(
         model.config,
-        model.variables,
+        variables,
         model.tokenizer,
         prompt,
         max_new_tokens=max(1, min(200, room)) if args.tokens is None else args.tokens,

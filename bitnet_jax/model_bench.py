@@ -30,7 +30,7 @@ from bitnet_jax.doctor import chosen
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.inference.generate import stream_tokens
 from bitnet_jax.models.presets import PRESETS
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.config import HEADS, ModelConfig
 from bitnet_jax.random_model import write_random
 from bitnet_jax.step_kernels import Call, flat, step_kernels
 from bitnet_kernels.machine import dot_peak, provenance, read_all
@@ -117,7 +117,8 @@ def preset_config(preset: str, recipe: str | None = None, head: str | None = Non
 
     Args:
       recipe: of its layers; None: the preset's own.
-      head: recipe of the output head, which then is a matrix of its own; None: the preset's head.
+      head: ModelConfig.head (float, int8, int4), or a recipe of a head that then is a matrix of its own; None:
+        the preset's head.
 
     Raises:
       ValueError: an unknown preset or recipe.
@@ -129,6 +130,8 @@ def preset_config(preset: str, recipe: str | None = None, head: str | None = Non
         config = dataclasses.replace(config, precision=recipe)
     if head is None:
         return config
+    if head in HEADS:
+        return dataclasses.replace(config, head=head)
     # In one go: a rule for the head needs a head.
     rules: Any = (("lm_head", head), ("*", config.precision))
     return dataclasses.replace(config, tie_embeddings=False, precision=rules)
@@ -228,7 +231,8 @@ def _generation(
 def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_format: str | None) -> int:
     """What a decode step has to read: all weights, of a table that is no head one row, and `length` positions."""
     params: dict[str, Any] = flat(variables["params"])
-    looked_up = ["position_embed/embedding"] + ([] if config.tie_embeddings else ["embed/embedding"])
+    embedding_is_head = config.tie_embeddings and config.head == "float"
+    looked_up = ["position_embed/embedding"] + ([] if embedding_is_head else ["embed/embedding"])
     tables = [params[path] for path in looked_up if path in params]
     unread = sum(table.nbytes - table.nbytes // len(table) for table in tables)
     cache = jax.eval_shape(lambda: init_cache(config, 1, length, kv_format)).layers
@@ -237,10 +241,11 @@ def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_
 
 
 def _head_format(config: ModelConfig, variables: Variables) -> str:
-    if config.tie_embeddings:
-        return str(variables["params"]["embed"]["embedding"].dtype)
     packed = variables.get("packed", {}).get("lm_head")
-    return packed["weight"].format if packed else str(variables["params"]["lm_head"]["weight"].dtype)
+    if packed:
+        return packed["weight"].format
+    name, leaf = ("embed", "embedding") if config.tie_embeddings else ("lm_head", "weight")
+    return str(variables["params"][name][leaf].dtype)
 
 
 def _peak_rss() -> int:

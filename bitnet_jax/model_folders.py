@@ -7,6 +7,7 @@ hugging face   config.json with model_type, model.safetensors or shards      pac
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def matrices(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, dic
         keys = (*path.split("/"), "weight")
         weight = _leaf(variables.get("packed", {}), keys)
         if weight is None:
-            weight = _leaf(variables["params"], keys)
+            weight = _leaf(variables["params"], packing.latent_path(config, path).split("/"))
             stored = str(weight.dtype)
         else:
             stored = f"{weight.format} {weight.layout}"
@@ -105,6 +106,7 @@ def pack_run(
     *,
     step: int | None = None,
     tokens: int = 2000,
+    head: str | None = None,
     overwrite: bool = False,
 ) -> tuple[packing.Proof, packing.Sizes]:
     """Packs a run's checkpoint, proves the packed model equal to the latent one, and only then writes it.
@@ -112,6 +114,8 @@ def pack_run(
     What was written is read back and its checksums compared.
 
     Args:
+      head: "float", "int8" or "int4" instead of the run's own: the packed model is then equal to the latent one
+        with its head in these integers, and not to the one that was trained.
       tokens: at least so many greedy tokens are compared, of PROMPTS prompts or more; none for a classifier.
       overwrite: replace a packed model that is already there.
 
@@ -129,6 +133,8 @@ def pack_run(
     if tokens < 0:
         raise ValueError(f"got tokens={tokens}, expected 0 or more greedy tokens to compare")
     _, config, params, tokenizer = load_run(run, step)
+    if head is not None:
+        config = dataclasses.replace(config, head=head)
     variables = packing.pack(params, config)
     length = min(PROMPT_LENGTH, max(1, config.max_length // 2))
     room = config.max_length - length

@@ -1,8 +1,9 @@
 """From latent weights to packed ones, and the proof that both are the same model.
 
-    pack     quantizes each latent weight as its BitLinear would, packs the codes, drops the latent
-    prove    latent against packed: same codes, same logits, same greedy text; raises at the first difference
-    sizes    what the packed model weighs, part by part
+    pack        quantizes each latent weight as its layer would, packs the codes, drops the latent
+    with_head   the packed model with another output head, made from its table
+    prove       latent against packed: same codes, same logits, same greedy text; raises at the first difference
+    sizes       what the packed model weighs, part by part
 
 A packed model is {"params": what stays float, "packed": path -> {"weight": PackedArray}}, the variables that
 `Transformer.apply` takes in place of {"params": ...}.
@@ -23,6 +24,7 @@ from jaxtyping import Array, Bool, Int
 
 from bitnet_jax.models.transformer import Transformer
 from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.embedding import rounded
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import Quantized
 from bitnet_kernels import FORMATS, PackedArray, unpack
@@ -80,23 +82,47 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
     precisions, packed = config.precisions(), {}
     for path, shape in config.linear_shapes().items():
-        weight = flat.get(f"{path}/weight")
+        name = latent_path(config, path)
+        weight = flat.get(name)
         if weight is None or weight.shape != shape:
             got = "none" if weight is None else f"{list(weight.shape)}"
             raise PackingError(
-                f"{path}/weight: got {got}, expected {list(shape)}; do params and config belong together?"
+                f"{name}: got {got}, expected {list(shape)}; do params and config belong together?"
             )
         format = precisions[path].packed_format
         if format is None:
             continue
-        quantized = _quantize(flat, path, precisions[path])
-        del flat[f"{path}/weight"]
+        quantized = _quantize(config, flat, path)
+        flat.pop(f"{path}/weight", None)  # a tied head leaves the embedding
         flat.pop(f"{path}/weight_scale", None)
         packed[f"{path}/weight"] = _pack_one(path, quantized, format)
     for path in TABLES:
         if path in flat:
             flat[path] = flat[path].astype(config.embedding_dtype)
     return {"params": _nested(flat), "packed": _nested(packed)}
+
+
+def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """A packed model with another head ("float", "int8" or "int4"), made from its table; the rest is shared.
+
+    Raises:
+      PackingError: the table is gone: it was not tied, and packing kept its codes alone.
+      ValueError: ModelConfig cannot have this head.
+    """
+    changed = dataclasses.replace(config, head=head)
+    params, packed = dict(variables["params"]), dict(variables.get("packed", {}))
+    if head == config.head:
+        return config, {**variables, "params": params, "packed": packed}
+    if not config.tie_embeddings and config.head != "float":
+        raise PackingError(
+            f"lm_head/weight: got {config.head} codes, expected the table itself; pack the latent model again"
+        )
+    packed.pop("lm_head", None)
+    if head != "float":
+        flat = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
+        packed["lm_head"] = {"weight": _pack_one("lm_head", _quantize(changed, flat, "lm_head"), head)}
+        params.pop("lm_head", None)
+    return changed, {"params": params, "packed": packed}
 
 
 @functools.lru_cache(maxsize=8)
@@ -109,7 +135,10 @@ def abstract(config: ModelConfig) -> dict[str, Any]:
         tuple[tuple[str, Precision], ...], int
     ] = {}  # a layer's precisions -> its place in the traced model
     kind_of = [kinds.setdefault(layer, len(kinds)) for layer in _layers(config)]
-    heads = [(path, value) for path, value in config.precisions().items() if not path.startswith("layers_")]
+    float_head = dataclasses.replace(config, head="float")  # another one comes by `head`, not by a rule
+    heads = [
+        (path, value) for path, value in float_head.precisions().items() if not path.startswith("layers_")
+    ]
     rules = [(f"layers_{i}/{path}", value) for layer, i in kinds.items() for path, value in layer]
     traced = _trace(dataclasses.replace(config, num_layers=len(kinds), precision=(*rules, *heads)))
 
@@ -153,10 +182,19 @@ def _quantize_jitted(precision: Precision, weight: Array, scale: Array | None) -
     return precision.quantize_weight(weight, scale=scale)
 
 
-def _quantize(flat: Mapping[str, Any], path: str, precision: Precision) -> Quantized:
-    """Codes and scale as the latent BitLinear at `path` computes them: the same function, also compiled."""
+def latent_path(config: ModelConfig, path: str) -> str:
+    """Where the latent weights of the linear layer at `path` are."""
+    tied = path == "lm_head" and config.tie_embeddings
+    return "embed/embedding" if tied else f"{path}/weight"
+
+
+def _quantize(config: ModelConfig, flat: Mapping[str, Any], path: str) -> Quantized:
+    """Codes and scale as the latent layer at `path` computes them: the same function, also compiled."""
+    weight = flat[latent_path(config, path)]
+    if path == "lm_head" and config.head != "float":
+        weight = rounded(weight, config.embedding_dtype)
     try:
-        return _quantize_jitted(precision, flat[f"{path}/weight"], flat.get(f"{path}/weight_scale"))
+        return _quantize_jitted(config.precisions()[path], weight, flat.get(f"{path}/weight_scale"))
     except ValueError as error:
         raise PackingError(f"{path}: {error}") from error
 
@@ -256,7 +294,7 @@ def _prove_codes(config: ModelConfig, params: Mapping[str, Any], packed: Mapping
         wanted = precisions[path].packed_format
         if weight.format != wanted:
             raise PackingError(f"{path}: the packed format is {weight.format}, expected {wanted}")
-        _check_codes(path, weight, _quantize(flat, path, precisions[path]))
+        _check_codes(path, weight, _quantize(config, flat, path))
     return len(weights)
 
 

@@ -42,7 +42,7 @@ def step_kernels(config: ModelConfig, variables: Mapping[str, Any], steps: int) 
         else:
             kind = (weight.format, packed_matmul, jnp.int8)
         kinds.setdefault((weight.shape, *kind), {})[path] = weight
-    if config.tie_embeddings and not config.num_classes:
+    if config.tie_embeddings and config.head == "float" and not config.num_classes:
         table = params["embed/embedding"]
         head = _float_head(Embedding.of(config, config.vocab_size, "embed"))
         kinds[table.shape, str(table.dtype), head, jnp.float32] = {"head": table}

@@ -72,6 +72,7 @@ TOUCH_KERNELS = {
     "nn.attention",
     "nn.embedding",
     "nn.conv",
+    "inference.exact_head",
     "packing",
     "storage",
     "random_model",

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from bitnet_jax.inference import exact_head
 from bitnet_jax.inference.cache import KV_FORMATS, init_cache
 from bitnet_jax.inference.sampling import SamplingConfig, next_token
 from bitnet_jax.models.transformer import Cache, Transformer
@@ -80,7 +81,8 @@ def generate(
     """Continues a batch of prompts.
 
     Args:
-      variables: {"params": ...}, with "packed" beside it for a packed model.
+      variables: {"params": ...}, with "packed" beside it for a packed model, and an exact head where
+        exact_head.with_exact_head put one.
       tokens, mask: prompts, padded on the left (`left_pad`); no mask: all tokens are real.
       max_new_tokens: N; the loop ends earlier once every row has met an end token.
       key: jax.random.key(seed); needed unless sampling is greedy.
@@ -89,10 +91,10 @@ def generate(
 
     Raises:
       ValueError: before any computation, if prompt and new tokens do not fit into config.max_length, if the
-        prompts are empty, not padded on the left or hold ids outside the vocabulary, if a key is missing, or for
-        an unknown kv_format.
+        prompts are empty, not padded on the left or hold ids outside the vocabulary, if a key is missing, if
+        sampling needs more logits than an exact head knows, or for an unknown kv_format.
     """
-    prompt = _checked(config, tokens, mask, max_new_tokens, sampling, key, kv_format)
+    prompt = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, kv_format)
     return _generate(config, sampling, max_new_tokens, _ids(eos_ids), kv_format, variables, *prompt)
 
 
@@ -127,7 +129,7 @@ def stream_tokens(
     """
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, expected at least 1 token")
-    prompt = _checked(config, tokens, mask, max_new_tokens, sampling, key, kv_format)
+    prompt = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, kv_format)
     eos = _ids(eos_ids)
 
     def chunks() -> Iterator[np.ndarray]:
@@ -147,6 +149,7 @@ def stream_tokens(
 
 def _checked(
     config: ModelConfig,
+    variables: Variables,
     tokens: Array | np.ndarray,
     mask: Array | np.ndarray | None,
     max_new_tokens: int,
@@ -188,6 +191,8 @@ def _checked(
         if sampling.temperature > 0:
             raise ValueError(f"temperature={sampling.temperature} needs a key; pass jax.random.key(seed)")
         key = jax.random.key(0)
+    if exact_head.COLLECTION in variables:
+        exact_head.looked_at(sampling)
     return tokens.astype(np.int32), mask, key
 
 
@@ -196,11 +201,22 @@ def _ids(tokens: Sequence[int]) -> tuple[int, ...]:
 
 
 def _forward(
-    config: ModelConfig, variables: Variables, tokens: Array, cache: Cache, mask: Array | None = None
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    variables: Variables,
+    tokens: Array,
+    cache: Cache,
+    mask: Array | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits behind the last of the tokens [B, T], and the cache that holds them all."""
-    output: Any = Transformer(config).apply(variables, tokens, mask=mask, cache=cache, last_only=True)
-    return output.logits[:, -1], output.cache
+    """Logits behind the last of the tokens [B, T], as far as sampling looks, and the cache that holds them all."""
+    model = {name: leaves for name, leaves in variables.items() if name != exact_head.COLLECTION}
+    output: Any = Transformer(config).apply(model, tokens, mask=mask, cache=cache, last_only=True)
+    head = variables.get(exact_head.COLLECTION)
+    if head is None:
+        return output.logits[:, -1], output.cache
+    return head.top_logits(
+        output.hidden[:, -1], sampling
+    ).logits, output.cache  # the other logits are never computed
 
 
 def _choose(
@@ -242,7 +258,7 @@ def _prefill(
     B, T = tokens.shape
     # The last new token is never read, so the cache needs no room for it.
     cache = init_cache(config, B, T + max_new_tokens - 1, kv_format)
-    logits, cache = _forward(config, variables, tokens, cache, mask)
+    logits, cache = _forward(config, sampling, variables, tokens, cache, mask)
     seen = None
     if sampling.repetition_penalty != 1:
         rows = jnp.arange(B)[:, None]
@@ -275,7 +291,7 @@ def _advance(
 
     def step(state: State) -> State:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        logits, cache = _forward(config, variables, last, state.cache)
+        logits, cache = _forward(config, sampling, variables, last, state.cache)
         return _choose(sampling, eos, dataclasses.replace(state, cache=cache), logits, key)
 
     return jax.lax.while_loop(unfinished, step, state)

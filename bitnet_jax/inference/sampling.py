@@ -1,9 +1,12 @@
 """From logits to the next token: filters that are pure functions on logits [B, V], and their order.
 
 A filter returns logits of the same shape in which a removed token is -inf; at least one token always stays.
-`next_token` applies them in the order that other people's code uses:
+`next_token` applies them in this order:
 
-    repetition penalty -> temperature -> top-k -> top-p -> min-p -> one categorical draw per row
+    repetition penalty -> top-k -> temperature -> top-p -> min-p -> one categorical draw per row
+
+Other people's code has the temperature in front of top-k, which keeps the same k tokens but for rounding: the
+temperature may make two logits equal that are not. Top-k first looks at the k largest logits and no others.
 """
 
 from __future__ import annotations
@@ -103,9 +106,9 @@ def filtered_logits(
         logits = penalize_repetition(logits, seen, config.repetition_penalty)
     if config.temperature == 0:
         return logits
-    logits = apply_temperature(logits, config.temperature)
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
+    logits = apply_temperature(logits, config.temperature)
     if config.top_p < 1:
         logits = keep_top_p(logits, config.top_p)
     if config.min_p > 0:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax.nn.attention import Attention, KVCache
 from bitnet_jax.nn.config import ModelConfig
-from bitnet_jax.nn.embedding import Embedding
+from bitnet_jax.nn.embedding import Embedding, QuantizedHead
 from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.nn.mlp import MLP
@@ -161,7 +161,11 @@ class Transformer(nn.Module):
             return Output(head(pooled, progress).astype(jnp.float32), x)
         if last_only:
             x = x[:, -1:]
-        if config.tie_embeddings:
+        if config.head != "float":
+            logits = QuantizedHead(config, name="lm_head")(
+                x, embed.table() if config.tie_embeddings else None
+            )
+        elif config.tie_embeddings:
             logits = embed.attend(x)
         elif precisions["lm_head"].quantizes_weights:
             head = BitLinear.of(config, config.vocab_size, precisions["lm_head"], "lm_head")

@@ -11,6 +11,7 @@ from bitnet_jax.precision import Precision, Recipe, Rules, resolve
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED_MLPS = ("silu_glu", "relu2_glu")
+HEADS = ("float", "int8", "int4")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
@@ -19,12 +20,23 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("softmax", "relu", "linear", "binary_qk", "binary"),
     "position": ("rope", "learned", "none"),
     "embedding_dtype": ("float32", "bfloat16"),
+    "head": HEADS,
     "dtype": ("float32", "bfloat16"),
 }
 
 
 def _recipe(recipe: Recipe) -> str | Precision:
     return Precision.from_dict(recipe) if isinstance(recipe, Mapping) else recipe
+
+
+def head_precision(head: str, inputs: int) -> Precision:
+    """int8: a scale for every row. int4: one for every 128 inputs, or 64 or 32 where those divide them."""
+    if head == "int8":
+        return Precision(weight="int8", activation="int8", granularity="channel")
+    group = next((size for size in (128, 64, 32) if inputs % size == 0), None)
+    if group is None:
+        raise ValueError(f"model.head={head!r}: got hidden_size={inputs}, expected a multiple of 32")
+    return Precision(weight=head, activation="int8", granularity=group)
 
 
 def _hashable(rules: Rules) -> Rules:
@@ -71,6 +83,7 @@ class ModelConfig:
     inside_norm_eps: float = 1e-6
 
     tie_embeddings: bool = True
+    head: str = "float"  # what multiplies to logits: the table itself, or its codes and int8 activations
     embedding_dtype: str = "float32"  # the forward pass rounds embeddings (and head) to it; packing stores it
     init_std: float = 0.02
 
@@ -98,6 +111,11 @@ class ModelConfig:
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(
                 f"model.head_dim={self.head_size} is odd; rotary positions need an even head_dim"
+            )
+        if self.head != "float" and (self.num_classes or not self.causal):
+            raise ValueError(
+                f"model.head: got {self.head!r} with causal={self.causal}, num_classes={self.num_classes}; "
+                "expected a causal language model, or head='float'"
             )
         object.__setattr__(self, "precision", _hashable(self.precision))
         self.precisions()
@@ -130,17 +148,26 @@ class ModelConfig:
             shapes |= {f"layers_{i}/mlp/{name}": shape for name, shape in mlp.items()}
         if self.num_classes:
             shapes["classifier"] = (self.num_classes, D)
-        elif not self.tie_embeddings:
+        elif not self.tie_embeddings or self.head != "float":
             shapes["lm_head"] = (self.vocab_size, D)
         return shapes
 
     def precisions(self) -> dict[str, Precision]:
-        """Path of every linear layer -> its Precision.
+        """Path of every linear layer -> its Precision. A head other than "float" is "lm_head", tied or not.
 
         Raises:
-          ValueError: an unknown recipe, a path no rule matches, or a rule that matches no path.
+          ValueError: an unknown recipe, a path no rule matches, a rule that matches no path or one for lm_head
+            beside `head`, or a hidden_size that `head` cannot divide into groups.
         """
-        return resolve(self.precision, list(self.linear_shapes()))
+        paths = [path for path in self.linear_shapes() if path != "lm_head" or not self.tie_embeddings]
+        precisions = resolve(self.precision, paths)
+        if self.head == "float":
+            return precisions
+        if precisions.get("lm_head", Precision()) != Precision():
+            raise ValueError(
+                f"model.head={self.head!r} beside a precision rule for lm_head; expected one of the two"
+            )
+        return precisions | {"lm_head": head_precision(self.head, self.hidden_size)}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""Tables of vectors: look-ups by id, and the logits of an output head that is such a table."""
+"""Tables of vectors: look-ups by id, and the logits of an output head that is such a table or its codes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.linear import quantized_matmul
 from bitnet_jax.precision import Precision
-from bitnet_kernels import bfloat16_logits, bfloat16_rows
+from bitnet_kernels import PackedArray, bfloat16_logits, bfloat16_rows, packed_matmul
 
 
 @jax.custom_jvp
@@ -22,6 +23,12 @@ def round_to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @round_to_bfloat16.defjvp
 def _round_to_bfloat16_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return round_to_bfloat16(primals[0]), tangents[0]
+
+
+def rounded(rows: Float[Array, "*rows D"], stored_dtype: str) -> Float[Array, "*rows D"]:
+    """The values in use of latent or stored rows of a table, in float32."""
+    rows = rows.astype(jnp.float32)
+    return round_to_bfloat16(rows) if stored_dtype == "bfloat16" else rows
 
 
 class Embedding(nn.Module):
@@ -60,17 +67,15 @@ class Embedding(nn.Module):
         shape = (self.rows, self.features)
         self.stored = self.param(self.parameter, nn.initializers.normal(self.init_std), shape, jnp.float32)
 
-    def _in_use(self, stored: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        values = stored.astype(jnp.float32)
-        if self.stored_dtype == "bfloat16":
-            values = round_to_bfloat16(values)
-        return values.astype(self.dtype)
+    def table(self) -> Float[Array, "V D"]:
+        """The values in use, in float32."""
+        return rounded(self.stored, self.stored_dtype)
 
     def __call__(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         # Looked up first: a step of generation must not convert the whole table.
         if self.stored.dtype == jnp.bfloat16:
             return bfloat16_rows(self.stored, indices).astype(self.dtype)
-        return self._in_use(jnp.take(self.stored, indices, axis=0))
+        return rounded(jnp.take(self.stored, indices, axis=0), self.stored_dtype).astype(self.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32: the product of x with every row."""
@@ -84,7 +89,34 @@ class Embedding(nn.Module):
             logits = jnp.einsum(
                 "md,vd->mv",
                 rows.astype(self.dtype),
-                self._in_use(self.stored),
+                self.table().astype(self.dtype),
                 preferred_element_type=jnp.float32,
             )
         return logits.reshape(*x.shape[:-1], self.rows)
+
+
+class QuantizedHead(nn.Module):
+    """Logits from integer codes of a table and of its input, with the Precision of nn.config.head_precision.
+
+    The table, rounded as ever, is that of the embedding (`tied`) or a parameter `weight`; its codes are made in
+    the forward pass. In a packed model they are the variable `weight` of the collection `packed`.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], tied: Float[Array, "V D"] | None = None
+    ) -> Float[Array, "B T V"]:
+        config, x = self.config, x.astype(jnp.float32)
+        shape = (config.vocab_size, config.hidden_size)
+        if self.has_variable("packed", "weight"):
+            weight: PackedArray = self.get_variable("packed", "weight")
+            if weight.shape != shape:
+                raise ValueError(f"lm_head: packed weight is {weight.shape}, expected {shape}")
+            return packed_matmul(x, weight)
+        if tied is None:
+            init = nn.initializers.normal(config.init_std)
+            tied = rounded(self.param("weight", init, shape, jnp.float32), config.embedding_dtype)
+        precision = config.precisions()["lm_head"]
+        return quantized_matmul(precision.quantize_activation(x), precision.quantize_weight(tied))

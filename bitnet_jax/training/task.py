@@ -103,7 +103,12 @@ def language_task(config: RunConfig) -> Task:
         train_batch=batches.batch,
         tokens=config.data.batch_size * length,
         evaluate=evaluate_params,
-        precisions=model_config.precisions(),
+        # A tied head has no latents of its own: what happens to its codes happens to the embedding.
+        precisions={
+            path: precision
+            for path, precision in model_config.precisions().items()
+            if path != "lm_head" or not model_config.tie_embeddings
+        },
         tokenizer=corpus.tokenizer,
         fingerprint=zlib.crc32(np.ascontiguousarray(corpus.train).view(np.uint8).data),
     )

@@ -3,6 +3,7 @@
 from bitnet_kernels.attention import cached_attention, reference_attention
 from bitnet_kernels.formats import dequantize, pack, unpack
 from bitnet_kernels.head import bfloat16_logits
+from bitnet_kernels.head_exact import TopLogits, exact_top_logits, head_bounds
 from bitnet_kernels.lookup import bfloat16_rows
 from bitnet_kernels.matmul import (
     IMPLEMENTATIONS,
@@ -19,11 +20,14 @@ __all__ = [
     "LAYOUTS",
     "Choice",
     "PackedArray",
+    "TopLogits",
     "bfloat16_logits",
     "bfloat16_rows",
     "cached_attention",
     "choose_implementation",
     "dequantize",
+    "exact_top_logits",
+    "head_bounds",
     "pack",
     "packed_matmul",
     "packed_matmuls",

@@ -24,8 +24,16 @@ _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
 _ATTENTION_TARGET = "bitnet_kernels_attention"
 _LOGITS_TARGET = "bitnet_kernels_bfloat16_logits"
+_EXACT_TARGET = "bitnet_kernels_exact_top_logits"
 _LOOKUP_TARGET = "bitnet_kernels_lookup"
-_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET, _LOGITS_TARGET, _LOOKUP_TARGET)
+_TARGETS = (
+    _INTEGER_TARGET,
+    _SCALED_TARGET,
+    _ATTENTION_TARGET,
+    _LOGITS_TARGET,
+    _EXACT_TARGET,
+    _LOOKUP_TARGET,
+)
 _loading = threading.Lock()
 
 
@@ -154,6 +162,21 @@ def _logits_call(isa_name: str) -> Callable[..., jax.Array]:
         return jax.ffi.ffi_call(_LOGITS_TARGET, y)(x, table, isa=isa_name)
 
     return _fold_batches(call, rows_axis=0)
+
+
+def exact_top_logits(
+    x: jax.Array, table: jax.Array, digits: jax.Array, x_scale: jax.Array, sums: jax.Array, w_scale: jax.Array,
+    bounds: jax.Array, top: int, isa_name: str,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Logits float32 [m, n] and the number of candidates int32 [m]; see head_exact.py.
+
+    digits int8 [2, m, k], x_scale float32 [m], sums int32 [2 m, n]: digits times the codes of the table.
+    """
+    (m, k), n = x.shape, table.shape[0]
+    results = jax.ShapeDtypeStruct((m, n), np.float32), jax.ShapeDtypeStruct((m,), np.int32)
+    operands = (x, table, digits.reshape(2 * m, k), x_scale, sums, w_scale.reshape(n), bounds)
+    logits, candidates = jax.ffi.ffi_call(_EXACT_TARGET, results)(*operands, top=np.int64(top), isa=isa_name)
+    return logits, candidates
 
 
 @functools.cache

@@ -28,18 +28,28 @@ def bfloat16_logits(x: jax.Array, table: jax.Array, *, implementation: str | Non
     Raises:
       ValueError: shapes or types that do not fit.
     """
+    check_operands(x, table)
+    isa = choose_isa(implementation)
+    y = _logits(implementation, isa, x.astype(jnp.float32).reshape(-1, x.shape[-1]), table)
+    return y.reshape(*x.shape[:-1], table.shape[0])
+
+
+def check_operands(x: jax.Array, table: jax.Array) -> None:
+    """Raises ValueError unless x is float [..., k] and table bfloat16 [n, k]."""
     if table.dtype != jnp.bfloat16 or table.ndim != 2 or min(table.shape) < 1:
         raise ValueError(f"table is {table.dtype}{list(table.shape)}; expected bfloat16[n, k], n, k >= 1")
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1 or x.shape[-1] != table.shape[1]:
         raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected floats [..., {table.shape[1]}]")
+
+
+def choose_isa(implementation: str | None) -> str | None:
+    """The instruction set of the C++ kernels, or None for the reference; see bfloat16_logits."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}; expected None or one of {IMPLEMENTATIONS}")
     absent = cpu.unavailable()
     if implementation == "cpu" and absent:
         raise NotImplementedError(f"implementation='cpu' cannot be used: {absent}")
-    isa = None if absent or implementation == "reference" else cpu.isa()
-    y = _logits(implementation, isa, x.astype(jnp.float32).reshape(-1, x.shape[-1]), table)
-    return y.reshape(*x.shape[:-1], table.shape[0])
+    return None if absent or implementation == "reference" else cpu.isa()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

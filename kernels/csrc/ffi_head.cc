@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <string>
 #include <string_view>
+#include <tuple>
 
 #include "float_mode.h"
 #include "head.h"
+#include "head_exact.h"
 #include "isa.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
@@ -24,6 +26,11 @@ constexpr int64_t kItemsPerThread = 4;
 using Inputs = ffi::Buffer<ffi::F32, 2>;
 using Table = ffi::Buffer<ffi::BF16, 2>;
 using Logits = ffi::Buffer<ffi::F32, 2>;
+using Digits = ffi::Buffer<ffi::S8, 2>;
+using Sums = ffi::Buffer<ffi::S32, 2>;
+using Floats = ffi::Buffer<ffi::F32, 1>;
+using Norms = ffi::Buffer<ffi::F32, 2>;
+using Counts = ffi::Buffer<ffi::S32, 1>;
 
 ffi::Error invalid(std::string message) { return ffi::Error::InvalidArgument("bitnet_kernels: " + std::move(message)); }
 
@@ -45,18 +52,32 @@ void for_rows(int64_t n, int64_t row_bytes, int64_t item_bytes, Rows rows) {
   });
 }
 
-ffi::Error logits_call(Inputs x, Table table, std::string_view isa, ffi::Result<Logits> y) {
-  const HeadProblem p = {x.dimensions()[0],  table.dimensions()[0], x.dimensions()[1],
-                         x.typed_data(), table.typed_data(),    y->typed_data()};
-  if (table.dimensions()[1] != p.k || y->dimensions()[0] != p.m || y->dimensions()[1] != p.n) {
+// The loop of an instruction set that this processor has, or nullptr.
+HeadRows available_head_rows(std::string_view isa) {
+  return find_kernels(isa) == nullptr ? nullptr : find_head_rows(isa);
+}
+
+ffi::Error unknown_isa(std::string_view isa) {
+  return invalid("isa=" + std::string(isa) + " is not available; expected one of " + bitnet_kernels_available_isas());
+}
+
+// Fills a problem from the buffers of a call, or says what does not fit.
+ffi::Error make_problem(Inputs x, Table table, Logits y, HeadProblem& p) {
+  p = {x.dimensions()[0], table.dimensions()[0], x.dimensions()[1], x.typed_data(), table.typed_data(), y.typed_data()};
+  if (table.dimensions()[1] != p.k || y.dimensions()[0] != p.m || y.dimensions()[1] != p.n) {
     return invalid("expected x[m, k], table[n, k] and y[m, n]; got x" + dims(x) + ", table" + dims(table) + ", y" +
-                   dims(*y));
+                   dims(y));
   }
   if (p.k < 1) return invalid("expected at least one input; got x" + dims(x));
-  const HeadRows head_rows = find_kernels(isa) == nullptr ? nullptr : find_head_rows(isa);
-  if (head_rows == nullptr) {
-    return invalid("isa=" + std::string(isa) + " is not available; expected one of " + bitnet_kernels_available_isas());
-  }
+  return ffi::Error::Success();
+}
+
+ffi::Error logits_call(Inputs x, Table table, std::string_view isa, ffi::Result<Logits> y) {
+  HeadProblem p;
+  const ffi::Error error = make_problem(x, table, *y, p);
+  if (error.failure()) return error;
+  const HeadRows head_rows = available_head_rows(isa);
+  if (head_rows == nullptr) return unknown_isa(isa);
   const bool few = p.m < kRowStep;
   for_rows(p.n, 2 * p.k, few ? kItemBytes : kTileBytes, [=](int64_t begin, int64_t end) {
     HeadProblem part = p;
@@ -70,6 +91,38 @@ ffi::Error logits_call(Inputs x, Table table, std::string_view isa, ffi::Result<
   return ffi::Error::Success();
 }
 
+ffi::Error exact_call(Inputs x, Table table, Digits digits, Floats x_scale, Sums sums, Floats w_scale, Norms norms,
+                      int64_t top, std::string_view isa, ffi::Result<Logits> y, ffi::Result<Counts> candidates) {
+  ExactProblem p;
+  const ffi::Error error = make_problem(x, table, *y, p.head);
+  if (error.failure()) return error;
+  const auto [m, n, k] = std::tuple(p.head.m, p.head.n, p.head.k);
+  const auto has = [](const auto& buffer, std::initializer_list<int64_t> expected) {
+    return std::equal(expected.begin(), expected.end(), buffer.dimensions().begin());
+  };
+  if (!has(digits, {2 * m, k}) || !has(x_scale, {m}) || !has(sums, {2 * m, n}) || !has(w_scale, {n}) ||
+      !has(norms, {2, n}) || !has(*candidates, {m})) {
+    return invalid("expected digits[2 m, k], x_scale[m], sums[2 m, n], w_scale[n], norms[2, n], candidates[m]; got x" +
+                   dims(x) + ", table" + dims(table) + ", digits" + dims(digits) + ", x_scale" + dims(x_scale) +
+                   ", sums" + dims(sums) + ", w_scale" + dims(w_scale) + ", norms" + dims(norms) + ", candidates" +
+                   dims(*candidates));
+  }
+  if (k > kMaxExactInputs || top < 1) {
+    return invalid("k=" + std::to_string(k) + ", top=" + std::to_string(top) + "; expected k of at most " +
+                   std::to_string(kMaxExactInputs) + " and a top of at least 1");
+  }
+  const HeadRows head_rows = available_head_rows(isa);
+  if (head_rows == nullptr) return unknown_isa(isa);
+  p.digits = digits.typed_data();
+  p.x_scale = x_scale.typed_data();
+  p.sums = sums.typed_data();
+  p.w_scale = w_scale.typed_data();
+  p.norms = norms.typed_data();
+  p.top = top;
+  if (n > 0) exact_top_logits(p, head_rows, candidates->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace bitnet
 
@@ -79,3 +132,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_bfloat16_logits, bitnet::logits_cal
                                   .Arg<bitnet::Table>()   // table [n, k]
                                   .Attr<std::string_view>("isa")
                                   .Ret<bitnet::Logits>());  // y [m, n]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_exact_top_logits, bitnet::exact_call,
+                              ffi::Ffi::Bind()
+                                  .Arg<bitnet::Inputs>()  // x [m, k]
+                                  .Arg<bitnet::Table>()   // table [n, k]
+                                  .Arg<bitnet::Digits>()  // digits [2 m, k]
+                                  .Arg<bitnet::Floats>()  // x_scale [m]
+                                  .Arg<bitnet::Sums>()    // sums [2 m, n]
+                                  .Arg<bitnet::Floats>()  // w_scale [n]
+                                  .Arg<bitnet::Norms>()   // norms [2, n]
+                                  .Attr<int64_t>("top")
+                                  .Attr<std::string_view>("isa")
+                                  .Ret<bitnet::Logits>()    // y [m, n]
+                                  .Ret<bitnet::Counts>());  // candidates [m]

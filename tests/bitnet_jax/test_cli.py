@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from bitnet_jax import cli, packing
+from bitnet_jax import cli, packing, storage
 from bitnet_jax.inference.generate import generate
 from bitnet_jax.model_folders import load_model
 
@@ -93,6 +94,35 @@ def test_pack_writes_nothing_when_the_proof_fails(
     assert cli.main(["pack", f"{place}/run", f"{tmp_path}/packed", "--tokens", "0"]) == 2
     assert "layers_0/mlp/up_proj" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_pack_stores_another_head_and_info_shows_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["pack", f"{place}/run", f"{tmp_path}/p", "--tokens", "40", "--head", "int8"]) == 0
+    model = load_model(tmp_path / "p")
+    assert model.config.head == "int8"
+    assert model.variables["packed"]["lm_head"]["weight"].format == "int8"
+    assert "packed equals latent: 8 matrices" in capsys.readouterr().out
+    assert cli.main(["info", f"{tmp_path}/p"]) == 0
+    assert "lm_head " in capsys.readouterr().out
+
+
+def test_generate_with_an_exact_head_gives_the_same_text(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, config, variables, tokenizer = load_model(place / "packed")
+    variables["params"]["embed"]["embedding"] = variables["params"]["embed"]["embedding"].astype("bfloat16")
+    config = dataclasses.replace(config, embedding_dtype="bfloat16")
+    storage.save_packed(tmp_path / "p", variables, config, tokenizer)
+    words = ["--prompt", "A tiny", "--tokens", "9", "--temperature", "1", "--top-k", "5"]
+    texts = []
+    for more in ([], ["--exact-head"]):
+        assert cli.main(["generate", f"{tmp_path}/p", *words, *more]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != "\n"
+    assert cli.main(["generate", f"{place}/packed", *words, "--exact-head"]) == 2
+    assert "needs one that is stored in bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kv_format", [None, "int8"])

@@ -167,6 +167,27 @@ def test_a_head_may_have_a_recipe_of_its_own(preset: str) -> None:
     )
 
 
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_a_head_in_integers_is_a_matrix_beside_the_embedding(head: str, tmp_path: Path) -> None:
+    config = model_bench.preset_config("tiny", None, head)
+    assert (config.head, config.tie_embeddings) == (head, True)
+    write_random(tmp_path / "model", config, progress=False)
+    _, variables, _ = load_packed(tmp_path / "model")
+    assert model_bench._head_format(config, variables) == head
+    V, D = config.vocab_size, config.hidden_size
+    names = step_kernels(config, variables, 1)
+    assert f"lm_head {V} x {D} {head}" in names
+    assert not any(name.startswith("head ") for name in names)
+    # Of the embedding, looked up and no longer multiplied, one row.
+    table = variables["params"]["embed"]["embedding"]
+    sizes, cache = (
+        packing.sizes(variables),
+        2 * config.num_layers * 5 * config.kv_heads * config.head_size * 4,
+    )
+    read = sizes.total - table.nbytes + table.nbytes // V + cache
+    assert model_bench._bytes_per_token(config, variables, 5, None) == read
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -325,3 +325,70 @@ def test_codes_and_scales_outside_the_packed_form_are_refused(
     monkeypatch.setattr(Precision, "packed_format", "binary")  # a quantizer that names the wrong format
     with pytest.raises(PackingError, match="q_proj: the quantizer gave codes .* holds only"):
         packing.pack(params, ModelConfig(**SHAPE, precision="bitnet_b158"))
+
+
+# The output head in integers.
+
+HEAD_SHAPE = SHAPE | {"hidden_size": 32, "embedding_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_a_quantized_head_is_packed_and_proved(head: str, tied: bool) -> None:
+    config = ModelConfig(**HEAD_SHAPE, head=head, tie_embeddings=tied)
+    params = init(config)
+    packed = pack(params, config)
+    weight = packed["packed"]["lm_head"]["weight"]
+    assert (weight.format, weight.shape) == (head, (29, 32))
+    assert "lm_head" not in packed["params"]
+    assert packed["params"]["embed"]["embedding"].dtype == jnp.bfloat16  # for look-ups
+    proof = packing.prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=20)
+    assert (proof.matrices, proof.tokens_identical) == (8, 60)
+    assert packing.sizes(packed).total == sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
+
+    # The codes are the formula on the rounded table: the largest of a row, or of 32 inputs, is 127 or 7.
+    table = params["embed"]["embedding"] if tied else params["lm_head"]["weight"]
+    table = np.asarray(table.astype(jnp.bfloat16), np.float32)
+    scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127 if head == "int8" else 7)
+    np.testing.assert_allclose(weight.scale, scale, rtol=1e-6)
+    assert (np.abs(np.asarray(unpack(weight)) - table / scale) <= 0.5001).all()  # rounded, but for an ulp
+
+    changed = jax.tree.map(lambda leaf: leaf, packed)
+    changed["packed"]["lm_head"]["weight"] = dataclasses.replace(weight, codes=weight.codes ^ 1)
+    with pytest.raises(PackingError, match="lm_head: code"):
+        packing.prove(config, {"params": params}, changed, TOKENS, MASK)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_with_head_gives_what_packing_with_that_head_gives(tied: bool) -> None:
+    config = ModelConfig(**HEAD_SHAPE, tie_embeddings=tied)
+    params = init(config)
+    packed = pack(params, config)
+    for head in ("int8", "int4"):
+        wanted = dataclasses.replace(config, head=head)
+        changed, variables = packing.with_head(config, packed, head)
+        assert changed == wanted
+        expected = pack(params, wanted)
+        assert jax.tree.structure(variables) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, variables, expected)
+        assert variables["params"]["embed"]["embedding"] is packed["params"]["embed"]["embedding"]
+        if tied:
+            back, same = packing.with_head(changed, variables, "float")
+            assert back == config
+            jax.tree.map(np.testing.assert_array_equal, same, packed)
+        else:
+            with pytest.raises(PackingError, match=f"got {head} codes, expected the table itself"):
+                packing.with_head(changed, variables, "float")
+    assert "lm_head" not in packed["packed"]  # the variables that were given are untouched
+
+
+def test_a_quantized_head_trains_its_embedding() -> None:
+    config = ModelConfig(**HEAD_SHAPE, head="int8")
+    params = init(config)
+
+    def total(params: dict[str, Any]) -> jax.Array:
+        return jnp.sum(Transformer(config).apply({"params": params}, TOKENS).logits[..., 7])
+
+    gradient = jax.grad(total)(params)["embed"]["embedding"]
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient[7]).max() > 1e-3  # token 7 is in no prompt but one; its row of the head is in all

@@ -81,3 +81,36 @@ def test_heads_stay_float_under_a_bare_recipe() -> None:
         precisions = ModelConfig(**TINY | change).precisions()
         assert not precisions[head].quantizes_weights
         assert precisions["layers_0/mlp/up_proj"].quantizes_weights
+
+
+def test_a_head_in_integers_is_a_linear_layer_tied_or_not() -> None:
+    for tied in (True, False):
+        config = ModelConfig(**TINY | {"tie_embeddings": tied, "head": "int8"})
+        assert config.linear_shapes()["lm_head"] == (config.vocab_size, config.hidden_size)
+        assert config.precisions()["lm_head"] == Precision(
+            weight="int8", activation="int8", granularity="channel"
+        )
+    for size, group in ((256, 128), (192, 64), (96, 32)):
+        config = ModelConfig(**TINY | {"hidden_size": size, "num_heads": 2, "head": "int4"})
+        assert config.precisions()["lm_head"].granularity == group
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": "int2"}, "model.head: got 'int2', expected one of float, int8, int4"),
+        ({"head": "int8", "num_classes": 3}, "expected a causal language model, or head='float'"),
+        ({"head": "int8", "causal": False}, "got 'int8' with causal=False"),
+        (
+            {"head": "int4", "hidden_size": 40, "num_heads": 2},
+            "got hidden_size=40, expected a multiple of 32",
+        ),
+        (
+            {"head": "int8", "tie_embeddings": False, "precision": (("lm_head", "int8"), ("*", "bitnet"))},
+            "beside a precision rule for lm_head; expected one of the two",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**TINY | change)
