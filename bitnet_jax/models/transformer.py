@@ -122,8 +122,8 @@ class Transformer(nn.Module):
         length = jnp.zeros((), jnp.int32) if cache is None else cache.length
         valid = mask if cache is None else jax.lax.dynamic_update_slice(cache.valid, mask, (0, length))
         if positions is None:
-            counted = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-            positions = jax.lax.dynamic_slice_in_dim(counted, length, T, axis=1)
+            before = 0 if cache is None else jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
+            positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         visible = jnp.broadcast_to(valid[:, None, :], (B, T, valid.shape[1]))
         if config.causal:
             query = length + jnp.arange(T, dtype=jnp.int32)

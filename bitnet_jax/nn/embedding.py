@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.precision import Precision
-from bitnet_kernels import bfloat16_logits
+from bitnet_kernels import bfloat16_logits, bfloat16_rows
 
 
 @jax.custom_jvp
@@ -60,13 +60,17 @@ class Embedding(nn.Module):
         shape = (self.rows, self.features)
         self.stored = self.param(self.parameter, nn.initializers.normal(self.init_std), shape, jnp.float32)
 
-    def table(self) -> Float[Array, "V D"]:
-        """The values in use, in float32."""
-        table = self.stored.astype(jnp.float32)
-        return round_to_bfloat16(table) if self.stored_dtype == "bfloat16" else table
+    def _in_use(self, stored: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        values = stored.astype(jnp.float32)
+        if self.stored_dtype == "bfloat16":
+            values = round_to_bfloat16(values)
+        return values.astype(self.dtype)
 
     def __call__(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        return jnp.take(self.table().astype(self.dtype), indices, axis=0)
+        # Looked up first: a step of generation must not convert the whole table.
+        if self.stored.dtype == jnp.bfloat16:
+            return bfloat16_rows(self.stored, indices).astype(self.dtype)
+        return self._in_use(jnp.take(self.stored, indices, axis=0))
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32: the product of x with every row."""
@@ -80,7 +84,7 @@ class Embedding(nn.Module):
             logits = jnp.einsum(
                 "md,vd->mv",
                 rows.astype(self.dtype),
-                self.table().astype(self.dtype),
+                self._in_use(self.stored),
                 preferred_element_type=jnp.float32,
             )
         return logits.reshape(*x.shape[:-1], self.rows)

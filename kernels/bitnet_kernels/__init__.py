@@ -3,6 +3,7 @@
 from bitnet_kernels.attention import cached_attention, reference_attention
 from bitnet_kernels.formats import dequantize, pack, unpack
 from bitnet_kernels.head import bfloat16_logits
+from bitnet_kernels.lookup import bfloat16_rows
 from bitnet_kernels.matmul import (
     IMPLEMENTATIONS,
     Choice,
@@ -19,6 +20,7 @@ __all__ = [
     "Choice",
     "PackedArray",
     "bfloat16_logits",
+    "bfloat16_rows",
     "cached_attention",
     "choose_implementation",
     "dequantize",

@@ -24,7 +24,8 @@ _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
 _ATTENTION_TARGET = "bitnet_kernels_attention"
 _LOGITS_TARGET = "bitnet_kernels_bfloat16_logits"
-_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET, _LOGITS_TARGET)
+_LOOKUP_TARGET = "bitnet_kernels_lookup"
+_TARGETS = (_INTEGER_TARGET, _SCALED_TARGET, _ATTENTION_TARGET, _LOGITS_TARGET, _LOOKUP_TARGET)
 _loading = threading.Lock()
 
 
@@ -133,6 +134,13 @@ def scaled_matmuls(
 def bfloat16_logits(x: jax.Array, table: jax.Array, *, isa_name: str | None = None) -> jax.Array:
     """float32 [m, k] times the transpose of a bfloat16 table [n, k] -> float32 [m, n]; see head.py."""
     return _logits_call(isa_name or isa())(x, table)
+
+
+@jax.custom_batching.sequential_vmap
+def lookup(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of a bfloat16 table [n, k] at int32 indices [m] -> float32 [m, k]; see lookup.py."""
+    rows = jax.ShapeDtypeStruct((indices.shape[0], table.shape[1]), np.float32)
+    return jax.ffi.ffi_call(_LOOKUP_TARGET, rows)(table, indices)
 
 
 @functools.cache
