@@ -36,7 +36,7 @@ from bitnet_jax.scales import SMALLEST_SCALE, Granularity, measure
 from bitnet_jax.ste import STES, Progress
 
 # name -> (bits a weight carries, packed format of its codes)
-PackedFormat = Literal["binary", "ternary2"]
+PackedFormat = Literal["binary", "ternary2", "int4", "int8"]
 WEIGHT_FORMATS: dict[str, tuple[float, PackedFormat | None]] = {
     "binary": (1, "binary"),
     "binary_centred": (1, "binary"),
@@ -47,11 +47,11 @@ WEIGHT_FORMATS: dict[str, tuple[float, PackedFormat | None]] = {
     "ternary_absmedian": (math.log2(3), "ternary2"),
     "ternary_twn": (math.log2(3), "ternary2"),
     "seq_ternary": (math.log2(3), "ternary2"),
-    "seq_int2": (2, None),
-    "int2": (2, None),
-    "int3": (3, None),
-    "int4": (4, None),
-    "int8": (8, None),
+    "seq_int2": (2, "int4"),
+    "int2": (2, "int4"),
+    "int3": (3, "int4"),
+    "int4": (4, "int4"),
+    "int8": (8, "int8"),
 }
 ACTIVATION_BITS: dict[str, float] = {
     "int8": 8,
@@ -159,7 +159,12 @@ class Precision:
     @property
     def packed_format(self) -> PackedFormat | None:
         """The packed form of the weight codes, whatever the activations are; None if there is none."""
-        return WEIGHT_FORMATS[self.weight][1] if self.quantizes_weights else None
+        if not self.quantizes_weights:
+            return None
+        bits, format = WEIGHT_FORMATS[self.weight]
+        if ("levels", "midrise") in self.weight_options and bits >= 4:  # codes of twice the range
+            return "int8" if bits == 4 else None
+        return format
 
     @property
     def quantizes_input_by_absmax(self) -> bool:

@@ -90,7 +90,7 @@ def test_formats_and_bits() -> None:
         "binary",
         "ternary2",
         "ternary2",
-        None,
+        "int4",
         None,
         "binary",
     ]
@@ -98,6 +98,8 @@ def test_formats_and_bits() -> None:
     ternary = math.log2(3)
     assert bits == [(1, 8), (ternary, 8), (ternary, 32), (3, 32), (16, 16), (1, 1)]
     assert RECIPES["bitnet_weight_only"].packed_format == "ternary2"  # weight-only recipes pack too
+    odd_codes = [Precision(weight=w, weight_options={"levels": "midrise"}) for w in ("int2", "int4", "int8")]
+    assert [p.packed_format for p in odd_codes] == ["int4", "int8", None]  # up to 3, 15 and 255
     assert [name for name, p in RECIPES.items() if isinstance(p, Precision) and p.needs_key] == [
         "binaryconnect_stochastic"
     ]
