@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from bitnet_jax import cli, packing
+from bitnet_jax import cli, packing, storage
 from bitnet_jax.inference.generate import generate
 from bitnet_jax.model_folders import load_model
 
@@ -93,6 +94,19 @@ def test_pack_writes_nothing_when_the_proof_fails(
     assert cli.main(["pack", f"{place}/run", f"{tmp_path}/packed", "--tokens", "0"]) == 2
     assert "layers_0/mlp/up_proj" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_info_reads_the_contents_of_a_large_model_where_that_is_asked_for(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(place / "packed", tmp_path / "packed")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1  # of the first tensor
+    (folder / "model.safetensors").write_bytes(content)
+    monkeypatch.setattr(storage, "VERIFIED_BYTES", 0)
+    assert cli.main(["info", str(folder)]) == 0
+    assert cli.main(["info", str(folder), "--verify"]) == 2
+    assert "has the checksum" in capsys.readouterr().err
 
 
 def test_generate_streams_what_generate_gives(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
