@@ -71,14 +71,18 @@ def bench_model(
     kernels = step_kernels(config, variables, steps)
     model_file = np.memmap(Path(folder) / storage.MODEL, np.uint8, mode="r")
     read, peak = read_all(model_file), dot_peak()
-    others = kernels | ({"read": read.run} if read else {}) | ({"peak": peak.run} if peak else {})
+    others: dict[str, Call] = {}
+    if read:
+        # As often as decoding reads the model, and next to it: on a shared machine only like is compared with like.
+        others["read"] = lambda round: [read.run(step) for step in range(steps)]
+    others |= kernels | ({"peak": peak.run} if peak else {})
     for call in others.values():
         call(0)
     took = interleaved({"prefill": prefill, "decode": decode, **others}, rounds=(repeats, repeats), warmup=0)
 
     prefill_seconds, decode_seconds = took["prefill"].median, took["decode"].median
     choices = chosen(config, variables)
-    ceiling = read.amount / took["read"].median if read else None
+    ceiling = steps * read.amount / took["read"].median if read else None
     macs_peak = peak.amount / took["peak"].median if peak else None
     bytes_per_token = _bytes_per_token(config, variables, prompt + new_tokens // 2, kv_format)
     macs = prompt * sum(math.prod(shape) for path, shape in config.linear_shapes().items() if "/" in path)

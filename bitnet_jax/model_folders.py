@@ -21,7 +21,6 @@ from bitnet_jax.inference.generate import greedy
 from bitnet_jax.interop import huggingface
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.precision import RECIPES, Precision
-from bitnet_jax.training.loop import load_run
 
 PROMPTS, PROMPT_LENGTH = 16, 8  # of random tokens, from which the proof generates
 
@@ -50,6 +49,8 @@ def load_model(folder: str | Path, *, step: int | None = None, verify: bool | No
             f"got {folder}, expected the folder of a run or of a model; there is no such folder"
         )
     if (folder / "checkpoints").is_dir():
+        from bitnet_jax.training.loop import load_run  # optax and orbax, which a packed model does without
+
         _, config, params, tokenizer = load_run(folder, step)
         return LoadedModel("run", config, {"params": params}, tokenizer)
     if step is not None:
@@ -125,6 +126,8 @@ def pack_run(
       FileExistsError: the folder exists (without overwrite).
       ValueError, RuntimeError: of the reader and the writer.
     """
+    from bitnet_jax.training.loop import load_run
+
     folder = Path(folder)
     if folder.exists() and not overwrite:  # before the work; save_packed looks again
         raise FileExistsError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,19 @@ def test_generate_with_an_exact_head_gives_the_same_text(
     assert texts[0] == texts[1] != "\n"
     assert cli.main(["generate", f"{place}/packed", *words, "--exact-head"]) == 2
     assert "needs one that is stored in bfloat16" in capsys.readouterr().err
+
+
+def test_info_reads_the_contents_of_a_large_model_where_that_is_asked_for(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(place / "packed", tmp_path / "packed")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1  # of the first tensor
+    (folder / "model.safetensors").write_bytes(content)
+    monkeypatch.setattr(storage, "VERIFIED_BYTES", 0)
+    assert cli.main(["info", str(folder)]) == 0
+    assert cli.main(["info", str(folder), "--verify"]) == 2
+    assert "has the checksum" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kv_format", [None, "int8"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,7 +13,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax.model_folders import load_model, matrices
-from bitnet_jax.models import Transformer
+from bitnet_jax.models import PRESETS, Transformer
+from bitnet_jax.random_model import write_random
 
 
 def test_a_hugging_face_folder_is_recognised_and_keeps_its_packed_weights(oracles: Path) -> None:
@@ -39,3 +43,20 @@ def test_an_unknown_model_type_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises((ValueError, FileNotFoundError), match=r"gpt2|safetensors"):
         load_model(tmp_path)
+
+
+def test_opening_a_packed_model_does_not_wait_for_what_only_training_needs(
+    tmp_path: Path, repository: Path
+) -> None:
+    write_random(tmp_path / "model", PRESETS["tiny"], progress=False)
+    code = f"""
+import sys
+from bitnet_jax.model_folders import load_model
+assert load_model({str(tmp_path / "model")!r}).kind == "packed"
+print(sorted({{"optax", "orbax", "ml_collections"}} & set(sys.modules)))
+"""
+    roots = os.pathsep.join([str(repository), str(repository / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": roots}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]", done.stderr

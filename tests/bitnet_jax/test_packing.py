@@ -120,7 +120,7 @@ def test_bfloat16_models_are_proved_too_and_only_packed_layers_lose_their_latent
     config = ModelConfig(
         **SHAPE, dtype="bfloat16", embedding_dtype="bfloat16", tie_embeddings=False, position="learned",
         precision=(
-            ("*/attention/*", "bit"), ("*/up_proj", "int8"), ("*/gate_proj", "float32"), ("*", "bitnet"),
+            ("*/attention/*", "bit"), ("*/up_proj", "bfloat16"), ("*/gate_proj", "float32"), ("*", "bitnet"),
         ),
     )  # fmt: skip
     params = init(config)

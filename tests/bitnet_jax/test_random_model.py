@@ -23,7 +23,7 @@ CONFIG = ModelConfig(
     embedding_dtype="bfloat16", use_bias=True, tie_embeddings=False,
     precision=(
         ("layers_0/mlp/up_proj", "float32"), ("*/q_proj", "paretoq_1.58"), ("*/k_proj", "bit"),
-        ("*/down_proj", "bitnet_group64"), ("*", "bitnet_b158"),
+        ("*/down_proj", "bitnet_group64"), ("*/v_proj", "int4"), ("lm_head", "int8"), ("*", "bitnet_b158"),
     ),
 )  # fmt: skip
 
@@ -41,8 +41,8 @@ def test_it_is_valid_reproducible_and_computes_sensible_numbers(tmp_path: Path) 
     assert len(np.unique(embedding, axis=0)) == CONFIG.vocab_size
     tokens = jnp.asarray([[5, 250, 7, 0, 31]])
     logits: Any = jax.jit(Transformer(config).apply)(variables, tokens)
-    # A head of std 0.02 on normalized inputs of 72 numbers: 0.17 expected.
-    assert 0.08 < np.std(logits.logits) < 0.35
+    # Scales are such that a product keeps the size of its input, here normalized to 1.
+    assert 0.5 < np.std(logits.logits) < 2
 
 
 def test_it_tells_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
