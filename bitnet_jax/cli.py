@@ -110,7 +110,17 @@ def _pack_arguments(command: argparse.ArgumentParser) -> None:
         help="store the output head so; int8 and int4 are smaller, faster and not quite the head that was "
         "trained (default: as the run's config says)",
     )
+    _ternary_format_argument(command)
     command.add_argument("--overwrite", action="store_true", help="replace a packed model that is there")
+
+
+def _ternary_format_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ternary-format",
+        choices=("ternary2", "ternary5"),
+        help="store ternary codes in two bits each, or five in a byte: a fifth less to read, more to decode "
+        "(default: as the config says, ternary2)",
+    )
 
 
 def _generate_arguments(command: argparse.ArgumentParser) -> None:
@@ -190,6 +200,7 @@ def _bench_arguments(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="float, int8 or int4: form of the output head; or a recipe of one that is a matrix of its own",
     )
+    _ternary_format_argument(command)
     _kv_format_argument(command)
     command.add_argument(
         "--model", type=Path, metavar="FOLDER", help="time this; made first if it does not exist"

@@ -58,6 +58,7 @@ def pack(args: argparse.Namespace) -> int:
         step=args.step,
         tokens=args.tokens,
         head=args.head,
+        ternary_format=args.ternary_format,
         overwrite=args.overwrite,
     )
     if not proof.matrices:
@@ -271,7 +272,7 @@ def bench(args: argparse.Namespace) -> int:
 
     config = None
     if args.preset is not None:
-        config = model_bench.preset_config(args.preset, args.recipe, args.head)
+        config = model_bench.preset_config(args.preset, args.recipe, args.head, args.ternary_format)
     with model_bench.model_folder(config, args.model, keep=args.keep) as folder:
         figures = model_bench.bench_model(
             folder,

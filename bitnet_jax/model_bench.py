@@ -116,22 +116,26 @@ def bench_model(
     }
 
 
-def preset_config(preset: str, recipe: str | None = None, head: str | None = None) -> ModelConfig:
+def preset_config(
+    preset: str, recipe: str | None = None, head: str | None = None, ternary_format: str | None = None
+) -> ModelConfig:
     """The config of a preset.
 
     Args:
       recipe: of its layers; None: the preset's own.
       head: ModelConfig.head (float, int8, int4), or a recipe of a head that then is a matrix of its own; None:
         the preset's head.
+      ternary_format: of the packed codes; None: the preset's own.
 
     Raises:
       ValueError: an unknown preset or recipe.
     """
     if preset not in PRESETS:
         raise ValueError(f"got --preset {preset}, expected one of {', '.join(PRESETS)}")
-    config = PRESETS[preset]
-    if recipe is not None:
-        config = dataclasses.replace(config, precision=recipe)
+    asked: dict[str, Any] = {"precision": recipe, "ternary_format": ternary_format}
+    config = dataclasses.replace(
+        PRESETS[preset], **{name: value for name, value in asked.items() if value is not None}
+    )
     if head is None:
         return config
     if head in HEADS:

@@ -108,6 +108,7 @@ def pack_run(
     step: int | None = None,
     tokens: int = 2000,
     head: str | None = None,
+    ternary_format: str | None = None,
     overwrite: bool = False,
 ) -> tuple[packing.Proof, packing.Sizes]:
     """Packs a run's checkpoint, proves the packed model equal to the latent one, and only then writes it.
@@ -117,6 +118,7 @@ def pack_run(
     Args:
       head: "float", "int8" or "int4" instead of the run's own: the packed model is then equal to the latent one
         with its head in these integers, and not to the one that was trained.
+      ternary_format: "ternary2" or "ternary5" instead of the run's own: the same codes in other bytes.
       tokens: at least so many greedy tokens are compared, of PROMPTS prompts or more; none for a classifier.
       overwrite: replace a packed model that is already there.
 
@@ -136,8 +138,10 @@ def pack_run(
     if tokens < 0:
         raise ValueError(f"got tokens={tokens}, expected 0 or more greedy tokens to compare")
     _, config, params, tokenizer = load_run(run, step)
-    if head is not None:
-        config = dataclasses.replace(config, head=head)
+    asked: dict[str, Any] = {"head": head, "ternary_format": ternary_format}
+    config = dataclasses.replace(
+        config, **{name: value for name, value in asked.items() if value is not None}
+    )
     variables = packing.pack(params, config)
     length = min(PROMPT_LENGTH, max(1, config.max_length // 2))
     room = config.max_length - length

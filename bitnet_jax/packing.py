@@ -80,7 +80,7 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         codes or scales. The message names the path.
     """
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
-    precisions, packed = config.precisions(), {}
+    formats, packed = config.packed_formats(), {}
     for path, shape in config.linear_shapes().items():
         name = latent_path(config, path)
         weight = flat.get(name)
@@ -89,13 +89,12 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
             raise PackingError(
                 f"{name}: got {got}, expected {list(shape)}; do params and config belong together?"
             )
-        format = precisions[path].packed_format
-        if format is None:
+        if path not in formats:
             continue
         quantized = _quantize(config, flat, path)
         flat.pop(f"{path}/weight", None)  # a tied head leaves the embedding
         flat.pop(f"{path}/weight_scale", None)
-        packed[f"{path}/weight"] = _pack_one(path, quantized, format)
+        packed[f"{path}/weight"] = _pack_one(path, quantized, formats[path])
     for path in TABLES:
         if path in flat:
             flat[path] = flat[path].astype(config.embedding_dtype)
@@ -281,8 +280,8 @@ def prove(
 def _prove_codes(config: ModelConfig, params: Mapping[str, Any], packed: Mapping[str, Any]) -> int:
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
     weights = {"/".join(path): leaf for path, leaf in flatten_dict(dict(packed)).items()}
-    precisions = config.precisions()
-    expected = {f"{path}/weight" for path, precision in precisions.items() if precision.packed_format}
+    formats = config.packed_formats()
+    expected = {f"{path}/weight" for path in formats}
     if weights.keys() != expected:
         differing = sorted(weights.keys() ^ expected)[0]
         state = "missing from" if differing in expected else "unexpected in"
@@ -291,7 +290,7 @@ def _prove_codes(config: ModelConfig, params: Mapping[str, Any], packed: Mapping
         )
     for name, weight in weights.items():
         path = name.removesuffix("/weight")
-        wanted = precisions[path].packed_format
+        wanted = formats[path]
         if weight.format != wanted:
             raise PackingError(f"{path}: the packed format is {weight.format}, expected {wanted}")
         _check_codes(path, weight, _quantize(config, flat, path))

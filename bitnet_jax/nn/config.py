@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "position": ("rope", "learned", "none"),
     "embedding_dtype": ("float32", "bfloat16"),
     "head": HEADS,
+    "ternary_format": ("ternary2", "ternary5"),
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -88,6 +89,9 @@ class ModelConfig:
     init_std: float = 0.02
 
     precision: Rules = "bitnet_b158"  # a recipe name, or ordered (path pattern, recipe) rules
+    ternary_format: str = (
+        "ternary2"  # of packed ternary codes: two bits each, or five in a byte, smaller to read
+    )
     dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
 
     def __post_init__(self) -> None:
@@ -168,6 +172,15 @@ class ModelConfig:
                 f"model.head={self.head!r} beside a precision rule for lm_head; expected one of the two"
             )
         return precisions | {"lm_head": head_precision(self.head, self.hidden_size)}
+
+    def packed_formats(self) -> dict[str, str]:
+        """Path of every linear layer that is packed -> the format of its codes."""
+        formats = {path: precision.packed_format for path, precision in self.precisions().items()}
+        return {
+            path: self.ternary_format if format == "ternary2" else format
+            for path, format in formats.items()
+            if format is not None
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -120,7 +120,7 @@ def test_bfloat16_models_are_proved_too_and_only_packed_layers_lose_their_latent
     config = ModelConfig(
         **SHAPE, dtype="bfloat16", embedding_dtype="bfloat16", tie_embeddings=False, position="learned",
         precision=(
-            ("*/attention/*", "bit"), ("*/up_proj", "bfloat16"), ("*/gate_proj", "float32"), ("*", "bitnet"),
+            ("*/attention/*", "bit"), ("*/up_proj", "int8"), ("*/gate_proj", "float32"), ("*", "bitnet"),
         ),
     )  # fmt: skip
     params = init(config)
@@ -325,6 +325,18 @@ def test_codes_and_scales_outside_the_packed_form_are_refused(
     monkeypatch.setattr(Precision, "packed_format", "binary")  # a quantizer that names the wrong format
     with pytest.raises(PackingError, match="q_proj: the quantizer gave codes .* holds only"):
         packing.pack(params, ModelConfig(**SHAPE, precision="bitnet_b158"))
+
+
+def test_ternary_codes_five_in_a_byte_are_the_same_model(ternary: Any) -> None:
+    config, params, packed = ternary
+    dense = dataclasses.replace(config, ternary_format="ternary5")
+    repacked = pack(params, dense)
+    weight = repacked["packed"]["layers_0"]["mlp"]["down_proj"]["weight"]
+    assert weight.format == "ternary5"
+    proof = packing.prove(dense, {"params": params}, repacked, TOKENS, MASK, greedy=greedy, new_tokens=10)
+    assert proof.max_relative_logit_error == 0.0
+    with pytest.raises(PackingError, match="the packed format is ternary2, expected ternary5"):
+        packing.prove(dense, {"params": params}, packed, TOKENS, MASK)
 
 
 # The output head in integers.
