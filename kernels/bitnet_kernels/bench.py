@@ -70,7 +70,7 @@ def bench_shape(shape: Shape, ceiling_data: np.ndarray, budget: float) -> list[R
     for name in XLA:
         first = jnp.asarray(random.integers(-1, 2, (n, k), np.int8)).astype(name)
         several = [first + jnp.zeros_like(first) for _ in range(copies(first.nbytes, ceiling_data.nbytes))]
-        calls[name] = chain(dense, padded.astype(name), several, 2)
+        calls[f"xla {name}"] = chain(dense, padded.astype(name), several, 2)
     matrices: dict[str, PackedArray] = {}
     for name in FORMATS:
         matrices[name] = random_packed(name, (n, k))
@@ -80,7 +80,7 @@ def bench_shape(shape: Shape, ceiling_data: np.ndarray, budget: float) -> list[R
     # Read in pieces of about what a chain reads.
     limits = _limits(read=read_all(ceiling_data, min(READ_PIECE, ceiling_data.nbytes)), peak=dot_peak())
     took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, budget)
-    xla = {name: took[name] / 2 for name in XLA}
+    xla = {name: took[f"xla {name}"] / 2 for name in XLA}
     rates = {name: limit.amount / took[name].median for name, limit in limits.items()}
     return [
         _row("packed_matmul", m, w, took[name] / length, rates.get("read"), rates.get("peak"))
