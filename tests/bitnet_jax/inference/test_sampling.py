@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bitnet_jax.inference import sampling
-from bitnet_jax.inference.sampling import SamplingConfig, filtered_logits, next_token
+from bitnet_jax.inference.sampling import SamplingConfig, filtered_logits, most_likely, next_token
 
 LOGITS = np.random.default_rng(3).normal(0, 2, (4, 11)).astype(np.float32)
 # Distinct quarters up to 20: no ties within the float32 error of a softmax.
@@ -160,3 +160,13 @@ def test_values_outside_their_range_are_refused(fields: dict[str, Any], message:
 def test_a_penalty_needs_the_seen_tokens() -> None:
     with pytest.raises(ValueError, match="no `seen` tokens"):
         filtered_logits(jnp.asarray(LOGITS), SamplingConfig(repetition_penalty=1.2))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[3, 1, 3, 2], [-np.inf] * 4, [1, np.nan, 5, np.nan], [-1, -np.inf, np.inf, np.inf], [0.0, -0.0, -1, -2]],
+)
+def test_the_most_likely_token_is_the_argmax(row: list) -> None:
+    logits = jnp.asarray([row, row[::-1]], jnp.float32)
+    for choose in (most_likely, jax.jit(most_likely)):
+        np.testing.assert_array_equal(choose(logits), np.argmax(logits, axis=-1))
