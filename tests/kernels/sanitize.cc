@@ -82,7 +82,7 @@ int64_t wrong_outputs(const Kernels& kernels, Format format, int64_t m, int64_t 
 int main() {
   const int64_t shapes[][3] = {{1, 1, 1}, {3, 31, 1}, {37, 100, 1}, {65, 1100, 1}, {100, 640, 20}, {33, 96, 3}};
   int64_t wrong = 0, cases = 0;
-  for (const char* isa : {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi"}) {
+  for (const char* isa : {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx"}) {
     const Kernels* kernels = find_kernels(isa);
     if (kernels == nullptr) continue;
     for (const auto& [n, k, groups] : shapes) {
