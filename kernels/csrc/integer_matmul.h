@@ -104,6 +104,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512VbmiKernels;
+extern const Kernels kAmxKernels;
 #endif
 
 }  // namespace bitnet

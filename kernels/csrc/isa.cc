@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <cstdint>
@@ -23,6 +27,16 @@ uint32_t saved_registers() {
   return eax;
 }
 
+// Linux saves the tiles of AMX for processes that ask for it; the answer holds for all their threads.
+bool tiles_are_permitted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // By cpuid itself: __builtin_cpu_supports answers no to everything in some clang distributions.
 void detect_x86(std::vector<const Kernels*>& available) {
   uint32_t eax, ebx, ecx, edx;
@@ -31,11 +45,14 @@ void detect_x86(std::vector<const Kernels*>& available) {
   const bool avx2 = has(saved, 0x06) && has(ebx, 1u << 5);
   const bool avx512 = has(saved, 0xe6) && has(ebx, 1u << 16 | 1u << 30 | 1u << 31);  // F, BW, VL
   const bool avx512vnni = avx512 && has(ecx, 1u << 11), avx512vbmi = avx512vnni && has(ecx, 1u << 1);
+  const uint32_t features = edx;
   const bool avxvnni = avx2 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && has(eax, 1u << 4);
+  const bool amx = avx512vbmi && has(features, 1u << 24 | 1u << 25) && has(saved, 3u << 17) && tiles_are_permitted();
   if (avx2) available.push_back(&kAvx2Kernels);
   if (avxvnni) available.push_back(&kAvxVnniKernels);
   if (avx512vnni) available.push_back(&kAvx512VnniKernels);
   if (avx512vbmi) available.push_back(&kAvx512VbmiKernels);
+  if (amx) available.push_back(&kAmxKernels);
 }
 
 #endif  // __x86_64__

@@ -5,7 +5,10 @@ struct Avx2 {
   using Bytes = __m256i;
   using Sums = __m256i;
   static constexpr int kLanes = 8;
-  static constexpr int slots(Format format) { return format == Format::kBinary ? 4 : format == Format::kTernary2 ? 2 : 1; }
+  static constexpr int slots(Format format, int rows) {
+    if (rows > 1) return 1;
+    return format == Format::kBinary ? 4 : format == Format::kTernary2 ? 2 : 1;
+  }
   static constexpr int kStreams = 2;
   static constexpr int kFusedRows = 2, kFewRows = 4;
   static constexpr int kTilePanels = 1, kTileRows = 6;
@@ -49,6 +52,7 @@ struct Avx2 {
     return kFormat == Format::kInt8 ? sums : _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
   }
   static BITNET_INLINE Sums zero() { return _mm256_setzero_si256(); }
+  static BITNET_INLINE Sums fill(int32_t sum) { return _mm256_set1_epi32(sum); }
   static BITNET_INLINE Sums add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
   template <int kScale>
   static BITNET_INLINE Sums divide(Sums sums) {
@@ -60,7 +64,10 @@ struct Avx2 {
       return _mm256_mullo_epi32(sums, _mm256_set1_epi32(inverse(kScale)));
     }
   }
+  static BITNET_INLINE Sums load_sums(const int32_t* source) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  }
   static BITNET_INLINE void store(int32_t* target, Sums sums) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(target), sums);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), sums);
   }
 };

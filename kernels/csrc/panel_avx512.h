@@ -5,7 +5,11 @@ struct Avx512Vnni {
   using Bytes = __m512i;
   using Sums = __m512i;
   static constexpr int kLanes = 16;
-  static constexpr int slots(Format format) { return fields(format); }
+  // At most 16 of the 32 registers, 20 for ternary5, are accumulators of two panels.
+  static constexpr int slots(Format format, int rows) {
+    if (format == Format::kTernary5) return rows <= 2 ? 5 : 1;
+    return std::min(fields(format), rows == 1 ? 8 : rows == 2 ? 4 : 2);
+  }
   static constexpr int kStreams = 2;
   static constexpr int kFusedRows = 4, kFewRows = 8;
   static constexpr int kTilePanels = 4, kTileRows = 6;
@@ -45,6 +49,7 @@ struct Avx512Vnni {
     return sums;
   }
   static BITNET_INLINE Sums zero() { return _mm512_setzero_si512(); }
+  static BITNET_INLINE Sums fill(int32_t sum) { return _mm512_set1_epi32(sum); }
   static BITNET_INLINE Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
   template <int kScale>
   static BITNET_INLINE Sums divide(Sums sums) {
@@ -56,5 +61,6 @@ struct Avx512Vnni {
       return _mm512_mullo_epi32(sums, _mm512_set1_epi32(inverse(kScale)));
     }
   }
-  static BITNET_INLINE void store(int32_t* target, Sums sums) { _mm512_store_si512(target, sums); }
+  static BITNET_INLINE Sums load_sums(const int32_t* source) { return _mm512_loadu_si512(source); }
+  static BITNET_INLINE void store(int32_t* target, Sums sums) { _mm512_storeu_si512(target, sums); }
 };

@@ -2,8 +2,8 @@
 // after panel_avx2.h.
 
 struct AvxVnni : Avx2 {
-  static constexpr int slots(Format format) {
-    return format == Format::kTernary5 ? 1 : std::min(2, fields(format));  // of sixteen registers
+  static constexpr int slots(Format format, int rows) {
+    return format == Format::kTernary5 || rows > 1 ? 1 : std::min(2, fields(format));  // of sixteen registers
   }
   static constexpr int64_t partial_limit(Format) { return 0; }
 

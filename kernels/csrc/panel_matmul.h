@@ -4,7 +4,7 @@
 //
 //   Bytes, Sums             vectors of packed bytes or fields; of int32, a lane for each row of the matrix
 //   kLanes                  rows of the matrix in a vector
-//   slots(format)           accumulators of one row of x and one vector (see Fields)
+//   slots(format, rows)     accumulators of one row of x and one vector, of rows at a time (see Fields)
 //   kStreams                panels that one row of x is multiplied with in step
 //   kFusedRows, kFewRows    rows of x multiplied while fields are taken: at a time, and at most
 //   kTilePanels, kTileRows  accumulators of more rows: panels of the matrix by rows of x
@@ -13,13 +13,13 @@
 //   load, broadcast, splat, bit_and, min, subtract, shift_right<bits>, look_up(16 bytes, indices)    on Bytes
 //   dot<format>(partial, fields, x)    a partial sum with four products more in each lane
 //   finish<format>(partial)            a partial sum as Sums
-//   zero, add, divide<scale> (exact), store    on Sums
+//   zero, fill, add, divide<scale> (exact), load_sums, store    on Sums
 
 // How far ahead of each stream lines are fetched into L1. From DRAM, a quarter of the speed of binary matrices and a
 // sixth of that of ternary ones hangs on it: the instructions of a block fill the window in which a processor sees its
 // own next loads. 2 and 4 KiB, or into L2, measured 2 to 10 % less.
 constexpr int64_t kPrefetchBytes = 3072;
-constexpr int64_t kTileInputs = 1024;     // of the matrix, unpacked at a time: 16 KiB a panel
+constexpr int64_t kTileInputs = 2048;  // of the matrix, unpacked at a time: 32 KiB a panel
 
 // How many products of a field of 1, of each pair of x, an accumulator of a partial sum holds.
 template <typename Isa, Format kFormat>
@@ -38,25 +38,27 @@ constexpr int64_t partial_blocks() {
 
 // y = (first ? -offset x_sum : y) + multiplier sums, for the real rows of a panel.
 template <typename Isa, Format kFormat>
-void add_to_outputs(const Problem& p, int64_t g, int64_t row, int64_t panel, bool first,
+BITNET_INLINE void add_to_outputs(const Problem& p, int64_t g, int64_t row, int64_t panel, bool first,
                                   const typename Isa::Sums* sums) {
-  alignas(64) int32_t values[kPanelRows];
-  unrolled<kPanelRows / Isa::kLanes>([&](auto v) BITNET_INLINE_BODY { Isa::store(values + v * Isa::kLanes, sums[v]); });
+  const auto start = Isa::fill(-Isa::offset(kFormat) * p.x_sum(row, g));
   int32_t* y = p.outputs(g, row, panel);
-  const int32_t start = -Isa::offset(kFormat) * p.x_sum(row, g);
+  int32_t edge[kPanelRows];
   const int64_t rows = p.panel_rows(panel);
-  if (first && rows == kPanelRows) {
-    for (int64_t r = 0; r < kPanelRows; ++r) y[r] = start + multiplier(kFormat) * values[r];
-  } else {
-    for (int64_t r = 0; r < rows; ++r) y[r] = (first ? start : y[r]) + multiplier(kFormat) * values[r];
-  }
+  int32_t* target = rows == kPanelRows ? y : edge;
+  if (rows < kPanelRows && !first) std::memcpy(edge, y, rows * sizeof(int32_t));
+  unrolled<kPanelRows / Isa::kLanes>([&](auto v) BITNET_INLINE_BODY {
+    const auto sum = multiplier(kFormat) == 2 ? Isa::add(sums[v], sums[v]) : sums[v];
+    int32_t* lanes = target + v * Isa::kLanes;
+    Isa::store(lanes, Isa::add(sum, first ? start : Isa::load_sums(lanes)));
+  });
+  if (rows < kPanelRows) std::memcpy(y, edge, rows * sizeof(int32_t));
 }
 
 // kRows rows of x times kPanels panels, panel_step apart and walked in step: as many streams from memory.
 template <typename Isa, Format kFormat, int kRows, int kPanels>
 void multiply_packed(const Problem& p, int64_t row, int64_t panel, int64_t panel_step) {
   constexpr int kPanelVectors = kPanelRows / Isa::kLanes, kVectors = kPanels * kPanelVectors;
-  constexpr int kSlots = kRows == 1 ? Isa::slots(kFormat) : 1;
+  constexpr int kSlots = Isa::slots(kFormat, kRows);
   using BlockFields = Fields<Isa, kFormat, kSlots>;
   const int64_t stream = panel_step * p.panel_bytes(), x_stride = p.x_stride;
   for (int64_t g = 0; g < p.groups; ++g) {

@@ -1,0 +1,39 @@
+// AMX for many rows of x, AVX-512 for few (panel_amx.h).
+
+#include "integer_matmul.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstring>
+#include <type_traits>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8")
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 says so of its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace bitnet {
+namespace {
+
+#include "panel_fields.h"
+#include "panel_avx512.h"
+#include "panel_avx512vbmi.h"
+#include "panel_matmul.h"
+#include "panel_amx.h"
+
+}  // namespace
+
+const Kernels kAmxKernels = {"amx", matmul_amx, sum};
+
+}  // namespace bitnet
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

@@ -1,0 +1,121 @@
+// AMX: a tile register holds 16 rows of 64 bytes. tdpbsud multiplies 16 rows of x by 64 inputs with the same inputs of
+// 16 rows of the matrix, four products to an int32 of a 16 x 16 tile of sums. An unpacked panel, [input / 4][row][4], is
+// its second operand as it stands. Few rows of x are left to AVX-512. Included like panel_fields.h, after
+// panel_avx512vbmi.h and panel_matmul.h.
+
+struct Amx : Avx512Vbmi {
+  static constexpr int kTilePanels = 2;
+};
+
+template <int kSlots>
+struct Fields<Amx, Format::kTernary5, kSlots> : Fields<Avx512Vbmi, Format::kTernary5, kSlots> {};
+
+constexpr int64_t kAmxRows = 16;        // of a tile
+constexpr int64_t kAmxInputs = 64;      // of a tile
+constexpr int64_t kAmxTileInputs = 2048;  // of two panels, unpacked at a time: 64 KiB
+
+// Shapes of the tile registers: 0 to 3 sums [x tile][panel], 4 and 5 x, 6 and 7 the matrix.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// For rows of x in two tiles (the second may be empty: then it is not used).
+BITNET_INLINE void shape_tiles(int64_t rows) {
+  TileShapes shapes;
+  const int64_t x_rows[2] = {std::min(rows, kAmxRows), std::max<int64_t>(1, rows - kAmxRows)};
+  for (int tile = 0; tile < 8; ++tile) {
+    shapes.row_bytes[tile] = 64;
+    shapes.rows[tile] = static_cast<uint8_t>(tile >= 6 ? 16 : x_rows[tile < 4 ? tile / 2 : tile - 4]);
+  }
+  _tile_loadconfig(&shapes);
+}
+
+// kTiles tiles of x, x_stride bytes between rows, times two unpacked panels, added to the tiles of sums.
+template <int kTiles>
+BITNET_INLINE void multiply_tiles(const int8_t* x, int64_t x_stride, const __m512i* unpacked, int64_t tiles) {
+  for (int64_t i = 0; i < tiles; ++i, x += kAmxInputs, unpacked += 2 * kAmxInputs / 4) {
+    _tile_loadd(6, unpacked, 128);
+    _tile_loadd(4, x, x_stride);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(7, unpacked + 1, 128);
+    _tile_dpbsud(1, 4, 7);
+    if constexpr (kTiles == 2) {
+      _tile_loadd(5, x + kAmxRows * x_stride, x_stride);
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
+    }
+  }
+}
+
+// rows <= 16 kTiles rows of x times unpacked blocks of one or two panels, added to y. tail: room for these rows of x.
+template <Format kFormat, int kTiles>
+void multiply_amx(const Problem& p, int64_t row, int64_t rows, int64_t panel, int64_t panels, int64_t g, int64_t b,
+                  int64_t inputs, const __m512i* unpacked) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const int8_t* x = p.inputs(row, g, b);
+  const int64_t whole = inputs / kAmxInputs, rest = inputs % kAmxInputs;
+  multiply_tiles<kTiles>(x, p.x_stride, unpacked, whole);
+  if (rest > 0) {  // x ends within a tile: nothing behind it may be read
+    alignas(64) int8_t tail[kTiles * kAmxRows][kAmxInputs] = {};
+    for (int64_t t = 0; t < rows; ++t) std::memcpy(tail[t], x + t * p.x_stride + whole * kAmxInputs, rest);
+    asm volatile("" : : "r"(tail) : "memory");  // gcc does not know that tiles are loaded from memory
+    multiply_tiles<kTiles>(tail[0], kAmxInputs, unpacked + whole * 2 * kAmxInputs / 4, 1);
+  }
+  __m512i sums[2][kTiles * kAmxRows];
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  if constexpr (kTiles == 2) {
+    _tile_stored(2, sums[0] + kAmxRows, 64);
+    _tile_stored(3, sums[1] + kAmxRows, 64);
+  }
+  for (int64_t i = 0; i < panels; ++i) {
+    for (int64_t t = 0; t < rows; ++t) add_to_outputs<Amx, kFormat>(p, g, row + t, panel + i, b == 0, &sums[i][t]);
+  }
+}
+
+template <Format kFormat>
+void many_rows_amx(const Problem& p, int64_t begin, int64_t end) {
+  constexpr int64_t kTileBlocks = kAmxTileInputs / block_inputs(kFormat);
+  constexpr int64_t kStepRows = 2 * kAmxRows;
+  __m512i unpacked[2 * kAmxTileInputs / 4];
+  if (begin + 1 == end) std::memset(unpacked, 0, sizeof(unpacked));  // an absent panel is multiplied too
+  int64_t shaped = 0;  // rows
+  for (int64_t panel = begin; panel < end; panel += 2) {
+    const int64_t panels = std::min<int64_t>(2, end - panel);
+    for (int64_t g = 0; g < p.groups; ++g) {
+      for (int64_t b = 0; b < p.group_blocks; b += kTileBlocks) {
+        const int64_t blocks = std::min(kTileBlocks, p.group_blocks - b), inputs = blocks * block_inputs(kFormat);
+        unpack<Amx, kFormat>(p, panel, panels, g, b, blocks, unpacked);
+        const int64_t padded = (inputs + kAmxInputs - 1) / kAmxInputs * kAmxInputs;
+        std::memset(unpacked + 2 * inputs / 4, 0, 2 * (padded - inputs) / 4 * sizeof(__m512i));
+        asm volatile("" : : "r"(unpacked) : "memory");
+        for (int64_t row = 0; row < p.m; row += kStepRows) {
+          const int64_t rows = std::min(kStepRows, p.m - row);
+          if (rows != shaped) shape_tiles(shaped = rows);
+          if (rows > kAmxRows) {
+            multiply_amx<kFormat, 2>(p, row, rows, panel, panels, g, b, inputs, unpacked);
+          } else {
+            multiply_amx<kFormat, 1>(p, row, rows, panel, panels, g, b, inputs, unpacked);
+          }
+        }
+      }
+    }
+  }
+  _tile_release();
+}
+
+void matmul_amx(const Problem& p, int64_t begin, int64_t end) {
+  if (p.m <= Amx::kFewRows) return matmul<Avx512Vbmi>(p, begin, end);
+  switch (p.format) {
+    case Format::kBinary: return many_rows_amx<Format::kBinary>(p, begin, end);
+    case Format::kTernary2: return many_rows_amx<Format::kTernary2>(p, begin, end);
+    case Format::kTernary5: return many_rows_amx<Format::kTernary5>(p, begin, end);
+    case Format::kInt4: return many_rows_amx<Format::kInt4>(p, begin, end);
+    case Format::kInt8: return many_rows_amx<Format::kInt8>(p, begin, end);
+  }
+}
