@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int8, UInt8
 from bitnet_jax.interop.huggingface_config import Form, module_name, read_config
 from bitnet_jax.interop.safetensors_folder import open_tensors, read_json
 from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.packing import TABLES
 from bitnet_jax.quantizers import WEIGHT_QUANTIZERS
 from bitnet_jax.scales import SMALLEST_SCALE
 from bitnet_kernels import PackedArray, pack
@@ -48,7 +49,8 @@ def load(
         `packed`, with exactly the stored codes and scale. False: latent weights in `params`, so that training
         can go on; their quantizer gives back the stored codes exactly and the scale to float32 rounding.
         Plain and online checkpoints hold float weights, which become `params` in either case.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32, an exact cast of what is stored.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32, an exact cast of what is stored,
+        but for the embedding and head of a packed model, which stay in bfloat16 where they are stored so.
 
     Returns:
       the config and `{"params": ...}` or `{"params": ..., "packed": ...}` for `Transformer(config).apply`.
@@ -85,10 +87,13 @@ def load(
                 params[key] = jnp.asarray(_latent(codes, scale))
         except ValueError as error:
             raise ValueError(f"{folder}: {name}: {error}") from error
-    variables = {"params": unflatten_dict(params)}
-    if packed_weights:
-        variables["packed"] = unflatten_dict(packed_weights)
-    return config, variables
+    if not packed_weights:
+        return config, {"params": unflatten_dict(params)}
+    for path in TABLES:
+        key = tuple(path.split("/"))
+        if key in params:
+            params[key] = params[key].astype(config.embedding_dtype)
+    return config, {"params": unflatten_dict(params), "packed": unflatten_dict(packed_weights)}
 
 
 def tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:

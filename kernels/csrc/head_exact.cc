@@ -60,21 +60,11 @@ Interval interval(const ExactProblem& p, const InputBounds& x, int64_t x_row, in
   return bounded ? Interval{a - e, a + e} : Interval{-kInfinity, kInfinity};
 }
 
-// Keeps the `top` largest values seen, the least of them in front.
-void keep_largest(std::vector<double>& kept, size_t top, double value) {
-  if (kept.size() == top) {
-    if (value <= kept.front()) return;
-    std::pop_heap(kept.begin(), kept.end(), std::greater<>());
-    kept.back() = value;
-  } else {
-    kept.push_back(value);
-  }
-  std::push_heap(kept.begin(), kept.end(), std::greater<>());
-}
-
-double kth_largest(std::vector<double>& values, int64_t k) {
-  std::nth_element(values.begin(), values.begin() + (k - 1), values.end(), std::greater<>());
-  return values[k - 1];
+// Leaves the `top` largest values, the least of them last.
+void keep_largest(std::vector<double>& values, int64_t top) {
+  if (static_cast<int64_t>(values.size()) < top) return;
+  std::nth_element(values.begin(), values.begin() + (top - 1), values.end(), std::greater<>());
+  values.resize(top);
 }
 
 }  // namespace
@@ -99,9 +89,10 @@ void exact_top_logits(const ExactProblem& p, HeadRows head_rows, int32_t* candid
     for (int64_t i = 0; i < m; ++i) inputs[i] = input_bounds(p, i);
   }
   for_pieces([&](int64_t item, int64_t i, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      keep_largest(lowers[item], top, interval(p, inputs[i], i, row).lower);
-    }
+    std::vector<double>& values = lowers[item];
+    values.resize(end - begin);
+    for (int64_t row = begin; row < end; ++row) values[row - begin] = interval(p, inputs[i], i, row).lower;
+    keep_largest(values, top);
   });
   for (int64_t i = 0; i < m; ++i) {
     std::vector<double> all;
@@ -109,7 +100,8 @@ void exact_top_logits(const ExactProblem& p, HeadRows head_rows, int32_t* candid
       const std::vector<double>& kept = lowers[i * pieces + piece];
       all.insert(all.end(), kept.begin(), kept.end());
     }
-    thresholds[i] = kth_largest(all, top);
+    keep_largest(all, top);
+    thresholds[i] = all.back();
   }
   for_pieces([&](int64_t, int64_t i, int64_t begin, int64_t end) {
     HeadProblem one = p.head;
