@@ -30,7 +30,7 @@ from bitnet_kernels.machine import processor
 # m rows, n outputs, k inputs, G groups: one of everything, odd sizes, whole blocks, groups, and a prefill.
 SHAPES = ((1, 1, 1, 1), (1, 16, 64, 1), (3, 17, 65, 1), (2, 48, 256, 4), (7, 100, 1000, 1), (64, 256, 512, 2))
 RULES = (("layers_*/mlp/*", "bitnet"), ("*", "bitnet_b158"))
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512vnni")
+INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", "neon", "i8mm")
 TOKENS = 16  # greedy tokens of each of the two prompts
 
 
