@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ def bfloat16_logits(x: jax.Array, table: jax.Array, *, implementation: str | Non
     whose order is its own. Both are within n_k * 2^-24 * sum |x_i w_i| of the exact sum, n_k the additions that
     one product goes through: at most k, in the kernel k / 16 + 4.
 
-    implementation=None takes "cpu" where code is compiled for a CPU and the library is there, else "reference";
-    a named one that cannot be used is a NotImplementedError with the reason. Under jit, vmap and grad; the
-    gradient goes to x alone, dx = dy @ table.
+    implementation=None takes "cpu" where code is compiled for a CPU and the library is there, else "reference",
+    with a warning on a CPU; a named one that cannot be used is a NotImplementedError with the reason. Works under
+    jit, vmap and grad; the gradient goes to x alone, dx = dy @ table.
 
     Raises:
       ValueError: shapes or types that do not fit.
@@ -49,7 +50,22 @@ def choose_isa(implementation: str | None) -> str | None:
     absent = cpu.unavailable()
     if implementation == "cpu" and absent:
         raise NotImplementedError(f"implementation='cpu' cannot be used: {absent}")
-    return None if absent or implementation == "reference" else cpu.isa()
+    if implementation == "reference":
+        return None
+    if absent:
+        _warn_once(absent)
+        return None
+    return cpu.isa()
+
+
+@functools.cache
+def _warn_once(obstacle: str) -> None:
+    if jax.default_backend() == "cpu":
+        warnings.warn(
+            f"the output head runs on XLA, much slower than the C++ kernels: {obstacle}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
