@@ -3,8 +3,8 @@
 // The arithmetic of one query is fixed, so its bits depend neither on the instruction set, nor on the threads, nor on
 // which other queries are computed beside it:
 //   keys      chunks of kChunkKeys, beginning at multiples of it;
-//   scores    q.k in 4 lanes (channels i, i + 4, ..), each a chain of fused multiply-adds, summed (0 + 2) + (1 + 3);
-//   chunk     p = exp(score - largest of the chunk), sum of p in 16 lanes and a tree, mix = a chain of p v over its keys;
+//   scores    q.k in 4 lanes (channels i, i + 4, ..), each a chain of fused multiply-adds, then (0 + 2) + (1 + 3);
+//   chunk     p = exp(score - largest), sum of p in 16 lanes and a tree of halves, mix = a chain of p v over its keys;
 //   chunks    merged in order into (largest, sum, mix), each side scaled by exp(its largest - the larger one).
 // One chunk does not look at another, so they can be computed anywhere and merged later.
 
