@@ -54,7 +54,8 @@ def measure(rounds: int) -> dict[str, Any]:
     steps, states, batches = {}, {}, {}
     for recipe in RECIPES:
         steps[recipe], states[recipe], batches[recipe] = training_step(recipe)
-    key, times = jax.random.key(1), {recipe: [] for recipe in RECIPES}
+    key = jax.random.key(1)
+    times: dict[str, list[float]] = {recipe: [] for recipe in RECIPES}
     for number in range(-2, rounds):  # the first two compile and warm up
         for recipe, step in steps.items():
             began = time.perf_counter()
