@@ -47,7 +47,7 @@ void for_rows(int64_t n, int64_t row_bytes, int64_t item_bytes, Rows rows) {
   const int64_t wanted = std::min(item_bytes / row_bytes, n / (thread_count() * kItemsPerThread));
   const int64_t grain = std::max<int64_t>(1, wanted / kRowStep) * kRowStep;
   parallel_for((n + grain - 1) / grain, [=](int64_t item) {
-    const IeeeMode ieee;
+    const FloatMode ieee(FloatMode::kIeee);
     rows(item * grain, std::min(n, (item + 1) * grain));
   });
 }

@@ -33,7 +33,7 @@ struct HeadProblem {
 };
 
 // Writes y for all rows of x and the rows [begin, end) of the table. Any thread, no allocation. The caller holds an
-// IeeeMode (float_mode.h): flushing of denormal numbers would differ between threads.
+// FloatMode::kIeee (float_mode.h): flushing of denormal numbers would differ between threads.
 using HeadRows = void (*)(const HeadProblem&, int64_t begin, int64_t end);
 
 HeadRows head_rows_scalar();

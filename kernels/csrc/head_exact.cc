@@ -79,13 +79,13 @@ void exact_top_logits(const ExactProblem& p, HeadRows head_rows, int32_t* candid
 
   const auto for_pieces = [&](const auto& body) {
     parallel_for(m * pieces, [&](int64_t item) {
-      const IeeeMode ieee;
+      const FloatMode ieee(FloatMode::kIeee);
       const int64_t begin = item % pieces * kRowsAtOnce;
       body(item, item / pieces, begin, std::min(n, begin + kRowsAtOnce));
     });
   };
   {
-    const IeeeMode ieee;
+    const FloatMode ieee(FloatMode::kIeee);
     for (int64_t i = 0; i < m; ++i) inputs[i] = input_bounds(p, i);
   }
   for_pieces([&](int64_t item, int64_t i, int64_t begin, int64_t end) {

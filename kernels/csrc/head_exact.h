@@ -41,7 +41,7 @@ struct ExactProblem {
 };
 
 // Writes head.y: the logits of the candidates, -infinity elsewhere; and their number for every row of x, [m].
-// Holds its own IeeeMode.
+// Sets its own mode, FloatMode::kIeee.
 void exact_top_logits(const ExactProblem& p, HeadRows head_rows, int32_t* candidates);
 
 }  // namespace bitnet

@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "float_mode.h"
+
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
@@ -76,6 +78,7 @@ class Pool {
     std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
     if (!lock) return false;
     body_ = &body;
+    float_mode_ = FloatMode::current();
     done_.store(0, std::memory_order_relaxed);
     const int64_t threads = this->threads();
     for (int64_t i = 0; i < threads; ++i) {
@@ -105,6 +108,7 @@ class Pool {
 
  private:
   void work(int64_t self) {
+    const FloatMode of_the_caller(float_mode_);
     int64_t finished = 0;
     for (int64_t item; (item = runs_[self].take_first()) >= 0; ++finished) (*body_)(item);
     for (int64_t i = 1; i < threads(); ++i) {
@@ -142,6 +146,7 @@ class Pool {
 
   std::mutex busy_;                                // held by the caller whose loop runs
   const std::function<void(int64_t)>* body_ = nullptr;
+  uint64_t float_mode_ = 0;
   std::vector<Run> runs_;
   alignas(64) std::atomic<uint64_t> loop_{0};      // number of the loop, odd while it is open
   alignas(64) std::atomic<int64_t> done_{0};       // items
