@@ -62,7 +62,8 @@ ffi::Error make_problem(Activations x, Codes w, int64_t bits, int64_t groups, in
   }
   if (k / groups > max_group_inputs(format)) {
     return invalid("k=" + std::to_string(k) + " in " + std::to_string(groups) +
-                   " groups overflows int32; expected at most " + std::to_string(max_group_inputs(format)) + " inputs a group");
+                   " groups overflows int32; expected at most " + std::to_string(max_group_inputs(format)) +
+                   " inputs a group");
   }
   p.group_blocks = blocks / groups;
   p.x_stride = blocks * p.block_inputs();
