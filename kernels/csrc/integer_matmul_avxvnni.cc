@@ -10,7 +10,8 @@
 #include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,avxvnni"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,avxvnni"))), apply_to = function)
 #else
 #pragma GCC target("avx2,avxvnni")
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 says so of its own intrinsics

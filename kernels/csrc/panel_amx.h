@@ -1,6 +1,6 @@
 // AMX: a tile register holds 16 rows of 64 bytes. tdpbsud multiplies 16 rows of x by 64 inputs with the same inputs of
-// 16 rows of the matrix, four products to an int32 of a 16 x 16 tile of sums. An unpacked panel, [input / 4][row][4], is
-// its second operand as it stands. Few rows of x are left to AVX-512. Included like panel_fields.h, after
+// 16 rows of the matrix, four products to an int32 of a 16 x 16 tile of sums. An unpacked panel, [input / 4][row][4],
+// is its second operand as it stands. Few rows of x are left to AVX-512. Included like panel_fields.h, after
 // panel_avx512vbmi.h and panel_matmul.h.
 
 struct Amx : Avx512Vbmi {
@@ -10,9 +10,9 @@ struct Amx : Avx512Vbmi {
 template <int kSlots>
 struct Fields<Amx, Format::kTernary5, kSlots> : Fields<Avx512Vbmi, Format::kTernary5, kSlots> {};
 
-constexpr int64_t kAmxRows = 16;        // of a tile
-constexpr int64_t kAmxInputs = 64;      // of a tile
-constexpr int64_t kAmxTileInputs = 2048;  // of two panels, unpacked at a time: 64 KiB
+constexpr int64_t kAmxRows = 16;          // of a tile
+constexpr int64_t kAmxInputs = 64;        // of a tile
+constexpr int64_t kAmxTileInputs = 4096;  // of two panels, unpacked at a time: 128 KiB
 
 // Shapes of the tile registers: 0 to 3 sums [x tile][panel], 4 and 5 x, 6 and 7 the matrix.
 struct alignas(64) TileShapes {
@@ -29,6 +29,7 @@ BITNET_INLINE void shape_tiles(int64_t rows) {
     shapes.row_bytes[tile] = 64;
     shapes.rows[tile] = static_cast<uint8_t>(tile >= 6 ? 16 : x_rows[tile < 4 ? tile / 2 : tile - 4]);
   }
+  asm volatile("" : : "r"(&shapes) : "memory");  // gcc does not know what the instructions of AMX read
   _tile_loadconfig(&shapes);
 }
 
@@ -49,7 +50,7 @@ BITNET_INLINE void multiply_tiles(const int8_t* x, int64_t x_stride, const __m51
   }
 }
 
-// rows <= 16 kTiles rows of x times unpacked blocks of one or two panels, added to y. tail: room for these rows of x.
+// rows <= 16 kTiles rows of x times unpacked inputs of one or two panels, added to y.
 template <Format kFormat, int kTiles>
 void multiply_amx(const Problem& p, int64_t row, int64_t rows, int64_t panel, int64_t panels, int64_t g, int64_t b,
                   int64_t inputs, const __m512i* unpacked) {
@@ -63,7 +64,7 @@ void multiply_amx(const Problem& p, int64_t row, int64_t rows, int64_t panel, in
   if (rest > 0) {  // x ends within a tile: nothing behind it may be read
     alignas(64) int8_t tail[kTiles * kAmxRows][kAmxInputs] = {};
     for (int64_t t = 0; t < rows; ++t) std::memcpy(tail[t], x + t * p.x_stride + whole * kAmxInputs, rest);
-    asm volatile("" : : "r"(tail) : "memory");  // gcc does not know that tiles are loaded from memory
+    asm volatile("" : : "r"(tail) : "memory");
     multiply_tiles<kTiles>(tail[0], kAmxInputs, unpacked + whole * 2 * kAmxInputs / 4, 1);
   }
   __m512i sums[2][kTiles * kAmxRows];
@@ -74,7 +75,14 @@ void multiply_amx(const Problem& p, int64_t row, int64_t rows, int64_t panel, in
     _tile_stored(3, sums[1] + kAmxRows, 64);
   }
   for (int64_t i = 0; i < panels; ++i) {
-    for (int64_t t = 0; t < rows; ++t) add_to_outputs<Amx, kFormat>(p, g, row + t, panel + i, b == 0, &sums[i][t]);
+    const __mmask16 mask = static_cast<__mmask16>((1u << p.panel_rows(panel + i)) - 1);
+    int32_t* y = p.outputs(g, row, panel + i);
+    for (int64_t t = 0; t < rows; ++t, y += p.n) {
+      const __m512i sum = multiplier(kFormat) == 2 ? _mm512_slli_epi32(sums[i][t], 1) : sums[i][t];
+      const __m512i start = b == 0 ? _mm512_set1_epi32(-offset(kFormat) * p.x_sum(row + t, g))
+                                   : _mm512_maskz_loadu_epi32(mask, y);
+      _mm512_mask_storeu_epi32(y, mask, _mm512_add_epi32(start, sum));
+    }
   }
 }
 

@@ -15,7 +15,9 @@ struct Avx2 {
   static constexpr int64_t partial_limit(Format format) { return format == Format::kInt8 ? 0 : 1 << 15; }
   static constexpr int32_t offset(Format format) { return bitnet::offset(format); }
 
-  static BITNET_INLINE Bytes load(const void* source) { return _mm256_loadu_si256(static_cast<const __m256i*>(source)); }
+  static BITNET_INLINE Bytes load(const void* source) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(source));
+  }
   static BITNET_INLINE Bytes broadcast(const int8_t* x) {
     int32_t dword;
     std::memcpy(&dword, x, 4);

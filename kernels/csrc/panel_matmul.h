@@ -74,7 +74,9 @@ void multiply_packed(const Problem& p, int64_t row, int64_t panel, int64_t panel
       });
       for (int64_t b = 0; b < blocks; ++b, w += kBlockBytes, x += block_inputs(kFormat)) {
         BlockFields block[kVectors];
-        unrolled<kPanels>([&](auto i) BITNET_INLINE_BODY { __builtin_prefetch(w + i * stream + kPrefetchBytes, 0, 3); });
+        unrolled<kPanels>([&](auto i) BITNET_INLINE_BODY {
+          __builtin_prefetch(w + i * stream + kPrefetchBytes, 0, 3);
+        });
         unrolled<kVectors>([&](auto v) BITNET_INLINE_BODY {
           block[v].start(Isa::load(w + v / kPanelVectors * stream + v % kPanelVectors * 4 * Isa::kLanes));
         });

@@ -89,7 +89,8 @@ int64_t wrong_outputs(const Kernels& kernels, Case& c) {
 
 int main() {
   // One of everything; odd sizes; several panels of every instruction set's tiles; more inputs than a tile; groups.
-  const Shape shapes[] = {{1, 1, 1}, {3, 31, 1}, {37, 100, 1}, {129, 160, 1}, {65, 2100, 1}, {100, 640, 20}, {33, 288, 3}};
+  const Shape shapes[] = {{1, 1, 1},     {3, 31, 1},     {37, 100, 1},  {129, 160, 1},
+                          {65, 2100, 1}, {100, 640, 20}, {33, 288, 3}};
   int64_t all_wrong = 0;
   std::istringstream names(bitnet_kernels_available_isas());
   for (std::string isa; std::getline(names, isa, ',');) {
@@ -109,7 +110,7 @@ int main() {
         ++cases;
       }
     }
-    std::printf("%s: %lld cases, %lld wrong\n", isa.c_str(), static_cast<long long>(cases), static_cast<long long>(wrong));
+    std::printf("%s: %d cases, %d wrong\n", isa.c_str(), static_cast<int>(cases), static_cast<int>(wrong));
     all_wrong += wrong;
   }
   return all_wrong != 0;

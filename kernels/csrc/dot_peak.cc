@@ -1,0 +1,72 @@
+// The speed limit of the multipliers: loops that only multiply registers, for the benchmark to divide by.
+
+#include <cstdint>
+
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace bitnet {
+namespace {
+
+#if defined(__x86_64__)
+
+// Twelve products that do not wait for each other, on registers 4 to 15.
+#define BITNET_TWELVE(line) \
+  line("4") line("5") line("6") line("7") line("8") line("9") line("10") line("11") line("12") line("13") line("14") \
+      line("15")
+#define BITNET_CLOBBERED                                                                                            \
+  "xmm0", "xmm1", "xmm2", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", \
+      "xmm15"
+#define BITNET_ZMM_DOT(sum) "vpdpbusd %%zmm1, %%zmm0, %%zmm" sum "\n\t"
+#define BITNET_YMM_DOT(sum) "%{vex%} vpdpbusd %%ymm1, %%ymm0, %%ymm" sum "\n\t"
+#define BITNET_YMM_MADD(sum) \
+  "vpmaddubsw %%ymm1, %%ymm0, %%ymm2\n\tvpaddw %%ymm2, %%ymm" sum ", %%ymm" sum "\n\t"
+
+#define BITNET_REPEAT(times, line)                                                                   \
+  for (int64_t i = 0; i < times; ++i) asm volatile(BITNET_TWELVE(line) : : : BITNET_CLOBBERED);      \
+  asm volatile("vzeroupper" : : : BITNET_CLOBBERED)
+
+void repeat_zmm(int64_t times) { BITNET_REPEAT(times, BITNET_ZMM_DOT); }
+void repeat_ymm(int64_t times) { BITNET_REPEAT(times, BITNET_YMM_DOT); }
+void repeat_madd(int64_t times) { BITNET_REPEAT(times, BITNET_YMM_MADD); }
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+__attribute__((target("amx-tile,amx-int8"))) void repeat_tiles(int64_t times) {
+  const TileShapes shapes;
+  asm volatile("" : : "r"(&shapes) : "memory");  // gcc does not know that the shapes are read
+  _tile_loadconfig(&shapes);
+  for (int64_t i = 0; i < times; ++i) {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_release();
+}
+
+#endif  // __x86_64__
+
+}  // namespace
+}  // namespace bitnet
+
+// Multiplies int8 in registers as the kernels of an instruction set do, times times over, on one thread, and returns
+// the number of products; 0 where the processor lacks the set or there is no such loop for it (scalar).
+extern "C" int64_t bitnet_kernels_dot_peak(const char* isa, int64_t times) {
+  const std::string_view name = isa;
+  if (bitnet::find_kernels(name) == nullptr) return 0;
+#if defined(__x86_64__)
+  if (name == "avx2") return bitnet::repeat_madd(times), 12 * 32 * times;
+  if (name == "avxvnni") return bitnet::repeat_ymm(times), 12 * 32 * times;
+  if (name == "avx512vnni" || name == "avx512vbmi") return bitnet::repeat_zmm(times), 12 * 64 * times;
+  if (name == "amx") return bitnet::repeat_tiles(times), 4 * 16 * 16 * 64 * times;
+#endif
+  return 0;
+}
