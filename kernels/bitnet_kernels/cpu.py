@@ -53,6 +53,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         library.bitnet_kernels_read.restype = ctypes.c_uint64
         library.bitnet_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         library.bitnet_kernels_fork_join.argtypes = [ctypes.c_int64]
+        library.bitnet_kernels_dot_peak.restype = ctypes.c_int64
+        library.bitnet_kernels_dot_peak.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         library.bitnet_kernels_set_thread_count.argtypes = [ctypes.c_int64]
     except AttributeError as error:
         return None, f"{path.name} is of another version ({error}); install again to build it"

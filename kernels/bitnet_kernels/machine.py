@@ -59,14 +59,15 @@ def fork_join(loops: int = 1000) -> Call | None:
     return Call(lambda round: library.bitnet_kernels_fork_join(loops), loops)
 
 
-def dot_peak(iterations: int = 1 << 16) -> Call | None:
-    """A call(round) that multiplies int8 on registers with all threads; None without the C++ library."""
+def dot_peak(iterations: int = 1 << 17) -> Call | None:
+    """A call(round) that multiplies int8 on registers with all threads, by the instructions of the set in use; None
+    without the C++ library, or for a set that has no such loop."""
     library, _ = cpu.load()
-    if library is None or not hasattr(library, "bitnet_kernels_dot_peak"):
+    if library is None:
         return None
     isa = cpu.isa().encode()
     macs = library.bitnet_kernels_dot_peak(isa, iterations)
-    return Call(lambda round: library.bitnet_kernels_dot_peak(isa, iterations), macs)
+    return None if macs == 0 else Call(lambda round: library.bitnet_kernels_dot_peak(isa, iterations), macs)
 
 
 def processor() -> str:

@@ -1,8 +1,11 @@
 // The speed limit of the multipliers: loops that only multiply registers, for the benchmark to divide by.
 
+#include <atomic>
 #include <cstdint>
+#include <string_view>
 
 #include "isa.h"
+#include "threads.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -54,19 +57,26 @@ __attribute__((target("amx-tile,amx-int8"))) void repeat_tiles(int64_t times) {
 
 #endif  // __x86_64__
 
+// Of one thread: the number of products; 0 where there is no such loop.
+int64_t repeat(std::string_view isa, int64_t times) {
+#if defined(__x86_64__)
+  if (isa == "avx2") return repeat_madd(times), 12 * 32 * times;
+  if (isa == "avxvnni") return repeat_ymm(times), 12 * 32 * times;
+  if (isa == "avx512vnni" || isa == "avx512vbmi") return repeat_zmm(times), 12 * 64 * times;
+  if (isa == "amx") return repeat_tiles(times), 4 * 16 * 16 * 64 * times;
+#endif
+  return 0;
+}
+
 }  // namespace
 }  // namespace bitnet
 
-// Multiplies int8 in registers as the kernels of an instruction set do, times times over, on one thread, and returns
+// Multiplies int8 in registers as the kernels of an instruction set do, times times over, on every thread, and returns
 // the number of products; 0 where the processor lacks the set or there is no such loop for it (scalar).
 extern "C" int64_t bitnet_kernels_dot_peak(const char* isa, int64_t times) {
-  const std::string_view name = isa;
-  if (bitnet::find_kernels(name) == nullptr) return 0;
-#if defined(__x86_64__)
-  if (name == "avx2") return bitnet::repeat_madd(times), 12 * 32 * times;
-  if (name == "avxvnni") return bitnet::repeat_ymm(times), 12 * 32 * times;
-  if (name == "avx512vnni" || name == "avx512vbmi") return bitnet::repeat_zmm(times), 12 * 64 * times;
-  if (name == "amx") return bitnet::repeat_tiles(times), 4 * 16 * 16 * 64 * times;
-#endif
-  return 0;
+  using namespace bitnet;
+  if (find_kernels(isa) == nullptr) return 0;
+  std::atomic<int64_t> products{0};
+  parallel_for(thread_count(), [&](int64_t) { products += repeat(isa, times); });
+  return products;
 }
