@@ -23,7 +23,8 @@ namespace {
 // Work below which one thread is as fast as two: a helper takes up to a microsecond to begin.
 constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one row of x
 constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several rows of x
-constexpr int64_t kItemBytes = 128 << 10;                // packed bytes of a piece of work, one row of x
+constexpr int64_t kFewRows = 4;                          // of x, with which a product waits for memory
+constexpr int64_t kItemBytes = 200 << 10;                // packed bytes of a piece of work, about, one row of x
 constexpr int64_t kSerialActivations = int64_t{1} << 15;  // elements of x
 
 using Bytes = ffi::Buffer<ffi::S8, 2>;
@@ -94,8 +95,13 @@ struct Split {
   int64_t items;
 
   explicit Split(const Problem& p) {
-    // An even number of panels for the pairs of one row of x, four for the tiles of several rows.
-    grain = p.m == 1 ? std::max<int64_t>(1, kItemBytes / p.panel_bytes() / 2) * 2 : 4;
+    grain = 4;  // of the tiles of several rows
+    if (p.m == 1) {
+      // As many pieces for every thread, of an even number of panels for the pairs of one row of x.
+      const int64_t share = p.panels() * p.panel_bytes() / thread_count();
+      const int64_t pieces = thread_count() * std::max<int64_t>(1, (share + kItemBytes / 2) / kItemBytes);
+      grain = (p.panels() + 2 * pieces - 1) / (2 * pieces) * 2;
+    }
     items = (p.panels() + grain - 1) / grain;
   }
 };
@@ -120,9 +126,15 @@ void run(const std::vector<Problem>& problems, const Work& work) {
   };
   if (problems[0].m == 1 ? bytes < kSerialBytes : products < kSerialProducts) {
     for (int64_t item = 0; item < items; ++item) run_item(item);
-  } else {
-    parallel_for(items, run_item);
+    return;
   }
+  Weights next;
+  if (problems[0].m <= kFewRows) {  // else multiplying takes longer than reading
+    Weights call;
+    for (const Problem& p : problems) call.add(p.w, p.panels() * p.panel_bytes());
+    next = expected_after(call);
+  }
+  parallel_for(items, run_item, next);
 }
 
 ffi::Error unknown_isa(std::string_view isa) {

@@ -8,6 +8,22 @@ namespace {
 constexpr int64_t kScratchSums = 64 << 10;  // int32 sums of a tile: 256 KiB, in L2
 constexpr int64_t kRowStep = 12;            // whole register tiles of every instruction set
 
+// One row of x. sums of a group lie sums_step apart, its scales n apart; a factor of 1 changes nothing.
+void rescale(const int32_t* sums, const float* scales, int64_t groups, int64_t sums_step, int64_t n, float activation,
+             float* y) {
+  if (groups == 1) {  // one pass: for a single row of x it is a twentieth of the time
+    for (int64_t r = 0; r < n; ++r) y[r] = static_cast<float>(sums[r]) * scales[r] * activation;
+    return;
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t r = 0; r < n; ++r) {
+      const float product = static_cast<float>(sums[g * sums_step + r]) * scales[g * n + r];
+      y[r] = g == 0 ? product : y[r] + product;
+    }
+  }
+  for (int64_t r = 0; r < n; ++r) y[r] *= activation;
+}
+
 }  // namespace
 
 void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& s, float* out, int64_t begin,
@@ -33,18 +49,9 @@ void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& s, fl
     part.y = sums.data();
     kernels.matmul(part, 0, part.panels());
     for (int64_t i = 0; i < part.m; ++i) {
+      const float activation = s.activation == nullptr ? 1.0f : s.activation[row + i];
       float* y = out + (row + i) * p.n + first;
-      for (int64_t g = 0; g < p.groups; ++g) {
-        const int32_t* sum = sums.data() + (g * part.m + i) * part.n;
-        const float* f = scales.data() + g * part.n;
-        for (int64_t r = 0; r < part.n; ++r) {
-          const float product = static_cast<float>(sum[r]) * f[r];
-          y[r] = g == 0 ? product : y[r] + product;
-        }
-      }
-      if (s.activation == nullptr) continue;
-      const float activation = s.activation[row + i];
-      for (int64_t r = 0; r < part.n; ++r) y[r] *= activation;
+      rescale(sums.data() + i * part.n, scales.data(), p.groups, part.m * part.n, part.n, activation, y);
     }
   }
 }

@@ -19,6 +19,8 @@ namespace {
 
 constexpr int kPauses = 2000;  // of a helper without work, some tens of microseconds, before it begins to yield
 constexpr int kYields = 200;   // before it sleeps: an idle process must not keep a processor busy
+constexpr int64_t kAheadBytes = 256 << 10;  // fetched for the next loop, a part of L2 ...
+constexpr int64_t kAheadStep = 1 << 10;     // ... with a look for that loop in between
 
 void pause() {
 #if defined(__x86_64__)
@@ -74,10 +76,11 @@ class Pool {
   int64_t threads() const { return static_cast<int64_t>(runs_.size()); }
 
   // False where another caller has the helpers.
-  bool run(int64_t items, const std::function<void(int64_t)>& body) {
+  bool run(int64_t items, const std::function<void(int64_t)>& body, const Weights& next) {
     std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
     if (!lock) return false;
     body_ = &body;
+    next_ = next;
     float_mode_ = FloatMode::current();
     done_.store(0, std::memory_order_relaxed);
     const int64_t threads = this->threads();
@@ -121,11 +124,26 @@ class Pool {
   void help(int64_t self) {
     for (uint64_t seen = 0; !retired_.load(std::memory_order_relaxed);) {
       const uint64_t loop = wait_for_other_than(seen);
+      Weights next;
       inside_.fetch_add(1);
       // Entered before looking again: the caller closes the loop before it looks who is inside.
-      if (loop % 2 == 1 && loop_.load() == loop) work(self);
+      if (loop % 2 == 1 && loop_.load() == loop) {
+        work(self);
+        next = next_;
+      }
       inside_.fetch_sub(1);
       seen = loop;
+      fetch_share(self, next, seen);
+    }
+  }
+
+  // Until a loop other than `seen` opens.
+  void fetch_share(int64_t self, const Weights& next, uint64_t seen) {
+    const int64_t total = next.total(), begin = total * self / threads();
+    const int64_t end = std::min(total * (self + 1) / threads(), begin + kAheadBytes);
+    for (int64_t at = begin; at < end; at += kAheadStep) {
+      if (loop_.load(std::memory_order_relaxed) > seen + 1) return;
+      next.prefetch(at, std::min(end, at + kAheadStep));
     }
   }
 
@@ -147,6 +165,7 @@ class Pool {
   std::mutex busy_;                                // held by the caller whose loop runs
   const std::function<void(int64_t)>* body_ = nullptr;
   uint64_t float_mode_ = 0;
+  Weights next_;
   std::vector<Run> runs_;
   alignas(64) std::atomic<uint64_t> loop_{0};      // number of the loop, odd while it is open
   alignas(64) std::atomic<int64_t> done_{0};       // items
@@ -185,8 +204,8 @@ Pool& pool() {
 
 int64_t thread_count() { return pool().threads(); }
 
-void parallel_for(int64_t items, const std::function<void(int64_t)>& body) {
-  if (items > 1 && pool().threads() > 1 && pool().run(items, body)) return;
+void parallel_for(int64_t items, const std::function<void(int64_t)>& body, const Weights& next) {
+  if (items > 1 && pool().threads() > 1 && pool().run(items, body, next)) return;
   for (int64_t i = 0; i < items; ++i) body(i);
 }
 

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <functional>
 
+#include "lookahead.h"
+
 namespace bitnet {
 
 // Threads that take part in a loop, the caller among them: the processors that this process may run on when the
@@ -18,8 +20,8 @@ namespace bitnet {
 int64_t thread_count();
 
 // Runs body(0) .. body(items - 1). Each thread walks through its own run of neighbouring items, and when it is done
-// takes items from the end of another's.
-void parallel_for(int64_t items, const std::function<void(int64_t)>& body);
+// takes items from the end of another's. Until the next loop, helpers fetch the beginning of their share of `next`.
+void parallel_for(int64_t items, const std::function<void(int64_t)>& body, const Weights& next = Weights());
 
 }  // namespace bitnet
 

@@ -20,7 +20,7 @@ def test_nothing_is_found(program: str, sanitizer: str, repository: Path, tmp_pa
     folder = repository / "kernels" / "csrc"
     sources = [
         *folder.glob("integer_matmul_*.cc"),
-        *(folder / f"{name}.cc" for name in ("isa", "scaled_matmul", "threads")),
+        *(folder / f"{name}.cc" for name in ("isa", "lookahead", "scaled_matmul", "threads")),
     ]
     sources.append(Path(__file__).parent / program)
     flags = ["-std=c++17", "-O1", "-g", "-w", "-ffp-contract=off", "-pthread", f"-I{folder}"]
