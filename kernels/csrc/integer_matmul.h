@@ -105,6 +105,9 @@ extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512VbmiKernels;
 extern const Kernels kAmxKernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
+extern const Kernels kI8mmKernels;
 #endif
 
 }  // namespace bitnet

@@ -6,6 +6,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include <cstdint>
@@ -55,12 +57,23 @@ void detect_x86(std::vector<const Kernels*>& available) {
   if (amx) available.push_back(&kAmxKernels);
 }
 
-#endif  // __x86_64__
+#elif defined(__aarch64__) && defined(__linux__)
+
+void detect_aarch64(std::vector<const Kernels*>& available) {
+  constexpr unsigned long kDotProducts = 1ul << 20, kI8mm = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+  if (!(getauxval(AT_HWCAP) & kDotProducts)) return;
+  available.push_back(&kNeonKernels);
+  if (getauxval(AT_HWCAP2) & kI8mm) available.push_back(&kI8mmKernels);
+}
+
+#endif
 
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> available = {&kScalarKernels};
 #if defined(__x86_64__)
   detect_x86(available);
+#elif defined(__aarch64__) && defined(__linux__)
+  detect_aarch64(available);
 #endif
   return available;
 }

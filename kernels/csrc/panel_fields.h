@@ -39,10 +39,14 @@ struct Fields {
   template <int s>
   BITNET_INLINE typename Isa::Bytes take() {
     constexpr int kSlot = s % kSlots, kShift = (8 / fields(kFormat)) * (s - kSlot);
-    if constexpr (fields(kFormat) == 1) return bytes;
     const auto mask = Isa::splat((field_base(kFormat) - 1) * scale(kSlot));
-    if constexpr (kShift == 0) return Isa::bit_and(bytes, mask);
-    return Isa::bit_and(Isa::template shift_right<kShift>(bytes), mask);
+    if constexpr (fields(kFormat) == 1) {
+      return bytes;
+    } else if constexpr (kShift == 0) {
+      return Isa::bit_and(bytes, mask);
+    } else {
+      return Isa::bit_and(Isa::template shift_right<kShift>(bytes), mask);
+    }
   }
 };
 

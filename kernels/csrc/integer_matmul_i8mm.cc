@@ -1,0 +1,36 @@
+// NEON with i8mm (panel_i8mm.h).
+
+#include "integer_matmul.h"
+
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+#include <cstring>
+#include <type_traits>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod,i8mm"))), apply_to = function)
+#else
+#pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
+#endif
+
+namespace bitnet {
+namespace {
+
+#include "panel_fields.h"
+#include "panel_neon.h"
+#include "panel_i8mm.h"
+#include "panel_matmul.h"
+
+}  // namespace
+
+const Kernels kI8mmKernels = {"i8mm", matmul<NeonI8mm>, sum};
+
+}  // namespace bitnet
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __aarch64__

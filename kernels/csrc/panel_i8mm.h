@@ -1,0 +1,14 @@
+// NEON with the instructions of i8mm: usdot multiplies unsigned fields, as they are, with signed activations. Included
+// like panel_fields.h, after panel_neon.h.
+
+struct NeonI8mm : NeonDot {
+  static constexpr int slots(Format format, int rows) {
+    return format == Format::kInt4 && rows == 1 ? 2 : NeonDot::slots(format, rows);
+  }
+  static constexpr int32_t offset(Format format) { return bitnet::offset(format); }
+
+  template <Format>
+  static BITNET_INLINE Sums dot(Sums sums, Bytes fields, Bytes x) {
+    return vusdotq_s32(sums, fields, vreinterpretq_s8_u8(x));
+  }
+};
