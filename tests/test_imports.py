@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "config_file": KNOW_NO_MODEL,
     "model_folders": MODEL | {"packing", "storage", "inference", "training", "data", "interop"},
     "doctor": MODEL | {"packing", "inference"},
-    "step_kernels": MODEL,
+    "step_kernels": MODEL | {"inference"},
     "model_bench": MODEL | {"packing", "storage", "random_model", "step_kernels", "inference", "doctor"},
     "commands": {
         "model_bench",

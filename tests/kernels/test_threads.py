@@ -77,7 +77,11 @@ def test_results_do_not_depend_on_the_number_of_threads_or_rows(make_packed) -> 
 def test_the_parallel_loop_alone(repository: Path, tmp_path: Path) -> None:
     """Every item once, from many callers, with any number of threads, asleep, and after a fork."""
     program, csrc = tmp_path / "threads", repository / "kernels" / "csrc"
-    sources = [str(csrc / "lookahead.cc"), str(csrc / "threads.cc"), str(Path(__file__).parent / "threads.cc")]
+    sources = [
+        str(csrc / "lookahead.cc"),
+        str(csrc / "threads.cc"),
+        str(Path(__file__).parent / "threads.cc"),
+    ]
     subprocess.run(["g++", "-std=c++17", "-O2", "-pthread", f"-I{csrc}", *sources, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
