@@ -42,7 +42,7 @@ from bitnet_kernels.timing import Spread, chain, interleaved, threads
 
 XLA = ("float32", "bfloat16", "int8")
 XLA_ROWS = 8  # XLA multiplies fewer rows by a slow loop
-READ_PIECE = 32 << 20  # bytes
+READ_PIECE = 256 << 20  # bytes: in shorter pieces a helper may not be on its way yet
 SPUN_SECONDS = 2e-6  # inside each loop of fork_join
 
 Row = dict[str, Any]
@@ -77,7 +77,6 @@ def bench_shape(shape: Shape, ceiling_data: np.ndarray, budget: float) -> list[R
         number = copies(matrices[name].codes.nbytes, ceiling_data.nbytes)
         packed = [matrices[name], *(random_packed(name, (n, k), seed=seed) for seed in range(1, number))]
         calls[name] = chain(packed_matmul, codes, packed, length)
-    # Read in pieces of about what a chain reads.
     limits = _limits(read=read_all(ceiling_data, min(READ_PIECE, ceiling_data.nbytes)), peak=dot_peak())
     took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, budget)
     xla = {name: took[f"xla {name}"] / 2 for name in XLA}
