@@ -23,8 +23,8 @@ namespace {
 // Work below which one thread is as fast as two: a helper takes up to a microsecond to begin.
 constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one row of x
 constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several rows of x
-constexpr int64_t kFewRows = 4;                          // of x, with which a product waits for memory
-constexpr int64_t kItemBytes = 200 << 10;                // packed bytes of a piece of work, about, one row of x
+constexpr int64_t kFewRows = 8;                          // of x, with which a product waits for memory
+constexpr int64_t kItemBytes = 200 << 10;                // packed bytes of a piece of work, about, few rows of x
 constexpr int64_t kSerialActivations = int64_t{1} << 15;  // elements of x
 
 using Bytes = ffi::Buffer<ffi::S8, 2>;
@@ -96,8 +96,8 @@ struct Split {
 
   explicit Split(const Problem& p) {
     grain = 4;  // of the tiles of several rows
-    if (p.m == 1) {
-      // As many pieces for every thread, of an even number of panels for the pairs of one row of x.
+    if (p.m <= kFewRows) {
+      // As many pieces for every thread, of an even number of panels: they are multiplied in pairs.
       const int64_t share = p.panels() * p.panel_bytes() / thread_count();
       const int64_t pieces = thread_count() * std::max<int64_t>(1, (share + kItemBytes / 2) / kItemBytes);
       grain = (p.panels() + 2 * pieces - 1) / (2 * pieces) * 2;

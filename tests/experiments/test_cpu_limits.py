@@ -1,0 +1,31 @@
+"""The study of CPU limits: its commands parse, and its tables are those of its results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bitnet_jax.cli import build_parser
+from experiments import cpu_limits, training_cost
+
+
+def test_the_tables_are_made_of_the_committed_results() -> None:
+    files = {name: cpu_limits.RESULTS / f"{name}.json" for name in cpu_limits.COMMANDS}
+    results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    assert cpu_limits.report(results) == (cpu_limits.STUDY / "report.md").read_text()
+    assert set(results) == set(cpu_limits.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cpu_limits.COMMANDS)
+def test_every_command_is_one_that_exists(name: str) -> None:
+    words, _ = cpu_limits.COMMANDS[name]
+    if words[:2] == ("-m", "bitnet_jax.cli"):
+        build_parser().parse_args(words[2:])
+
+
+def test_the_cost_of_training_is_against_float32() -> None:
+    figures = training_cost.measure(rounds=1)
+    assert set(figures["milliseconds"]) == set(training_cost.RECIPES)
+    assert figures["cost_against_float32"]["float32"]["median"] == 0
+    assert figures["cost_against_float32"]["bitnet"]["median"] > -1
