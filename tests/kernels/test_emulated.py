@@ -31,7 +31,9 @@ def test_every_instruction_set_is_exact(
 ) -> None:
     compiler, emulator = COMPILERS[machine], shutil.which(f"qemu-{machine}")
     if compiler is None:
-        pytest.skip(f"no compiler for {machine} (set CXX_{machine.upper()}, or install {machine}-linux-gnu-g++)")
+        pytest.skip(
+            f"no compiler for {machine} (set CXX_{machine.upper()}, or install {machine}-linux-gnu-g++)"
+        )
     if emulator is None:
         pytest.skip(f"no qemu-{machine} (Debian: apt install qemu-user)")
     folder = repository / "kernels" / "csrc"
