@@ -81,6 +81,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def available_instruction_sets() -> tuple[str, ...]:
+    """Those of this machine, slowest first; one of them in BITNET_KERNELS_ISA is an order."""
+    return cpu.available_isas()
+
+
 def choice_here() -> Choice:
     """What packed_matmul takes for an ordinary matrix on this machine."""
     return choose_implementation(pack(jnp.ones((16, 64), jnp.int8), jnp.ones((1, 1)), "ternary2"))

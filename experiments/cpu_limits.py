@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_kernels import cpu
+from bitnet_jax.doctor import available_instruction_sets
 
 STUDY = Path(__file__).parent / "studies" / "cpu_limits"
 RESULTS = STUDY / "results"
@@ -56,7 +56,8 @@ def measure(name: str) -> None:
     target, temporary = RESULTS / f"{name}.json", RESULTS / f".{name}.json"
     environment = dict(os.environ)
     if isa == VNNI:
-        environment[cpu.ISA_VARIABLE] = [isa for isa in cpu.available_isas() if isa != "amx"][-1]
+        available = [isa for isa in available_instruction_sets() if isa != "amx"]
+        environment["BITNET_KERNELS_ISA"] = available[-1]
     print(f"{name}: python {' '.join(words)}", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, *words, "--json", str(temporary)], check=True, env=environment)
