@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_kernels import cpu
-from bitnet_kernels.machine import Call, dot_peak, fork_join, provenance, read_all
+from bitnet_kernels.machine import Call, dot_peak, fork_join, ordinary_pages, provenance, read_all
 from bitnet_kernels.matmul import choose_implementation, packed_matmul
 from bitnet_kernels.packed import FORMATS, PackedArray
 from bitnet_kernels.random_packed import random_packed
@@ -42,6 +42,7 @@ from bitnet_kernels.timing import Spread, chain, interleaved, threads
 
 XLA = ("float32", "bfloat16", "int8")
 XLA_ROWS = 8  # XLA multiplies fewer rows by a slow loop
+CHAIN_BYTES = 64 << 20  # of the matrices of one chain, about
 READ_PIECE = 256 << 20  # bytes: in shorter pieces a helper may not be on its way yet
 SPUN_SECONDS = 2e-6  # inside each loop of fork_join
 
@@ -58,32 +59,36 @@ def copies(nbytes: int, working_set: int) -> int:
     return max(2, math.ceil(working_set / nbytes))
 
 
-def bench_shape(shape: Shape, ceiling_data: np.ndarray, budget: float) -> list[Row]:
-    """One row per format. The working set of each is as large as `ceiling_data`, whose reading is the ceiling."""
+def bench_shape(shape: Shape, ceiling_data: np.ndarray, working_set: int, budget: float) -> list[Row]:
+    """One row per format, of matrices of working_set bytes in all; the ceiling is that of reading ceiling_data."""
     m, n, k = shape
     random = np.random.default_rng(0)
     codes = jnp.asarray(random.integers(-127, 128, (m, k), np.int8))
     padded = jnp.pad(codes, ((0, max(0, XLA_ROWS - m)), (0, 0)))
-    # Long chains hide the 5 to 10 us that a compiled program takes to start; large products need none.
-    length = 16 if m <= 16 else 2
+    lengths: dict[str, int] = {}
     calls: dict[str, Any] = {}
     for name in XLA:
         first = jnp.asarray(random.integers(-1, 2, (n, k), np.int8)).astype(name)
-        several = [first + jnp.zeros_like(first) for _ in range(copies(first.nbytes, ceiling_data.nbytes))]
+        several = [first + jnp.zeros_like(first) for _ in range(copies(first.nbytes, working_set))]
         calls[f"xla {name}"] = chain(dense, padded.astype(name), several, 2)
     matrices: dict[str, PackedArray] = {}
     for name in FORMATS:
         matrices[name] = random_packed(name, (n, k))
-        number = copies(matrices[name].codes.nbytes, ceiling_data.nbytes)
+        number = copies(matrices[name].codes.nbytes, working_set)
         packed = [matrices[name], *(random_packed(name, (n, k), seed=seed) for seed in range(1, number))]
-        calls[name] = chain(packed_matmul, codes, packed, length)
+        # Long chains hide what a compiled program takes to start, 0.1 ms with many arguments; many rows need none.
+        lengths[name] = max(8, min(64, CHAIN_BYTES // packed[0].codes.nbytes)) if m <= 16 else 2
+        calls[name] = chain(packed_matmul, codes, packed, lengths[name])
     limits = _limits(read=read_all(ceiling_data, min(READ_PIECE, ceiling_data.nbytes)), peak=dot_peak())
-    took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, budget)
+    took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, 2 * budget, settle=True)
     xla = {name: took[f"xla {name}"] / 2 for name in XLA}
     rates = {name: limit.amount / took[name].median for name, limit in limits.items()}
     return [
-        _row("packed_matmul", m, w, took[name] / length, rates.get("read"), rates.get("peak"))
-        | {f"speedup_vs_xla_{other}": t.median / (took[name].median / length) for other, t in xla.items()}
+        _row("packed_matmul", m, w, took[name] / lengths[name], rates.get("read"), rates.get("peak"))
+        | {
+            f"speedup_vs_xla_{other}": t.median / (took[name].median / lengths[name])
+            for other, t in xla.items()
+        }
         for name, w in matrices.items()
     ]
 
@@ -219,13 +224,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if reason := cpu.unavailable():
         print(f"no ceiling, no peak, and XLA instead of the C++ kernels: {reason}")
     print(COLUMNS)
-    ceiling_data = np.ones(options.working_set << 20, np.uint8)
+    working_set = options.working_set << 20
+    # More than any cache keeps, though a piece is read again in every other round.
+    ceiling_data = ordinary_pages(4 * working_set)
     rows: list[Row] = []
     for shape in (None, *SUITES[options.suite]):
         more = (
             bench_overheads(options.seconds)
             if shape is None
-            else bench_shape(shape, ceiling_data, options.seconds)
+            else bench_shape(shape, ceiling_data, working_set, options.seconds)
         )
         for row in more:
             print(show(row), flush=True)

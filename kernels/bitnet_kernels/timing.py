@@ -40,6 +40,7 @@ def interleaved(
     *,
     rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS),
     warmup: int = 2,
+    settle: bool = False,
 ) -> dict[Name, Spread]:
     """Times call(round) of each thing in turn, round after round.
 
@@ -50,6 +51,8 @@ def interleaved(
       budget: seconds for each thing on average.
       rounds: how many there are at least and at most, whatever the budget.
       warmup: rounds that come first and are not counted (compilation, first touch of memory).
+      settle: call each thing once more, not counted, right before it is timed: for some milliseconds after another
+        program, its threads still stand in the way of those of this one.
     """
     for round in range(warmup):
         for call in calls.values():
@@ -58,8 +61,10 @@ def interleaved(
     began, done = time.perf_counter(), 0
     while done < rounds[0] or (done < rounds[1] and time.perf_counter() - began < budget * len(calls)):
         for name, call in calls.items():
+            if settle:
+                call(2 * done)
             start = time.perf_counter()
-            call(done)
+            call(2 * done + 1 if settle else done)
             times[name].append(time.perf_counter() - start)
         done += 1
     return {name: spread(values) for name, values in times.items()}

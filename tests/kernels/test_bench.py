@@ -78,17 +78,18 @@ def test_it_writes_one_row_per_shape_and_format(results: dict[str, Any]) -> None
 
 
 def test_each_thing_is_timed_and_held_against_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The i-th thing takes i seconds: three products of XLA in chains of 2, the formats in chains of 16, limits."""
+    """The i-th thing takes i seconds: three products of XLA in chains of 2, the formats in chains of 64, limits."""
 
-    def counted(calls: dict[str, Any], budget: float) -> dict[str, timing.Spread]:
+    def counted(calls: dict[str, Any], budget: float, settle: bool) -> dict[str, timing.Spread]:
+        assert settle
         return {name: timing.Spread(i, i, i) for i, name in enumerate(calls, start=1)}
 
     monkeypatch.setattr(bench, "interleaved", counted)
-    rows = bench.bench_shape(SUITES["smoke"][0], np.ones(1 << 20, np.uint8), 0)
+    rows = bench.bench_shape(SUITES["smoke"][0], np.ones(1 << 20, np.uint8), 1 << 20, 0)
     for i, row in enumerate(rows, start=4):
-        np.testing.assert_allclose(row["microseconds"], 1e6 * i / 16)
+        np.testing.assert_allclose(row["microseconds"], 1e6 * i / 64)
         for j, name in enumerate(bench.XLA, start=1):
-            np.testing.assert_allclose(row[f"speedup_vs_xla_{name}"], (j / 2) / (i / 16))
+            np.testing.assert_allclose(row[f"speedup_vs_xla_{name}"], (j / 2) / (i / 64))
     if cpu.unavailable() is None:
         read = 4 + len(FORMATS)
         np.testing.assert_allclose(rows[0]["read_ceiling_gbytes_per_second"], (1 << 20) / read / 1e9)
