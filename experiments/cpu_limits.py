@@ -25,7 +25,17 @@ STUDY = Path(__file__).parent / "studies" / "cpu_limits"
 RESULTS = STUDY / "results"
 MODEL = ("-m", "bitnet_jax.cli", "bench")
 KERNELS = ("-m", "bitnet_kernels.bench", "--seconds", "0.3", "--working-set", "512")
-TWO_B = ("--preset", "2b4t", "--prompt", "512", "--generate", "64", "--repeats", "3", "--kv-format", "int8")
+TWO_B = ("--preset", "2b4t", "--prompt", "512", "--generate", "64", "--repeats", "3")
+SHORT = (
+    "--preset",
+    "2b4t",
+    "--prompt",
+    "16",
+    "--generate",
+    "64",
+    "--repeats",
+    "3",
+)  # as engines time decoding
 LARGE = ("--prompt", "16", "--generate", "9", "--repeats", "3", "--head", "int4")
 VNNI = "without amx"  # the fastest instruction set but AMX: what most processors of today have at best
 
@@ -39,6 +49,8 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str | None]] = {
         (*MODEL, *TWO_B, "--recipe", "bitnet_b158", "--ternary-format", "ternary5", "--head", "int4"), None,
     ),
     "2b_ternary_head_bfloat16": ((*MODEL, *TWO_B, "--recipe", "bitnet_b158", "--head", "float"), None),
+    "2b_ternary_short": ((*MODEL, *SHORT, "--recipe", "bitnet_b158", "--head", "int4"), None),
+    "2b_binary_short": ((*MODEL, *SHORT, "--recipe", "bitnet", "--head", "int4"), None),
     "2b_binary": ((*MODEL, *TWO_B, "--recipe", "bitnet", "--head", "int4"), None),
     "2b_binary_vnni": ((*MODEL, *TWO_B, "--recipe", "bitnet", "--head", "int4"), VNNI),
     "100b_binary": ((*MODEL, *LARGE, "--preset", "100b", "--recipe", "bitnet"), None),

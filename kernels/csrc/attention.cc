@@ -188,14 +188,22 @@ class BlockWork {
   Workspace work_;
 };
 
+
+#if defined(__x86_64__)
+// Asked once: in a virtual machine cpuid takes microseconds.
+bool has_fma() {
+  uint32_t eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 12);
+}
+#endif
+
 }  // namespace
 
 const AttentionKernels* find_attention(std::string_view isa) {
   if (find_kernels(isa) == nullptr) return nullptr;
   const auto begins = [&](std::string_view start) { return isa.substr(0, start.size()) == start; };
 #if defined(__x86_64__)
-  uint32_t eax, ebx, ecx, edx;
-  const bool fma = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 12);
+  static const bool fma = has_fma();
   if (begins("avx512") || begins("amx")) return &kAvx512Attention;
   if (begins("avx") && fma) return &kAvx2Attention;
 #elif defined(__aarch64__)

@@ -130,8 +130,9 @@ constexpr Kernels kScalar = {"scalar", matmul<count_scalar<1>, count_scalar<kMos
 const Kernels* find_sign_kernels(std::string_view isa) {
   if (find_kernels(isa) == nullptr) return nullptr;
 #if defined(__x86_64__)
+  static const bool popcnt = has_vpopcntdq();  // asked once: in a virtual machine cpuid takes microseconds
   const auto begins = [&](std::string_view start) { return isa.substr(0, start.size()) == start; };
-  if ((begins("avx512") || begins("amx")) && has_vpopcntdq()) return &kPopcnt;
+  if ((begins("avx512") || begins("amx")) && popcnt) return &kPopcnt;
   if (begins("avx") || begins("amx")) return &kAvx2;
 #endif
   return &kScalar;
