@@ -38,7 +38,8 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
             return zero_state(batch, config.num_heads, config.head_size)
         shape = (batch, length, config.kv_heads, config.head_size)
         # Two arrays, not one twice: a cache is donated, and a buffer can be donated once.
-        keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        stored = "uint16" if dtype == "bfloat16" else dtype  # as bits, see KVCache
+        keys, values = jnp.zeros(shape, stored), jnp.zeros(shape, stored)
         if dtype != "int8":
             return KVCache(keys, values)
         return KVCache(keys, values, jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))

@@ -42,7 +42,8 @@ QK_STE = "clipped"
 class KVCache(NamedTuple):
     """Keys (already rotated) and values of all positions; those not written yet are kept out by `visible`.
 
-    float32 or bfloat16, without scales; or int8 codes with one scale per token and head, see `quantize_kv`.
+    float32; bfloat16, as such or as its bits in uint16 (XLA's CPU converts all of a bfloat16 array to write a few
+    positions of it); or int8 codes with one scale per token and head, see `quantize_kv`.
     """
 
     k: Array  # [B, S, K, h]
@@ -168,6 +169,8 @@ def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""]) -> KVCache
         raise ValueError(f"{T} tokens do not fit into a cache of {S} positions; make a longer cache")
 
     def at_length(old: Array, new: Array) -> Array:
+        if old.dtype == jnp.uint16:
+            new = jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
         return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), length, axis=1)
 
     if cache.k_scale is None or cache.v_scale is None:
@@ -183,6 +186,9 @@ def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""]) -> KVCache
 
 def remembered(cache: KVCache) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
     """The keys and values of a cache; codes become float32."""
+    if cache.k.dtype == jnp.uint16:
+        k, v = (jax.lax.bitcast_convert_type(x, jnp.bfloat16) for x in (cache.k, cache.v))
+        return k, v
     if cache.k_scale is None or cache.v_scale is None:
         return cache.k, cache.v
     k, v = cache.k.astype(jnp.float32), cache.v.astype(jnp.float32)

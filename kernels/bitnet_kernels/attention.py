@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from bitnet_kernels import cpu
 
 IMPLEMENTATIONS = ("cpu", "reference")
-KV_DTYPES = ("float32", "bfloat16", "int8")
+KV_DTYPES = ("float32", "bfloat16", "uint16", "int8")  # uint16: the bits of bfloat16
 
 
 def reference_attention(
@@ -40,6 +40,7 @@ def reference_attention(
     written = jnp.arange(S, dtype=jnp.int32) < length
 
     def floats(x: jax.Array, x_scale: jax.Array | None) -> jax.Array:
+        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
         x = x.astype(jnp.float32)
         x = x if x_scale is None else x * x_scale[..., None]
         return jnp.where(written[None, :, None, None], x, 0.0)
@@ -69,7 +70,7 @@ def cached_attention(
 
     Args:
       q: float [B, T, H, h], computed in float32. Query head j reads kv head j // (H / K).
-      k, v: [B, S, K, h], both float32, bfloat16 or int8. Positions from `length` on are not read.
+      k, v: [B, S, K, h], both float32, bfloat16 (or its bits as uint16) or int8. Positions from `length` on are not read.
       visible: bool [B, T, S], True where query i may read key j. A query that sees no key gives 0.
       scale: a Python number, times q.k.
       length: int32 [], the number of positions that are written; more than S counts as S.

@@ -38,9 +38,10 @@ ffi::Error attention_call(Queries q, ffi::AnyBuffer k, ffi::AnyBuffer v, Scales 
   p.room = k.dimensions()[1], p.kv_heads = k.dimensions()[2];
   switch (k.element_type()) {
     case ffi::F32: p.type = KvType::kFloat32; break;
-    case ffi::BF16: p.type = KvType::kBfloat16; break;
+    case ffi::BF16:
+    case ffi::U16: p.type = KvType::kBfloat16; break;
     case ffi::S8: p.type = KvType::kInt8; break;
-    default: return invalid("expected k and v of float32, bfloat16 or int8");
+    default: return invalid("expected k and v of float32, bfloat16 (or its bits) or int8");
   }
   const int64_t scales = p.type == KvType::kInt8 ? p.room : 0;
   if (p.kv_heads < 1 || p.heads % p.kv_heads != 0 || p.head_size < 1 ||

@@ -84,6 +84,14 @@ def test_the_formula(dtype: str, implementation: str) -> None:
         np.testing.assert_allclose(got, in_float64(arguments, length), **SAME)
 
 
+@pytest.mark.parametrize("implementation", ["reference", None])
+def test_the_bits_of_bfloat16_are_bfloat16(implementation: str | None) -> None:
+    arguments = problem(2, 3, 4, 2, 64, 40, "bfloat16")
+    bits = {name: jax.lax.bitcast_convert_type(arguments[name], jnp.uint16) for name in ("k", "v")}
+    call = functools.partial(cached_attention, implementation=implementation, length=30)
+    np.testing.assert_array_equal(call(**arguments | bits), call(**arguments))
+
+
 SHAPES = st.tuples(
     st.integers(1, 3),  # B
     st.integers(1, 9),  # T

@@ -202,10 +202,23 @@ def test_a_chunk_has_at_least_one_token(variables: dict[str, Any]) -> None:
         stream_tokens(CONFIG, variables, TOKENS, MASK, max_new_tokens=1, chunk=0)
 
 
+@pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "int8"])
+def test_a_step_does_not_copy_the_cache(variables: dict[str, Any], kv_format: str) -> None:
+    room = 20_000
+    config = dataclasses.replace(CONFIG, max_length=room + 10)
+    prompt = jnp.asarray(TOKENS), jnp.asarray(MASK), jax.random.key(0)
+    start = partial(generation._prefill, config, generation.GREEDY, room, (), kv_format)
+    state = jax.eval_shape(start, variables, *prompt)
+    step = partial(generation._advance, config, generation.GREEDY, ())
+    compiled = jax.jit(step, donate_argnums=1).lower(variables, state, prompt[-1], 3).compile()
+    one = state.cache.layers[0].k
+    assert compiled.memory_analysis().temp_size_in_bytes < one.size * one.dtype.itemsize
+
+
 def test_an_empty_cache() -> None:
     cache = init_cache(CONFIG, 3, 10, dtype="bfloat16")
     assert cache.layers[0].k.shape == cache.layers[0].v.shape == (3, 10, 1, 8)
-    assert cache.layers[0].k.dtype == jnp.bfloat16
+    assert cache.layers[0].k.dtype == jnp.uint16  # its bits
     assert (cache.valid.shape, int(cache.length), bool(cache.valid.any())) == ((3, 10), 0, False)
     layer = init_cache(CONFIG, 3, 10, dtype="int8").layers[0]
     assert (layer.k.dtype, layer.v_scale.shape, layer.v_scale.dtype) == (jnp.int8, (3, 10, 1), jnp.float32)
