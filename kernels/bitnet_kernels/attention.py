@@ -70,7 +70,8 @@ def cached_attention(
 
     Args:
       q: float [B, T, H, h], computed in float32. Query head j reads kv head j // (H / K).
-      k, v: [B, S, K, h], both float32, bfloat16 (or its bits as uint16) or int8. Positions from `length` on are not read.
+      k, v: [B, S, K, h], both float32, bfloat16 (or its bits, uint16) or int8. Positions from `length` on are not
+        read.
       visible: bool [B, T, S], True where query i may read key j. A query that sees no key gives 0.
       scale: a Python number, times q.k.
       length: int32 [], the number of positions that are written; more than S counts as S.
