@@ -68,9 +68,10 @@ def fork_join(loops: int = 1000) -> Call | None:
     return Call(lambda round: library.bitnet_kernels_fork_join(loops), loops)
 
 
-def dot_peak(iterations: int = 1 << 17) -> Call | None:
+def dot_peak(iterations: int = 1 << 20) -> Call | None:
     """A call(round) that multiplies int8 on registers with all threads, by the instructions of the set in use; None
-    without the C++ library, or for a set that has no such loop."""
+    without the C++ library, or for a set that has no such loop. It takes some milliseconds: in less, a helper may
+    not be on its way yet."""
     library, _ = cpu.load()
     if library is None:
         return None
