@@ -15,9 +15,8 @@
 //   finish<format>(partial)            a partial sum as Sums
 //   zero, fill, add, divide<scale> (exact), load_sums, store    on Sums
 
-// How far ahead of each stream lines are fetched into L1. From DRAM, a quarter of the speed of binary matrices and a
-// sixth of that of ternary ones hangs on it: the instructions of a block fill the window in which a processor sees its
-// own next loads. 2 and 4 KiB, or into L2, measured 2 to 10 % less.
+// How far ahead of each stream lines are fetched into L1. From DRAM much hangs on it: the instructions of a block fill
+// the window in which a processor sees its own next loads. Tuned on a Xeon; 2 and 4 KiB, or into L2, were no better.
 constexpr int64_t kPrefetchBytes = 3072;
 constexpr int64_t kTileInputs = 2048;  // of the matrix, unpacked at a time: 32 KiB a panel
 

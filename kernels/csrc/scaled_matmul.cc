@@ -11,7 +11,7 @@ constexpr int64_t kRowStep = 12;            // whole register tiles of every ins
 // One row of x. sums of a group lie sums_step apart, its scales n apart; a factor of 1 changes nothing.
 void rescale(const int32_t* sums, const float* scales, int64_t groups, int64_t sums_step, int64_t n, float activation,
              float* y) {
-  if (groups == 1) {  // one pass: for a single row of x it is a twentieth of the time
+  if (groups == 1) {  // one pass: for a single row of x the time shows
     for (int64_t r = 0; r < n; ++r) y[r] = static_cast<float>(sums[r]) * scales[r] * activation;
     return;
   }
