@@ -11,7 +11,6 @@ the threads, the batch, or the queries beside it.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 
 import jax
@@ -91,7 +90,7 @@ def cached_attention(
         raise ValueError(
             f"implementation={implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}"
         )
-    name, isa = _resolve(implementation)
+    name, isa = cpu.resolve("cached_attention", implementation, cpu.unavailable())
     return _attention(float(scale), name, isa)(*arrays, jnp.asarray(length, jnp.int32))
 
 
@@ -126,29 +125,6 @@ def _checked(
     nothing = jnp.zeros((B, 0, K), jnp.float32)
     scales = [nothing if x is None else x for x in (k_scale, v_scale)]
     return q.astype(jnp.float32), k, v, *scales, visible
-
-
-def _resolve(implementation: str | None) -> tuple[str | None, str | None]:
-    """(implementation, instruction set); (None, isa) leaves the choice to the platform of compilation."""
-    if implementation == "reference":
-        return "reference", None
-    obstacle = cpu.unavailable()
-    if not obstacle:
-        return implementation, cpu.isa()
-    if implementation == "cpu":
-        raise NotImplementedError(f"implementation='cpu' cannot be used: {obstacle}")
-    _warn_once(obstacle)
-    return "reference", None
-
-
-@functools.cache
-def _warn_once(obstacle: str) -> None:
-    if jax.default_backend() == "cpu":
-        warnings.warn(
-            f"cached_attention runs on XLA, much slower than the C++ kernels: {obstacle}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
 
 
 @functools.cache

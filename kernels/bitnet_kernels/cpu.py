@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,34 @@ def isa() -> str:
             f"expected one of {', '.join(available)}"
         )
     return forced
+
+
+def resolve(
+    operation: str, implementation: str | None, obstacle: str | None
+) -> tuple[str | None, str | None]:
+    """(implementation, instruction set) of an operation that obstacle keeps from the C++ kernels, if anything does.
+
+    (None, isa) leaves the choice to the platform of compilation. Where the kernels would be missed, XLA takes their
+    place with one warning; implementation="cpu" is an order then refused by a NotImplementedError.
+    """
+    if implementation == "reference":
+        return "reference", None
+    if not obstacle:
+        return implementation, isa()
+    if implementation == "cpu":
+        raise NotImplementedError(f"implementation='cpu' cannot be used: {obstacle}")
+    warn_once(operation, obstacle)
+    return "reference", None
+
+
+@functools.cache
+def warn_once(operation: str, obstacle: str) -> None:
+    if jax.default_backend() == "cpu":
+        warnings.warn(
+            f"{operation} runs on XLA, much slower than the C++ kernels: {obstacle}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def set_thread_count(count: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -47,25 +46,7 @@ def choose_isa(implementation: str | None) -> str | None:
     """The instruction set of the C++ kernels, or None for the reference; see bfloat16_logits."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r}; expected None or one of {IMPLEMENTATIONS}")
-    absent = cpu.unavailable()
-    if implementation == "cpu" and absent:
-        raise NotImplementedError(f"implementation='cpu' cannot be used: {absent}")
-    if implementation == "reference":
-        return None
-    if absent:
-        _warn_once(absent)
-        return None
-    return cpu.isa()
-
-
-@functools.cache
-def _warn_once(obstacle: str) -> None:
-    if jax.default_backend() == "cpu":
-        warnings.warn(
-            f"the output head runs on XLA, much slower than the C++ kernels: {obstacle}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    return cpu.resolve("the output head", implementation, cpu.unavailable())[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

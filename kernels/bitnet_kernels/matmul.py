@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -110,31 +109,9 @@ def packed_matmuls(
 
     if implementation == "cpu" and x.dtype != np.int8 and activation_bits is None:
         raise NotImplementedError("implementation='cpu' has no product of float activations; use 'reference'")
-    name, isa = _resolve(implementation, ws)
-    return _matmuls(x, tuple(ws), activation_bits, name, isa)
-
-
-def _resolve(implementation: str | None, ws: Sequence[PackedArray]) -> tuple[str | None, str | None]:
-    """(implementation, instruction set); (None, isa) leaves the choice to the platform of compilation."""
-    if implementation == "reference":
-        return "reference", None
     obstacle = next(filter(None, map(_cpu_obstacle, ws)), None)
-    if not obstacle:
-        return implementation, cpu.isa()
-    if implementation == "cpu":
-        raise NotImplementedError(f"implementation='cpu' cannot be used: {obstacle}")
-    _warn_once(obstacle)
-    return "reference", None
-
-
-@functools.cache
-def _warn_once(obstacle: str) -> None:
-    if jax.default_backend() == "cpu":
-        warnings.warn(
-            f"packed_matmul runs on XLA, much slower than the C++ kernels: {obstacle}",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+    name, isa = cpu.resolve("packed_matmul", implementation, obstacle)
+    return _matmuls(x, tuple(ws), activation_bits, name, isa)
 
 
 @jax.jit(static_argnums=(2, 3, 4))

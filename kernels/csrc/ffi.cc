@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "ffi_errors.h"
 #include "integer_matmul.h"
 #include "isa.h"
 #include "scaled_matmul.h"
@@ -31,14 +32,6 @@ using Bytes = ffi::Buffer<ffi::S8, 2>;
 using Codes = ffi::Buffer<ffi::U8, 3>;
 using Floats = ffi::Buffer<ffi::F32, 2>;
 using Sums = ffi::Buffer<ffi::S32, 3>;
-
-ffi::Error invalid(std::string message) { return ffi::Error::InvalidArgument("bitnet_kernels: " + std::move(message)); }
-
-std::string dims(ffi::AnyBuffer::Dimensions dimensions) {
-  std::string text = "[";
-  for (int64_t dim : dimensions) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
-  return text + "]";
-}
 
 // Fills a problem from a matrix and the shape of its result, or says what does not fit. x, x_sums and y stay empty.
 ffi::Error make_problem(int64_t m, int64_t k, Codes w, int64_t format, int64_t groups, int64_t n, Problem& p) {
@@ -135,10 +128,6 @@ void run(const std::vector<Problem>& problems, const Work& work) {
     next = expected_after(call);
   }
   parallel_for(items, run_item, next);
-}
-
-ffi::Error unknown_isa(std::string_view isa) {
-  return invalid("isa=" + std::string(isa) + " is not available; expected one of " + bitnet_kernels_available_isas());
 }
 
 ffi::Error integer_call(Bytes x, Codes w, int64_t format, std::string_view isa, ffi::Result<Sums> y) {

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "attention.h"
+#include "ffi_errors.h"
 #include "isa.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -18,8 +19,6 @@ using Visible = ffi::Buffer<ffi::PRED, 3>;
 using Scales = ffi::Buffer<ffi::F32, 3>;
 using Length = ffi::Buffer<ffi::S32, 0>;
 
-ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgument("bitnet_kernels: " + message); }
-
 bool has_shape(ffi::AnyBuffer::Dimensions dims, std::initializer_list<int64_t> expected) {
   return std::equal(dims.begin(), dims.end(), expected.begin(), expected.end());
 }
@@ -28,9 +27,7 @@ ffi::Error attention_call(Queries q, ffi::AnyBuffer k, ffi::AnyBuffer v, Scales 
                           Visible visible, Length length, float scale, std::string_view isa,
                           ffi::Result<Queries> out) {
   const AttentionKernels* kernels = find_attention(isa);
-  if (kernels == nullptr) {
-    return invalid("isa=" + std::string(isa) + " is not available; expected one of " + bitnet_kernels_available_isas());
-  }
+  if (kernels == nullptr) return unknown_isa(isa);
   AttentionProblem p{};
   const auto dims = q.dimensions();
   p.batch = dims[0], p.tokens = dims[1], p.heads = dims[2], p.head_size = dims[3];

@@ -5,6 +5,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "ffi_errors.h"
 #include "float_mode.h"
 #include "head.h"
 #include "head_exact.h"
@@ -32,15 +33,6 @@ using Floats = ffi::Buffer<ffi::F32, 1>;
 using Norms = ffi::Buffer<ffi::F32, 2>;
 using Counts = ffi::Buffer<ffi::S32, 1>;
 
-ffi::Error invalid(std::string message) { return ffi::Error::InvalidArgument("bitnet_kernels: " + std::move(message)); }
-
-template <typename Buffer>
-std::string dims(const Buffer& buffer) {
-  std::string text = "[";
-  for (int64_t dim : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
-  return text + "]";
-}
-
 // Runs rows(begin, end) over the n rows of a table, on all threads, in pieces of about item_bytes.
 template <typename Rows>
 void for_rows(int64_t n, int64_t row_bytes, int64_t item_bytes, Rows rows) {
@@ -57,18 +49,15 @@ HeadRows available_head_rows(std::string_view isa) {
   return find_kernels(isa) == nullptr ? nullptr : find_head_rows(isa);
 }
 
-ffi::Error unknown_isa(std::string_view isa) {
-  return invalid("isa=" + std::string(isa) + " is not available; expected one of " + bitnet_kernels_available_isas());
-}
-
 // Fills a problem from the buffers of a call, or says what does not fit.
 ffi::Error make_problem(Inputs x, Table table, Logits y, HeadProblem& p) {
   p = {x.dimensions()[0], table.dimensions()[0], x.dimensions()[1], x.typed_data(), table.typed_data(), y.typed_data()};
   if (table.dimensions()[1] != p.k || y.dimensions()[0] != p.m || y.dimensions()[1] != p.n) {
-    return invalid("expected x[m, k], table[n, k] and y[m, n]; got x" + dims(x) + ", table" + dims(table) + ", y" +
-                   dims(y));
+    return invalid("expected x[m, k], table[n, k] and y[m, n]; got x" + dims(x.dimensions()) + ", table" +
+                   dims(table.dimensions()) + ", y" +
+                   dims(y.dimensions()));
   }
-  if (p.k < 1) return invalid("expected at least one input; got x" + dims(x));
+  if (p.k < 1) return invalid("expected at least one input; got x" + dims(x.dimensions()));
   return ffi::Error::Success();
 }
 
@@ -103,9 +92,10 @@ ffi::Error exact_call(Inputs x, Table table, Digits digits, Floats x_scale, Sums
   if (!has(digits, {2 * m, k}) || !has(x_scale, {m}) || !has(sums, {2 * m, n}) || !has(w_scale, {n}) ||
       !has(norms, {2, n}) || !has(*candidates, {m})) {
     return invalid("expected digits[2 m, k], x_scale[m], sums[2 m, n], w_scale[n], norms[2, n], candidates[m]; got x" +
-                   dims(x) + ", table" + dims(table) + ", digits" + dims(digits) + ", x_scale" + dims(x_scale) +
-                   ", sums" + dims(sums) + ", w_scale" + dims(w_scale) + ", norms" + dims(norms) + ", candidates" +
-                   dims(*candidates));
+                   dims(x.dimensions()) + ", table" + dims(table.dimensions()) + ", digits" + dims(digits.dimensions()) +
+                   ", x_scale" + dims(x_scale.dimensions()) + ", sums" + dims(sums.dimensions()) + ", w_scale" +
+                   dims(w_scale.dimensions()) + ", norms" + dims(norms.dimensions()) + ", candidates" +
+                   dims(candidates->dimensions()));
   }
   if (k > kMaxExactInputs || top < 1) {
     return invalid("k=" + std::to_string(k) + ", top=" + std::to_string(top) + "; expected k of at most " +

@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 
+#include "ffi_errors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -19,8 +20,8 @@ using Rows = ffi::Buffer<ffi::F32, 2>;
 ffi::Error lookup_call(Table table, Indices indices, ffi::Result<Rows> rows) {
   const int64_t n = table.dimensions()[0], k = table.dimensions()[1], m = indices.dimensions()[0];
   if (rows->dimensions()[0] != m || rows->dimensions()[1] != k) {
-    return ffi::Error::InvalidArgument("bitnet_kernels: expected rows[" + std::to_string(m) + ", " + std::to_string(k) +
-                                       "] of table[n, k] and " + std::to_string(m) + " indices");
+    return invalid("expected rows[" + std::to_string(m) + ", " + std::to_string(k) + "] of table[n, k] and " +
+                   std::to_string(m) + " indices; got rows" + dims(rows->dimensions()));
   }
   const uint16_t* values = reinterpret_cast<const uint16_t*>(table.typed_data());
   float* out = rows->typed_data();

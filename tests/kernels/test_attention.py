@@ -233,7 +233,7 @@ def test_a_named_implementation_never_falls_back(monkeypatch: pytest.MonkeyPatch
     arguments = problem(1, 1, 2, 1, 8, 9, "float32")
     with pytest.raises(NotImplementedError, match="it was eaten"):
         cached_attention(**arguments, length=9, implementation="cpu")
-    attention._warn_once.cache_clear()
+    cpu.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="it was eaten"):
         got = cached_attention(**arguments, length=9)
     np.testing.assert_array_equal(got, reference_attention(**arguments, length=9))

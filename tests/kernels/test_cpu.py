@@ -264,7 +264,7 @@ def library_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place for another library than the built one."""
     path = tmp_path / "_cpu.so"
     monkeypatch.setattr(cpu, "LIBRARY", path)
-    matmul._warn_once.cache_clear()
+    cpu.warn_once.cache_clear()
     return path
 
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bitnet_kernels import bfloat16_logits, cpu, exact_top_logits, head, head_bounds, pack
+from bitnet_kernels import bfloat16_logits, cpu, exact_top_logits, head_bounds, pack
 
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 ISAS = cpu.available_isas()
@@ -154,7 +154,7 @@ def test_the_custom_call_refuses(table, y, isa: str, message: str) -> None:
 
 def test_without_a_library_xla_multiplies_after_a_warning(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
-    head._warn_once.cache_clear()
+    cpu.warn_once.cache_clear()
     x, table = operands(2, 20, 48)
     w = pack(np.zeros((20, 48), np.int8), np.ones((20, 1), np.float32), "int8")
     with pytest.warns(RuntimeWarning, match="the output head runs on XLA.*was not built"):
@@ -167,4 +167,4 @@ def test_without_a_library_xla_multiplies_after_a_warning(monkeypatch, tmp_path)
     for function in (bfloat16_logits, lambda *a, **o: exact_top_logits(*a, w, head_bounds(table, w), 1, **o)):
         with pytest.raises(NotImplementedError, match="implementation='cpu' cannot be used: none.so"):
             function(x, table, implementation="cpu")
-    head._warn_once.cache_clear()
+    cpu.warn_once.cache_clear()
