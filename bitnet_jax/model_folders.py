@@ -61,9 +61,10 @@ def load_model(folder: str | Path, *, step: int | None = None, verify: bool | No
         config, variables = huggingface.load(folder)
         text = folder / "tokenizer.json"
         read = from_json(text.read_text(encoding="utf-8")) if text.exists() else None
-        return LoadedModel("hugging face", config, variables, read)
+        return LoadedModel("hugging face", config, packing.for_this_platform(variables), read)
     if (folder / storage.MODEL).exists():
-        return LoadedModel("packed", *storage.load_packed(folder, verify=verify))
+        config, variables, read = storage.load_packed(folder, verify=verify)
+        return LoadedModel("packed", config, packing.for_this_platform(variables), read)
     raise FileNotFoundError(f"got {folder}, expected checkpoints/ (a run) or {storage.MODEL} (a model) in it")
 
 

@@ -27,7 +27,7 @@ from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.embedding import rounded
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import Quantized
-from bitnet_kernels import FORMATS, PackedArray, unpack
+from bitnet_kernels import FORMATS, PackedArray, for_platform, unpack
 from bitnet_kernels import pack as pack_codes
 
 Variables = Mapping[str, Any]
@@ -122,6 +122,15 @@ def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[Mod
         packed["lm_head"] = {"weight": _pack_one("lm_head", _quantize(changed, flat, "lm_head"), head)}
         params.pop("lm_head", None)
     return changed, {"params": params, "packed": packed}
+
+
+def for_this_platform(variables: Variables) -> dict[str, Any]:
+    """Packed matrices in the layout of the kernels at hand; on a CPU they stay as they are."""
+    return jax.tree.map(
+        lambda leaf: for_platform(leaf) if isinstance(leaf, PackedArray) else leaf,
+        dict(variables),
+        is_leaf=lambda leaf: isinstance(leaf, PackedArray),
+    )
 
 
 @functools.lru_cache(maxsize=8)

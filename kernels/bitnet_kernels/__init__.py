@@ -1,7 +1,7 @@
 """Kernels for matrices of one to eight bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
 
 from bitnet_kernels.attention import cached_attention, reference_attention
-from bitnet_kernels.formats import dequantize, pack, unpack
+from bitnet_kernels.formats import dequantize, pack, relayout, unpack
 from bitnet_kernels.head import bfloat16_logits
 from bitnet_kernels.head_exact import TopLogits, exact_top_logits, head_bounds
 from bitnet_kernels.lookup import bfloat16_rows
@@ -9,6 +9,7 @@ from bitnet_kernels.matmul import (
     IMPLEMENTATIONS,
     Choice,
     choose_implementation,
+    for_platform,
     packed_matmul,
     packed_matmuls,
 )
@@ -27,11 +28,13 @@ __all__ = [
     "choose_implementation",
     "dequantize",
     "exact_top_logits",
+    "for_platform",
     "head_bounds",
     "pack",
     "packed_matmul",
     "packed_matmuls",
     "reference_attention",
+    "relayout",
     "unpack",
     "validate",
 ]

@@ -10,12 +10,11 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from bitnet_kernels.batching import fold_batches
 from bitnet_kernels.packed import FORMATS, PackedArray
 
 LIBRARY = Path(__file__).parent / "_cpu.so"
@@ -123,18 +122,15 @@ def resolve(
         return implementation, isa()
     if implementation == "cpu":
         raise NotImplementedError(f"implementation='cpu' cannot be used: {obstacle}")
-    warn_once(operation, obstacle)
+    if jax.default_backend() == "cpu":
+        warn_once(operation, obstacle)
     return "reference", None
 
 
 @functools.cache
 def warn_once(operation: str, obstacle: str) -> None:
-    if jax.default_backend() == "cpu":
-        warnings.warn(
-            f"{operation} runs on XLA, much slower than the C++ kernels: {obstacle}",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+    message = f"{operation} runs on XLA, much slower than the kernels: {obstacle}"
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def set_thread_count(count: int) -> None:
@@ -188,11 +184,13 @@ def lookup(table: jax.Array, indices: jax.Array) -> jax.Array:
 
 @functools.cache
 def _logits_call(isa_name: str) -> Callable[..., jax.Array]:
+    load()
+
     def call(x: jax.Array, table: jax.Array) -> jax.Array:
         y = jax.ShapeDtypeStruct((x.shape[0], table.shape[0]), np.float32)
         return jax.ffi.ffi_call(_LOGITS_TARGET, y)(x, table, isa=isa_name)
 
-    return _fold_batches(call, rows_axis=0)
+    return fold_batches(call, rows_axis=0)
 
 
 def exact_top_logits(
@@ -212,19 +210,21 @@ def exact_top_logits(
 
 @functools.cache
 def _integer_call(format: str, groups: int, n: int, isa_name: str) -> Callable[..., jax.Array]:
+    load()
     number = np.int64(list(FORMATS).index(format))
 
     def call(x: jax.Array, codes: jax.Array) -> jax.Array:
         sums = jax.ShapeDtypeStruct((groups, x.shape[0], n), np.int32)
         return jax.ffi.ffi_call(_INTEGER_TARGET, sums)(x, codes, format=number, isa=isa_name)
 
-    return _fold_batches(call, rows_axis=1)
+    return fold_batches(call, rows_axis=1)
 
 
 @functools.cache
 def _scaled_call(
     matrices: tuple[tuple[str, int], ...], activation_bits: int, isa_name: str
 ) -> Callable[..., tuple[jax.Array, ...]]:
+    load()
     numbers = np.array([list(FORMATS).index(format) for format, _ in matrices], np.int64)
 
     def call(x: jax.Array, *codes_and_scales: jax.Array) -> tuple[jax.Array, ...]:
@@ -233,7 +233,7 @@ def _scaled_call(
         bits = np.int64(activation_bits)
         return tuple(call(x, *codes_and_scales, formats=numbers, activation_bits=bits, isa=isa_name))
 
-    return _fold_batches(call, rows_axis=0)
+    return fold_batches(call, rows_axis=0)
 
 
 @functools.cache
@@ -247,35 +247,3 @@ def attention(scale: float, isa_name: str) -> Callable[..., jax.Array]:
         return jax.ffi.ffi_call(_ATTENTION_TARGET, out)(q, *others, scale=np.float32(scale), isa=isa_name)
 
     return call
-
-
-def _fold_batches(call: Callable[..., Any], rows_axis: int) -> Callable[..., Any]:
-    """call(x [m, k], *matrices) under vmap: more rows where only x is batched, else one call after the other.
-
-    rows_axis: the axis of every result that holds the rows of x.
-    """
-    load()
-    batched_call = jax.custom_batching.custom_vmap(call)
-
-    @batched_call.def_vmap
-    def rule(axis_size: int, batched: list[bool], *arrays: jax.Array) -> tuple[Any, Any]:
-        if any(batched[1:]):
-            several = [array for array, is_batched in zip(arrays, batched, strict=True) if is_batched]
-
-            def one(slices: list[jax.Array]) -> Any:
-                taken = iter(slices)
-                return batched_call(*(next(taken) if b else a for a, b in zip(arrays, batched, strict=True)))
-
-            results = jax.lax.map(one, several)
-        else:
-            x, *matrices = arrays
-            results = batched_call(x.reshape(axis_size * x.shape[1], x.shape[2]), *matrices)
-
-            def unfold(y: jax.Array) -> jax.Array:
-                shape = (*y.shape[:rows_axis], axis_size, x.shape[1], *y.shape[rows_axis + 1 :])
-                return jnp.moveaxis(y.reshape(shape), rows_axis, 0)
-
-            results = jax.tree.map(unfold, results)
-        return results, jax.tree.map(lambda _: True, results)
-
-    return batched_call

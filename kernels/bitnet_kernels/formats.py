@@ -12,8 +12,8 @@ import numpy as np
 
 from bitnet_kernels.packed import (
     FORMATS,
-    LAYOUTS,
     PANEL_ROWS,
+    PLANE_K,
     PackedArray,
     codes_shape,
     validate_scale,
@@ -28,8 +28,8 @@ def pack(codes: jax.Array, scale: jax.Array, format: str, layout: str = "panel16
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; expected one of {sorted(FORMATS)}")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; expected one of {sorted(LAYOUTS)}")
+    if layout not in FORMATS[format].layouts:
+        raise ValueError(f"layout={layout!r} of {format}; expected one of {FORMATS[format].layouts}")
     if codes.dtype != np.int8 or codes.ndim != 2 or min(codes.shape) < 1:
         raise ValueError(f"codes are {codes.dtype}{list(codes.shape)}; expected int8[n, k], n >= 1, k >= 1")
     n, k = codes.shape
@@ -40,18 +40,22 @@ def pack(codes: jax.Array, scale: jax.Array, format: str, layout: str = "panel16
         found = np.unique(np.asarray(codes))
         if not set(found.tolist()) <= set(form.values):
             raise ValueError(f"codes hold the values {found.tolist()}; {format} can hold {list(form.values)}")
-    packed = _encode(jnp.asarray(codes), format, scale.shape[1])
-    return PackedArray(packed, scale, format, layout, (n, k))
+    encode, _ = _CODECS[layout]
+    return PackedArray(encode(jnp.asarray(codes), format, scale.shape[1]), scale, format, layout, (n, k))
+
+
+def relayout(w: PackedArray, layout: str) -> PackedArray:
+    """The same matrix in another layout: the same codes and the same scale, bit for bit."""
+    return w if w.layout == layout else pack(unpack(w), w.scale, w.format, layout)
 
 
 @jax.jit(static_argnames=("format", "groups"))
-def _encode(codes: jax.Array, format: str, groups: int) -> jax.Array:
+def _encode_panels(codes: jax.Array, format: str, groups: int) -> jax.Array:
     """int8 [n, k] -> uint8 [panels, blocks, 64]."""
     form = FORMATS[format]
     n, k = codes.shape
     panels, blocks, block_bytes = codes_shape(format, (n, k), groups)
-    # Padded as fields, so that padding is zero; in uint8, where code - lowest of int8 does not overflow.
-    fields = (codes.astype(jnp.uint8) - jnp.uint8(form.values.start % 256)) // jnp.uint8(form.values.step)
+    fields = _fields(codes, format)  # padded as fields, so that padding is zero
     fields = fields.reshape(n, groups, k // groups)
     row_padding, group_padding = panels * PANEL_ROWS - n, blocks * form.block_k // groups - k // groups
     fields = jnp.pad(fields, ((0, row_padding), (0, 0), (0, group_padding)))
@@ -62,11 +66,24 @@ def _encode(codes: jax.Array, format: str, groups: int) -> jax.Array:
 
 def unpack(w: PackedArray) -> jax.Array:
     """The integer codes int8 [n, k] of a packed matrix; unpack(pack(codes, ...)) == codes."""
-    return _decode(w.codes, w.format, w.shape, w.groups)
+    _, decode = _CODECS[w.layout]
+    return decode(w.codes, w.format, w.shape, w.groups)
+
+
+def _fields(codes: jax.Array, format: str) -> jax.Array:
+    """Codes as indices into the values of the format, in uint8, where code - lowest of int8 does not overflow."""
+    values = FORMATS[format].values
+    return (codes.astype(jnp.uint8) - jnp.uint8(values.start % 256)) // jnp.uint8(values.step)
+
+
+def _codes(fields: jax.Array, format: str) -> jax.Array:
+    """The inverse of _fields."""
+    values = FORMATS[format].values
+    return (fields * jnp.uint8(values.step) + jnp.uint8(values.start % 256)).astype(jnp.int8)
 
 
 @jax.jit(static_argnames=("format", "shape", "groups"))
-def _decode(packed: jax.Array, format: str, shape: tuple[int, int], groups: int) -> jax.Array:
+def _decode_panels(packed: jax.Array, format: str, shape: tuple[int, int], groups: int) -> jax.Array:
     """uint8 [panels, blocks, 64] -> int8 [n, k]."""
     form = FORMATS[format]
     (n, k), (panels, blocks, _) = shape, packed.shape
@@ -75,13 +92,70 @@ def _decode(packed: jax.Array, format: str, shape: tuple[int, int], groups: int)
     row_bytes = jax.lax.bitcast_convert_type(words.transpose(0, 2, 1), jnp.uint8)
     fields = [_digit(row_bytes, s, form.base) for s in range(form.fields)]
     padded = jnp.stack(fields, axis=-2).reshape(panels * PANEL_ROWS, groups, blocks * form.block_k // groups)
-    fields = padded[:n, :, : k // groups].reshape(n, k) * jnp.uint8(form.values.step)
-    return (fields + jnp.uint8(form.values.start % 256)).astype(jnp.int8)
+    return _codes(padded[:n, :, : k // groups].reshape(n, k), format)
 
 
 def _digit(byte: jax.Array, s: int, base: int) -> jax.Array:
     """Digit s of a uint8 in a base; base 256 has one digit and does not fit the type."""
     return byte if base == 256 else byte // jnp.uint8(base**s) % jnp.uint8(base)
+
+
+@jax.jit(static_argnames=("format", "groups"))
+def _encode_columns(codes: jax.Array, format: str, groups: int) -> jax.Array:
+    """int8 [n, k] -> uint8 [K / P, n]; scale groups change nothing."""
+    (n, k), form = codes.shape, FORMATS[format]
+    rows, _ = codes_shape(format, (n, k), groups, "column")
+    padded = jnp.pad(codes.T, ((0, rows * form.fields - k), (0, 0)))
+    if format == "binary":  # [units, halves, 4 q + s] -> bit 2 s + half of byte q
+        padded = padded.reshape(-1, 2, 8, 4, n).transpose(0, 2, 3, 1, 4)
+        fields = (padded < 0).astype(jnp.uint8).reshape(rows, 8, n)
+    else:
+        fields = padded.astype(jnp.uint8).reshape(rows, form.fields, n) & jnp.uint8(form.base - 1)
+    return _join(fields, form.base)
+
+
+@jax.jit(static_argnames=("format", "shape", "groups"))
+def _decode_columns(packed: jax.Array, format: str, shape: tuple[int, int], groups: int) -> jax.Array:
+    """uint8 [K / P, n] -> int8 [n, k]."""
+    (n, k), form = shape, FORMATS[format]
+    fields = jnp.stack([_digit(packed, s, form.base) for s in range(form.fields)], axis=1)
+    if format == "binary":
+        signs = fields.reshape(-1, 8, 4, 2, n).transpose(0, 3, 1, 2, 4).reshape(-1, n)
+        return (1 - 2 * signs.astype(jnp.int8))[:k].T
+    left = 8 - 8 // form.fields  # the field to the top of the byte and back, with its sign
+    codes = (fields << left).astype(jnp.int8) >> left
+    return codes.reshape(-1, n)[:k].T
+
+
+@jax.jit(static_argnames=("format", "groups"))
+def _encode_planes(codes: jax.Array, format: str, groups: int) -> jax.Array:
+    """int8 [n, k] -> uint8 [N, K / P]."""
+    (n, k), form = codes.shape, FORMATS[format]
+    rows, row_bytes = codes_shape(format, (n, k), groups, "plane")
+    fields = jnp.pad(_fields(codes, format), ((0, rows - n), (0, row_bytes * form.fields - k)))
+    fields = fields.reshape(-1, form.fields, PLANE_K // form.fields)
+    return _join(fields, form.base).reshape(rows, row_bytes)
+
+
+@jax.jit(static_argnames=("format", "shape", "groups"))
+def _decode_planes(packed: jax.Array, format: str, shape: tuple[int, int], groups: int) -> jax.Array:
+    """uint8 [N, K / P] -> int8 [n, k]."""
+    (n, k), form = shape, FORMATS[format]
+    steps = packed.reshape(packed.shape[0], -1, 1, PLANE_K // form.fields)
+    fields = jnp.concatenate([_digit(steps, s, form.base) for s in range(form.fields)], axis=2)
+    return _codes(fields.reshape(packed.shape[0], -1)[:n, :k], format)
+
+
+def _join(fields: jax.Array, base: int) -> jax.Array:
+    """uint8 [rows, fields, columns] -> uint8 [rows, columns]: the bytes whose digits the fields are."""
+    return sum((fields[:, s] * jnp.uint8(base**s) for s in range(1, fields.shape[1])), start=fields[:, 0])
+
+
+_CODECS = {
+    "panel16": (_encode_panels, _decode_panels),
+    "column": (_encode_columns, _decode_columns),
+    "plane": (_encode_planes, _decode_planes),
+}
 
 
 def dequantize(w: PackedArray) -> jax.Array:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -12,19 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_kernels import cpu, reference
-from bitnet_kernels.formats import dequantize
-from bitnet_kernels.packed import FORMATS, PackedArray, validate
+from bitnet_kernels.cpu import warn_once
+from bitnet_kernels.formats import dequantize, relayout
+from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
 
 # x [m, k], int8 codes or float32, and packed matrices -> float32 [m, n] of each
 ScaledMatmuls = Callable[[jax.Array, Sequence[PackedArray]], tuple[jax.Array, ...]]
-IMPLEMENTATIONS: dict[str, ScaledMatmuls] = {
-    "cpu": cpu.scaled_matmuls,
-    "reference": reference.scaled_matmuls,
-}
+IMPLEMENTATIONS = ("cpu", "gpu", "reference", "tpu")
+_XLA_PLATFORM = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # what lax.platform_dependent calls them
 
 
 class Choice(NamedTuple):
-    """What packed_matmul runs, and why: a key of IMPLEMENTATIONS, its instruction set if it has one."""
+    """What packed_matmul runs, and why: one of IMPLEMENTATIONS, its instruction set if it has one."""
 
     name: str
     isa: str | None
@@ -38,24 +39,44 @@ def choose_implementation(w: PackedArray, platform: str | None = None) -> Choice
     BITNET_KERNELS_ISA names an instruction set that this machine lacks.
     """
     platform = platform or jax.default_backend()
-    if platform != "cpu":
-        return Choice(
-            "reference", None, f"no kernel for platform {platform!r} yet: XLA unpacks and multiplies"
-        )
-    reason = _cpu_obstacle(w)
+    reason = _obstacle(w, platform)
     if reason:
-        return Choice("reference", None, reason)
+        return Choice("reference", None, f"XLA unpacks and multiplies: {reason}")
+    if platform != "cpu":
+        return Choice(platform, None, f"Pallas kernel for layout {w.layout}")
     isa = cpu.isa()
     forced = os.environ.get(cpu.ISA_VARIABLE)
     why = f"forced by {cpu.ISA_VARIABLE}" if forced else f"fastest of {', '.join(cpu.available_isas())}"
     return Choice("cpu", isa, f"C++ custom call, {isa} {why}")
 
 
-def _cpu_obstacle(w: PackedArray) -> str | None:
-    """Why the C++ kernels cannot multiply by w, or None."""
+def for_platform(w: PackedArray, platform: str | None = None) -> PackedArray:
+    """w in the layout of the kernels of a platform (None: JAX's default); unchanged where none can multiply by it."""
+    platform = platform or jax.default_backend()
+    layout = next((name for name, where in LAYOUTS.items() if where == platform), None)
+    if layout in (None, w.layout) or layout not in FORMATS[w.format].layouts:
+        return w
+    moved = relayout(w, layout)
+    return w if _obstacle(moved, platform) else moved
+
+
+def _obstacle(w: PackedArray, platform: str) -> str | None:
+    """Why the kernels of a platform cannot multiply by w, or None."""
+    layout = next((name for name, where in LAYOUTS.items() if where == platform), None)
+    if layout is None:
+        return f"there are no kernels for platform {platform!r}"
+    if w.layout != layout:
+        if layout not in FORMATS[w.format].layouts:
+            return f"{w.format} has no layout for platform {platform!r}"
+        return f"layout {w.layout!r} is for platform {LAYOUTS[w.layout]!r}; call relayout(w, {layout!r}) once"
     if w.group_size > (most := FORMATS[w.format].max_inputs):
         return f"k={w.group_size} inputs a group exceed the {most} of the int32 accumulators of {w.format}"
-    return cpu.unavailable()
+    return cpu.unavailable() if platform == "cpu" else _pallas(platform).obstacle(w)
+
+
+def _pallas(platform: str) -> ModuleType:
+    """The Pallas backend of a platform, imported where it is needed: a CPU does without Pallas."""
+    return importlib.import_module(f"bitnet_kernels.pallas_{platform}")
 
 
 def packed_matmul(
@@ -72,8 +93,9 @@ def packed_matmul(
     x float, activation_bits=None: weight-only; a float32 product with the unpacked codes, by XLA.
 
     implementation=None takes what choose_implementation names, on the platform that the code is compiled
-    for; "cpu" or "reference" is an order, refused by a NotImplementedError with the reason where it cannot be
-    followed. All give the same bits. BITNET_KERNELS_ISA is read when a call is traced.
+    for: the kernels of that platform need their own layout of w (LAYOUTS; relayout converts). A name is an order,
+    refused by a NotImplementedError with the reason where it cannot be followed. All give the same bits.
+    BITNET_KERNELS_ISA is read when a call is traced.
     Works under jit, grad, vmap (of x and of w), scan and while_loop; inside shard_map, build a PackedArray of
     the local codes and scale with the local shape.
     """
@@ -107,40 +129,67 @@ def packed_matmuls(
             f"implementation={implementation!r}; expected None or one of {sorted(IMPLEMENTATIONS)}"
         )
 
-    if implementation == "cpu" and x.dtype != np.int8 and activation_bits is None:
-        raise NotImplementedError("implementation='cpu' has no product of float activations; use 'reference'")
-    obstacle = next(filter(None, map(_cpu_obstacle, ws)), None)
-    name, isa = cpu.resolve("packed_matmul", implementation, obstacle)
-    return _matmuls(x, tuple(ws), activation_bits, name, isa)
+    if x.dtype != np.int8 and activation_bits is None:
+        if implementation not in (None, "reference"):
+            raise NotImplementedError(
+                f"implementation={implementation!r} has no product of float activations; use 'reference'"
+            )
+        return _matmuls(x, tuple(ws), None, "reference", None, False)
+    return _matmuls(x, tuple(ws), activation_bits, *_resolve(ws, implementation))
 
 
-@jax.jit(static_argnums=(2, 3, 4))
+def _resolve(ws: Sequence[PackedArray], implementation: str | None) -> tuple[str, str | None, bool]:
+    """(implementation, its instruction set, whether nothing else may run), with a warning where XLA steps in."""
+    if implementation == "reference":
+        return "reference", None, True
+    kernels, here = implementation or LAYOUTS[ws[0].layout], jax.default_backend()
+    obstacle = _first_obstacle(ws, kernels)
+    if implementation and obstacle:
+        raise NotImplementedError(f"implementation={implementation!r} cannot be used: {obstacle}")
+    if not implementation and (missed := obstacle if here == kernels else _first_obstacle(ws, here)):
+        warn_once("packed_matmul", missed)
+    if obstacle:
+        return "reference", None, True
+    return kernels, cpu.isa() if kernels == "cpu" else None, implementation is not None
+
+
+def _first_obstacle(ws: Sequence[PackedArray], platform: str) -> str | None:
+    return next(filter(None, (_obstacle(w, platform) for w in ws)), None)
+
+
+@jax.jit(static_argnums=(2, 3, 4, 5))
 def _matmuls(
     x: jax.Array,
     ws: tuple[PackedArray, ...],
     activation_bits: int | None,
-    implementation: str | None,
+    implementation: str,
     isa: str | None,
+    ordered: bool,
 ) -> tuple[jax.Array, ...]:
-    multiply = _scaled_matmuls(implementation, activation_bits, isa)
     rows = x.reshape(-1, x.shape[-1])
-    if x.dtype == np.int8:
-        ys = multiply(rows, ws)
-    elif activation_bits is None:
+    if x.dtype != np.int8 and activation_bits is None:
         ys = tuple(reference.rescale(reference.float_matmul(rows, w), w.scale) for w in ws)
     else:
-        ys = _quantized_matmuls(multiply, rows.astype(jnp.float32), ws)
+        multiply = _scaled_matmuls(implementation, activation_bits, isa, ordered)
+        rows = rows if x.dtype == np.int8 else rows.astype(jnp.float32)
+        ys = multiply(rows, ws) if x.dtype == np.int8 else _quantized_matmuls(multiply, rows, ws)
     return tuple(y.reshape(*x.shape[:-1], w.shape[0]) for y, w in zip(ys, ws, strict=True))
 
 
 def _scaled_matmuls(
-    implementation: str | None, activation_bits: int | None, isa: str | None
+    implementation: str, activation_bits: int | None, isa: str | None, ordered: bool
 ) -> ScaledMatmuls:
+    """The kernels, on the platform they are for; on any other XLA, or an error when they were ordered."""
     if implementation == "reference":
         return reference.scaled_matmuls
-    by_cpu = functools.partial(cpu.scaled_matmuls, activation_bits=activation_bits or 8, isa_name=isa)
-    default = {"default": reference.scaled_matmuls} if implementation is None else {}
-    return lambda x, ws: jax.lax.platform_dependent(x, ws, cpu=by_cpu, **default)
+    if implementation == "cpu":
+        kernels = functools.partial(cpu.scaled_matmuls, activation_bits=activation_bits or 8, isa_name=isa)
+    else:
+        kernels = _pallas(implementation).scaled_matmuls
+    branches = {_XLA_PLATFORM[implementation]: kernels} | (
+        {} if ordered else {"default": reference.scaled_matmuls}
+    )
+    return lambda x, ws: jax.lax.platform_dependent(x, ws, **branches)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,16 +10,19 @@ import numpy as np
 
 BLOCK_BYTES = 64  # one AVX-512 vector, one cache line
 PANEL_ROWS = 16  # rows of a panel: one 32-bit lane of the block each
-LAYOUTS = ("panel16",)
+LAYOUTS = {"panel16": "cpu", "column": "tpu", "plane": "gpu"}  # layout -> the platform whose kernels read it
+COLUMN_K = 256  # inputs that a column is padded to a multiple of: whole 8-bit tiles of a TPU in every format
+PLANE_ROWS, PLANE_K = 128, 512  # a tile of two warpgroups' rows and one pipeline step
 
 
 class Format(NamedTuple):
     """How codes become bytes: byte = sum over s of field_s * base^s, field = index of the code in `values`."""
 
     base: int
-    fields: int  # codes per byte
+    fields: int  # P, codes per byte
     values: range  # the codes there are
     max_inputs: int = 2**18  # of a scale group, with which no int32 accumulator of any kernel overflows
+    layouts: tuple[str, ...] = ("panel16", "column")
 
     @property
     def bits(self) -> float:
@@ -33,9 +36,9 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
-    "binary": Format(base=2, fields=8, values=range(-1, 2, 2)),
-    "ternary2": Format(base=4, fields=4, values=range(-1, 2)),
-    "ternary5": Format(base=3, fields=5, values=range(-1, 2)),
+    "binary": Format(base=2, fields=8, values=range(-1, 2, 2), layouts=("panel16", "column", "plane")),
+    "ternary2": Format(base=4, fields=4, values=range(-1, 2), layouts=("panel16", "column", "plane")),
+    "ternary5": Format(base=3, fields=5, values=range(-1, 2), layouts=("panel16",)),
     "int4": Format(base=16, fields=2, values=range(-8, 8), max_inputs=2**17),
     "int8": Format(base=256, fields=1, values=range(-128, 128), max_inputs=2**16),
 }
@@ -46,18 +49,38 @@ FORMATS: dict[str, Format] = {
 class PackedArray:
     """A matrix W [n, k] with W[r, c] = code(r, c) * scale(r, c).
 
-    Invariants (n, k = shape; `validate` checks just these):
+    Invariants (n, k = shape; P codes per byte: binary 8, ternary2 4, ternary5 5, int4 2, int8 1; `validate`
+    checks just these):
 
-    * `format` is a key of FORMATS, `layout` one of LAYOUTS, n >= 1, k >= 1.
+    * `format` is a key of FORMATS, `layout` one of its layouts, n >= 1, k >= 1.
     * `scale` is finite float32: [1, 1] for the matrix, [n, 1] per output, or [n, G] per group of
       g = k / G inputs, g a multiple of 32; group of input c is c // g.
-    * `codes` is uint8 [panels, blocks, 64] with panels = ceil(n / 16), blocks = G ceil(g / (4 P)),
-      P codes per byte (binary 8, ternary2 4, ternary5 5, int4 2, int8 1): a group begins with a block.
+
+    Layout panel16:
+
+    * `codes` is uint8 [panels, blocks, 64] with panels = ceil(n / 16), blocks = G ceil(g / (4 P)): a group begins
+      with a block.
     * byte 4 i + j of a block of panel p holds P fields as digits of base 2, 4, 3, 16 or 256, field 0
       the lowest; field s of block b of a group is the code of row 16 p + i and input 4 P b + 4 s + j of it.
     * a field is (code + 1) / 2 for binary, code + 1 for ternary2 (never 3) and ternary5, code + 8 for
       int4, code + 128 for int8.
     * every field of a row >= n or an input beyond its group is zero.
+
+    Layout column, the transpose with the inputs of an output in a column:
+
+    * `codes` is uint8 [K / P, n] with K = k rounded up to a multiple of 256.
+    * byte q of column r holds inputs P q ... P q + P - 1 of row r, the first in the lowest bits, each in two's
+      complement of 8 / P bits (ternary2: 00, 01 or 11; never 10).
+    * binary has the sign bit alone, 1 for -1: of the eight bytes that hold inputs 64 u ... 64 u + 63, byte q has
+      input 64 u + 4 q + s in bit 2 s and input 64 u + 32 + 4 q + s in bit 2 s + 1.
+    * what stands for inputs beyond k does not matter: kernels multiply it by zero.
+
+    Layout plane, for binary and ternary2:
+
+    * `codes` is uint8 [N, K / P] with N = n rounded up to a multiple of 128, K = k to a multiple of 512.
+    * field s of byte j of the 512 / P bytes that hold inputs 512 b ... 512 b + 511 of a row is input
+      512 b + s 512 / P + j; fields are those of panel16.
+    * what stands for rows >= n or inputs >= k does not matter; a ternary2 field is never 3 there either.
 
     `format`, `layout` and `shape` are static: two PackedArrays of one shape share a compilation.
     Under vmap or scan the leaves may carry leading axes; the invariants hold for each slice.
@@ -85,10 +108,16 @@ class PackedArray:
         return self.codes.size + 4 * self.scale.size
 
 
-def codes_shape(format: str, shape: tuple[int, int], groups: int = 1) -> tuple[int, int, int]:
-    """The shape [panels, blocks, 64] of the packed bytes of a matrix [n, k] with so many scale groups."""
-    n, k = shape
-    return -(-n // PANEL_ROWS), groups * -(-k // (groups * FORMATS[format].block_k)), BLOCK_BYTES
+def codes_shape(
+    format: str, shape: tuple[int, int], groups: int = 1, layout: str = "panel16"
+) -> tuple[int, ...]:
+    """The shape of the packed bytes of a matrix [n, k] with so many scale groups."""
+    (n, k), form = shape, FORMATS[format]
+    if layout == "column":
+        return COLUMN_K * -(-k // COLUMN_K) // form.fields, n
+    if layout == "plane":
+        return PLANE_ROWS * -(-n // PLANE_ROWS), PLANE_K * -(-k // PLANE_K) // form.fields
+    return -(-n // PANEL_ROWS), groups * -(-k // (groups * form.block_k)), BLOCK_BYTES
 
 
 def validate(w: PackedArray, *, contents: bool = True) -> None:
@@ -99,12 +128,12 @@ def validate(w: PackedArray, *, contents: bool = True) -> None:
     """
     if w.format not in FORMATS:
         raise ValueError(f"format={w.format!r} is unknown; expected one of {sorted(FORMATS)}")
-    if w.layout not in LAYOUTS:
-        raise ValueError(f"layout={w.layout!r} is unknown; expected one of {sorted(LAYOUTS)}")
+    if w.layout not in FORMATS[w.format].layouts:
+        raise ValueError(f"layout={w.layout!r} of {w.format}; expected one of {FORMATS[w.format].layouts}")
     if len(w.shape) != 2 or min(w.shape) < 1:
         raise ValueError(f"shape={w.shape} of a packed matrix must be (n, k) with n >= 1 and k >= 1")
     validate_scale(w.scale, w.shape)
-    expected = codes_shape(w.format, w.shape, w.groups)
+    expected = codes_shape(w.format, w.shape, w.groups, w.layout)
     if w.codes.shape != expected or w.codes.dtype != np.uint8:
         raise ValueError(
             f"codes are {w.codes.dtype}{list(w.codes.shape)}; expected uint8{list(expected)} "
@@ -134,8 +163,15 @@ def _validate_contents(w: PackedArray) -> None:
     codes, scale = np.asarray(w.codes), np.asarray(w.scale)
     if not np.isfinite(scale).all():
         raise ValueError("scale holds NaN or infinity; expected finite values")
-    if w.format == "ternary2" and (codes & (codes >> 1) & 0x55).any():
+    low, high = (codes & 0x55, codes >> 1 & 0x55)  # of ternary2 fields
+    if w.layout == "column":
+        if w.format == "ternary2" and (high & ~low).any():
+            raise ValueError("codes hold the field 2, which ternary2 does not define; expected 0, 1 or 3")
+        return
+    if w.format == "ternary2" and (high & low).any():
         raise ValueError("codes hold the field 3, which ternary2 does not define; expected 0, 1 or 2")
+    if w.layout == "plane":
+        return
     if codes.max() >= (defined := form.base**form.fields):
         raise ValueError(f"codes hold the byte {codes.max()}; {w.format} defines 0 to {defined - 1}")
     last_panel = codes[-1].reshape(-1, PANEL_ROWS, 4)

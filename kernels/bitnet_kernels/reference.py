@@ -6,7 +6,7 @@ Axis letters: m rows of x, n outputs, k inputs, G scale groups of g = k / G inpu
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +38,24 @@ def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
     return _group_sums(rows, unpack(w), w.groups, jnp.int32)[:, :m]
 
 
-def scaled_matmuls(x: jax.Array, ws: Sequence[PackedArray]) -> tuple[jax.Array, ...]:
+def scaled_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
+    """int8 codes [m, k] times a packed matrix and its scale -> float32 [m, n]."""
+    return rescale(integer_matmul(x, w), w.scale)
+
+
+def scaled_matmuls(
+    x: jax.Array,
+    ws: Sequence[PackedArray],
+    multiply: Callable[[jax.Array, PackedArray], jax.Array] = scaled_matmul,
+) -> tuple[jax.Array, ...]:
     """x [m, k] times packed matrices and their scales -> float32 [m, n] of each.
 
     int8 x holds codes; float x is quantized, and the scale of its rows multiplies last.
     """
     if x.dtype == np.int8:
-        return tuple(rescale(integer_matmul(x, w), w.scale) for w in ws)
+        return tuple(multiply(x, w) for w in ws)
     codes, scale = quantize_activations(x)
-    return tuple(rounded_product(y, scale) for y in scaled_matmuls(codes, ws))
+    return tuple(rounded_product(multiply(codes, w), scale) for w in ws)
 
 
 def float_matmul(x: jax.Array, w: PackedArray) -> jax.Array:

@@ -8,19 +8,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_kernels import FORMATS, pack, unpack, validate
+from bitnet_kernels import FORMATS, pack, relayout, unpack, validate
 
 ONE = np.ones((1, 1), np.float32)
 
 
-@settings(max_examples=25, deadline=None)  # every new shape compiles
-@given(st.sampled_from(sorted(FORMATS)), st.integers(1, 40), st.integers(1, 80), st.integers(0, 2**32 - 1))
-def test_round_trip(format: str, n: int, k: int, seed: int) -> None:
+LAYOUTS_OF = [(format, layout) for format, form in FORMATS.items() for layout in form.layouts]
+
+
+@settings(max_examples=40, deadline=None)  # every new shape compiles
+@given(st.sampled_from(LAYOUTS_OF), st.integers(1, 40), st.integers(1, 80), st.integers(0, 2**32 - 1))
+def test_round_trip(names: tuple[str, str], n: int, k: int, seed: int) -> None:
+    format, layout = names
     codes = np.random.default_rng(seed).choice(np.array(FORMATS[format].values, np.int8), (n, k))
-    w = pack(codes, ONE, format)
+    w = pack(codes, ONE, format, layout)
     validate(w)  # zero padding included
     np.testing.assert_array_equal(unpack(w), codes)
     assert unpack(w).dtype == np.int8
+    for other in FORMATS[format].layouts:
+        moved = relayout(w, other)
+        validate(moved)
+        np.testing.assert_array_equal(moved.codes, pack(codes, ONE, format, other).codes)
 
 
 def test_ternary_bytes_are_those_of_the_layout_page() -> None:
@@ -80,11 +88,37 @@ def test_packs_under_jit_and_vmap(make_packed, format: str) -> None:
     np.testing.assert_array_equal(jax.vmap(unpack)(stacked), codes)
 
 
+def test_column_bytes_are_those_of_the_invariants() -> None:
+    codes = np.ones((3, 300), np.int8)
+    codes[1, 4:8] = [-1, 0, 1, -1]
+    packed = np.asarray(pack(codes, ONE, "ternary2", "column").codes)
+    assert packed.shape == (128, 3)
+    assert packed[0].tolist() == [0b01_01_01_01] * 3
+    assert packed[1].tolist() == [0b01_01_01_01, 0b11_01_00_11, 0b01_01_01_01]
+    codes[codes == 0] = 1
+    codes[2, [64, 64 + 4 * 5 + 3, 64 + 32, 64 + 63]] = -1
+    packed = np.asarray(pack(codes, ONE, "binary", "column").codes)
+    assert packed.shape == (64, 3)
+    assert packed[8:16, 2].tolist() == [0b11, 0, 0, 0, 0, 1 << 6, 0, 1 << 7]
+
+
+def test_plane_bytes_are_those_of_the_invariants() -> None:
+    codes = np.full((130, 1100), -1, np.int8)
+    codes[129, [0, 128 + 5, 512 + 3 * 128 + 127, 1024]] = [1, 0, 1, 1]
+    packed = np.asarray(pack(codes, ONE, "ternary2", "plane").codes)
+    assert packed.shape == (256, 3 * 128)
+    assert {i: packed[129, i] for i in packed[129].nonzero()[0]} == {0: 2, 5: 1 << 2, 255: 2 << 6, 256: 2}
+    codes[codes == 0] = 1
+    packed = np.asarray(pack(codes, ONE, "binary", "plane").codes)
+    assert packed.shape == (256, 3 * 64)
+    assert {i: packed[129, i] for i in packed[129].nonzero()[0]} == {0: 1, 5: 1 << 2, 127: 1 << 7, 128: 1}
+
+
 @pytest.mark.parametrize(
     ("codes", "scale", "format", "layout", "message"),
     [
         (np.ones((2, 2), np.int8), ONE, "ternary", "panel16", "format='ternary' is unknown"),
-        (np.ones((2, 2), np.int8), ONE, "binary", "panel8", "layout='panel8' is unknown"),
+        (np.ones((2, 2), np.int8), ONE, "binary", "panel8", "layout='panel8' of binary; expected one of"),
         (
             np.ones((2, 2), np.float32),
             ONE,

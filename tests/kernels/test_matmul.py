@@ -13,16 +13,18 @@ from jax.sharding import AxisType, PartitionSpec
 
 from bitnet_kernels import (
     FORMATS,
-    IMPLEMENTATIONS,
     PackedArray,
     choose_implementation,
     cpu,
     dequantize,
+    for_platform,
     packed_matmul,
     reference,
+    relayout,
+    unpack,
 )
 
-AVAILABLE = [name for name in sorted(IMPLEMENTATIONS) if name != "cpu" or cpu.unavailable() is None]
+AVAILABLE = ["reference"] if cpu.unavailable() else ["cpu", "reference"]  # on this platform
 P = PartitionSpec
 
 
@@ -253,7 +255,10 @@ def test_a_broken_matrix_is_named_also_under_jit(make_packed) -> None:
 def test_the_choice_says_why(make_packed) -> None:
     _, w = make_packed("binary", 37, 64)
     assert choose_implementation(w, "gpu")[:2] == ("reference", None)
-    assert "no kernel for platform 'gpu'" in choose_implementation(w, "gpu").reason
+    assert (
+        "layout 'panel16' is for platform 'cpu'; call relayout(w, 'plane')"
+        in choose_implementation(w, "gpu").reason
+    )
     assert choose_implementation(w) == choose_implementation(w, "cpu")
     if cpu.unavailable() is None:
         choice = choose_implementation(w)
@@ -272,3 +277,44 @@ def test_the_c_call_is_compiled_in_for_cpu_only(make_packed) -> None:
     ordered = jax.jit(functools.partial(packed_matmul, implementation="cpu")).trace(jnp.ones((2, 64)), w)
     with pytest.raises(NotImplementedError, match="tpu"):
         ordered.lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.filterwarnings("ignore:packed_matmul runs on XLA")
+def test_the_tpu_kernel_is_compiled_in_for_tpu_only(make_packed) -> None:
+    _, w = make_packed("ternary2", 256, 512)
+    w = relayout(w, "column")
+    assert choose_implementation(w, "tpu")[:2] == ("tpu", None)
+    traced = jax.jit(packed_matmul).trace(jnp.ones((2, 512)), w)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    np.testing.assert_array_equal(
+        packed_matmul(activations(2, 512), w), packed_matmul(activations(2, 512), relayout(w, "panel16"))
+    )
+    ordered = jax.jit(functools.partial(packed_matmul, implementation="tpu")).trace(jnp.ones((2, 512)), w)
+    with pytest.raises(NotImplementedError, match="cpu"):
+        ordered.lower()
+
+
+def test_a_matrix_in_the_layout_of_another_platform_is_named(make_packed) -> None:
+    _, w = make_packed("ternary2", 37, 64)
+    moved = relayout(w, "column")
+    cpu.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"runs on XLA.*call relayout\(w, 'panel16'\) once"):
+        packed_matmul(jnp.ones((1, 64)), moved)
+    with pytest.raises(NotImplementedError, match="layout 'column' is for platform 'tpu'"):
+        packed_matmul(jnp.ones((1, 64)), moved, implementation="cpu")
+    with pytest.raises(NotImplementedError, match="layout 'panel16' is for platform 'cpu'"):
+        packed_matmul(jnp.ones((1, 64)), w, implementation="tpu")
+    _, w = make_packed("ternary5", 37, 64)
+    assert "ternary5 has no layout for platform 'gpu'" in choose_implementation(w, "gpu").reason
+
+
+def test_a_matrix_moves_to_the_layout_of_a_platform_that_can_use_it(make_packed) -> None:
+    codes, w = make_packed("ternary2", 37, 64)
+    assert for_platform(w, "cpu") is w
+    moved = for_platform(w, "tpu")
+    assert (moved.layout, for_platform(moved, "cpu").layout) == ("column", "panel16")
+    np.testing.assert_array_equal(unpack(moved), codes)
+    _, grouped = make_packed("binary", 37, 64, groups=2)
+    assert for_platform(grouped, "gpu") is grouped
+    _, five = make_packed("ternary5", 37, 64)
+    assert for_platform(five, "tpu") is five

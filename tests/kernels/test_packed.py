@@ -29,7 +29,7 @@ def test_a_packed_matrix_is_valid(make_packed, format: str, n: int, k: int, grou
     ("change", "message"),
     [
         ({"format": "ternary9"}, "format='ternary9' is unknown; expected one of"),
-        ({"layout": "rows"}, "layout='rows' is unknown; expected one of"),
+        ({"layout": "rows"}, "layout='rows' of ternary2; expected one of"),
         ({"shape": (37, 0)}, "n >= 1 and k >= 1"),
         ({"shape": (37,)}, r"must be \(n, k\)"),
         ({"shape": (49, 100), "scale": jnp.ones((1, 1))}, r"uint8\[3, 7, 64\]; expected uint8\[4, 7, 64\]"),
