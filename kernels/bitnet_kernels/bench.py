@@ -214,12 +214,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", choices=sorted(SUITES), default="all")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="gpu: see bench_gpu.py")
     parser.add_argument("--json", type=Path, help="write provenance, rows and summary here")
     parser.add_argument("--working-set", type=int, default=256, help="MiB of matrices taken in turn")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each figure")
     options = parser.parse_args(arguments)
 
     told = provenance()
+    if options.device == "gpu":
+        return _bench_gpu(parser, options, told)
     print(f"{told['threads']} threads of {told['processor']}, commit {told['commit']}")
     if reason := cpu.unavailable():
         print(f"no ceiling, no peak, and XLA instead of the C++ kernels: {reason}")
@@ -242,6 +245,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {ratio:.2f} times the weights a second")
     if options.json:
         results = {"provenance": told, "rows": rows, "summary": ratios}
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _bench_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, told: dict[str, Any]) -> None:
+    from bitnet_kernels import bench_gpu
+
+    if options.suite not in bench_gpu.GPU_SUITES:
+        parser.error(
+            f"--suite {options.suite} is for CPUs; expected one of {', '.join(bench_gpu.GPU_SUITES)}"
+        )
+    if jax.default_backend() != "gpu":
+        parser.error(
+            f"--device gpu: JAX runs on {jax.default_backend()!r}; install jax[cuda13] on a machine with a GPU"
+        )
+    results = {"provenance": told, **bench_gpu.run(options.suite, options.seconds)}
+    if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -25,3 +25,17 @@ SUITES["smoke"] = (Shape(1, 256, 512), Shape(4, 256, 512))
 
 IN_CACHE = Shape(1, 512, 2560)  # in a second-level cache in every format
 TINY = Shape(1, 16, 64)
+
+_GPU_MATRICES = ((2560, 2560), (2560, 6912), (8192, 8192), (28672, 8192))
+GPU_SUITES: dict[str, tuple[Shape, ...]] = {
+    "decode": tuple(Shape(m, n, k) for n, k in _GPU_MATRICES for m in (1, 16)),
+    "prefill": tuple(Shape(m, n, k) for n, k in ((6912, 2560), (8192, 8192)) for m in (512, 4096)),
+}
+GPU_SUITES["all"] = GPU_SUITES["decode"] + GPU_SUITES["prefill"]
+GPU_CHECKED = (
+    Shape(1, 128, 512),
+    Shape(7, 640, 2560),
+    Shape(16, 300, 1000),
+    Shape(65, 2560, 6912),
+    Shape(300, 512, 8192),
+)
