@@ -14,6 +14,7 @@ from bitnet_kernels.matmul import (
     packed_matmuls,
 )
 from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
+from bitnet_kernels.sharded import sharded_matmul
 
 __all__ = [
     "FORMATS",
@@ -35,6 +36,7 @@ __all__ = [
     "packed_matmuls",
     "reference_attention",
     "relayout",
+    "sharded_matmul",
     "unpack",
     "validate",
 ]
