@@ -13,7 +13,10 @@ for twice the rate of bfloat16.
     "int8_gradients"  the gradient to the input as well. Not the same numbers: dsums is rounded to int8.
 
 dw stays in `dtype`: it adds up over all tokens of a batch, so rounding would cost most there. The split is that of
-SwitchBack (2304.13013). The backward pass keeps the operands as they were multiplied: a byte per int8 code.
+SwitchBack (2304.13013).
+
+Autodiff keeps the operands as they were multiplied: a byte per int8 code. That is what a scan over layers holds in
+memory; in layers compiled side by side XLA may keep something else to make them from, and on CPUs it does.
 """
 
 from __future__ import annotations
