@@ -12,7 +12,6 @@ from bitnet_jax.precision import Precision, Recipe, Rules, resolve
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED_MLPS = ("silu_glu", "relu2_glu")
 HEADS = ("float", "int8", "int4")
-PRODUCTS = ("float", "int8", "int8_gradients")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
@@ -24,7 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "head": HEADS,
     "ternary_format": ("ternary2", "ternary5"),
     "dtype": ("float32", "bfloat16"),
-    "product": PRODUCTS,
+    "product": ("float", "int8", "int8_gradients"),
 }
 
 
@@ -105,9 +104,7 @@ class ModelConfig:
         "ternary2"  # of packed ternary codes: two bits each, or five in a byte, smaller to read
     )
     dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
-    product: str = (
-        "float"  # of codes while training: int8 on tensor cores (nn/products.py); float layers stay float
-    )
+    product: str = "float"  # of codes while training, see nn/products.py; float layers stay float
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

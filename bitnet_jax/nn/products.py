@@ -4,8 +4,8 @@
     dx[m, k]   = sum_n dsums[m, n] w[n, k]     gradient to the input
     dw[n, k]   = sum_m dsums[m, n] x[m, k]     gradient to the weights
 
-A `product` says which of the three run on int8 operands with int32 sums: exact, and on the tensor cores of GPUs made
-for twice the rate of bfloat16.
+A `product` says which of the three run on int8 operands with int32 sums. Those are exact, and the tensor cores of a
+GPU are specified for twice as many a second as in bfloat16.
 
     "float"           none: operands in `dtype`, sums in float32
     "int8"            the forward product. x and w must be integer codes in [-128, 127]. The same numbers as "float",
