@@ -167,6 +167,11 @@ class Precision:
         return format
 
     @property
+    def codes_fit_int8(self) -> bool:
+        """True where weights and input both have integer codes, in [-128, 127]."""
+        return self.activation != "none" and self.packed_format is not None
+
+    @property
     def quantizes_input_by_absmax(self) -> bool:
         """True where the input becomes plain absmax int8 per token, which packed_matmul does by itself."""
         plain = Precision(weight=self.weight, activation="int8") if self.quantizes_weights else None

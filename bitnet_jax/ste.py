@@ -8,7 +8,7 @@ surrogates by name, so that
     y = sign(z, ste="approx_sign")      forward  y = +1 or -1        backward  dL/dz = dL/dy * h(z)
 
 Every surrogate is a function `h(z, progress)` of the already normalised input and of the fraction of training
-done (a float in [0, 1], traced or not); only the annealed ones use `progress`.
+done (a float in [0, 1], traced or not); only the annealed ones use `progress`. It broadcasts to z.
 
 Values that are not numbers stay visible: each step returns NaN where its input is NaN, never a finite code.
 The surrogate slope there is finite (1 for identity, 0 for the windows), so a NaN spreads through the forward
@@ -48,9 +48,14 @@ def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array
     return value, jnp.broadcast_to(tangent, value.shape)
 
 
+def _one(z: Array) -> Array:
+    """A slope of 1, in one number that broadcasts: the backward pass keeps slopes."""
+    return jnp.ones((1,) * z.ndim, z.dtype)
+
+
 def identity(z: Float[Array, "..."], progress: Progress = 1.0) -> Float[Array, "..."]:
     """h(z) = 1: BinaryConnect (1511.00363), BitNet (2310.11453). Latents need decay or clipping."""
-    return jnp.ones_like(z)
+    return _one(z)
 
 
 def clipped(z: Float[Array, "..."], progress: Progress = 1.0) -> Float[Array, "..."]:
@@ -159,7 +164,7 @@ def window(z: Array, low: float, high: float, ste: str) -> Array:
     """
     z = jax.lax.stop_gradient(z)
     if ste == "identity":
-        return jnp.ones_like(z)
+        return _one(z)
     if ste == "clipped":
         slack = 1e-6 * max(abs(low), abs(high))
         return ((z >= low - slack) & (z <= high + slack)).astype(z.dtype)
@@ -193,4 +198,4 @@ def stochastic_round(z: Float[Array, "..."], key: PRNGKeyArray) -> Float[Array, 
     """Forward: floor(z + u), u uniform in [0, 1), so the mean is z. Backward: g."""
     stopped = jax.lax.stop_gradient(z)
     value = jnp.floor(stopped + jax.random.uniform(key, z.shape, z.dtype))
-    return straight_through(value, (z,), (jnp.ones_like(z),))
+    return straight_through(value, (z,), (_one(z),))

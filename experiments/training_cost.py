@@ -1,16 +1,21 @@
-"""What fake quantization costs in training: the time of a step, recipe against float32, measured in turn.
+"""What a step of training costs: fake quantization against float, and int8 products against bfloat16.
 
-    python -m experiments.training_cost --json cost.json
+    python -m experiments.training_cost --json cost.json                               # recipes, on any machine
+    python -m experiments.training_cost --preset 700m --statistics-every 0 --json products.json         # on a GPU
 
-One jitted update (loss, gradient, AdamW, statistics of the codes) of the quickstart's byte-level model on random
-tokens. Every round times one step of every recipe, so that the ratios are of one machine state.
+One jitted update (loss, gradient, AdamW, statistics of the codes) on random tokens. Without --preset the recipes are
+compared on the quickstart's byte-level model; with it, on a model of that size, the types of the products: float32,
+bfloat16, and fake quantization with products in bfloat16, in int8, and in int8 with int8 gradients to the inputs.
+Every round times one step of each, on one state that all share, so that the ratios are of one machine state.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,80 +23,135 @@ import jax
 import numpy as np
 
 from bitnet_jax.config_file import load_config_file
-from bitnet_jax.models import Transformer
+from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.state import TrainState
-from bitnet_jax.training.step import TrainStep, make_train_step
+from bitnet_jax.training.step import make_train_step
 from bitnet_jax.training.task import init_params, model_loss
 from experiments.provenance import provenance
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.py"
-RECIPES = ("float32", "bitnet_b158", "bitnet")
 BYTES = 256  # vocabulary
+# name -> fields of the model; the first is what the others are compared with
+RECIPES = {recipe: {"precision": recipe} for recipe in ("float32", "bitnet_b158", "bitnet")}
+_TERNARY = {"precision": "bitnet_b158", "dtype": "bfloat16"}
+PRODUCTS = {
+    "float32": {"precision": "float32"},
+    "bfloat16": {"precision": "bfloat16", "dtype": "bfloat16"},
+    "ternary, bfloat16": _TERNARY,
+    "ternary, int8": _TERNARY | {"product": "int8"},
+    "ternary, int8 gradients": _TERNARY | {"product": "int8_gradients"},
+}
 
 
-def training_step(recipe: str) -> tuple[TrainStep, TrainState, dict[str, np.ndarray]]:
-    """The update of the quickstart's model in a recipe, its first state, and a random batch."""
-    fields = load_config_file(str(CONFIG), []).to_dict()
-    fields["model"]["precision"] = recipe
-    config = RunConfig.from_dict(fields)
-    model = config.model_config(BYTES)
-    optimizer = make_optimizer(config.optimizer, config.training.steps)
-    state = TrainState.create(init_params(model, jax.random.key(0)), optimizer)
-    step = make_train_step(
-        model_loss(Transformer(model)),
-        optimizer,
-        total_steps=config.training.steps,
-        precisions={path: p for path, p in model.precisions().items() if p.quantizes_weights},
+def quickstart() -> RunConfig:
+    return RunConfig.from_dict(load_config_file(str(CONFIG), []))
+
+
+def measure(
+    model: ModelConfig,
+    variants: Mapping[str, Mapping[str, Any]],
+    *,
+    batch_size: int,
+    length: int,
+    rounds: int,
+    statistics_every: int = 1,
+) -> dict[str, Any]:
+    """Milliseconds of a step, tokens per second and the cost against the first variant, as medians with p10 and
+    p90; and the bytes of memory that a compiled step needs beside its arguments, kept activations among them."""
+    optimizer = make_optimizer(quickstart().optimizer, total_steps=quickstart().training.steps)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch_size, length + 1)).astype(np.int32)
+    arguments = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, jax.random.key(1)
+    init = jax.jit(init_params, static_argnums=0)
+    state = TrainState.create(
+        init(dataclasses.replace(model, precision="float32"), jax.random.key(0)), optimizer
     )
-    tokens = np.random.default_rng(0).integers(0, BYTES, (config.data.batch_size, config.data.length + 1))
-    return step, state, {"inputs": tokens[:, :-1].astype(np.int32), "targets": tokens[:, 1:].astype(np.int32)}
-
-
-def measure(rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step per recipe, and the cost of each against float32: medians with p10 and p90."""
-    steps, states, batches = {}, {}, {}
-    for recipe in RECIPES:
-        steps[recipe], states[recipe], batches[recipe] = training_step(recipe)
-    key = jax.random.key(1)
-    times: dict[str, list[float]] = {recipe: [] for recipe in RECIPES}
-    for number in range(-2, rounds):  # the first two compile and warm up
-        for recipe, step in steps.items():
+    steps = {}
+    for name, fields in variants.items():
+        config = dataclasses.replace(model, **fields)
+        step = make_train_step(
+            model_loss(Transformer(config)),
+            optimizer,
+            total_steps=quickstart().training.steps,
+            precisions={path: p for path, p in config.precisions().items() if p.quantizes_weights},
+            statistics_every=statistics_every,
+        )
+        steps[name] = jax.jit(step, donate_argnums=0).lower(state, *arguments).compile()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(-2, rounds):  # the first two warm up
+        for name, step in steps.items():
             began = time.perf_counter()
-            states[recipe], metrics = step(states[recipe], batches[recipe], key)
-            jax.block_until_ready((states[recipe], metrics))
+            state, metrics = step(state, *arguments)
+            jax.block_until_ready((state, metrics))
             if number >= 0:
-                times[recipe].append(time.perf_counter() - began)
-    baseline = np.array(times["float32"])
-
-    def spread(values: np.ndarray) -> dict[str, float]:
-        p10, median, p90 = np.percentile(values, [10, 50, 90])
-        return {"median": float(median), "p10": float(p10), "p90": float(p90)}
-
+                times[name].append(time.perf_counter() - began)
+    took = {name: np.array(seconds) for name, seconds in times.items()}
+    baseline = next(iter(variants))
     return {
-        "config": CONFIG.name,
+        "batch_size": batch_size,
+        "length": length,
         "rounds": rounds,
-        "milliseconds": {recipe: spread(1e3 * np.array(took)) for recipe, took in times.items()},
-        "cost_against_float32": {
-            recipe: spread(np.array(took) / baseline - 1) for recipe, took in times.items()
+        "statistics_every": statistics_every,
+        "milliseconds": {name: _spread(1e3 * seconds) for name, seconds in took.items()},
+        "tokens_per_second": {name: _spread(batch_size * length / seconds) for name, seconds in took.items()},
+        f"cost_against_{baseline}": {
+            name: _spread(seconds / took[baseline] - 1) for name, seconds in took.items()
         },
+        "temporary_bytes": {name: _temporary_bytes(step) for name, step in steps.items()},
+        "device": jax.devices()[0].device_kind,
         "provenance": provenance(),
     }
+
+
+def _temporary_bytes(step: jax.stages.Compiled) -> int | None:
+    memory = step.memory_analysis()  # None where the backend does not tell
+    return None if memory is None else memory.temp_size_in_bytes
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    p10, median, p90 = np.percentile(values, [10, 50, 90])
+    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=40, help="timed steps of each recipe (default 40)")
+    parser.add_argument("--preset", choices=PRESETS, help="compare types of products on a model of this size")
+    parser.add_argument("--batch-size", type=int, help="sequences of a step (default 8; without --preset 16)")
+    parser.add_argument("--length", type=int, help="tokens of each (default 512; without --preset 64)")
+    parser.add_argument("--rounds", type=int, default=40, help="timed steps of each variant (default 40)")
+    parser.add_argument(
+        "--statistics-every",
+        type=int,
+        default=1,
+        help="steps between measurements of the codes, 0: never (default 1)",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
-    figures = measure(options.rounds)
-    for recipe, cost in figures["cost_against_float32"].items():
-        took = figures["milliseconds"][recipe]["median"]
+    if options.preset is None:
+        data = quickstart().data
+        model, variants, what = quickstart().model_config(BYTES), RECIPES, CONFIG.name
+        batch_size, length = data.batch_size, data.length
+    else:
+        model, variants, what = PRESETS[options.preset], PRODUCTS, options.preset
+        batch_size, length = 8, 512
+    figures = {"config": what} | measure(
+        model,
+        variants,
+        batch_size=options.batch_size or batch_size,
+        length=options.length or length,
+        rounds=options.rounds,
+        statistics_every=options.statistics_every,
+    )
+    for name, cost in figures["cost_against_float32"].items():
+        took, speed = figures["milliseconds"][name]["median"], figures["tokens_per_second"][name]["median"]
         low, high = 100 * cost["p10"], 100 * cost["p90"]
-        print(f"{recipe:12s} {took:7.1f} ms a step, {100 * cost['median']:+5.1f} % [{low:+.1f}, {high:+.1f}]")
+        print(
+            f"{name:24s} {took:8.1f} ms a step, {speed:9.0f} tokens/s, {100 * cost['median']:+5.1f} % "
+            f"[{low:+.1f}, {high:+.1f}]"
+        )
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -23,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "head": HEADS,
     "ternary_format": ("ternary2", "ternary5"),
     "dtype": ("float32", "bfloat16"),
+    "product": ("float", "int8", "int8_gradients"),
 }
 
 
@@ -38,6 +39,16 @@ def head_precision(head: str, inputs: int) -> Precision:
     if group is None:
         raise ValueError(f"model.head={head!r}: got hidden_size={inputs}, expected a multiple of 32")
     return Precision(weight=head, activation="int8", granularity=group)
+
+
+def _check_int8(precisions: Mapping[str, Precision], product: str) -> None:
+    for path, precision in precisions.items():
+        if precision.quantizes_weights and not precision.codes_fit_int8:
+            raise ValueError(
+                f"model.product={product!r}: {path} has weight={precision.weight!r}, "
+                f"activation={precision.activation!r}, which do not both have codes in [-128, 127]; "
+                "choose another recipe for it, or product='float'"
+            )
 
 
 def _hashable(rules: Rules) -> Rules:
@@ -93,6 +104,7 @@ class ModelConfig:
         "ternary2"  # of packed ternary codes: two bits each, or five in a byte, smaller to read
     )
     dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
+    product: str = "float"  # of codes while training, see nn/products.py; float layers stay float
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -122,7 +134,9 @@ class ModelConfig:
                 "expected a causal language model, or head='float'"
             )
         object.__setattr__(self, "precision", _hashable(self.precision))
-        self.precisions()
+        precisions = self.precisions()
+        if self.product != "float":
+            _check_int8(precisions, self.product)
 
     @property
     def kv_heads(self) -> int:
@@ -135,6 +149,12 @@ class ModelConfig:
     @property
     def score_scale(self) -> float:
         return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def head_product(self) -> str:
+        """The product of an output head in integers. Its gradient stays float: that of a softmax has one large
+        entry, beside which int8 would round most others to 0."""
+        return "int8" if self.product == "int8_gradients" else self.product
 
     @property
     def mlp_linears(self) -> tuple[str, ...]:

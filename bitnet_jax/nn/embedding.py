@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.nn.config import ModelConfig
-from bitnet_jax.nn.linear import quantized_matmul
+from bitnet_jax.nn.linear import dense, quantized_matmul
 from bitnet_jax.precision import Precision
 from bitnet_kernels import PackedArray, bfloat16_logits, bfloat16_rows, packed_matmul
 
@@ -85,13 +85,7 @@ class Embedding(nn.Module):
         if self.stored.dtype == jnp.bfloat16:
             logits = bfloat16_logits(rows, self.stored)
         else:
-            # As a product of matrices, see bitnet_jax.nn.linear.
-            logits = jnp.einsum(
-                "md,vd->mv",
-                rows.astype(self.dtype),
-                self.table().astype(self.dtype),
-                preferred_element_type=jnp.float32,
-            )
+            logits = dense(rows, self.table(), self.dtype)
         return logits.reshape(*x.shape[:-1], self.rows)
 
 
@@ -119,4 +113,6 @@ class QuantizedHead(nn.Module):
             init = nn.initializers.normal(config.init_std)
             tied = rounded(self.param("weight", init, shape, jnp.float32), config.embedding_dtype)
         precision = config.precisions()["lm_head"]
-        return quantized_matmul(precision.quantize_activation(x), precision.quantize_weight(tied))
+        return quantized_matmul(
+            precision.quantize_activation(x), precision.quantize_weight(tied), product=config.head_product
+        )

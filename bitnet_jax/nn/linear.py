@@ -20,35 +20,45 @@ from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.norms import Norm, projection_norm
+from bitnet_jax.nn.products import sums_of_products
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import Quantized
 from bitnet_kernels import PackedArray, packed_matmul, packed_matmuls
 from bitnet_kernels.reference import rescale, rounded_product
 
 
-def _dot(x: Float[Array, "*rows k"], w: Float[Array, "n k"]) -> Float[Array, "*rows n"]:
+def dense(
+    x: Float[Array, "*rows k"], w: Float[Array, "n k"], dtype: str = "float32"
+) -> Float[Array, "*rows n"]:
+    """`x @ w.T` in float32, of operands rounded to `dtype`."""
     # As a product of matrices: on CPUs the gradient of one with more axes takes XLA's slow path.
-    rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.dot_general(rows, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return y.reshape(*x.shape[:-1], w.shape[0])
+    return sums_of_products(x.reshape(-1, x.shape[-1]), w, dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
-def quantized_matmul(x: Quantized, w: Quantized, dtype: str = "float32") -> Float[Array, "*rows n"]:
+def quantized_matmul(
+    x: Quantized, w: Quantized, dtype: str = "float32", product: str = "float"
+) -> Float[Array, "*rows n"]:
     """`x.dequantize() @ w.dequantize().T` in float32, with one exact integer sum per scale group.
 
     Args:
       x: codes [..., k], scale [..., 1].
       w: codes [n, k], scale [1 or n, G]; each group holds k // G neighbouring inputs.
-      dtype: of the operands. bfloat16 holds integers up to 256 exactly, so codes lose nothing in it.
+      dtype, product: of the products of codes and of their gradients, see bitnet_jax.nn.products.
     """
+    if product != "float":
+        x, w = _visible_nan(x), _visible_nan(w)
     (n, k), groups = w.codes.shape, w.scale.shape[-1]
-    rows, w_codes = x.codes.astype(dtype).reshape(-1, k), w.codes.astype(dtype)
-    if groups == 1:
-        sums = _dot(rows, w_codes)[None]
-    else:
+    rows, w_codes = x.codes.reshape(-1, k), w.codes
+    if groups > 1:
         rows, w_codes = rows.reshape(-1, groups, k // groups), w_codes.reshape(n, groups, k // groups)
-        sums = jnp.einsum("mgk,ngk->gmn", rows, w_codes, preferred_element_type=jnp.float32)
+    sums = sums_of_products(rows, w_codes, dtype, product).reshape(groups, -1, n)
     return rounded_product(rescale(sums, w.scale).reshape(*x.codes.shape[:-1], n), x.scale)
+
+
+def _visible_nan(quantized: Quantized) -> Quantized:
+    """int8 has no NaN: the scale of a row takes over one that its codes hold."""
+    lost = jnp.any(jnp.isnan(quantized.codes), axis=-1, keepdims=True)
+    return quantized._replace(scale=jnp.where(lost, jnp.nan, quantized.scale))
 
 
 class BitLinear(nn.Module):
@@ -66,6 +76,7 @@ class BitLinear(nn.Module):
     use_bias: bool = False
     norm: Norm | None = None
     dtype: str = "float32"
+    product: str = "float"  # of codes while training, see bitnet_jax.nn.products
     init_std: float = 0.02
 
     @classmethod
@@ -78,6 +89,7 @@ class BitLinear(nn.Module):
             use_bias=config.use_bias and in_block,
             norm=projection_norm(config) if in_block else None,
             dtype=config.dtype,
+            product=config.product if in_block else config.head_product,
             init_std=config.init_std,
             name=name,
         )
@@ -137,9 +149,9 @@ class BitLinear(nn.Module):
             if precision.scale == "learned":
                 scale = self.param("weight_scale", lambda _: precision.weight_scale_init(weight))
             w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
-            return quantized_matmul(x_quantized, w_quantized, self.dtype)
+            return quantized_matmul(x_quantized, w_quantized, self.dtype, self.product)
         dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
-        return _dot(x_quantized.dequantize().astype(dtype), weight.astype(dtype))
+        return dense(x_quantized.dequantize(), weight, dtype)
 
 
 def apply_together(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from bitnet_kernels.formats import unpack
@@ -98,9 +99,15 @@ def rounded_product(values: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.minimum(values * scale, jnp.finfo(jnp.float32).max)
 
 
-@rounded_product.defjvp
+@functools.partial(rounded_product.defjvp, symbolic_zeros=True)
 def _rounded_product_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array | SymbolicZero, jax.Array | SymbolicZero]
 ) -> tuple[jax.Array, jax.Array]:
+    # A factor without a gradient, such as a measured scale, must not make the backward pass keep the other one.
     (values, scale), (d_values, d_scale) = primals, tangents
-    return rounded_product(values, scale), d_values * scale + values * d_scale
+    y = rounded_product(values, scale)
+    if isinstance(d_scale, SymbolicZero):
+        return y, jnp.zeros_like(y) if isinstance(d_values, SymbolicZero) else d_values * scale
+    if isinstance(d_values, SymbolicZero):
+        return y, values * d_scale
+    return y, d_values * scale + values * d_scale

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bitnet_jax.cli import build_parser
+from bitnet_jax.models import PRESETS
 from experiments import cpu_limits, training_cost
 
 
@@ -25,7 +26,11 @@ def test_every_command_is_one_that_exists(name: str) -> None:
 
 
 def test_the_cost_of_training_is_against_float32() -> None:
-    figures = training_cost.measure(rounds=1)
-    assert set(figures["milliseconds"]) == set(training_cost.RECIPES)
+    every = training_cost.RECIPES | training_cost.PRODUCTS
+    variants = {name: every[name] for name in ("float32", "bitnet", "ternary, int8 gradients")}
+    figures = training_cost.measure(PRESETS["tiny"], variants, batch_size=1, length=8, rounds=1)
+    assert set(figures["milliseconds"]) == set(figures["temporary_bytes"]) == set(variants)
     assert figures["cost_against_float32"]["float32"]["median"] == 0
     assert figures["cost_against_float32"]["bitnet"]["median"] > -1
+    speeds = (figures["tokens_per_second"][name]["median"] for name in variants)
+    assert min(speeds) > 0

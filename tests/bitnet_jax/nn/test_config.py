@@ -14,6 +14,9 @@ from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_jax.precision import Precision
 
 TINY = PRESETS["tiny"].to_dict()
+WIDE = Precision(
+    weight="int8", activation="int8", weight_options=(("levels", "midrise"),)
+)  # odd codes to 255
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -45,6 +48,16 @@ def test_precisions_in_rules_survive_json() -> None:
         ({"head_dim": 7}, r"head_dim=7 is odd"),
         ({"precision": "bitnet_b159"}, r"recipe: got 'bitnet_b159'.*did you mean 'bitnet_b158'"),
         ({"precision": [["layers_9/*", "int8"], ["*", "bitnet"]]}, r"layers_9"),
+        ({"product": "int4"}, r"model\.product: got 'int4', expected one of float, int8, int8_gradients"),
+        (
+            {"product": "int8", "precision": [["*q_proj", "int8"], ["*", "bitnet_weight_only"]]},
+            r"model\.product='int8': layers_0/attention/k_proj has weight='ternary_absmean', activation='none', "
+            r"which do not both have codes in \[-128, 127\]; choose another recipe for it, or product='float'",
+        ),
+        (
+            {"product": "int8_gradients", "precision": WIDE},
+            r"product='int8_gradients': layers_0/attention/q_proj has weight='int8'",
+        ),
     ],
 )
 def test_refused(change: dict[str, Any], message: str) -> None:
@@ -114,3 +127,11 @@ def test_a_head_in_integers_is_a_linear_layer_tied_or_not() -> None:
 def test_heads_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**TINY | change)
+
+
+def test_float_layers_stay_float_beside_int8_products() -> None:
+    assert ModelConfig(**TINY | {"product": "int8", "precision": "float32"}).product == "int8"
+    mixed = ModelConfig(
+        **TINY | {"product": "int8_gradients", "precision": [["*q_proj", "float32"], ["*", "bitnet"]]}
+    )
+    assert mixed.head_product == "int8"
