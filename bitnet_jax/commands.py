@@ -286,6 +286,55 @@ def bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def energy(args: argparse.Namespace) -> int:
+    """Count operations, joules and bytes of a model by arithmetic; with --measure, joules by the machine's meters.
+
+    The energy model is BitNet's (2310.11453): every token attends to all others of the text, the output head is
+    told apart. --measure generates text and reads RAPL (processors) and NVML (GPUs, pip install
+    'bitnet-jax[energy]') meanwhile.
+
+    example:
+      bitnet-jax energy --preset 2b4t --length 512 --json energy.json
+      bitnet-jax energy runs/first-packed --measure
+    """
+    from bitnet_jax import energy_report
+    from bitnet_jax.model_folders import load_model
+
+    variables = None
+    if args.folder is not None:
+        if args.preset or args.config:
+            raise ValueError("got FOLDER beside --preset or --config, expected one of them")
+        _, config, variables, _ = load_model(args.folder, step=args.step)
+    else:
+        shape = args.recipe, args.head, args.ternary_format
+        config = energy_report.chosen_config(args.preset, args.config, *shape)
+    figures = energy_report.energy_figures(
+        config,
+        length=args.length,
+        floats=args.floats,
+        kv_format=args.kv_format,
+        zeros=_zero_shares(args.zeros),
+    )
+    if args.measure:
+        figures["measured"] = energy_report.measured_figures(config, variables)
+    _write_json(args.json, figures)
+    print(energy_report.table(figures))
+    return 0
+
+
+def _zero_shares(words: Sequence[str]) -> dict[str, float]:
+    shares = {}
+    for word in words:
+        pattern, _, share = word.partition("=")
+        try:
+            shares[pattern] = float(share)
+        except ValueError as error:
+            raise ValueError(
+                f"got --zeros {word}, expected PATTERN=SHARE, such as '*down_proj=0.8'"
+            ) from error
+    return shares
+
+
 def _use_threads(count: int) -> None:
     """Restricts the process to the first `count` processors that it may use."""
     if not hasattr(os, "sched_setaffinity"):

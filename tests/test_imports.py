@@ -51,8 +51,20 @@ ARROWS: dict[str, set[str]] = {
     "doctor": MODEL | {"packing", "inference"},
     "step_kernels": MODEL | {"inference"},
     "model_bench": MODEL | {"packing", "storage", "random_model", "step_kernels", "inference", "doctor"},
+    "energy_report": MODEL
+    | {
+        "packing",
+        "storage",
+        "inference",
+        "evaluation",
+        "training",
+        "config_file",
+        "model_bench",
+        "step_kernels",
+    },
     "commands": {
         "model_bench",
+        "energy_report",
         "config_file",
         "doctor",
         "model_folders",
