@@ -170,7 +170,18 @@ def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
     )
-    command.add_argument("--source", help="stdlib, a file, a folder, or hf:NAME")
+    command.add_argument(
+        "--tasks", default="language", metavar="NAME[,NAME...]", help="what to measure (default %(default)s)"
+    )
+    command.add_argument("--limit", type=int, metavar="N", help="N records of each file, spread over it")
+    command.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="where the files of tasks are (default: $BITNET_JAX_DATA)",
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--source", help="of language: stdlib, a file, a folder, or hf:NAME")
     command.add_argument(
         "--split", choices=("document", "tail", "record", "all"), help="what is held out; all: no part"
     )

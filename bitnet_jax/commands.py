@@ -165,24 +165,55 @@ def _describe_generation(figures: dict[str, Any]) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Measure bits per byte and perplexity on held-out text.
+    """Measure bits per byte and perplexity on held-out text, or what a model scores in named tasks.
 
-    Without --source: the held-out part of a run's own data; for other folders, of the standard library.
+    The task `language`, which is the default, measures held-out text: without --source that of a run's own data,
+    for other folders of the standard library. The others read files below $BITNET_JAX_DATA or --data-root:
+
+      choices           arc_challenge arc_easy hellaswag openbookqa piqa social_iqa winogrande
+      language          blimp (minimal pairs), lambada (last words)
+      classes           sst2 trec banking77 cola sms_spam
+      summaries         scitldr (needs pip install 'bitnet-jax[summarization]')
+
+    A classifier (num_classes) can do those of classes. Each figure has a 95 % interval over its examples.
 
     example:
       bitnet-jax eval runs/first-packed --source texts/ --split all --json figures.json
+      bitnet-jax eval runs/first-packed --tasks blimp,lambada,arc_easy --limit 500 --json tasks.json
     """
-    from bitnet_jax.data import load_corpus, read_documents, token_stream
-    from bitnet_jax.evaluation.language import evaluate_text
+    from bitnet_jax.evaluation.likelihood import TextModel
+    from bitnet_jax.evaluation.tasks import TASKS, describe, run_task
     from bitnet_jax.model_folders import load_model
-    from bitnet_jax.training.config import DataConfig
-    from bitnet_jax.training.run_folder import RunFolder
 
+    names = [name.strip() for name in args.tasks.split(",")]
+    if unknown := [name for name in names if name not in ("language", *TASKS)]:
+        raise ValueError(f"got --tasks {', '.join(unknown)}, expected some of language, {', '.join(TASKS)}")
     model = load_model(args.folder, step=args.step)
     if model.tokenizer is None:
         raise ValueError(
             f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"
         )
+    text_model = TextModel(model.config, model.variables, model.tokenizer)
+    figures: dict[str, Any] = {}
+    for name in names:
+        if name == "language":
+            figures[name] = _language_figures(args, model)
+            print(_describe_language(figures[name]))
+        else:
+            figures[name] = run_task(
+                text_model, name, root=args.data_root, limit=args.limit, progress=not args.quiet
+            )
+            print("\n".join(describe(name, figures[name])))
+    _write_json(args.json, figures["language"] if names == ["language"] else figures)
+    return 0
+
+
+def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    from bitnet_jax.data import load_corpus, read_documents, token_stream
+    from bitnet_jax.evaluation.language import evaluate_text
+    from bitnet_jax.training.config import DataConfig
+    from bitnet_jax.training.run_folder import RunFolder
+
     own = RunFolder(args.folder).read_config().data if model.kind == "run" else DataConfig()
     data = own if args.source is None else DataConfig(source=args.source)
     split = args.split or data.split
@@ -201,17 +232,18 @@ def evaluate(args: argparse.Namespace) -> int:
     score = evaluate_text(
         model.config, model.variables, tokens, model.tokenizer, length=args.length, max_tokens=args.max_tokens
     )
-    figures = score.summary() | {
+    return score.summary() | {
         "source": data.source,
         "split": split,
         "seconds": time.perf_counter() - began,
     }
-    _write_json(args.json, figures)
-    print(
-        f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f} per token "
-        f"({score.tokens} tokens, {score.text_bytes} bytes of {data.source}, {split})"
+
+
+def _describe_language(figures: dict[str, Any]) -> str:
+    return (
+        f"{figures['bits_per_byte']:.4f} bits per byte, perplexity {figures['perplexity']:.3f} per token "
+        f"({figures['tokens']} tokens, {figures['text_bytes']} bytes of {figures['source']}, {figures['split']})"
     )
-    return 0
 
 
 def info(args: argparse.Namespace) -> int:
