@@ -173,7 +173,21 @@ def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tasks", default="language", metavar="NAME[,NAME...]", help="what to measure (default %(default)s)"
     )
-    command.add_argument("--limit", type=int, metavar="N", help="N records of each file, spread over it")
+    command.add_argument(
+        "--harness", metavar="NAME[,NAME...]", help="tasks of lm-evaluation-harness, in place of --tasks"
+    )
+    command.add_argument(
+        "--include-path",
+        type=Path,
+        metavar="DIR",
+        help="of --harness: a folder with .yaml files of more tasks",
+    )
+    command.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="N records of each file, spread over it (--harness: the first N)",
+    )
     command.add_argument(
         "--data-root",
         type=Path,

@@ -176,6 +176,7 @@ def evaluate(args: argparse.Namespace) -> int:
       summaries         scitldr (needs pip install 'bitnet-jax[summarization]')
 
     A classifier (num_classes) can do those of classes. Each figure has a 95 % interval over its examples.
+    --harness runs tasks of lm-evaluation-harness instead, with its data (pip install 'bitnet-jax[harness]').
 
     example:
       bitnet-jax eval runs/first-packed --source texts/ --split all --json figures.json
@@ -194,17 +195,24 @@ def evaluate(args: argparse.Namespace) -> int:
             f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"
         )
     text_model = TextModel(model.config, model.variables, model.tokenizer)
+    how = {"limit": args.limit, "progress": not args.quiet}
+    if args.harness:
+        from bitnet_jax.harness import run_harness
+
+        results = run_harness(text_model, args.harness.split(","), include_path=args.include_path, **how)
+        _write_json(args.json, results)
+        print(json.dumps(results, indent=2, default=str))
+        return 0
     figures: dict[str, Any] = {}
     for name in names:
         if name == "language":
             figures[name] = _language_figures(args, model)
             print(_describe_language(figures[name]))
         else:
-            figures[name] = run_task(
-                text_model, name, root=args.data_root, limit=args.limit, progress=not args.quiet
-            )
+            figures[name] = run_task(text_model, name, root=args.data_root, **how)
             print("\n".join(describe(name, figures[name])))
-    _write_json(args.json, figures["language"] if names == ["language"] else figures)
+        # After each task: the next one may take hours.
+        _write_json(args.json, figures["language"] if names == ["language"] else figures)
     return 0
 
 

@@ -51,6 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "doctor": MODEL | {"packing", "inference"},
     "step_kernels": MODEL | {"inference"},
     "model_bench": MODEL | {"packing", "storage", "random_model", "step_kernels", "inference", "doctor"},
+    "harness": MODEL | {"evaluation", "inference", "data"},
     "energy_report": MODEL
     | {
         "packing",
@@ -65,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
     "commands": {
         "model_bench",
         "energy_report",
+        "harness",
         "config_file",
         "doctor",
         "model_folders",
