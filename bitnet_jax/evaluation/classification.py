@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from tqdm import tqdm
 
 from bitnet_jax.data.errors import DataError
+from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
 from bitnet_jax.evaluation.intervals import bootstrap, proportion
-from bitnet_jax.evaluation.likelihood import BATCH_TOKENS, TextModel, widths
+from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.multiple_choice import choose, question_item
 from bitnet_jax.evaluation.result import Result
 from bitnet_jax.models import ModelConfig, Transformer
@@ -117,23 +116,17 @@ def predict_classes(
     sizes, predictions = np.array([len(row) for row in rows]), np.zeros(len(rows), int)
     if not sizes.all():
         raise DataError(f"got the text {texts[int(np.argmin(sizes))]!r}, expected at least one token")
-    below = 0
-    with tqdm(total=len(rows), disable=not progress, unit="text", dynamic_ncols=True) as bar:
-        for width in widths(config.max_length):
-            of_width = np.flatnonzero((sizes > below) & (sizes <= width))
-            below, at_once = width, max(1, BATCH_TOKENS // width)
-            for first in range(0, len(of_width), at_once):
-                part = of_width[first : first + at_once]
-                tokens = np.zeros((at_once, width), np.int32)
-                for row, i in enumerate(part):
-                    tokens[row, : sizes[i]] = rows[i]
-                # Rows that fill the batch have one token, so that nothing is divided by zero.
-                lengths = np.ones(at_once, int)
-                lengths[: len(part)] = sizes[part]
-                mask = np.arange(width) < lengths[:, None]
-                logits = _class_logits(config, model.variables, tokens, mask)
-                predictions[part] = np.asarray(logits)[: len(part)].argmax(axis=-1)
-                bar.update(len(part))
+    for part, at_once, width in batches(
+        sizes, config.max_length, lambda width: BATCH_TOKENS // width, progress=progress
+    ):
+        tokens = np.zeros((at_once, width), np.int32)
+        # Rows that fill the batch have one token, so that nothing is divided by zero.
+        lengths = np.ones(at_once, int)
+        lengths[: len(part)] = sizes[part]
+        for row, i in enumerate(part):
+            tokens[row, : sizes[i]] = rows[i]
+        logits = _class_logits(config, model.variables, tokens, np.arange(width) < lengths[:, None])
+        predictions[part] = np.asarray(logits)[: len(part)].argmax(axis=-1)
     return predictions
 
 
@@ -141,5 +134,5 @@ def predict_classes(
 def _class_logits(
     config: ModelConfig, variables: Any, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B C"]:
-    output: Any = Transformer(config).apply(variables, tokens, mask=jnp.asarray(mask))
+    output: Any = Transformer(config).apply(variables, tokens, mask=mask)
     return output.logits

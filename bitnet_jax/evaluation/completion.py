@@ -1,14 +1,15 @@
-"""Greedy continuations of many prompts, in batches of few shapes."""
+"""Continuations of many prompts, in batches of few shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
-from tqdm import tqdm
 
 from bitnet_jax.data.errors import DataError
-from bitnet_jax.evaluation.likelihood import BATCH_TOKENS, TextModel, check_text_model, widths
+from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
+from bitnet_jax.evaluation.likelihood import TextModel, check_text_model
 from bitnet_jax.inference.generate import GREEDY, generate, left_pad
 from bitnet_jax.inference.sampling import SamplingConfig
 
@@ -27,16 +28,15 @@ def complete(
 ) -> list[str]:
     """The text behind each prompt, cut in front of the first stop string and of a separator.
 
-    Prompts are padded on the left to one of a few widths; all of a width make batches of one size.
+    Prompts are padded on the left to one of the widths of batching.py.
 
     Args:
       prompts: token ids [T] each, cut at the front where prompt and answer exceed max_length.
+      seed: of what is sampled; it depends on the place of a prompt in the list too.
 
     Raises:
       DataError: an empty prompt, or no room for one token of prompt beside the answer.
     """
-    import jax
-
     check_text_model(model)
     room = model.config.max_length - max_new_tokens
     if room < 1 or max_new_tokens < 1:
@@ -49,32 +49,29 @@ def complete(
     if not sizes.all():
         raise DataError("got an empty prompt, expected at least one token in each")
     eos = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
-    below = 0
-    with tqdm(total=len(rows), disable=not progress, unit="text", dynamic_ncols=True) as bar:
-        for width in widths(room):
-            of_width = np.flatnonzero((sizes > below) & (sizes <= width))
-            below, at_once = width, max(1, min(MOST_ROWS, BATCH_TOKENS // (width + max_new_tokens)))
-            for first in range(0, len(of_width), at_once):
-                part = of_width[first : first + at_once]
-                batch = [rows[i] for i in part] + [rows[part[0]]] * (at_once - len(part))
-                tokens, mask = left_pad(batch)
-                padding = ((0, 0), (width - tokens.shape[1], 0))
-                result = generate(
-                    model.config,
-                    model.variables,
-                    np.pad(tokens, padding),
-                    np.pad(mask, padding),
-                    max_new_tokens=max_new_tokens,
-                    sampling=sampling,
-                    key=jax.random.fold_in(jax.random.key(seed), int(part[0])),
-                    eos_ids=eos,
-                )
-                written, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
-                for row, i in enumerate(part):
-                    ids = written[row, : lengths[row]]
-                    ids = ids[:-1] if len(ids) and ids[-1] in eos else ids
-                    answers[i] = cut(model.tokenizer.decode(ids), stop)
-                bar.update(len(part))
+
+    def rows_of(width: int) -> int:
+        return min(MOST_ROWS, BATCH_TOKENS // (width + max_new_tokens))
+
+    for part, at_once, width in batches(sizes, room, rows_of, progress=progress):
+        batch = [rows[i] for i in part] + [rows[part[0]]] * (at_once - len(part))
+        tokens, mask = left_pad(batch)
+        padding = ((0, 0), (width - tokens.shape[1], 0))
+        result = generate(
+            model.config,
+            model.variables,
+            np.pad(tokens, padding),
+            np.pad(mask, padding),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            key=jax.random.fold_in(jax.random.key(seed), int(part[0])),
+            eos_ids=eos,
+        )
+        written, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
+        for row, i in enumerate(part):
+            ids = written[row, : lengths[row]]
+            ids = ids[:-1] if len(ids) and ids[-1] in eos else ids
+            answers[i] = cut(model.tokenizer.decode(ids), stop)
     return answers
 
 

@@ -1,8 +1,7 @@
 """ln P(continuation | context) of many texts, in padded batches of few shapes.
 
-A text is scored in windows of at most the model's length. Each window is padded on the right, where a causal model
-does not look, to the next of a few widths; windows of one width make batches of one size. So the model is compiled
-once per width that occurs, and a text's score does not depend on the texts beside it, but for rounding.
+A text is scored in windows of at most the model's length, padded on the right, where a causal model does not look,
+to one of the widths of batching.py. A text's score does not depend on the texts beside it, but for rounding.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from tqdm import tqdm
 
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.tokenizers import Tokenizer
+from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
 from bitnet_jax.evaluation.language import Apply, model_logits, token_nats
 from bitnet_jax.models import ModelConfig
 
-SMALLEST_WIDTH = 32
-BATCH_TOKENS, BATCH_LOGITS = 2**12, 2**25  # of a batch, at most: 128 MiB of logits
+BATCH_LOGITS = 2**25  # of a batch, at most: 128 MiB
 START_TOKENS = (
     "<|begin_of_text|>",
     "<s>",
@@ -128,12 +126,6 @@ def _windows(requests: Sequence[Request], length: int) -> Iterator[_Window]:
             begin = end
 
 
-def widths(length: int) -> list[int]:
-    """SMALLEST_WIDTH and its doubles below `length`, and `length`."""
-    doubles = [SMALLEST_WIDTH << i for i in range(32)]
-    return [width for width in doubles if width < length] + [length]
-
-
 def score_requests(model: TextModel, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
     """The scores of requests, in their order.
 
@@ -146,27 +138,21 @@ def score_requests(model: TextModel, requests: Sequence[Request], *, progress: b
     sizes = np.array([len(window.inputs) for window in windows])
     sums, counts, greedy = np.zeros(len(requests)), np.zeros(len(requests), int), np.ones(len(requests), bool)
     apply = model_logits(model.config)
-    with tqdm(total=len(windows), disable=not progress, unit="text", dynamic_ncols=True) as bar:
-        below = 0
-        for width in widths(length):
-            of_width = np.flatnonzero((sizes > below) & (sizes <= width))
-            below = width
-            rows = batch_size(width, model.config.vocab_size)
-            for first in range(0, len(of_width), rows):
-                batch = [windows[i] for i in of_width[first : first + rows]]
-                nats, hits = _scored_batch(apply, model.variables, batch, rows, width)
-                for window, row_nats, row_hits in zip(batch, nats, hits, strict=False):
-                    scored = slice(len(window.targets) - window.scored, len(window.targets))
-                    sums[window.request] -= row_nats[scored].sum(dtype=np.float64)
-                    counts[window.request] += window.scored
-                    greedy[window.request] &= row_hits[scored].all()
-                bar.update(len(batch))
+    rows_of = functools.partial(batch_size, vocab_size=model.config.vocab_size)
+    for texts, rows, width in batches(sizes, length, rows_of, progress=progress):
+        batch = [windows[i] for i in texts]
+        nats, hits = _scored_batch(apply, model.variables, batch, rows, width)
+        for window, row_nats, row_hits in zip(batch, nats, hits, strict=False):
+            scored = slice(len(window.targets) - window.scored, len(window.targets))
+            sums[window.request] -= row_nats[scored].sum(dtype=np.float64)
+            counts[window.request] += window.scored
+            greedy[window.request] &= row_hits[scored].all()
     return [Score(*values) for values in zip(sums.tolist(), counts.tolist(), greedy.tolist(), strict=True)]
 
 
 def batch_size(width: int, vocab_size: int) -> int:
-    """Rows of a batch."""
-    return max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocab_size) // width)
+    """Rows of a batch, so that its logits stay below BATCH_LOGITS; 0 where one row has more."""
+    return min(BATCH_TOKENS, BATCH_LOGITS // vocab_size) // width
 
 
 def _scored_batch(

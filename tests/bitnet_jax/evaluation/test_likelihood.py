@@ -24,7 +24,6 @@ from bitnet_jax.evaluation.likelihood import (
     score_texts,
     start_ids,
     text_request,
-    widths,
 )
 from bitnet_jax.interop import huggingface
 from bitnet_jax.models import ModelConfig, Transformer
@@ -126,12 +125,6 @@ def test_few_shapes_are_compiled(model: TextModel, monkeypatch: pytest.MonkeyPat
     assert [score.tokens for score in scores] == list(range(1, 39))
     for score in scores:
         assert score.log_probability == pytest.approx(-score.tokens * np.log(256), rel=1e-6)
-
-
-def test_widths_end_with_the_length() -> None:
-    assert widths(20) == [20]
-    assert widths(32) == [32]
-    assert widths(100) == [32, 64, 100]
 
 
 def test_blanks_between_context_and_continuation_belong_to_the_latter() -> None:
