@@ -342,8 +342,10 @@ def energy(args: argparse.Namespace) -> int:
 
     variables = None
     if args.folder is not None:
-        if args.preset or args.config:
-            raise ValueError("got FOLDER beside --preset or --config, expected one of them")
+        if args.preset or args.config or args.recipe or args.head or args.ternary_format:
+            raise ValueError(
+                "got FOLDER beside --preset, --config or what changes them, expected one of these"
+            )
         _, config, variables, _ = load_model(args.folder, step=args.step)
     else:
         shape = args.recipe, args.head, args.ternary_format

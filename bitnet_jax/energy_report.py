@@ -1,7 +1,8 @@
 """What a model costs: operations, joules and bytes by arithmetic, and joules by the meters of the machine.
 
-figures = energy_figures(PRESETS["2b4t"], length=512)
-print(table(figures))
+    print(table(energy_figures(PRESETS["2b4t"], length=512)))
+
+The arithmetic is that of evaluation/energy.py, the meters are those of evaluation/meters.py.
 """
 
 from __future__ import annotations
@@ -35,10 +36,8 @@ from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.step_kernels import flat
 from bitnet_jax.storage import load_packed
 
-IDLE_SECONDS, WORK_SECONDS = (
-    3.0,
-    10.0,
-)  # of a measurement: long against the milliseconds between counter updates
+# Of a measurement: long against the milliseconds between updates of a counter.
+IDLE_SECONDS, WORK_SECONDS = 3.0, 10.0
 
 
 def chosen_config(
