@@ -170,7 +170,32 @@ def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
     )
-    command.add_argument("--source", help="stdlib, a file, a folder, or hf:NAME")
+    command.add_argument(
+        "--tasks", default="language", metavar="NAME[,NAME...]", help="what to measure (default %(default)s)"
+    )
+    command.add_argument(
+        "--harness", metavar="NAME[,NAME...]", help="tasks of lm-evaluation-harness, in place of --tasks"
+    )
+    command.add_argument(
+        "--include-path",
+        type=Path,
+        metavar="DIR",
+        help="of --harness: a folder with .yaml files of more tasks",
+    )
+    command.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="N records of each file, spread over it (--harness: the first N)",
+    )
+    command.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="where the files of tasks are (default: $BITNET_JAX_DATA)",
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--source", help="of language: stdlib, a file, a folder, or hf:NAME")
     command.add_argument(
         "--split", choices=("document", "tail", "record", "all"), help="what is held out; all: no part"
     )
@@ -220,6 +245,31 @@ def _bench_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _energy_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="a packed model, a run, ...")
+    command.add_argument("--preset", metavar="NAME", help="or the shape of a preset: tiny, 125m, ..., 2b4t")
+    command.add_argument("--config", metavar="FILE.py[:VARIANT]", help="or the model of a config file")
+    command.add_argument("--recipe", metavar="NAME", help="of a preset: precision of its layers")
+    command.add_argument("--head", metavar="NAME", help="of a preset: form of its output head, see bench")
+    _ternary_format_argument(command)
+    _kv_format_argument(command)
+    command.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens of the text (default %(default)s)"
+    )
+    command.add_argument(
+        "--floats", choices=("float16", "float32"), default="float16", help="what a float counts as"
+    )
+    command.add_argument(
+        "--zeros",
+        action="append",
+        default=[],
+        metavar="PATTERN=SHARE",
+        help="share of zeros among the inputs of these layers, which cost nothing; repeatable",
+    )
+    command.add_argument("--measure", action="store_true", help="generate, and read the machine's meters")
+    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+
+
 def _doctor_arguments(command: argparse.ArgumentParser) -> None:
     """It takes none."""
 
@@ -233,6 +283,7 @@ COMMANDS: dict[str, tuple[Run, AddArguments]] = {
     "eval": (commands.evaluate, _evaluate_arguments),
     "info": (commands.info, _info_arguments),
     "bench": (commands.bench, _bench_arguments),
+    "energy": (commands.energy, _energy_arguments),
     "doctor": (commands.doctor, _doctor_arguments),
 }
 

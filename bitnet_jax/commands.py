@@ -165,24 +165,63 @@ def _describe_generation(figures: dict[str, Any]) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Measure bits per byte and perplexity on held-out text.
+    """Measure bits per byte and perplexity on held-out text, or what a model scores in named tasks.
 
-    Without --source: the held-out part of a run's own data; for other folders, of the standard library.
+    The task `language`, which is the default, measures held-out text: without --source that of a run's own data,
+    for other folders of the standard library. The others read files below $BITNET_JAX_DATA or --data-root:
+
+      choices           arc_challenge arc_easy hellaswag openbookqa piqa social_iqa winogrande
+      language          blimp (minimal pairs), lambada (last words)
+      classes           sst2 trec banking77 cola sms_spam
+      summaries         scitldr (needs pip install 'bitnet-jax[summarization]')
+
+    A classifier (num_classes) can do those of classes. Each figure has a 95 % interval over its examples.
+    --harness runs tasks of lm-evaluation-harness instead, with its data (pip install 'bitnet-jax[harness]').
 
     example:
       bitnet-jax eval runs/first-packed --source texts/ --split all --json figures.json
+      bitnet-jax eval runs/first-packed --tasks blimp,lambada,arc_easy --limit 500 --json tasks.json
     """
-    from bitnet_jax.data import load_corpus, read_documents, token_stream
-    from bitnet_jax.evaluation.language import evaluate_text
+    from bitnet_jax.evaluation.likelihood import TextModel
+    from bitnet_jax.evaluation.tasks import TASKS, describe, run_task
     from bitnet_jax.model_folders import load_model
-    from bitnet_jax.training.config import DataConfig
-    from bitnet_jax.training.run_folder import RunFolder
 
+    names = [name.strip() for name in args.tasks.split(",")]
+    if unknown := [name for name in names if name not in ("language", *TASKS)]:
+        raise ValueError(f"got --tasks {', '.join(unknown)}, expected some of language, {', '.join(TASKS)}")
     model = load_model(args.folder, step=args.step)
     if model.tokenizer is None:
         raise ValueError(
             f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"
         )
+    text_model = TextModel(model.config, model.variables, model.tokenizer)
+    how = {"limit": args.limit, "progress": not args.quiet}
+    if args.harness:
+        from bitnet_jax.harness import run_harness
+
+        results = run_harness(text_model, args.harness.split(","), include_path=args.include_path, **how)
+        _write_json(args.json, results)
+        print(json.dumps(results, indent=2, default=str))
+        return 0
+    figures: dict[str, Any] = {}
+    for name in names:
+        if name == "language":
+            figures[name] = _language_figures(args, model)
+            print(_describe_language(figures[name]))
+        else:
+            figures[name] = run_task(text_model, name, root=args.data_root, **how)
+            print("\n".join(describe(name, figures[name])))
+        # After each task: the next one may take hours.
+        _write_json(args.json, figures["language"] if names == ["language"] else figures)
+    return 0
+
+
+def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    from bitnet_jax.data import load_corpus, read_documents, token_stream
+    from bitnet_jax.evaluation.language import evaluate_text
+    from bitnet_jax.training.config import DataConfig
+    from bitnet_jax.training.run_folder import RunFolder
+
     own = RunFolder(args.folder).read_config().data if model.kind == "run" else DataConfig()
     data = own if args.source is None else DataConfig(source=args.source)
     split = args.split or data.split
@@ -201,17 +240,18 @@ def evaluate(args: argparse.Namespace) -> int:
     score = evaluate_text(
         model.config, model.variables, tokens, model.tokenizer, length=args.length, max_tokens=args.max_tokens
     )
-    figures = score.summary() | {
+    return score.summary() | {
         "source": data.source,
         "split": split,
         "seconds": time.perf_counter() - began,
     }
-    _write_json(args.json, figures)
-    print(
-        f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f} per token "
-        f"({score.tokens} tokens, {score.text_bytes} bytes of {data.source}, {split})"
+
+
+def _describe_language(figures: dict[str, Any]) -> str:
+    return (
+        f"{figures['bits_per_byte']:.4f} bits per byte, perplexity {figures['perplexity']:.3f} per token "
+        f"({figures['tokens']} tokens, {figures['text_bytes']} bytes of {figures['source']}, {figures['split']})"
     )
-    return 0
 
 
 def info(args: argparse.Namespace) -> int:
@@ -284,6 +324,57 @@ def bench(args: argparse.Namespace) -> int:
     _write_json(args.json, figures)
     print(model_bench.table(figures))
     return 0
+
+
+def energy(args: argparse.Namespace) -> int:
+    """Count operations, joules and bytes of a model by arithmetic; with --measure, joules by the machine's meters.
+
+    The energy model is BitNet's (2310.11453): every token attends to all others of the text, the output head is
+    told apart. --measure generates text and reads RAPL (processors) and NVML (GPUs, pip install
+    'bitnet-jax[energy]') meanwhile.
+
+    example:
+      bitnet-jax energy --preset 2b4t --length 512 --json energy.json
+      bitnet-jax energy runs/first-packed --measure
+    """
+    from bitnet_jax import energy_report
+    from bitnet_jax.model_folders import load_model
+
+    variables = None
+    if args.folder is not None:
+        if args.preset or args.config or args.recipe or args.head or args.ternary_format:
+            raise ValueError(
+                "got FOLDER beside --preset, --config or what changes them, expected one of these"
+            )
+        _, config, variables, _ = load_model(args.folder, step=args.step)
+    else:
+        shape = args.recipe, args.head, args.ternary_format
+        config = energy_report.chosen_config(args.preset, args.config, *shape)
+    figures = energy_report.energy_figures(
+        config,
+        length=args.length,
+        floats=args.floats,
+        kv_format=args.kv_format,
+        zeros=_zero_shares(args.zeros),
+    )
+    if args.measure:
+        figures["measured"] = energy_report.measured_figures(config, variables)
+    _write_json(args.json, figures)
+    print(energy_report.table(figures))
+    return 0
+
+
+def _zero_shares(words: Sequence[str]) -> dict[str, float]:
+    shares = {}
+    for word in words:
+        pattern, _, share = word.partition("=")
+        try:
+            shares[pattern] = float(share)
+        except ValueError as error:
+            raise ValueError(
+                f"got --zeros {word}, expected PATTERN=SHARE, such as '*down_proj=0.8'"
+            ) from error
+    return shares
 
 
 def _use_threads(count: int) -> None:

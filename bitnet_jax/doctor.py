@@ -2,8 +2,8 @@
 
     bitnet-jax doctor
 
-The reference and every compiled kernel are held to plain NumPy, and a tiny packed model, under each
-instruction set, to the latent model it was packed from.
+The reference and every compiled kernel are held to plain NumPy (kernel_checks.py), and a tiny packed model, under
+each instruction set, to the latent model it was packed from.
 """
 
 from __future__ import annotations
@@ -13,39 +13,28 @@ import dataclasses
 import functools
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import bitnet_jax
 from bitnet_jax import packing
 from bitnet_jax.inference.generate import greedy
+from bitnet_jax.kernel_checks import Check, check_kernels, checked, instruction_set
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
-from bitnet_kernels import FORMATS, Choice, PackedArray, choose_implementation, cpu, pack, reference
+from bitnet_kernels import Choice, PackedArray, choose_implementation, cpu, pack
 from bitnet_kernels.machine import processor
 
-# m rows, n outputs, k inputs, G groups: one of everything, odd sizes, whole blocks, groups, and a prefill.
-SHAPES = ((1, 1, 1, 1), (1, 16, 64, 1), (3, 17, 65, 1), (2, 48, 256, 4), (7, 100, 1000, 1), (64, 256, 512, 2))
 RULES = (("layers_*/mlp/*", "bitnet"), ("*", "bitnet_b158"))
 INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", "neon", "i8mm")
 TOKENS = 16  # greedy tokens of each of the two prompts
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One line of the report: a check that passed or failed, or (passed=None) something absent and why."""
-
-    name: str
-    passed: bool | None
-    detail: str
-
-
 def diagnose() -> list[Check]:
     """All checks on this machine, in order. Never raises for a finding; a finding is a Check."""
-    return [*_check_products(), *_check_models(), *_absent()]
+    return [*check_kernels(), *_check_models(), *_absent()]
 
 
 def healthy(checks: list[Check]) -> bool:
@@ -91,41 +80,6 @@ def choice_here() -> Choice:
     return choose_implementation(pack(jnp.ones((16, 64), jnp.int8), jnp.ones((1, 1)), "ternary2"))
 
 
-def _checked(name: str, work: Callable[[], str]) -> Check:
-    """Runs one check; whatever a kernel does wrong, also an exception, is a finding and not the end."""
-    try:
-        return Check(name, True, work())
-    except Exception as error:
-        return Check(name, False, f"{type(error).__name__}: {error}")
-
-
-def _check_products() -> list[Check]:
-    implementations = {"reference": reference.integer_matmul} | {
-        f"cpu ({isa})": functools.partial(cpu.integer_matmul, isa_name=isa) for isa in cpu.available_isas()
-    }
-    return [
-        _checked(f"products, {name}", functools.partial(_products, f)) for name, f in implementations.items()
-    ]
-
-
-def _products(integer_matmul: Callable[[jax.Array, PackedArray], jax.Array]) -> str:
-    """Integer products of every format and of SHAPES against NumPy's."""
-    random = np.random.default_rng(0)
-    for name, form in FORMATS.items():
-        for m, n, k, groups in SHAPES:
-            codes = random.choice(np.array(form.values, np.int8), (n, k))
-            x = random.integers(-128, 128, (m, k), dtype=np.int8)
-            w = pack(jnp.asarray(codes), jnp.asarray(random.random((n, groups), np.float32)), name)
-            grouped = x.reshape(m, groups, -1), codes.reshape(n, groups, -1)
-            expected = np.einsum("mgk,ngk->gmn", *grouped, dtype=np.int64)
-            wrong = np.asarray(integer_matmul(jnp.asarray(x), w)) != expected
-            if wrong.any():
-                raise ValueError(
-                    f"{name} m={m} n={n} k={k} groups={groups}: {wrong.sum()} of {wrong.size} differ"
-                )
-    return f"{len(FORMATS) * len(SHAPES)} exact"
-
-
 def _check_models() -> list[Check]:
     """A tiny model of binary and ternary layers, packed against latent, under every instruction set."""
     config = dataclasses.replace(PRESETS["tiny"], num_layers=1, precision=RULES)
@@ -145,24 +99,19 @@ def _check_models() -> list[Check]:
         new_tokens = TOKENS if isa == in_use else 0
         with _forced(isa):
             label = f"tiny model, cpu ({isa})" if isa else "tiny model, reference"
-            checks.append(_checked(label, functools.partial(prove, new_tokens)))
+            checks.append(checked(label, functools.partial(prove, new_tokens)))
     return checks
 
 
 @contextlib.contextmanager
 def _forced(isa: str | None) -> Iterator[None]:
     """Everything traced inside uses one instruction set, whatever is compiled before or after."""
-    before = os.environ.get(cpu.ISA_VARIABLE)
-    if isa is not None:
-        os.environ[cpu.ISA_VARIABLE] = isa
-    jax.clear_caches()
-    try:
-        yield
-    finally:
-        os.environ.pop(cpu.ISA_VARIABLE, None)
-        if before is not None:
-            os.environ[cpu.ISA_VARIABLE] = before
+    with instruction_set(isa):
         jax.clear_caches()
+        try:
+            yield
+        finally:
+            jax.clear_caches()
 
 
 def _absent() -> list[Check]:

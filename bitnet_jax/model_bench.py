@@ -22,12 +22,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from bitnet_jax import packing, storage
 from bitnet_jax.doctor import chosen
-from bitnet_jax.inference.cache import init_cache
+from bitnet_jax.inference.cache import kv_bytes
 from bitnet_jax.inference.generate import stream_tokens
 from bitnet_jax.models.presets import PRESETS
 from bitnet_jax.nn.config import HEADS, ModelConfig
@@ -241,9 +240,7 @@ def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_
     looked_up = ["position_embed/embedding"] + ([] if embedding_is_head else ["embed/embedding"])
     tables = [params[path] for path in looked_up if path in params]
     unread = sum(table.nbytes - table.nbytes // len(table) for table in tables)
-    cache = jax.eval_shape(lambda: init_cache(config, 1, length, kv_format)).layers
-    read = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-    return packing.sizes(variables).total - unread + read
+    return packing.sizes(variables).total - unread + kv_bytes(config, length, kv_format)
 
 
 def _head_format(config: ModelConfig, variables: Variables) -> str:

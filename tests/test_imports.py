@@ -48,11 +48,26 @@ ARROWS: dict[str, set[str]] = {
     "interop": MODEL | {"packing", "tensor_file", "data", "interop"},
     "config_file": KNOW_NO_MODEL,
     "model_folders": MODEL | {"packing", "storage", "inference", "training", "data", "interop"},
-    "doctor": MODEL | {"packing", "inference"},
+    "kernel_checks": KNOW_NO_MODEL,
+    "doctor": MODEL | {"packing", "inference", "kernel_checks"},
     "step_kernels": MODEL | {"inference"},
     "model_bench": MODEL | {"packing", "storage", "random_model", "step_kernels", "inference", "doctor"},
+    "harness": MODEL | {"evaluation", "inference", "data"},
+    "energy_report": MODEL
+    | {
+        "packing",
+        "storage",
+        "inference",
+        "evaluation",
+        "training",
+        "config_file",
+        "model_bench",
+        "step_kernels",
+    },
     "commands": {
         "model_bench",
+        "energy_report",
+        "harness",
         "config_file",
         "doctor",
         "model_folders",
@@ -79,6 +94,7 @@ TOUCH_KERNELS = {
     "step_kernels",
     "model_bench",
     "interop",
+    "kernel_checks",
     "doctor",
 }
 

@@ -21,7 +21,12 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 ROOTS = {"bitnet_jax": ROOT / "bitnet_jax", "bitnet_kernels": ROOT / "kernels" / "bitnet_kernels"}
 # Import names that differ from the name on the package index.
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "absl": "absl-py", "tensorboardX": "tensorboardx"}
+DISTRIBUTIONS = {
+    "orbax": "orbax-checkpoint",
+    "absl": "absl-py",
+    "tensorboardX": "tensorboardx",
+    "pynvml": "nvidia-ml-py",
+}
 # Installed by every jax: what it computes with, and what its arrays are made of.
 WITH_JAX = {"jaxlib", "ml-dtypes", "scipy"}
 

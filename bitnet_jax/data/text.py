@@ -21,7 +21,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bitnet_jax.data import standard_library
 from bitnet_jax.data.errors import DataError, one_line
@@ -193,9 +193,8 @@ def _raise_unreadable(error: OSError) -> None:
 
 def _file_documents(path: Path, name: str) -> Iterator[Document]:
     if name.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in _lines(path):
-            if line.strip():
-                yield _record(line, f"{path}:{number}", f"{name}:{number}")
+        for where, record in json_lines(path):
+            yield _document(record, where, f"{name}:{where.rpartition(':')[2]}")
     else:
         content = b"".join(line for _, line in _lines(path))
         yield Document(name, _decode(content, str(path)))
@@ -229,17 +228,25 @@ def _decode(content: bytes, where: str) -> str:
         ) from error
 
 
-def _record(line: bytes, where: str, name: str) -> Document:
-    try:
-        record = json.loads(_decode(line, where))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(
-            f"{where}: got damaged JSON ({one_line(error)}), expected one object a line"
-        ) from error
-    except DataError:
-        raise
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise DataError(f"{where}: got JSON that cannot be read ({one_line(error)})") from error
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(`path:number`, value) of every line that is not blank. Raises DataError where one is damaged."""
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        text = _decode(line, where)
+        try:
+            value = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                f"{where}: got damaged JSON ({one_line(error)}), expected one object a line"
+            ) from error
+        except ValueError as error:  # an integer of more digits than Python converts
+            raise DataError(f"{where}: got JSON that cannot be read ({one_line(error)})") from error
+        yield where, value
+
+
+def _document(record: Any, where: str, name: str) -> Document:
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         got = f"the fields {sorted(record)}"[:200] if isinstance(record, dict) else type(record).__name__
         raise DataError(f'{where}: got {got}, expected an object with a string "text"; rename the field')

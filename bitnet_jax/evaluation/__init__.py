@@ -1,4 +1,4 @@
-"""What a model is worth: bits per byte and perplexity, and the n-gram floor beneath them."""
+"""What a model is worth: bits per byte and perplexity over the n-gram floor, scores in tasks, and its energy."""
 
 from bitnet_jax.evaluation.language import (
     LanguageScore,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from bitnet_jax.models.transformer import Cache
@@ -49,3 +50,9 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
         valid=jnp.zeros((batch, length), bool),
         length=jnp.zeros((), jnp.int32),
     )
+
+
+def kv_bytes(config: ModelConfig, length: int, dtype: str | None = None) -> int:
+    """Bytes of what one sequence of `length` positions keeps in a cache; arguments as in `init_cache`."""
+    layers = jax.eval_shape(lambda: init_cache(config, 1, length, dtype)).layers
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))

@@ -9,7 +9,7 @@ HeadRows find_head_rows(std::string_view isa) {
   if (isa.substr(0, 6) == "avx512" || isa == "amx") return head_rows_avx512();
   if (isa == "avx2" || isa == "avxvnni") return head_rows_avx2();
 #elif defined(__aarch64__)
-  if (isa.substr(0, 4) == "neon") return head_rows_neon();
+  if (isa == "neon" || isa == "i8mm") return head_rows_neon();
 #endif
   return nullptr;
 }

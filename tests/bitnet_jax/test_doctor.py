@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bitnet_jax import cli, doctor, packing
+from bitnet_jax import cli, doctor, kernel_checks, packing
+from bitnet_jax.kernel_checks import Check
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
-from bitnet_kernels import IMPLEMENTATIONS, PackedArray, cpu, reference
+from bitnet_kernels import IMPLEMENTATIONS, cpu
 
 TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num_heads=2, max_length=16)
 
@@ -23,13 +24,14 @@ def test_the_command_reports_every_implementation_and_exits_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "TOKENS", 2)
-    monkeypatch.setattr(doctor, "SHAPES", ((3, 17, 65, 1), (2, 48, 256, 4)))
+    monkeypatch.setattr(kernel_checks, "SHAPES", ((2, 48, 256, 4),))
     assert cli.main(["doctor", "--json", f"{tmp_path}/doctor.json"]) == 0
     report = json.loads((tmp_path / "doctor.json").read_text())
     passed = {check["name"] for check in report["checks"] if check["passed"]}
     for isa in cpu.available_isas():
-        assert {f"products, cpu ({isa})", f"tiny model, cpu ({isa})"} <= passed
-    assert "products, reference" in passed
+        kinds = ("products", "scaled products", "attention", "head", "tiny model")
+        assert {f"{kind}, cpu ({isa})" for kind in kinds} <= passed
+    assert {f"{kind}, reference" for kind in ("products", "scaled products", "attention", "head")} <= passed
     assert report["healthy"] is True
     assert report["choice"]["name"] in IMPLEMENTATIONS
     out = capsys.readouterr().out
@@ -37,29 +39,20 @@ def test_the_command_reports_every_implementation_and_exits_0(
     assert f"packed_matmul runs on {report['choice']['name']}" in out
 
 
-def _one_off(x: jax.Array, w: PackedArray, isa_name: str | None = None) -> jax.Array:
-    return reference.integer_matmul(x, w).at[0, 0, 0].add(1)
-
-
-def _raises(x: jax.Array, w: PackedArray, isa_name: str | None = None) -> jax.Array:
-    raise RuntimeError("illegal instruction")
-
-
-@pytest.mark.parametrize(
-    ("kernel", "detail"), [(_one_off, "1 of 1 differ"), (_raises, "illegal instruction")]
-)
-def test_a_wrong_kernel_is_found(
-    kernel: object, detail: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_kernel_is_reported_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "SHAPES", ((1, 1, 1, 1),))
+    found = [
+        Check("products, cpu (avx2)", False, "ternary2 m=1: 1 of 1 differ"),
+        Check("head, reference", True, ""),
+    ]
+    monkeypatch.setattr(doctor, "check_kernels", lambda: found)
     monkeypatch.setattr(doctor, "_check_models", lambda: [])
-    monkeypatch.setattr(cpu, "available_isas", lambda: ("scalar",))
-    monkeypatch.setattr(cpu, "integer_matmul", kernel)
     assert cli.main(["doctor"]) == 1
     wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
     assert len(wrong) == 1
-    assert "products, cpu (scalar)" in wrong[0]
-    assert detail in wrong[0]
+    assert "products, cpu (avx2)" in wrong[0]
+    assert "1 of 1 differ" in wrong[0]
 
 
 def test_a_packed_model_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

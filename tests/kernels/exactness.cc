@@ -1,4 +1,4 @@
-// Every instruction set of this processor against plain loops, on buffers of exactly the right size and on two threads:
+// Integer and sign products of every instruction set of this processor against plain loops, on buffers of exactly the right size and on two threads:
 // run by itself, under the sanitizers (test_sanitizers.py) and in emulated processors (test_emulated.py). Prints a line
 // for each instruction set; the exit status tells whether all outputs were right.
 
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "sign_matmul.h"
 
 using namespace bitnet;
 
@@ -59,12 +60,11 @@ Case make_case(Format format, int64_t m, const Shape& shape, bool extreme, std::
   return c;
 }
 
-int64_t wrong_outputs(const Kernels& kernels, Case& c) {
-  Problem& p = c.p;
+// Outputs of the two halves of the panels, on two threads, that are not those of plain loops over c.x and c.codes.
+// p: c.p, or the same product with activations in another form.
+int64_t wrong_outputs(const Kernels& kernels, const Case& c, Problem p) {
   const int64_t inputs = p.group_inputs(), middle = (p.panels() + 1) / 2;
-  std::vector<int32_t> x_sums(p.m * p.groups), y(p.groups * p.m * p.n);
-  for (size_t i = 0; i < x_sums.size(); ++i) x_sums[i] = kernels.sum(p.x + i * inputs, inputs);
-  p.x_sums = x_sums.data();
+  std::vector<int32_t> y(p.groups * p.m * p.n);
   p.y = y.data();
   std::thread helper([&] { kernels.matmul(p, middle, p.panels()); });
   kernels.matmul(p, 0, middle);
@@ -73,9 +73,9 @@ int64_t wrong_outputs(const Kernels& kernels, Case& c) {
   int64_t wrong = 0;
   for (int64_t g = 0; g < p.groups; ++g) {
     for (int64_t row = 0; row < p.m; ++row) {
-      const int8_t* x = p.inputs(row, g, 0);
+      const int8_t* x = c.p.inputs(row, g, 0);
       for (int64_t r = 0; r < p.n; ++r) {
-        const int8_t* codes = c.codes.data() + r * p.x_stride + g * inputs;
+        const int8_t* codes = c.codes.data() + r * c.p.x_stride + g * inputs;
         int32_t sum = 0;
         for (int64_t i = 0; i < inputs; ++i) sum += codes[i] * x[i];
         wrong += sum != y[(g * p.m + row) * p.n + r];
@@ -83,6 +83,30 @@ int64_t wrong_outputs(const Kernels& kernels, Case& c) {
     }
   }
   return wrong;
+}
+
+int64_t wrong_outputs(const Kernels& kernels, const Case& c) {
+  Problem p = c.p;
+  std::vector<int32_t> x_sums(p.m * p.groups);
+  for (size_t i = 0; i < x_sums.size(); ++i) x_sums[i] = kernels.sum(p.x + i * p.group_inputs(), p.group_inputs());
+  p.x_sums = x_sums.data();
+  return wrong_outputs(kernels, c, p);
+}
+
+// The same for a binary matrix and the signs of c.x, which are packed into words.
+int64_t wrong_sign_outputs(const Kernels& kernels, Case& c, int64_t used) {
+  Problem p = c.p;
+  std::vector<uint32_t> words(p.m * p.groups * p.group_blocks);
+  std::vector<int32_t> inputs(p.m * p.groups, static_cast<int32_t>(used));
+  for (int64_t i = 0; i < p.m * p.groups; ++i) {
+    int8_t* x = c.x.data() + i * p.group_inputs();
+    for (int64_t j = 0; j < used; ++j) x[j] = x[j] < 0 ? -1 : 1;
+    pack_signs(x, used, words.data() + i * p.group_blocks);
+  }
+  p.x = reinterpret_cast<const int8_t*>(words.data());
+  p.x_stride = 4 * p.groups * p.group_blocks;
+  p.x_sums = inputs.data();
+  return wrong_outputs(kernels, c, p);
 }
 
 }  // namespace
@@ -108,6 +132,13 @@ int main() {
         Case c = make_case(format, m, {20, m < 3 ? max_group_inputs(format) : 300, 1}, m != 33, random);
         wrong += wrong_outputs(kernels, c);
         ++cases;
+      }
+    }
+    const Kernels& sign_kernels = *find_sign_kernels(isa);
+    for (const Shape& shape : shapes) {
+      for (int64_t m = 1; m <= 9; ++m, ++cases) {
+        Case c = make_case(Format::kBinary, m, shape, false, random);
+        wrong += wrong_sign_outputs(sign_kernels, c, shape.k / shape.groups);
       }
     }
     std::printf("%s: %d cases, %d wrong\n", isa.c_str(), static_cast<int>(cases), static_cast<int>(wrong));

@@ -25,12 +25,13 @@ SANITIZERS = {
 def test_nothing_is_found(sanitizer: str, repository: Path, tmp_path: Path) -> None:
     folder = repository / "kernels" / "csrc"
     compiler = [str(COMPILER), *FLAGS, f"-I{folder}", f"-fsanitize={sanitizer}", *SANITIZERS[sanitizer]]
-    names = ("isa", "lookahead", "scaled_matmul", "threads")
-    sources = [*folder.glob("integer_matmul_*.cc"), *(folder / f"{name}.cc" for name in names)]
+    names = ("isa", "lookahead", "scaled_matmul", "sign_matmul", "threads")
+    families = ("integer_matmul_*.cc", "attention*.cc", "head*.cc")
+    sources = {folder / f"{name}.cc" for name in names}.union(*map(folder.glob, families))
     objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
     for source, compiled in zip(sources, objects, strict=True):
         subprocess.run([*compiler, "-c", str(source), "-o", compiled], check=True, timeout=300)
-    for name in ("exactness", "sanitize"):
+    for name in ("exactness", "sanitize", "float_exactness"):
         program = str(tmp_path / name)
         source = str(Path(__file__).parent / f"{name}.cc")
         subprocess.run([*compiler, source, *objects, "-o", program], check=True, timeout=300)

@@ -1,0 +1,46 @@
+"""Texts of any length in batches of few shapes: each shape that occurs is compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+SMALLEST_WIDTH = 32
+BATCH_TOKENS = 2**12  # of a batch, at most
+
+
+class Batch(NamedTuple):
+    """Which texts stand together, padded to `width` tokens; the last batch of a width fills fewer than `rows`."""
+
+    texts: np.ndarray  # int [n], n <= rows: places in the list of sizes
+    rows: int
+    width: int
+
+
+def widths(longest: int) -> list[int]:
+    """SMALLEST_WIDTH and its doubles below `longest`, and `longest`."""
+    doubles = [SMALLEST_WIDTH << i for i in range(32)]
+    return [width for width in doubles if width < longest] + [longest]
+
+
+def batches(
+    sizes: np.ndarray, longest: int, rows_of: Callable[[int], int], *, progress: bool = False
+) -> Iterator[Batch]:
+    """All texts, each once, shorter widths first; a progress bar counts texts.
+
+    Args:
+      sizes: tokens of each text, int [N], from 1 to `longest`.
+      rows_of: width -> rows of a batch; below 1 counts as 1.
+    """
+    below = 0
+    with tqdm(total=len(sizes), disable=not progress, unit="text", dynamic_ncols=True) as bar:
+        for width in widths(longest):
+            of_width, rows = np.flatnonzero((sizes > below) & (sizes <= width)), max(1, rows_of(width))
+            below = width
+            for first in range(0, len(of_width), rows):
+                texts = of_width[first : first + rows]
+                yield Batch(texts, rows, width)
+                bar.update(len(texts))

@@ -1,0 +1,63 @@
+"""How sure a figure is: 95 % intervals over the examples it was measured on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+LEVEL = 0.95
+RESAMPLES = 1000
+
+
+class Estimate(NamedTuple):
+    """A figure and its interval, which tells of the examples drawn and of nothing else (training, wording)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def proportion(successes: int, count: int, level: float = LEVEL) -> Estimate:
+    """Successes of count trials with the interval of Wilson (1927), which is honest near 0 and 1 too.
+
+    centre = (p + z^2 / 2n) / (1 + z^2 / n),   half width = z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n)
+    """
+    if not 0 <= successes <= count or count < 1:
+        raise ValueError(f"got {successes} successes of {count}, expected 0 to count, count at least 1")
+    p, z = successes / count, NormalDist().inv_cdf((1 + level) / 2)
+    scale = 1 + z * z / count
+    centre = (p + z * z / (2 * count)) / scale
+    half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / scale
+    return Estimate(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], count: int, level: float = LEVEL) -> Estimate:
+    """statistic(indices) of all examples, and the percentiles of it over RESAMPLES draws with replacement.
+
+    statistic: of the examples at int indices [count]. The draws are the same every time.
+    """
+    draw = np.random.default_rng(0)
+    values = [statistic(draw.integers(0, count, count)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(statistic(np.arange(count))), float(low), float(high))
+
+
+def mean(values: np.ndarray, level: float = LEVEL) -> Estimate:
+    """The mean of values [count], by bootstrap."""
+    return bootstrap(lambda indices: float(values[indices].mean()), len(values), level)
+
+
+def mean_of_proportions(successes: np.ndarray, counts: np.ndarray, level: float = LEVEL) -> Estimate:
+    """The plain mean of successes / counts over groups, with the normal interval.
+
+    Its variance is the mean over groups of q (1 - q) / count, divided by the number of groups, q = (successes + 1) /
+    (count + 2) by Laplace: a group whose few trials all succeeded is not a sure one.
+    """
+    q = (successes + 1) / (counts + 2)
+    half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(np.sum(q * (1 - q) / counts)) / len(counts)
+    value = float(np.mean(successes / counts))
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half))

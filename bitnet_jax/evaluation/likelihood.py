@@ -1,0 +1,175 @@
+"""ln P(continuation | context) of many texts, in padded batches of few shapes.
+
+A text is scored in windows of at most the model's length, padded on the right, where a causal model does not look,
+to one of the widths of batching.py. A text's score does not depend on the texts beside it, but for rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from bitnet_jax.data.errors import DataError
+from bitnet_jax.data.tokenizers import Tokenizer
+from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
+from bitnet_jax.evaluation.language import Apply, model_logits, token_nats
+from bitnet_jax.models import ModelConfig
+
+BATCH_LOGITS = 2**25  # of a batch, at most: 128 MiB
+START_TOKENS = (
+    "<|begin_of_text|>",
+    "<s>",
+    "<bos>",
+    "[BOS]",
+)  # names under which published tokenizers keep it
+
+
+class TextModel(NamedTuple):
+    """A causal language model with its tokenizer."""
+
+    config: ModelConfig
+    variables: Mapping[str, Any]
+    tokenizer: Tokenizer
+
+
+class Score(NamedTuple):
+    log_probability: float  # natural logarithm, summed over the scored tokens
+    tokens: int  # scored
+    greedy: bool  # each of them is the most likely one at its place
+
+
+class Request(NamedTuple):
+    """A sequence of tokens, of which those from `scored_from` on are scored."""
+
+    tokens: np.ndarray  # int [N]
+    scored_from: int  # at least 1: the first token has nothing in front
+
+
+def check_text_model(model: TextModel) -> None:
+    """Raises DataError unless it is a causal language model whose vocabulary holds its tokenizer's."""
+    config = model.config
+    if config.num_classes or not config.causal:
+        raise DataError(
+            "got a classifier or a model that sees later tokens, expected a causal language model"
+        )
+    if model.tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"tokenizer: got {model.tokenizer.vocab_size} tokens, expected at most the model's vocab_size "
+            f"{config.vocab_size}; use the tokenizer the model was trained with"
+        )
+
+
+def start_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """int32 [0 or 1]: the token a text begins with, one of START_TOKENS or else the separator of documents."""
+    if tokenizer.kind == "json":
+        for name in START_TOKENS:
+            if len(ids := tokenizer.encode(name)) == 1:
+                return ids
+    return np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
+
+
+def text_request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+    """The request for ln P(continuation | context), a start token in front of both where there is one.
+
+    Blanks at the end of the context belong to the continuation, for most vocabularies glue them to the next word;
+    both are encoded as one text and cut where the context alone ends.
+
+    Raises:
+      DataError: there is nothing to score, or nothing in front of it.
+    """
+    bare = context.rstrip()
+    whole = tokenizer.encode(context + continuation)
+    start = start_ids(tokenizer)
+    border = len(start) + (len(tokenizer.encode(bare)) if bare else 0)
+    tokens = np.concatenate([start, whole])
+    if border == 0:  # no token says "a text begins here": the first one is given
+        border = 1
+    if border >= len(tokens):
+        raise DataError(
+            f"got the continuation {continuation[:60]!r} of {context[-60:]!r}, expected at least one token of it "
+            "behind another token"
+        )
+    return Request(tokens, border)
+
+
+def score_texts(model: TextModel, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> list[Score]:
+    """Scores of (context, continuation) pairs, see `text_request`."""
+    requests = [text_request(model.tokenizer, context, continuation) for context, continuation in pairs]
+    return score_requests(model, requests, progress=progress)
+
+
+class _Window(NamedTuple):
+    request: int
+    inputs: np.ndarray  # int [n]
+    targets: np.ndarray  # int [n]
+    scored: int  # the last so many targets
+
+
+def _windows(requests: Sequence[Request], length: int) -> Iterator[_Window]:
+    """All scored tokens in windows of at most `length` inputs, each with as much in front as fits."""
+    for i, (tokens, begin) in enumerate(requests):
+        if not 1 <= begin < len(tokens):
+            raise DataError(
+                f"request {i}: got {len(tokens)} tokens scored from {begin}, expected a token in front of the "
+                "scored ones and at least one of them"
+            )
+        while begin < len(tokens):
+            end = min(len(tokens), begin + length)
+            start = max(0, end - 1 - length)
+            yield _Window(i, tokens[start : end - 1], tokens[start + 1 : end], end - begin)
+            begin = end
+
+
+def score_requests(model: TextModel, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
+    """The scores of requests, in their order.
+
+    Raises:
+      DataError: the model is no causal language model, or a request has nothing to score.
+    """
+    check_text_model(model)
+    length = model.config.max_length
+    windows = list(_windows(requests, length))
+    sizes = np.array([len(window.inputs) for window in windows])
+    sums, counts, greedy = np.zeros(len(requests)), np.zeros(len(requests), int), np.ones(len(requests), bool)
+    apply = model_logits(model.config)
+    rows_of = functools.partial(batch_size, vocab_size=model.config.vocab_size)
+    for texts, rows, width in batches(sizes, length, rows_of, progress=progress):
+        batch = [windows[i] for i in texts]
+        nats, hits = _scored_batch(apply, model.variables, batch, rows, width)
+        for window, row_nats, row_hits in zip(batch, nats, hits, strict=False):
+            scored = slice(len(window.targets) - window.scored, len(window.targets))
+            sums[window.request] -= row_nats[scored].sum(dtype=np.float64)
+            counts[window.request] += window.scored
+            greedy[window.request] &= row_hits[scored].all()
+    return [Score(*values) for values in zip(sums.tolist(), counts.tolist(), greedy.tolist(), strict=True)]
+
+
+def batch_size(width: int, vocab_size: int) -> int:
+    """Rows of a batch, so that its logits stay below BATCH_LOGITS; 0 where one row has more."""
+    return min(BATCH_TOKENS, BATCH_LOGITS // vocab_size) // width
+
+
+def _scored_batch(
+    apply: Apply, variables: Any, batch: Sequence[_Window], rows: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    inputs, targets = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
+    for row, window in enumerate(batch):
+        inputs[row, : len(window.inputs)] = window.inputs
+        targets[row, : len(window.targets)] = window.targets
+    nats, hits = _token_scores(apply, variables, inputs, targets)
+    return np.asarray(nats), np.asarray(hits)
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _token_scores(
+    apply: Apply, variables: Any, inputs: Int[Array, "B T"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """-ln P of each target, and whether it is the most likely token."""
+    logits = apply(variables, inputs)
+    return token_nats(logits, targets), jnp.argmax(logits, axis=-1).astype(jnp.int32) == targets

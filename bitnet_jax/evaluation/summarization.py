@@ -1,0 +1,71 @@
+"""Summaries of a few sentences, held against references by ROUGE (Lin 2004) and against the first sentence.
+
+Each ROUGE figure is an F measure with stemming by the rouge-score library (an extra: pip install
+'bitnet-jax[summarization]'), the best over an example's references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bitnet_jax.data.errors import DataError
+from bitnet_jax.evaluation.completion import complete
+from bitnet_jax.evaluation.intervals import mean
+from bitnet_jax.evaluation.likelihood import TextModel, start_ids
+from bitnet_jax.evaluation.result import Result
+
+KINDS = ("rouge1", "rouge2", "rougeL")
+CUE = "\n\nTL;DR:"  # what makes a language model summarize (Radford et al. 2019)
+SUMMARY_BYTES = 240  # room of an answer: some forty English words
+
+
+def rouge(references: Sequence[Sequence[str]], summaries: Sequence[str]) -> np.ndarray:
+    """F measures in [0, 1], float [N, KINDS], each the best over the references of its example."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise DataError(
+            "got no package rouge-score, which measures summaries; pip install 'bitnet-jax[summarization]'"
+        ) from error
+    scorer = RougeScorer(list(KINDS), use_stemmer=True)
+    rows = []
+    for texts, summary in zip(references, summaries, strict=True):
+        scores = [scorer.score(text, summary) for text in texts]
+        rows.append([max(score[kind].fmeasure for score in scores) for kind in KINDS])
+    return np.array(rows)
+
+
+def summarization(model: TextModel, records: Sequence[dict[str, Any]], *, progress: bool = False) -> Result:
+    """ROUGE of greedy summaries of records with `source`, a list of sentences, and `target`, a list of references.
+
+    A source that leaves no room for cue and answer loses its end.
+    """
+    references = [record["target"] for record in records]
+    lead = rouge(references, [record["source"][0] for record in records]).mean(axis=0)
+    tokenizer = model.tokenizer
+    sources = [tokenizer.encode(" ".join(s.strip() for s in record["source"])) for record in records]
+    cue, start = tokenizer.encode(CUE), start_ids(tokenizer)
+    bytes_per_token = sum(tokenizer.count_bytes(ids) for ids in sources) / sum(map(len, sources))
+    new_tokens = max(1, min(round(SUMMARY_BYTES / bytes_per_token), model.config.max_length // 3))
+    room = model.config.max_length - new_tokens - len(cue) - len(start)
+    if room < 1:
+        raise DataError(
+            f"got a model of {model.config.max_length} positions, expected room for a text, {len(cue)} tokens of "
+            f"cue and {new_tokens} of answer"
+        )
+    prompts = [np.concatenate([start, ids[:room], cue]) for ids in sources]
+    summaries = complete(model, prompts, new_tokens, stop=("\n",), progress=progress)
+    scores = rouge(references, [summary.strip() for summary in summaries])
+    return Result(
+        len(records),
+        {kind: mean(scores[:, i]) for i, kind in enumerate(KINDS)},
+        {f"{kind}_of_the_first_sentence": float(lead[i]) for i, kind in enumerate(KINDS)},
+        {
+            "new_tokens": new_tokens,
+            "sources_cut": int(sum(len(ids) > room for ids in sources)),
+            "first_summary": summaries[0],
+        },
+    )

@@ -1,0 +1,125 @@
+"""A model of ours as a model of lm-evaluation-harness (an extra: pip install 'bitnet-jax[harness]').
+
+    results = run_harness(TextModel(config, variables, tokenizer), ["arc_easy"], limit=100)
+
+Likelihoods are those of evaluation/likelihood.py, so a text begins with a start token or separator as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitnet_jax.evaluation.completion import complete
+from bitnet_jax.evaluation.likelihood import (
+    TextModel,
+    check_text_model,
+    score_requests,
+    start_ids,
+    text_request,
+)
+from bitnet_jax.inference.sampling import SamplingConfig
+
+NEW_TOKENS = 256  # of an answer, where a task does not say; never more than half of the model's positions
+
+
+class HarnessError(ValueError):
+    """The harness is not installed, or cannot do what was asked for."""
+
+
+def run_harness(
+    model: TextModel,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    include_path: Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """`results` of lm_eval.simple_evaluate: task -> metric -> value.
+
+    Args:
+      tasks: names that the harness knows, or of the .yaml files below include_path.
+      limit: the first so many documents of each task.
+
+    Raises:
+      HarnessError: lm-eval is not installed, or does not know a task.
+      DataError: the model is no causal language model.
+    """
+    made = harness_model(model, progress=progress)
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        raise HarnessError(
+            f"got the harness tasks {', '.join(unknown)}, expected names that lm-eval knows; `lm_eval ls tasks` lists "
+            "them, and --include-path adds a folder of .yaml files"
+        )
+    results = simple_evaluate(made, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
+    return dict(results["results"])
+
+
+def harness_model(model: TextModel, *, progress: bool = False) -> Any:
+    """The lm_eval.api.model.LM of a model."""
+    check_text_model(model)
+    try:
+        from lm_eval.api.model import LM
+    except ImportError as error:
+        raise HarnessError("got no package lm-eval; pip install 'bitnet-jax[harness]'") from error
+
+    class BitnetJax(LM):
+        """A request's `args` are (context, continuation), (text,), or (context, settings)."""
+
+        tokenizer_name = f"bitnet_jax-{model.tokenizer.kind}-{model.tokenizer.vocab_size}"
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            pairs = [text_request(model.tokenizer, *request.args) for request in requests]
+            scores = score_requests(model, pairs, progress=progress)
+            return self._kept("loglikelihood", requests, [(s.log_probability, s.greedy) for s in scores])
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            texts = [text_request(model.tokenizer, "", request.args[0]) for request in requests]
+            values = [score.log_probability for score in score_requests(model, texts, progress=progress)]
+            return self._kept("loglikelihood_rolling", requests, values)
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            answers = [""] * len(requests)
+            settings = [_generation(model, request.args[1]) for request in requests]
+            for setting in dict.fromkeys(settings):
+                part = [i for i, its in enumerate(settings) if its == setting]
+                new_tokens, stop, sampling = setting
+                prompts = [_prompt(model, requests[i].args[0]) for i in part]
+                texts = complete(model, prompts, new_tokens, stop=stop, sampling=sampling, progress=progress)
+                for i, text in zip(part, texts, strict=True):
+                    answers[i] = text
+            return self._kept("generate_until", requests, answers)
+
+        def _kept(self, kind: str, requests: list[Any], answers: list[Any]) -> list[Any]:
+            for request, answer in zip(requests, answers, strict=True):
+                self.cache_hook.add_partial(kind, request.args, answer)
+            return answers
+
+    return BitnetJax()
+
+
+def _prompt(model: TextModel, context: str) -> np.ndarray:
+    return np.concatenate([start_ids(model.tokenizer), model.tokenizer.encode(context)])
+
+
+def _generation(model: TextModel, settings: dict[str, Any]) -> tuple[int, tuple[str, ...], SamplingConfig]:
+    """(new tokens, stop strings, sampling) of the settings of a task."""
+    until = settings.get("until") or ()
+    stop = (until,) if isinstance(until, str) else tuple(word for word in until if word)
+    asked = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS)
+    new_tokens = max(1, min(asked, model.config.max_length // 2))
+    if not settings.get("do_sample", settings.get("temperature", 0) > 0):
+        return new_tokens, stop, SamplingConfig()
+    sampling = SamplingConfig(
+        temperature=float(settings.get("temperature", 1.0)),
+        top_k=settings.get("top_k"),
+        top_p=float(settings.get("top_p", 1.0)),
+    )
+    return new_tokens, stop, sampling
