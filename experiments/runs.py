@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from bitnet_jax.models import Transformer
+from bitnet_jax import scales
+from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import train as train_task
 from bitnet_jax.training.metrics import read_metrics
 from bitnet_jax.training.run_folder import RunFolder
-from bitnet_jax.training.task import Task, language_task
+from bitnet_jax.training.task import Task, abstract_params, language_task
 
 RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
 
@@ -33,8 +36,8 @@ def train(
     """Train from scratch in `folder`; `task` may alter the problem (its start, its loss).
 
     Returns:
-      status, step, tokens, parameters, config_hash, message (of a divergence), valid_* and train_* (newest
-      measurements), history (held-out loss over steps).
+      status, step, tokens, parameters, config_hash, training_seconds (over all interruptions), error (of a
+      divergence), valid_* and train_* (newest measurements), history (held-out loss over steps), and those of `sizes`.
     """
     with locked(folder.with_name(folder.name + ".lock")):
         run = RunFolder(folder)
@@ -43,7 +46,8 @@ def train(
             if result is None:
                 result = train_task(task(config), config, run, progress=sys.stderr.isatty())
     valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
-    row = {name: result[name] for name in RESULT_FIELDS}
+    row = {name: result[name] for name in RESULT_FIELDS} | {"training_seconds": result["seconds"]}
+    row |= sizes(config.model_config(run.read_tokenizer().vocab_size))
     if result["message"]:
         row["error"] = result["message"]
     for kind in ("valid", "train"):
@@ -72,6 +76,29 @@ def measure(config: RunConfig, params: PyTree) -> dict[str, Any]:
     """valid_* of weights under a config that may differ from the one they were trained with, untrained."""
     values = language_task(config).evaluate(params)
     return {"status": "finished", "config_hash": config.hash()} | {f"valid_{n}": v for n, v in values.items()}
+
+
+def sizes(model: ModelConfig) -> dict[str, float]:
+    """weight_bits, of information per weight of the linear layers in blocks, and model_bytes of the whole model.
+
+    A ternary weight counts log2(3) bits, for nothing that stores it can do with less. Scales and all that is not
+    such a weight (embeddings, head, norms) count four bytes a number.
+    """
+    precisions, weights, bits, numbers = model.precisions(), 0, 0.0, 0
+    for path, (n, k) in model.linear_shapes().items():
+        if path.startswith("layers_"):
+            precision = precisions[path]
+            weights, bits = weights + n * k, bits + n * k * precision.weight_bits
+            if precision.quantizes_weights:
+                matrix = jax.ShapeDtypeStruct((n, k), jnp.float32)
+                numbers += jax.eval_shape(
+                    partial(scales.measure, jnp.max, granularity=precision.granularity), matrix
+                ).size
+    for place, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model)):
+        name = jax.tree_util.keystr(place, simple=True, separator="/")
+        if not (name.startswith("layers_") and name.endswith(("/weight", "/weight_scale"))):
+            numbers += math.prod(leaf.shape)
+    return {"weight_bits": bits / weights, "model_bytes": bits / 8 + 4 * numbers}
 
 
 @contextlib.contextmanager
