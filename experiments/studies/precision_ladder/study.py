@@ -20,7 +20,7 @@ BASELINE = "float32"
 EFFECT = "ternary tensor"
 SEEDS = (0, 1, 2)
 
-_GROUP = 32  # inputs that share a scale; divides 64 and 192
+_GROUP = 16  # inputs that share a scale; divides 32 and 96
 
 
 def _recipe(weight: str, activation: str = "int8", **more: Any) -> dict[str, Any]:
