@@ -22,10 +22,12 @@ from jaxtyping import PyTree
 from bitnet_jax import scales
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.loop import load_run
 from bitnet_jax.training.loop import train as train_task
 from bitnet_jax.training.metrics import read_metrics
 from bitnet_jax.training.run_folder import RunFolder
 from bitnet_jax.training.task import Task, abstract_params, language_task
+from experiments.study import load_study, overridden
 
 RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
 
@@ -72,8 +74,28 @@ def train_from(params: PyTree, config: RunConfig, folder: Path) -> dict[str, Any
     return train(config, folder, task)
 
 
-def measure(config: RunConfig, params: PyTree) -> dict[str, Any]:
-    """valid_* of weights under a config that may differ from the one they were trained with, untrained."""
+def model_of(
+    study: str, arm: str, seed: int, workdir: Path, small: bool
+) -> tuple[dict[str, Any], RunConfig, PyTree]:
+    """Another study's model, trained now if it is not there yet: fields of its row, its config, its parameters.
+
+    It is looked for where that study keeps its own, beside `workdir`, which is that of the study that asks.
+    """
+    other = load_study(study)
+    folder = workdir.parent / other.workdir(small).name / f"{arm}-seed{seed}"
+    row = train(other.settings(arm, seed, small), folder)
+    config, _, params, _ = load_run(folder)
+    return row, config, params
+
+
+def measure(config: RunConfig, params: PyTree, **overrides: Any) -> dict[str, Any]:
+    """valid_* of weights, under a config that may differ from the one they were trained with.
+
+    Args:
+      overrides: fields of `model`, such as precision="int4".
+    """
+    fields = {f"model.{name}": value for name, value in overrides.items()}
+    config = RunConfig.from_dict(overridden(config.to_dict(), fields))
     values = language_task(config).evaluate(params)
     return {"status": "finished", "config_hash": config.hash()} | {f"valid_{n}": v for n, v in values.items()}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from experiments.fits import bootstrap, fit, held_out_error
 from experiments.intervals import Interval, detectable, interval, paired
 
 if TYPE_CHECKING:
@@ -60,15 +61,17 @@ def _number(value: float, digits: int = 4) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def arms_table(*more: str) -> SectionMaker:
+def arms_table(*more: str, against: Callable[[str], str] | None = None) -> SectionMaker:
     """One line an arm: the metric, its paired difference to the baseline, what difference would have been seen.
 
     Args:
       more: further fields of the rows, each a column of means (without interval).
+      against: arm -> the arm it is compared with, where the study's baseline does not suit all of them.
     """
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
-        header = ["arm", "seeds", study.metric, f"difference to {study.baseline}", "detectable", *more]
+        name = study.baseline if against is None else "the arm named"
+        header = ["arm", "seeds", study.metric, f"difference to {name}", "detectable", *more]
         header += ["parameters", "seconds per run"]
         lines = []
         for arm in study.arms:
@@ -79,9 +82,11 @@ def arms_table(*more: str) -> SectionMaker:
             if not good:
                 lines.append([arm, seeds if runs else "not run", *[""] * (len(header) - 2)])
                 continue
-            line = [arm, seeds, str(interval(list(good.values())))]
-            apart = [] if arm == study.baseline else difference(study, rows, arm)
-            line += [str(interval(apart)) if apart else "", _number(detectable(apart))]
+            base = study.baseline if against is None else against(arm)
+            apart = [] if arm == base else paired(good, values(rows, base, study.metric))
+            difference = str(interval(apart)) if apart else ""
+            difference += f" ({base})" if apart and against is not None else ""
+            line = [arm, seeds, str(interval(list(good.values()))), difference, _number(detectable(apart))]
             means = [list(values(rows, arm, field).values()) for field in more]
             line += [f"{np.mean(column):.4g}" if column else "" for column in means]
             sizes = sorted({row["parameters"] for row in runs if row.get("parameters")})
@@ -134,6 +139,54 @@ class Point(NamedTuple):
     x: float
     series: str = ""
     label: str = ""
+
+
+def size_law(
+    figure: str, place: Callable[[str, Row], Point | None], *, metric: str | None = None, xlabel: str
+) -> SectionMaker:
+    """`L(N) = a N^-b + c` of every series through all its runs: constants with intervals, and the fitted curves.
+
+    Args:
+      place: (arm, one of its rows) -> N and series, as in `points`.
+    """
+
+    def make(study: Study, rows: Sequence[Row]) -> Section:
+        measured: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            point = place(row["arm"], row) if row["status"] == "finished" else None
+            if point is not None:
+                measured.setdefault(point.series, []).append((point.x, row[metric or study.metric]))
+        fitted, lines = {}, []
+        for series, pairs in measured.items():
+            N, L = np.array(pairs).T
+            if len(np.unique(N)) < 4:  # a law of three constants goes through three sizes whatever they are
+                continue
+            fitted[series] = fit("power", [N], L)
+            spread = bootstrap("power", [N], L)
+            constants = [
+                f"{value:.3g} ({spread[name][0]:.3g} to {spread[name][1]:.3g})"
+                for name, value in fitted[series].constants.items()
+            ]
+            lines.append([series, *constants, f"{held_out_error('power', [N], L):+.2%}"])
+        header = ["series", "a", "b", "c", "largest size, predicted from the others"]
+        note = (
+            f"Fits of L(N) = a N^-b + c, N in {xlabel}, Huber loss of log residuals, 95 % bootstrap intervals over "
+            "runs. Last column: relative error of the mean loss at the largest size, from a fit to all smaller ones."
+        )
+
+        def draw(axes: Axes) -> None:
+            for series, pairs in measured.items():
+                N, L = np.array(pairs).T
+                (dots,) = axes.plot(N, L, "o", markersize=4, label=series)
+                if series in fitted:
+                    grid = np.geomspace(N.min(), N.max(), 100)
+                    axes.plot(grid, fitted[series](grid), color=dots.get_color())
+            axes.set(xlabel=xlabel, ylabel="held-out loss (nats)", xscale="log", title=study.name)
+            axes.legend(fontsize="small")
+
+        return Section(f"{markdown_table(header, lines)}\n\n{note}" if lines else "", figure, draw)
+
+    return make
 
 
 def points(

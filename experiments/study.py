@@ -87,6 +87,10 @@ class Study:
     def results(self) -> Path:
         return self.folder / "results.jsonl"
 
+    def workdir(self, small: bool = False) -> Path:
+        """Where its runs are kept unless told otherwise, from the current folder."""
+        return Path("runs/studies") / (self.name + ("-small" if small else ""))
+
     def runs(self, small: bool = False) -> dict[str, tuple[str, int]]:
         """Name of the run -> (arm, seed); all arms of a seed, then the next seed."""
         seeds = (self.small_seeds or self.seeds[:2]) if small else self.seeds

@@ -205,10 +205,6 @@ def _json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def default_workdir(study: Study, small: bool) -> Path:
-    return Path("runs/studies") / (study.name + ("-small" if small else ""))
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.sweep",
@@ -243,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, _, value in (c.partition("=") for c in args.cluster)
     }
     study = load_study(args.study)
-    workdir = args.workdir or default_workdir(study, args.small)
+    workdir = args.workdir or study.workdir(args.small)
     options = {
         "jobs": args.jobs,
         "executor": args.executor,
