@@ -84,9 +84,9 @@ def arms_table(*more: str, against: Callable[[str], str] | None = None) -> Secti
                 continue
             base = study.baseline if against is None else against(arm)
             apart = [] if arm == base else paired(good, values(rows, base, study.metric))
-            difference = str(interval(apart)) if apart else ""
-            difference += f" ({base})" if apart and against is not None else ""
-            line = [arm, seeds, str(interval(list(good.values()))), difference, _number(detectable(apart))]
+            shown = str(interval(apart)) if apart else ""
+            shown += f" ({base})" if apart and against is not None else ""
+            line = [arm, seeds, str(interval(list(good.values()))), shown, _number(detectable(apart))]
             means = [list(values(rows, arm, field).values()) for field in more]
             line += [f"{np.mean(column):.4g}" if column else "" for column in means]
             sizes = sorted({row["parameters"] for row in runs if row.get("parameters")})

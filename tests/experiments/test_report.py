@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiments import report
-from experiments.sections import Point, points
+from experiments.sections import Point, arms_table, points, size_law
 from experiments.study import Study, load_study, read_results, study_names
 
 
@@ -78,6 +78,32 @@ def test_points_are_means_with_error_bars(study: Study) -> None:
     ((low, high),) = bars[0].get_segments()
     assert (high - low)[1] / 2 == pytest.approx(2.4841, abs=1e-4)
     plt.close(figure)
+
+
+def test_arms_are_compared_with_the_arm_that_is_named(study: Study) -> None:
+    write(study, ROWS)
+    named = arms_table("parameters", against=lambda arm: "ternary")(study, ROWS).markdown
+    assert "| float32 | 3 | 2.0000 ± 2.4841 | -0.5500 ± 0.6353 (ternary) |" in named
+    assert "| ternary | 2, 1 diverged | 2.0500 ± 6.9884 |  |  | 1234 |" in named
+
+
+def test_a_law_through_the_sizes_of_a_series(study: Study) -> None:
+    """Two series that follow one law exactly, and one with too few sizes for any."""
+    sizes = (1.0, 2.0, 4.0, 8.0, 16.0)
+    arms = {f"{name} {size:g}": {} for name in ("whole", "short") for size in sizes}
+    rows = [
+        row(arm, seed, 0.5 * float(arm.split()[1]) ** -0.3 + 1.0)
+        for arm in arms
+        for seed in (0, 1)
+        if arm.startswith("whole") or float(arm.split()[1]) < 8
+    ]
+    laws = dataclasses.replace(study, arms=arms, baseline="whole 1", small_arms=None)
+    section = size_law(
+        "size", lambda arm, r: Point(float(arm.split()[1]), arm.split()[0]), xlabel="millions"
+    )(laws, rows)
+    assert "| whole | 0.5 (0.5 to 0.5) | 0.3 (0.3 to 0.3) | 1 (1 to 1) | " in section.markdown
+    assert "0.00% |" in section.markdown
+    assert "short" not in section.markdown
 
 
 def test_the_index_of_studies(study: Study) -> None:

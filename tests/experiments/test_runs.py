@@ -10,7 +10,7 @@ import pytest
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import load_run
-from experiments.runs import measure, sizes, train, train_from
+from experiments.runs import measure, model_of, sizes, train, train_from
 from experiments.study import Study, overridden
 
 
@@ -44,6 +44,23 @@ def test_a_finished_training_is_read(study: Study, tmp_path: Path) -> None:
     assert train(config, tmp_path / "run") == row
     assert row["config_hash"] == config.hash()
     assert 0 <= row["train_zero_fraction"] <= 1
+
+
+def test_a_model_of_another_study_is_trained_once(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.study.STUDIES", study.folder.parent)
+    row, config, params = model_of("toy", "float32", 7, tmp_path / "runs" / "asking", small=True)
+    folder = tmp_path / "runs" / "toy-small" / "float32-seed7"
+    before = (folder / "result.json").stat().st_mtime_ns
+    assert config == study.settings("float32", 7, small=True)
+    again, _, same = model_of("toy", "float32", 7, tmp_path / "runs" / "asking", small=True)
+    assert again == row
+    assert (folder / "result.json").stat().st_mtime_ns == before
+    assert measure(config, same)["valid_loss"] == pytest.approx(row["valid_loss"], rel=1e-6)
+    other = measure(config, params, precision="bitnet", kv_bits=2)
+    assert other["valid_loss"] != row["valid_loss"]
+    assert other["config_hash"] != row["config_hash"]
 
 
 def test_sizes_count_bits_scales_and_the_rest() -> None:
