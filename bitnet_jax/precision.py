@@ -91,9 +91,7 @@ class Precision:
     # around the activation quantizer: BitNet v2, a4.8
     hadamard: bool | Literal["block"] = False  # rotate the input; "block" for widths that are no power of two
     top_k: float = 1.0  # fraction of inputs kept per token (a4.8, Q-Sparse)
-    top_k_ste: Literal["identity", "masked"] = (
-        "identity"  # gradient to inputs that were not kept: all, or none
-    )
+    top_k_ste: Literal["identity", "masked"] = "identity"  # masked: no gradient to inputs that were not kept
     # disputed details: keyword arguments of the two quantizers, as (name, value) pairs
     weight_options: tuple[tuple[str, Any], ...] = ()
     activation_options: tuple[tuple[str, Any], ...] = ()
