@@ -103,6 +103,20 @@ def arms_table(*more: str, against: Callable[[str], str] | None = None) -> Secti
     return make
 
 
+def pairs_table(*pairs: tuple[str, str]) -> SectionMaker:
+    """One line a pair (arm, other arm): the difference of the metric, paired by seed, and what would have been seen."""
+
+    def make(study: Study, rows: Sequence[Row]) -> Section:
+        lines = []
+        for arm, other in pairs:
+            apart = paired(values(rows, arm, study.metric), values(rows, other, study.metric))
+            if apart:
+                lines.append([f"{arm} minus {other}", str(interval(apart)), _number(detectable(apart))])
+        return Section(markdown_table([f"difference of {study.metric}", "mean", "detectable"], lines))
+
+    return make
+
+
 def curves(figure: str = "curves", arms: Sequence[str] | None = None) -> SectionMaker:
     """Held-out loss over steps: the mean over seeds as a line, the range as a band."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiments import report
-from experiments.sections import Point, arms_table, points, size_law
+from experiments.sections import Point, arms_table, pairs_table, points, size_law
 from experiments.study import Study, load_study, read_results, study_names
 
 
@@ -85,6 +85,13 @@ def test_arms_are_compared_with_the_arm_that_is_named(study: Study) -> None:
     named = arms_table("parameters", against=lambda arm: "ternary")(study, ROWS).markdown
     assert "| float32 | 3 | 2.0000 ± 2.4841 | -0.5500 ± 0.6353 (ternary) |" in named
     assert "| ternary | 2, 1 diverged | 2.0500 ± 6.9884 |  |  | 1234 |" in named
+
+
+def test_pairs_name_both_arms(study: Study) -> None:
+    lines = pairs_table(("ternary", "float32"), ("broken", "float32"))(study, ROWS).markdown.splitlines()
+    assert lines[0] == "| difference of valid_loss | mean | detectable |"
+    assert lines[2].startswith("| ternary minus float32 | 0.5500 ± 0.6353 | ")
+    assert len(lines) == 3, "a pair without common seeds is left out"
 
 
 def test_a_law_through_the_sizes_of_a_series(study: Study) -> None:

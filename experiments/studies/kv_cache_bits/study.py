@@ -13,7 +13,7 @@ from experiments.study import product
 QUESTION = "To how many bits can keys and values be rounded after training?"
 SOURCE = "Training Tips (2024), table 3; BitNet a4.8 2411.04965; BitNet v2 2504.18415"
 PAPER_EFFECT = "four bits: at most 0.2 points of accuracy; three: 0.4 to 0.8 with the first token kept better"
-VERDICT = "open"
+VERDICT = "partly"
 
 METRIC = "valid_loss"
 BASELINE = "ternary"

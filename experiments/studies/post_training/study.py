@@ -14,7 +14,7 @@ from experiments.study import Study
 QUESTION = "Below how many bits does rounding after training fail, where training in that precision does not?"
 SOURCE = "BitNet 2310.11453, table 3"
 PAPER_EFFECT = "W8A8 nearly free, W4A4 and W2 useless, W1A8 beyond 1e23 perplexity; trained W1A8 within 12 %"
-VERDICT = "open"
+VERDICT = "partly"
 
 METRIC = "valid_loss"
 BASELINE = "float"

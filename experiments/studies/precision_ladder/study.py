@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.sections import Point, arms_table, points
+from experiments.sections import Point, arms_table, pairs_table, points
 
 QUESTION = "What does each bit of weight and activation cost, all else equal?"
 SOURCE = "ParetoQ 2502.02631, Spectra 2407.12327"
 PAPER_EFFECT = (
     "1.58 to 3 bits on the frontier of quality and bytes; ternary above float, binary above ternary"
 )
-VERDICT = "open"
+VERDICT = "partly"
 
 CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"  # nats per character over all held-out text, after the last step
@@ -53,14 +53,31 @@ ARMS = {
 
 def _place(axis: str) -> Any:
     def place(arm: str, row: Mapping[str, Any]) -> Point:
-        eight_bit = not arm.endswith(("only", "A4", "A1", "A1 learned"))
-        return Point(row[axis], "activations int8 (float: float)" if eight_bit else "other activations", arm)
+        rest = arm.partition(" ")[2]
+        return Point(row[axis], rest or "float")
 
     return place
 
 
 REPORT = (
     arms_table("weight_bits", "model_bytes"),
+    pairs_table(
+        ("binary tensor", "ternary tensor"),
+        ("ternary tensor", "int2 channel"),
+        ("int3 channel", "int4 channel"),
+        ("ternary channel", "ternary tensor"),
+        ("ternary group", "ternary tensor"),
+        ("ternary learned", "ternary tensor"),
+        ("ternary W only", "ternary tensor"),
+        ("ternary A4", "ternary tensor"),
+        ("binary channel", "binary tensor"),
+        ("binary group", "binary tensor"),
+        ("binary learned", "binary tensor"),
+        ("binary W only", "binary tensor"),
+        ("binary A4", "binary tensor"),
+        ("binary A1", "binary A4"),
+        ("binary A1 learned", "binary A1"),
+    ),
     points("bits", _place("weight_bits"), xlabel="bits per weight of the blocks", xscale="log", joined=False),
     points("bytes", _place("model_bytes"), xlabel="bytes of the model", xscale="log", joined=False),
 )
