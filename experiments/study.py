@@ -51,6 +51,7 @@ class Study:
     effect: str | Callable[[Study, Sequence[Row]], str] = (
         ""  # the arm whose difference is the answer, or its text
     )
+    common: Overrides = dataclasses.field(default_factory=dict)  # what all arms change in the base config
     small: Overrides = dataclasses.field(
         default_factory=dict
     )  # with --small, behind the config's variant "small"
@@ -98,8 +99,8 @@ class Study:
         return {f"{arm}-seed{seed}": (arm, seed) for seed in seeds for arm in arms}
 
     def overrides(self, arm: str, seed: int, small: bool = False) -> dict[str, Any]:
-        """What the run changes in the base config: seed, the small setting, the arm's own (which win)."""
-        return {"seed": seed, **(self.small if small else {}), **self.arms[arm]}
+        """What the run changes in the base config: seed, what all arms do, the small setting, the arm; last wins."""
+        return {"seed": seed, **self.common, **(self.small if small else {}), **self.arms[arm]}
 
     def settings(self, arm: str, seed: int, small: bool = False) -> RunConfig:
         """The whole config of a run.

@@ -42,6 +42,12 @@ def test_overrides_reach_the_config_and_leave_the_base_alone(study: Study) -> No
     assert config.seed == 1
     assert config.model["precision"] == [["*o_proj", "float32"], ["*", "bitnet_b158"]]
     assert study.settings("float32", 7, small=True).training.steps == 2
+    shared = dataclasses.replace(study, common={"training.steps": 3, "model.precision": "int8"})
+    assert shared.settings("float32", 0).training.steps == 3
+    assert shared.settings("float32", 0).model["precision"] == "float32", (
+        "an arm wins over all arms' settings"
+    )
+    assert shared.settings("float32", 7, small=True).training.steps == 2, "and so do the small ones"
     wrong = dataclasses.replace(study, arms={"float32": {"training.stepz": 1}}, small_arms=None)
     with pytest.raises(ValueError, match="training.stepz is not a field; did you mean steps"):
         wrong.settings("float32", 0)

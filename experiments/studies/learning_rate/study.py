@@ -20,10 +20,12 @@ METRIC = "valid_loss"
 BASELINE = "float32 0.004"
 SEEDS = (0, 1, 2)
 
+COMMON = {"training.steps": 500}
+SMALL = {"training.steps": 100}
 _RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
 _PRECISIONS = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}
 ARMS = product(
-    {name: {"model.precision": recipe, "training.steps": 500} for name, recipe in _PRECISIONS.items()},
+    {name: {"model.precision": recipe} for name, recipe in _PRECISIONS.items()},
     {str(rate): {"optimizer.learning_rate": rate} for rate in _RATES},
     join=" ",
 )
