@@ -1,0 +1,88 @@
+"""Runs of the study: float models trained on in ever fewer bits, and how far their weights go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from bitnet_jax.training.loop import load_run
+from experiments.intervals import interval
+from experiments.runs import model_of, train_from
+from experiments.sections import Point, arms_table, points, values
+from experiments.study import Study, load_study
+
+QUESTION = "Do weights compensate at three bits and more, and rebuild at two and less?"
+SOURCE = "ParetoQ 2502.02631"
+PAPER_EFFECT = (
+    "weights move 10 to 20 % from the float ones at 3 and 4 bits, about 40 % at 2 and less (digests)"
+)
+VERDICT = "partly"
+
+CONFIG = "experiments/configs/study_lm.py"
+METRIC = "valid_loss"
+BASELINE = "float32"
+SEEDS = (0, 1, 2)
+
+# ParetoQ's recipe: no weight decay, cosine without warm-up. One learning rate for all; theirs is 2e-5 or 1e-5.
+COMMON = {
+    "training.steps": 300,
+    "training.checkpoint_every": 300,
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.warmup_steps": 0,
+}
+_LSQ2: dict[str, Any] = {
+    "weight": "int2",
+    "weight_ste": "clipped",
+    "scale": "learned",
+    "granularity": "channel",
+}
+_LSQ2 |= {"weight_options": {"levels": "zero", "statistic": "absmax", "count": "matrix"}}
+_PRECISIONS: dict[str, Any] = {
+    "float32": "float32",
+    "W4": "paretoq_4",
+    "W3": "paretoq_3",
+    "W2 SEQ": "paretoq_2",
+    "W2 LSQ": _LSQ2,
+    "W1.58 SEQ": "paretoq_1.58",
+    "W1": "paretoq_1",
+}
+ARMS = {name: {"model.precision": precision} for name, precision in _PRECISIONS.items()}
+SMALL = {"training.steps": 60}
+_BITS = {"W4": 4, "W3": 3, "W2": 2, "W1.58": 1.585, "W1": 1}
+
+
+def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
+    """Training from the ladder's float model, and ||W - W0|| / ||W0|| over the latent weights of its blocks."""
+    _, _, before = model_of("precision_ladder", "float32", seed, workdir, small)
+    config = load_study("bit_transition").settings(arm, seed, small)
+    row = train_from(before, config, workdir / f"{arm}-seed{seed}")
+    _, model, after, _ = load_run(workdir / f"{arm}-seed{seed}")
+    moved, size = 0.0, 0.0
+    for path in model.linear_shapes():
+        old, new = before, after
+        for name in path.split("/"):
+            old, new = old[name], new[name]
+        moved += float(jnp.sum(jnp.square(new["weight"] - old["weight"])))
+        size += float(jnp.sum(jnp.square(old["weight"])))
+    return row | {"weight_change": (moved / size) ** 0.5}
+
+
+def _place(arm: str, row: Mapping[str, Any]) -> Point | None:
+    name, _, method = arm.partition(" ")
+    return Point(_BITS[name], method or "LSQ", arm) if name in _BITS else None
+
+
+def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
+    found = {arm: list(values(rows, arm, "weight_change").values()) for arm in ("W3", "W2 SEQ")}
+    texts = [f"{arm}: {interval([100 * v for v in changes])} %" for arm, changes in found.items() if changes]
+    return f"weights move, {', '.join(texts)}" if texts else ""
+
+
+REPORT = (
+    arms_table("weight_change"),
+    points("change", _place, metric="weight_change", xlabel="bits per weight", ylabel="||W - W0|| / ||W0||"),
+)

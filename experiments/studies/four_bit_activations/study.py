@@ -1,0 +1,42 @@
+"""Runs of the study: ternary weights under activations of eight and four bits, in the layouts of three papers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+QUESTION = "What do four-bit activations cost ternary models, and what mends them?"
+SOURCE = "BitNet a4.8 2411.04965, BitNet v2 2504.18415"
+PAPER_EFFECT = (
+    "four bits everywhere diverge; hybrid +0 to 1.4 % perplexity; Hadamard +1.4 to 3 %; absmean >= absmax"
+)
+VERDICT = "open"
+
+CONFIG = "experiments/configs/study_lm.py"
+METRIC = "valid_loss"
+BASELINE = "A8"
+EFFECT = "A4 absmean"
+SEEDS = (0, 1, 2)
+
+
+def _ternary(activation: str, **more: Any) -> dict[str, Any]:
+    return {"weight": "ternary_absmean", "activation": activation, **more}
+
+
+_ABSMAX = _ternary("int8", activation_options={"peak": 7})  # absmax with seven levels a side
+ARMS: dict[str, dict[str, Any]] = {
+    "A8": {"model.precision": "bitnet_b158"},
+    "A4 absmean": {"model.precision": _ternary("int4")},
+    "A4 absmax": {"model.precision": _ABSMAX},
+    "hybrid absmean": {
+        "model.precision": [
+            ["*o_proj", "bitnet_b158"],
+            ["*down_proj", "bitnet_b158"],
+            ["*", _ternary("int4")],
+        ]
+    },
+    "hybrid absmax": {
+        "model.precision": [["*o_proj", "bitnet_b158"], ["*down_proj", "bitnet_b158"], ["*", _ABSMAX]]
+    },
+    "a4.8": {"model.precision": "bitnet_a48"},
+    "A4 Hadamard": {"model.precision": "bitnet_v2_a4"},
+}

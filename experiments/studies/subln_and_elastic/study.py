@@ -1,0 +1,34 @@
+"""Runs of the study: where the norms stand and what scales activations, for binary weights."""
+
+from __future__ import annotations
+
+QUESTION = "Do a norm in front of every quantized projection and absmax scales help?"
+SOURCE = "BitNet 2310.11453, table 4"
+PAPER_EFFECT = (
+    "perplexity 20.34 SubLN absmax, 22.11 Pre-LN absmax, 24.05 Pre-LN elastic: -0.08 and +0.08 nats"
+)
+VERDICT = "open"
+
+CONFIG = "experiments/configs/study_lm.py"
+METRIC = "valid_loss"
+BASELINE = "Pre-LN absmax"
+EFFECT = "SubLN absmax"
+SEEDS = (0, 1, 2, 3, 4)
+
+_ABSMAX = {"model.precision": "bitnet"}
+# BiT's elastic function at eight bits: a learned scale per layer in place of the largest input of each token.
+_ELASTIC = {
+    "model.precision": {
+        "weight": "binary_centred",
+        "activation": "int8",
+        "activation_ste": "clipped",
+        "activation_scale": "learned",
+    }
+}
+ARMS = {
+    "Pre-LN absmax": {"model.norm_placement": "pre", **_ABSMAX},
+    "SubLN absmax": {"model.norm_placement": "inside", **_ABSMAX},
+    "sub norms absmax": {"model.norm_placement": "sub", **_ABSMAX},
+    "Pre-LN elastic": {"model.norm_placement": "pre", **_ELASTIC},
+    "SubLN elastic": {"model.norm_placement": "inside", **_ELASTIC},
+}

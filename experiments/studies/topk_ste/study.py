@@ -1,0 +1,63 @@
+"""Runs of the study: half of the inputs of every layer set to zero, with and without their gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from bitnet_jax.training.loop import load_run
+from bitnet_jax.training.task import language_task
+from experiments.runs import train
+from experiments.sections import arms_table, curves
+from experiments.study import load_study
+
+QUESTION = "Must the gradient pass the inputs that top-k sets to zero?"
+SOURCE = "Q-Sparse 2407.10969, figures 2 and 8"
+PAPER_EFFECT = "masked: gradients vanish in the bottom layers, worse loss (curves)"
+VERDICT = "open"
+
+CONFIG = "experiments/configs/study_lm.py"
+METRIC = "valid_loss"
+BASELINE = "top 50 %"
+EFFECT = "top 50 %, masked"
+SEEDS = (0, 1, 2)
+# Deep enough for a gradient to vanish in; few updates, for sorting makes them slow on a CPU.
+COMMON = {"model.num_layers": 4, "training.steps": 400}
+SMALL = {"training.steps": 60, "data.batch_size": 4}
+
+
+def _arm(top_k: float, top_k_ste: str = "identity") -> dict[str, Any]:
+    precision = {"weight": "ternary_absmean", "activation": "int8", "top_k": top_k, "top_k_ste": top_k_ste}
+    return {"model.precision": precision}
+
+
+ARMS = {
+    "dense": _arm(1.0),
+    "top 50 %": _arm(0.5),
+    "top 50 %, masked": _arm(0.5, "masked"),
+    "top 25 %": _arm(0.25),
+    "top 25 %, masked": _arm(0.25, "masked"),
+}
+
+
+def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
+    """Training, and the gradient norm of the first block over that of the last, on one batch at the end."""
+    folder = workdir / f"{arm}-seed{seed}"
+    row = train(load_study("topk_ste").settings(arm, seed, small), folder)
+    if row["status"] != "finished":
+        return row
+    config, _, params, _ = load_run(folder)
+    task = language_task(config)
+    gradient = jax.jit(jax.grad(lambda params: task.loss(params, task.train_batch(0), None, 1.0).loss))(
+        params
+    )
+    first, last = (
+        float(optax.tree.norm(gradient[f"layers_{i}"])) for i in (0, config.model["num_layers"] - 1)
+    )
+    return row | {"first_over_last_gradient": first / last}
+
+
+REPORT = (arms_table("first_over_last_gradient", "train_grad_norm"), curves())

@@ -1,0 +1,45 @@
+"""Runs of the study: weights in {0, 1}, and ternary ones with smaller and larger scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.sections import Point, arms_table, curves, points
+
+QUESTION = "Can weights be {0, 1}, and is the mean the right scale for ternary ones?"
+SOURCE = "BitNet Training Tips, Code and FAQ (2024)"
+PAPER_EFFECT = "{0, 1}: exploding gradients, early divergence; larger scales: more zeros, worse (no figures)"
+VERDICT = "open"
+
+CONFIG = "experiments/configs/study_lm.py"
+METRIC = "valid_loss"
+BASELINE = "ternary x1"
+EFFECT = "zero-one"
+SEEDS = (0, 1, 2)
+
+_FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0)
+ARMS = {
+    f"ternary x{factor:g}": {
+        "model.precision": {
+            "weight": "ternary_absmean",
+            "activation": "int8",
+            "weight_options": {"factor": factor},
+        }
+    }
+    for factor in _FACTORS
+} | {
+    "binary": {"model.precision": {"weight": "binary", "activation": "int8"}},
+    "zero-one": {"model.precision": {"weight": "zero_one", "activation": "int8"}},
+}
+
+
+def _place(arm: str, row: Mapping[str, Any]) -> Point | None:
+    return Point(float(arm.split("x")[1])) if arm.startswith("ternary") else None
+
+
+REPORT = (
+    arms_table("train_zero_fraction", "train_grad_norm"),
+    points("factor", _place, xlabel="scale of ternary weights, in units of mean |W|"),
+    curves(arms=("ternary x1", "binary", "zero-one")),
+)

@@ -1,0 +1,86 @@
+"""Training on from other weights, and measuring weights under another recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitnet_jax.models import ModelConfig
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.loop import load_run
+from experiments.runs import measure, model_of, sizes, train, train_from
+from experiments.study import Study, overridden
+
+
+def changed(config: RunConfig, **overrides: object) -> RunConfig:
+    return RunConfig.from_dict(
+        overridden(config.to_dict(), {n.replace("__", "."): v for n, v in overrides.items()})
+    )
+
+
+def test_training_goes_on_from_given_weights(study: Study, tmp_path: Path) -> None:
+    config = study.settings("float32", 0)
+    first = train(config, tmp_path / "float")
+    _, _, params, _ = load_run(tmp_path / "float")
+    assert measure(config, params)["valid_loss"] == pytest.approx(first["valid_loss"], rel=1e-6)
+
+    # At a learning rate of 0 the start is the end: the given weights, and learned scales measured on them.
+    still = changed(config, model__precision="paretoq_2", optimizer__learning_rate=0.0)
+    row = train_from(params, still, tmp_path / "still")
+    _, _, same, _ = load_run(tmp_path / "still")
+    layer = same["layers_0"]["mlp"]["down_proj"]
+    np.testing.assert_array_equal(layer["weight"], params["layers_0"]["mlp"]["down_proj"]["weight"])
+    largest = np.abs(layer["weight"]).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(layer["weight_scale"], largest, rtol=1e-6)
+    assert row["valid_loss"] == pytest.approx(measure(still, same)["valid_loss"], rel=1e-6)
+    assert row["parameters"] > first["parameters"]
+
+
+def test_a_finished_training_is_read(study: Study, tmp_path: Path) -> None:
+    config = study.settings("ternary", 0)
+    row = train(config, tmp_path / "run")
+    assert train(config, tmp_path / "run") == row
+    assert row["config_hash"] == config.hash()
+    assert 0 <= row["train_zero_fraction"] <= 1
+
+
+def test_a_model_of_another_study_is_trained_once(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.study.STUDIES", study.folder.parent)
+    row, config, params = model_of("toy", "float32", 7, tmp_path / "runs" / "asking", small=True)
+    folder = tmp_path / "runs" / "toy-small" / "float32-seed7"
+    before = (folder / "result.json").stat().st_mtime_ns
+    assert config == study.settings("float32", 7, small=True)
+    again, _, same = model_of("toy", "float32", 7, tmp_path / "runs" / "asking", small=True)
+    assert again == row
+    assert (folder / "result.json").stat().st_mtime_ns == before
+    assert measure(config, same)["valid_loss"] == pytest.approx(row["valid_loss"], rel=1e-6)
+    other = measure(config, params, precision="bitnet", kv_bits=2)
+    assert other["valid_loss"] != row["valid_loss"]
+    assert other["config_hash"] != row["config_hash"]
+
+
+def test_sizes_count_bits_scales_and_the_rest() -> None:
+    shape = {
+        "hidden_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "ffn_size": 16,
+        "max_length": 4,
+        "mlp": "relu",
+    }
+    weights, others = (
+        4 * 8 * 8 + 2 * 8 * 16,
+        5 * 8 + (2 * 8 + 8 + 16 + 8),
+    )  # embedding, two block and two sub norms, final
+    scales = {"float32": 0, "bitnet": 6, "paretoq_2": 4 * 8 + 8 + 16}
+    bits = {"float32": 32, "bitnet": 1, "paretoq_2": 2}
+    for recipe, count in scales.items():
+        found = sizes(ModelConfig(vocab_size=5, precision=recipe, **shape))
+        assert found == {
+            "weight_bits": bits[recipe],
+            "model_bytes": weights * bits[recipe] / 8 + 4 * (others + count),
+        }
