@@ -93,6 +93,7 @@ class ModelConfig:
         "ternary2"  # of packed ternary codes: two bits each, or five in a byte, smaller to read
     )
     dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
+    remat: bool = False  # gradients compute each block again: what it made is not kept, a third more work
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
