@@ -22,6 +22,7 @@ from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.nn.mlp import MLP
 from bitnet_jax.nn.norms import block_norm
+from bitnet_jax.nn.placement import split_over_batch
 from bitnet_jax.precision import Precision
 
 
@@ -46,6 +47,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     precisions: dict[str, Precision]  # "attention/q_proj", ..., "mlp/down_proj"
+    deterministic: bool
 
     @nn.compact
     def __call__(
@@ -58,12 +60,11 @@ class Block(nn.Module):
         cache: KVCache | LinearState | None,
         length: Int[Array, ""] | None,
         progress: Float[Array, ""] | float,
-        deterministic: bool,
     ) -> tuple[Float[Array, "B T D"], KVCache | LinearState | None]:
         config = self.config
         attention = Attention(config, self._of("attention"), name="attention")
         mlp = MLP(config, self._of("mlp"), name="mlp")
-        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+        dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
         pre_norm = config.norm_placement != "inside"
 
         y = block_norm(config, "attention_norm")(x) if pre_norm else x
@@ -134,14 +135,15 @@ class Transformer(nn.Module):
         x = embed(tokens)
         if config.position == "learned":
             x = x + Embedding.of(config, config.max_length, "position_embed")(positions)
-        x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
+        x = split_over_batch(nn.Dropout(config.dropout, deterministic=deterministic)(x))
 
+        block = nn.remat(Block) if config.remat and cache is None else Block
         precisions = config.precisions()
         layers: list[Any] = []
         for i in range(config.num_layers):
             prefix = f"layers_{i}/"
             of_block = {p.removeprefix(prefix): v for p, v in precisions.items() if p.startswith(prefix)}
-            x, layer_cache = Block(config, of_block, name=f"layers_{i}")(
+            x, layer_cache = block(config, of_block, deterministic, name=f"layers_{i}")(
                 x,
                 positions=positions,
                 visible=visible,
@@ -149,8 +151,8 @@ class Transformer(nn.Module):
                 cache=None if cache is None else cache.layers[i],
                 length=None if cache is None else length,
                 progress=progress,
-                deterministic=deterministic,
             )
+            x = split_over_batch(x)
             layers.append(layer_cache)
         x = block_norm(config, "final_norm")(x)
 

@@ -106,6 +106,7 @@ class ModelConfig:
     )
     dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
     product: str = "float"  # of codes while training, see nn/products.py; float layers stay float
+    remat: bool = False  # gradients compute each block again: what it made is not kept, a third more work
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.linear import dense, quantized_matmul
+from bitnet_jax.nn.placement import whole_rows
 from bitnet_jax.precision import Precision
 from bitnet_kernels import PackedArray, bfloat16_logits, bfloat16_rows, packed_matmul
 
@@ -75,7 +76,8 @@ class Embedding(nn.Module):
         # Looked up first: a step of generation must not convert the whole table.
         if self.stored.dtype == jnp.bfloat16:
             return bfloat16_rows(self.stored, indices).astype(self.dtype)
-        return rounded(jnp.take(self.stored, indices, axis=0), self.stored_dtype).astype(self.dtype)
+        looked_up = jnp.take(whole_rows(self.stored), indices, axis=0)
+        return rounded(looked_up, self.stored_dtype).astype(self.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32: the product of x with every row."""

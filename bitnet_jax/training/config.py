@@ -13,6 +13,7 @@ from typing import Any
 
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.training.optimizers import OptimizerConfig
+from bitnet_jax.training.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,12 +84,19 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.data.batch_size % self.training.accumulate:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} is not a multiple of "
                 f"training.accumulate={self.training.accumulate}; change one of them"
+            )
+        if self.data.batch_size // self.training.accumulate % self.mesh.batch_parts:
+            raise ValueError(
+                f"mesh: got data={self.mesh.data} times fsdp={self.mesh.fsdp}, expected a divisor of the "
+                f"{self.data.batch_size // self.training.accumulate} sequences of a micro-batch "
+                f"(data.batch_size / training.accumulate); change one of them"
             )
         self.model_config(
             vocab_size=self.model.get("vocab_size", 256)
@@ -114,8 +122,13 @@ class RunConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> RunConfig:
         """From nested dicts or an `ml_collections.ConfigDict`; the inverse of `to_dict`."""
         fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
-        sections = {"data": DataConfig, "optimizer": OptimizerConfig, "training": TrainingConfig}
-        sections["evaluation"] = EvaluationConfig
+        sections: dict[str, type] = {
+            "data": DataConfig,
+            "optimizer": OptimizerConfig,
+            "training": TrainingConfig,
+            "evaluation": EvaluationConfig,
+            "mesh": MeshConfig,
+        }
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in fields.items():
             if name not in known:
@@ -148,20 +161,27 @@ class RunConfig:
         return cls.from_dict(fields)
 
     def hash(self) -> str:
-        """12 hex digits that name these settings, the same in every process."""
+        """12 hex digits that name these settings but for the mesh, the same in every process."""
         canonical = RunConfig.from_dict(self.to_dict())  # 1 and 1.0 in a float field are the same setting
-        return hashlib.sha256(canonical.to_json().encode()).hexdigest()[:12]
+        settings = json.dumps(_what_is_computed(canonical), indent=2, sort_keys=True) + "\n"
+        return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
-    """`section.field: value in a, value in b` for every setting that differs."""
-    flat_a, flat_b = _flatten(a.to_dict()), _flatten(b.to_dict())
+    """`section.field: value in a, value in b` for every setting that differs, but for the mesh."""
+    flat_a, flat_b = _flatten(_what_is_computed(a)), _flatten(_what_is_computed(b))
     names = sorted(flat_a.keys() | flat_b.keys())
     return [
         f"{name}: {flat_a.get(name, 'not set')!r}, {flat_b.get(name, 'not set')!r}"
         for name in names
         if (name in flat_a) != (name in flat_b) or flat_a[name] != flat_b[name]
     ]
+
+
+def _what_is_computed(config: RunConfig) -> dict[str, Any]:
+    fields = config.to_dict()
+    del fields["mesh"]  # where it is computed
+    return fields
 
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 import bitnet_jax
@@ -32,6 +33,13 @@ from bitnet_jax.training.metrics import MetricsLog
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.recorder import Diverged, Recorder
 from bitnet_jax.training.run_folder import RunError, RunFolder
+from bitnet_jax.training.sharding import (
+    batch_sharding,
+    make_mesh,
+    must_wait,
+    state_shardings,
+    with_shardings,
+)
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.statistics import quantized_paths
 from bitnet_jax.training.step import Metrics, make_train_step
@@ -46,7 +54,7 @@ def fit(config: RunConfig | Mapping[str, Any], workdir: str | Path, progress: bo
       parameters, tokens, seconds, config_hash, versions. A run that is over is not trained again.
 
     Raises:
-      ValueError, FileNotFoundError: a wrong config, or text that cannot be used.
+      ValueError, FileNotFoundError: a wrong config, text that cannot be used, or too few devices for the mesh.
       RunError, CheckpointError: the folder holds another run, cannot be written, or only damaged checkpoints.
       Interrupted: SIGINT or SIGTERM came; the run is saved and can go on.
     """
@@ -73,11 +81,18 @@ def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = Tru
 
 
 def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> dict[str, Any]:
-    training = config.training
+    training, mesh = config.training, make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, training.steps)
     init_key, key = jax.random.split(jax.random.key(config.seed))
+
+    def create(key: PRNGKeyArray) -> TrainState:
+        return TrainState.create(task.init(key), optimizer)
+
+    shapes = jax.eval_shape(create, init_key)
+    shardings = state_shardings(mesh, shapes)
+    shapes = with_shardings(shapes, shardings)
     # the key is an argument, for XLA would try to fold numbers drawn from a constant one
-    fresh = partial(jax.jit(lambda key: TrainState.create(task.init(key), optimizer)), init_key)
+    fresh = partial(jax.jit(create, out_shardings=shardings), init_key)
     update = make_train_step(
         task.loss,
         optimizer,
@@ -85,16 +100,18 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         precisions=task.precisions,
         accumulate=training.accumulate,
         statistics_every=training.statistics_every,
+        shardings=shardings,
     )
     began = time.monotonic()
 
     with contextlib.ExitStack() as stack:
         wish = stack.enter_context(stop_on_signals())
+        stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, keep=training.keep_checkpoints, keep_best=training.keep_best)
         )
-        state, meta = _start(fresh, checkpoints, task, folder)
-        first, shapes = int(state.step), jax.eval_shape(lambda: state.params)
+        state, meta = _start(fresh, shapes, checkpoints, task, folder)
+        first = int(state.step)
         board = folder.path / "tensorboard" if training.tensorboard else None
         log = stack.enter_context(MetricsLog(folder.metrics, resume_step=first, tensorboard=board))
         bar = stack.enter_context(
@@ -118,7 +135,9 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             recorder.pause()
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-            return update(state, task.train_batch(step), key)
+            batch = jax.device_put(task.train_batch(step), batch_sharding(mesh))
+            advanced = update(state, batch, key)
+            return jax.block_until_ready(advanced) if must_wait(mesh) else advanced
 
         step, problem = _loop(state, first, advance, training, wish, recorder, rest)
         checkpoints.wait()
@@ -139,7 +158,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         "step": step,
         "steps": training.steps,
         **recorder.last,
-        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
         "seconds": seconds(),
         "seed": config.seed,
@@ -149,15 +168,19 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             "jax": jax.__version__,
             "python": platform.python_version(),
         },
-        "device": jax.devices()[0].device_kind,
+        "device": mesh.devices.flat[0].device_kind,
+        "mesh": dict(mesh.shape),
     }
 
 
 def _start(
-    fresh: Callable[[], TrainState], checkpoints: Checkpoints, task: Task, folder: RunFolder
+    fresh: Callable[[], TrainState],
+    shapes: TrainState,
+    checkpoints: Checkpoints,
+    task: Task,
+    folder: RunFolder,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to go on from, and what the checkpoint knew besides: seconds spent, last rows."""
-    shapes = jax.eval_shape(fresh)
     restored = checkpoints.restore_latest_whole(shapes.params, shapes.opt_state)
     if restored is None:
         return fresh(), {"seconds": 0.0, "last": {}}
@@ -166,7 +189,8 @@ def _start(
             f"{folder.path}: the training text is not the one this run began with (checksum "
             f"{task.fingerprint:08x}, was {restored.meta['data']:08x}); bring it back or use another folder"
         )
-    return TrainState(jnp.int32(restored.step), restored.params, restored.opt_state), restored.meta
+    step = jax.device_put(jnp.int32(restored.step), shapes.step.sharding)
+    return TrainState(step, restored.params, restored.opt_state), restored.meta
 
 
 def _loop(

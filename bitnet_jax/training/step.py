@@ -31,6 +31,7 @@ def make_train_step(
     precisions: Mapping[str, Precision] | None = None,
     accumulate: int = 1,
     statistics_every: int = 1,
+    shardings: TrainState | None = None,
 ) -> TrainStep:
     """The jitted update. The state given to it is donated: its arrays are gone afterwards.
 
@@ -41,6 +42,7 @@ def make_train_step(
       precisions: linear path -> Precision, for latent clipping and statistics of the codes.
       accumulate: micro-batches, taken in order from the batch's first axis.
       statistics_every: measure codes at every so many updates, the metrics hold NaN in between; 0: never.
+      shardings: of the state that comes out, normally those of the one that goes in (sharding.state_shardings).
 
     Returns:
       A function whose metrics are the scalars loss, accuracy, grad_norm, update_norm, learning_rate,
@@ -101,4 +103,5 @@ def make_train_step(
             )
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    placed = None if shardings is None else (shardings, shardings.step)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=placed)

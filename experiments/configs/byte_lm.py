@@ -56,4 +56,9 @@ def get_config(variant: str = "base") -> ConfigDict:
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.batches = 4 if small else 16  # of held-out text, the same ones at every evaluation
+
+    config.mesh = mesh = ConfigDict()  # devices along each axis, see bitnet_jax/training/sharding.py
+    mesh.data = 1
+    mesh.fsdp = 1
+    mesh.tensor = 1
     return config

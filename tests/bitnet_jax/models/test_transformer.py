@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -240,3 +242,22 @@ def test_the_last_position_alone_has_the_same_logits_and_hidden_states(tied: boo
     np.testing.assert_array_equal(last.hidden, whole.hidden[:, -1:])
     head = v["params"]["embed"]["embedding"] if tied else v["params"]["lm_head"]["weight"]
     np.testing.assert_allclose(whole.hidden @ head.T, whole.logits, **SAME)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bitnet_b158"])
+def test_remat_changes_what_is_kept_and_no_gradient(precision: str) -> None:
+    config = tiny(precision=precision, num_layers=2, dropout=0.3)
+    v, key = variables(config), jax.random.key(5)
+
+    def loss(remat: bool, v: dict) -> jax.Array:
+        model = Transformer(dataclasses.replace(config, remat=remat))
+        return jnp.sum(model.apply(v, TOKENS, deterministic=False, rngs={"dropout": key}).logits ** 2)
+
+    kept, again = (jax.grad(partial(loss, remat)) for remat in (False, True))
+    assert "remat" in str(jax.make_jaxpr(again)(v)) or "checkpoint" in str(jax.make_jaxpr(again)(v))
+    # sums of a backward pass that is ordered otherwise
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        jax.jit(kept)(v),
+        jax.jit(again)(v),
+    )

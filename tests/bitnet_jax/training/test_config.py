@@ -53,7 +53,7 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
     ]
     hashes = {RunConfig.from_dict(fields).hash() for fields in changed}
     assert len(hashes) == len(changed)
-    spelled = base | {"seed": 0, "training": {"steps": 1000, "z_loss": 0}}
+    spelled = base | {"seed": 0, "training": {"steps": 1000, "z_loss": 0}, "mesh": {"fsdp": 2}}
     assert RunConfig.from_dict(spelled).hash() == RunConfig.from_dict(base).hash()
 
 
@@ -79,6 +79,12 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ),
         ({"model": MODEL, "training": {"accumulate": 3}}, "batch_size=16 is not a multiple of.*accumulate=3"),
         ({"model": MODEL, "evaluation": {"batches": 0}}, "batches=0"),
+        ({"model": MODEL, "mesh": {"fsdp": 0}}, "mesh.fsdp: got 0, expected at least 1"),
+        ({"model": MODEL, "mesh": {"pipeline": 2}}, "mesh.pipeline is not a field"),
+        (
+            {"model": MODEL, "training": {"accumulate": 4}, "mesh": {"data": 4, "fsdp": 2}},
+            "data=4 times fsdp=2, expected a divisor of the 4 sequences",
+        ),
         ({"model": MODEL, "seed": -1}, "seed: got -1"),
     ],
 )
@@ -101,5 +107,7 @@ def test_json_of_something_else_is_refused() -> None:
 
 def test_differing_fields_names_both_values() -> None:
     a = RunConfig.from_dict({"model": MODEL, "training": {"steps": 5}})
-    b = RunConfig.from_dict({"model": MODEL | {"num_kv_heads": 1}, "training": {"steps": 6}})
+    b = RunConfig.from_dict(
+        {"model": MODEL | {"num_kv_heads": 1}, "training": {"steps": 6}, "mesh": {"data": 2}}
+    )
     assert differing_fields(a, b) == ["model.num_kv_heads: 'not set', 1", "training.steps: 5, 6"]

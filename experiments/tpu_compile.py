@@ -1,0 +1,335 @@
+"""Compiles for TPUs without one: a sharded training step and a sharded step of generation, for 64 chips each.
+
+    make tpu-compile                                          an environment with libtpu, then all of it (30 minutes)
+    python -m experiments.tpu_compile --only train-v5p decode-v5p      these again, where libtpu is installed
+    python -m experiments.tpu_compile --report                the table alone, from results.json
+
+XLA's compiler for TPUs is the library libtpu and needs no chip. What it tells: that the program compiles, the memory
+of each device (an out-of-memory error is a result too), and which collectives the partitioner inserted. What it does
+not tell: whether the program is right, and how fast it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bitnet_jax import packing
+from bitnet_jax.inference.cache import init_cache
+from bitnet_jax.models import PRESETS, ModelConfig, Transformer
+from bitnet_jax.nn.placement import AXES, DATA, TENSOR
+from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
+from bitnet_jax.training.sharding import (
+    MeshConfig,
+    batch_sharding,
+    partition_spec,
+    state_shardings,
+    with_shardings,
+)
+from bitnet_jax.training.state import TrainState
+from bitnet_jax.training.step import make_train_step
+from bitnet_jax.training.task import init_params, model_loss
+from experiments.provenance import provenance
+
+STUDY = Path(__file__).parent / "studies" / "tpu_compile"
+RESULTS = STUDY / "results.json"
+MARKS = ("<!-- table:begin -->", "<!-- table:end -->")
+
+# libtpu else looks for a machine with TPUs around it, for seconds and with warnings.
+TOPOLOGY_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+# Of XLA, from -1 to 1. The usual 0 takes five times as long for layers that are not scanned.
+EFFORT = -1.0
+RECIPE = (("lm_head", "float32"), ("*", "bitnet_b158"))
+STEPS = 1000  # of the schedule of the training step
+
+Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a jitted function and its arguments as shapes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is compiled, for which chips; `length` is that of a sequence, or of the cache."""
+
+    what: str
+    chips: str  # a topology name of libtpu
+    mesh: MeshConfig
+    batch: int
+    length: int = 2048
+    preset: str = "7b"
+    layers: int | None = None  # None: all that the preset has
+
+    def model(self) -> ModelConfig:
+        preset = PRESETS[self.preset]
+        return dataclasses.replace(
+            preset,
+            num_layers=self.layers or preset.num_layers,
+            max_length=self.length,
+            precision=RECIPE,
+            dtype="bfloat16",
+            remat=True,
+        )
+
+
+CASES = {
+    "train-v5p": Case(what="train", chips="v5p:4x4x4", mesh=MeshConfig(fsdp=16, tensor=4), batch=256),
+    "train-v6e": Case(what="train", chips="v6e:8x8", mesh=MeshConfig(fsdp=8, tensor=8), batch=256),
+    "train-v6e-small": Case(what="train", chips="v6e:8x8", mesh=MeshConfig(fsdp=8, tensor=8), batch=64),
+    "decode-v5p": Case(what="decode", chips="v5p:4x4x4", mesh=MeshConfig(data=4, tensor=16), batch=64),
+    "decode-v6e": Case(what="decode", chips="v6e:8x8", mesh=MeshConfig(data=4, tensor=16), batch=64),
+}
+
+# (format, m, n, k, scale groups) of packed products, and the chips they are compiled for
+KERNELS = tuple(
+    (format, *shape)
+    for format in ("binary", "ternary2", "int4", "int8")
+    for shape in (
+        (1, 2560, 2560, 1),
+        (8, 2560, 6912, 1),
+        (256, 6912, 2560, 1),
+        (256, 2560, 2560, 20),
+        (33, 1000, 2560, 1),
+        (512, 28672, 8192, 1),
+    )
+)
+KERNEL_CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+def devices_of(chips: str) -> Sequence[Any]:
+    return topologies.get_topology_desc(platform="tpu", topology_name=chips).devices
+
+
+def mesh_of(chips: str, sizes: MeshConfig) -> Mesh:
+    """All chips of a topology; neighbours on the mesh are neighbours on the torus as far as that can be."""
+    devices = mesh_utils.create_device_mesh(
+        dataclasses.astuple(sizes), devices_of(chips), allow_split_physical_axes=True
+    )
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def training_step(case: Case, mesh: Mesh) -> Program:
+    """One update as `bitnet_jax.training.loop` makes it."""
+    config, optimizer = case.model(), make_optimizer(OptimizerConfig(), STEPS)
+
+    def create(key: jax.Array) -> TrainState:
+        return TrainState.create(init_params(config, key), optimizer)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(create, key)
+    shardings = state_shardings(mesh, shapes)
+    tokens = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32, sharding=batch_sharding(mesh))
+    step = make_train_step(
+        model_loss(Transformer(config)),
+        optimizer,
+        total_steps=STEPS,
+        precisions=config.precisions(),
+        shardings=shardings,
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return step, (
+        with_shardings(shapes, shardings),
+        {"inputs": tokens, "targets": tokens},
+        with_shardings(key, everywhere),
+    )
+
+
+def decode_step(case: Case, mesh: Mesh) -> Program:
+    """One token for every sequence, packed weights, a bfloat16 cache of case.length positions; greedy."""
+    config = case.model()
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        # The codes of a matrix are an array [panels of outputs, blocks of inputs, bytes], split as the matrix is.
+        *parents, last = (
+            str(part) for part in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        )
+        if last in ("codes", "scale") and parents[0] == "packed":
+            split = partition_spec("/".join(parents), leaf.shape[:2], mesh.shape)
+        else:
+            split = partition_spec("/".join((*parents, last)), leaf.shape, mesh.shape)
+        return NamedSharding(mesh, split)
+
+    variables = packing.abstract(config)
+    variables = with_shardings(variables, jax.tree_util.tree_map_with_path(sharding, variables))
+    cache = jax.eval_shape(lambda: init_cache(config, case.batch, case.length, "bfloat16"))
+
+    def of_cache(leaf: Any) -> NamedSharding:
+        spec = {0: (), 2: (DATA,), 4: (DATA, None, TENSOR)}[len(leaf.shape)]  # [], [B, S], [B, S, K, h]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    placed = jax.tree.map(of_cache, cache)
+    cache = with_shardings(cache, placed)
+
+    def step(variables: Any, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        output: Any = Transformer(config).apply(variables, tokens, cache=cache, last_only=True)
+        return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.cache
+
+    tokens = jax.ShapeDtypeStruct((case.batch, 1), jnp.int32, sharding=batch_sharding(mesh))
+    jitted = jax.jit(step, donate_argnums=2, out_shardings=(batch_sharding(mesh), placed))
+    return jitted, (variables, tokens, cache)
+
+
+PROGRAMS: dict[str, Callable[[Case, Mesh], Program]] = {"train": training_step, "decode": decode_step}
+
+
+def compiled(program: Program) -> dict[str, Any]:
+    """How compiling for TPUs went: status ("compiled", "out of memory" or "refused"), seconds, and what came out."""
+    function, arguments = program
+    began = time.perf_counter()
+    lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))  # type: ignore[attr-defined]
+    row: dict[str, Any] = {"lower_seconds": round(time.perf_counter() - began, 1)}
+    began = time.perf_counter()
+    try:
+        executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        row |= {
+            "status": "out of memory" if full else "refused",
+            "message": " ".join(str(error).split())[:600],
+        }
+    else:
+        row["status"] = "compiled"
+        memory = executable.memory_analysis()
+        row["bytes_per_device"] = {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs_not_aliased": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "code": memory.generated_code_size_in_bytes,
+        }
+        row["collectives"] = collectives(executable.as_text())
+    row["compile_seconds"] = round(time.perf_counter() - began, 1)
+    return row
+
+
+COLLECTIVE = re.compile(
+    r"= (?P<shape>\S.*?) (?P<name>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
+
+
+def collectives(hlo: str) -> dict[str, dict[str, dict[str, int]]]:
+    """Of the text of a compiled program: operation -> element type -> how many, and bytes of the largest result.
+
+    An operation in a loop (XLA makes rings of permutes of a gather and a product) counts once.
+    """
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for match in COLLECTIVE.finditer(hlo):
+        sizes = [(_bytes(kind, dims), kind) for kind, dims in ARRAY.findall(match["shape"])]
+        size, kind = max(sizes)
+        entry = found.setdefault(match["name"], {}).setdefault(kind, {"count": 0, "largest_bytes": 0})
+        entry["count"] += 1
+        entry["largest_bytes"] = max(entry["largest_bytes"], size)
+    return found
+
+
+def _bytes(kind: str, dims: str) -> int:
+    bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))
+    return bits * int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64)) // 8
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    mesh = mesh_of(case.chips, case.mesh)
+    with jax.set_mesh(mesh):
+        row = compiled(PROGRAMS[case.what](case, mesh))
+    return dataclasses.asdict(case) | {"layers": case.model().num_layers, "effort": EFFORT} | row | versions()
+
+
+def compile_kernels(
+    chips: Iterable[str], product: Callable[[str, int, int, int, int], Program]
+) -> list[dict[str, Any]]:
+    """KERNELS, each compiled for one chip of every kind.
+
+    Args:
+      product: (format, m, n, k, groups) -> the jitted product and the shapes of its arguments.
+    """
+    rows = []
+    for name in chips:
+        one = NamedSharding(Mesh(np.array(devices_of(name)[:1]), ("x",)), PartitionSpec())
+        for format, m, n, k, groups in KERNELS:
+            function, arguments = product(format, m, n, k, groups)
+            placed = jax.tree.map(lambda leaf: with_shardings(leaf, one), arguments)  # noqa: B023
+            row = {
+                "what": "kernel",
+                "chips": name,
+                "format": format,
+                "m": m,
+                "n": n,
+                "k": k,
+                "groups": groups,
+            }
+            rows.append(row | compiled((function, placed)) | versions())
+    return rows
+
+
+def versions() -> dict[str, Any]:
+    return {"provenance": provenance() | {"libtpu": importlib.metadata.version("libtpu")}}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown; sizes in GiB a device."""
+    lines = [
+        "| case | mesh | layers | batch x length | result | arguments | temporaries | collectives | compile s |",
+        "|---|---|--:|--:|---|--:|--:|---|--:|",
+    ]
+    for name, row in results.items():
+        axes = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
+        memory = row.get("bytes_per_device", {})
+        sizes = [f"{memory[part] / 2**30:.2f}" if memory else "-" for part in ("arguments", "temporaries")]
+        counts = ", ".join(
+            f"{sum(entry['count'] for entry in kinds.values())} {operation} ({'/'.join(sorted(kinds))})"
+            for operation, kinds in sorted(row.get("collectives", {}).items())
+        )
+        cells = (name, axes, row["layers"], f"{row['batch']} x {row['length']}", row["status"], *sizes, counts or "-",
+                 row["compile_seconds"])  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    made_by = {
+        "commit {commit}, jax {jax}, libtpu {libtpu}".format(**row["provenance"]) for row in results.values()
+    }
+    return "\n".join([*lines, "", f"Made by {'; '.join(sorted(made_by))}."])
+
+
+def report(results: dict[str, dict[str, Any]]) -> None:
+    """Puts the table between the marks of the study's README."""
+    readme = STUDY / "README.md"
+    before, _, rest = readme.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    readme.write_text(f"{before}{MARKS[0]}\n{table(results)}\n{MARKS[1]}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="compile these")
+    parser.add_argument("--report", action="store_true", help="compile nothing")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not options.report:
+        os.environ.update(TOPOLOGY_ALONE)
+        jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would try to start a TPU
+        jax.config.update("jax_exec_time_optimization_effort", EFFORT)
+        for name in options.only:
+            results[name] = compile_case(CASES[name])
+            print(f"{name}: {results[name]['status']} in {results[name]['compile_seconds']} s", flush=True)
+            results = {name: results[name] for name in CASES if name in results}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    report(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Placement acts on a mesh in context and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from bitnet_jax.nn.placement import split_over_batch, whole_rows
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    return jax.make_mesh((1, 2, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+X = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+
+@pytest.mark.parametrize("place", [split_over_batch, whole_rows])
+def test_nothing_happens_without_a_mesh(place: Callable[[jax.Array], jax.Array]) -> None:
+    x = jnp.asarray(X)
+    assert place(x) is x
+    assert "sharding" not in str(jax.make_jaxpr(place)(X))
+
+
+def test_a_batch_is_split_where_it_divides(mesh: Mesh) -> None:
+    with jax.set_mesh(mesh):
+        split = jax.jit(split_over_batch)(X)
+        odd = jax.jit(split_over_batch)(X[:3])
+    assert split.addressable_shards[0].data.shape == (2, 3)
+    assert odd.addressable_shards[0].data.shape == (3, 3)
+    np.testing.assert_array_equal(split, X)
+
+
+def test_rows_of_a_table_are_gathered(mesh: Mesh) -> None:
+    columns = jax.device_put(X[:, :2], jax.NamedSharding(mesh, P(None, "fsdp")))
+    assert columns.addressable_shards[0].data.shape == (4, 1)
+    with jax.set_mesh(mesh):
+        assert jax.jit(whole_rows)(columns).addressable_shards[0].data.shape == (4, 2)
+
+
+def test_a_shard_map_around_has_split_already(mesh: Mesh) -> None:
+    with jax.set_mesh(mesh):
+        y = jax.jit(jax.shard_map(split_over_batch, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp")))(X)
+    np.testing.assert_array_equal(y, X)
