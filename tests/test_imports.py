@@ -71,7 +71,7 @@ TOUCH_KERNELS = {
     "nn.linear",
     "nn.attention",
     "nn.embedding",
-    "nn.conv",
+    "nn.batch_norm",
     "inference.exact_head",
     "packing",
     "storage",
