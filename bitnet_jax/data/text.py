@@ -120,7 +120,7 @@ def split_documents(
             f"valid_fraction: got {valid_fraction}, expected a number between 0 and 1, such as 0.05"
         )
     if split == "document":
-        held_out = [_unit_hash(document.text) < valid_fraction for document in documents]
+        held_out = [unit_hash(document.text) < valid_fraction for document in documents]
         train = tuple(d for d, out in zip(documents, held_out, strict=True) if not out)
         valid = tuple(d for d, out in zip(documents, held_out, strict=True) if out)
     elif split == "tail":
@@ -141,7 +141,7 @@ def split_documents(
     return train, valid
 
 
-def _unit_hash(text: str) -> float:
+def unit_hash(text: str) -> float:
     """A number in [0, 1) from the content alone: the same on every machine and under every Python."""
     digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
@@ -167,7 +167,7 @@ def _standard_library(skipped: list[str]) -> Iterator[Document]:
     for path in standard_library.source_files(root):
         name = path.relative_to(root).as_posix()
         try:
-            yield Document(name, b"".join(line for _, line in _lines(path)).decode())
+            yield Document(name, b"".join(line for _, line in read_lines(path)).decode())
         except UnicodeDecodeError:  # a few files declare another encoding on purpose
             skipped.append(name)
 
@@ -193,15 +193,15 @@ def _raise_unreadable(error: OSError) -> None:
 
 def _file_documents(path: Path, name: str) -> Iterator[Document]:
     if name.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in _lines(path):
+        for number, line in read_lines(path):
             if line.strip():
                 yield _record(line, f"{path}:{number}", f"{name}:{number}")
     else:
-        content = b"".join(line for _, line in _lines(path))
+        content = b"".join(line for _, line in read_lines(path))
         yield Document(name, _decode(content, str(path)))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines with their ends, unpacked where the name ends in .gz."""
     number = 0
     try:
