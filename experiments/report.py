@@ -1,97 +1,158 @@
-"""Tables and figures of a study, rebuilt from its results alone.
+"""Tables, figures and a page of a study, rebuilt from its results alone.
 
     python -m experiments.report --study=ternary_penalty
+    python -m experiments.report --all
 
-Writes `curves.png` and the table between the two marker comments of the study's README.
+Writes what the study's REPORT lists: tables between the marker comments of its README, figures beside it, and
+report.html, the README as one self-contained page. --all does so for every study with results, and rewrites the
+table of all studies in experiments/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import html
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import markdown
 import matplotlib
 
 matplotlib.use("Agg")  # no window; before pyplot is imported
 import matplotlib.pyplot as plt
-import numpy as np
-import scipy.stats
 
-from experiments.study import Study, load_study, read_results
+from experiments.intervals import interval
+from experiments.sections import Row, Section, difference, markdown_table
+from experiments.study import STUDIES, Study, load_study, read_results, study_names
 
 BEGIN, END = "<!-- table: written by experiments.report -->", "<!-- end of table -->"
+INDEX = STUDIES.parent / "README.md"
 
 
-def mean_interval(values: list[float]) -> str:
-    """`mean ± half width` of the 95 % Student-t interval over seeds."""
-    if len(values) < 2:
-        return f"{np.mean(values):.4f} (one seed)"
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return f"{np.mean(values):.4f} ± {half:.4f}"
+def command(study: Study) -> str:
+    return f"python -m experiments.sweep --study={study.name}"
 
 
-def table(study: Study, rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per arm, and its difference to the baseline paired by seed."""
-    by_arm = {arm: {r["seed"]: r for r in rows if r["arm"] == arm} for arm in study.arms}
-    lines = [
-        f"| arm | seeds | {study.metric} | difference to {study.baseline} (paired) | parameters | seconds per run |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for arm, runs in by_arm.items():
-        good = {seed: row[study.metric] for seed, row in runs.items() if row["status"] == "finished"}
-        if not good:
-            lines.append(
-                f"| {arm} | 0 | {', '.join(r['status'] for r in runs.values()) or 'not run'} | | | |"
-            )
-            continue
-        base = {s: r[study.metric] for s, r in by_arm[study.baseline].items() if r["status"] == "finished"}
-        paired = [good[seed] - base[seed] for seed in good if seed in base]
-        difference = "" if arm == study.baseline or not paired else mean_interval(paired)
-        first = next(iter(runs.values()))
-        seconds = np.mean([row["wall_seconds"] for row in runs.values()])
-        lines.append(
-            f"| {arm} | {len(good)} | {mean_interval(list(good.values()))} | {difference} "
-            f"| {first['parameters']:,} | {seconds:.0f} |"
-        )
-    first, commits = rows[0], ", ".join(sorted({row["commit"] for row in rows}))
-    lines += [
-        "",
-        f"Mean ± 95 % Student-t interval over seeds. Commits {commits}; {first['hardware']}, "
-        f"jax {first['jax']}. Command: `python -m experiments.sweep --study={study.name}`.",
-    ]
-    return "\n".join(lines)
+def sections(study: Study, rows: Sequence[Row]) -> list[Section]:
+    """Of the study's own arms; rows of arms that it no longer has are left out."""
+    rows = [row for row in rows if row["arm"] in study.arms]
+    return [make(study, rows) for make in study.report]
 
 
-def curves(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
-    """Held-out loss over steps: the mean over seeds as a line, the spread as a band."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for arm in study.arms:
-        histories = [r["history"] for r in rows if r["arm"] == arm and r["status"] == "finished"]
-        if not histories:
-            continue
-        steps = [point["step"] for point in histories[0]]
-        losses = np.array([[point["valid_loss"] for point in history] for history in histories])
-        (line,) = axes.plot(steps, losses.mean(0), label=arm)
-        axes.fill_between(steps, losses.min(0), losses.max(0), alpha=0.2, color=line.get_color())
-    axes.set(xlabel="step", ylabel="held-out loss (nats)", title=f"{study.name}: mean and range over seeds")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def text_of(study: Study, rows: Sequence[Row], parts: Sequence[Section]) -> str:
+    """Markdown of the sections, the command under each table, and what the rows were measured with."""
+    blocks = []
+    for part in parts:
+        if part.markdown:
+            blocks += [part.markdown, f"Command: `{command(study)}`."]
+        if part.figure:
+            blocks.append(f"![{part.figure.replace('_', ' ')}]({part.figure}.png)")
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    machines = ", ".join(sorted({row["hardware"] for row in rows}))
+    versions = ", ".join(sorted({row["jax"] for row in rows}))
+    blocks.append(f"Measured at commits {commits}, on {machines}, jax {versions}.")
+    return "\n\n".join(blocks)
+
+
+def draw(part: Section, folder: Path) -> None:
+    if part.draw is not None:
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        part.draw(axes)
+        figure.savefig(folder / f"{part.figure}.png", dpi=120)
+        plt.close(figure)
+
+
+def replaced(old: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """`old` with `text` between its markers. Raises ValueError: it has no markers."""
+    head, found, rest = old.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"got a README without {begin} and {end}; put them where the tables belong")
+    return f"{head}{begin}\n{text}\n{end}{tail}"
+
+
+def page(title: str, text: str, folder: Path) -> str:
+    """Markdown as one HTML page; figures of `folder` become part of it."""
+
+    def embed(match: re.Match[str]) -> str:
+        file = folder / html.unescape(match[1])
+        if not file.is_file():
+            return match[0]
+        return f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"'
+
+    body = re.sub(
+        r'src="([^":]+\.png)"', embed, markdown.markdown(text, extensions=["tables", "fenced_code"])
+    )
+    style = (
+        "body{max-width:60em;margin:2em auto;padding:0 1em;font:16px/1.5 sans-serif}img{max-width:100%}"
+        "table{border-collapse:collapse}td,th{padding:.2em .6em;border-bottom:1px solid #ccc}code{background:#eee}"
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style></head><body>\n{body}\n</body></html>\n"
+    )
 
 
 def report(study: Study, results: Path, folder: Path) -> str:
+    """Writes tables, figures and page into `folder`; returns the Markdown of the tables.
+
+    Raises:
+      ValueError: there are no results, or the README has no markers.
+    """
     rows = read_results(results)
     if not rows:
-        raise ValueError(f"{results} has no results; run: python -m experiments.sweep --study={study.name}")
-    text = table(study, rows)
-    curves(study, rows, folder / "curves.png")
+        raise ValueError(f"{results} has no results; run: {command(study)}")
+    parts = sections(study, rows)
+    for part in parts:
+        draw(part, folder)
+    text = text_of(study, rows, parts)
     readme = folder / "README.md"
-    old = readme.read_text() if readme.is_file() else f"# {study.name}\n\n{BEGIN}\n{END}\n"
-    head, _, rest = old.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+    old = readme.read_text() if readme.is_file() else f"# {study.question}\n\n{BEGIN}\n{END}\n"
+    readme.write_text(replaced(old, text))
+    (folder / "report.html").write_text(page(study.question, readme.read_text(), folder))
     return text
+
+
+def effect(study: Study, rows: Sequence[Row]) -> str:
+    """The study's answer as a short text: a paired difference with its interval, or what its EFFECT says."""
+    if not rows or not study.effect:
+        return ""
+    if callable(study.effect):
+        return study.effect(study, rows)
+    apart = difference(study, rows, study.effect)
+    return f"{study.effect}: {interval(apart)}" if apart else ""
+
+
+def index(studies: Sequence[Study]) -> str:
+    """The table of all studies."""
+    lines = []
+    for study in studies:
+        rows = read_results(study.results)
+        done, total = len({row["run"] for row in rows} & set(study.runs())), len(study.runs())
+        hours = sum(row["wall_seconds"] for row in rows) / 3600
+        lines.append(
+            [
+                f"[{study.question}](studies/{study.name}/README.md)",
+                study.source,
+                study.verdict,
+                effect(study, rows) or "",
+                study.paper_effect,
+                f"`{command(study)}`",
+                f"{hours:.1f} h" if done == total else f"{hours:.1f} h, {done} of {total} runs",
+            ]
+        )
+    header = ["question", "<source", "<verdict", "<effect here", "<effect there", "<command", "cost"]
+    return markdown_table(header, lines)
+
+
+def report_all() -> None:
+    studies = [load_study(name) for name in study_names()]
+    for study in studies:
+        if study.results.is_file():
+            report(study, study.results, study.folder)
+    INDEX.write_text(replaced(INDEX.read_text(), index(studies)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,12 +161,18 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--study", required=True, help="folder name below experiments/studies")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--study", help="folder name below experiments/studies")
+    which.add_argument("--all", action="store_true", help="every study, and the table of them")
     parser.add_argument("--workdir", type=Path, help="report a small sweep kept there, into that folder")
     args = parser.parse_args(argv)
-    study = load_study(args.study)
-    folder = args.workdir or study.folder
-    print(report(study, folder / "results.jsonl", folder))
+    if args.all:
+        report_all()
+        print(INDEX)
+    else:
+        study = load_study(args.study)
+        folder = args.workdir or study.folder
+        print(report(study, folder / "results.jsonl", folder))
 
 
 if __name__ == "__main__":

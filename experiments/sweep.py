@@ -1,65 +1,211 @@
-"""Every run of a study, one after the other; run it again to continue where it stopped.
+"""Every run of a study; start it again to continue where it stopped.
 
     python -m experiments.sweep --study=ternary_penalty --small
-    python -m experiments.sweep --study=ternary_penalty
+    python -m experiments.sweep --study=ternary_penalty --jobs=2
+    python -m experiments.sweep --study=ternary_penalty --executor=slurm --jobs=16 --cluster timeout_min=60
 
-The full setting appends to `studies/<study>/results.jsonl`; the small one (same study, 2-core minutes) to
-`<workdir>/results.jsonl`. A run that fails or diverges is a row too and does not stop the others.
+The full setting adds rows to `studies/<study>/results.jsonl`; the small one (same question, two cores, minutes)
+to `<workdir>/results.jsonl`. A run that fails or diverges is a row too and does not stop the others.
+
+Ctrl-C and SIGTERM: every running training saves itself and loses at most one update. SIGKILL or a dead machine:
+it loses what came after its last checkpoint. Either way the next start goes on from there. Two sweeps of one study
+share the runs that are left: a run is done by whoever holds its lock, and a lock dies with its holder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.config_file import load_config_file
-from bitnet_jax.training.loop import fit
-from bitnet_jax.training.metrics import read_metrics
+from bitnet_jax.training.run_folder import write_whole
 from experiments.provenance import provenance
+from experiments.runs import locked, train
 from experiments.study import Study, load_study, read_results
 
+Row = dict[str, Any]
+EXECUTORS = ("process", "local", "slurm")
 
-def run_one(study: Study, name: str, workdir: Path, small: bool) -> dict[str, Any]:
+
+def run_one(study: Study, name: str, workdir: Path, small: bool) -> Row:
     """The row of one run; its failure is recorded in it, not raised."""
-    arm, seed = study.runs()[name]
-    overrides = {"seed": seed, **study.arms[arm]}
-    row: dict[str, Any] = {"run": name, "arm": arm, "seed": seed, "overrides": overrides, **provenance()}
+    arm, seed = study.runs(small)[name]
+    row: Row = {"run": name, "arm": arm, "seed": seed, "overrides": _json(study.overrides(arm, seed, small))}
+    row |= provenance()
     start = time.monotonic()
     try:
-        flags = [f"--config.{field}={value}" for field, value in overrides.items()]
-        config = load_config_file(study.config + (":small" if small else ""), flags)
-        result = fit(config, workdir / name)
-        valid = [m for m in read_metrics(workdir / name / "metrics.jsonl") if m["kind"] == "valid"]
-        row |= {name: result[name] for name in ("status", "step", "tokens", "parameters", "config_hash")}
-        row |= {f"valid_{name}": value for name, value in result.get("valid", {}).items()}
-        row["history"] = [{"step": m["step"], "valid_loss": m["loss"]} for m in valid]
+        if study.run is not None:
+            row |= {"status": "finished"} | study.run(arm, seed, workdir, small)
+        else:
+            row |= train(study.settings(arm, seed, small), workdir / name)
     except Exception as error:  # the sweep goes on; the row says what happened
         traceback.print_exc()
         row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        row |= {"traceback": traceback.format_exc()}
     return row | {"wall_seconds": round(time.monotonic() - start, 1)}
 
 
-def sweep(study: Study, workdir: Path, small: bool) -> Path:
-    """Appends a row for every run that has none yet; returns the file of results."""
-    results = workdir / "results.jsonl" if small else study.results
-    results.parent.mkdir(parents=True, exist_ok=True)
-    done = read_results(results)
-    # Rewriting drops a last line that a crash cut short, so that the next row starts on a line of its own.
-    results.write_text("".join(json.dumps(row) + "\n" for row in done))
-    for name in study.runs():
-        if name in {row["run"] for row in done}:
-            print(f"{study.name}: {name} is done", file=sys.stderr)
-            continue
+def claim(
+    study: Study, name: str, workdir: Path, results: Path, small: bool, retry_failed: bool
+) -> Row | None:
+    """Does one run and keeps its row, unless it is done or another process is at it: then None."""
+    locks = results.parent / ".locks"
+    with locked(locks / name, wait=False) as mine:
+        if not mine or name not in pending(study, results, small, retry_failed):
+            return None
         row = run_one(study, name, workdir, small)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{study.name}: {name} {row['status']} {study.metric}={row.get(study.metric)}", file=sys.stderr)
+        with locked(locks / "results"):
+            others = [other for other in read_results(results) if other["run"] != name]
+            write_whole(results, "".join(json.dumps(_json(r)) + "\n" for r in (*others, row)))
+    return row
+
+
+def pending(study: Study, results: Path, small: bool, retry_failed: bool) -> list[str]:
+    """The runs that have no row yet.
+
+    Raises:
+      ValueError: rows that were made with other overrides than the study has now.
+    """
+    rows = {row["run"]: row for row in read_results(results)}
+    stale = [
+        name
+        for name, (arm, seed) in study.runs(small).items()
+        if name in rows and rows[name]["overrides"] != _json(study.overrides(arm, seed, small))
+    ]
+    if stale:
+        raise ValueError(
+            f"{results}: got rows of {', '.join(stale)} made with other settings than the study has now; "
+            "remove these lines (and their folders in the workdir) to measure them again"
+        )
+    return [
+        name
+        for name in study.runs(small)
+        if name not in rows or (retry_failed and rows[name]["status"] == "failed")
+    ]
+
+
+def sweep(
+    study: Study,
+    workdir: Path,
+    small: bool,
+    *,
+    jobs: int = 1,
+    executor: str = "process",
+    retry_failed: bool = False,
+    cluster: dict[str, Any] | None = None,
+) -> Path:
+    """Adds a row for every run that has none yet; returns the file of results."""
+    results = workdir / "results.jsonl" if small else study.results
+    names = pending(study, results, small, retry_failed)
+    print(
+        f"{study.name}: {len(study.runs(small)) - len(names)} runs done, {len(names)} to go", file=sys.stderr
+    )
+    arguments = [(study, name, workdir, results, small, retry_failed) for name in names]
+    if executor != "process":
+        rows = _submitted(arguments, executor, workdir, jobs, cluster or {})
+    elif jobs > 1:
+        rows = _side_by_side(arguments, jobs)
+    else:
+        rows = (claim(*one) for one in arguments)
+    began = time.monotonic()
+    for number, row in enumerate(rows, 1):
+        if row is not None:
+            left = (time.monotonic() - began) / number * (len(names) - number) / 60
+            print(
+                f"[{number}/{len(names)}] {row['run']}: {row['status']}, {study.metric} {row.get(study.metric)}, "
+                f"{row['wall_seconds']:.0f} s; about {left:.0f} minutes left",
+                file=sys.stderr,
+            )
     return results
+
+
+def _side_by_side(arguments: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Row | None]:
+    """`claim` in processes of their own, `jobs` at a time. When stopped, it stops them first, in good order."""
+    context = multiprocessing.get_context("spawn")
+    waiting = list(arguments)
+    running: dict[Any, tuple[Any, tuple[Any, ...]]] = {}  # by the handle that says when a process ends
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                one = waiting.pop(0)
+                process = context.Process(target=_in_process, args=one)
+                process.start()
+                running[process.sentinel] = (process, one)
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                process, one = running.pop(sentinel)
+                process.join()
+                study, name, _, results, *_ = one
+                if process.exitcode != 0:
+                    print(
+                        f"{study.name}: {name} ended with {process.exitcode} and no row; start the sweep again",
+                        file=sys.stderr,
+                    )
+                yield next((row for row in read_results(results) if row["run"] == name), None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process, _ in running.values():
+            process.terminate()  # a training saves itself
+        for process, _ in running.values():
+            process.join()
+
+
+def _in_process(
+    study: Study, name: str, workdir: Path, results: Path, small: bool, retry_failed: bool
+) -> None:
+    os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which then stops each child once
+    claim(study, name, workdir, results, small, retry_failed)
+
+
+def _submitted(
+    arguments: Sequence[tuple[Any, ...]], executor: str, workdir: Path, jobs: int, cluster: dict[str, Any]
+) -> Iterator[Row | None]:
+    """`claim` as jobs of submitit: of Slurm, or of processes on this machine."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError(
+            f"executor {executor!r}: got no package submitit, which submits; pip install 'bitnet-jax[cluster]'"
+        ) from error
+    submitter = submitit.AutoExecutor(folder=workdir / "submitit", cluster=executor)
+    if executor == "slurm":
+        cluster = {"slurm_array_parallelism": jobs} | cluster
+    submitter.update_parameters(
+        **{"timeout_min": 24 * 60, "name": arguments[0][0].name if arguments else "none"} | cluster
+    )
+    size = len(arguments) if executor == "slurm" else jobs
+    for start in range(
+        0, len(arguments), max(size, 1)
+    ):  # the local executor starts all jobs it is given at once
+        submitted = submitter.map_array(_claim_in_job, arguments[start : start + size])
+        for job in submitted:
+            try:
+                yield job.result()
+            except Exception as error:  # killed, or out of time: it has no row
+                print(f"job {job.job_id}: {error}; start the sweep again", file=sys.stderr)
+                yield None
+
+
+def _claim_in_job(one: tuple[Any, ...]) -> Row | None:
+    return claim(*one)
+
+
+def _json(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def default_workdir(study: Study, small: bool) -> Path:
+    return Path("runs/studies") / (study.name + ("-small" if small else ""))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,14 +215,41 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--study", required=True, help="folder name below experiments/studies")
-    parser.add_argument("--small", action="store_true", help="the same study, shrunk for two cores")
+    parser.add_argument("--small", action="store_true", help="the same question, shrunk for two cores")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (default 1)")
+    parser.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        default="process",
+        help="process: on this machine; slurm, local: through submitit (extra `cluster`)",
+    )
+    parser.add_argument(
+        "--cluster",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of submitit's executor",
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="also the runs whose row says failed")
     parser.add_argument(
         "--workdir", type=Path, help="where runs are kept (default runs/studies/STUDY[-small])"
     )
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs: got {args.jobs}, expected at least 1")
+    cluster = {
+        name: int(value) if value.isdigit() else value
+        for name, _, value in (c.partition("=") for c in args.cluster)
+    }
     study = load_study(args.study)
-    workdir = args.workdir or Path("runs/studies") / (args.study + ("-small" if args.small else ""))
-    print(sweep(study, workdir, args.small))
+    workdir = args.workdir or default_workdir(study, args.small)
+    options = {
+        "jobs": args.jobs,
+        "executor": args.executor,
+        "retry_failed": args.retry_failed,
+        "cluster": cluster,
+    }
+    print(sweep(study, workdir, args.small, **options))
 
 
 if __name__ == "__main__":

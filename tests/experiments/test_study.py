@@ -1,101 +1,98 @@
-"""A study from sweep to report, on a text made here; resuming, failures and damaged results included."""
+"""What a study.py may say, how arms are combined, and that every committed study keeps to it."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import dataclasses
+import pickle
 
 import pytest
 
-from experiments import report, sweep
-from experiments.study import Study, load_study, read_results
-
-CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config(variant="base"):
-    model = dict(vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16, max_length=8,
-                 precision="float32")
-    return ConfigDict(dict(
-        seed=0,
-        model=model,
-        data=dict(source={text!r}, tokenizer="byte", split="tail", valid_fraction=0.2,
-                  length=8, batch_size=2),
-        optimizer=dict(learning_rate=1e-2),
-        training=dict(steps=4, log_every=2, eval_every=2, checkpoint_every=4),
-        evaluation=dict(batches=1, batch_size=2),
-    ))
-"""
+from experiments.study import (
+    Study,
+    load_study,
+    overridden,
+    product,
+    read_results,
+    read_study,
+    study_names,
+    zip_,
+)
 
 
-@pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
-    (tmp_path / "config.py").write_text(CONFIG.format(text=str(tmp_path / "text.txt")))
-    monkeypatch.setattr("experiments.study.STUDIES", tmp_path / "studies")
-    arms = {"float32": {"model.precision": "float32"}, "broken": {"model.precision": "no_such_recipe"}}
-    return Study("toy", str(tmp_path / "config.py"), "valid_loss", "float32", arms, (0, 1))
-
-
-def test_sweep_records_failures_resumes_and_reports(study: Study, tmp_path: Path) -> None:
-    results = sweep.sweep(study, tmp_path / "work", small=False)
-    rows = read_results(results)
-    assert [(row["run"], row["status"]) for row in rows] == [
-        ("float32-seed0", "finished"),
-        ("broken-seed0", "failed"),
-        ("float32-seed1", "finished"),
-        ("broken-seed1", "failed"),
-    ]
-    assert "no_such_recipe" in rows[1]["error"]
-    assert [point["step"] for point in rows[0]["history"]] == [2, 4]
-    assert rows[0]["valid_loss"] == rows[0]["history"][-1]["valid_loss"] != rows[2]["valid_loss"]
-
-    # A crash while the third row was written: only the runs without a whole row are repeated.
-    lines = results.read_text().splitlines(keepends=True)
-    results.write_text("".join(lines[:2]) + lines[2][:40])
-    sweep.sweep(study, tmp_path / "work", small=False)
-    again = read_results(results)
-    assert [row["run"] for row in again] == [row["run"] for row in rows]
-    assert again[0] == rows[0]
-    assert again[2]["valid_loss"] == rows[2]["valid_loss"]
-
-    text = report.report(study, results, results.parent)
-    mean = (rows[0]["valid_loss"] + rows[2]["valid_loss"]) / 2
-    assert f"| float32 | 2 | {mean:.4f} ±" in text
-    assert "| broken | 0 | failed, failed |" in text
-    assert (results.parent / "curves.png").stat().st_size > 1000
-
-
-def test_report_replaces_only_its_table(study: Study, tmp_path: Path) -> None:
-    row = {
-        "run": "float32-seed0", "arm": "float32", "seed": 0, "status": "finished", "valid_loss": 1.5, "parameters": 10,
-        "wall_seconds": 1.0, "history": [{"step": 1, "valid_loss": 1.5}], "commit": "abc", "hardware": "h", "jax": "0",
+def test_product_combines_and_zip_goes_in_step() -> None:
+    precisions = {"float": {"model.precision": "float32"}, "ternary": {"model.precision": "bitnet_b158"}}
+    widths = zip_(["narrow", "wide"], model__hidden_size=[32, 64], model__ffn_size=[96, 192])
+    assert widths["wide"] == {"model.hidden_size": 64, "model.ffn_size": 192}
+    arms = product(widths, precisions)
+    assert list(arms) == ["narrow-float", "narrow-ternary", "wide-float", "wide-ternary"]
+    assert arms["wide-ternary"] == {
+        "model.hidden_size": 64, "model.ffn_size": 192, "model.precision": "bitnet_b158",
     }  # fmt: skip
-    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
-    (tmp_path / "README.md").write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
-    report.report(study, tmp_path / "results.jsonl", tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\n\nafter\n")
-    assert "old" not in text
-    assert "1.5000 (one seed)" in text
+    with pytest.raises(ValueError, match="got 1 values of model__hidden_size, expected 2"):
+        zip_(["a", "b"], model__hidden_size=[1])
 
 
-def test_interval_is_students() -> None:
-    # t(0.975, 2) = 4.302653; standard error of 1, 2, 3 is 1 / sqrt(3)
-    assert report.mean_interval([1.0, 2.0, 3.0]) == "2.0000 ± 2.4841"
+def test_overrides_reach_the_config_and_leave_the_base_alone(study: Study) -> None:
+    base = {"seed": 0, "model": {"hidden_size": 16}}
+    assert overridden(base, {"seed": 3, "model.ffn_size": 8}) == {
+        "seed": 3, "model": {"hidden_size": 16, "ffn_size": 8},
+    }  # fmt: skip
+    assert base == {"seed": 0, "model": {"hidden_size": 16}}
+    config = study.settings("ternary", 1)
+    assert config.seed == 1
+    assert config.model["precision"] == [["*o_proj", "float32"], ["*", "bitnet_b158"]]
+    assert study.settings("float32", 7, small=True).training.steps == 2
+    wrong = dataclasses.replace(study, arms={"float32": {"training.stepz": 1}}, small_arms=None)
+    with pytest.raises(ValueError, match="training.stepz is not a field; did you mean steps"):
+        wrong.settings("float32", 0)
 
 
-def test_errors_name_what_there_is(tmp_path: Path, study: Study) -> None:
-    with pytest.raises(ValueError, match="got study 'nothing', expected one of"):
+def test_runs_name_arms_and_seeds(study: Study) -> None:
+    assert list(study.runs())[:4] == ["float32-seed0", "broken-seed0", "ternary-seed0", "float32-seed1"]
+    assert study.runs(small=True) == {"float32-seed7": ("float32", 7)}
+    assert pickle.loads(pickle.dumps(study)).arms == study.arms
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            'VERDICT = "probably"',
+            "got verdict 'probably', expected one of reproduced, partly, not at this size, open",
+        ),
+        ('BASELINE = "float"', "got arm 'float', expected one of float32"),
+        ("SEED = 1", "misses nothing and has unknown SEED"),
+        ("del METRIC", "misses METRIC and has unknown nothing"),
+        ("CONFIG = None", "neither CONFIG nor run"),
+        ("SEEDS = ()", "3 arms and 0 seeds"),
+    ],
+)
+def test_mistakes_are_named(study: Study, change: str, message: str) -> None:
+    file = study.folder / "study.py"
+    file.write_text(f"{file.read_text()}\n{change}\n")
+    with pytest.raises(ValueError, match=message):
+        read_study(study.folder)
+
+
+def test_unknown_studies_and_damaged_results_are_named(study: Study) -> None:
+    with pytest.raises(ValueError, match="got study 'nothing', expected one of .*ternary_penalty"):
         load_study("nothing")
-    with pytest.raises(ValueError, match="has no results; run: python -m experiments.sweep --study=toy"):
-        report.report(study, tmp_path / "results.jsonl", tmp_path)
-    (tmp_path / "results.jsonl").write_text("not json\n{}\n")
+    study.results.write_text("not json\n{}\n")
     with pytest.raises(ValueError, match=r"results\.jsonl:1 is not JSON"):
-        read_results(tmp_path / "results.jsonl")
+        read_results(study.results)
 
 
-def test_the_committed_study_loads() -> None:
-    committed = load_study("ternary_penalty")
-    assert committed.runs()["binary-seed1337"] == ("binary", 1337)
+@pytest.mark.parametrize("name", study_names())
+def test_every_arm_of_a_committed_study_is_a_valid_run(name: str) -> None:
+    """Small and full, and no study judges what it has not measured."""
+    study = load_study(name)
+    if study.config is not None:
+        for small in (False, True):
+            for arm, seed in study.runs(small).values():
+                config = study.settings(arm, seed, small)
+                config.model_config(config.model.get("vocab_size", 256))
+                assert not small or config.data.source == "stdlib", (
+                    "small settings use text that is everywhere"
+                )
+    assert len(study.seeds) >= 3
+    assert study.verdict == "open" or study.results.is_file()

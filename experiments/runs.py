@@ -1,0 +1,90 @@
+"""What the `run` of a study is made of: train, train on from other weights, measure weights as they are.
+
+Each returns fields of a row of results. Trainings are kept in folders: one that is there already is read and
+not repeated, one that another process is at is waited for, one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from bitnet_jax.models import Transformer
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.loop import train as train_task
+from bitnet_jax.training.metrics import read_metrics
+from bitnet_jax.training.run_folder import RunFolder
+from bitnet_jax.training.task import Task, language_task
+
+RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
+
+
+def train(
+    config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] = language_task
+) -> dict[str, Any]:
+    """Train from scratch in `folder`; `task` may alter the problem (its start, its loss).
+
+    Returns:
+      status, step, tokens, parameters, config_hash, message (of a divergence), valid_* and train_* (newest
+      measurements), history (held-out loss over steps).
+    """
+    with locked(folder.with_name(folder.name + ".lock")):
+        run = RunFolder(folder)
+        with run.training(config):
+            result = run.read_result()
+            if result is None:
+                result = train_task(task(config), config, run, progress=sys.stderr.isatty())
+    valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
+    row = {name: result[name] for name in RESULT_FIELDS}
+    if result["message"]:
+        row["error"] = result["message"]
+    for kind in ("valid", "train"):
+        row |= {f"{kind}_{name}": value for name, value in result.get(kind, {}).items()}
+    return row | {"history": [{"step": m["step"], "valid_loss": m["loss"]} for m in valid]}
+
+
+def train_from(params: PyTree, config: RunConfig, folder: Path) -> dict[str, Any]:
+    """`train`, started from weights in place of random ones; what they lack (learned scales) is initialized."""
+
+    def task(config: RunConfig) -> Task:
+        from_scratch = language_task(config)
+        model = Transformer(config.model_config(from_scratch.tokenizer.vocab_size))
+
+        def init(key: jax.Array) -> PyTree:
+            tokens = jnp.zeros((1, 1), jnp.int32)
+            _, made = model.apply({"params": params}, tokens, mutable=["params"], rngs={"params": key})
+            return made["params"]
+
+        return from_scratch._replace(init=init)
+
+    return train(config, folder, task)
+
+
+def measure(config: RunConfig, params: PyTree) -> dict[str, Any]:
+    """valid_* of weights under a config that may differ from the one they were trained with, untrained."""
+    values = language_task(config).evaluate(params)
+    return {"status": "finished", "config_hash": config.hash()} | {f"valid_{n}": v for n, v in values.items()}
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock file, which dies with its process; gives False where another holds it and `wait` is not set.
+
+    The lock is the kernel's (flock): on a network file system it holds as far as that file system keeps it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,118 @@
+"""Tables of known rows, and that every committed README shows what its results say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import report
+from experiments.sections import Point, points
+from experiments.study import Study, load_study, read_results, study_names
+
+
+def row(arm: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
+    history = [{"step": 1, "valid_loss": loss + 1}, {"step": 2, "valid_loss": loss}]
+    fields = {
+        "run": f"{arm}-seed{seed}", "arm": arm, "seed": seed, "status": "finished", "valid_loss": loss,
+        "parameters": 1234, "wall_seconds": 2.0, "history": history, "commit": "abc", "hardware": "h", "jax": "0",
+    }  # fmt: skip
+    return fields | more
+
+
+ROWS = [
+    row("float32", 0, 1.0),
+    row("float32", 1, 2.0),
+    row("float32", 2, 3.0),
+    row("ternary", 0, 1.5, valid_loss=1.5),
+    row("ternary", 1, 2.6),
+    row("ternary", 2, 9.0, status="diverged"),
+    row("broken", 0, 0.0, status="failed", valid_loss=None),
+    row("gone", 0, 0.0),
+]
+
+
+def write(study: Study, rows: list[dict[str, Any]]) -> None:
+    study.results.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_tables_figures_and_page(study: Study) -> None:
+    write(study, ROWS)
+    (study.folder / "README.md").write_text(
+        f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+    )
+    report.report(study, study.results, study.folder)
+    text = (study.folder / "README.md").read_text()
+    assert text.startswith("# Title\n\nbefore\n")
+    assert text.endswith("\n\nafter\n")
+    assert "old" not in text
+    assert "| float32 | 3 | 2.0000 ± 2.4841 |  |  | 1,234 | 2 |" in text
+    # differences 0.5 and 0.6: t(0.975, 1) = 12.7062, standard error 0.05
+    assert "| ternary | 2, 1 diverged | 2.0500 ± 6.9884 | 0.5500 ± 0.6353 |" in text
+    assert "| broken | 0, 1 failed |" in text
+    assert "gone" not in text
+    assert "Command: `python -m experiments.sweep --study=toy`." in text
+    assert (study.folder / "curves.png").stat().st_size > 1000
+    page = (study.folder / "report.html").read_text()
+    assert "<h1>Title</h1>" in page
+    assert "<td>ternary</td>" in page
+    assert 'src="data:image/png;base64,' in page
+    assert 'src="curves.png"' not in page
+
+
+def test_points_are_means_with_error_bars(study: Study) -> None:
+    import matplotlib.pyplot as plt
+
+    def place(arm: str, row: Any) -> Point | None:
+        return Point(row["parameters"], "all", arm) if arm != "ternary" else None
+
+    figure, axes = plt.subplots()
+    section = points("x", place, xlabel="parameters")(study, ROWS)
+    assert section.draw is not None
+    section.draw(axes)
+    ((line, _, bars),) = axes.containers
+    assert line.get_xydata().tolist() == [[1234.0, 2.0]]
+    ((low, high),) = bars[0].get_segments()
+    assert (high - low)[1] / 2 == pytest.approx(2.4841, abs=1e-4)
+    plt.close(figure)
+
+
+def test_the_index_of_studies(study: Study) -> None:
+    write(study, ROWS)
+    (line,) = report.index([study]).splitlines()[2:]
+    assert line.startswith(
+        "| [Does a toy learn?](studies/toy/README.md) | nobody | open | ternary: 0.5500 ± 0.6353 |"
+    )
+    assert line.endswith("| `python -m experiments.sweep --study=toy` | 0.0 h, 5 of 6 runs |")
+    named = dataclasses.replace(study, effect=lambda study, rows: f"{len(rows)} rows")
+    assert "| 8 rows |" in report.index([named])
+
+
+def test_what_is_missing_is_named(study: Study) -> None:
+    with pytest.raises(ValueError, match="has no results; run: python -m experiments.sweep --study=toy"):
+        report.report(study, study.results, study.folder)
+    with pytest.raises(ValueError, match="README without"):
+        report.replaced("no markers", "text")
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_every_committed_readme_shows_its_results(name: str) -> None:
+    study = load_study(name)
+    readme = (study.folder / "README.md").read_text()
+    assert report.BEGIN in readme, "where tables come to stand"
+    if study.results.is_file():
+        rows = read_results(study.results)
+        text = report.text_of(study, rows, report.sections(study, rows))
+        assert report.replaced(readme, text) == readme, f"run: python -m experiments.report --study={name}"
+
+
+def test_the_committed_index_shows_its_studies() -> None:
+    text = report.INDEX.read_text()
+    table = report.index([load_study(name) for name in study_names()])
+    assert report.replaced(text, table) == text, "run: python -m experiments.report --all"
+    for name in study_names():
+        assert f"(studies/{name}/README.md)" in text
+        assert Path(report.STUDIES / name / "README.md").is_file()

@@ -1,0 +1,45 @@
+"""Training on from other weights, and measuring weights under another recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.loop import load_run
+from experiments.runs import measure, train, train_from
+from experiments.study import Study, overridden
+
+
+def changed(config: RunConfig, **overrides: object) -> RunConfig:
+    return RunConfig.from_dict(
+        overridden(config.to_dict(), {n.replace("__", "."): v for n, v in overrides.items()})
+    )
+
+
+def test_training_goes_on_from_given_weights(study: Study, tmp_path: Path) -> None:
+    config = study.settings("float32", 0)
+    first = train(config, tmp_path / "float")
+    _, _, params, _ = load_run(tmp_path / "float")
+    assert measure(config, params)["valid_loss"] == pytest.approx(first["valid_loss"], rel=1e-6)
+
+    # At a learning rate of 0 the start is the end: the given weights, and learned scales measured on them.
+    still = changed(config, model__precision="paretoq_2", optimizer__learning_rate=0.0)
+    row = train_from(params, still, tmp_path / "still")
+    _, _, same, _ = load_run(tmp_path / "still")
+    layer = same["layers_0"]["mlp"]["down_proj"]
+    np.testing.assert_array_equal(layer["weight"], params["layers_0"]["mlp"]["down_proj"]["weight"])
+    largest = np.abs(layer["weight"]).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(layer["weight_scale"], largest, rtol=1e-6)
+    assert row["valid_loss"] == pytest.approx(measure(still, same)["valid_loss"], rel=1e-6)
+    assert row["parameters"] > first["parameters"]
+
+
+def test_a_finished_training_is_read(study: Study, tmp_path: Path) -> None:
+    config = study.settings("ternary", 0)
+    row = train(config, tmp_path / "run")
+    assert train(config, tmp_path / "run") == row
+    assert row["config_hash"] == config.hash()
+    assert 0 <= row["train_zero_fraction"] <= 1

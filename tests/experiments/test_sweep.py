@@ -1,0 +1,162 @@
+"""Sweeps: failures recorded, nothing done twice, in one process, several, or through submitit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import sweep
+from experiments.runs import locked
+from experiments.study import Study, read_results
+
+ROOT = Path(__file__).parents[2]
+
+
+def statuses(results: Path) -> dict[str, str]:
+    rows = read_results(results)
+    assert len({row["run"] for row in rows}) == len(rows)
+    return {row["run"]: row["status"] for row in rows}
+
+
+EXPECTED = {
+    f"{arm}-seed{seed}": status
+    for seed in (0, 1)
+    for arm, status in (("float32", "finished"), ("broken", "failed"), ("ternary", "finished"))
+}
+
+
+def test_failures_are_rows_and_done_runs_stay(study: Study, tmp_path: Path) -> None:
+    results = sweep.sweep(study, tmp_path / "work", small=False)
+    assert statuses(results) == EXPECTED
+    rows = {row["run"]: row for row in read_results(results)}
+    broken, trained = rows["broken-seed0"], rows["float32-seed0"]
+    assert "no_such_recipe" in broken["error"]
+    assert "Traceback" in broken["traceback"]
+    assert [point["step"] for point in trained["history"]] == [2, 4]
+    assert (
+        trained["valid_loss"] == trained["history"][-1]["valid_loss"] != rows["float32-seed1"]["valid_loss"]
+    )
+    assert trained["tokens"] == 4 * 16
+    for field in ("overrides", "config_hash", "commit", "hardware", "parameters", "wall_seconds", "jax"):
+        assert trained[field]
+
+    # Without the row of one run, only that run is done again; its training is there and is only read.
+    results.write_text("".join(json.dumps(r) + "\n" for n, r in rows.items() if n != "float32-seed0"))
+    before = (tmp_path / "work" / "float32-seed0" / "result.json").stat().st_mtime_ns
+    sweep.sweep(study, tmp_path / "work", small=False)
+    again = {row["run"]: row for row in read_results(results)}
+    assert again["float32-seed0"]["valid_loss"] == trained["valid_loss"]
+    assert (tmp_path / "work" / "float32-seed0" / "result.json").stat().st_mtime_ns == before
+    assert all(again[name] == rows[name] for name in rows if name != "float32-seed0")
+
+    # A failed run is repeated on demand, and replaces its row.
+    mended = dataclasses.replace(study, run=lambda arm, seed, workdir, small: {"valid_loss": 1.0})
+    sweep.sweep(mended, tmp_path / "work", small=False, retry_failed=True)
+    assert statuses(results) == {name: "finished" for name in EXPECTED}
+
+
+def test_a_run_of_its_own_gets_its_arguments(study: Study, tmp_path: Path) -> None:
+    def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, object]:
+        return {"valid_loss": 1.5, "given": [arm, seed, str(workdir), small]}
+
+    own = dataclasses.replace(study, run=run)
+    rows = read_results(sweep.sweep(own, tmp_path / "work", small=True))
+    assert [row["given"] for row in rows] == [["float32", 7, str(tmp_path / "work"), True]]
+    assert not study.results.exists(), "small results stay out of the study"
+
+
+def test_rows_of_other_settings_are_not_taken_for_done(study: Study, tmp_path: Path) -> None:
+    constant = dataclasses.replace(study, run=lambda *_: {"valid_loss": 1.0})
+    sweep.sweep(constant, tmp_path / "work", small=False)
+    changed = dataclasses.replace(constant, arms={**study.arms, "broken": {"model.precision": "float32"}})
+    with pytest.raises(ValueError, match="rows of broken-seed0, broken-seed1 made with other settings"):
+        sweep.sweep(changed, tmp_path / "work", small=False)
+
+
+def test_two_sweeps_at_once_share_the_runs(study: Study, tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, float]:
+        done.append(f"{arm}-seed{seed}")
+        time.sleep(0.05)
+        return {"valid_loss": float(seed)}
+
+    own = dataclasses.replace(study, run=run)
+    sweeps = [threading.Thread(target=sweep.sweep, args=(own, tmp_path / "work", False)) for _ in range(2)]
+    for thread in sweeps:
+        thread.start()
+    for thread in sweeps:
+        thread.join()
+    assert sorted(done) == sorted(study.runs()), "each once"
+    assert statuses(study.results) == {name: "finished" for name in study.runs()}
+    with locked(study.folder / ".locks" / "float32-seed0", wait=False) as mine:
+        assert mine, "no lock outlives its sweep"
+
+
+SLEEPER = """
+import time
+
+def run(arm, seed, workdir, small):
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / f"{{arm}}-{{seed}}").touch()
+    time.sleep({seconds})
+    return {{"valid_loss": 1.0}}
+"""
+
+
+def test_side_by_side_in_processes(study: Study, tmp_path: Path) -> None:
+    file = study.folder / "study.py"
+    file.write_text(file.read_text() + SLEEPER.format(seconds=0.2))
+    one_seed = dataclasses.replace(study, seeds=(0,))
+    results = sweep.sweep(one_seed, tmp_path / "work", small=False, jobs=3)
+    assert statuses(results) == {name: "finished" for name in one_seed.runs()}
+
+
+def test_a_killed_sweep_stops_its_processes_and_leaves_no_row(study: Study, tmp_path: Path) -> None:
+    file = study.folder / "study.py"
+    file.write_text(file.read_text() + SLEEPER.format(seconds=600))
+    code = (
+        "from pathlib import Path\nfrom experiments import study, sweep\n"
+        "if __name__ == '__main__':\n"
+        f"    toy = study.read_study(Path({str(study.folder)!r}))\n"
+        f"    sweep.sweep(toy, Path({str(tmp_path / 'work')!r}), False, jobs=2)\n"
+    )
+    (tmp_path / "main.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "work").glob("*-0"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert read_results(study.results) == []
+    for name in ("float32-seed0", "broken-seed0"):
+        with locked(study.folder / ".locks" / name, wait=False) as mine:
+            assert mine, "the children are gone, and with them their locks"
+
+
+def test_through_submitit(study: Study, tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="needs the extra `cluster`")
+    file = study.folder / "study.py"
+    file.write_text(file.read_text() + SLEEPER.format(seconds=0))
+    results = sweep.sweep(study, tmp_path / "work", small=True, executor="local", cluster={"timeout_min": 5})
+    assert statuses(results) == {"float32-seed7": "finished"}
+
+
+def test_without_submitit_the_error_says_what_to_install(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ValueError, match=r"pip install 'bitnet-jax\[cluster\]'"):
+        sweep.sweep(study, tmp_path / "work", small=True, executor="slurm")
