@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,13 @@ from bitnet_jax.training.loop import train as train_task
 from bitnet_jax.training.metrics import read_metrics
 from bitnet_jax.training.run_folder import RunFolder
 from bitnet_jax.training.task import Task, language_task
+from bitnet_jax.training.tasks import TASKS
 
 RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
 
 
-def train(
-    config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] = language_task
-) -> dict[str, Any]:
-    """Train from scratch in `folder`; `task` may alter the problem (its start, its loss).
+def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | None = None) -> dict[str, Any]:
+    """Train from scratch in `folder`; `task` in place of the config's may alter the problem (its start, its loss).
 
     Returns:
       status, step, tokens, parameters, config_hash, message (of a divergence), valid_* and train_* (newest
@@ -41,7 +40,9 @@ def train(
         with run.training(config):
             result = run.read_result()
             if result is None:
-                result = train_task(task(config), config, run, progress=sys.stderr.isatty())
+                result = train_task(
+                    (task or TASKS[config.task])(config), config, run, progress=sys.stderr.isatty()
+                )
     valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
     row = {name: result[name] for name in RESULT_FIELDS}
     if result["message"]:
@@ -56,21 +57,28 @@ def train_from(params: PyTree, config: RunConfig, folder: Path) -> dict[str, Any
 
     def task(config: RunConfig) -> Task:
         from_scratch = language_task(config)
+        assert from_scratch.tokenizer is not None  # of a language
         model = Transformer(config.model_config(from_scratch.tokenizer.vocab_size))
 
         def init(key: jax.Array) -> PyTree:
             tokens = jnp.zeros((1, 1), jnp.int32)
             _, made = model.apply({"params": params}, tokens, mutable=["params"], rngs={"params": key})
-            return made["params"]
+            return {"params": made["params"]}
 
         return from_scratch._replace(init=init)
 
     return train(config, folder, task)
 
 
-def measure(config: RunConfig, params: PyTree) -> dict[str, Any]:
-    """valid_* of weights under a config that may differ from the one they were trained with, untrained."""
-    values = language_task(config).evaluate(params)
+def measure(
+    config: RunConfig, params: PyTree, model_state: Mapping[str, PyTree] | None = None
+) -> dict[str, Any]:
+    """valid_* of weights under a config that may differ from the one they were trained with, untrained.
+
+    Args:
+      model_state: what the model keeps beside its parameters, such as batch statistics.
+    """
+    values = TASKS[config.task](config).evaluate({"params": params, **(model_state or {})})
     return {"status": "finished", "config_hash": config.hash()} | {f"valid_{n}": v for n, v in values.items()}
 
 

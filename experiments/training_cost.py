@@ -23,7 +23,7 @@ from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import TrainStep, make_train_step
-from bitnet_jax.training.task import init_params, model_loss
+from bitnet_jax.training.task import init_variables, model_loss
 from experiments.provenance import provenance
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.py"
@@ -38,7 +38,7 @@ def training_step(recipe: str) -> tuple[TrainStep, TrainState, dict[str, np.ndar
     config = RunConfig.from_dict(fields)
     model = config.model_config(BYTES)
     optimizer = make_optimizer(config.optimizer, config.training.steps)
-    state = TrainState.create(init_params(model, jax.random.key(0)), optimizer)
+    state = TrainState.create(init_variables(model, jax.random.key(0)), optimizer)
     step = make_train_step(
         model_loss(Transformer(model)),
         optimizer,

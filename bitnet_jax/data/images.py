@@ -169,9 +169,9 @@ def drawn_digits(count: int, seed: int, size: int = DRAWN_SIZE) -> LabelledImage
     images = np.zeros((count, size, size), np.float32)
     along = np.linspace(0, 1, 2 * size)[None]  # a stroke, from its beginning to its end
     for image, label in zip(images, labels, strict=True):
-        height, width = rng.integers(7, 12), rng.integers(4, 7)
-        top, left = rng.integers(0, size - height), rng.integers(1, size - width)
-        slant, brightness = rng.uniform(-0.15, 0.15), rng.uniform(0.5, 1)
+        height, width = rng.integers(8, 11), rng.integers(4, 7)
+        top, left = ((size - extent) // 2 + rng.integers(-1, 2) for extent in (height, width))
+        slant, brightness = rng.uniform(-0.15, 0.15), rng.uniform(0.6, 1)
         middle = height // 2
         strokes = {
             "a": (0, 0, 0, width), "d": (middle, 0, middle, width), "g": (height, 0, height, width),
@@ -182,5 +182,5 @@ def drawn_digits(count: int, seed: int, size: int = DRAWN_SIZE) -> LabelledImage
         y, x = y0 + along * (y1 - y0), x0 + along * (x1 - x0)
         columns = np.clip(np.rint(left + x + slant * (middle - y)), 0, size - 1)
         image[(top + np.rint(y)).astype(int), columns.astype(int)] = brightness
-    images += rng.normal(0, 0.25, images.shape).astype(np.float32)
+    images += rng.normal(0, 0.2, images.shape).astype(np.float32)
     return LabelledImages(np.clip(images * 255, 0, 255)[..., None], labels)

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.data.errors import DataError
+from bitnet_jax.evaluation.language import token_nats
 from bitnet_jax.models import Architecture, build_model
-from bitnet_jax.training.losses import cross_entropy_sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def _measure(
     classes = logits.shape[-1]
     given = jnp.argmax(logits, axis=-1)
     confusion = jnp.zeros((classes, classes), jnp.int32).at[targets, given].add(weights.astype(jnp.int32))
-    return cross_entropy_sums(logits, targets, weights).loss, confusion
+    return jnp.sum(weights * token_nats(logits, targets)), confusion
 
 
 def score_classifier(
