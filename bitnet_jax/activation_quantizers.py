@@ -17,6 +17,8 @@ from bitnet_jax.scales import SMALLEST_SCALE, Quantized, guarded, learned, measu
 from bitnet_jax.ste import Progress, straight_through
 from bitnet_jax.weight_quantizers import integer_codes, integer_scale
 
+TOP_K_STES = ("identity", "masked")
+
 
 def _float32(x: Array) -> Array:
     return x.astype(jnp.float32)
@@ -243,20 +245,23 @@ def _required(scale: Array | None, name: str) -> Array:
 
 
 def top_k(
-    x: Float[Array, "... k"], fraction: float, by: Float[Array, "... k"] | None = None
+    x: Float[Array, "... k"], fraction: float, by: Float[Array, "... k"] | None = None, ste: str = "identity"
 ) -> Float[Array, "... k"]:
     """Zeroes all but the largest entries of each token (Q-Sparse 2407.10969, a4.8's attention output).
 
     Forward:  x 1[|by| >= its m-th largest], m = max(1, round(fraction k)), by = x by default; ties all stay.
-    Backward: g, unmasked, also for the entries that were zeroed.
+    Backward: g, also for the entries that were zeroed; with ste="masked" (Q-Sparse's ablation) not for them.
     """
+    if ste not in TOP_K_STES:
+        raise ValueError(f"STE of top_k: got {ste!r}, expected one of {', '.join(TOP_K_STES)}")
     k = x.shape[-1]
     keep = max(1, round(fraction * k))
     if not 0 < fraction <= 1:
         raise ValueError(f"top_k fraction: got {fraction}, expected 0 < fraction <= 1")
     size = jnp.abs(jax.lax.stop_gradient(x if by is None else by))
     threshold = jnp.sort(size, axis=-1)[..., k - keep : k - keep + 1]
-    return straight_through(jnp.where(size < threshold, 0, x), (x,), (jnp.ones_like(x),))
+    slope = jnp.ones_like(x) if ste == "identity" else (size >= threshold).astype(x.dtype)
+    return straight_through(jnp.where(size < threshold, 0, x), (x,), (slope,))
 
 
 def hadamard(x: Float[Array, "... k"], block: bool = False) -> Float[Array, "... k"]:

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from bitnet_jax.activation_quantizers import TOP_K_STES
 from bitnet_jax.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, Quantized, hadamard, top_k
 from bitnet_jax.scales import SMALLEST_SCALE, Granularity, measure
 from bitnet_jax.ste import STES, Progress
@@ -45,6 +46,7 @@ WEIGHT_FORMATS: dict[str, tuple[float, PackedFormat | None]] = {
     "binary_raw": (1, "binary"),
     "binary_stochastic": (1, "binary"),
     "bwn": (1, "binary"),
+    "zero_one": (1, "ternary2"),
     "ternary_absmean": (math.log2(3), "ternary2"),
     "ternary_absmedian": (math.log2(3), "ternary2"),
     "ternary_twn": (math.log2(3), "ternary2"),
@@ -90,7 +92,10 @@ class Precision:
     activation_shift: bool = False  # learn a threshold per input feature
     # around the activation quantizer: BitNet v2, a4.8
     hadamard: bool | Literal["block"] = False  # rotate the input; "block" for widths that are no power of two
-    top_k: float = 1.0  # fraction of inputs kept per token (a4.8, Q-Sparse); the gradient is not masked
+    top_k: float = 1.0  # fraction of inputs kept per token (a4.8, Q-Sparse)
+    top_k_ste: Literal["identity", "masked"] = (
+        "identity"  # gradient to inputs that were not kept: all, or none
+    )
     # disputed details: keyword arguments of the two quantizers, as (name, value) pairs
     weight_options: tuple[tuple[str, Any], ...] = ()
     activation_options: tuple[tuple[str, Any], ...] = ()
@@ -118,6 +123,7 @@ class Precision:
             raise ValueError(f"hadamard: got {self.hadamard!r}, expected False, True or 'block'")
         if not 0 < self.top_k <= 1:
             raise ValueError(f"top_k: got {self.top_k}, expected a fraction in (0, 1]")
+        _check_name("top_k_ste", self.top_k_ste, TOP_K_STES)
         if self.weight == "float" and self.activation != "none":
             raise ValueError(
                 f"activation: got {self.activation!r} with weight='float', expected 'none'; "
@@ -253,7 +259,7 @@ class Precision:
             **dict(self.activation_options),
         )
         if self.top_k < 1:
-            quantized = quantized._replace(codes=top_k(quantized.codes, self.top_k, by=x))
+            quantized = quantized._replace(codes=top_k(quantized.codes, self.top_k, by=x, ste=self.top_k_ste))
         return quantized
 
     def weight_scale_init(self, w: Float[Array, "n k"]) -> Float[Array, "#n G"] | None:

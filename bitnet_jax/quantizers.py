@@ -35,6 +35,7 @@ WEIGHT_QUANTIZERS: dict[str, Callable[..., Quantized]] = {
     "binary_raw": weights.binary_raw,
     "binary_stochastic": weights.binary_stochastic,
     "bwn": weights.bwn,
+    "zero_one": weights.zero_one,
     "ternary_absmean": weights.ternary_absmean,
     "ternary_absmedian": weights.ternary_absmedian,
     "ternary_twn": weights.ternary_twn,

@@ -221,18 +221,47 @@ def bwn(
     return Quantized(straight_through(ste_lib.signs(w), (w,), (slope,)), scale)
 
 
+def zero_one(
+    w: Float[Array, "n k"],
+    *,
+    granularity: Granularity = "tensor",
+    ste: str = "identity",
+    scale: Float[Array, "#n G"] | None = None,
+    progress: Progress = 1.0,
+    key: PRNGKeyArray | None = None,
+    count: str = "shared",
+) -> Quantized:
+    """Weights in {0, 1}, with which training is said to fail early (BitNet's Training Tips, FAQ).
+
+    Forward:  codes = 1[W > 0]; scale = max(mean|W|, 1e-5) or the learned s.
+    Backward: g h(W / scale), and to a learned s as in `binary`: the slopes of a sign, not half of them.
+    """
+    signs = _binary(
+        _float32(w),
+        0.0,
+        granularity=granularity,
+        ste=ste,
+        scale=scale,
+        progress=progress,
+        zero=-1,
+        count=count,
+    )
+    codes = straight_through((signs.codes + 1) * 0.5, (signs.codes,), (jnp.ones_like(signs.codes),))
+    return Quantized(codes, signs.scale)
+
+
 # --- several levels: codes by rounding
 
 
 def _ternary(
     w: Array, statistic: Callable[..., Array], granularity: Granularity, ste: str, scale: Array | None,
-    epsilon: str, eps: float, count: str,
+    epsilon: str, eps: float, count: str, factor: float = 1.0,
 ) -> Quantized:  # fmt: skip
     w = _float32(w)
     if scale is not None:
         scale = learned(_float32(scale), _shared_count(w, scale, count), 1)
         return Quantized(round_scaled(w, spread(scale, w.shape[-1]), nearest(-1, 1), -1, 1, ste), scale)
-    size = jax.lax.stop_gradient(measure(statistic, jnp.abs(w), granularity))
+    size = factor * jax.lax.stop_gradient(measure(statistic, jnp.abs(w), granularity))
     divisor, multiplier = guarded(size, eps, epsilon)
     inverse = 1 / divisor
     scale = multiplier if epsilon == "divisor" else reciprocal(inverse)
@@ -250,14 +279,16 @@ def ternary_absmean(
     epsilon: str = "clamp",
     eps: float = SMALLEST_SCALE,
     count: str = "shared",
+    factor: float = 1.0,
 ) -> Quantized:
     """BitNet b1.58 (2402.17764) in the arithmetic of the released 2B-4T checkpoint.
 
     Forward:  m = max(mean|W|, 1e-5), s = 1/m, codes = clip(round(W s), -1, 1), scale = 1/s. Half rounds to
               even, so half the mean becomes 0. `epsilon` is one of the published guards (scales.guarded).
+              `factor` multiplies the mean: above 1 more codes are 0 (Training Tips, FAQ).
     Backward: g h, h = 1 or the window |W| <= scale; a learned scale gets LSQ's gradient.
     """
-    return _ternary(w, jnp.mean, granularity, ste, scale, epsilon, eps, count)
+    return _ternary(w, jnp.mean, granularity, ste, scale, epsilon, eps, count, factor)
 
 
 def ternary_absmedian(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from bitnet_jax.models import Transformer
+from bitnet_jax import scales
+from bitnet_jax.models import Architecture, Transformer
+from bitnet_jax.precision import HEADS
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import train as train_task
 from bitnet_jax.training.metrics import read_metrics
 from bitnet_jax.training.run_folder import RunFolder
-from bitnet_jax.training.task import Task, language_task
+from bitnet_jax.training.task import Task, abstract_variables, language_task
 from bitnet_jax.training.tasks import TASKS
 
 RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
@@ -32,8 +36,8 @@ def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | N
     """Train from scratch in `folder`; `task` in place of the config's may alter the problem (its start, its loss).
 
     Returns:
-      status, step, tokens, parameters, config_hash, message (of a divergence), valid_* and train_* (newest
-      measurements), history (held-out loss over steps).
+      status, step, tokens, parameters, config_hash, training_seconds (over all interruptions), error (of a
+      divergence), valid_* and train_* (newest measurements), history (held-out loss over steps), and those of `sizes`.
     """
     with locked(folder.with_name(folder.name + ".lock")):
         run = RunFolder(folder)
@@ -44,7 +48,11 @@ def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | N
                     (task or TASKS[config.task])(config), config, run, progress=sys.stderr.isatty()
                 )
     valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
-    row = {name: result[name] for name in RESULT_FIELDS}
+    row = {name: result[name] for name in RESULT_FIELDS} | {"training_seconds": result["seconds"]}
+    if config.task == "images":
+        row |= sizes(config.image_model_config())
+    else:
+        row |= sizes(config.model_config(run.read_tokenizer().vocab_size))
     if result["message"]:
         row["error"] = result["message"]
     for kind in ("valid", "train"):
@@ -80,6 +88,30 @@ def measure(
     """
     values = TASKS[config.task](config).evaluate({"params": params, **(model_state or {})})
     return {"status": "finished", "config_hash": config.hash()} | {f"valid_{n}": v for n, v in values.items()}
+
+
+def sizes(model: Architecture) -> dict[str, float]:
+    """weight_bits, of information per weight of all linear layers but the head, and model_bytes of the whole model.
+
+    A ternary weight counts log2(3) bits, for nothing that stores it can do with less. Scales and all that is not
+    such a weight (embeddings, head, norms, statistics) count four bytes a number.
+    """
+    precisions, weights, bits, numbers, counted = model.precisions(), 0, 0.0, 0, set()
+    for path, (n, k) in model.linear_shapes().items():
+        if path not in HEADS:
+            precision = precisions[path]
+            counted |= {f"{path}/weight", f"{path}/weight_scale"}
+            weights, bits = weights + n * k, bits + n * k * precision.weight_bits
+            if precision.quantizes_weights:
+                matrix = jax.ShapeDtypeStruct((n, k), jnp.float32)
+                numbers += jax.eval_shape(
+                    partial(scales.measure, jnp.max, granularity=precision.granularity), matrix
+                ).size
+    for place, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(model)):
+        name = jax.tree_util.keystr(place[1:], simple=True, separator="/")  # behind the collection
+        if name not in counted:
+            numbers += math.prod(leaf.shape)
+    return {"weight_bits": bits / weights, "model_bytes": bits / 8 + 4 * numbers}
 
 
 @contextlib.contextmanager

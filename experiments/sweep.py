@@ -51,7 +51,8 @@ def run_one(study: Study, name: str, workdir: Path, small: bool) -> Row:
         traceback.print_exc()
         row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         row |= {"traceback": traceback.format_exc()}
-    return row | {"wall_seconds": round(time.monotonic() - start, 1)}
+    seconds = max(time.monotonic() - start, row.get("training_seconds", 0.0))  # an interrupted run cost more
+    return row | {"wall_seconds": round(seconds, 1)}
 
 
 def claim(

@@ -25,8 +25,13 @@ from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.norms import Norm
 from bitnet_jax.precision import Recipe, Rules
 
-# hardtanh leaves the sign that follows it, and its gradient in a window of +-1, as they are.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"hardtanh": jax.nn.hard_tanh, "relu": jax.nn.relu}
+# hardtanh leaves the sign that follows it, and its gradient in a window of +-1, as they are. With "none" the
+# quantizer is the only nonlinearity.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "hardtanh": jax.nn.hard_tanh,
+    "relu": jax.nn.relu,
+    "none": lambda x: x,
+}
 FORMATS = ("ternary2", "ternary5")
 
 

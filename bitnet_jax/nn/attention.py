@@ -33,6 +33,7 @@ from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.rotary import rotate
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import ACTIVATION_QUANTIZERS
+from bitnet_jax.ste import straight_through
 from bitnet_kernels import cached_attention
 
 # Latent q and k outside [-1, 1] get no gradient, which bounds them (BNN, BiBERT).
@@ -52,15 +53,25 @@ class KVCache(NamedTuple):
     v_scale: Float[Array, "B S K"] | None = None
 
 
-def quantize_kv(x: Float[Array, "B T K h"]) -> tuple[Int8[Array, "B T K h"], Float[Array, "B T K"]]:
-    """int8 codes and the scale of each token and head: `scale = max|x| / 127`, `codes = round(x / scale)`.
+def quantize_kv(
+    x: Float[Array, "B T K h"], bits: int = 8
+) -> tuple[Int8[Array, "B T K h"], Float[Array, "B T K"]]:
+    """int8 codes up to q = 2^(bits-1) - 1 and the scale of each token and head: `scale = max|x| / q`,
+    `codes = round(x / scale)`.
 
     codes * scale is within scale / 2 of x. Where all of x is 0 both are 0.
     """
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    x, q = x.astype(jnp.float32), 2 ** (bits - 1) - 1
+    scale = jnp.max(jnp.abs(x), axis=-1) / q
     codes = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
-    return jnp.clip(codes, -127, 127).astype(jnp.int8), scale
+    return jnp.clip(codes, -q, q).astype(jnp.int8), scale
+
+
+def fake_quantized_kv(x: Float[Array, "B T K h"], bits: int) -> Float[Array, "B T K h"]:
+    """The values that `quantize_kv` stands for. Backward: g."""
+    codes, scale = quantize_kv(jax.lax.stop_gradient(x), bits)
+    value = (codes.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
+    return straight_through(value, (x,), (jnp.ones_like(x),))
 
 
 def dot_scores(
@@ -237,6 +248,8 @@ class Attention(nn.Module):
         self.sow("intermediates", "qkv", (q, k, v))  # kept only where a caller asks for it: distillation
         if config.position == "rope":
             q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
+        if config.kv_bits is not None:
+            k, v = fake_quantized_kv(k, config.kv_bits), fake_quantized_kv(v, config.kv_bits)
 
         if kind == "linear":
             if isinstance(cache, KVCache):

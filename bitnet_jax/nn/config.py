@@ -145,6 +145,7 @@ class ModelConfig(Architecture):
 
     attention: str = "softmax"
     attention_scale: float | None = None  # factor on q.k; None: head_dim ** -0.5
+    kv_bits: int | None = None  # keys and values rounded to 2 to 8 bits per token and head; None: as they are
     position: str = "rope"
     rope_theta: float = 10_000.0
 
@@ -182,6 +183,8 @@ class ModelConfig(Architecture):
             raise ValueError(
                 f"model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}"
             )
+        if self.kv_bits is not None and self.kv_bits not in range(2, 9):
+            raise ValueError(f"model.kv_bits: got {self.kv_bits!r}, expected None or 2 to 8")
         if self.position == "rope" and self.head_size % 2:
             raise ValueError(
                 f"model.head_dim={self.head_size} is odd; rotary positions need an even head_dim"

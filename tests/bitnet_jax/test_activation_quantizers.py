@@ -323,6 +323,10 @@ def test_top_k_keeps_the_largest_and_passes_all_gradients() -> None:
     np.testing.assert_array_equal(top_k(x, 0.5, by=by), np.float32([[0.1, 0, 0, 3], [0, 0, -0.5, 0]]))
     g = jnp.arange(8.0).reshape(2, 4)
     np.testing.assert_array_equal(jax.vjp(lambda x: top_k(x, 0.25), x)[1](g)[0], g)
+    masked = jax.vjp(lambda x: top_k(x, 0.25, ste="masked"), x)[1](g)[0]
+    np.testing.assert_array_equal(masked, [[0, 1, 0, 0], [4, 0, 0, 0]])
+    with pytest.raises(ValueError, match="STE of top_k: got 'none', expected one of identity, masked"):
+        top_k(x, 0.25, ste="none")
 
 
 def test_top_k_ties_nan_and_bad_fractions() -> None:

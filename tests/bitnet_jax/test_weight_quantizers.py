@@ -17,6 +17,7 @@ from bitnet_jax.weight_quantizers import integer
 BINARY = ("binary", "binary_centred", "binary_raw", "binary_stochastic", "bwn")
 TERNARY = ("ternary_absmean", "ternary_absmedian", "ternary_twn", "seq_ternary")
 LEVELS = {name: {-1, 1} for name in BINARY} | {name: {-1, 0, 1} for name in TERNARY}
+LEVELS["zero_one"] = {0, 1}
 LEVELS |= {"int2": {-3, -1, 1, 3}, "seq_int2": {-3, -1, 1, 3}}
 LEVELS |= {f"int{bits}": set(range(-(2 ** (bits - 1)), 2 ** (bits - 1))) for bits in (3, 4, 8)}
 WINDOWED = ("binary_raw", "binary_stochastic", "bwn")  # their window is on the raw latents
@@ -57,6 +58,8 @@ def expected(name: str, w: np.ndarray, granularity) -> tuple[np.ndarray, np.ndar
     match name:
         case "binary" | "bwn":
             return sign, size
+        case "zero_one":
+            return np.where(w > 0, 1, 0), size
         case "binary_centred":
             return np.where(w - over(w, granularity, np.mean) > 0, 1, -1), size
         case "binary_raw" | "binary_stochastic":
@@ -195,7 +198,22 @@ def test_infinity_stays_in_its_row(name: str, infinity: float) -> None:
     learned = WEIGHT_QUANTIZERS[name](jnp.asarray(w), granularity="channel", scale=jnp.full((6, 1), 0.7))
     if name != "binary_centred" and name != "ternary_twn":  # these two still measure a mean
         assert np.isfinite(learned.dequantize()).all()
-        assert abs(learned.codes[2, 5]) == max(abs(code) for code in LEVELS[name] if code * infinity > 0)
+        assert abs(learned.codes[2, 5]) == max(
+            (abs(code) for code in LEVELS[name] if code * infinity > 0), default=0
+        )
+
+
+def test_a_larger_scale_has_more_zeros() -> None:
+    w = jnp.asarray(gaussian())
+    zeros = []
+    for factor in (0.5, 1.0, 1.5, 2.0):
+        q = quantizers.ternary_absmean(w, factor=factor)
+        size = factor * float(jnp.mean(jnp.abs(w)))
+        np.testing.assert_allclose(q.scale, [[size]], rtol=1e-6)
+        np.testing.assert_array_equal(q.codes, np.clip(np.round(np.asarray(w) / size), -1, 1))
+        zeros.append(float(jnp.mean(q.codes == 0)))
+    assert zeros == sorted(zeros)
+    assert zeros[1] == pytest.approx(0.310, abs=0.001)
 
 
 def test_ties_and_signed_zeros() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import load_run
-from experiments.runs import measure, train, train_from
+from experiments.runs import measure, sizes, train, train_from
 from experiments.study import Study, overridden
 
 
@@ -43,3 +44,26 @@ def test_a_finished_training_is_read(study: Study, tmp_path: Path) -> None:
     assert train(config, tmp_path / "run") == row
     assert row["config_hash"] == config.hash()
     assert 0 <= row["train_zero_fraction"] <= 1
+
+
+def test_sizes_count_bits_scales_and_the_rest() -> None:
+    shape = {
+        "hidden_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "ffn_size": 16,
+        "max_length": 4,
+        "mlp": "relu",
+    }
+    weights, others = (
+        4 * 8 * 8 + 2 * 8 * 16,
+        5 * 8 + (2 * 8 + 8 + 16 + 8),
+    )  # embedding, two block and two sub norms, final
+    scales = {"float32": 0, "bitnet": 6, "paretoq_2": 4 * 8 + 8 + 16}
+    bits = {"float32": 32, "bitnet": 1, "paretoq_2": 2}
+    for recipe, count in scales.items():
+        found = sizes(ModelConfig(vocab_size=5, precision=recipe, **shape))
+        assert found == {
+            "weight_bits": bits[recipe],
+            "model_bytes": weights * bits[recipe] / 8 + 4 * (others + count),
+        }

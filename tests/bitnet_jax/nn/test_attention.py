@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.nn import attention as at
-from bitnet_jax.nn.attention import Attention, KVCache, quantize_kv
+from bitnet_jax.nn.attention import Attention, KVCache, fake_quantized_kv, quantize_kv
 from bitnet_jax.nn.config import ATTENTION_LINEARS, ModelConfig
 from bitnet_jax.nn.linear_attention import zero_state
 
@@ -356,6 +357,27 @@ def test_quantized_keys_and_values_are_within_half_a_step():
     error = jnp.abs(codes.astype(jnp.float32) * scale[..., None] - x)
     assert np.all(error <= (0.5 + 127 * 2.0**-22) * scale[..., None])
     assert not codes[0, 0, 0].any()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_keys_and_values_of_few_bits(bits):
+    x, q = normal(31, 3, 5, K, 16), 2 ** (bits - 1) - 1
+    codes, scale = quantize_kv(x, bits)
+    assert set(np.unique(codes)) <= set(range(-q, q + 1))
+    value, pull = jax.vjp(lambda x: fake_quantized_kv(x, bits), x)
+    np.testing.assert_array_equal(value, codes.astype(jnp.float32) * scale[..., None])
+    assert np.all(np.abs(value - x) <= 0.50001 * scale[..., None])  # half a step, and float32's rounding
+    g = normal(32, *x.shape)
+    np.testing.assert_array_equal(pull(g)[0], g)
+
+
+def test_eight_bits_without_a_cache_are_those_of_the_int8_cache():
+    c = dataclasses.replace(config("softmax"), kv_bits=8)
+    v, x, call = variables(c), normal(28, B, T, D), seeing(LEFT_PADDED)
+    cached, _ = run(config("softmax"), v, x, call | {"cache": empty_cache(T, "int8"), "length": jnp.int32(0)})
+    np.testing.assert_allclose(
+        module(c).apply(v, x, **call)[0], cached, rtol=1e-5, atol=1e-6
+    )  # order of sums
 
 
 def empty_cache(room: int, dtype: str) -> KVCache:

@@ -42,6 +42,7 @@ def test_precisions_in_rules_survive_json() -> None:
         ({"hidden_size": 0}, r"model\.hidden_size: got 0, expected a positive integer"),
         ({"hidden_size": 65}, r"hidden_size=65 is not a multiple of num_heads=4"),
         ({"num_kv_heads": 3}, r"num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"kv_bits": 1}, r"model\.kv_bits: got 1, expected None or 2 to 8"),
         ({"head_dim": 7}, r"head_dim=7 is odd"),
         ({"precision": "bitnet_b159"}, r"recipe: got 'bitnet_b159'.*did you mean 'bitnet_b158'"),
         ({"precision": [["layers_9/*", "int8"], ["*", "bitnet"]]}, r"layers_9"),

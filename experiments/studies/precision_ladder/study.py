@@ -1,0 +1,66 @@
+"""Runs of the study: one model, the same tokens and seeds, at every precision there is a recipe for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.sections import Point, arms_table, points
+
+QUESTION = "What does each bit of weight and activation cost, all else equal?"
+SOURCE = "ParetoQ 2502.02631, Spectra 2407.12327"
+PAPER_EFFECT = (
+    "1.58 to 3 bits on the frontier of quality and bytes; ternary above float, binary above ternary"
+)
+VERDICT = "open"
+
+CONFIG = "experiments/configs/study_lm.py"
+METRIC = "valid_loss"  # nats per character over all held-out text, after the last step
+BASELINE = "float32"
+EFFECT = "ternary tensor"
+SEEDS = (0, 1, 2)
+
+_GROUP = 16  # inputs that share a scale; divides 32 and 96
+
+
+def _recipe(weight: str, activation: str = "int8", **more: Any) -> dict[str, Any]:
+    return {"model.precision": {"weight": weight, "activation": activation, **more}}
+
+
+ARMS = {
+    "float32": {"model.precision": "float32"},
+    "bfloat16": {"model.precision": "bfloat16"},
+    "int8 channel": {"model.precision": "int8"},
+    "int4 channel": {"model.precision": "int4"},
+    "int3 channel": {"model.precision": "int3"},
+    "int2 channel": {"model.precision": "int2"},
+    "ternary tensor": {"model.precision": "bitnet_b158"},
+    "ternary channel": {"model.precision": "bitnet_b158_channel"},
+    "ternary group": _recipe("ternary_absmean", granularity=_GROUP),
+    "ternary learned": _recipe("ternary_absmean", scale="learned"),
+    "ternary W only": {"model.precision": "bitnet_weight_only"},
+    "ternary A4": _recipe("ternary_absmean", "int4"),
+    "binary tensor": {"model.precision": "bitnet"},
+    "binary channel": {"model.precision": "bitnet_channel"},
+    "binary group": _recipe("binary_centred", granularity=_GROUP),
+    "binary learned": _recipe("binary_centred", scale="learned"),
+    "binary W only": {"model.precision": "binary_weight_only"},
+    "binary A4": _recipe("binary_centred", "int4"),
+    "binary A1": _recipe("binary_centred", "sign_absmean", activation_ste="clipped"),
+    "binary A1 learned": {"model.precision": "bit"},
+}
+
+
+def _place(axis: str) -> Any:
+    def place(arm: str, row: Mapping[str, Any]) -> Point:
+        eight_bit = not arm.endswith(("only", "A4", "A1", "A1 learned"))
+        return Point(row[axis], "activations int8 (float: float)" if eight_bit else "other activations", arm)
+
+    return place
+
+
+REPORT = (
+    arms_table("weight_bits", "model_bytes"),
+    points("bits", _place("weight_bits"), xlabel="bits per weight of the blocks", xscale="log", joined=False),
+    points("bytes", _place("model_bytes"), xlabel="bytes of the model", xscale="log", joined=False),
+)
