@@ -401,6 +401,11 @@ RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
         activation_ste="clipped",
     ),
     "bnn": Precision(weight="binary_raw", latent_clip=1.0, activation="sign", activation_ste="clipped"),
+    # Bi-Real Net (1808.00278); its shortcuts are the model's
+    "bireal": Precision(
+        weight="binary", weight_ste="clipped", granularity="channel", weight_options=(("window", "raw"),),
+        latent_clip=1.0, activation="sign", activation_ste="approx_sign",
+    ),
     # BiT (2205.13016): W1 A1 with learned ranges; {0, 1} codes after a ReLU
     "bit": _BIT,
     "bit_relu": (("*down_proj", _replace(_BIT, activation="elastic_unsigned")), ("*", _BIT)),

@@ -220,7 +220,10 @@ def load_run(
       RunError, CheckpointError: not such a run, no such checkpoint, or a damaged file.
     """
     folder = RunFolder(workdir)
-    config, tokenizer = folder.read_config(), folder.read_tokenizer()
+    config = folder.read_config()
+    if config.task == "images":
+        raise RunError(f"{folder.path}: got a run on images, expected one on text; load_image_run reads it")
+    tokenizer = folder.read_tokenizer()
     model = config.model_config(tokenizer.vocab_size)
     return config, model, _read(folder, model, step)["params"], tokenizer
 

@@ -149,5 +149,8 @@ def test_runs_of_the_wrong_kind_are_named(tmp_path: Path, texts: str) -> None:
     (tmp_path / "config.json").write_text(text_config(texts).to_json())
     with pytest.raises(RunError, match="got a run of task 'text_classification', expected images"):
         load_image_run(tmp_path)
+    (tmp_path / "config.json").write_text(image_config().to_json())
+    with pytest.raises(RunError, match="got a run on images, expected one on text"):
+        load_run(tmp_path)
     with pytest.raises(ValueError, match="model.num_classes: got 3, the data have 2"):
         fit(text_config(texts, model={"num_classes": 3}), tmp_path / "three", progress=False)
