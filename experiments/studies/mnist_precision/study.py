@@ -31,5 +31,5 @@ ARMS = {
         "binary": "bitnet",
     }.items()
 }
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 REPORT = (arms_table("valid_loss", "train_loss"), curves())

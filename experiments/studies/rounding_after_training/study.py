@@ -38,7 +38,7 @@ ARMS = {"float32": _all_layers("float32")} | {
     for name, recipe in _RECIPES.items()
     for how in ("trained", "rounded")
 }
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 REPORT = (arms_table("valid_loss"),)
 
 
