@@ -21,24 +21,26 @@ METRIC = "valid_error"  # per cent of the test images
 BASELINE = "deterministic"
 
 _NETWORK = {"model.activation": "relu"}
+_WIDE = {"model.init_std": 3**-0.5}  # of BinaryConnect's first latents, uniform in [-1, 1]
 ARMS = {
     "float32": {**_NETWORK, "model.precision": "float32"},
     "deterministic": {**_NETWORK, "model.precision": "binaryconnect"},
     "stochastic": {**_NETWORK, "model.precision": "binaryconnect_stochastic"},
-    "stochastic, real weights": {
-        **_NETWORK,
-        "model.precision": "float32",
-    },  # of the stochastic arm, as they are
+    # of the stochastic arm, its latents as they are
+    "stochastic, real weights": {**_NETWORK, "model.precision": "float32"},
+    "wide deterministic": {**_NETWORK, **_WIDE, "model.precision": "binaryconnect"},
+    "wide stochastic": {**_NETWORK, **_WIDE, "model.precision": "binaryconnect_stochastic"},
+    "wide stochastic, real weights": {**_NETWORK, **_WIDE, "model.precision": "float32"},
 }
 SEEDS = (0, 1, 2)
 REPORT = (
     arms_table("valid_loss", "train_loss"),
-    curves(arms=("float32", "deterministic", "stochastic")),
+    curves(arms=("float32", "deterministic", "stochastic", "wide deterministic", "wide stochastic")),
 )
 
 
 def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
-    """The last arm is the training of the stochastic one, measured with its latents in place of their signs."""
+    """Real weights: the training of the stochastic arm, measured with its latents in place of their signs."""
     study = read_study(Path(__file__).parent)
     trained = arm.removesuffix(", real weights")
     folder = workdir / f"{trained}-seed{seed}"
