@@ -6,7 +6,8 @@
     sizes       what the packed model weighs, part by part
 
 A packed model is {"params": what stays float, "packed": path -> {"weight": PackedArray}}, the variables that
-`Transformer.apply` takes in place of {"params": ...}.
+`Transformer.apply` takes in place of {"params": ...}. Models with batch norm keep its statistics beside both, in
+{"batch_stats": ...}.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from bitnet_jax.models import build_model
 from bitnet_jax.models.transformer import Transformer
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.config import Architecture, ModelConfig
 from bitnet_jax.nn.embedding import rounded
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import Quantized
@@ -68,10 +70,11 @@ class Sizes:
         return self.packed / self.quantized_bfloat16 if self.quantized_bfloat16 else float("nan")
 
 
-def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+def pack(params: Mapping[str, Any], config: Architecture) -> dict[str, Any]:
     """Packs every linear layer whose Precision has a packed form; the others keep their latent weights.
 
-    Embeddings and a float head are stored in config.embedding_dtype, the rounding their forward pass does anyway.
+    Embeddings and a float head of a Transformer are stored in config.embedding_dtype, the rounding their forward
+    pass does anyway.
 
     Returns: {"params": ..., "packed": ...}.
 
@@ -95,9 +98,10 @@ def pack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         flat.pop(f"{path}/weight", None)  # a tied head leaves the embedding
         flat.pop(f"{path}/weight_scale", None)
         packed[f"{path}/weight"] = _pack_one(path, quantized, formats[path])
-    for path in TABLES:
-        if path in flat:
-            flat[path] = flat[path].astype(config.embedding_dtype)
+    if isinstance(config, ModelConfig):
+        for path in TABLES:
+            if path in flat:
+                flat[path] = flat[path].astype(config.embedding_dtype)
     return {"params": _nested(flat), "packed": _nested(packed)}
 
 
@@ -190,16 +194,16 @@ def _quantize_jitted(precision: Precision, weight: Array, scale: Array | None) -
     return precision.quantize_weight(weight, scale=scale)
 
 
-def latent_path(config: ModelConfig, path: str) -> str:
+def latent_path(config: Architecture, path: str) -> str:
     """Where the latent weights of the linear layer at `path` are."""
-    tied = path == "lm_head" and config.tie_embeddings
+    tied = isinstance(config, ModelConfig) and path == "lm_head" and config.tie_embeddings
     return "embed/embedding" if tied else f"{path}/weight"
 
 
-def _quantize(config: ModelConfig, flat: Mapping[str, Any], path: str) -> Quantized:
+def _quantize(config: Architecture, flat: Mapping[str, Any], path: str) -> Quantized:
     """Codes and scale as the latent layer at `path` computes them: the same function, also compiled."""
     weight = flat[latent_path(config, path)]
-    if path == "lm_head" and config.head != "float":
+    if isinstance(config, ModelConfig) and path == "lm_head" and config.head != "float":
         weight = rounded(weight, config.embedding_dtype)
     try:
         return _quantize_jitted(config.precisions()[path], weight, flat.get(f"{path}/weight_scale"))
@@ -242,10 +246,10 @@ def _check_codes(path: str, packed: PackedArray, quantized: Quantized) -> None:
 
 
 def prove(
-    config: ModelConfig,
+    config: Architecture,
     latent: Variables,
     packed: Variables,
-    tokens: Int[Array | np.ndarray, "B T"],
+    inputs: Int[Array | np.ndarray, "B T"] | Float[Array | np.ndarray, "B height width C"],
     mask: Bool[Array | np.ndarray, "B T"] | None = None,
     *,
     greedy: Callable[..., Array | np.ndarray] | None = None,
@@ -255,9 +259,9 @@ def prove(
     """Proves that `packed` is the model `latent`, or raises.
 
     Args:
-      latent: {"params": latent parameters}.
-      packed: {"params": ..., "packed": ...}, made by `pack` or loaded from a file.
-      tokens, mask: prompts for the model, padded on the left; their logits are compared.
+      latent: {"params": latent parameters}, and "batch_stats" if the model has them.
+      packed: {"params": ..., "packed": ...}, made by `pack` or loaded from a file, and the same "batch_stats".
+      inputs, mask: prompts for the model, padded on the left, or images; their logits are compared.
       greedy: (config, variables, tokens, mask, n) -> n greedy tokens [B, n], in practice
         `inference.generate.greedy`; handed in, so that packing knows nothing of generation.
       new_tokens: tokens to continue *each* prompt by.
@@ -270,11 +274,11 @@ def prove(
     if new_tokens and greedy is None:
         raise ValueError(f"new_tokens={new_tokens} needs greedy=inference.generate.greedy")
     matrices = _prove_codes(config, latent["params"], packed.get("packed", {}))
-    error, count = _prove_logits(config, latent, packed, tokens, mask, tolerance)
+    error, count = _prove_logits(config, latent, packed, inputs, mask, tolerance)
     identical = 0
     if new_tokens and greedy is not None:
-        ours = np.asarray(greedy(config, packed, tokens, mask, new_tokens))
-        theirs = np.asarray(greedy(config, latent, tokens, mask, new_tokens))
+        ours = np.asarray(greedy(config, packed, inputs, mask, new_tokens))
+        theirs = np.asarray(greedy(config, latent, inputs, mask, new_tokens))
         if (ours != theirs).any():
             # By time first: later differences of a row follow from its first one.
             position, row = np.argwhere((ours != theirs).T)[0]
@@ -286,7 +290,7 @@ def prove(
     return Proof(matrices, error, count, identical)
 
 
-def _prove_codes(config: ModelConfig, params: Mapping[str, Any], packed: Mapping[str, Any]) -> int:
+def _prove_codes(config: Architecture, params: Mapping[str, Any], packed: Mapping[str, Any]) -> int:
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
     weights = {"/".join(path): leaf for path, leaf in flatten_dict(dict(packed)).items()}
     formats = config.packed_formats()
@@ -307,19 +311,20 @@ def _prove_codes(config: ModelConfig, params: Mapping[str, Any], packed: Mapping
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, variables: Variables, tokens: Array, mask: Array | None) -> Array:
-    output: Any = Transformer(config).apply(variables, tokens, mask=mask)
+def _logits(config: Architecture, variables: Variables, inputs: Array, mask: Array | None) -> Array:
+    masked: dict[str, Any] = {} if mask is None else {"mask": mask}
+    output: Any = build_model(config).apply(variables, inputs, **masked)
     return output.logits
 
 
 def _prove_logits(
-    config: ModelConfig, latent: Variables, packed: Variables, tokens: Any, mask: Any, tolerance: float
+    config: Architecture, latent: Variables, packed: Variables, inputs: Any, mask: Any, tolerance: float
 ) -> tuple[float, int]:
-    tokens = jnp.asarray(tokens, jnp.int32)
+    inputs = jnp.asarray(inputs)
     mask = None if mask is None else jnp.asarray(mask, bool)
-    # Collections that neither model has (dropout, statistics) would be ignored; only these two are compared.
-    theirs = np.asarray(_logits(config, {"params": latent["params"]}, tokens, mask))
-    ours = np.asarray(_logits(config, dict(packed), tokens, mask))
+    float_part = {name: part for name, part in latent.items() if name != "packed"}
+    theirs = np.asarray(_logits(config, float_part, inputs, mask))
+    ours = np.asarray(_logits(config, dict(packed), inputs, mask))
     if not np.isfinite(theirs).all():
         raise PackingError("the latent model gives NaN or infinite logits; nothing can be proved about it")
     # A row of padding says nothing, and a language model has one logit vector per token.

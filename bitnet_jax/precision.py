@@ -14,11 +14,13 @@ and asks for its extra parameters, all float32, so:
     p.activation_scale_init(x)    -> the same scale measured on a first batch (BiT, LSQ), or None
 
 A recipe is a named Precision or, where a paper treats layers differently, a tuple of rules (pattern, recipe).
-`resolve` turns rules into one Precision per linear path.
+`resolve` turns rules into one Precision per linear path. A name may be followed by fields that differ, as in
+"bnn(activation_ste=approx_sign)": one string, for a config file or a command line.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -402,6 +404,11 @@ RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
         activation_ste="clipped",
     ),
     "bnn": Precision(weight="binary_raw", latent_clip=1.0, activation="sign", activation_ste="clipped"),
+    # Bi-Real Net (1808.00278); its shortcuts are the model's
+    "bireal": Precision(
+        weight="binary", weight_ste="clipped", granularity="channel", weight_options=(("window", "raw"),),
+        latent_clip=1.0, activation="sign", activation_ste="approx_sign",
+    ),
     # BiT (2205.13016): W1 A1 with learned ranges; {0, 1} codes after a ReLU
     "bit": _BIT,
     "bit_relu": (("*down_proj", _replace(_BIT, activation="elastic_unsigned")), ("*", _BIT)),
@@ -462,11 +469,29 @@ def _expand(recipe: Recipe, path: str) -> Precision:
         return recipe
     if isinstance(recipe, Mapping):
         return Precision.from_dict(recipe)
-    _check_name("recipe", recipe, tuple(RECIPES))
-    named = RECIPES[recipe]
-    if isinstance(named, Precision):
-        return named
-    for pattern, inner in named:
-        if fnmatchcase(path, pattern):
-            return _expand(inner, path)
-    raise ValueError(f"recipe {recipe!r} has no rule for {path!r}")
+    name, changes, differences = recipe.partition("(")
+    _check_name("recipe", name, tuple(RECIPES))
+    named = RECIPES[name]
+    if not isinstance(named, Precision):
+        inner = next((inner for pattern, inner in named if fnmatchcase(path, pattern)), None)
+        if inner is None:
+            raise ValueError(f"recipe {name!r} has no rule for {path!r}")
+        named = _expand(inner, path)
+    return dataclasses.replace(named, **_differences(recipe, differences)) if changes else named
+
+
+def _differences(recipe: str, text: str) -> dict[str, Any]:
+    """The fields of "field=value, field=value)"; values are numbers, True, False, None or plain words."""
+    if not text.endswith(")") or "(" in text:
+        raise ValueError(f"recipe: got {recipe!r}, expected NAME or NAME(field=value, field=value)")
+    fields: dict[str, Any] = {}
+    for pair in text[:-1].split(","):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not value:
+            raise ValueError(f"recipe {recipe!r}: got {pair.strip()!r}, expected field=value")
+        _check_name("Precision field", name, [field.name for field in dataclasses.fields(Precision)])
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            fields[name] = value
+    return fields

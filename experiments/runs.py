@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,22 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from bitnet_jax import scales
-from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.models import Architecture, Transformer
+from bitnet_jax.precision import HEADS
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import load_run
 from bitnet_jax.training.loop import train as train_task
 from bitnet_jax.training.metrics import read_metrics
 from bitnet_jax.training.run_folder import RunFolder
-from bitnet_jax.training.task import Task, abstract_params, language_task
+from bitnet_jax.training.task import Task, abstract_variables, language_task
+from bitnet_jax.training.tasks import TASKS
 from experiments.study import load_study, overridden
 
 RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
 
 
-def train(
-    config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] = language_task
-) -> dict[str, Any]:
-    """Train from scratch in `folder`; `task` may alter the problem (its start, its loss).
+def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | None = None) -> dict[str, Any]:
+    """Train from scratch in `folder`; `task` in place of the config's may alter the problem (its start, its loss).
 
     Returns:
       status, step, tokens, parameters, config_hash, training_seconds (over all interruptions), error (of a
@@ -46,10 +46,15 @@ def train(
         with run.training(config):
             result = run.read_result()
             if result is None:
-                result = train_task(task(config), config, run, progress=sys.stderr.isatty())
+                result = train_task(
+                    (task or TASKS[config.task])(config), config, run, progress=sys.stderr.isatty()
+                )
     valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
     row = {name: result[name] for name in RESULT_FIELDS} | {"training_seconds": result["seconds"]}
-    row |= sizes(config.model_config(run.read_tokenizer().vocab_size))
+    if config.task == "images":
+        row |= sizes(config.image_model_config())
+    else:
+        row |= sizes(config.model_config(run.read_tokenizer().vocab_size))
     if result["message"]:
         row["error"] = result["message"]
     for kind in ("valid", "train"):
@@ -62,12 +67,13 @@ def train_from(params: PyTree, config: RunConfig, folder: Path) -> dict[str, Any
 
     def task(config: RunConfig) -> Task:
         from_scratch = language_task(config)
+        assert from_scratch.tokenizer is not None  # of a language
         model = Transformer(config.model_config(from_scratch.tokenizer.vocab_size))
 
         def init(key: jax.Array) -> PyTree:
             tokens = jnp.zeros((1, 1), jnp.int32)
             _, made = model.apply({"params": params}, tokens, mutable=["params"], rngs={"params": key})
-            return made["params"]
+            return {"params": made["params"]}
 
         return from_scratch._replace(init=init)
 
@@ -88,37 +94,41 @@ def model_of(
     return row, config, params
 
 
-def measure(config: RunConfig, params: PyTree, **overrides: Any) -> dict[str, Any]:
-    """valid_* of weights, under a config that may differ from the one they were trained with.
+def measure(
+    config: RunConfig, params: PyTree, model_state: Mapping[str, PyTree] | None = None, **overrides: Any
+) -> dict[str, Any]:
+    """valid_* of weights, under a config that may differ from the one they were trained with, untrained.
 
     Args:
+      model_state: what the model keeps beside its parameters, such as batch statistics.
       overrides: fields of `model`, such as precision="int4".
     """
     fields = {f"model.{name}": value for name, value in overrides.items()}
     config = RunConfig.from_dict(overridden(config.to_dict(), fields))
-    values = language_task(config).evaluate(params)
+    values = TASKS[config.task](config).evaluate({"params": params, **(model_state or {})})
     return {"status": "finished", "config_hash": config.hash()} | {f"valid_{n}": v for n, v in values.items()}
 
 
-def sizes(model: ModelConfig) -> dict[str, float]:
-    """weight_bits, of information per weight of the linear layers in blocks, and model_bytes of the whole model.
+def sizes(model: Architecture) -> dict[str, float]:
+    """weight_bits, of information per weight of all linear layers but the head, and model_bytes of the whole model.
 
     A ternary weight counts log2(3) bits, for nothing that stores it can do with less. Scales and all that is not
-    such a weight (embeddings, head, norms) count four bytes a number.
+    such a weight (embeddings, head, norms, statistics) count four bytes a number.
     """
-    precisions, weights, bits, numbers = model.precisions(), 0, 0.0, 0
+    precisions, weights, bits, numbers, counted = model.precisions(), 0, 0.0, 0, set()
     for path, (n, k) in model.linear_shapes().items():
-        if path.startswith("layers_"):
+        if path not in HEADS:
             precision = precisions[path]
+            counted |= {f"{path}/weight", f"{path}/weight_scale"}
             weights, bits = weights + n * k, bits + n * k * precision.weight_bits
             if precision.quantizes_weights:
                 matrix = jax.ShapeDtypeStruct((n, k), jnp.float32)
                 numbers += jax.eval_shape(
                     partial(scales.measure, jnp.max, granularity=precision.granularity), matrix
                 ).size
-    for place, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model)):
-        name = jax.tree_util.keystr(place, simple=True, separator="/")
-        if not (name.startswith("layers_") and name.endswith(("/weight", "/weight_scale"))):
+    for place, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(model)):
+        name = jax.tree_util.keystr(place[1:], simple=True, separator="/")  # behind the collection
+        if name not in counted:
             numbers += math.prod(leaf.shape)
     return {"weight_bits": bits / weights, "model_bytes": bits / 8 + 4 * numbers}
 

@@ -42,7 +42,7 @@ from bitnet_jax.training.sharding import (
 )
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
-from bitnet_jax.training.task import init_params, model_loss
+from bitnet_jax.training.task import init_variables, model_loss
 from experiments.provenance import provenance
 
 STUDY = Path(__file__).parent / "studies" / "tpu_compile"
@@ -128,7 +128,7 @@ def training_step(case: Case, mesh: Mesh) -> Program:
     config, optimizer = case.model(), make_optimizer(OptimizerConfig(), STEPS)
 
     def create(key: jax.Array) -> TrainState:
-        return TrainState.create(init_params(config, key), optimizer)
+        return TrainState.create(init_variables(config, key), optimizer)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(create, key)

@@ -28,7 +28,7 @@ from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
-from bitnet_jax.training.task import init_params, model_loss
+from bitnet_jax.training.task import init_variables, model_loss
 from experiments.provenance import provenance
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.py"
@@ -63,7 +63,7 @@ def measure(
     optimizer = make_optimizer(quickstart().optimizer, total_steps=quickstart().training.steps)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch_size, length + 1)).astype(np.int32)
     arguments = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, jax.random.key(1)
-    init = jax.jit(init_params, static_argnums=0)
+    init = jax.jit(init_variables, static_argnums=0)
     state = TrainState.create(
         init(dataclasses.replace(model, precision="float32"), jax.random.key(0)), optimizer
     )

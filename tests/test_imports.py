@@ -86,7 +86,7 @@ TOUCH_KERNELS = {
     "nn.linear",
     "nn.attention",
     "nn.embedding",
-    "nn.conv",
+    "nn.batch_norm",
     "inference.exact_head",
     "packing",
     "storage",

@@ -1,8 +1,10 @@
-"""Text as token batches: deterministic, shuffled, any batch by its step alone. Knows no model."""
+"""Text and images as batches: deterministic, shuffled, any batch by its step alone. Knows no model."""
 
-from bitnet_jax.data.batches import TokenBatches, consecutive_batches
+from bitnet_jax.data.batches import ExampleBatches, TokenBatches, consecutive_batches, whole_batches
 from bitnet_jax.data.corpus import Corpus, load_corpus, load_tokenizer, token_stream
 from bitnet_jax.data.errors import DataError
+from bitnet_jax.data.images import ImageSets, LabelledImages, load_images
+from bitnet_jax.data.labelled_text import LabelledText, load_labelled_text
 from bitnet_jax.data.text import Document, Documents, read_documents, resolve_path, split_documents
 from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer, from_json
 
@@ -13,15 +15,22 @@ __all__ = [
     "DataError",
     "Document",
     "Documents",
+    "ExampleBatches",
+    "ImageSets",
     "JsonTokenizer",
+    "LabelledImages",
+    "LabelledText",
     "TokenBatches",
     "Tokenizer",
     "consecutive_batches",
     "from_json",
     "load_corpus",
+    "load_images",
+    "load_labelled_text",
     "load_tokenizer",
     "read_documents",
     "resolve_path",
     "split_documents",
     "token_stream",
+    "whole_batches",
 ]

@@ -1,4 +1,4 @@
-"""Batches of a token stream, any of them by its step alone: resuming needs the step and nothing else.
+"""Batches of a token stream or of labelled examples, any of them by its step alone: resuming needs no more.
 
 A stream of N tokens has N - 1 predictions: input i is token i, its target token i + 1. A window of length T
 holds T of them. B batch, T tokens of a window.
@@ -10,7 +10,7 @@ same from version to version; it does not promise that of `Generator.permutation
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,15 +37,9 @@ class TokenBatches:
     sampling: str = "epoch"
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise DataError(
-                    f"{name}: got {getattr(self, name)}, expected at least 1; correct data.{name}"
-                )
+        _check(length=self.length, batch_size=self.batch_size, seed=self.seed)
         if self.sampling not in SAMPLINGS:
             raise DataError(f"sampling: got {self.sampling!r}, expected one of {', '.join(SAMPLINGS)}")
-        if not 0 <= self.seed < 2**64:
-            raise DataError(f"seed: got {self.seed}, expected 0 to 2**64 - 1; choose another")
         needed = self.batch_size * self.length + 1
         if len(self.tokens) < needed:
             raise DataError(
@@ -64,20 +58,68 @@ class TokenBatches:
 
     def starts(self, step: int) -> np.ndarray:
         """Where the windows of a step begin in the stream, int64 [B]."""
-        if step < 0:
-            raise DataError(f"step: got {step}, expected 0 or more")
+        _check(step=step)
         if self.sampling == "windows":
             places = len(self.tokens) - self.length
             return (_random_words(self.seed, step, self.batch_size) % np.uint64(places)).astype(np.int64)
-        index = step * self.batch_size + np.arange(self.batch_size)
-        order = [
-            _epoch_order(self.seed, int(i) // self.windows, self.windows)[int(i) % self.windows]
-            for i in index
-        ]
-        return np.array(order, np.int64) * self.length
+        return _epoch_part(self.seed, step, self.batch_size, self.windows) * self.length
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         return _cut(self.tokens, self.starts(step), self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleBatches:
+    """Batches of examples for training: `batch(step)` -> the same names, arrays [B, ...].
+
+    The order is that of TokenBatches' `epoch`: every example once, shuffled, then again.
+    """
+
+    examples: Mapping[str, np.ndarray]  # arrays with one first axis, the examples
+    batch_size: int  # B
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(batch_size=self.batch_size, seed=self.seed)
+        sizes = {name: len(array) for name, array in self.examples.items()}
+        if len(set(sizes.values())) != 1 or self.count < 1:
+            raise DataError(f"got examples {sizes}, expected as many of each, at least one")
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.examples.values()), ()))
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        _check(step=step)
+        chosen = _epoch_part(self.seed, step, self.batch_size, self.count)
+        return {name: array[chosen] for name, array in self.examples.items()}
+
+
+def whole_batches(examples: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """All examples in order, B at a time; `weights` float32 [B] is 0 for the zeros that fill up the last batch."""
+    _check(batch_size=batch_size)
+    count = len(next(iter(examples.values()), ()))
+    for first in range(0, count, batch_size):
+        batch = {name: array[first : first + batch_size] for name, array in examples.items()}
+        missing = batch_size - len(next(iter(batch.values())))
+        filled = {
+            name: np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+            for name, array in batch.items()
+        }
+        yield filled | {"weights": (np.arange(batch_size) < batch_size - missing).astype(np.float32)}
+
+
+def _check(**numbers: int) -> None:
+    """Lengths and sizes are at least 1, a step at least 0, a seed fits 64 bits."""
+    for name, value in numbers.items():
+        if name == "seed":
+            if not 0 <= value < 2**64:
+                raise DataError(f"seed: got {value}, expected 0 to 2**64 - 1; choose another")
+        elif name == "step":
+            if value < 0:
+                raise DataError(f"step: got {value}, expected 0 or more")
+        elif value < 1:
+            raise DataError(f"{name}: got {value}, expected at least 1; correct data.{name}")
 
 
 def consecutive_batches(
@@ -123,6 +165,12 @@ def _cut(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, np.nd
 def _random_words(seed: int, counter: int, count: int) -> np.ndarray:
     """uint64 [count] that depend on nothing but the arguments."""
     return np.random.Philox(key=np.array([seed, counter], np.uint64)).random_raw(count)
+
+
+def _epoch_part(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+    """int64 [B]: part `step` of the endless sequence of shuffled epochs of `count` things."""
+    index = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([_epoch_order(seed, i // count, count)[i % count] for i in index], np.int64)
 
 
 @functools.lru_cache(

@@ -120,7 +120,7 @@ def split_documents(
             f"valid_fraction: got {valid_fraction}, expected a number between 0 and 1, such as 0.05"
         )
     if split == "document":
-        held_out = [_unit_hash(document.text) < valid_fraction for document in documents]
+        held_out = [unit_hash(document.text) < valid_fraction for document in documents]
         train = tuple(d for d, out in zip(documents, held_out, strict=True) if not out)
         valid = tuple(d for d, out in zip(documents, held_out, strict=True) if out)
     elif split == "tail":
@@ -141,7 +141,7 @@ def split_documents(
     return train, valid
 
 
-def _unit_hash(text: str) -> float:
+def unit_hash(text: str) -> float:
     """A number in [0, 1) from the content alone: the same on every machine and under every Python."""
     digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
@@ -167,7 +167,7 @@ def _standard_library(skipped: list[str]) -> Iterator[Document]:
     for path in standard_library.source_files(root):
         name = path.relative_to(root).as_posix()
         try:
-            yield Document(name, b"".join(line for _, line in _lines(path)).decode())
+            yield Document(name, b"".join(line for _, line in read_lines(path)).decode())
         except UnicodeDecodeError:  # a few files declare another encoding on purpose
             skipped.append(name)
 
@@ -196,11 +196,11 @@ def _file_documents(path: Path, name: str) -> Iterator[Document]:
         for where, record in json_lines(path):
             yield _document(record, where, f"{name}:{where.rpartition(':')[2]}")
     else:
-        content = b"".join(line for _, line in _lines(path))
+        content = b"".join(line for _, line in read_lines(path))
         yield Document(name, _decode(content, str(path)))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines with their ends, unpacked where the name ends in .gz."""
     number = 0
     try:
@@ -230,7 +230,7 @@ def _decode(content: bytes, where: str) -> str:
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(`path:number`, value) of every line that is not blank. Raises DataError where one is damaged."""
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         where = f"{path}:{number}"
         if not line.strip():
             continue

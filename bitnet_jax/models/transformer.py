@@ -89,6 +89,51 @@ class Block(nn.Module):
         }
 
 
+def blocks(
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    *,
+    positions: Int[Array, "B T"],
+    visible: Bool[Array, "B T S"],
+    key_mask: Bool[Array, "B T"],
+    cache: Cache | None,
+    progress: Float[Array, ""] | float,
+    deterministic: bool,
+) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+    """All blocks and the final norm, as submodules of the module that calls; the state of each block's cache."""
+    block = nn.remat(Block) if config.remat and cache is None else Block
+    precisions = config.precisions()
+    layers: list[Any] = []
+    for i in range(config.num_layers):
+        prefix = f"layers_{i}/"
+        of_block = {p.removeprefix(prefix): v for p, v in precisions.items() if p.startswith(prefix)}
+        x, layer_cache = block(config, of_block, deterministic, name=f"layers_{i}")(
+            x,
+            positions=positions,
+            visible=visible,
+            key_mask=key_mask,
+            cache=None if cache is None else cache.layers[i],
+            length=None if cache is None else cache.length,
+            progress=progress,
+        )
+        x = split_over_batch(x)
+        layers.append(layer_cache)
+    return block_norm(config, "final_norm")(x), tuple(layers)
+
+
+def classify(
+    config: ModelConfig,
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"],
+    progress: Float[Array, ""] | float,
+) -> Float[Array, "B C"]:
+    """Logits of the linear layer `classifier` of the calling module, from the mean of the unmasked positions."""
+    weights = mask.astype(x.dtype)[..., None]
+    pooled = jnp.sum(x * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
+    head = BitLinear.of(config, config.num_classes, config.precisions()["classifier"], "classifier")
+    return head(pooled, progress).astype(jnp.float32)
+
+
 class Transformer(nn.Module):
     """See the module docstring. Parameter paths are those of `ModelConfig.linear_shapes`."""
 
@@ -137,30 +182,18 @@ class Transformer(nn.Module):
             x = x + Embedding.of(config, config.max_length, "position_embed")(positions)
         x = split_over_batch(nn.Dropout(config.dropout, deterministic=deterministic)(x))
 
-        block = nn.remat(Block) if config.remat and cache is None else Block
-        precisions = config.precisions()
-        layers: list[Any] = []
-        for i in range(config.num_layers):
-            prefix = f"layers_{i}/"
-            of_block = {p.removeprefix(prefix): v for p, v in precisions.items() if p.startswith(prefix)}
-            x, layer_cache = block(config, of_block, deterministic, name=f"layers_{i}")(
-                x,
-                positions=positions,
-                visible=visible,
-                key_mask=mask,
-                cache=None if cache is None else cache.layers[i],
-                length=None if cache is None else length,
-                progress=progress,
-            )
-            x = split_over_batch(x)
-            layers.append(layer_cache)
-        x = block_norm(config, "final_norm")(x)
-
+        x, layers = blocks(
+            config,
+            x,
+            positions=positions,
+            visible=visible,
+            key_mask=mask,
+            cache=cache,
+            progress=progress,
+            deterministic=deterministic,
+        )
         if config.num_classes:
-            weights = mask.astype(x.dtype)[..., None]
-            pooled = jnp.sum(x * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
-            head = BitLinear.of(config, config.num_classes, precisions["classifier"], "classifier")
-            return Output(head(pooled, progress).astype(jnp.float32), x)
+            return Output(classify(config, x, mask, progress), x)
         if last_only:
             x = x[:, -1:]
         if config.head != "float":
@@ -169,11 +202,11 @@ class Transformer(nn.Module):
             )
         elif config.tie_embeddings:
             logits = embed.attend(x)
-        elif precisions["lm_head"].quantizes_weights:
-            head = BitLinear.of(config, config.vocab_size, precisions["lm_head"], "lm_head")
+        elif (precision := config.precisions()["lm_head"]).quantizes_weights:
+            head = BitLinear.of(config, config.vocab_size, precision, "lm_head")
             logits = head(x.astype(jnp.float32), progress)
         else:
-            logits = Embedding.head(config, precisions["lm_head"]).attend(x)
+            logits = Embedding.head(config, precision).attend(x)
         if cache is not None:
-            cache = Cache(tuple(layers), valid, length + T)
+            cache = Cache(layers, valid, length + T)
         return Output(logits, x, cache)

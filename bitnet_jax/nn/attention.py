@@ -245,6 +245,7 @@ class Attention(nn.Module):
             for name, count in counts.items()
         ]
         q, k, v = (y.reshape(B, T, -1, config.head_size) for y in apply_together(linears, x, progress))
+        self.sow("intermediates", "qkv", (q, k, v))  # kept only where a caller asks for it: distillation
         if config.position == "rope":
             q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
         if config.kv_bits is not None:

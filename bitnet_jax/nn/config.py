@@ -1,11 +1,14 @@
-"""The shape of a model as one frozen value, shared by every module that is built from it."""
+"""The shape of a model as one frozen value, shared by every module that is built from it.
+
+`Architecture` is what packing, training and statistics need of any model; `ModelConfig` is the Transformer's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from bitnet_jax.precision import Precision, Recipe, Rules, resolve
 
@@ -51,15 +54,88 @@ def _check_int8(precisions: Mapping[str, Precision], product: str) -> None:
             )
 
 
-def _hashable(rules: Rules) -> Rules:
+def hashable(rules: Rules) -> Rules:
     """Lists and mappings, which JSON makes of rules, as tuples and Precisions: a config is a static jit argument."""
     if isinstance(rules, str | Precision | Mapping):
         return _recipe(rules)
     return tuple((pattern, _recipe(recipe)) for pattern, recipe in rules)
 
 
+class Architecture:
+    """A frozen dataclass with the fields `precision` and `ternary_format`, whose linear layers have paths."""
+
+    precision: Rules
+    ternary_format: str
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Path of every linear layer -> (outputs, inputs), in the order of the forward pass."""
+        raise NotImplementedError
+
+    def rules(self) -> Rules:
+        """What `resolve` makes a Precision of for each path."""
+        return self.precision
+
+    def precisions(self) -> dict[str, Precision]:
+        """Path of every linear layer -> its Precision.
+
+        Raises:
+          ValueError: an unknown recipe, a path no rule matches, or a rule that matches no path.
+        """
+        return resolve(self.rules(), list(self.linear_shapes()))
+
+    def packed_formats(self) -> dict[str, str]:
+        """Path of every linear layer that is packed -> the format of its codes."""
+        formats = {path: precision.packed_format for path, precision in self.precisions().items()}
+        return {
+            path: self.ternary_format if format == "ternary2" else format
+            for path, format in formats.items()
+            if format is not None
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+          ValueError: an unknown or missing field (the message names the nearest valid ones).
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+                raise ValueError(f"model.{name} is not a field; did you mean {', '.join(near)}?")
+        required = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
+        if required:
+            raise ValueError(f"model is missing {', '.join(required)}; got {', '.join(fields) or 'nothing'}")
+        return cls(**fields)
+
+    def _check(self, choices: Mapping[str, tuple[str, ...]], positive: tuple[str, ...]) -> None:
+        """ValueError unless the named fields are among their choices, or positive integers."""
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"model.{name}: got {value!r}, expected one of {', '.join(allowed)}")
+        for name in positive:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"model.{name}: got {value!r}, expected a positive integer")
+
+
+def with_ends(precision: Rules, *ends: tuple[str, Recipe]) -> Rules:
+    """Rules that treat the first and the last layer, as (path, recipe), apart from the others.
+
+    Both in float is worth more than any estimator (larq's BinaryNet on CIFAR-10: 83.9 against 66.5).
+    """
+    if isinstance(precision, str | Precision | Mapping):
+        precision = (("*", precision),)
+    return (*ends, *precision)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Architecture):
     """A decoder language model, or an encoder classifier when `num_classes` > 0.
 
     Raises:
@@ -109,14 +185,8 @@ class ModelConfig:
     remat: bool = False  # gradients compute each block again: what it made is not kept, a third more work
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"model.{name}: got {value!r}, expected one of {', '.join(choices)}")
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"model.{name}: got {value!r}, expected a positive integer")
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_length")
+        self._check(_CHOICES, sizes)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
@@ -137,7 +207,7 @@ class ModelConfig:
                 f"model.head: got {self.head!r} with causal={self.causal}, num_classes={self.num_classes}; "
                 "expected a causal language model, or head='float'"
             )
-        object.__setattr__(self, "precision", _hashable(self.precision))
+        object.__setattr__(self, "precision", hashable(self.precision))
         precisions = self.precisions()
         if self.product != "float":
             _check_int8(precisions, self.product)
@@ -165,7 +235,6 @@ class ModelConfig:
         return ("gate_proj", "up_proj", "down_proj") if self.mlp in GATED_MLPS else ("up_proj", "down_proj")
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Path of every linear layer -> (outputs, inputs), in the order of the forward pass."""
         D, F = self.hidden_size, self.ffn_size
         q, kv = self.num_heads * self.head_size, self.kv_heads * self.head_size
         attention = {"q_proj": (q, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, q)}
@@ -188,7 +257,7 @@ class ModelConfig:
             beside `head`, or a hidden_size that `head` cannot divide into groups.
         """
         paths = [path for path in self.linear_shapes() if path != "lm_head" or not self.tie_embeddings]
-        precisions = resolve(self.precision, paths)
+        precisions = resolve(self.rules(), paths)
         if self.head == "float":
             return precisions
         if precisions.get("lm_head", Precision()) != Precision():
@@ -196,32 +265,3 @@ class ModelConfig:
                 f"model.head={self.head!r} beside a precision rule for lm_head; expected one of the two"
             )
         return precisions | {"lm_head": head_precision(self.head, self.hidden_size)}
-
-    def packed_formats(self) -> dict[str, str]:
-        """Path of every linear layer that is packed -> the format of its codes."""
-        formats = {path: precision.packed_format for path, precision in self.precisions().items()}
-        return {
-            path: self.ternary_format if format == "ternary2" else format
-            for path, format in formats.items()
-            if format is not None
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-          ValueError: an unknown or missing field (the message names the nearest valid ones).
-        """
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-                raise ValueError(f"model.{name} is not a field; did you mean {', '.join(near)}?")
-        required = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
-        if required:
-            raise ValueError(f"model is missing {', '.join(required)}; got {', '.join(fields) or 'nothing'}")
-        return cls(**fields)

@@ -3,7 +3,15 @@
 from bitnet_jax.training.checkpoints import CheckpointError
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.interrupt import Interrupted
-from bitnet_jax.training.loop import fit, load_run
+from bitnet_jax.training.loop import fit, load_image_run, load_run
 from bitnet_jax.training.run_folder import RunError
 
-__all__ = ["CheckpointError", "Interrupted", "RunConfig", "RunError", "fit", "load_run"]
+__all__ = [
+    "CheckpointError",
+    "Interrupted",
+    "RunConfig",
+    "RunError",
+    "fit",
+    "load_image_run",
+    "load_run",
+]

@@ -1,6 +1,6 @@
 """Checkpoints through Orbax: whole or not there, checked by checksum, the newest good one wins.
 
-    <folder>/<step>/{params, optimizer, meta}
+    <folder>/<step>/{variables, optimizer, meta}
 
 Orbax writes to a temporary name and renames, so a killed process leaves no half checkpoint. It does not
 notice a flipped bit in the stored arrays, so `meta` also holds a CRC-32 of every array. Saving runs in the
@@ -34,7 +34,7 @@ class CheckpointError(RuntimeError):
 
 class Restored(NamedTuple):
     step: int
-    params: PyTree
+    variables: PyTree
     opt_state: PyTree | None
     meta: dict[str, Any]
 
@@ -99,7 +99,12 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
     def save(
-        self, step: int, params: PyTree, opt_state: PyTree, meta: Mapping[str, Any], loss: float | None = None
+        self,
+        step: int,
+        variables: PyTree,
+        opt_state: PyTree,
+        meta: Mapping[str, Any],
+        loss: float | None = None,
     ) -> None:
         """Start writing both trees and `meta` (JSON); the caller may donate the arrays at once.
 
@@ -110,7 +115,7 @@ class Checkpoints:
         # A real copy: on CPU a host view shares the buffer, and the next update could not reuse it in place.
         trees = {
             name: jax.tree.map(lambda x: np.array(x, copy=True), _flat(tree))
-            for name, tree in (("params", params), ("optimizer", opt_state))
+            for name, tree in (("variables", variables), ("optimizer", opt_state))
         }
         meta = {**meta, "step": step, "crc32": {name: _checksums(tree) for name, tree in trees.items()}}
         items = ocp.args.Composite(
@@ -143,11 +148,13 @@ class Checkpoints:
                 f"then start again: it goes on from step {max(self.steps(), default=0)}"
             ) from error
 
-    def restore(self, params: PyTree, opt_state: PyTree | None = None, step: int | None = None) -> Restored:
+    def restore(
+        self, variables: PyTree, opt_state: PyTree | None = None, step: int | None = None
+    ) -> Restored:
         """Read one checkpoint and compare every checksum.
 
         Args:
-          params, opt_state: trees of arrays or ShapeDtypeStructs that say structure, shapes and shardings;
+          variables, opt_state: trees of arrays or ShapeDtypeStructs that say structure, shapes and shardings;
             without opt_state the optimizer's part is not read.
           step: None takes the newest.
 
@@ -162,7 +169,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder}: {got}; expected one of {steps or 'at least one finished save'}"
             )
-        wanted = {"params": params} if opt_state is None else {"params": params, "optimizer": opt_state}
+        wanted = {"variables": variables} | ({} if opt_state is None else {"optimizer": opt_state})
         args = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in wanted.items()}
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
@@ -179,9 +186,9 @@ class Checkpoints:
             name: jax.tree.unflatten(jax.tree.structure(tree), [read[name][key] for key in _flat(tree)])
             for name, tree in wanted.items()
         }
-        return Restored(step, trees["params"], trees.get("optimizer"), read["meta"])
+        return Restored(step, trees["variables"], trees.get("optimizer"), read["meta"])
 
-    def restore_latest_whole(self, params: PyTree, opt_state: PyTree) -> Restored | None:
+    def restore_latest_whole(self, variables: PyTree, opt_state: PyTree) -> Restored | None:
         """The newest whole checkpoint, None if there are none; damaged newer ones are reported, set aside.
 
         Raises:
@@ -190,7 +197,7 @@ class Checkpoints:
         damaged = []
         while self.steps():
             try:
-                return self.restore(params, opt_state)
+                return self.restore(variables, opt_state)
             except CheckpointError as error:
                 step = self.steps()[-1]
                 aside = self._set_aside(step)

@@ -11,16 +11,18 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import Architecture, ModelConfig, model_config
 from bitnet_jax.training.optimizers import OptimizerConfig
 from bitnet_jax.training.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Section `data`: which text, tokens and batches. `load_corpus` and `TokenBatches` check the values."""
+    """Section `data`: which text or images, and which batches. What reads and cuts them checks the values."""
 
-    source: str = "stdlib"  # the running Python's standard library, a path, or hf:NAME (see data/text.py)
+    # language: the running Python's standard library, a path, or hf:NAME (see data/text.py); images: drawn or the
+    # folder of MNIST's files (data/images.py); text_classification: keywords or JSON lines (data/labelled_text.py)
+    source: str = "stdlib"
     root: str | None = (
         None  # folder that relative paths are below; None: working directory, then $BITNET_JAX_DATA
     )
@@ -29,7 +31,9 @@ class DataConfig:
     valid_fraction: float = 0.05
     valid_source: str | None = None  # hold out all of this source instead
     length: int = 128  # T, tokens of a training sequence
-    batch_size: int = 16  # B, sequences of one update (all micro-batches together)
+    image_size: int | None = None  # images: shrink to so many rows and columns
+    limit: int | None = None  # images, text_classification: train on so many examples only
+    batch_size: int = 16  # B, sequences or images of one update (all micro-batches together)
     sampling: str = "epoch"  # epoch: every window once, shuffled, then again; windows: random places
 
 
@@ -60,7 +64,7 @@ class TrainingConfig:
 class EvaluationConfig:
     """Section `evaluation`: the held-out measurement during training."""
 
-    batches: int | None = 20  # from the start of the held-out text; None: all of it
+    batches: int | None = 20  # from the start of the held-out data; None: all of them
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -71,22 +75,51 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Section `distillation`: what a text classifier learns from another one. See training/distillation.py."""
+
+    teacher: str | None = None  # folder of its run; None: no teacher
+    labels: float = 0.0  # weight of the cross entropy with the true classes
+    logits: float = 1.0  # weight of the cross entropy with the teacher's probabilities
+    temperature: float = 1.0  # both sides' logits are divided by it
+    relations: float = 0.0  # weight of the distance of the similarities among queries, keys and values
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "logits", "relations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"distillation.{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.temperature <= 0:
+            raise ValueError(f"distillation.temperature: got {self.temperature}, expected a positive number")
+
+
+TASK_NAMES = ("language", "images", "text_classification")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run. `model` holds fields of ModelConfig; vocab_size and max_length default to what the data needs.
+
+    For the task images it holds `architecture` and the fields of that architecture's config.
 
     Raises:
       ValueError: an unknown field or section (named, with the nearest valid one), a wrong type or value.
     """
 
     seed: int = 0
+    task: str = "language"  # one of TASK_NAMES
     model: Mapping[str, Any]
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
+        if self.task not in TASK_NAMES:
+            raise ValueError(f"config.task: got {self.task!r}, expected one of {', '.join(TASK_NAMES)}")
+        if self.distillation.teacher is not None and self.task != "text_classification":
+            raise ValueError(f"distillation.teacher: got one for task {self.task!r}, which learns from none")
         if self.data.batch_size % self.training.accumulate:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} is not a multiple of "
@@ -98,25 +131,45 @@ class RunConfig:
                 f"{self.data.batch_size // self.training.accumulate} sequences of a micro-batch "
                 f"(data.batch_size / training.accumulate); change one of them"
             )
-        self.model_config(
-            vocab_size=self.model.get("vocab_size", 256)
-        )  # a bad field fails here, before any work
+        if self.task == "images":  # a bad field fails here, before any work
+            self.image_model_config()
+        else:
+            self.model_config(vocab_size=self.model.get("vocab_size", 256))
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model for a tokenizer of `vocab_size`; max_length is data.length unless `model` says more.
 
         Raises:
-          ValueError: model.vocab_size or model.max_length is too small for the data, or a field is wrong.
+          ValueError: model.vocab_size or model.max_length is too small for the data, a field is wrong, or the model
+            is none for the task.
         """
-        config = ModelConfig.from_dict(
-            {"vocab_size": vocab_size, "max_length": self.data.length} | dict(self.model)
-        )
+        if self.model.get("architecture", "transformer") != "transformer":
+            raise ValueError(
+                f"model.architecture: got {self.model['architecture']!r} for task {self.task!r}, expected "
+                "transformer; set task to images"
+            )
+        fields = {"vocab_size": vocab_size, "max_length": self.data.length} | dict(self.model)
+        fields.pop("architecture", None)
+        config = ModelConfig.from_dict(fields)
+        if (config.num_classes > 0) != (self.task == "text_classification"):
+            raise ValueError(
+                f"model.num_classes: got {config.num_classes} for task {self.task!r}; expected 0 for language and "
+                "the number of classes for text_classification"
+            )
         for name, least in (("vocab_size", vocab_size), ("max_length", self.data.length)):
             if getattr(config, name) < least:
                 raise ValueError(
                     f"model.{name}: got {getattr(config, name)}, the data needs at least {least}"
                 )
         return config
+
+    def image_model_config(self) -> Architecture:
+        """The model for images. Raises ValueError: a field of it is wrong, or it reads no images."""
+        if self.model.get("architecture", "transformer") == "transformer":
+            raise ValueError(
+                "model.architecture: got transformer for task 'images', expected mlp, cnn or vision_transformer"
+            )
+        return model_config(self.model)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RunConfig:
@@ -128,12 +181,13 @@ class RunConfig:
             "training": TrainingConfig,
             "evaluation": EvaluationConfig,
             "mesh": MeshConfig,
+            "distillation": DistillationConfig,
         }
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in fields.items():
             if name not in known:
                 raise ValueError(f"config.{name} is not a section; {_nearest(name, known)}")
-            if name != "seed" and not isinstance(value, Mapping):
+            if name not in ("seed", "task") and not isinstance(value, Mapping):
                 raise ValueError(f"config.{name}: got {value!r}, expected a section of fields")
         if "model" not in fields:
             raise ValueError(f"config has no section model; got {', '.join(fields) or 'nothing'}")
@@ -143,7 +197,8 @@ class RunConfig:
         built = {
             name: _section(name, kind, fields[name]) for name, kind in sections.items() if name in fields
         }
-        return cls(seed=seed, model=_plain(fields["model"]), **built)
+        task = fields.get("task", "language")
+        return cls(seed=seed, task=task, model=_plain(fields["model"]), **built)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars, equal to what JSON gives back."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import bitnet_jax
 from bitnet_jax.data import Tokenizer
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import Architecture, ModelConfig
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.config import RunConfig, TrainingConfig
 from bitnet_jax.training.interrupt import Interrupted, StopWish, stop_on_signals
@@ -43,18 +43,19 @@ from bitnet_jax.training.sharding import (
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.statistics import quantized_paths
 from bitnet_jax.training.step import Metrics, make_train_step
-from bitnet_jax.training.task import Task, abstract_params, language_task
+from bitnet_jax.training.task import Task, abstract_variables
+from bitnet_jax.training.tasks import TASKS
 
 
 def fit(config: RunConfig | Mapping[str, Any], workdir: str | Path, progress: bool = True) -> dict[str, Any]:
-    """Train a language model in `workdir`, going on with the run that it holds, if any.
+    """Train the model of `config` on its task in `workdir`, going on with the run that it holds, if any.
 
     Returns:
       What `result.json` holds: status ("finished" or "diverged"), step, newest train and valid measurements,
       parameters, tokens, seconds, config_hash, versions. A run that is over is not trained again.
 
     Raises:
-      ValueError, FileNotFoundError: a wrong config, text that cannot be used, or too few devices for the mesh.
+      ValueError, FileNotFoundError: a wrong config, data that cannot be used, or too few devices for the mesh.
       RunError, CheckpointError: the folder holds another run, cannot be written, or only damaged checkpoints.
       Interrupted: SIGINT or SIGTERM came; the run is saved and can go on.
     """
@@ -63,12 +64,13 @@ def fit(config: RunConfig | Mapping[str, Any], workdir: str | Path, progress: bo
     folder = RunFolder(workdir)
     with folder.training(config):
         result = folder.read_result()
-        return train(language_task(config), config, folder, progress) if result is None else result
+        return train(TASKS[config.task](config), config, folder, progress) if result is None else result
 
 
 def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = True) -> dict[str, Any]:
     """`fit` for any task. The caller holds `folder.training(config)`."""
-    folder.write_tokenizer(task.tokenizer)
+    if task.tokenizer is not None:
+        folder.write_tokenizer(task.tokenizer)
     try:
         result = _train(task, config, folder, progress)
     except OSError as error:
@@ -123,7 +125,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             return meta["seconds"] + time.monotonic() - began
 
         def rest(step: int, state: TrainState, evaluates: bool, saves: bool) -> None:
-            values = task.evaluate(state.params) if evaluates else None
+            values = task.evaluate(state.variables) if evaluates else None
             if values is not None:
                 recorder.valid(step, values)
             if saves:
@@ -131,7 +133,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
                 facts = {"config": config.to_dict(), "data": task.fingerprint, "data_position": step}
                 facts |= {"seconds": seconds(), "last": recorder.last}
                 loss = values["loss"] if values is not None else None
-                checkpoints.save(step, state.params, state.opt_state, facts, loss)
+                checkpoints.save(step, state.variables, state.opt_state, facts, loss)
             recorder.pause()
 
         def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
@@ -181,16 +183,17 @@ def _start(
     folder: RunFolder,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to go on from, and what the checkpoint knew besides: seconds spent, last rows."""
-    restored = checkpoints.restore_latest_whole(shapes.params, shapes.opt_state)
+    restored = checkpoints.restore_latest_whole(shapes.variables, shapes.opt_state)
     if restored is None:
         return fresh(), {"seconds": 0.0, "last": {}}
     if restored.meta["data"] != task.fingerprint:
         raise RunError(
-            f"{folder.path}: the training text is not the one this run began with (checksum "
+            f"{folder.path}: the training data are not the ones this run began with (checksum "
             f"{task.fingerprint:08x}, was {restored.meta['data']:08x}); bring it back or use another folder"
         )
     step = jax.device_put(jnp.int32(restored.step), shapes.step.sharding)
-    return TrainState(step, restored.params, restored.opt_state), restored.meta
+    model_state = {name: part for name, part in restored.variables.items() if name != "params"}
+    return TrainState(step, restored.variables["params"], restored.opt_state, model_state), restored.meta
 
 
 def _loop(
@@ -232,14 +235,32 @@ def _loop(
 def load_run(
     workdir: str | Path, step: int | None = None
 ) -> tuple[RunConfig, ModelConfig, dict[str, Any], Tokenizer]:
-    """Settings, model, latent parameters (of one checkpoint, the newest by default) and tokenizer of a run.
+    """Settings, model, latent parameters (of one checkpoint, the newest by default) and tokenizer of a run on text.
 
     Raises:
-      RunError, CheckpointError: not a run, no such checkpoint, or a damaged file.
+      RunError, CheckpointError: not such a run, no such checkpoint, or a damaged file.
     """
     folder = RunFolder(workdir)
-    config, tokenizer = folder.read_config(), folder.read_tokenizer()
+    config = folder.read_config()
+    if config.task == "images":
+        raise RunError(f"{folder.path}: got a run on images, expected one on text; load_image_run reads it")
+    tokenizer = folder.read_tokenizer()
     model = config.model_config(tokenizer.vocab_size)
+    return config, model, _read(folder, model, step)["params"], tokenizer
+
+
+def load_image_run(
+    workdir: str | Path, step: int | None = None
+) -> tuple[RunConfig, Architecture, dict[str, Any]]:
+    """Settings, model and variables (parameters, batch statistics) of a run on images; else as `load_run`."""
+    folder = RunFolder(workdir)
+    config = folder.read_config()
+    if config.task != "images":
+        raise RunError(f"{folder.path}: got a run of task {config.task!r}, expected images")
+    model = config.image_model_config()
+    return config, model, _read(folder, model, step)
+
+
+def _read(folder: RunFolder, model: Architecture, step: int | None) -> dict[str, Any]:
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract_params(model), step=step)
-    return config, model, restored.params, tokenizer
+        return checkpoints.restore(abstract_variables(model), step=step).variables

@@ -143,6 +143,7 @@ LABELS = {
     "weight_scale": "quantizer",
     "activation_scale": "quantizer",
     "activation_shift": "quantizer",
+    "probability_scale": "quantizer",
 }
 
 

@@ -18,8 +18,12 @@ from bitnet_jax.training.statistics import no_statistics, statistics
 
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch
 Metrics = dict[str, Any]
-# (params, batch, key or None for a deterministic pass, progress in [0, 1]) -> sums over the batch
-LossFunction = Callable[[PyTree, Batch, PRNGKeyArray | None, Float[Array, ""] | float], LossSums]
+ModelState = dict[str, PyTree]  # the collections beside "params", such as batch statistics
+# (variables, batch, key or None for a deterministic pass, progress in [0, 1]) -> sums over the batch, and the
+# collections beside "params" as the batch leaves them
+LossFunction = Callable[
+    [Mapping[str, PyTree], Batch, PRNGKeyArray | None, Float[Array, ""] | float], tuple[LossSums, ModelState]
+]
 TrainStep = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
 
 
@@ -38,7 +42,8 @@ def make_train_step(
     All randomness of an update follows from (key, state.step), so a resumed run repeats an uninterrupted one.
 
     Args:
-      loss: weighted sums, not means: gradients of micro-batches then add up to those of the big batch.
+      loss: weighted sums, not means: gradients of micro-batches then add up to those of the big batch. Its model
+        state passes from one micro-batch to the next.
       precisions: linear path -> Precision, for latent clipping and statistics of the codes.
       accumulate: micro-batches, taken in order from the batch's first axis.
       statistics_every: measure codes at every so many updates, the metrics hold NaN in between; 0: never.
@@ -51,33 +56,38 @@ def make_train_step(
     precisions = precisions or {}
 
     def summed_loss(
-        params: PyTree, batch: Batch, key: PRNGKeyArray, progress: Array
-    ) -> tuple[Array, LossSums]:
-        sums = loss(params, batch, key, progress)
-        return sums.loss, sums
+        params: PyTree, model_state: ModelState, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[Array, tuple[LossSums, ModelState]]:
+        sums, model_state = loss({"params": params, **model_state}, batch, key, progress)
+        return sums.loss, (sums, model_state)
 
     gradient = jax.grad(summed_loss, has_aux=True)
 
     def gradients_and_sums(
-        params: PyTree, batch: Batch, key: PRNGKeyArray, progress: Array
-    ) -> tuple[PyTree, LossSums]:
+        state: TrainState, batch: Batch, key: PRNGKeyArray, progress: Array
+    ) -> tuple[PyTree, tuple[LossSums, ModelState]]:
+        params = state.params
         if accumulate == 1:
-            return gradient(params, batch, key, progress)
+            return gradient(params, state.model_state, batch, key, progress)
 
         def add(total: PyTree, numbered: tuple[Array, Batch]) -> tuple[PyTree, None]:
+            gradients, (sums, model_state) = total
             index, micro_batch = numbered
-            parts = gradient(params, micro_batch, jax.random.fold_in(key, index), progress)
-            return jax.tree.map(jnp.add, total, parts), None
+            part, (part_sums, model_state) = gradient(
+                params, model_state, micro_batch, jax.random.fold_in(key, index), progress
+            )
+            gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (part, part_sums))
+            return (gradients, (sums, model_state)), None
 
         micro_batches = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
         zero = jnp.zeros((), jnp.float32)
-        start = (jax.tree.map(jnp.zeros_like, params), LossSums(zero, zero, zero))
+        start = (jax.tree.map(jnp.zeros_like, params), (LossSums(zero, zero, zero), state.model_state))
         return jax.lax.scan(add, start, (jnp.arange(accumulate), micro_batches))[0]
 
     def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         progress = state.step.astype(jnp.float32) / total_steps
-        gradients, sums = gradients_and_sums(state.params, batch, key, progress)
+        gradients, (sums, model_state) = gradients_and_sums(state, batch, key, progress)
         gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, state.step)
         params = clip_latents(optax.apply_updates(state.params, updates), precisions)
@@ -101,7 +111,7 @@ def make_train_step(
                 lambda: statistics(state.params, params, precisions, progress),
                 lambda: no_statistics(precisions),
             )
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, model_state), metrics
 
     placed = None if shardings is None else (shardings, shardings.step)
     return jax.jit(train_step, donate_argnums=0, out_shardings=placed)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,56 +15,78 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from bitnet_jax.data import TokenBatches, Tokenizer, consecutive_batches, load_corpus
 from bitnet_jax.evaluation.language import evaluate, model_logits
-from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.models import Architecture, Transformer, build_model
 from bitnet_jax.precision import Precision
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
-from bitnet_jax.training.step import Batch, LossFunction
+from bitnet_jax.training.step import Batch, LossFunction, ModelState
 
 
 class Task(NamedTuple):
     """A problem as pure functions and batches; the loop sees no model and no text."""
 
-    init: Callable[[PRNGKeyArray], PyTree]  # key -> parameters
+    init: Callable[[PRNGKeyArray], Mapping[str, PyTree]]  # key -> variables: "params", and what else it keeps
     loss: LossFunction
     train_batch: Callable[[int], Batch]  # number of updates done -> batch of the next one
     tokens: int  # targets of a training batch
-    evaluate: Callable[[PyTree], dict[str, float]]  # parameters -> held-out measurements, one of them "loss"
+    evaluate: Callable[[Mapping[str, PyTree]], dict[str, float]]  # variables -> measurements, one is "loss"
     precisions: Mapping[str, Precision]
-    tokenizer: Tokenizer
-    fingerprint: int  # of the training data: a run must not go on with another text
+    tokenizer: Tokenizer | None  # None: the data are no text
+    fingerprint: int  # of the training data: a run must not go on with others
 
 
-def model_loss(model: Transformer, z_loss: float = 0.0) -> LossFunction:
+def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
     """Cross entropy of `targets` given `inputs`; a batch may have `mask` (inputs), `weights` (targets).
 
-    A key switches dropout and stochastic quantizers on.
+    A key switches dropout, stochastic quantizers and the statistics of the batch on.
     """
 
     def loss(
-        params: PyTree, batch: Batch, key: PRNGKeyArray | None, progress: Float[Array, ""] | float
-    ) -> LossSums:
-        rngs = {} if key is None else dict(zip(("dropout", "stochastic"), jax.random.split(key), strict=True))
-        output: Any = model.apply(
-            {"params": params},
-            batch["inputs"],
-            mask=batch.get("mask"),
-            progress=progress,
-            deterministic=key is None,
-            rngs=rngs,
-        )
-        return cross_entropy_sums(output.logits, batch["targets"], batch.get("weights"), z_loss)
+        variables: Mapping[str, PyTree],
+        batch: Batch,
+        key: PRNGKeyArray | None,
+        progress: Float[Array, ""] | float,
+    ) -> tuple[LossSums, ModelState]:
+        output, state = forward(model, variables, batch, key, progress, ("batch_stats",))
+        return cross_entropy_sums(output.logits, batch["targets"], batch.get("weights"), z_loss), state
 
     return loss
 
 
-def init_params(config: ModelConfig, key: PRNGKeyArray) -> dict[str, Any]:
-    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+def forward(
+    model: nn.Module,
+    variables: Mapping[str, PyTree],
+    batch: Batch,
+    key: PRNGKeyArray | None,
+    progress: Float[Array, ""] | float,
+    mutable: tuple[str, ...],
+) -> tuple[Any, ModelState]:
+    """What a model makes of a batch, and the collections among `mutable` that it has or makes."""
+    rngs = {} if key is None else dict(zip(("dropout", "stochastic"), jax.random.split(key), strict=True))
+    masked: dict[str, Any] = {} if batch.get("mask") is None else {"mask": batch["mask"]}
+    output, state = model.apply(
+        variables,
+        batch["inputs"],
+        **masked,
+        progress=progress,
+        deterministic=key is None,
+        rngs=rngs,
+        mutable=list(mutable),
+    )
+    return output, dict(state)
 
 
-def abstract_params(config: ModelConfig) -> dict[str, Any]:
+def init_variables(config: Architecture, key: PRNGKeyArray) -> dict[str, Any]:
+    """Random parameters, and what else the model keeps in its first state."""
+    inputs: Array = jnp.zeros((1, 1), jnp.int32)
+    if size := getattr(config, "image_size", 0):
+        inputs = jnp.zeros((1, size, size, getattr(config, "channels", 1)), jnp.float32)
+    return dict(build_model(config).init(key, inputs))
+
+
+def abstract_variables(config: Architecture) -> dict[str, Any]:
     """The same tree as shapes and dtypes, without computing it."""
-    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return jax.eval_shape(lambda key: init_variables(config, key), jax.random.key(0))
 
 
 def language_task(config: RunConfig) -> Task:
@@ -87,10 +110,8 @@ def language_task(config: RunConfig) -> Task:
     valid_batches = list(consecutive_batches(corpus.valid[:end], length, held_out.batch_size))
     model_config = config.model_config(corpus.tokenizer.vocab_size)
 
-    def evaluate_params(params: PyTree) -> dict[str, float]:
-        score = evaluate(
-            model_logits(model_config), {"params": params}, valid_batches, corpus.tokenizer.count_bytes
-        )
+    def evaluate_variables(variables: Mapping[str, PyTree]) -> dict[str, float]:
+        score = evaluate(model_logits(model_config), variables, valid_batches, corpus.tokenizer.count_bytes)
         return {
             "loss": score.nats_per_token,
             "bits_per_byte": score.bits_per_byte,
@@ -98,11 +119,11 @@ def language_task(config: RunConfig) -> Task:
         }
 
     return Task(
-        init=partial(init_params, model_config),
+        init=partial(init_variables, model_config),
         loss=model_loss(Transformer(model_config), config.training.z_loss),
         train_batch=batches.batch,
         tokens=config.data.batch_size * length,
-        evaluate=evaluate_params,
+        evaluate=evaluate_variables,
         # A tied head has no latents of its own: what happens to its codes happens to the embedding.
         precisions={
             path: precision

@@ -315,6 +315,34 @@ def test_rules_may_come_from_json() -> None:
     assert resolve(rules, PATHS)["layers_0/mlp/up_proj"] == RECIPES["paretoq_2"]
 
 
+def test_a_name_may_be_followed_by_fields_that_differ() -> None:
+    changed = resolve("bnn(activation_ste=approx_sign, latent_clip=None, activation_shift=True)", PATHS)
+    expected = dataclasses.replace(
+        RECIPES["bnn"], activation_ste="approx_sign", latent_clip=None, activation_shift=True
+    )
+    assert changed["layers_0/mlp/up_proj"] == expected
+    assert resolve("bitnet(granularity=64)", PATHS)["layers_0/mlp/up_proj"] == RECIPES["bitnet_group64"]
+    by_path = resolve("bitnet_a48(top_k=0.25)", PATHS)  # of whichever rule of the recipe holds there
+    assert by_path["layers_0/attention/o_proj"].top_k == by_path["layers_0/mlp/up_proj"].top_k == 0.25
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("bnn(", r"expected NAME or NAME\(field=value, field=value\)"),
+        ("bnn(activation=sign(x))", r"expected NAME or NAME\(field=value, field=value\)"),
+        ("bnn()", "got '', expected field=value"),
+        ("bnn(identity)", "got 'identity', expected field=value"),
+        ("bnn(activation_set=identity)", "did you mean 'activation_ste'"),
+        ("bitt(activation_ste=identity)", "did you mean 'bit'"),
+        ("bnn(activation_ste=approx)", "activation_ste: got 'approx'"),
+    ],
+)
+def test_differences_that_cannot_be_read(recipe: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(recipe, PATHS)
+
+
 def test_unknown_recipe() -> None:
     with pytest.raises(
         ValueError, match="recipe: got 'bitnet_b1.58', expected one of .*did you mean 'bitnet_b158'"

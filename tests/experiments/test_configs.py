@@ -17,6 +17,9 @@ VARIANTS = {"quickstart": ("base", "short")}
 def test_every_variant_is_a_valid_run(path: Path) -> None:
     for variant in VARIANTS.get(path.stem, ("base", "small")):
         config = RunConfig.from_dict(load_config_file(f"{path}:{variant}"))
-        config.model_config(vocab_size=config.model["vocab_size"])
+        if config.task == "images":
+            config.image_model_config()
+        else:
+            config.model_config(vocab_size=config.model["vocab_size"])
     with pytest.raises(ValueError, match="expected"):
         load_config_file(f"{path}:no_such_variant")

@@ -51,9 +51,12 @@ def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
         return row
     config, _, params, _ = load_run(folder)
     task = language_task(config)
-    gradient = jax.jit(jax.grad(lambda params: task.loss(params, task.train_batch(0), None, 1.0).loss))(
-        params
-    )
+
+    def loss(params: Any) -> jax.Array:
+        sums, _ = task.loss({"params": params}, task.train_batch(0), None, 1.0)
+        return sums.loss
+
+    gradient = jax.jit(jax.grad(loss))(params)
     first, last = (
         float(optax.tree.norm(gradient[f"layers_{i}"])) for i in (0, config.model["num_layers"] - 1)
     )

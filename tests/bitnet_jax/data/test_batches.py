@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_jax.data import DataError, TokenBatches, consecutive_batches
+from bitnet_jax.data import DataError, ExampleBatches, TokenBatches, consecutive_batches, whole_batches
 
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(0, 40))
 
@@ -126,3 +126,47 @@ def test_impossible_steps_and_windows() -> None:
     for length, stride in ((4, 5), (0, None), (4, 0)):
         with pytest.raises(DataError, match="expected each at least 1"):
             next(consecutive_batches(stream(9), length, 4, stride))
+
+
+EXAMPLES = {
+    "inputs": np.arange(30, dtype=np.float32).reshape(10, 3),
+    "targets": np.arange(10, dtype=np.int32),
+}
+
+
+def test_examples_come_once_an_epoch_by_step_alone() -> None:
+    batches = ExampleBatches(EXAMPLES, batch_size=4, seed=3)
+    seen = [batches.batch(step) for step in range(5)]
+    order = np.concatenate([batch["targets"] for batch in seen])
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10].tolist() != order[10:].tolist()
+    for batch in seen:
+        np.testing.assert_array_equal(batch["inputs"], EXAMPLES["inputs"][batch["targets"]])
+    again = ExampleBatches(EXAMPLES, batch_size=4, seed=3).batch(3)
+    np.testing.assert_array_equal(again["targets"], seen[3]["targets"])
+    other = ExampleBatches(EXAMPLES, batch_size=4, seed=4).batch(0)
+    assert other["targets"].tolist() != seen[0]["targets"].tolist()
+
+
+def test_whole_batches_hold_every_example_once() -> None:
+    found = list(whole_batches(EXAMPLES, 4))
+    assert [batch["inputs"].shape for batch in found] == [(4, 3)] * 3
+    weights = np.concatenate([batch["weights"] for batch in found])
+    targets = np.concatenate([batch["targets"] for batch in found])
+    np.testing.assert_array_equal(targets[weights == 1], np.arange(10))
+    np.testing.assert_array_equal(weights, [1] * 10 + [0] * 2)
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "message"),
+    [
+        (EXAMPLES, 0, "batch_size: got 0, expected at least 1"),
+        ({"inputs": np.zeros((2, 1)), "targets": np.zeros(3)}, 1, "expected as many of each"),
+        ({"inputs": np.zeros((0, 1)), "targets": np.zeros(0)}, 1, "at least one"),
+    ],
+)
+def test_examples_that_cannot_be_used(examples: dict[str, np.ndarray], batch_size: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ExampleBatches(examples, batch_size)
+    with pytest.raises(DataError, match="step: got -1"):
+        ExampleBatches(EXAMPLES, 1).batch(-1)

@@ -47,21 +47,35 @@ V, D, B, T = 5, 6, 4, 3
 TERNARY = Precision(weight="ternary_absmean")
 
 
-def toy_params(key: jax.Array) -> dict[str, Any]:
+def toy_variables(key: jax.Array) -> dict[str, Any]:
     embed, out = jax.random.split(key)
-    return {
+    params = {
         "embed": {"embedding": jax.random.normal(embed, (V, D))},
         "out": {"weight": jax.random.normal(out, (V, D))},
     }
+    return {
+        "params": params,
+        "counts": {"batches": jnp.zeros((), jnp.int32), "sum": jnp.zeros((), jnp.float32)},
+    }
 
 
-def toy_logits(params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+def toy_logits(variables: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+    params = variables["params"]
     weight = TERNARY.quantize_weight(params["out"]["weight"]).dequantize()
     return params["embed"]["embedding"][inputs] @ weight.T
 
 
-def toy_loss(params: Any, batch: Mapping[str, Any], key: Any, progress: Any) -> LossSums:
-    return cross_entropy_sums(toy_logits(params, batch["inputs"]), batch["targets"], batch.get("weights"))
+def toy_loss(
+    variables: Any, batch: Mapping[str, Any], key: Any, progress: Any
+) -> tuple[LossSums, dict[str, Any]]:
+    """Its model state counts batches and, as batch norm does, remembers with decay what they held."""
+    counts, inputs = variables["counts"], jnp.asarray(batch["inputs"])
+    counts = {
+        "batches": counts["batches"] + 1,
+        "sum": 0.9 * counts["sum"] + jnp.sum(inputs).astype(jnp.float32),
+    }
+    logits = toy_logits(variables, inputs)
+    return cross_entropy_sums(logits, batch["targets"], batch.get("weights")), {"counts": counts}
 
 
 def toy_batch(step: int) -> dict[str, np.ndarray]:
@@ -70,15 +84,15 @@ def toy_batch(step: int) -> dict[str, np.ndarray]:
     return {"inputs": inputs, "targets": (inputs + 1) % V}
 
 
-def toy_evaluate(params: Any) -> dict[str, float]:
+def toy_evaluate(variables: Any) -> dict[str, float]:
     batch = toy_batch(10**6)
-    return {"loss": float(cross_entropy(toy_logits(params, batch["inputs"]), batch["targets"]))}
+    return {"loss": float(cross_entropy(toy_logits(variables, batch["inputs"]), batch["targets"]))}
 
 
 @pytest.fixture
 def toy() -> Task:
     return Task(
-        init=toy_params,
+        init=toy_variables,
         loss=toy_loss,
         train_batch=toy_batch,
         tokens=B * T,

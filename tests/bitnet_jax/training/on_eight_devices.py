@@ -25,7 +25,7 @@ from bitnet_jax.training.sharding import (
 )
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import Metrics, make_train_step
-from bitnet_jax.training.task import init_params, model_loss
+from bitnet_jax.training.task import init_variables, model_loss
 
 ALONE, SPLIT = MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)
 STEPS, LEARNING_RATE = 4, 0.01
@@ -64,7 +64,7 @@ def optimizer() -> Optimizer:
 
 
 def first_state(recipe: str) -> TrainState:
-    return jax.jit(lambda key: TrainState.create(init_params(model(recipe), key), optimizer()))(
+    return jax.jit(lambda key: TrainState.create(init_variables(model(recipe), key), optimizer()))(
         jax.random.key(0)
     )
 
@@ -161,12 +161,12 @@ def test_a_run_goes_on_from_its_checkpoint_on_another_mesh(alone: Mapping[str, R
     assert held["opt_state/1/mu/embed/embedding"] == held["opt_state/1/nu/lm_head/weight"] == (32, 16)
 
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(STEPS // 2, half.state.params, half.state.opt_state, {})
+        checkpoints.save(STEPS // 2, half.state.variables, half.state.opt_state, {})
         checkpoints.wait()
         shapes = jax.eval_shape(lambda: half.state)
         shapes = with_shardings(shapes, state_shardings(make_mesh(other), shapes))
-        restored = checkpoints.restore(shapes.params, shapes.opt_state)
-    state = TrainState(half.state.step, restored.params, restored.opt_state)
+        restored = checkpoints.restore(shapes.variables, shapes.opt_state)
+    state = TrainState(half.state.step, restored.variables["params"], restored.opt_state)
     assert shards(state.opt_state)["1/mu/layers_0/mlp/down_proj/weight"] == (8, 32)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), jax.device_get(half.state), state)
 

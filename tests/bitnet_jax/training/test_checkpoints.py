@@ -59,7 +59,7 @@ def test_everything_comes_back_bit_for_bit(two: Path) -> None:
         restored = checkpoints.restore(*shapes())
     params = params_at(2)
     assert restored.step == restored.meta["step"] == restored.meta["data_position"] == 2
-    assert bits(restored.params) == bits(params)
+    assert bits(restored.variables) == bits(params)
     assert bits(restored.opt_state) == bits(OPTIMIZER.init(params))
     assert jax.tree.structure(restored.opt_state) == jax.tree.structure(OPTIMIZER.init(params))
 
@@ -73,7 +73,8 @@ def test_saving_is_safe_when_the_arrays_are_donated_at_once(folder: Path) -> Non
         overwrite(params)
         checkpoints.wait()
         assert (
-            bits(checkpoints.restore({"w": jax.ShapeDtypeStruct((1 << 16,), jnp.float32)}).params) == expected
+            bits(checkpoints.restore({"w": jax.ShapeDtypeStruct((1 << 16,), jnp.float32)}).variables)
+            == expected
         )
 
 
@@ -84,7 +85,7 @@ def test_reading_only_parameters_of_a_named_step_changes_nothing(two: Path) -> N
         restored = checkpoints.restore(shapes()[0], step=1)
         with pytest.raises(CheckpointError, match=r"no step 7; expected one of \[1, 2\]"):
             checkpoints.restore(shapes()[0], step=7)
-    assert bits(restored.params) == bits(params_at(1))
+    assert bits(restored.variables) == bits(params_at(1))
     assert restored.opt_state is None
     assert leftover.exists()
 
@@ -121,7 +122,7 @@ def data_files(step_folder: Path) -> Iterator[Path]:
 
 
 def largest(step_folder: Path) -> Path:
-    return max(data_files(step_folder / "params"), key=lambda path: path.stat().st_size)
+    return max(data_files(step_folder / "variables"), key=lambda path: path.stat().st_size)
 
 
 def flip_a_bit(path: Path) -> None:
@@ -155,12 +156,12 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
         assert "\n" not in str(error.value)
         restored = checkpoints.restore_latest_whole(*shapes())
         assert restored is not None
-        assert bits(restored.params) == bits(params_at(1))
+        assert bits(restored.variables) == bits(params_at(1))
         assert "trying the checkpoint before it" in caplog.text
         assert (two.parent / "damaged" / "2").is_dir()
         save(checkpoints, 2)  # the step can be saved again
         checkpoints.wait()
-        assert bits(checkpoints.restore(*shapes()).params) == bits(params_at(2))
+        assert bits(checkpoints.restore(*shapes()).variables) == bits(params_at(2))
 
 
 @pytest.mark.usefixtures("orbax_litter")

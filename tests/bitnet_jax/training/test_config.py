@@ -86,6 +86,12 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
             "data=4 times fsdp=2, expected a divisor of the 4 sequences",
         ),
         ({"model": MODEL, "seed": -1}, "seed: got -1"),
+        ({"model": MODEL, "task": "image"}, "config.task: got 'image', expected one of language, images"),
+        ({"model": MODEL | {"num_classes": 2}}, "model.num_classes: got 2 for task 'language'"),
+        ({"model": MODEL, "task": "text_classification"}, "model.num_classes: got 0 for task"),
+        ({"model": MODEL, "task": "images"}, "got transformer for task 'images', expected mlp, cnn or"),
+        ({"model": MODEL | {"architecture": "mlp"}}, "got 'mlp' for task 'language', expected transformer"),
+        ({"model": MODEL, "distillation": {"teacher": "x"}}, "distillation.teacher: got one for task 'lang"),
     ],
 )
 def test_wrong_settings_are_named(fields: dict[str, Any], message: str) -> None:

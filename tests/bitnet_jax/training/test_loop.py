@@ -34,12 +34,12 @@ def run(task: Task, config: RunConfig, path: Path, progress: bool = False) -> di
 
 
 def final_bits(task: Task, config: RunConfig, path: Path) -> list[bytes]:
-    """Parameters and optimizer state of the newest checkpoint."""
+    """Variables and optimizer state of the newest checkpoint."""
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     shapes = jax.eval_shape(lambda: TrainState.create(task.init(jax.random.key(0)), optimizer))
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(shapes.params, shapes.opt_state)
-    leaves = jax.tree.leaves((restored.params, restored.opt_state))
+        restored = checkpoints.restore(shapes.variables, shapes.opt_state)
+    leaves = jax.tree.leaves((restored.variables, restored.opt_state))
     return [np.int32(restored.step).tobytes(), *(np.asarray(leaf).tobytes() for leaf in leaves)]
 
 
@@ -209,7 +209,7 @@ def test_another_config_or_another_text_is_refused(toy: Task, tmp_path: Path, ru
     run(toy, run_config(), tmp_path)
     with pytest.raises(RunError, match=r"other settings \(optimizer.beta2: 0.95, 0.9; saved, then given\)"):
         run(toy, run_config(optimizer=dict(beta2=0.9)), tmp_path)
-    with pytest.raises(RunError, match="not the one this run began with"):
+    with pytest.raises(RunError, match="not the ones this run began with"):
         run(toy._replace(fingerprint=2), run_config(), tmp_path)
 
 

@@ -22,7 +22,7 @@ from bitnet_jax.training.optimizers import (
     make_optimizer,
     weight_decay,
 )
-from bitnet_jax.training.task import abstract_params
+from bitnet_jax.training.task import abstract_variables
 
 # float32 holds 7 digits; the schedules do two or three roundings
 CLOSE = 1e-6
@@ -105,7 +105,7 @@ def test_wrong_settings_are_refused(fields: dict[str, object], message: str) -> 
 def test_every_parameter_of_every_recipe_has_a_label() -> None:
     shape = dict(vocab_size=8, hidden_size=8, num_layers=1, num_heads=2, ffn_size=8, max_length=4)
     config = ModelConfig(**shape, precision="bit", position="learned", use_bias=True, tie_embeddings=False)
-    labels = label_parameters(abstract_params(config))
+    labels = label_parameters(abstract_variables(config)["params"])
     linear = labels["layers_0"]["mlp"]["up_proj"]
     assert linear == {
         "weight": "weight", "bias": "bias", "activation_scale": "quantizer", "activation_shift": "quantizer"
@@ -113,7 +113,9 @@ def test_every_parameter_of_every_recipe_has_a_label() -> None:
     assert labels["embed"]["embedding"] == labels["position_embed"]["embedding"] == "embedding"
     assert labels["final_norm"]["scale"] == "norm"
     assert labels["lm_head"]["weight"] == "weight"
-    learned = label_parameters(abstract_params(dataclasses.replace(config, precision="paretoq_2")))
+    learned = label_parameters(
+        abstract_variables(dataclasses.replace(config, precision="paretoq_2"))["params"]
+    )
     assert learned["layers_0"]["attention"]["q_proj"]["weight_scale"] == "quantizer"
 
 

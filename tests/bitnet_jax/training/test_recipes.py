@@ -13,7 +13,7 @@ from bitnet_jax.precision import RECIPES
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
-from bitnet_jax.training.task import init_params, model_loss
+from bitnet_jax.training.task import init_variables, model_loss
 
 STEPS = 10
 # 256 inputs everywhere, so that the largest scale groups and the Hadamard rotation fit.
@@ -43,7 +43,7 @@ def train(recipe: str, accumulate: int = 1, **fields: Any) -> tuple[TrainState, 
     )
     tokens = np.random.default_rng(0).integers(0, 17, (4, 9)).astype(np.int32)
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-    init = jax.jit(init_params, static_argnums=0)
+    init = jax.jit(init_variables, static_argnums=0)
     state = TrainState.create(init(config, jax.random.key(0)), optimizer)
     losses = []
     for _ in range(STEPS):

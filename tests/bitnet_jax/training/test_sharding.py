@@ -20,7 +20,7 @@ from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.loop import train
 from bitnet_jax.training.run_folder import RunFolder
 from bitnet_jax.training.sharding import MeshConfig, make_mesh, must_wait, partition_spec
-from bitnet_jax.training.task import Task, abstract_params
+from bitnet_jax.training.task import Task, abstract_variables
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 8}
 
@@ -52,7 +52,7 @@ def test_only_matrices_are_split_and_only_by_what_divides_them(
 
 
 def test_all_matrices_of_a_large_model_are_split_over_tensor_and_fsdp() -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(PRESETS["7b"]))
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_variables(PRESETS["7b"]))
     for path, leaf in leaves:
         spec = partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, SIZES)
         assert set(spec) == ({"fsdp", "tensor"} if len(leaf.shape) == 2 else set()), path
@@ -100,7 +100,7 @@ def test_a_run_may_go_on_with_another_mesh(
     ends = []
     for folder in ("whole", "moved"):
         with Checkpoints(tmp_path / folder / "checkpoints", read_only=True) as checkpoints:
-            ends.append(checkpoints.restore(shapes, step=6).params)
+            ends.append(checkpoints.restore(shapes, step=6).variables)
     # the order of float32 sums, behind Adam, whose learning rate is 0.01
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *ends)
 

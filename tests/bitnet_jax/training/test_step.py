@@ -11,13 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.models import BinaryMLP, BinaryMLPConfig, ModelConfig, Transformer
 from bitnet_jax.precision import Precision
 from bitnet_jax.training.losses import LossSums, cross_entropy
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
-from bitnet_jax.training.task import Task, init_params, model_loss
+from bitnet_jax.training.task import Task, init_variables, model_loss
 
 STEPS = 10
 KEY = jax.random.key(7)
@@ -43,7 +43,7 @@ def test_one_update_is_the_gradient_of_the_mean_loss_through_the_optimizer(toy: 
     before = fresh(toy)
 
     def mean_loss(params: Any) -> jax.Array:
-        sums = toy.loss(params, batch, None, 0.0)
+        sums, _ = toy.loss(before.variables | {"params": params}, batch, None, 0.0)
         return sums.loss / sums.weight
 
     loss, gradients = jax.value_and_grad(mean_loss)(before.params)
@@ -78,15 +78,15 @@ def test_micro_batches_add_up_to_the_big_batch(toy: Task, accumulate: int) -> No
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a.params, b.params)
 
 
-def noisy(params: Any, batch: Any, key: jax.Array, progress: jax.Array) -> LossSums:
+def noisy(variables: Any, batch: Any, key: jax.Array, progress: jax.Array) -> tuple[LossSums, dict[str, Any]]:
     """Its loss is a random number, its accuracy the progress."""
-    loss = jax.random.uniform(key) + 0 * jnp.sum(params["w"]["weight"])
-    return LossSums(loss, progress, jnp.float32(1))
+    loss = jax.random.uniform(key) + 0 * jnp.sum(variables["params"]["w"]["weight"])
+    return LossSums(loss, progress, jnp.float32(1)), {}
 
 
 def test_randomness_and_progress_follow_from_key_and_step_alone() -> None:
     def loss_at(step: int, seed: int, **options: Any) -> float:
-        state = TrainState.create({"w": {"weight": jnp.ones(2)}}, optimizer())
+        state = TrainState.create({"params": {"w": {"weight": jnp.ones(2)}}}, optimizer())
         update = make_train_step(noisy, optimizer(), total_steps=STEPS, **options)
         batch = {"inputs": np.zeros((2, 1), np.int32)}
         _, metrics = update(state.replace(step=jnp.int32(step)), batch, jax.random.key(seed))
@@ -99,16 +99,16 @@ def test_randomness_and_progress_follow_from_key_and_step_alone() -> None:
     assert loss_at(3, 1, accumulate=2) != loss_at(3, 1)
 
 
-def exploding(params: Any, batch: Any, key: Any, progress: Any) -> LossSums:
-    w = params["w"]["weight"]
-    return LossSums(jnp.sum(w * batch["factor"]), jnp.float32(0), jnp.float32(1))
+def exploding(variables: Any, batch: Any, key: Any, progress: Any) -> tuple[LossSums, dict[str, Any]]:
+    w = variables["params"]["w"]["weight"]
+    return LossSums(jnp.sum(w * batch["factor"]), jnp.float32(0), jnp.float32(1)), {}
 
 
 @pytest.mark.parametrize(
     ("factor", "finite"), [(1.0, True), (np.nan, False), (np.inf, False), (3e38, False), (-1e30, False)]
 )
 def test_the_finite_flag_sees_losses_and_gradients_that_overflow(factor: float, finite: bool) -> None:
-    state = TrainState.create({"w": {"weight": jnp.array([1.0, 2.0])}}, optimizer())
+    state = TrainState.create({"params": {"w": {"weight": jnp.array([1.0, 2.0])}}}, optimizer())
     _, metrics = make_train_step(exploding, optimizer(), total_steps=STEPS)(
         state, {"factor": np.full((2,), factor, np.float32)}, KEY
     )
@@ -142,28 +142,59 @@ SHAPE = dict(vocab_size=8, hidden_size=8, num_layers=1, num_heads=2, ffn_size=8,
 TOKENS = np.arange(8, dtype=np.int32).reshape(2, 4)
 
 
-def model_with_params(**fields: Any) -> tuple[Transformer, Any, Any]:
-    """(model, parameters, compiled loss); compiled, for running a model op by op takes seconds."""
+def model_with_variables(**fields: Any) -> tuple[Transformer, Any, Any]:
+    """(model, variables, compiled loss); compiled, for running a model op by op takes seconds."""
     config = ModelConfig(**SHAPE, **fields)
     model = Transformer(config)
-    return model, jax.jit(partial(init_params, config))(jax.random.key(0)), jax.jit(model_loss(model))
+    loss = model_loss(model)
+    return model, jax.jit(partial(init_variables, config))(jax.random.key(0)), jax.jit(lambda *a: loss(*a)[0])
 
 
 def test_the_loss_of_a_language_model() -> None:
-    model, params, loss = model_with_params(dropout=0.5)
+    model, variables, loss = model_with_variables(dropout=0.5)
     batch = {"inputs": TOKENS, "targets": (TOKENS + 1) % 8}
-    quiet = loss(params, batch, None, 1.0)
-    logits = jax.jit(model.apply)({"params": params}, TOKENS).logits
+    quiet = loss(variables, batch, None, 1.0)
+    logits = jax.jit(model.apply)(variables, TOKENS).logits
     assert float(quiet.loss / quiet.weight) == pytest.approx(float(cross_entropy(logits, batch["targets"])))
-    draws = {float(loss(params, batch, jax.random.key(seed), 1.0).loss) for seed in (1, 1, 2)}
+    draws = {float(loss(variables, batch, jax.random.key(seed), 1.0).loss) for seed in (1, 1, 2)}
     assert len(draws) == 2  # a key switches dropout on, the same key gives the same mask
 
 
 def test_the_loss_of_a_classifier_sees_no_padding() -> None:
-    _, params, loss = model_with_params(num_classes=3, causal=False)
+    _, variables, loss = model_with_variables(num_classes=3, causal=False)
     mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
     batch = {"inputs": TOKENS, "targets": np.array([0, 2], np.int32), "mask": mask}
-    sums = loss(params, batch, None, 1.0)
+    sums = loss(variables, batch, None, 1.0)
     assert float(sums.weight) == 2
-    assert loss(params, dict(batch, inputs=np.where(mask, TOKENS, 7)), None, 1.0).loss == sums.loss
-    assert loss(params, dict(batch, inputs=np.where(mask, 7, TOKENS)), None, 1.0).loss != sums.loss
+    assert loss(variables, dict(batch, inputs=np.where(mask, TOKENS, 7)), None, 1.0).loss == sums.loss
+    assert loss(variables, dict(batch, inputs=np.where(mask, 7, TOKENS)), None, 1.0).loss != sums.loss
+
+
+def test_the_model_state_passes_through_micro_batches_in_order(toy: Task) -> None:
+    """Two updates of two micro-batches: four steps of a decaying memory, whose order shows in its value."""
+    update, state = step_of(toy, accumulate=2), fresh(toy)
+    expected = 0.0
+    for step in range(2):
+        batch = toy.train_batch(step)
+        state, _ = update(state, batch, KEY)
+        for part in np.split(batch["inputs"], 2):
+            expected = 0.9 * expected + float(part.sum())
+    assert int(state.model_state["counts"]["batches"]) == 4
+    assert float(state.model_state["counts"]["sum"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_batch_statistics_are_those_of_the_batches_seen() -> None:
+    config = BinaryMLPConfig(image_size=2, num_classes=3, hidden_size=4, num_layers=1)
+    update = make_train_step(
+        model_loss(BinaryMLP(config)), optimizer(), total_steps=STEPS, precisions=config.precisions()
+    )
+    variables = init_variables(config, jax.random.key(0))
+    inputs = np.random.default_rng(0).normal(size=(8, 2, 2, 1)).astype(np.float32)
+    batch = {"inputs": inputs, "targets": np.arange(8, dtype=np.int32) % 3}
+    first = inputs.reshape(8, 4) @ np.asarray(variables["params"]["dense_0"]["weight"]).T
+    state, metrics = update(TrainState.create(variables, optimizer()), batch, KEY)
+    assert bool(metrics["finite"])
+    found = state.model_state["batch_stats"]["dense_0_norm"]
+    # float32 sums in another order
+    np.testing.assert_allclose(found["mean"], 0.1 * first.mean(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["var"], 0.9 + 0.1 * first.var(axis=0), rtol=1e-4)

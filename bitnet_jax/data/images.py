@@ -1,0 +1,186 @@
+"""Labelled images: MNIST's idx files, and drawn digits that need no file.
+
+A source of images is one of
+
+    drawn      digits of seven segments, drawn here: present everywhere, and not quite trivial
+    FOLDER     {train,t10k}-images-idx3-ubyte[.gz] and {train,t10k}-labels-idx1-ubyte[.gz], as MNIST comes
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bitnet_jax.data.errors import DataError, one_line
+from bitnet_jax.data.text import resolve_path
+
+IDX_UINT8 = 0x08  # the only element type of the image sets
+DRAWN_EXAMPLES = (4000, 1000)  # to train on, held out
+DRAWN_SIZE = 16
+
+
+class LabelledImages(NamedTuple):
+    images: np.ndarray  # float32 [N, height, width, C], see load_images
+    labels: np.ndarray  # int32 [N], from 0
+
+
+class ImageSets(NamedTuple):
+    train: LabelledImages
+    valid: LabelledImages
+    classes: int
+
+
+def load_images(
+    source: str = "drawn",
+    *,
+    size: int | None = None,
+    limit: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+) -> ImageSets:
+    """Both parts of a source (see the module docstring), pixels shifted and scaled alike.
+
+    Over all pixels of the training images the mean is 0 and the standard deviation 1.
+
+    Args:
+      size: rows and columns to shrink to by averaging areas; None: as they are.
+      limit: train on so many images only, the first ones.
+      root: folder that a relative path is meant below, see `resolve_path`.
+
+    Raises:
+      DataError: a file is missing, damaged or of another kind; the two parts do not fit each other.
+    """
+    if source == "drawn":
+        train, valid = drawn_digits(DRAWN_EXAMPLES[0], seed=0), drawn_digits(DRAWN_EXAMPLES[1], seed=1)
+    else:
+        folder = resolve_path(source, root)
+        train, valid = _read_pair(folder, "train"), _read_pair(folder, "t10k")
+    if train.images.shape[1:] != valid.images.shape[1:]:
+        raise DataError(
+            f"{source}: got training images of {train.images.shape[1:3]} pixels and held-out ones of "
+            f"{valid.images.shape[1:3]}, expected one size"
+        )
+    if limit is not None:
+        if not 1 <= limit <= len(train.labels):
+            raise DataError(
+                f"data.limit: got {limit}, expected 1 to the {len(train.labels)} images of {source}"
+            )
+        train = LabelledImages(train.images[:limit], train.labels[:limit])
+    images = [part.images.astype(np.float32) for part in (train, valid)]
+    if size is not None:
+        images = [shrink(part, size) for part in images]
+    mean, deviation = images[0].mean(dtype=np.float64), images[0].std(dtype=np.float64)
+    if deviation == 0:
+        raise DataError(f"{source}: got training images of one colour, expected pixels that differ")
+    train, valid = (
+        LabelledImages(((part - mean) / deviation).astype(np.float32), labels)
+        for part, labels in zip(images, (train.labels, valid.labels), strict=True)
+    )
+    return ImageSets(train, valid, int(max(train.labels.max(), valid.labels.max())) + 1)
+
+
+def _read_pair(folder: Path, part: str) -> LabelledImages:
+    images = read_idx(_one_of(folder, f"{part}-images-idx3-ubyte"), axes=3)
+    labels = read_idx(_one_of(folder, f"{part}-labels-idx1-ubyte"), axes=1)
+    if len(images) != len(labels) or not len(images):
+        raise DataError(
+            f"{folder}: got {len(images)} {part} images and {len(labels)} labels, expected as many, at least one"
+        )
+    return LabelledImages(images[..., None], labels.astype(np.int32))
+
+
+def _one_of(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(
+        f"{folder}: got no {name} or {name}.gz, expected the four files of MNIST; check data.source"
+    )
+
+
+def read_idx(path: Path, axes: int) -> np.ndarray:
+    """The uint8 array of an idx file with so many axes, unpacked where the name ends in .gz.
+
+    Format: two zero bytes, the type, the number of axes, each axis as a big-endian uint32, then the elements.
+
+    Raises:
+      DataError: not such a file, damaged, or its size is not what its header says.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * axes)
+            if header[:4] != bytes((0, 0, IDX_UINT8, axes)) or len(header) < 4 + 4 * axes:
+                raise DataError(
+                    f"{path}: got a file that begins {header[:4].hex(' ')!r}, expected the idx file of a uint8 "
+                    f"array with {axes} axes, 00 00 08 {axes:02x}"
+                )
+            shape = struct.unpack(f">{axes}I", header[4:])
+            expected = int(np.prod(shape, dtype=object))
+            content = file.read()  # what is there, not what the header claims
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: got damaged gzip data ({one_line(error)}); copy the file again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); check its permissions") from error
+    if len(content) != expected:
+        raise DataError(
+            f"{path}: got {len(content)} bytes behind the header, expected the {expected} of a "
+            f"{' x '.join(map(str, shape))} array; copy the file again"
+        )
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def shrink(images: np.ndarray, size: int) -> np.ndarray:
+    """float32 [N, height, width, C] to size x size pixels, each the mean of the area that it covers."""
+    if not 1 <= size <= min(images.shape[1:3]):
+        raise DataError(
+            f"data.image_size: got {size}, expected 1 to the {min(images.shape[1:3])} pixels of the images"
+        )
+    count, height, width, channels = images.shape
+    rows, columns = _coverage(height, size), _coverage(width, size)
+    areas = np.kron(rows, columns)  # one large product is several times as fast as one by one
+    flat = images.transpose(0, 3, 1, 2).reshape(count * channels, height * width).astype(np.float32)
+    return (flat @ areas.T).reshape(count, channels, size, size).transpose(0, 2, 3, 1)
+
+
+def _coverage(old: int, new: int) -> np.ndarray:
+    """float32 [new, old]: the share of each new pixel that an old one covers."""
+    edges = np.arange(new + 1)[:, None] * (old / new)
+    pixels = np.arange(old)[None]
+    overlap = np.minimum(edges[1:], pixels + 1.0) - np.maximum(edges[:-1], pixels)
+    return (np.clip(overlap, 0, None) * (new / old)).astype(np.float32)
+
+
+# Segments of a digit: top, upper left, upper right, middle, lower left, lower right, bottom.
+SEGMENTS = ("abcefg", "cf", "acdeg", "acdfg", "bcdf", "abdfg", "abdefg", "acf", "abcdefg", "abcdfg")
+
+
+def drawn_digits(count: int, seed: int, size: int = DRAWN_SIZE) -> LabelledImages:
+    """Digits of seven segments at random places, widths, heights, slants and brightness, in noise.
+
+    Returns: images float32 [count, size, size, 1] from 0 to 255, labels int32 [count].
+    """
+    rng = np.random.Generator(np.random.Philox(seed))
+    labels = rng.integers(0, 10, count).astype(np.int32)
+    images = np.zeros((count, size, size), np.float32)
+    along = np.linspace(0, 1, 2 * size)[None]  # a stroke, from its beginning to its end
+    for image, label in zip(images, labels, strict=True):
+        height, width = rng.integers(8, 11), rng.integers(4, 7)
+        top, left = ((size - extent) // 2 + rng.integers(-1, 2) for extent in (height, width))
+        slant, brightness = rng.uniform(-0.15, 0.15), rng.uniform(0.6, 1)
+        middle = height // 2
+        strokes = {
+            "a": (0, 0, 0, width), "d": (middle, 0, middle, width), "g": (height, 0, height, width),
+            "b": (0, 0, middle, 0), "e": (middle, 0, height, 0),
+            "c": (0, width, middle, width), "f": (middle, width, height, width),
+        }  # fmt: skip
+        y0, x0, y1, x1 = np.array([strokes[segment] for segment in SEGMENTS[label]]).T[:, :, None]
+        y, x = y0 + along * (y1 - y0), x0 + along * (x1 - x0)
+        columns = np.clip(np.rint(left + x + slant * (middle - y)), 0, size - 1)
+        image[(top + np.rint(y)).astype(int), columns.astype(int)] = brightness
+    images += rng.normal(0, 0.2, images.shape).astype(np.float32)
+    return LabelledImages(np.clip(images * 255, 0, 255)[..., None], labels)

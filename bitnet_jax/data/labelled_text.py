@@ -1,0 +1,159 @@
+"""Labelled texts for a classifier: JSON lines, and a source that every Python brings along.
+
+A source is one of
+
+    keywords               lines of the standard library; the class is the keyword that began the line, cut off
+    FILE.jsonl[.gz]        one example a line: {"text": ..., "label": a number or a word}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bitnet_jax.data import standard_library
+from bitnet_jax.data.corpus import load_tokenizer
+from bitnet_jax.data.errors import DataError, one_line
+from bitnet_jax.data.text import Document, checked_text, read_lines, resolve_path, unit_hash
+from bitnet_jax.data.tokenizers import Tokenizer
+
+KEYWORDS = ("class", "def", "for", "if", "raise", "return")
+KEYWORD_EXAMPLES = 500  # of each class
+
+
+class Example(NamedTuple):
+    text: str
+    label: int | str
+
+
+class LabelledText(NamedTuple):
+    """Token ids of both parts, cut or filled up to one length; `mask` is False where filled."""
+
+    tokenizer: Tokenizer
+    classes: tuple[int | str, ...]  # label of each class
+    train: dict[str, np.ndarray]  # inputs int32 [N, T], mask bool [N, T], targets int32 [N]
+    valid: dict[str, np.ndarray]
+
+
+def load_labelled_text(
+    source: str = "keywords",
+    *,
+    length: int,
+    tokenizer: str = "byte",
+    valid_source: str | None = None,
+    valid_fraction: float = 0.1,
+    limit: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+) -> LabelledText:
+    """Read, split, tokenize.
+
+    Args:
+      length: T; longer texts are cut behind it.
+      tokenizer: see `load_corpus`.
+      valid_source: hold out all of it; None: the share `valid_fraction` of `source`, chosen by a hash of the text.
+      limit: train on so many examples only, the first ones.
+      root: folder that relative paths are meant below, see `resolve_path`.
+
+    Raises:
+      DataError: a source cannot be read, a part is empty, or a held-out label is not among the trained ones.
+    """
+    examples = read_examples(source, root)
+    if valid_source is None:
+        held_out = [unit_hash(example.text) < valid_fraction for example in examples]
+        train = [example for example, out in zip(examples, held_out, strict=True) if not out]
+        valid = [example for example, out in zip(examples, held_out, strict=True) if out]
+    else:
+        train, valid = examples, read_examples(valid_source, root)
+    train = train[:limit]
+    if not train or not valid:
+        raise DataError(
+            f"{source}: got {len(train)} texts to train on and {len(valid)} held out, expected at least one "
+            "each; use another data.valid_fraction or data.valid_source"
+        )
+    kinds = {type(example.label) for example in train}
+    if len(kinds) > 1:
+        raise DataError(f"{source}: got labels that are numbers and words, expected one of these")
+    classes: tuple[int | str, ...] = tuple(sorted({example.label for example in train}))
+    strange = sorted({str(example.label) for example in valid} - set(map(str, classes)))
+    if strange:
+        raise DataError(f"{source}: got held-out labels {strange} that no training text has")
+    made = load_tokenizer(tokenizer, [Document("", example.text) for example in train], root)
+    return LabelledText(
+        made, classes, _encode(train, classes, made, length), _encode(valid, classes, made, length)
+    )
+
+
+def _encode(
+    examples: list[Example], classes: tuple[int | str, ...], tokenizer: Tokenizer, length: int
+) -> dict[str, np.ndarray]:
+    inputs = np.zeros((len(examples), length), np.int32)
+    mask = np.zeros((len(examples), length), bool)
+    for row, example in enumerate(examples):
+        ids = tokenizer.encode(example.text)[:length]
+        inputs[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    numbers = {label: number for number, label in enumerate(classes)}
+    targets = np.array([numbers[example.label] for example in examples], np.int32)
+    return {"inputs": inputs, "mask": mask, "targets": targets}
+
+
+def read_examples(source: str, root: str | os.PathLike[str] | None = None) -> list[Example]:
+    """All examples of a source (see the module docstring), in its order. Raises DataError."""
+    if source == "keywords":
+        return _keyword_examples()
+    path = resolve_path(source, root)
+    if not path.name.removesuffix(".gz").endswith(".jsonl"):
+        raise DataError(f"{path}: got this name, expected FILE.jsonl or FILE.jsonl.gz; correct data.source")
+    return [_example(line, f"{path}:{number}") for number, line in read_lines(path) if line.strip()]
+
+
+def _example(line: bytes, where: str) -> Example:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: got damaged JSON ({one_line(error)}), expected one object a line"
+        ) from error
+    text = record.get("text") if isinstance(record, dict) else None
+    label = record.get("label") if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text or not isinstance(label, int | str) or isinstance(label, bool):
+        raise DataError(
+            f'{where}: got no text or no label, expected {{"text": "...", "label": a number or a word}}'
+        )
+    return Example(checked_text(text, where), label)
+
+
+def _keyword_examples() -> list[Example]:
+    """KEYWORD_EXAMPLES different lines of each keyword, in the order of a hash."""
+    root = standard_library.folder()
+    lines: dict[str, set[str]] = {keyword: set() for keyword in KEYWORDS}
+    for path in standard_library.source_files(root):
+        for line in _text_lines(path):
+            keyword, _, rest = line.strip().partition(" ")
+            if keyword in lines and len(rest.strip()) > 3:
+                lines[keyword].add(rest.strip())
+    few = {keyword: len(found) for keyword, found in lines.items() if len(found) < KEYWORD_EXAMPLES}
+    if few:
+        raise DataError(f"{root}: got only {few} lines, expected {KEYWORD_EXAMPLES} of each keyword")
+    # By another hash than the one that holds out: its smallest values must not all be chosen.
+    order = {
+        Example(text, keyword): unit_hash(f"{keyword} {text}") for keyword in lines for text in lines[keyword]
+    }
+    chosen = [
+        example
+        for keyword in KEYWORDS
+        for example in sorted((e for e in order if e.label == keyword), key=order.__getitem__)[
+            :KEYWORD_EXAMPLES
+        ]
+    ]
+    return sorted(chosen, key=order.__getitem__)
+
+
+def _text_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError):  # a few files declare another encoding on purpose
+        return []

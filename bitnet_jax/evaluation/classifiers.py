@@ -1,0 +1,71 @@
+"""How well a classifier does on labelled examples, in batches: the held-out measurement of a training run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from bitnet_jax.data.errors import DataError
+from bitnet_jax.evaluation.classification import f1, macro_f1, matthews
+from bitnet_jax.evaluation.language import token_nats
+from bitnet_jax.models import Architecture, build_model
+
+
+@dataclass(frozen=True, eq=False)
+class ClassificationScore:
+    nats: float  # sum of -ln P(class)
+    labels: np.ndarray  # int [N]
+    predictions: np.ndarray  # int [N]
+
+    def summary(self) -> dict[str, float]:
+        """Means over the examples; `f1` is that of class 1 where there are two classes, else the mean over classes."""
+        accuracy = float(np.mean(self.labels == self.predictions))
+        two = max(self.labels.max(), self.predictions.max()) < 2
+        return {
+            "loss": self.nats / len(self.labels),
+            "accuracy": accuracy,
+            "error": 100 * (1 - accuracy),  # per cent
+            "f1": (f1 if two else macro_f1)(self.labels, self.predictions),
+            "matthews": matthews(self.labels, self.predictions),
+        }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(
+    config: Architecture, variables: Mapping[str, Any], batch: Mapping[str, Array]
+) -> tuple[Float[Array, ""], Int[Array, "B"]]:
+    mask: dict[str, Any] = {"mask": batch["mask"]} if "mask" in batch else {}
+    output: Any = build_model(config).apply(variables, batch["inputs"], **mask)
+    logits, weights = output.logits, batch["weights"]
+    return jnp.sum(weights * token_nats(logits, batch["targets"])), jnp.argmax(logits, axis=-1)
+
+
+def score_classifier(
+    config: Architecture, variables: Mapping[str, Any], batches: Iterable[Mapping[str, np.ndarray]]
+) -> ClassificationScore:
+    """Score a model, latent or packed, in its deterministic form.
+
+    Args:
+      batches: {"inputs", "targets" int32 [B], "weights" float32 [B], 0 for what only fills up, and for texts
+        "mask"}, as `whole_batches` makes them.
+
+    Raises:
+      DataError: no examples.
+    """
+    nats, labels, predictions = 0.0, [], []
+    for batch in batches:
+        loss, given = _measure(config, variables, dict(batch))
+        real = batch["weights"] > 0
+        nats += float(loss)
+        labels.append(batch["targets"][real])
+        predictions.append(np.asarray(given)[real])
+    if not sum(map(len, labels)):
+        raise DataError("got no examples to score a classifier on, expected at least one")
+    return ClassificationScore(nats, np.concatenate(labels), np.concatenate(predictions))

@@ -1,0 +1,116 @@
+"""The tasks of a run config by name, and the two that are classification: of images and of texts."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+from jaxtyping import PyTree
+
+from bitnet_jax.data import (
+    ExampleBatches,
+    Tokenizer,
+    load_images,
+    load_labelled_text,
+    whole_batches,
+)
+from bitnet_jax.evaluation.classifiers import score_classifier
+from bitnet_jax.models import Architecture, build_model
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.distillation import distilled_loss, teach
+from bitnet_jax.training.task import Task, init_variables, language_task, model_loss
+
+
+def image_task(config: RunConfig) -> Task:
+    """Classes of images.
+
+    Raises:
+      DataError (a ValueError): the images cannot be used.
+      ValueError: the model does not fit the data.
+    """
+    data, model = config.data, config.image_model_config()
+    sets = load_images(data.source, size=data.image_size, limit=data.limit, root=data.root)
+    expected = tuple(getattr(model, name) for name in ("image_size", "image_size", "channels"))
+    if sets.train.images.shape[1:] != expected:
+        raise ValueError(
+            f"the model takes images of {expected}, the data have {sets.train.images.shape[1:]}; change "
+            "model.image_size and model.channels, or data.image_size"
+        )
+    train, valid = ({"inputs": part.images, "targets": part.labels} for part in (sets.train, sets.valid))
+    return _classification(config, model, train, valid, sets.classes, None)
+
+
+def text_task(config: RunConfig) -> Task:
+    """Classes of texts, learned from labels or from another classifier (section `distillation`).
+
+    Raises:
+      DataError (a ValueError): the texts cannot be used.
+      ValueError: the model, or the teacher, does not fit.
+      RunError, CheckpointError: there is no teacher.
+    """
+    data = config.data
+    texts = load_labelled_text(
+        data.source,
+        length=data.length,
+        tokenizer=data.tokenizer,
+        valid_source=data.valid_source,
+        valid_fraction=data.valid_fraction,
+        limit=data.limit,
+        root=data.root,
+    )
+    model = config.model_config(texts.tokenizer.vocab_size)
+    task = _classification(config, model, texts.train, texts.valid, len(texts.classes), texts.tokenizer)
+    if config.distillation.teacher is None:
+        return task
+    teacher = teach(config.distillation, model)
+    return task._replace(
+        loss=distilled_loss(build_model(model), config.distillation),
+        train_batch=lambda step: teacher(task.train_batch(step)),
+    )
+
+
+def _classification(
+    config: RunConfig,
+    model: Architecture,
+    train: Mapping[str, np.ndarray],
+    valid: Mapping[str, np.ndarray],
+    classes: int,
+    tokenizer: Tokenizer | None,
+) -> Task:
+    got = model.num_classes  # type: ignore[attr-defined]  # every classifier's config has it
+    if got != classes:
+        raise ValueError(f"model.num_classes: got {got}, the data have {classes} classes")
+    batches = ExampleBatches(train, config.data.batch_size, config.seed)
+    held_out = config.evaluation
+    valid_batches = list(itertools.islice(whole_batches(valid, held_out.batch_size), held_out.batches))
+
+    def evaluate(variables: Mapping[str, PyTree]) -> dict[str, float]:
+        return score_classifier(model, variables, valid_batches).summary()
+
+    return Task(
+        init=partial(init_variables, model),
+        loss=model_loss(build_model(model), config.training.z_loss),
+        train_batch=batches.batch,
+        tokens=config.data.batch_size,
+        evaluate=evaluate,
+        precisions=model.precisions(),
+        tokenizer=tokenizer,
+        fingerprint=_fingerprint(train),
+    )
+
+
+def _fingerprint(examples: Mapping[str, np.ndarray]) -> int:
+    checksum = 0
+    for name in sorted(examples):
+        checksum = zlib.crc32(np.ascontiguousarray(examples[name]).view(np.uint8).data, checksum)
+    return checksum
+
+
+TASKS: dict[str, Callable[[RunConfig], Task]] = {
+    "language": language_task,
+    "images": image_task,
+    "text_classification": text_task,
+}

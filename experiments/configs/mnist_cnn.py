@@ -1,0 +1,38 @@
+"""A small convolutional network on MNIST: XNOR-Net, or Bi-Real Net with `model.shortcut`.
+
+    python -m experiments.run --config=experiments/configs/mnist_cnn.py --workdir=runs/mnist_cnn
+    python -m experiments.run --config=experiments/configs/mnist_cnn.py:small --workdir=runs/mnist_cnn-small
+
+Everything but the model is that of mnist_mlp.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from experiments.configs import mnist_mlp
+
+
+def get_config(variant: str = "base") -> ConfigDict:
+    if variant not in ("base", "small"):
+        raise ValueError(f"mnist_cnn: got variant {variant!r}, expected base or small")
+    small = variant == "small"
+    config = mnist_mlp.get_config(variant)
+
+    config.model = model = ConfigDict()
+    model.architecture = "cnn"
+    model.image_size = 16
+    model.num_classes = 10
+    model.widths = (8, 16) if small else (16, 32, 64)  # of the first convolution, then of each stage
+    model.convolutions = 1 if small else 2  # of a stage, whose last one is pooled
+    model.shortcut = False  # True: Bi-Real Net's, around every binary convolution
+    model.activation = "hardtanh"
+    model.init_std = 0.05
+    model.precision = "xnor"  # signs with the scales mean|w| of a filter and mean|x| of a window
+    model.first = "float32"
+    model.last = "float32"
+
+    config.training.steps = 120 if small else 1200  # 2 epochs
+    config.training.eval_every = 60 if small else 600
+    config.training.checkpoint_every = 60 if small else 1200
+    return config

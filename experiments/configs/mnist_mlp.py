@@ -1,0 +1,60 @@
+"""A multilayer perceptron on MNIST, the base setting of the binary networks' history.
+
+    python -m experiments.run --config=experiments/configs/mnist_mlp.py --workdir=runs/mnist_mlp
+    python -m experiments.run --config=experiments/configs/mnist_mlp.py:small --workdir=runs/mnist_mlp-small
+
+The layout is BNN's (1602.02830): product, batch norm, hard tanh, sign; first and last weights float. Narrower, on
+smaller images and trained for fewer epochs than the papers': minutes on two cores. The small variant draws its images.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "base") -> ConfigDict:
+    if variant not in ("base", "small"):
+        raise ValueError(f"mnist_mlp: got variant {variant!r}, expected base or small")
+    small = variant == "small"
+    config = ConfigDict()
+    config.seed = 0
+    config.task = "images"
+
+    config.model = model = ConfigDict()
+    model.architecture = "mlp"
+    model.image_size = 16  # pixels a side, BitNetMCU's size
+    model.num_classes = 10
+    model.hidden_size = 64 if small else 256
+    model.num_layers = 3  # hidden ones
+    model.norm = "batch"  # behind each product
+    model.activation = "hardtanh"  # what a sign leaves of it is the sign of its input
+    model.init_std = 0.05  # of latents that are clipped at 1
+    model.precision = "bnn"  # weights and activations +-1
+    model.first = "float32"  # pixels are no signs
+    model.last = "float32"
+
+    config.data = data = ConfigDict()
+    data.source = (
+        "drawn" if small else "vision/mnist"
+    )  # below data.root (default: environment BITNET_JAX_DATA)
+    data.image_size = 16  # shrink 28 x 28 by averaging areas
+    data.batch_size = 50 if small else 100
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.schedule = "linear"  # to 0
+    optimizer.learning_rate = 3e-3  # BNN's first rate
+    optimizer.weight_decay = 0.0  # latents are clipped instead
+    optimizer.beta2 = 0.999
+    optimizer.clip_norm = None
+
+    config.training = training = ConfigDict()
+    training.steps = 240 if small else 3000  # 5 epochs of 60,000
+    training.log_every = 40 if small else 100
+    training.statistics_every = 40 if small else 100
+    training.eval_every = 80 if small else 600  # an epoch
+    training.checkpoint_every = 80 if small else 3000
+
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.batches = None  # all held-out images
+    evaluation.batch_size = 500
+    return config

@@ -1,0 +1,31 @@
+"""Runs of the study: the scale of binary weights measured or learned, with and without batch norm behind it."""
+
+from __future__ import annotations
+
+from experiments.sections import arms_table, curves
+from experiments.study import product
+
+QUESTION = "Is a learned scale of binary weights better than mean|W|?"
+SOURCE = "BiT 2205.13016, ParetoQ 2502.02631, LSQ 1902.08153"
+PAPER_EFFECT = "learned >= analytic; little where a norm follows"
+VERDICT = "open"
+EFFECT = "no norm, learned"
+
+CONFIG = "experiments/configs/mnist_mlp.py"
+METRIC = "valid_error"  # per cent of the test images
+BASELINE = "no norm, analytic"
+
+_BINARY = {"weight": "binary", "weight_ste": "clipped", "granularity": "channel"}
+ARMS = product(
+    {
+        "no norm": {"model.norm": "none", "model.activation": "relu"},
+        "batch norm": {"model.norm": "batch", "model.activation": "relu"},
+    },
+    {
+        "analytic": {"model.precision": {**_BINARY, "scale": "analytic"}},
+        "learned": {"model.precision": {**_BINARY, "scale": "learned"}},
+    },
+    join=", ",
+)
+SEEDS = (0, 1, 2)
+REPORT = (arms_table("valid_loss", "train_loss"), curves())

@@ -1,0 +1,35 @@
+"""Runs of the study: one small network, every layer of it, at six precisions."""
+
+from __future__ import annotations
+
+from experiments.sections import arms_table, curves
+
+QUESTION = "What does each precision of the weights cost a small network on MNIST?"
+SOURCE = "BitNetMCU, raw run files (w = 64, 30 epochs)"
+PAPER_EFFECT = "binary +1.2 points of error, ternary +0.6, 2 bits +0.3, 4 bits +0.2, 8 bits +0.1"
+VERDICT = "open"
+EFFECT = "binary"
+
+CONFIG = "experiments/configs/mnist_mlp.py"
+METRIC = "valid_error"  # per cent of the test images
+BASELINE = "float32"
+
+_NETWORK = {
+    "model.hidden_size": 64,
+    "model.norm": "rmsnorm",  # in front of each layer, without gain
+    "model.activation": "relu",
+    "optimizer.learning_rate": 1e-3,
+}
+ARMS = {
+    name: {**_NETWORK, "model.precision": recipe, "model.first": recipe, "model.last": recipe}
+    for name, recipe in {
+        "float32": "float32",
+        "8 bits": "int8(granularity=tensor)",
+        "4 bits": "int4(granularity=tensor)",
+        "2 bits": "int2(granularity=tensor)",
+        "ternary": "bitnet_b158",
+        "binary": "bitnet",
+    }.items()
+}
+SEEDS = (0, 1, 2, 3, 4)
+REPORT = (arms_table("valid_loss", "train_loss"), curves())

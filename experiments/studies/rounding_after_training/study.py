@@ -1,0 +1,55 @@
+"""Runs of the study: weights trained at a precision, or trained in float and rounded to it afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitnet_jax.training import load_image_run
+from experiments.runs import measure, train
+from experiments.sections import arms_table
+from experiments.study import read_study
+
+QUESTION = "Must a network be trained at the precision it is used with?"
+SOURCE = "BitNetMCU, table of quantization after training (w = 64)"
+PAPER_EFFECT = "accuracy at 1 bit 97.0 trained, 51.7 rounded; at 2 bits 97.7 and 80.1; at 8 bits equal"
+VERDICT = "open"
+EFFECT = "binary rounded"
+
+CONFIG = "experiments/configs/mnist_mlp.py"
+METRIC = "valid_error"  # per cent of the test images
+BASELINE = "float32"
+
+_NETWORK = {
+    "model.hidden_size": 64,
+    "model.norm": "rmsnorm",  # in front of each layer, without gain
+    "model.activation": "relu",
+    "optimizer.learning_rate": 1e-3,
+}
+_RECIPES = {"8 bits": "int8(granularity=tensor)", "2 bits": "int2(granularity=tensor)", "binary": "bitnet"}
+
+
+def _all_layers(recipe: str) -> dict[str, Any]:
+    return {**_NETWORK, "model.precision": recipe, "model.first": recipe, "model.last": recipe}
+
+
+ARMS = {"float32": _all_layers("float32")} | {
+    f"{name} {how}": _all_layers(recipe)
+    for name, recipe in _RECIPES.items()
+    for how in ("trained", "rounded")
+}
+SEEDS = (0, 1, 2, 3, 4)
+REPORT = (arms_table("valid_loss"),)
+
+
+def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
+    """A rounded arm is the float one's weights, measured at its own precision."""
+    study = read_study(Path(__file__).parent)
+    if not arm.endswith(" rounded"):
+        return train(study.settings(arm, seed, small), workdir / f"{arm}-seed{seed}")
+    folder = workdir / f"{BASELINE}-seed{seed}"
+    trained = train(study.settings(BASELINE, seed, small), folder)
+    _, _, variables = load_image_run(folder)
+    return {"parameters": trained["parameters"], "tokens": trained["tokens"]} | measure(
+        study.settings(arm, seed, small), variables["params"]
+    )

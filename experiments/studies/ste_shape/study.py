@@ -1,0 +1,23 @@
+"""Runs of the study: one W1A1 network under each estimator of the sign of its activations."""
+
+from __future__ import annotations
+
+from experiments.sections import arms_table, curves
+
+QUESTION = "Does the shape of the straight-through estimator matter?"
+SOURCE = "Bi-Real Net 1808.00278, IR-Net 1909.10788, ReSTE; larq's guide"
+PAPER_EFFECT = "shaped >= clipped >= identity, by 0.5 to 3 points at W1A1 (CIFAR-10, ImageNet)"
+VERDICT = "partly"
+EFFECT = "identity"
+
+CONFIG = "experiments/configs/mnist_mlp.py"
+METRIC = "valid_error"  # per cent of the test images
+BASELINE = "clipped"
+
+# Without an activation in front of the sign, whose own window would hide the estimator's.
+ARMS = {
+    ste: {"model.activation": "none", "model.precision": f"bnn(activation_ste={ste})"}
+    for ste in ("identity", "clipped", "approx_sign", "swish_sign", "tanh", "reste")
+}
+SEEDS = (0, 1, 2)
+REPORT = (arms_table("valid_loss", "train_loss"), curves())
