@@ -56,7 +56,7 @@ TOPOLOGY_ALONE = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Of XLA, from -1 to 1. The usual 0 takes five times as long for layers that are not scanned.
+# Of XLA, from -1 to 1. The usual 0 takes several times as long for layers that are not scanned.
 EFFORT = -1.0
 RECIPE = "bitnet_b158"
 STEPS = 1000  # of the schedule of the training step
