@@ -54,7 +54,7 @@ def model(recipe: str) -> ModelConfig:
         ffn_size=64,
         max_length=16,
         tie_embeddings=False,
-        precision=(("lm_head", "float32"), ("*", recipe)) if recipe != "float32" else "float32",
+        precision=recipe,
     )
 
 
