@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bitnet_jax.training.run_folder import write_whole
 from experiments.provenance import provenance
@@ -55,10 +55,20 @@ def run_one(study: Study, name: str, workdir: Path, small: bool) -> Row:
     return row | {"wall_seconds": round(seconds, 1)}
 
 
-def claim(
-    study: Study, name: str, workdir: Path, results: Path, small: bool, retry_failed: bool
-) -> Row | None:
-    """Does one run and keeps its row, unless it is done or another process is at it: then None."""
+class Assignment(NamedTuple):
+    """One run of a sweep, as it is handed to another process."""
+
+    study: Study
+    name: str
+    workdir: Path
+    results: Path
+    small: bool
+    retry_failed: bool
+
+
+def claim(one: Assignment) -> Row | None:
+    """Does a run and keeps its row, unless it is done or another process is at it: then None."""
+    study, name, workdir, results, small, retry_failed = one
     locks = results.parent / ".locks"
     with locked(locks / name, wait=False) as mine:
         if not mine or name not in pending(study, results, small, retry_failed):
@@ -110,13 +120,13 @@ def sweep(
     print(
         f"{study.name}: {len(study.runs(small)) - len(names)} runs done, {len(names)} to go", file=sys.stderr
     )
-    arguments = [(study, name, workdir, results, small, retry_failed) for name in names]
+    todo = [Assignment(study, name, workdir, results, small, retry_failed) for name in names]
     if executor != "process":
-        rows = _submitted(arguments, executor, workdir, jobs, cluster or {})
+        rows = _submitted(todo, executor, workdir, jobs, cluster or {})
     elif jobs > 1:
-        rows = _side_by_side(arguments, jobs)
+        rows = _side_by_side(todo, jobs)
     else:
-        rows = (claim(*one) for one in arguments)
+        rows = map(claim, todo)
     began = time.monotonic()
     for number, row in enumerate(rows, 1):
         if row is not None:
@@ -129,29 +139,25 @@ def sweep(
     return results
 
 
-def _side_by_side(arguments: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Row | None]:
+def _side_by_side(todo: Sequence[Assignment], jobs: int) -> Iterator[Row | None]:
     """`claim` in processes of their own, `jobs` at a time. When stopped, it stops them first, in good order."""
     context = multiprocessing.get_context("spawn")
-    waiting = list(arguments)
-    running: dict[Any, tuple[Any, tuple[Any, ...]]] = {}  # by the handle that says when a process ends
+    waiting = list(todo)
+    running: dict[Any, tuple[Any, Assignment]] = {}  # by the handle that says when a process ends
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 one = waiting.pop(0)
-                process = context.Process(target=_in_process, args=one)
+                process = context.Process(target=_in_process, args=(one,))
                 process.start()
                 running[process.sentinel] = (process, one)
             for sentinel in multiprocessing.connection.wait(list(running)):
                 process, one = running.pop(sentinel)
                 process.join()
-                study, name, _, results, *_ = one
                 if process.exitcode != 0:
-                    print(
-                        f"{study.name}: {name} ended with {process.exitcode} and no row; start the sweep again",
-                        file=sys.stderr,
-                    )
-                yield next((row for row in read_results(results) if row["run"] == name), None)
+                    print(f"{one.name} ended with {process.exitcode}; start the sweep again", file=sys.stderr)
+                yield next((row for row in read_results(one.results) if row["run"] == one.name), None)
     finally:
         signal.signal(signal.SIGTERM, before)
         for process, _ in running.values():
@@ -160,15 +166,13 @@ def _side_by_side(arguments: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[R
             process.join()
 
 
-def _in_process(
-    study: Study, name: str, workdir: Path, results: Path, small: bool, retry_failed: bool
-) -> None:
+def _in_process(one: Assignment) -> None:
     os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which then stops each child once
-    claim(study, name, workdir, results, small, retry_failed)
+    claim(one)
 
 
 def _submitted(
-    arguments: Sequence[tuple[Any, ...]], executor: str, workdir: Path, jobs: int, cluster: dict[str, Any]
+    todo: Sequence[Assignment], executor: str, workdir: Path, jobs: int, cluster: dict[str, Any]
 ) -> Iterator[Row | None]:
     """`claim` as jobs of submitit: of Slurm, or of processes on this machine."""
     try:
@@ -178,26 +182,17 @@ def _submitted(
             f"executor {executor!r}: got no package submitit, which submits; pip install 'bitnet-jax[cluster]'"
         ) from error
     submitter = submitit.AutoExecutor(folder=workdir / "submitit", cluster=executor)
-    if executor == "slurm":
-        cluster = {"slurm_array_parallelism": jobs} | cluster
-    submitter.update_parameters(
-        **{"timeout_min": 24 * 60, "name": arguments[0][0].name if arguments else "none"} | cluster
-    )
-    size = len(arguments) if executor == "slurm" else jobs
-    for start in range(
-        0, len(arguments), max(size, 1)
-    ):  # the local executor starts all jobs it is given at once
-        submitted = submitter.map_array(_claim_in_job, arguments[start : start + size])
-        for job in submitted:
+    limits = {"slurm_array_parallelism": jobs} if executor == "slurm" else {}
+    submitter.update_parameters(**{"name": "sweep", "timeout_min": 24 * 60, **limits, **cluster})
+    # The local executor starts all that it is given at once.
+    size = jobs if executor == "local" else max(len(todo), 1)
+    for start in range(0, len(todo), size):
+        for job in submitter.map_array(claim, todo[start : start + size]):
             try:
                 yield job.result()
             except Exception as error:  # killed, or out of time: it has no row
                 print(f"job {job.job_id}: {error}; start the sweep again", file=sys.stderr)
                 yield None
-
-
-def _claim_in_job(one: tuple[Any, ...]) -> Row | None:
-    return claim(*one)
 
 
 def _json(value: Any) -> Any:

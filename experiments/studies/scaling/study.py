@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.intervals import interval, paired
-from experiments.sections import Point, arms_table, size_law, values
+from experiments.sections import Point, arms_table, pairs_table, points, size_law, values
 from experiments.study import Study, product, zip_
 
 QUESTION = "How do the penalties of ternary and binary weights change with size?"
@@ -45,6 +45,10 @@ def _place(arm: str, row: Mapping[str, Any]) -> Point:
     return Point(row["parameters"] / 1e3, arm.split()[1])
 
 
+def _bytes(arm: str, row: Mapping[str, Any]) -> Point:
+    return Point(row["model_bytes"], arm.split()[1])
+
+
 def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
     """The penalty of ternary weights at the smallest and the largest width."""
     texts = []
@@ -57,5 +61,7 @@ def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
 
 REPORT = (
     arms_table("model_bytes", against=_float_of),
+    pairs_table(*[(f"d{width} binary", f"d{width} ternary") for width in _WIDTHS]),
     size_law("size", _place, xlabel="thousand parameters"),
+    points("bytes", _bytes, xlabel="bytes of the model", xscale="log"),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from experiments.sections import arms_table, curves, pairs_table
+
 QUESTION = "Do a norm in front of every quantized projection and absmax scales help?"
 SOURCE = "BitNet 2310.11453, table 4"
 PAPER_EFFECT = (
@@ -32,3 +34,9 @@ ARMS = {
     "Pre-LN elastic": {"model.norm_placement": "pre", **_ELASTIC},
     "SubLN elastic": {"model.norm_placement": "inside", **_ELASTIC},
 }
+
+REPORT = (
+    arms_table(),
+    pairs_table(("SubLN elastic", "SubLN absmax"), ("sub norms absmax", "SubLN absmax")),
+    curves(),
+)

@@ -10,7 +10,7 @@ from experiments.sections import Point, arms_table, curves, points
 QUESTION = "Can weights be {0, 1}, and is the mean the right scale for ternary ones?"
 SOURCE = "BitNet Training Tips, Code and FAQ (2024)"
 PAPER_EFFECT = "{0, 1}: exploding gradients, early divergence; larger scales: more zeros, worse (no figures)"
-VERDICT = "open"
+VERDICT = "partly"
 
 CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"
