@@ -4,6 +4,7 @@
 #   make test         the tests            make lint   ruff and mypy       make coverage   tests, with coverage
 #   make bench        kernel timings       make clean  forget everything built here
 #   make tpu-compile  compile for TPUs without one, in an environment of its own (700 MB, half an hour)
+#   make gpu-compile  compile the GPU kernels for an H200 without one, likewise (1 GB, minutes, Python 3.12)
 #
 # PYTHON=python3.13 make ...      another interpreter, for a new environment
 # make quickstart QUICKSTART_FLAGS=--short      with a tenth of the training
@@ -12,6 +13,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TPU_VENV ?= .venv-tpu
+GPU_VENV ?= .venv-gpu
 QUICKSTART_FLAGS ?=
 PYTEST_FLAGS ?=
 # Most of the time goes into compiling small programs, each on one core; the tests of a file share programs.
@@ -26,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # An editable install sees Python edits by itself; only packaging and C++ sources ask for a new one.
 SOURCES := pyproject.toml $(wildcard setup.py kernels/csrc/*)
 
-.PHONY: quickstart test coverage lint bench tpu-compile clean
+.PHONY: quickstart test coverage lint bench tpu-compile gpu-compile clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -49,6 +51,8 @@ bench: $(VENV)/.installed
 # The compiler for TPUs is libtpu, in the version that jax[tpu] of this version names. With it installed JAX looks for
 # a TPU, hence an environment of its own.
 tpu-compile: $(TPU_VENV)/.installed
+	$(TPU_VENV)/bin/python -m bitnet_kernels.ahead_of_time --chip v5e --chip v5p --chip v6e --chip v7x \
+	  --json experiments/studies/tpu_compile/kernels.json
 	$(TPU_VENV)/bin/python -m experiments.tpu_compile $(TPU_FLAGS)
 
 $(TPU_VENV)/.installed: pyproject.toml
@@ -56,8 +60,22 @@ $(TPU_VENV)/.installed: pyproject.toml
 	$(TPU_VENV)/bin/python -m pip --disable-pip-version-check install jax==0.10.2 libtpu==0.0.42.1 --editable .
 	@touch $@
 
+# The compiler for NVIDIA GPUs is in JAX's plugin for them and needs neither a GPU nor its driver nor the CUDA libraries.
+gpu-compile: $(GPU_VENV)/.installed
+	$(GPU_VENV)/bin/python -m bitnet_kernels.ahead_of_time --chip h200 \
+	  --json experiments/studies/gpu_compile/kernels.json
+
+$(GPU_VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 12) else "error: got Python %d.%d, expected 3.12 or newer for a jax with Mosaic GPU; set PYTHON=/path/to/python3" % v)'
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install "jax>=0.11" --editable .
+	version=$$($(GPU_VENV)/bin/python -c "import jax; print(jax.__version__)"); \
+	  $(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(TPU_VENV) build dist runs/quickstart *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(TPU_VENV) $(GPU_VENV) build dist runs/quickstart *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache
 	rm -f kernels/bitnet_kernels/*.so
 	find bitnet_jax kernels experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

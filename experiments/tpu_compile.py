@@ -18,7 +18,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +94,6 @@ CASES = {
     "decode-v5p": Case(what="decode", chips="v5p:4x4x4", mesh=MeshConfig(data=4, tensor=16), batch=64),
     "decode-v6e": Case(what="decode", chips="v6e:8x8", mesh=MeshConfig(data=4, tensor=16), batch=64),
 }
-
-# (format, m, n, k, scale groups) of packed products, and the chips they are compiled for
-KERNELS = tuple(
-    (format, *shape)
-    for format in ("binary", "ternary2", "int4", "int8")
-    for shape in (
-        (1, 2560, 2560, 1),
-        (8, 2560, 6912, 1),
-        (256, 6912, 2560, 1),
-        (256, 2560, 2560, 20),
-        (33, 1000, 2560, 1),
-        (512, 28672, 8192, 1),
-    )
-)
-KERNEL_CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 
 def devices_of(chips: str) -> Sequence[Any]:
@@ -247,33 +232,6 @@ def compile_case(case: Case) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         row = compiled(PROGRAMS[case.what](case, mesh))
     return dataclasses.asdict(case) | {"layers": case.model().num_layers, "effort": EFFORT} | row | versions()
-
-
-def compile_kernels(
-    chips: Iterable[str], product: Callable[[str, int, int, int, int], Program]
-) -> list[dict[str, Any]]:
-    """KERNELS, each compiled for one chip of every kind.
-
-    Args:
-      product: (format, m, n, k, groups) -> the jitted product and the shapes of its arguments.
-    """
-    rows = []
-    for name in chips:
-        one = NamedSharding(Mesh(np.array(devices_of(name)[:1]), ("x",)), PartitionSpec())
-        for format, m, n, k, groups in KERNELS:
-            function, arguments = product(format, m, n, k, groups)
-            placed = jax.tree.map(lambda leaf: with_shardings(leaf, one), arguments)  # noqa: B023
-            row = {
-                "what": "kernel",
-                "chips": name,
-                "format": format,
-                "m": m,
-                "n": n,
-                "k": k,
-                "groups": groups,
-            }
-            rows.append(row | compiled((function, placed)) | versions())
-    return rows
 
 
 def versions() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from experiments.study import product
 QUESTION = "Is a learned scale of binary weights better than mean|W|?"
 SOURCE = "BiT 2205.13016, ParetoQ 2502.02631, LSQ 1902.08153"
 PAPER_EFFECT = "learned >= analytic; little where a norm follows"
-VERDICT = "open"
+VERDICT = "not at this size"
 EFFECT = "no norm, learned"
 
 CONFIG = "experiments/configs/mnist_mlp.py"

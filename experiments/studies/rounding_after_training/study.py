@@ -13,7 +13,7 @@ from experiments.study import read_study
 QUESTION = "Must a network be trained at the precision it is used with?"
 SOURCE = "BitNetMCU, table of quantization after training (w = 64)"
 PAPER_EFFECT = "accuracy at 1 bit 97.0 trained, 51.7 rounded; at 2 bits 97.7 and 80.1; at 8 bits equal"
-VERDICT = "open"
+VERDICT = "reproduced"
 EFFECT = "binary rounded"
 
 CONFIG = "experiments/configs/mnist_mlp.py"
