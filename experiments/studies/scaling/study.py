@@ -14,7 +14,7 @@ SOURCE = "BitNet 2310.11453, BitNet b1.58 2402.17764, Spectra 2407.12327"
 PAPER_EFFECT = (
     "ternary: 0.31 to 0.24 nats from 99 M to 390 M parameters, exponent 0.26; binary another 0.19 at 99 M"
 )
-VERDICT = "open"
+VERDICT = "partly"
 
 CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"
