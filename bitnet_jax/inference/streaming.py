@@ -87,17 +87,23 @@ def cut_at_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
     held = ""
     for piece in pieces:
         held += piece
-        found = [place for place in (held.find(s) for s in stop) if place >= 0]
-        if found:
-            if min(found):
-                yield held[: min(found)]
-            return
-        keep = _length_of_possible_stop(held, stop)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
+        first, pending = _first_stop(held, stop), len(held) - _length_of_possible_stop(held, stop)
+        if first <= pending:  # else a stop string that begins earlier may still become whole
+            if first:
+                yield held[:first]
+            if first < len(held):
+                return
+            held = ""
+        elif pending:
+            yield held[:pending]
+            held = held[pending:]
+    if rest := held[: _first_stop(held, stop)]:
+        yield rest
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int:
+    """Where the first stop string begins; the length of the text if it has none."""
+    return min((place for place in (text.find(s) for s in stop) if place >= 0), default=len(text))
 
 
 def _length_of_possible_stop(text: str, stop: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer
@@ -38,6 +38,7 @@ def cut(text: str, places: list[int]) -> list[str]:
     return [text[a:b] for a, b in pairwise(edges)]
 
 
+@example("\naa", [2], ["a", "\naa"])  # "a" is whole first, "\naa" begins first
 @given(
     st.text("ab\n", max_size=30),
     st.lists(st.integers(0, 30), max_size=8),
