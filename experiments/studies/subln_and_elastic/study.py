@@ -9,7 +9,7 @@ SOURCE = "BitNet 2310.11453, table 4"
 PAPER_EFFECT = (
     "perplexity 20.34 SubLN absmax, 22.11 Pre-LN absmax, 24.05 Pre-LN elastic: -0.08 and +0.08 nats"
 )
-VERDICT = "open"
+VERDICT = "not at this size"
 
 CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"
