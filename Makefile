@@ -52,7 +52,7 @@ bench: $(VENV)/.installed
 # a TPU, hence an environment of its own.
 tpu-compile: $(TPU_VENV)/.installed
 	$(TPU_VENV)/bin/python -m bitnet_kernels.ahead_of_time --chip v5e --chip v5p --chip v6e --chip v7x \
-	  --json experiments/studies/tpu_compile/kernels.json
+	  --json experiments/studies/chip_compile/tpu.json
 	$(TPU_VENV)/bin/python -m experiments.tpu_compile $(TPU_FLAGS)
 
 $(TPU_VENV)/.installed: pyproject.toml
@@ -63,7 +63,7 @@ $(TPU_VENV)/.installed: pyproject.toml
 # The compiler for NVIDIA GPUs is in JAX's plugin for them and needs neither a GPU nor its driver nor the CUDA libraries.
 gpu-compile: $(GPU_VENV)/.installed
 	$(GPU_VENV)/bin/python -m bitnet_kernels.ahead_of_time --chip h200 \
-	  --json experiments/studies/gpu_compile/kernels.json
+	  --json experiments/studies/chip_compile/gpu.json
 
 $(GPU_VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 12) else "error: got Python %d.%d, expected 3.12 or newer for a jax with Mosaic GPU; set PYTHON=/path/to/python3" % v)'

@@ -130,6 +130,24 @@ def _compile(
     return row
 
 
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line for every chip and format; registers of a thread and bytes spilled are those of GPU kernels."""
+    lines = ["| chip | format | compiled | seconds each | most temporary MB | registers | spilled bytes |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|")
+    for (chip, format), group in itertools.groupby(rows, lambda row: (row["chip"], row["format"])):
+        tried = list(group)
+        good = [row for row in tried if row["compiled"]]
+        seconds = sum(row["seconds"] for row in good) / max(1, len(good))
+        megabytes = max((row["temporary_bytes"] for row in good), default=0) / 1e6
+        registers = max((row.get("registers", 0) for row in good), default=0)
+        spilled = sum(row.get("spilled_bytes", 0) for row in good)
+        lines.append(
+            f"| {chip} | {format} | {len(good)} of {len(tried)} | {seconds:.1f} | {megabytes:.1f} "
+            f"| {f'{registers} | {spilled}' if registers else ' | '} |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -149,9 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(
                 f"  {row['format']} m={row['m']} n={row['n']} k={row['k']} G={row['groups']}: {row['error']}"
             )
+    print(table(rows))
     if options.json:
         told = {name: value for name, value in provenance().items() if name in ("commit", "jax")}
-        options.json.write_text(json.dumps({"provenance": told, "rows": rows}, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        options.json.write_text(f'{{"provenance": {json.dumps(told)}, "rows": [\n{lines}\n]}}\n')
     if not all(row["compiled"] for row in rows):
         sys.exit(1)
 
