@@ -140,7 +140,7 @@ def _kernel(x_ref: Any, codes_ref: Any, *refs: Any, format: str, groups: int, sc
 
     def add_group(group: jax.Array, y: jax.Array) -> jax.Array:
         scale = scale_ref[0][pl.ds(group, 1), :]
-        return y + reference.rounded_product(group_sums(group).astype(jnp.float32), scale)
+        return y + reference.rounded(group_sums(group).astype(jnp.float32), scale)
 
     y_ref[...] = jax.lax.fori_loop(0, groups, add_group, jnp.zeros(block, jnp.float32))
 

@@ -88,8 +88,7 @@ def _add_group(y: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Ar
     return y + rounded_product(sums.astype(jnp.float32), scale[None, :]), None
 
 
-@jax.custom_jvp
-def rounded_product(values: jax.Array, scale: jax.Array) -> jax.Array:
+def rounded(values: jax.Array, scale: jax.Array) -> jax.Array:
     """values * scale, rounded before anything is added to it.
 
     The minimum changes no finite value; but without an operation in between XLA fuses product and sum into one
@@ -97,6 +96,12 @@ def rounded_product(values: jax.Array, scale: jax.Array) -> jax.Array:
     early to help).
     """
     return jnp.minimum(values * scale, jnp.finfo(jnp.float32).max)
+
+
+@jax.custom_jvp
+def rounded_product(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """`rounded`, with the gradient of a product."""
+    return rounded(values, scale)
 
 
 @functools.partial(rounded_product.defjvp, symbolic_zeros=True)
