@@ -294,6 +294,13 @@ def test_the_tpu_kernel_is_compiled_in_for_tpu_only(make_packed) -> None:
         ordered.lower()
 
 
+@pytest.mark.filterwarnings("ignore:packed_matmul runs on XLA")
+def test_the_tpu_kernel_lowers_with_scale_groups(make_packed) -> None:
+    _, w = make_packed("binary", 256, 512, groups=8)
+    traced = jax.jit(packed_matmul).trace(jnp.ones((2, 512)), relayout(w, "column"))
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 def test_a_matrix_in_the_layout_of_another_platform_is_named(make_packed) -> None:
     _, w = make_packed("ternary2", 37, 64)
     moved = relayout(w, "column")
