@@ -124,8 +124,9 @@ def _compile(
         return row | {"compiled": False, "error": str(error)[:500]}
     row |= {"compiled": True, "seconds": round(time.monotonic() - start, 2)}
     row |= {"temporary_bytes": memory.temp_size_in_bytes, "code_bytes": memory.generated_code_size_in_bytes}
-    for report in reports:
-        row["registers"] = max(map(int, re.findall(r"Used (\d+) registers", report)), default=None)
+    report = "\n".join(reports)  # of the assembler for GPUs
+    if registers := re.findall(r"Used (\d+) registers", report):
+        row["registers"] = max(map(int, registers))
         row["spilled_bytes"] = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
     return row
 

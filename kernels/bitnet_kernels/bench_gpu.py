@@ -34,9 +34,8 @@ PEAK = Shape(8192, 8192, 8192)
 COPY_BYTES = 1 << 30
 
 Row = dict[str, Any]
-Programs = tuple[
-    Callable[[int], Any], Callable[[int], Any], int
-]  # short, long, products that the long one has more
+# a short program, a long one, how many products more the long one has
+Programs = tuple[Callable[[int], Any], Callable[[int], Any], int]
 
 
 def check(shapes: Sequence[Shape] = GPU_CHECKED) -> list[Row]:
