@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from bitnet_jax import activation_quantizers as quantizers
 from bitnet_jax.activation_quantizers import hadamard, top_k
@@ -327,6 +330,21 @@ def test_top_k_keeps_the_largest_and_passes_all_gradients() -> None:
     np.testing.assert_array_equal(masked, [[0, 1, 0, 0], [4, 0, 0, 0]])
     with pytest.raises(ValueError, match="STE of top_k: got 'none', expected one of identity, masked"):
         top_k(x, 0.25, ste="none")
+
+
+@settings(deadline=None)  # every new shape compiles
+@given(
+    x=arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40)), elements=st.floats(width=32)),
+    fraction=st.floats(0.01, 1),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_top_k_finds_the_threshold_a_sort_finds(x: np.ndarray, fraction: float, dtype: str) -> None:
+    values = jnp.asarray(x).astype(dtype)
+    size = np.abs(np.asarray(values, np.float32))
+    keep = max(1, round(fraction * x.shape[-1]))
+    threshold = np.sort(size, axis=-1)[:, -keep, None]
+    expected = np.where(size < threshold, 0, np.asarray(values, np.float32))
+    np.testing.assert_array_equal(np.asarray(top_k(values, fraction), np.float32), expected)
 
 
 def test_top_k_ties_nan_and_bad_fractions() -> None:
