@@ -25,7 +25,7 @@ from bitnet_jax.inference.generate import greedy
 from bitnet_jax.kernel_checks import Check, check_kernels, checked, instruction_set
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_kernels import Choice, PackedArray, choose_implementation, cpu, pack
-from bitnet_kernels.machine import processor
+from bitnet_kernels.machine import commit, processor
 
 RULES = (("layers_*/mlp/*", "bitnet"), ("*", "bitnet_b158"))
 INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", "neon", "i8mm")
@@ -62,6 +62,7 @@ def machine() -> dict[str, Any]:
     """Versions and hardware, for the head of a report."""
     return {
         "bitnet_jax": bitnet_jax.__version__,
+        "commit": commit(),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": jax.default_backend(),

@@ -2,6 +2,7 @@
 
 read_all      seconds of this are the ceiling of whatever reads weights once
 dot_peak      multiply-accumulates a second of int8 dot products on registers, the ceiling of prefill
+commit        what was measured
 provenance    commit, processor and versions, for the head of a results file
 """
 
@@ -13,6 +14,7 @@ import mmap
 import platform
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ import numpy as np
 from bitnet_kernels import cpu
 from bitnet_kernels.timing import threads
 
+CODE = ("*.py", "*.cc", "*.h", "*.toml", "Makefile")
 STEP = 256  # bytes: bitnet_kernels_read takes multiples of them
 
 
@@ -91,7 +94,7 @@ def processor() -> str:
 
 def provenance() -> dict[str, Any]:
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": processor(),
         "threads": threads(),
@@ -102,12 +105,17 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
-    """Of the checkout that this file belongs to; an installed copy has none."""
+def commit() -> str:
+    """Of the checkout that this file belongs to, "unknown" of an installed copy; "-dirty" where code differs from it.
+
+    Results, pages and figures do not count: a bench that writes one must not spoil the next.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
-    command = ["git", "describe", "--always", "--dirty"]
+    git = partial(subprocess.run, cwd=root, capture_output=True, text=True)
     with contextlib.suppress(OSError):
-        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or "unknown"
+        name = git(["git", "describe", "--always"]).stdout.strip()
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", *CODE]).returncode
+        return (name or "unknown") + "-dirty" * bool(name and changed)
     return "unknown"

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 
+from bitnet_jax.precision import RECIPES
 from experiments.study import (
     Study,
     load_study,
@@ -103,3 +104,12 @@ def test_every_arm_of_a_committed_study_is_a_valid_run(name: str) -> None:
                 )
     assert len(study.seeds) >= 3
     assert study.verdict == "open" or study.results.is_file()
+
+
+def test_every_recipe_is_part_of_a_study() -> None:
+    studies = [study for study in map(load_study, study_names()) if study.config]
+    models = [study.settings(arm, 0, small=False).model for study in studies for arm in study.arms]
+    rules = [model[name] for model in models for name in ("precision", "first", "last") if name in model]
+    recipes = [r for rule in rules for _, r in (rule if isinstance(rule, list | tuple) else [("*", rule)])]
+    named = {recipe.partition("(")[0] for recipe in recipes if isinstance(recipe, str)}
+    assert set(RECIPES) <= named

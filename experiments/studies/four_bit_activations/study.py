@@ -15,7 +15,7 @@ CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"
 BASELINE = "A8"
 EFFECT = "A4 absmean"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 
 
 def _ternary(activation: str, **more: Any) -> dict[str, Any]:
@@ -38,5 +38,6 @@ ARMS: dict[str, dict[str, Any]] = {
         "model.precision": [["*o_proj", "bitnet_b158"], ["*down_proj", "bitnet_b158"], ["*", _ABSMAX]]
     },
     "a4.8": {"model.precision": "bitnet_a48"},
+    "A8 Hadamard": {"model.precision": "bitnet_v2"},
     "A4 Hadamard": {"model.precision": "bitnet_v2_a4"},
 }

@@ -18,7 +18,7 @@ CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"  # nats per character over all held-out text, after the last step
 BASELINE = "float32"
 EFFECT = "ternary tensor"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 
 _GROUP = 16  # inputs that share a scale; divides 32 and 96
 
@@ -32,6 +32,7 @@ ARMS = {
     "bfloat16": {"model.precision": "bfloat16"},
     "int8 channel": {"model.precision": "int8"},
     "int4 channel": {"model.precision": "int4"},
+    "int4 A4 learned": {"model.precision": "lsq4"},
     "int3 channel": {"model.precision": "int3"},
     "int2 channel": {"model.precision": "int2"},
     "ternary tensor": {"model.precision": "bitnet_b158"},
@@ -39,6 +40,8 @@ ARMS = {
     "ternary group": _recipe("ternary_absmean", granularity=_GROUP),
     "ternary learned": _recipe("ternary_absmean", scale="learned"),
     "ternary W only": {"model.precision": "bitnet_weight_only"},
+    "ternary median": {"model.precision": "bitnet_b158_median"},
+    "ternary TWN": {"model.precision": "twn"},
     "ternary A4": _recipe("ternary_absmean", "int4"),
     "binary tensor": {"model.precision": "bitnet"},
     "binary channel": {"model.precision": "bitnet_channel"},
@@ -68,6 +71,8 @@ REPORT = (
         ("ternary channel", "ternary tensor"),
         ("ternary group", "ternary tensor"),
         ("ternary learned", "ternary tensor"),
+        ("ternary median", "ternary tensor"),
+        ("ternary TWN", "ternary tensor"),
         ("ternary W only", "ternary tensor"),
         ("ternary A4", "ternary tensor"),
         ("binary channel", "binary tensor"),

@@ -23,7 +23,7 @@ CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"
 BASELINE = "top 50 %"
 EFFECT = "top 50 %, masked"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 COMMON = {"model.num_layers": 4}  # deep enough for a gradient to vanish in
 SMALL = {"training.steps": 60, "data.batch_size": 4}
 

@@ -1,0 +1,51 @@
+"""Runs of the study: one convolutional network as each of the first binary networks, with and without shortcuts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.sections import arms_table, curves, pairs_table
+
+QUESTION = "What did each of the first binary networks cost a convolutional one, and what do shortcuts save?"
+SOURCE = "LAB 1611.01600 (CIFAR-10, one protocol for five schemes); Bi-Real Net as run by ReSTE's authors"
+PAPER_EFFECT = (
+    "float 11.9 % error, W1 9.9 to 11.0, W1A1 12.4 to 12.9; W1A1 accuracy 86.75, 87.92 with shortcuts"
+)
+VERDICT = "open"
+EFFECT = "BNN"
+
+CONFIG = "experiments/configs/mnist_cnn.py"
+METRIC = "valid_error"  # per cent of the test images
+BASELINE = "float32"
+
+COMMON = {"model.widths": (16, 32), "training.steps": 600}  # an epoch
+SMALL = {"model.widths": (8, 16), "training.steps": 120}
+
+
+def _arm(recipe: str, shortcut: bool = False) -> dict[str, Any]:
+    return {"model.precision": recipe, "model.shortcut": shortcut}
+
+
+ARMS = {
+    "float32": _arm("float32"),
+    "LSQ, W4A4": _arm("lsq4"),
+    "BinaryConnect": _arm("binaryconnect"),
+    "BWN": _arm("bwn"),
+    "BNN": _arm("bnn"),
+    "XNOR-Net": _arm("xnor"),
+    "XNOR-Net, shortcuts": _arm("xnor", shortcut=True),
+    "Bi-Real, no shortcuts": _arm("bireal"),
+    "Bi-Real": _arm("bireal", shortcut=True),
+}
+SEEDS = (0, 1, 2)
+REPORT = (
+    arms_table("valid_loss", "train_loss", "weight_bits"),
+    pairs_table(
+        ("BWN", "BinaryConnect"),
+        ("XNOR-Net", "BNN"),
+        ("BNN", "BinaryConnect"),
+        ("XNOR-Net, shortcuts", "XNOR-Net"),
+        ("Bi-Real", "Bi-Real, no shortcuts"),
+    ),
+    curves(),
+)

@@ -1,0 +1,35 @@
+"""Runs of the study: one multilayer perceptron as each of the first binary networks."""
+
+from __future__ import annotations
+
+from experiments.sections import arms_table, curves, pairs_table
+
+QUESTION = "What did each of the first binary networks cost a multilayer perceptron?"
+SOURCE = "one protocol for five schemes in LAB 1611.01600 (MNIST, 3 x 2048, 50 epochs)"
+PAPER_EFFECT = "float 1.19 % error, BinaryConnect 1.28, BWN 1.20, BNN 1.47, XNOR-Net 1.45"
+VERDICT = "open"
+EFFECT = "BNN"
+
+CONFIG = "experiments/configs/mnist_mlp.py"
+METRIC = "valid_error"  # per cent of the test images
+BASELINE = "float32"
+
+ARMS = {
+    name: {"model.precision": recipe}
+    for name, recipe in {
+        "float32": "float32",
+        "LSQ, W4A4": "lsq4",
+        "BinaryConnect": "binaryconnect",
+        "BinaryConnect, drawn": "binaryconnect_stochastic",
+        "BWN": "bwn",
+        "BNN": "bnn",
+        "Bi-Real": "bireal",
+        "XNOR-Net": "xnor",
+    }.items()
+}
+SEEDS = (0, 1, 2, 3, 4)
+REPORT = (
+    arms_table("valid_loss", "train_loss", "weight_bits"),
+    pairs_table(("BWN", "BinaryConnect"), ("XNOR-Net", "BNN"), ("Bi-Real", "BNN"), ("BNN", "BinaryConnect")),
+    curves(),
+)

@@ -1,0 +1,43 @@
+"""Runs of the study: a vision transformer from float to signs everywhere, one piece after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.sections import arms_table, curves, pairs_table
+
+QUESTION = "Which piece of a vision transformer minds being binary?"
+SOURCE = "BiT 2205.13016, BinaryBERT and BiBERT (GLUE, table in the README of BiT's code); no table on MNIST"
+PAPER_EFFECT = "GLUE average: float 83.9, W1A4 79.9, W1A1 41.0 with fixed ranges, 71.0 with learned ones"
+VERDICT = "open"
+EFFECT = "W1A1, binary attention"
+
+CONFIG = "experiments/configs/mnist_vit.py"
+METRIC = "valid_error"  # per cent of the test images
+BASELINE = "float32"
+
+COMMON = {"training.steps": 600}  # an epoch
+SMALL = {"training.steps": 240}
+
+
+def _arm(recipe: str, attention: str = "softmax") -> dict[str, Any]:
+    return {"model.precision": recipe, "model.attention": attention}
+
+
+ARMS = {
+    "float32": _arm("float32"),
+    "ternary A8": _arm("bitnet_b158"),
+    "W1A8": _arm("bitnet"),
+    "W1A4": _arm("bitnet(activation=int4)"),
+    "W1A1 fixed": _arm("bitnet(activation=sign_absmean, activation_ste=clipped)"),
+    "W1A1": _arm("bit_relu"),
+    "W1A1, binary attention": _arm("bit_relu", "binary"),
+}
+SEEDS = (0, 1, 2)
+REPORT = (
+    arms_table("valid_loss", "train_loss", "weight_bits"),
+    pairs_table(
+        ("W1A4", "W1A8"), ("W1A1 fixed", "W1A4"), ("W1A1", "W1A1 fixed"), ("W1A1, binary attention", "W1A1")
+    ),
+    curves(),
+)
