@@ -3,7 +3,7 @@
 #   make quickstart   train float, ternary and binary models on real text, pack them, prove them equal, generate
 #   make test         the tests            make lint   ruff and mypy       make coverage   tests, with coverage
 #   make bench        kernel timings       make clean  forget everything built here
-#   make tpu-compile  compile for TPUs without one, in an environment of its own (700 MB, half an hour)
+#   make tpu-compile  compile for TPUs without one, in an environment of its own (700 MB, a quarter of an hour)
 #   make gpu-compile  compile the GPU kernels for an H200 without one, likewise (1 GB, minutes, Python 3.12)
 #
 # PYTHON=python3.13 make ...      another interpreter, for a new environment

@@ -103,6 +103,22 @@ def arms_table(*more: str, against: Callable[[str], str] | None = None) -> Secti
     return make
 
 
+def measures_table(*fields: str) -> SectionMaker:
+    """One line an arm: the mean of each field with its interval over seeds; fields that no row has are left out."""
+
+    def make(study: Study, rows: Sequence[Row]) -> Section:
+        found = {field: {arm: values(rows, arm, field) for arm in study.arms} for field in fields}
+        shown = [field for field in fields if any(found[field].values())]
+        lines = [
+            [arm, *(str(interval(list(found[field][arm].values()))) for field in shown)]
+            for arm in study.arms
+            if all(found[field][arm] for field in shown)
+        ]
+        return Section(markdown_table(["arm", *shown], lines))
+
+    return make
+
+
 def pairs_table(*pairs: tuple[str, str]) -> SectionMaker:
     """One line a pair (arm, other arm): the difference of the metric, paired by seed, and what would have been seen."""
 

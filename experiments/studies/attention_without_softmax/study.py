@@ -7,7 +7,7 @@ from experiments.sections import arms_table, curves
 QUESTION = "Can attention do without softmax?"
 SOURCE = "ReLU/L 2309.08586, ReLA 2104.07012, linear attention (Katharopoulos 2020)"
 PAPER_EFFECT = "ReLU divided by the number of keys near softmax; elu + 1 linear worse by about 0.1 in ln PPL"
-VERDICT = "open"
+VERDICT = "reproduced"
 EFFECT = "linear"
 
 CONFIG = "experiments/configs/study_lm.py"

@@ -13,7 +13,7 @@ from experiments.study import Study, product
 QUESTION = "Do models of few bits want a larger learning rate?"
 SOURCE = "BitNet 2310.11453, figure 5; Training Tips (2024); Spectra 2407.12327"
 PAPER_EFFECT = "published recipes: six times the float model's (2.4e-3 against 4e-4); babyBitNet at 0.2 M: no"
-VERDICT = "open"
+VERDICT = "partly"
 
 CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"

@@ -26,7 +26,7 @@ BASELINE = "float32"
 COMMON = {"training.steps": 1000, "training.checkpoint_every": 1000}
 SMALL = {"training.steps": 160, "training.checkpoint_every": 160}
 _VOCABULARY = 2000
-_SST2 = {
+_SST2: dict[str, Any] = {
     "model.vocab_size": _VOCABULARY,
     "model.num_classes": 2,
     "data.length": 40,  # tokens; four in five sentences are shorter

@@ -9,7 +9,7 @@ SOURCE = "Training Tips (2024), figure 1b; Spectra 2407.12327, table 11"
 PAPER_EFFECT = (
     "both: -0.05 nats against neither (3.22 and 3.27, read off a curve); both < decay < rate < neither"
 )
-VERDICT = "open"
+VERDICT = "not at this size"
 
 CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"
