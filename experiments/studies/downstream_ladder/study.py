@@ -89,7 +89,7 @@ def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
         row["shakespeare_bits_per_byte"] = evaluate_text(
             config, variables, play.valid, tokenizer, length=_LENGTH
         ).bits_per_byte
-        blimp = run_task(TextModel(config, variables, tokenizer), "blimp", limit=6700)
+        blimp = run_task(TextModel(config, variables, tokenizer), "blimp", limit=2010)
         row["blimp_accuracy"] = 100 * blimp["metrics"]["acc"]["value"]
     return row
 
