@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments.sections import arms_table, curves, pairs_table
+
 QUESTION = "What do four-bit activations cost ternary models, and what mends them?"
 SOURCE = "BitNet a4.8 2411.04965, BitNet v2 2504.18415"
 PAPER_EFFECT = (
     "four bits everywhere diverge; hybrid +0 to 1.4 % perplexity; Hadamard +1.4 to 3 %; absmean >= absmax"
 )
-VERDICT = "open"
+VERDICT = "partly"
 
 CONFIG = "experiments/configs/study_lm.py"
 METRIC = "valid_loss"
@@ -41,3 +43,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "A8 Hadamard": {"model.precision": "bitnet_v2"},
     "A4 Hadamard": {"model.precision": "bitnet_v2_a4"},
 }
+REPORT = (
+    arms_table(),
+    pairs_table(
+        ("A4 absmean", "A4 absmax"),
+        ("hybrid absmean", "hybrid absmax"),
+        ("hybrid absmean", "A4 absmean"),
+        ("A4 Hadamard", "A4 absmean"),
+        ("A4 Hadamard", "A8 Hadamard"),
+    ),
+    curves(),
+)
