@@ -174,7 +174,7 @@ class Point(NamedTuple):
 def size_law(
     figure: str, place: Callable[[str, Row], Point | None], *, metric: str | None = None, xlabel: str
 ) -> SectionMaker:
-    """`L(N) = a N^-b + c` of every series through all its runs: constants with intervals, and the fitted curves.
+    """`L(N) = a N^-b + c` of every series through all its runs: constants with intervals; the figure has 95 % intervals over seeds, too.
 
     Args:
       place: (arm, one of its rows) -> N and series, as in `points`.
@@ -207,7 +207,12 @@ def size_law(
         def draw(axes: Axes) -> None:
             for series, pairs in measured.items():
                 N, L = np.array(pairs).T
-                (dots,) = axes.plot(N, L, "o", markersize=4, label=series)
+                sizes = np.unique(N)
+                means = [interval(L[size == N].tolist()) for size in sizes]
+                half = [np.nan_to_num(mean.half) for mean in means]
+                dots, *_ = axes.errorbar(
+                    sizes, [mean.mean for mean in means], half, fmt="o", capsize=3, markersize=4, label=series
+                )
                 if series in fitted:
                     grid = np.geomspace(N.min(), N.max(), 100)
                     axes.plot(grid, fitted[series](grid), color=dots.get_color())
