@@ -174,7 +174,9 @@ class Point(NamedTuple):
 def size_law(
     figure: str, place: Callable[[str, Row], Point | None], *, metric: str | None = None, xlabel: str
 ) -> SectionMaker:
-    """`L(N) = a N^-b + c` of every series through all its runs: constants with intervals; the figure has 95 % intervals over seeds, too.
+    """`L(N) = a N^-b + c` of every series through all its runs: constants with intervals, and the curves.
+
+    The points of the figure are means with 95 % intervals over seeds.
 
     Args:
       place: (arm, one of its rows) -> N and series, as in `points`.
