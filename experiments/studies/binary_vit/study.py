@@ -26,7 +26,6 @@ def _arm(recipe: str, attention: str = "softmax") -> dict[str, Any]:
 
 ARMS = {
     "float32": _arm("float32"),
-    "ternary A8": _arm("bitnet_b158"),
     "W1A8": _arm("bitnet"),
     "W1A4": _arm("bitnet(activation=int4)"),
     "W1A1 fixed": _arm("bitnet(activation=sign_absmean, activation_ste=clipped)"),

@@ -1,4 +1,4 @@
-"""Runs of the study: one byte-level language model at eight precisions, packed, and what it is worth in use."""
+"""Runs of the study: one byte-level language model at six precisions, packed, and what it is worth in use."""
 
 from __future__ import annotations
 
@@ -60,10 +60,8 @@ ARMS = {
         "float32": "float32",
         "W8A8": "int8",
         "W4A8": "int4",
-        "W2A8": "int2",
         "ternary A8": "bitnet_b158",
         "W1A8": "bitnet",
-        "W1A4": "bitnet(activation=int4)",
         "W1A1": "bit",
     }.items()
 }
