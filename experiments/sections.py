@@ -53,7 +53,8 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str
     """The first column is text, the others numbers. A header that begins with < is text, too."""
     align = ["---" if i == 0 or name.startswith("<") else "--:" for i, name in enumerate(header)]
     names = [name.removeprefix("<") for name in header]
-    cells = [f"| {' | '.join(line)} |" for line in (names, *lines)]
+    escaped = ([cell.replace("|", r"\|") for cell in line] for line in (names, *lines))
+    cells = [f"| {' | '.join(line)} |" for line in escaped]
     return "\n".join((cells[0], f"|{'|'.join(align)}|", *cells[1:]))
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from experiments import report
-from experiments.sections import Point, arms_table, pairs_table, points, size_law
+from experiments.sections import (
+    Point,
+    arms_table,
+    markdown_table,
+    measures_table,
+    pairs_table,
+    points,
+    size_law,
+)
 from experiments.study import Study, load_study, read_results, study_names
 
 
@@ -85,6 +93,16 @@ def test_arms_are_compared_with_the_arm_that_is_named(study: Study) -> None:
     named = arms_table("parameters", against=lambda arm: "ternary")(study, ROWS).markdown
     assert "| float32 | 3 | 2.0000 ± 2.4841 | -0.5500 ± 0.6353 (ternary) |" in named
     assert "| ternary | 2, 1 diverged | 2.0500 ± 6.9884 |  |  | 1234 |" in named
+
+
+def test_a_bar_in_a_cell_ends_no_cell() -> None:
+    assert markdown_table(["a"], [["mean|W|"]]).splitlines()[2] == r"| mean\|W\| |"
+
+
+def test_measures_have_intervals_and_fields_of_no_row_are_left_out(study: Study) -> None:
+    lines = measures_table("valid_loss", "nothing")(study, ROWS).markdown.splitlines()
+    assert lines[0] == "| arm | valid_loss |"
+    assert lines[2:] == ["| float32 | 2.0000 ± 2.4841 |", "| ternary | 2.0500 ± 6.9884 |"], "broken has none"
 
 
 def test_pairs_name_both_arms(study: Study) -> None:
