@@ -28,10 +28,12 @@ def _arm(recipe: str, shortcut: bool = False) -> dict[str, Any]:
 
 ARMS = {
     "float32": _arm("float32"),
+    "LSQ, W4A4": _arm("lsq4"),
     "BinaryConnect": _arm("binaryconnect"),
     "BWN": _arm("bwn"),
     "BNN": _arm("bnn"),
     "XNOR-Net": _arm("xnor"),
+    "XNOR-Net, shortcuts": _arm("xnor", shortcut=True),
     "Bi-Real, no shortcuts": _arm("bireal"),
     "Bi-Real": _arm("bireal", shortcut=True),
 }
@@ -42,6 +44,7 @@ REPORT = (
         ("BWN", "BinaryConnect"),
         ("XNOR-Net", "BNN"),
         ("BNN", "BinaryConnect"),
+        ("XNOR-Net, shortcuts", "XNOR-Net"),
         ("Bi-Real", "Bi-Real, no shortcuts"),
     ),
     curves(),
