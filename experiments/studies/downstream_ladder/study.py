@@ -24,7 +24,7 @@ from experiments.study import load_study
 QUESTION = "What are fewer bits worth downstream, in bytes, tokens a second and joules?"
 SOURCE = "Spectra 2407.12327 (tasks by bits), BitNet b1.58 2402.17764 (memory, speed, energy by size)"
 PAPER_EFFECT = "ternary nears float as size grows; accuracy per byte is better with fewer bits"
-VERDICT = "open"
+VERDICT = "not at this size"
 EFFECT = "ternary A8"
 
 CONFIG = "experiments/configs/byte_lm.py"
