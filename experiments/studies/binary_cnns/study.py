@@ -11,7 +11,7 @@ SOURCE = "LAB 1611.01600 (CIFAR-10, one protocol for five schemes); Bi-Real Net 
 PAPER_EFFECT = (
     "float 11.9 % error, W1 9.9 to 11.0, W1A1 12.4 to 12.9; W1A1 accuracy 86.75, 87.92 with shortcuts"
 )
-VERDICT = "open"
+VERDICT = "partly"
 EFFECT = "BNN"
 
 CONFIG = "experiments/configs/mnist_cnn.py"
