@@ -7,7 +7,7 @@ from experiments.sections import arms_table, curves
 QUESTION = "Do finer scales help binary and ternary weights?"
 SOURCE = "BitNet 2310.11453, section 2.1; Spectra 2407.12327, appendix A.4"
 PAPER_EFFECT = "none to be seen"
-VERDICT = "open"
+VERDICT = "reproduced"
 EFFECT = "ternary, 64"
 
 CONFIG = "experiments/configs/study_lm.py"
