@@ -9,7 +9,7 @@ from experiments.sections import arms_table, curves, pairs_table
 QUESTION = "Which piece of a vision transformer minds being binary?"
 SOURCE = "BiT 2205.13016, BinaryBERT and BiBERT (GLUE, table in the README of BiT's code); no table on MNIST"
 PAPER_EFFECT = "GLUE average: float 83.9, W1A4 79.9, W1A1 41.0 with fixed ranges, 71.0 with learned ones"
-VERDICT = "open"
+VERDICT = "reproduced"
 EFFECT = "W1A1, binary attention"
 
 CONFIG = "experiments/configs/mnist_vit.py"
