@@ -11,6 +11,7 @@ bitnet_jax.training.optimizers traces optax's update under `jax.numpy_dtype_prom
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Both are read when the backend starts, so they must be set before anything imports jax.
@@ -24,6 +25,10 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell starts jobs in its background with Ctrl-C ignored, and children inherit that; tests of Ctrl-C send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
