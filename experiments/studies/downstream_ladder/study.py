@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from bitnet_jax.evaluation.language import evaluate_text
 from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.tasks import run_task
 from bitnet_jax.inference.generate import greedy
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.training.loop import load_run
 from experiments.runs import train
-from experiments.sections import Point, arms_table, measures_table, points
+from experiments.sections import Point, Row, arms_table, measures_table, points
 from experiments.study import load_study
 
 QUESTION = "What are fewer bits worth downstream, in bytes, tokens a second and joules?"
@@ -92,7 +94,7 @@ def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
     return row
 
 
-def _speed(config: Any, variables: Any) -> float:
+def _speed(config: ModelConfig, variables: Mapping[str, Any]) -> float:
     """Tokens a second of one text, greedy: the median of seven texts of _LENGTH tokens, after one to compile."""
     prompt = np.array([[32]], np.int32)
 
@@ -105,7 +107,7 @@ def _speed(config: Any, variables: Any) -> float:
     return _LENGTH / statistics.median(seconds() for _ in range(7))
 
 
-def _place(axis: str) -> Any:
+def _place(axis: str) -> Callable[[str, Row], Point]:
     return lambda arm, row: Point(row[axis], "", arm)
 
 

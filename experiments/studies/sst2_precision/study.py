@@ -29,7 +29,7 @@ _VOCABULARY = 2000
 _SST2: dict[str, Any] = {
     "model.vocab_size": _VOCABULARY,
     "model.num_classes": 2,
-    "data.length": 40,  # tokens; four in five sentences are shorter
+    "data.length": 40,  # tokens; three in four sentences fit
     "data.source": "classify/sst2.train.jsonl.gz",
     "data.valid_source": "classify/sst2.test.jsonl.gz",
 }
