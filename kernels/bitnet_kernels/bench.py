@@ -42,7 +42,7 @@ from bitnet_kernels.timing import Spread, chain, interleaved, threads
 
 XLA = ("float32", "bfloat16", "int8")
 XLA_ROWS = 8  # XLA multiplies fewer rows by a slow loop
-CHAIN_BYTES = 64 << 20  # of the matrices of one chain, about
+MOST_LINKS = 512  # of a chain, for the compiler
 READ_PIECE = 256 << 20  # bytes: in shorter pieces a helper may not be on its way yet
 SPUN_SECONDS = 2e-6  # inside each loop of fork_join
 
@@ -76,8 +76,8 @@ def bench_shape(shape: Shape, ceiling_data: np.ndarray, working_set: int, budget
         matrices[name] = random_packed(name, (n, k))
         number = copies(matrices[name].codes.nbytes, working_set)
         packed = [matrices[name], *(random_packed(name, (n, k), seed=seed) for seed in range(1, number))]
-        # Long chains hide what a compiled program takes to start, 0.1 ms with many arguments; many rows need none.
-        lengths[name] = max(8, min(64, CHAIN_BYTES // packed[0].codes.nbytes)) if m <= 16 else 2
+        # Long chains hide what a compiled program takes to start, some tenths of a millisecond; many rows need none.
+        lengths[name] = min(number, MOST_LINKS) if m <= 16 else 2
         calls[name] = chain(packed_matmul, codes, packed, lengths[name])
     limits = _limits(read=read_all(ceiling_data, min(READ_PIECE, ceiling_data.nbytes)), peak=dot_peak())
     took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, 2 * budget, settle=True)

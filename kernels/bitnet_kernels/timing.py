@@ -85,23 +85,24 @@ def chain(
       repeats: how often a call goes through its `length` weights.
     """
 
-    def link(x: jax.Array, w: Any) -> tuple[jax.Array, jax.Array]:
-        y = product(x, w)
-        never = y[0, 0].astype(jnp.float32) == math.pi  # but the next product has to wait for y
-        return jnp.where(never, jnp.zeros_like(x), x), y
+    structure = jax.tree.structure(weights[0])
 
     @jax.jit
-    def run(x: jax.Array, weights: Sequence[Any]) -> jax.Array:
-        def once(_: Any, x: jax.Array) -> jax.Array:
-            return functools.reduce(lambda x, w: link(x, w)[0], weights, x)
+    def run(x: jax.Array, weights: Sequence[Sequence[jax.Array]]) -> jax.Array:
+        def link(y: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
+            never = y[0, 0].astype(jnp.float32) == math.pi  # but this product has to wait for y
+            # Of the first x each time: out of the last one, XLA would compute all of the chain again in every link.
+            return product(jnp.where(never, jnp.zeros_like(x), x), jax.tree.unflatten(structure, leaves))
 
-        if repeats > 1:
-            x = jax.lax.fori_loop(0, repeats - 1, once, x)
-        for w in weights:
-            x, y = link(x, w)
-        return y
+        def once(_: Any, y: jax.Array) -> jax.Array:
+            return functools.reduce(link, weights, y)
 
+        first = jax.eval_shape(product, x, jax.tree.unflatten(structure, weights[0]))
+        return jax.lax.fori_loop(0, repeats, once, jnp.zeros(first.shape, first.dtype))
+
+    # Plain arrays: to take hundreds of packed ones apart, call for call, takes a millisecond.
+    leaves = [jax.tree.leaves(w) for w in weights]
     links = [
-        tuple(weights[(i + j) % len(weights)] for j in range(length)) for i in range(0, len(weights), length)
+        tuple(leaves[(i + j) % len(weights)] for j in range(length)) for i in range(0, len(weights), length)
     ]
-    return lambda round: run(x, links[round % len(links)]).block_until_ready()
+    return lambda round: jax.block_until_ready(run(x, links[round % len(links)]))
