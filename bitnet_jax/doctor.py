@@ -28,7 +28,17 @@ from bitnet_kernels import Choice, PackedArray, choose_implementation, cpu, pack
 from bitnet_kernels.machine import commit, processor
 
 RULES = (("layers_*/mlp/*", "bitnet"), ("*", "bitnet_b158"))
-INSTRUCTION_SETS = ("scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", "neon", "i8mm")
+INSTRUCTION_SETS = (
+    "scalar",
+    "avx2",
+    "avxvnni",
+    "avx512vnni",
+    "avx512vbmi",
+    "avx512lookup",
+    "amx",
+    "neon",
+    "i8mm",
+)
 TOKENS = 16  # greedy tokens of each of the two prompts
 
 

@@ -42,7 +42,9 @@ from bitnet_kernels.timing import Spread, chain, interleaved, threads
 
 XLA = ("float32", "bfloat16", "int8")
 XLA_ROWS = 8  # XLA multiplies fewer rows by a slow loop
-MOST_LINKS = 512  # of a chain, for the compiler
+# Of a chain, at most: long ones hide what a compiled program takes to start, tenths of a millisecond, and the pages
+# that the system clears for its results. The compiler sets the limit.
+FEW_ROWS_LINKS, LINKS = 512, 16
 READ_PIECE = 256 << 20  # bytes: in shorter pieces a helper may not be on its way yet
 SPUN_SECONDS = 2e-6  # inside each loop of fork_join
 
@@ -70,18 +72,18 @@ def bench_shape(shape: Shape, ceiling_data: np.ndarray, working_set: int, budget
     for name in XLA:
         first = jnp.asarray(random.integers(-1, 2, (n, k), np.int8)).astype(name)
         several = [first + jnp.zeros_like(first) for _ in range(copies(first.nbytes, working_set))]
-        calls[f"xla {name}"] = chain(dense, padded.astype(name), several, 2)
+        lengths[f"xla {name}"] = min(len(several), LINKS)
+        calls[f"xla {name}"] = chain(dense, padded.astype(name), several, lengths[f"xla {name}"])
     matrices: dict[str, PackedArray] = {}
     for name in FORMATS:
         matrices[name] = random_packed(name, (n, k))
         number = copies(matrices[name].codes.nbytes, working_set)
         packed = [matrices[name], *(random_packed(name, (n, k), seed=seed) for seed in range(1, number))]
-        # Long chains hide what a compiled program takes to start, some tenths of a millisecond; many rows need none.
-        lengths[name] = min(number, MOST_LINKS) if m <= 16 else 2
+        lengths[name] = min(number, FEW_ROWS_LINKS if m <= 16 else LINKS)
         calls[name] = chain(packed_matmul, codes, packed, lengths[name])
     limits = _limits(read=read_all(ceiling_data, min(READ_PIECE, ceiling_data.nbytes)), peak=dot_peak())
     took = interleaved(calls | {name: limit.run for name, limit in limits.items()}, 2 * budget, settle=True)
-    xla = {name: took[f"xla {name}"] / 2 for name in XLA}
+    xla = {name: took[f"xla {name}"] / lengths[f"xla {name}"] for name in XLA}
     rates = {name: limit.amount / took[name].median for name, limit in limits.items()}
     return [
         _row("packed_matmul", m, w, took[name] / lengths[name], rates.get("read"), rates.get("peak"))

@@ -62,7 +62,7 @@ int64_t repeat(std::string_view isa, int64_t times) {
 #if defined(__x86_64__)
   if (isa == "avx2") return repeat_madd(times), 12 * 32 * times;
   if (isa == "avxvnni") return repeat_ymm(times), 12 * 32 * times;
-  if (isa == "avx512vnni" || isa == "avx512vbmi") return repeat_zmm(times), 12 * 64 * times;
+  if (isa == "avx512vnni" || isa == "avx512vbmi" || isa == "avx512lookup") return repeat_zmm(times), 12 * 64 * times;
   if (isa == "amx") return repeat_tiles(times), 4 * 16 * 16 * 64 * times;
 #endif
   return 0;

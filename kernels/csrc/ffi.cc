@@ -26,6 +26,8 @@ constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one ro
 constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several rows of x
 constexpr int64_t kFewRows = 8;                          // of x, with which a product waits for memory
 constexpr int64_t kItemBytes = 200 << 10;                // packed bytes of a piece of work, about, few rows of x
+constexpr int64_t kTableItems = 4;                       // pieces of a thread, where rows share tables: at least, of ...
+constexpr int64_t kLeastPanels = 16, kMostPanels = 112;  // ... so many panels
 constexpr int64_t kSerialActivations = int64_t{1} << 15;  // elements of x
 
 using Bytes = ffi::Buffer<ffi::S8, 2>;
@@ -82,31 +84,40 @@ struct Rows {
   }
 };
 
-// How a matrix is cut into items: panels at a time.
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How a product is cut into items: so many rows of x times so many panels.
 struct Split {
-  int64_t grain;  // panels of an item
+  int64_t rows;
+  int64_t panels = 4;  // of the tiles of several rows
   int64_t items;
 
-  explicit Split(const Problem& p) {
-    grain = 4;  // of the tiles of several rows
-    if (p.m <= kFewRows) {
+  Split(const Problem& p, TableRows table_rows) : rows(p.m) {
+    if (const int64_t together = table_rows == nullptr ? 0 : table_rows(p)) {
+      rows = divide_up(p.m, 4 * divide_up(p.m, together)) * 4;
+      const int64_t pieces = std::max(divide_up(p.panels(), kMostPanels),
+                                      divide_up(kTableItems * thread_count(), divide_up(p.m, rows)));
+      panels = std::max(kLeastPanels, divide_up(p.panels(), 8 * pieces) * 8);
+    } else if (p.m <= kFewRows) {
       // As many pieces for every thread, of an even number of panels: they are multiplied in pairs.
       const int64_t share = p.panels() * p.panel_bytes() / thread_count();
       const int64_t pieces = thread_count() * std::max<int64_t>(1, (share + kItemBytes / 2) / kItemBytes);
-      grain = (p.panels() + 2 * pieces - 1) / (2 * pieces) * 2;
+      panels = divide_up(p.panels(), 2 * pieces) * 2;
     }
-    items = (p.panels() + grain - 1) / grain;
+    items = divide_up(p.m, rows) * divide_up(p.panels(), panels);
   }
 };
 
-using Work = std::function<void(size_t matrix, int64_t begin, int64_t end)>;
+// Multiplies some rows of x, of which `part` consists, with the panels [begin, end) of a matrix.
+using Work = std::function<void(size_t matrix, const Problem& part, int64_t row, int64_t begin, int64_t end)>;
 
-// Runs work over the panels of all matrices, in one parallel loop where the work deserves one.
-void run(const std::vector<Problem>& problems, const Work& work) {
+// Runs work over the panels of all matrices, in one parallel loop where the work deserves one. Without table_rows all rows
+// of x stay together.
+void run(const std::vector<Problem>& problems, TableRows table_rows, const Work& work) {
   std::vector<Split> splits;
   int64_t items = 0, bytes = 0, products = 0;
   for (const Problem& p : problems) {
-    splits.emplace_back(p);
+    splits.emplace_back(p, table_rows);
     items += splits.back().items;
     bytes += p.panels() * p.panel_bytes();
     products += p.m * p.n * p.x_stride;
@@ -114,8 +125,14 @@ void run(const std::vector<Problem>& problems, const Work& work) {
   const auto run_item = [&](int64_t item) {
     size_t i = 0;
     for (; item >= splits[i].items; ++i) item -= splits[i].items;
-    const int64_t begin = item * splits[i].grain;
-    work(i, begin, std::min(begin + splits[i].grain, problems[i].panels()));
+    const Split& split = splits[i];
+    const int64_t runs = divide_up(problems[i].panels(), split.panels);
+    const int64_t row = item / runs * split.rows, begin = item % runs * split.panels;
+    Problem part = problems[i];
+    part.m = std::min(split.rows, part.m - row);
+    part.x += row * part.x_stride;
+    part.x_sums += row * part.groups;
+    work(i, part, row, begin, std::min(begin + split.panels, part.panels()));
   };
   if (problems[0].m == 1 ? bytes < kSerialBytes : products < kSerialProducts) {
     for (int64_t item = 0; item < items; ++item) run_item(item);
@@ -143,7 +160,9 @@ ffi::Error integer_call(Bytes x, Codes w, int64_t format, std::string_view isa, 
   Rows rows;
   rows.prepare(x.typed_data(), k, *kernels, p);
   p.y = y->typed_data();
-  run(problems, [&](size_t, int64_t begin, int64_t end) { kernels->matmul(p, begin, end); });
+  run(problems, nullptr, [&](size_t, const Problem& part, int64_t, int64_t begin, int64_t end) {
+    kernels->matmul(part, begin, end);
+  });
   return ffi::Error::Success();
 }
 
@@ -238,8 +257,10 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
     }
     scales[i].activation = activations.scales;
   }
-  run(problems, [&](size_t i, int64_t begin, int64_t end) {
-    scaled_matmul(*kernels, problems[i], scales[i], outputs[i], begin, end);
+  run(problems, kernels->table_rows, [&](size_t i, const Problem& part, int64_t row, int64_t begin, int64_t end) {
+    Scales of_part = scales[i];
+    if (of_part.activation != nullptr) of_part.activation += row;
+    scaled_matmul(*kernels, part, of_part, outputs[i] + row * part.n, begin, end);
   });
   return ffi::Error::Success();
 }

@@ -91,11 +91,16 @@ using Matmul = void (*)(const Problem&, int64_t begin, int64_t end);
 // The sum of x[0 .. count).
 using Sum = int32_t (*)(const int8_t* x, int64_t count);
 
-// One instruction set: a name and its two loops.
+// How many rows of x have tables that are made of them for one call: to be multiplied with as many panels as can be. 0
+// where a product needs none.
+using TableRows = int64_t (*)(const Problem&);
+
+// One instruction set: a name and its loops.
 struct Kernels {
   const char* isa;
   Matmul matmul;
   Sum sum;
+  TableRows table_rows = nullptr;  // where no product needs any
 };
 
 extern const Kernels kScalarKernels;
@@ -104,6 +109,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512VbmiKernels;
+extern const Kernels kAvx512LookupKernels;
 extern const Kernels kAmxKernels;
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;

@@ -39,6 +39,12 @@ bool tiles_are_permitted() {
 #endif
 }
 
+// Whether 512 bits are shuffled as fast as multiplied: so far by AMD's processors, all that have AVX-512.
+bool looks_up_fast() {
+  uint32_t eax, ebx, ecx, edx;
+  return __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_AMD_ebx;
+}
+
 // By cpuid itself: __builtin_cpu_supports answers no to everything in some clang distributions.
 void detect_x86(std::vector<const Kernels*>& available) {
   uint32_t eax, ebx, ecx, edx;
@@ -53,7 +59,9 @@ void detect_x86(std::vector<const Kernels*>& available) {
   if (avx2) available.push_back(&kAvx2Kernels);
   if (avxvnni) available.push_back(&kAvxVnniKernels);
   if (avx512vnni) available.push_back(&kAvx512VnniKernels);
+  if (avx512vbmi && !looks_up_fast()) available.push_back(&kAvx512LookupKernels);
   if (avx512vbmi) available.push_back(&kAvx512VbmiKernels);
+  if (avx512vbmi && looks_up_fast()) available.push_back(&kAvx512LookupKernels);
   if (amx) available.push_back(&kAmxKernels);
 }
 

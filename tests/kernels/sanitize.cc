@@ -70,7 +70,7 @@ int main() {
   bitnet_kernels_set_thread_count(4);
   const int64_t shapes[][3] = {{1, 1, 1}, {3, 31, 1}, {37, 100, 1}, {65, 1100, 1}, {100, 640, 20}, {33, 96, 3}};
   int64_t wrong = 0, cases = 0;
-  for (const char* isa : {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx"}) {
+  for (const char* isa : {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "avx512lookup", "amx"}) {
     const Kernels* kernels = find_kernels(isa);
     if (kernels == nullptr) continue;
     for (const auto& [n, k, groups] : shapes) {

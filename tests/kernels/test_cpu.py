@@ -19,7 +19,7 @@ from bitnet_kernels import FORMATS, cpu, matmul, pack, packed_matmul, reference
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 ISAS = cpu.available_isas()
 
-# One of everything, odd sizes, whole blocks, more than one tile of 64 rows and of 1024 inputs, groups.
+# One of everything, odd sizes, whole blocks, more than one tile of 64 rows and of 1024 inputs, groups, tiles of tables.
 SHAPES = (
     (1, 1, 1),
     (3, 31, 1),
@@ -29,6 +29,7 @@ SHAPES = (
     (100, 640, 20),
     (33, 96, 3),
     (50, 4096, 2),
+    (150, 520, 1),
 )
 ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 33)
 
@@ -124,7 +125,7 @@ def test_the_largest_sums_do_not_overflow(isa: str, format: str, k: int) -> None
     codes = np.repeat(np.array(extremes, np.int8)[:, None], k, axis=1)
     w = pack(codes, np.ones((1, 1), np.float32), format)
     for value in (-128, 127):
-        for m in (1, 5):
+        for m in (1, 5, 12):
             sums = cpu.integer_matmul(jnp.full((m, k), value, jnp.int8), w, isa_name=isa)
             np.testing.assert_array_equal(
                 sums, np.broadcast_to([value * k * code for code in extremes], (1, m, 2))

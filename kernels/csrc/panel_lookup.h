@@ -1,0 +1,145 @@
+// Binary matrices times many rows of x by look-up, for processors that shuffle 512 bits as fast as they multiply them.
+// Included like panel_fields.h, after panel_avx512vbmi.h and panel_matmul.h.
+//
+// The sums of all subsets of six inputs are a table of 64 int16 in two registers, and six bits of 32 rows of the matrix
+// look 32 of them up in one instruction: 192 products where vpdpbusd makes 64. A dword of a block is 32 bits of one row;
+// the low halves of those of two panels make a vector of 32 words, their high halves another. A word is three indices,
+// of 6, 5 and 5 bits, which shifts alone bring to the bottom: the instructions ignore the bits above.
+
+struct Avx512Lookup : Avx512Vbmi {};
+
+template <int kSlots>
+struct Fields<Avx512Lookup, Format::kTernary5, kSlots> : Fields<Avx512Vbmi, Format::kTernary5, kSlots> {};
+
+constexpr int64_t kTableBlocks = 8;  // looked up before int16 may overflow: 256 inputs of -128
+constexpr int64_t kTableRows = 32;   // of x, whose tables of so many blocks, 128 KiB, stay in L2
+constexpr int kPairs = 4;            // of panels, times ...
+constexpr int kLookupRows = 4;       // ... rows of x: the accumulators
+
+struct Lookup {
+  __m512i tables[kTableRows][kTableBlocks][2][4];    // of each half: 64 sums, 32 sums, 32 sums
+  __m512i indices[kTableBlocks][2][3][kPairs];
+};
+
+// The sums of all subsets of five inputs, bit i of a word's number telling whether x[i] is in it.
+BITNET_INLINE __m512i subset_sums(const int16_t* x) {
+  constexpr __mmask32 kHasBit[5] = {0xaaaaaaaa, 0xcccccccc, 0xf0f0f0f0, 0xff00ff00, 0xffff0000};
+  __m512i sums = _mm512_setzero_si512();
+  unrolled<5>([&](auto i) BITNET_INLINE_BODY {
+    sums = _mm512_mask_add_epi16(sums, kHasBit[i], sums, _mm512_set1_epi16(x[i]));
+  });
+  return sums;
+}
+
+// Tables of the inputs that the halves of the dwords of a block multiply: bit 8 j + s of a dword is input 4 s + j.
+void make_tables(const int8_t* x, int64_t blocks, __m512i (*tables)[2][4]) {
+  for (int64_t b = 0; b < blocks; ++b, x += block_inputs(Format::kBinary)) {
+    for (int half = 0; half < 2; ++half) {
+      int16_t inputs[16];
+      for (int i = 0; i < 16; ++i) inputs[i] = x[4 * (i % 8) + 2 * half + i / 8];
+      __m512i* table = tables[b][half];
+      table[0] = subset_sums(inputs);
+      table[1] = _mm512_add_epi16(table[0], _mm512_set1_epi16(inputs[5]));
+      table[2] = subset_sums(inputs + 6);
+      table[3] = subset_sums(inputs + 11);
+    }
+  }
+}
+
+// Indices of up to kPairs pairs of panels; those behind `end` are as good as any others.
+void make_indices(const Problem& p, int64_t panel, int64_t end, int64_t g, int64_t b, int64_t blocks, Lookup& lookup) {
+  for (int64_t pair = 0; panel + 2 * pair < end; ++pair) {
+    const int64_t even = panel + 2 * pair, odd = std::min(even + 1, end - 1);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const __m512i first = _mm512_loadu_si512(p.block(even, g, b + block));
+      const __m512i second = _mm512_loadu_si512(p.block(odd, g, b + block));
+      const __m512i halves[2] = {_mm512_mask_blend_epi16(0xaaaaaaaa, first, _mm512_slli_epi32(second, 16)),
+                                 _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second)};
+      unrolled<2>([&](auto half) BITNET_INLINE_BODY {
+        lookup.indices[block][half][0][pair] = halves[half];
+        lookup.indices[block][half][1][pair] = _mm512_srli_epi16(halves[half], 6);
+        lookup.indices[block][half][2][pair] = _mm512_srli_epi16(halves[half], 11);
+      });
+    }
+  }
+}
+
+// kRows rows of x, whose tables begin with those of `row`, times pairs of panels of which there are indices.
+template <int kRows, int kCount>
+void look_up(const Problem& p, int64_t first_row, int64_t row, int64_t panel, int64_t end, int64_t g, bool first,
+             int64_t blocks, const Lookup& lookup) {
+  __m512i sums[kRows][kCount];
+  unrolled<kRows * kCount>([&](auto i) BITNET_INLINE_BODY { sums[i / kCount][i % kCount] = _mm512_setzero_si512(); });
+  for (int64_t half = 0; half < 2 * blocks; ++half) {
+    const auto& indices = lookup.indices[half / 2][half % 2];
+    unrolled<3 * kRows>([&](auto i) BITNET_INLINE_BODY {
+      constexpr int part = i / kRows, t = i % kRows;
+      const __m512i* table = lookup.tables[row + t][half / 2][half % 2];
+      unrolled<kCount>([&](auto pair) BITNET_INLINE_BODY {
+        const __m512i index = indices[part][pair];
+        const __m512i found = part == 0 ? _mm512_permutex2var_epi16(table[0], index, table[1])
+                                        : _mm512_permutexvar_epi16(index, table[part + 1]);
+        sums[t][pair] = _mm512_add_epi16(sums[t][pair], found);
+      });
+    });
+  }
+  // y = (first ? -x_sum : y) + 2 sums, for the rows of the matrix that there are. An even panel's sums are the low words.
+  __mmask16 exist[2 * kCount], added[2 * kCount];
+  unrolled<2 * kCount>([&](auto i) BITNET_INLINE_BODY {
+    const int64_t rows = panel + i < end ? p.panel_rows(panel + i) : 0;
+    exist[i] = static_cast<__mmask16>((1u << rows) - 1);
+    added[i] = first ? 0 : exist[i];
+  });
+  unrolled<kRows>([&](auto t) BITNET_INLINE_BODY {
+    int32_t* y = p.outputs(g, first_row + row + t, panel);
+    const __m512i start = _mm512_set1_epi32(-p.x_sum(first_row + row + t, g));
+    unrolled<2 * kCount>([&](auto i) BITNET_INLINE_BODY {
+      const __m512i twice = _mm512_set1_epi32(i % 2 == 0 ? 2 : 2 << 16);
+      const __m512i before = _mm512_mask_loadu_epi32(start, added[i], y + i * kPanelRows);
+      _mm512_mask_storeu_epi32(y + i * kPanelRows, exist[i], _mm512_dpwssd_epi32(before, sums[t][i / 2], twice));
+    });
+  });
+}
+
+template <int kCount, int kRows = kLookupRows>
+void look_up_rows(const Problem& p, int64_t first_row, int64_t row, int64_t rows, int64_t panel, int64_t end, int64_t g,
+                  bool first, int64_t blocks, const Lookup& lookup) {
+  if constexpr (kRows > 0) {
+    for (; row + kRows <= rows; row += kRows) {
+      look_up<kRows, kCount>(p, first_row, row, panel, end, g, first, blocks, lookup);
+    }
+    look_up_rows<kCount, kRows - 1>(p, first_row, row, rows, panel, end, g, first, blocks, lookup);
+  }
+}
+
+// Panels [panel, end), kPairs pairs at a time, then the rest.
+template <int kCount = kPairs>
+void look_up_panels(const Problem& p, int64_t first_row, int64_t rows, int64_t panel, int64_t end, int64_t g, int64_t b,
+                    int64_t blocks, Lookup& lookup) {
+  if constexpr (kCount > 0) {
+    for (; panel + 2 * kCount - 1 <= end; panel += 2 * kCount) {
+      make_indices(p, panel, std::min(end, panel + 2 * kCount), g, b, blocks, lookup);
+      look_up_rows<kCount>(p, first_row, 0, rows, panel, end, g, b == 0, blocks, lookup);
+    }
+    look_up_panels<kCount - 1>(p, first_row, rows, panel, end, g, b, blocks, lookup);
+  }
+}
+
+int64_t table_rows(const Problem& p) {
+  return p.format == Format::kBinary && p.m > Avx512Lookup::kFewRows ? kTableRows : 0;
+}
+
+void matmul_lookup(const Problem& p, int64_t begin, int64_t end) {
+  if (table_rows(p) == 0) return matmul<Avx512Lookup>(p, begin, end);
+  Lookup lookup;
+  for (int64_t row = 0; row < p.m; row += kTableRows) {
+    const int64_t rows = std::min(kTableRows, p.m - row);
+    for (int64_t g = 0; g < p.groups; ++g) {
+      for (int64_t b = 0; b < p.group_blocks; b += kTableBlocks) {
+        const int64_t blocks = std::min(kTableBlocks, p.group_blocks - b);
+        for (int64_t t = 0; t < rows; ++t) make_tables(p.inputs(row + t, g, b), blocks, lookup.tables[t]);
+        look_up_panels(p, row, rows, begin, end, g, b, blocks, lookup);
+      }
+    }
+  }
+}
