@@ -223,7 +223,16 @@ def _generation(
     running: list[Iterator[np.ndarray]] = []
 
     def prefill(round: int) -> None:
-        running[:] = [stream_tokens(config, variables, tokens, max_new_tokens=new_tokens, chunk=new_tokens)]
+        running[:] = [
+            stream_tokens(
+                config,
+                variables,
+                tokens,
+                max_new_tokens=new_tokens,
+                kv_format=kv_format,
+                chunk=new_tokens,
+            )
+        ]
         next(running[0])
 
     def decode(round: int) -> None:

@@ -1,5 +1,6 @@
 #include "scaled_matmul.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace bitnet {
@@ -24,6 +25,22 @@ void rescale(const int32_t* sums, const float* scales, int64_t groups, int64_t s
   for (int64_t r = 0; r < n; ++r) y[r] *= activation;
 }
 
+// The scales of matrix rows [first, first + n) as [groups, n], so that rows are neighbours: where they lie, or copied to
+// `copy`, read in the order of memory: of a head with many groups they are megabytes.
+const float* neighbouring_scales(const Scales& s, int64_t groups, int64_t first, int64_t n, std::vector<float>& copy) {
+  if (s.stride == 1) return s.matrix + first;
+  copy.resize(groups * n);
+  if (s.stride == 0) {
+    std::fill_n(copy.begin(), n, s.matrix[0]);
+    return copy.data();
+  }
+  const float* row = s.matrix + first * groups;
+  for (int64_t r = 0; r < n; ++r, row += groups) {
+    for (int64_t g = 0; g < groups; ++g) copy[g * n + r] = row[g];
+  }
+  return copy.data();
+}
+
 }  // namespace
 
 void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& s, float* out, int64_t begin,
@@ -36,12 +53,9 @@ void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& s, fl
   const int64_t fitting = kScratchSums / (p.groups * part.n) / kRowStep * kRowStep;
   const int64_t rows = std::min(p.m, std::max(kRowStep, fitting));
   static thread_local std::vector<int32_t> sums;
-  static thread_local std::vector<float> scales;  // [groups, part.n], so that rows of the matrix are neighbours
+  static thread_local std::vector<float> copy;
   sums.resize(p.groups * rows * part.n);
-  scales.resize(p.groups * part.n);
-  for (int64_t g = 0; g < p.groups; ++g) {
-    for (int64_t r = 0; r < part.n; ++r) scales[g * part.n + r] = s.matrix[(first + r) * s.stride + g];
-  }
+  const float* scales = neighbouring_scales(s, p.groups, first, part.n, copy);
   for (int64_t row = 0; row < p.m; row += rows) {
     part.m = std::min(rows, p.m - row);
     part.x = p.x + row * p.x_stride;
@@ -51,7 +65,7 @@ void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& s, fl
     for (int64_t i = 0; i < part.m; ++i) {
       const float activation = s.activation == nullptr ? 1.0f : s.activation[row + i];
       float* y = out + (row + i) * p.n + first;
-      rescale(sums.data() + i * part.n, scales.data(), p.groups, part.m * part.n, part.n, activation, y);
+      rescale(sums.data() + i * part.n, scales, p.groups, part.m * part.n, part.n, activation, y);
     }
   }
 }

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from bitnet_jax import cli, model_bench, packing
 from bitnet_jax import step_kernels as step_kernels_module
+from bitnet_jax.inference.generate import stream_tokens
 from bitnet_jax.models import PRESETS, ModelConfig
 from bitnet_jax.precision import RECIPES
 from bitnet_jax.random_model import write_random
@@ -82,6 +84,20 @@ def test_bytes_per_token_are_all_weights_one_row_of_the_embedding_and_the_cache(
     assert (
         figures["bytes_per_token"] == sizes.packed + sizes.other + (40 * 64 + 64) * 2 + cache
     )  # the head, a row
+
+
+def test_the_format_of_the_cache_is_that_of_what_is_timed(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats = []
+
+    def recorded(*arguments: Any, **options: Any) -> Iterator[np.ndarray]:
+        formats.append(options["kv_format"])
+        return stream_tokens(*arguments, **options)
+
+    monkeypatch.setattr(model_bench, "stream_tokens", recorded)
+    model_bench.bench_model(mixed, prompt=2, new_tokens=2, repeats=1, kv_format="int8")
+    assert formats == ["int8", "int8"]  # once to compile, once timed
 
 
 def test_the_kernels_of_a_step_are_those_of_the_model(mixed: Path) -> None:
