@@ -21,27 +21,44 @@ struct Lookup {
   __m512i indices[kTableBlocks][2][3][kPairs];
 };
 
-// The sums of all subsets of five inputs, bit i of a word's number telling whether x[i] is in it.
-BITNET_INLINE __m512i subset_sums(const int16_t* x) {
-  constexpr __mmask32 kHasBit[5] = {0xaaaaaaaa, 0xcccccccc, 0xf0f0f0f0, 0xff00ff00, 0xffff0000};
-  __m512i sums = _mm512_setzero_si512();
-  unrolled<5>([&](auto i) BITNET_INLINE_BODY {
-    sums = _mm512_mask_add_epi16(sums, kHasBit[i], sums, _mm512_set1_epi16(x[i]));
-  });
-  return sums;
+// For vpmaddubsw, word i holds bits `low` and `high` of i as bytes; bit kNever is 0, bit kAlways 1.
+constexpr int kNever = 6, kAlways = 7;
+struct PairMask {
+  alignas(64) uint8_t bytes[64] = {};
+  constexpr PairMask(int low, int high) {
+    for (int i = 0; i < 32; ++i) {
+      bytes[2 * i] = (i | 1 << kAlways) >> low & 1;
+      bytes[2 * i + 1] = (i | 1 << kAlways) >> high & 1;
+    }
+  }
+};
+
+BITNET_INLINE __m512i add(__m512i a, __m512i b) { return _mm512_add_epi16(a, b); }
+
+template <int kLow, int kHigh>
+BITNET_INLINE __m512i masked_pairs(__m512i pair) {
+  static constexpr PairMask kMask(kLow, kHigh);
+  return _mm512_maddubs_epi16(_mm512_load_si512(kMask.bytes), pair);
 }
 
 // Tables of the inputs that the halves of the dwords of a block multiply: bit 8 j + s of a dword is input 4 s + j.
 void make_tables(const int8_t* x, int64_t blocks, __m512i (*tables)[2][4]) {
+  alignas(32) static constexpr uint8_t kOrder[32] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
+                                                     2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
+  const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kOrder));
   for (int64_t b = 0; b < blocks; ++b, x += block_inputs(Format::kBinary)) {
+    alignas(32) int16_t pairs[16];  // of inputs, in the order of the bits
+    const __m256i inputs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), _mm256_permutexvar_epi8(order, inputs));
     for (int half = 0; half < 2; ++half) {
-      int16_t inputs[16];
-      for (int i = 0; i < 16; ++i) inputs[i] = x[4 * (i % 8) + 2 * half + i / 8];
+      __m512i pair[8];
+      unrolled<8>([&](auto i) BITNET_INLINE_BODY { pair[i] = _mm512_set1_epi16(pairs[8 * half + i]); });
+      const __m512i four = add(masked_pairs<0, 1>(pair[0]), masked_pairs<2, 3>(pair[1]));
       __m512i* table = tables[b][half];
-      table[0] = subset_sums(inputs);
-      table[1] = _mm512_add_epi16(table[0], _mm512_set1_epi16(inputs[5]));
-      table[2] = subset_sums(inputs + 6);
-      table[3] = subset_sums(inputs + 11);
+      table[0] = add(four, masked_pairs<4, kNever>(pair[2]));
+      table[1] = add(four, masked_pairs<4, kAlways>(pair[2]));
+      table[2] = add(add(masked_pairs<0, 1>(pair[3]), masked_pairs<2, 3>(pair[4])), masked_pairs<4, kNever>(pair[5]));
+      table[3] = add(add(masked_pairs<kNever, 0>(pair[5]), masked_pairs<1, 2>(pair[6])), masked_pairs<3, 4>(pair[7]));
     }
   }
 }
@@ -79,7 +96,7 @@ void look_up(const Problem& p, int64_t first_row, int64_t row, int64_t panel, in
         const __m512i index = indices[part][pair];
         const __m512i found = part == 0 ? _mm512_permutex2var_epi16(table[0], index, table[1])
                                         : _mm512_permutexvar_epi16(index, table[part + 1]);
-        sums[t][pair] = _mm512_add_epi16(sums[t][pair], found);
+        sums[t][pair] = add(sums[t][pair], found);
       });
     });
   }
