@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from bitnet_jax.cli import build_parser
@@ -12,10 +10,9 @@ from experiments import cpu_limits, training_cost
 
 
 def test_the_tables_are_made_of_the_committed_results() -> None:
-    files = {name: cpu_limits.RESULTS / f"{name}.json" for name in cpu_limits.COMMANDS}
-    results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    assert cpu_limits.report(results) == (cpu_limits.STUDY / "report.md").read_text()
-    assert set(results) == set(cpu_limits.COMMANDS)
+    machines = cpu_limits.load()
+    assert cpu_limits.report(machines) == (cpu_limits.STUDY / "report.md").read_text()
+    assert all(set(results) == set(cpu_limits.COMMANDS) for results in machines.values())
 
 
 @pytest.mark.parametrize("name", cpu_limits.COMMANDS)
