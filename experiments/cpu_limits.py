@@ -25,7 +25,7 @@ from bitnet_jax.doctor import available_instruction_sets
 STUDY = Path(__file__).parent / "studies" / "cpu_limits"
 RESULTS = STUDY / "results"
 MODEL = ("-m", "bitnet_jax.cli", "bench")
-KERNELS = ("-m", "bitnet_kernels.bench", "--seconds", "0.3", "--working-set", "512")
+KERNELS = ("-m", "bitnet_kernels.bench", "--seconds", "0.6", "--working-set", "512")
 TWO_B = ("--preset", "2b4t", "--generate", "64", "--repeats", "7", "--prompt", "512")
 SHORT = (*TWO_B[:-1], "16")  # as engines time decoding
 LARGE = ("--prompt", "16", "--generate", "9", "--repeats", "3", "--head", "int4")

@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one row of x
 constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several rows of x
 constexpr int64_t kFewRows = 8;                          // of x, with which a product waits for memory
-constexpr int64_t kItemBytes = 200 << 10;                // packed bytes of a piece of work, about, few rows of x
+constexpr int64_t kItemBytes = 300 << 10;                // packed bytes of a piece of work, about, few rows of x
 constexpr int64_t kTableItems = 4;                       // pieces of a thread, where rows share tables: at least, of ...
 constexpr int64_t kLeastPanels = 16, kMostPanels = 112;  // ... so many panels
 constexpr int64_t kSerialActivations = int64_t{1} << 15;  // elements of x
