@@ -25,7 +25,7 @@ from bitnet_jax.doctor import available_instruction_sets
 STUDY = Path(__file__).parent / "studies" / "cpu_limits"
 RESULTS = STUDY / "results"
 MODEL = ("-m", "bitnet_jax.cli", "bench")
-KERNELS = ("-m", "bitnet_kernels.bench", "--seconds", "0.6", "--working-set", "512")
+KERNELS = ("-m", "bitnet_kernels.bench", "--working-set", "512", "--seconds")
 TWO_B = ("--preset", "2b4t", "--generate", "64", "--repeats", "7", "--prompt", "512")
 SHORT = (*TWO_B[:-1], "16")  # as engines time decoding
 LARGE = ("--prompt", "16", "--generate", "9", "--repeats", "3", "--head", "int4")
@@ -40,8 +40,8 @@ TERNARY_PEER, BINARY_PEER = (34.0, 32.0, 0.53), (24.3, 32.0, 0.19)
 
 # name -> (words behind python, instruction set or None for the fastest)
 COMMANDS: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "kernels": ((*KERNELS, "--suite", "all"), None),
-    "kernels_vnni": ((*KERNELS, "--suite", "prefill"), VNNI),
+    "kernels": ((*KERNELS, "0.6", "--suite", "all"), None),
+    "kernels_vnni": ((*KERNELS, "2", "--suite", "prefill"), VNNI),
     "2b_ternary": ((*MODEL, *TWO_B, "--recipe", "bitnet_b158", "--head", "int4"), None),
     "2b_ternary_vnni": ((*MODEL, *TWO_B, "--recipe", "bitnet_b158", "--head", "int4"), VNNI),
     "2b_ternary5": (
