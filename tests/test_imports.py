@@ -64,7 +64,8 @@ ARROWS: dict[str, set[str]] = {
         "model_bench",
         "step_kernels",
     },
-    "commands": {
+    "cli": {
+        "cli",
         "model_bench",
         "energy_report",
         "harness",
@@ -77,7 +78,6 @@ ARROWS: dict[str, set[str]] = {
         "training",
         "data",
     },
-    "cli": {"commands"},
 }
 EVERYWHERE = {"", "compat"}  # the version, and the one file that knows JAX versions differ
 

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from bitnet_jax import cli, packing, storage
+from bitnet_jax import packing, storage
+from bitnet_jax.cli import main as cli
 from bitnet_jax.inference.generate import generate
 from bitnet_jax.model_folders import load_model
 
@@ -292,9 +293,7 @@ def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[s
 
 def test_ctrl_c_ends_with_130_and_a_word(place: Path, tmp_path: Path) -> None:
     """A real process and a real signal, sent while it waits for a prompt that never comes."""
-    code = (
-        "import sys; print('up', flush=True); from bitnet_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
+    code = "import sys; print('up', flush=True); from bitnet_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "generate", f"{place}/packed"],
         stdin=subprocess.PIPE,

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bitnet_jax import cli, doctor, kernel_checks, packing
+from bitnet_jax import doctor, kernel_checks, packing
+from bitnet_jax.cli import main as cli
 from bitnet_jax.kernel_checks import Check
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_kernels import IMPLEMENTATIONS, cpu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bitnet_jax.cli import build_parser
+from bitnet_jax.cli.main import build_parser
 from bitnet_jax.models import PRESETS
 from experiments import cpu_limits, training_cost
 

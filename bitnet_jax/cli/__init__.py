@@ -1,0 +1,1 @@
+"""The `bitnet-jax` command: main.py, and one module for each command."""

@@ -1,0 +1,76 @@
+"""Time a model of a known shape with random weights: prefill, decoding, memory, against the machine's limits.
+
+The weights are written to a temporary folder, or to --model, and read back; a --model that exists is timed as
+it is. Ratios (of the read ceiling, of the multiplier peak, kernels to whole step) come from measurements in
+turn; figures in tokens per second move with what else the machine does.
+
+example:
+  bitnet-jax bench --preset 2b4t --recipe bitnet_b158 --prompt 512 --generate 64 --threads 2 --json bench.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from bitnet_jax.cli.shared import kv_format_argument, ternary_format_argument, write_json
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--preset", metavar="NAME", help="shape of the model: tiny, 125m, ..., 100b, 2b4t")
+    command.add_argument("--recipe", metavar="NAME", help="precision of its layers (default bitnet_b158)")
+    command.add_argument(
+        "--head",
+        metavar="NAME",
+        help="float, int8 or int4: form of the output head; or a recipe of one that is a matrix of its own",
+    )
+    ternary_format_argument(command)
+    kv_format_argument(command)
+    command.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="time this; made first if it does not exist"
+    )
+    command.add_argument(
+        "--keep", action="store_true", help="do not remove the temporary folder of the weights"
+    )
+    command.add_argument(
+        "--prompt", type=int, default=512, metavar="N", help="tokens to read (default %(default)s)"
+    )
+    command.add_argument(
+        "--generate", type=int, default=64, metavar="N", help="tokens to write (default %(default)s)"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="use the first N processors (default: all)")
+    command.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="time everything N times (default %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.threads is not None:
+        _use_threads(args.threads)  # before JAX starts its own
+    from bitnet_jax import model_bench
+
+    config = None
+    if args.preset is not None:
+        config = model_bench.preset_config(args.preset, args.recipe, args.head, args.ternary_format)
+    with model_bench.model_folder(config, args.model, keep=args.keep) as folder:
+        figures = model_bench.bench_model(
+            folder,
+            prompt=args.prompt,
+            new_tokens=args.generate,
+            repeats=args.repeats,
+            kv_format=args.kv_format,
+        )
+    write_json(args.json, figures)
+    print(model_bench.table(figures))
+    return 0
+
+
+def _use_threads(count: int) -> None:
+    """Restricts the process to the first `count` processors that it may use."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError(f"got --threads {count}, expected none: this system cannot restrict a process")
+    allowed = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(allowed):
+        raise ValueError(f"got --threads {count}, expected 1 to {len(allowed)}, the processors there are")
+    os.sched_setaffinity(0, allowed[:count])

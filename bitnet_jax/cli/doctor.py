@@ -1,0 +1,39 @@
+"""Check every kernel on this machine against NumPy, and a tiny packed model against the latent one.
+
+Exit code 0: all that is present is right; 1: something is wrong.
+
+example:
+  bitnet-jax doctor                     BITNET_KERNELS_ISA=avx2 bitnet-jax doctor
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from bitnet_jax.cli.shared import write_json
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """It takes none."""
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitnet_jax import doctor as checks
+
+    machine, choice = checks.machine(), checks.choice_here()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    found = checks.diagnose()
+    words = {True: "ok", False: "WRONG", None: "absent"}
+    for check in found:
+        print(f"{words[check.passed]:7s} {check.name:32s} {check.detail}")
+    healthy = checks.healthy(found)
+    print(f"packed_matmul runs on {choice.name}: {choice.reason}")
+    print(
+        "healthy"
+        if healthy
+        else "error: something above is WRONG; do not trust packed models on this machine"
+    )
+    figures = {"machine": machine, "choice": choice._asdict(), "healthy": healthy}
+    write_json(args.json, figures | {"checks": [dataclasses.asdict(check) for check in found]})
+    return 0 if healthy else 1

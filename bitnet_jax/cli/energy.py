@@ -1,0 +1,84 @@
+"""Count operations, joules and bytes of a model by arithmetic; with --measure, joules by the machine's meters.
+
+The energy model is BitNet's (2310.11453): every token attends to all others of the text, the output head is
+told apart. --measure generates text and reads RAPL (processors) and NVML (GPUs, pip install
+'bitnet-jax[energy]') meanwhile.
+
+example:
+  bitnet-jax energy --preset 2b4t --length 512 --json energy.json
+  bitnet-jax energy runs/first-packed --measure
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitnet_jax.cli.shared import kv_format_argument, ternary_format_argument, write_json
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="a packed model, a run, ...")
+    command.add_argument("--preset", metavar="NAME", help="or the shape of a preset: tiny, 125m, ..., 2b4t")
+    command.add_argument("--config", metavar="FILE.py[:VARIANT]", help="or the model of a config file")
+    command.add_argument("--recipe", metavar="NAME", help="of a preset: precision of its layers")
+    command.add_argument("--head", metavar="NAME", help="of a preset: form of its output head, see bench")
+    ternary_format_argument(command)
+    kv_format_argument(command)
+    command.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens of the text (default %(default)s)"
+    )
+    command.add_argument(
+        "--floats", choices=("float16", "float32"), default="float16", help="what a float counts as"
+    )
+    command.add_argument(
+        "--zeros",
+        action="append",
+        default=[],
+        metavar="PATTERN=SHARE",
+        help="share of zeros among the inputs of these layers, which cost nothing; repeatable",
+    )
+    command.add_argument("--measure", action="store_true", help="generate, and read the machine's meters")
+    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitnet_jax import energy_report
+    from bitnet_jax.model_folders import load_model
+
+    variables = None
+    if args.folder is not None:
+        if args.preset or args.config or args.recipe or args.head or args.ternary_format:
+            raise ValueError(
+                "got FOLDER beside --preset, --config or what changes them, expected one of these"
+            )
+        _, config, variables, _ = load_model(args.folder, step=args.step)
+    else:
+        shape = args.recipe, args.head, args.ternary_format
+        config = energy_report.chosen_config(args.preset, args.config, *shape)
+    figures = energy_report.energy_figures(
+        config,
+        length=args.length,
+        floats=args.floats,
+        kv_format=args.kv_format,
+        zeros=_zero_shares(args.zeros),
+    )
+    if args.measure:
+        figures["measured"] = energy_report.measured_figures(config, variables)
+    write_json(args.json, figures)
+    print(energy_report.table(figures))
+    return 0
+
+
+def _zero_shares(words: Sequence[str]) -> dict[str, float]:
+    shares = {}
+    for word in words:
+        pattern, _, share = word.partition("=")
+        try:
+            shares[pattern] = float(share)
+        except ValueError as error:
+            raise ValueError(
+                f"got --zeros {word}, expected PATTERN=SHARE, such as '*down_proj=0.8'"
+            ) from error
+    return shares

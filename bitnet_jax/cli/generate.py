@@ -1,0 +1,137 @@
+"""Continue a prompt, printing the text as it comes.
+
+The prompt comes from --prompt, --file or standard input. With the same --seed the same text comes out.
+
+example:
+  bitnet-jax generate runs/first-packed --prompt "def " --temperature 0.8 --top-p 0.95 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitnet_jax.cli.shared import kv_format_argument, write_json
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
+    )
+    source = command.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT")
+    source.add_argument("--file", type=Path, help="read the prompt from FILE")
+    command.add_argument(
+        "--tokens", type=int, help="at most so many new tokens (default 200, or what room is left)"
+    )
+    command.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    command.add_argument("--top-k", type=int, metavar="K", help="choose among the K most likely tokens")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="... that make up probability P"
+    )
+    command.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="... at least P times the likeliest"
+    )
+    command.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less"
+    )
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--exact-head",
+        action="store_true",
+        help="read an int8 copy of a bfloat16 head and re-score its best rows: the same text, faster; greedy or "
+        "with --top-k, without --repetition-penalty",
+    )
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable"
+    )
+    kv_format_argument(command)
+    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+
+
+def run(args: argparse.Namespace) -> int:
+    import jax
+
+    from bitnet_jax.doctor import chosen
+    from bitnet_jax.inference.exact_head import with_exact_head
+    from bitnet_jax.inference.sampling import SamplingConfig
+    from bitnet_jax.inference.streaming import stream
+    from bitnet_jax.model_folders import load_model
+
+    sampling = SamplingConfig(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    prompt = _prompt(args)
+    model = load_model(args.folder, step=args.step)
+    if model.tokenizer is None:
+        raise ValueError(
+            f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"
+        )
+    variables = with_exact_head(model.config, model.variables) if args.exact_head else model.variables
+    room = model.config.max_length - len(model.tokenizer.encode(prompt))
+    began = time.perf_counter()
+    came: list[tuple[float, int]] = []  # (seconds, tokens) of each chunk
+    pieces = stream(
+        model.config,
+        variables,
+        model.tokenizer,
+        prompt,
+        max_new_tokens=max(1, min(200, room)) if args.tokens is None else args.tokens,
+        sampling=sampling,
+        key=jax.random.key(args.seed),
+        stop=args.stop,
+        kv_format=args.kv_format,
+        on_tokens=lambda count: came.append((time.perf_counter() - began, count)),
+    )
+    text = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    figures = {
+        "prompt": prompt,
+        "text": text,
+        "tokens": sum(count for _, count in came),
+        "seconds": came[-1][0],
+        "tokens_per_second": _settled_speed(came),
+        "ran_on": [choice._asdict() for choice in chosen(model.config, model.variables)],
+    }
+    write_json(args.json, figures)
+    print(_describe_generation(figures), file=sys.stderr)
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        return args.prompt
+    if args.file is not None:
+        return args.file.read_text(encoding="utf-8")
+    if sys.stdin.isatty():
+        raise ValueError("got no prompt; expected --prompt TEXT, --file FILE, or text on standard input")
+    return sys.stdin.read()
+
+
+def _settled_speed(came: Sequence[tuple[float, int]]) -> float | None:
+    """Tokens per second after the first two chunks, which waited for the compiler (prompt, then loop)."""
+    if len(came) < 3:
+        return None
+    return sum(count for _, count in came[2:]) / (came[-1][0] - came[1][0])
+
+
+def _describe_generation(figures: dict[str, Any]) -> str:
+    speed = figures["tokens_per_second"]
+    ran_on = [f"{choice['name']} ({choice['isa']})" for choice in figures["ran_on"] if choice["isa"]]
+    ran_on += [f"{choice['name']}: {choice['reason']}" for choice in figures["ran_on"] if not choice["isa"]]
+    return (
+        f"[{figures['tokens']} tokens in {figures['seconds']:.2f} s with compilation, "
+        f"{'too few to time' if speed is None else f'{speed:.1f} tokens/s after it'}; "
+        f"{'packed weights on ' + ', '.join(ran_on) if ran_on else 'latent weights on XLA'}]"
+    )

@@ -1,0 +1,50 @@
+"""Show what a folder holds: config, recipe of each layer, size of each part, packed formats.
+
+Contents of a large packed model are read and compared with their checksums only with --verify.
+
+example:
+  bitnet-jax info runs/first-packed --verify
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bitnet_jax.cli.shared import describe_sizes, size_figures, write_json
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
+    )
+    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    command.add_argument(
+        "--verify", action="store_true", help="read all of a packed model, compare checksums"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitnet_jax import packing
+    from bitnet_jax.model_folders import load_model, matrices
+
+    model = load_model(args.folder, step=args.step, verify=args.verify or None)
+    sizes = packing.sizes(model.variables)
+    layers = matrices(model.config, model.variables)
+    config = model.config.to_dict()
+    figures = {
+        "kind": model.kind,
+        "config": config,
+        "tokenizer": None if model.tokenizer is None else model.tokenizer.kind,
+        "matrices": layers,
+        "bytes": size_figures(sizes),
+    }
+    write_json(args.json, figures)
+    print(f"{args.folder}: {model.kind}, tokenizer {figures['tokenizer']}, {describe_sizes(sizes)}\n")
+    for name, value in config.items():
+        print(f"  {name:18s} {value}")
+    print(f"\n  {'matrix':34s} {'n x k':>13s}  {'recipe':22s} {'stored':18s} {'bytes':>11s}")
+    for path, row in layers.items():
+        shape = "{} x {}".format(*row["shape"])
+        print(f"  {path:34s} {shape:>13s}  {row['recipe']:22s} {row['stored']:18s} {row['bytes']:11,d}")
+    return 0

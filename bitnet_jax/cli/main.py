@@ -1,0 +1,95 @@
+"""The `bitnet-jax` command: parsing, errors and exit codes. Each command is a module beside this one.
+
+Exit codes: 0 done, 1 a check failed or a bug, 2 wrong input (one line says what), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import bitnet_jax
+from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, pack, train
+
+OURS = ("bitnet_jax", "bitnet_kernels")
+
+# Each module has `add_arguments(parser)`, `run(args) -> exit code` and its --help as docstring. Their imports are
+# inside `run`, so that --help is instant.
+COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "pack": pack,
+    "generate": generate,
+    "eval": evaluate,
+    "info": info,
+    "bench": bench,
+    "energy": energy,
+    "doctor": doctor,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sub-command; the exit code."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    args.overrides = [word for word in rest if word.startswith("--config.")] if args.run is train.run else []
+    if unknown := [word for word in rest if word not in args.overrides]:
+        parser.error(f"got {' '.join(unknown)}, expected the options of `bitnet-jax {args.command} --help`")
+    try:
+        # Before the work, not after it.
+        if args.json is not None and not args.json.absolute().parent.is_dir():
+            raise FileNotFoundError(f"got --json {args.json}, expected a file in a folder that exists")
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug or not _is_user_error(error):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _is_user_error(error: Exception) -> bool:
+    """What input can cause: values and files, and every error class that we define."""
+    return isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OURS
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if (
+        isinstance(error, OSError) and error.filename is not None
+    ):  # "[Errno 13] Permission denied: 'x'" otherwise
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bitnet-jax",
+        description="Binary and ternary Transformers: train, pack to bits, prove equal, generate.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"bitnet-jax {bitnet_jax.__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary, _, details = (module.__doc__ or "").partition("\n")
+        command = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=details.strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=module.run)
+    return parser

@@ -1,0 +1,38 @@
+"""Train a model from a config file, or go on with the run that the folder holds.
+
+example:
+  bitnet-jax train --config experiments/configs/byte_lm.py:small --workdir runs/first \
+      --config.training.steps=200 --config.model.precision=bitnet
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bitnet_jax.cli.shared import write_json
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", required=True, metavar="FILE.py[:VARIANT]", help="file with get_config()"
+    )
+    command.add_argument(
+        "--workdir", required=True, type=Path, help="folder of the run; resumed if it holds one"
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.usage = (
+        "%(prog)s --config FILE.py[:VARIANT] --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitnet_jax.config_file import load_config_file
+    from bitnet_jax.training.loop import fit
+
+    config = load_config_file(args.config, args.overrides)
+    result = fit(config.to_dict(), args.workdir, progress=not args.quiet)
+    write_json(args.json, result)
+    print(json.dumps(result, indent=2))
+    return 0 if result["status"] == "finished" else 1
