@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bitnet_jax import cli, energy_report, packing, storage
+from bitnet_jax import energy_report, packing, storage
+from bitnet_jax.cli import main as cli
 from bitnet_jax.evaluation.meters import Meter
 from bitnet_jax.models import PRESETS, Transformer
 

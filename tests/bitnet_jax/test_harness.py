@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import cli, harness, packing, storage
+from bitnet_jax import harness, packing, storage
+from bitnet_jax.cli import main as cli
 from bitnet_jax.data import ByteTokenizer, DataError
 from bitnet_jax.evaluation.completion import complete
 from bitnet_jax.evaluation.likelihood import Request, TextModel, score_requests, score_texts

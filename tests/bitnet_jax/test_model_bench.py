@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitnet_jax import cli, model_bench, packing
+from bitnet_jax import model_bench, packing
 from bitnet_jax import step_kernels as step_kernels_module
+from bitnet_jax.cli import main as cli
 from bitnet_jax.inference.generate import stream_tokens
 from bitnet_jax.models import PRESETS, ModelConfig
 from bitnet_jax.precision import RECIPES
