@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import write_json
+from bitnet_jax.cli.shared import allow_download_argument, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -78,6 +78,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "(default: T, windows side by side)",
     )
     command.add_argument("--max-tokens", type=int, help="look at so many tokens only")
+    command.add_argument(
+        "--skip-bad-files",
+        action="store_true",
+        help="of language: leave out files of a folder that cannot be read",
+    )
+    allow_download_argument(command)
     command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
 
 
@@ -117,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    from bitnet_jax.data import load_corpus, read_documents, token_stream
+    from bitnet_jax.data import MeasuredStream, load_corpus, measured_stream, read_documents
     from bitnet_jax.evaluation.language import evaluate_text
     from bitnet_jax.training.config import DataConfig
     from bitnet_jax.training.run_folder import RunFolder
@@ -125,24 +131,30 @@ def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     own = RunFolder(args.folder).read_config().data if model.kind == "run" else DataConfig()
     data = own if args.source is None else DataConfig(source=args.source)
     split = args.split or data.split
+    reading: dict[str, Any] = {
+        "root": data.root,
+        "skip_bad_files": args.skip_bad_files or data.skip_bad_files,
+        "allow_download": args.allow_download or None,
+    }
     if split == "all":
-        tokens = token_stream(read_documents(data.source, data.root).documents, model.tokenizer)
+        stream = measured_stream(read_documents(data.source, **reading).documents, model.tokenizer)
     else:
-        tokens = load_corpus(
+        corpus = load_corpus(
             data.source,
             tokenizer=model.tokenizer,
             split=split,
             valid_fraction=data.valid_fraction if args.valid_fraction is None else args.valid_fraction,
             valid_source=data.valid_source,
-            root=data.root,
-        ).valid
+            **reading,
+        )
+        stream = MeasuredStream(corpus.valid, corpus.valid_token_bytes)
     began = time.perf_counter()
     length = model.config.known_length if args.length is None else args.length
     score = evaluate_text(
         model.config,
         model.variables,
-        tokens,
-        model.tokenizer,
+        stream.tokens,
+        stream.token_bytes,
         length=length,
         stride=args.stride,
         max_tokens=args.max_tokens,

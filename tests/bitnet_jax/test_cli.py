@@ -257,6 +257,18 @@ def test_info_names_recipe_format_and_layout_of_each_matrix(
         (["generate", "{place}/packed", "--prompt", "A", "--top-p", "2"], "top_p"),
         (["generate", "{place}/packed", "--file", "{place}/nowhere.txt"], "No such file"),
         (["eval", "{place}/packed", "--source", "{place}/nowhere.txt"], "nowhere.txt"),
+        (["eval", "{place}/packed", "--source", "hf:a/b"], "pass --allow-download"),
+        (
+            [
+                "train",
+                "--config",
+                "{place}/config.py",
+                "--workdir",
+                "{place}/x",
+                "--config.data.source=hf:a/b",
+            ],
+            "pass --allow-download",
+        ),
         (
             ["eval", "{place}/packed", "--stride", "17"],
             "stride 17, expected at least 1 and the stride at most",
