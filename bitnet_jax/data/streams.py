@@ -14,13 +14,15 @@ last token of a document also for what is left of it; a separator stands for not
 to those of its documents, and any cut of it into windows counts each of them once. (A document without a
 single token, of blanks that a tokenizer drops, counts at the separator behind it.)
 
-Documents are encoded in batches of bounded size. What a tokenizer of a file makes of a large text takes long, and
-is kept for the next start, see cache.py.
+Documents are encoded in batches of bounded size, long ones in pieces where the tokenizer allows it. What a
+tokenizer of a file makes of a large text takes long, and is kept for the next start, see cache.py.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,7 +34,10 @@ from bitnet_jax.data.progress import Progress
 from bitnet_jax.data.text import Document, text_bytes
 from bitnet_jax.data.tokenizers import JsonTokenizer, Tokenizer
 
-BATCH_CHARACTERS = 1 << 20  # of a batch of documents, at most, unless it is one document
+BATCH_CHARACTERS = 1 << 20  # of a batch of documents, at most, unless it is one piece that cannot be cut
+PIECE_CHARACTERS = 1 << 17  # of a document, from which on it is cut where that changes nothing
+LINE_END = re.compile(r"[^\W\d_]\n")  # a letter, and the end of its line
+LINE_ENDS_TRIED, AROUND_CUT = 50, 200  # places looked at for a cut; characters on each side that are compared
 CACHED_BYTES = 1 << 20  # of text, from which on tokens are kept on disk
 LAYOUT = "bitnet_jax.tokens.1"  # of what is kept; to be changed whenever the same text gives other arrays
 
@@ -62,16 +67,22 @@ def _stream(documents: Sequence[Document], tokenizer: Tokenizer, measured: bool)
     separator = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
     narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32  # half the memory until all is done
     tokens, sizes = [separator.astype(narrow)], [np.zeros(len(separator), np.int32)]
+    without_token = (
+        0  # bytes of what no token stands for: they are those of the next one, or of the separator
+    )
     with Progress("tokenizing", total) as progress:
-        for batch in _batches(documents):
-            for document, (ids, its_bytes) in zip(batch, _encoded(batch, tokenizer, measured), strict=True):
-                tokens.append(np.concatenate([ids, separator]).astype(narrow))
+        for batch in _batches(documents, tokenizer):
+            for piece, (ids, token_bytes) in zip(batch, _encoded(batch, tokenizer, measured), strict=True):
+                behind = separator if piece.ends_document else separator[:0]
+                tokens.append(np.concatenate([ids, behind]).astype(narrow))
                 if measured:
-                    row = np.concatenate([its_bytes, np.zeros(len(separator), np.int32)])
-                    if not len(ids) and len(row):
-                        row[0] = len(document.text.encode())
+                    row = np.concatenate([token_bytes, np.zeros(len(behind), np.int32)])
+                    without_token += 0 if len(ids) else len(piece.text.encode())
+                    if len(row):
+                        row[0] += without_token
+                        without_token = 0
                     sizes.append(row)
-            progress.update(text_bytes(batch))
+                progress.update(len(piece.text.encode()))
     arrays = {"tokens": np.concatenate(tokens)}
     if measured:
         arrays["token_bytes"] = np.concatenate(sizes)
@@ -80,32 +91,71 @@ def _stream(documents: Sequence[Document], tokenizer: Tokenizer, measured: bool)
     return {name: array.astype(np.int32) for name, array in arrays.items()}
 
 
-def _batches(documents: Sequence[Document]) -> Iterator[Sequence[Document]]:
-    first = size = 0
-    for i, document in enumerate(documents):
-        if i > first and size + len(document.text) > BATCH_CHARACTERS:
-            yield documents[first:i]
-            first, size = i, 0
-        size += len(document.text)
-    if first < len(documents):
-        yield documents[first:]
+class _Piece(NamedTuple):
+    name: str  # of its document
+    text: str
+    ends_document: bool
+
+
+def _batches(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
+    """All documents, long ones in pieces, in batches of BATCH_CHARACTERS or one piece."""
+    batch, size = list[_Piece](), 0
+    for document in documents:
+        for piece in _pieces(document, tokenizer):
+            if batch and size + len(piece.text) > BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+            batch.append(piece)
+            size += len(piece.text)
+    if batch:
+        yield batch
+
+
+def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[_Piece]:
+    """A document, cut where the tokens stay the same: between a letter and a line end, where words end for every
+    tokenizer that splits texts into words first (`splits_words`), and only if the tokens around the cut agree.
+    """
+    name, text, _ = document
+    start = 0
+    while (
+        isinstance(tokenizer, JsonTokenizer)
+        and tokenizer.splits_words
+        and len(text) - start > PIECE_CHARACTERS
+    ):
+        cut = _cut(text, start + PIECE_CHARACTERS, tokenizer)
+        if cut is None:
+            break
+        yield _Piece(name, text[start:cut], ends_document=False)
+        start = cut
+    yield _Piece(name, text[start:], ends_document=True)
+
+
+def _cut(text: str, begin: int, tokenizer: Tokenizer) -> int | None:
+    """The first place from `begin` on at which a text can be cut; None: none among the nearest line ends."""
+    for line_end in itertools.islice(LINE_END.finditer(text, begin), LINE_ENDS_TRIED):
+        place = line_end.start() + 1
+        left, right = text[place - AROUND_CUT : place], text[place : place + AROUND_CUT]
+        parts = np.concatenate(tokenizer.encode_batch([left, right]))
+        if np.array_equal(tokenizer.encode(left + right), parts):
+            return place
+    return None
 
 
 def _encoded(
-    batch: Sequence[Document], tokenizer: Tokenizer, measured: bool
+    batch: Sequence[_Piece], tokenizer: Tokenizer, measured: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids of each document and the bytes of each of them; none of these where they are not asked for."""
-    texts = [document.text for document in batch]
+    """Ids of each piece and the bytes of each of them; none of these where they are not asked for."""
+    texts = [piece.text for piece in batch]
     try:
         if measured:
             return tokenizer.encode_measured(texts)
         return [(ids, np.zeros(0, np.int32)) for ids in tokenizer.encode_batch(texts)]
     except DataError:
-        for document in batch:  # which one it is
+        for piece in batch:  # which one it is
             try:
-                tokenizer.encode(document.text)
+                tokenizer.encode(piece.text)
             except DataError as error:
-                raise DataError(f"{document.name}: {error}") from error
+                raise DataError(f"{piece.name}: {error}") from error
         raise
 
 

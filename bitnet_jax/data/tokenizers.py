@@ -236,6 +236,12 @@ class JsonTokenizer:
     def decoder(self) -> Decoder:
         return _JsonDecoder(self)
 
+    @property
+    def splits_words(self) -> bool:
+        """Are texts split into words, each encoded by itself, and nothing about the whole text normalized before?"""
+        local = type(self._tokenizer.model).__name__ in ("BPE", "WordPiece", "WordLevel")
+        return local and self._tokenizer.pre_tokenizer is not None and self._tokenizer.normalizer is None
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             checked_text(text, "text")

@@ -41,14 +41,16 @@ def library(model: Callable[[Any], Any], **parts: Callable[[Any], Any]) -> JsonT
     return JsonTokenizer(made.to_str())
 
 
-def byte_level() -> JsonTokenizer:
+def byte_level(prefix: bool = True) -> JsonTokenizer:
+    """As GPT-2's; with a prefix a blank comes in front."""
+
     def model(t: Any) -> Any:
         symbols = [*sorted(t.pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
         return t.models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[("t", "h"), ("th", "e")])
 
     return library(
         model,
-        pre_tokenizer=lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=True),  # and a space in front
+        pre_tokenizer=lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=prefix),
         decoder=lambda t: t.decoders.ByteLevel(),
     )
 
@@ -106,7 +108,8 @@ def words() -> JsonTokenizer:
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte": ByteTokenizer,
     "char": lambda: CharTokenizer("\0?abcthe", unknown="?", separator="\0"),
-    "byte_level": byte_level,
+    "byte_level": lambda: byte_level(prefix=False),
+    "byte_level_with_prefix": byte_level,
     "sentence_piece": sentence_piece,
     "metaspace": metaspace,
     "words": words,
@@ -177,6 +180,41 @@ def test_batches_of_documents_make_the_same_stream(
         part = measured_stream(documents, tokenizer)
         np.testing.assert_array_equal(part.tokens, whole.tokens)
         np.testing.assert_array_equal(part.token_bytes, whole.token_bytes)
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(st.sampled_from("  \n\n\r\tathe.9'\u00e9\u0301\u4e2d"), min_size=1, max_size=80),
+    size=st.integers(1, 20),
+)
+def test_a_long_document_in_pieces_is_the_same_stream(tokenizer: Tokenizer, text: str, size: int) -> None:
+    documents = [Document("a", text), Document("b", text[::-1])]
+    whole = measured_stream(documents, tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "PIECE_CHARACTERS", size)
+        part = measured_stream(documents, tokenizer)
+    np.testing.assert_array_equal(part.tokens, whole.tokens)
+    np.testing.assert_array_equal(part.token_bytes, whole.token_bytes)
+
+
+def test_a_long_document_is_cut_where_words_end_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file of 34 MB used to take 5 GB: the library keeps much for each token of a text until it is done."""
+    text = "the cat.\n the cat\n  9\n" * 20
+    monkeypatch.setattr(streams, "AROUND_CUT", 10)
+
+    def pieces(kind: str) -> list[str]:
+        return [piece.text for piece in streams._pieces(Document("a", text), KINDS[kind]())]
+
+    for kind in KINDS:
+        assert "".join(pieces(kind)) == text
+    monkeypatch.setattr(streams, "PIECE_CHARACTERS", 40)
+    cut = pieces("byte_level")
+    assert "".join(cut) == text
+    assert max(map(len, cut)) < 80
+    assert {piece[-3:] for piece in cut[:-1]} == {"cat"}
+    # A blank would come in front of each piece, or another text be normalized: these stay whole.
+    for kind in ("byte_level_with_prefix", "sentence_piece", "metaspace", "words"):
+        assert pieces(kind) == [text]
 
 
 @pytest.fixture
