@@ -80,10 +80,18 @@ def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dic
     proof, sizes = pack_run(workdir / name / "run", folder, tokens=PROOF_TOKENS, overwrite=True)
     _, model, params, tokenizer = load_run(workdir / name / "run")
     _, packed, _ = storage.load_packed(folder)
-    held_out = corpus.valid[: quickstart_config.held_out_tokens(variant) + 1]
+    held_out = quickstart_config.held_out_tokens(variant)
     # Half of each window is context for the other half: a trigram model, too, never starts from nothing.
     length = config.data.length
-    score = evaluate_text(model, packed, held_out, tokenizer, length=length, stride=length // 2)
+    score = evaluate_text(
+        model,
+        packed,
+        corpus.valid,
+        corpus.valid_token_bytes,
+        length=length,
+        stride=length // 2,
+        max_tokens=held_out,
+    )
     choices = chosen(model, packed)  # none for the float model: it has no packed matrix
     say(f"{name}: {score.bits_per_byte:.3f} bits per held-out byte; measuring speed")
     return {
@@ -154,8 +162,9 @@ def main(argv: list[str] | None = None) -> None:
     say(
         f"text: {corpus.train_bytes:,} bytes of the standard library to learn from, {corpus.valid_bytes:,} held out"
     )
-    held_out = corpus.valid[: quickstart_config.held_out_tokens(variant) + 1]
-    trigram = ngram_bits_per_byte(corpus.train, held_out, corpus.tokenizer.count_bytes(held_out[2:]))
+    end = quickstart_config.held_out_tokens(variant) + 1
+    trigram_bytes = int(corpus.valid_token_bytes[2:end].sum())  # the first two tokens are given
+    trigram = ngram_bits_per_byte(corpus.train, corpus.valid[:end], trigram_bytes)
     rows = {}
     for name in RECIPES:
         say(f"\n{name}: training")

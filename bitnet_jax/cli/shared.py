@@ -33,6 +33,14 @@ def kv_format_argument(command: argparse.ArgumentParser) -> None:
     )
 
 
+def allow_download_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="let a source hf:NAME be downloaded; a config alone cannot (also: BITNET_JAX_ALLOW_DOWNLOAD=1)",
+    )
+
+
 def size_figures(sizes: Any) -> dict[str, int]:
     return dataclasses.asdict(sizes) | {"total": sizes.total}
 

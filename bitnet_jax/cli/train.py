@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
-from bitnet_jax.cli.shared import write_json
+from bitnet_jax.cli.shared import allow_download_argument, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workdir", required=True, type=Path, help="folder of the run; resumed if it holds one"
     )
+    allow_download_argument(command)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.usage = (
         "%(prog)s --config FILE.py[:VARIANT] --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
@@ -29,8 +31,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.config_file import load_config_file
+    from bitnet_jax.data.text import DOWNLOAD_VARIABLE
     from bitnet_jax.training.loop import fit
 
+    if args.allow_download:
+        os.environ[DOWNLOAD_VARIABLE] = "1"
     config = load_config_file(args.config, args.overrides)
     result = fit(config.to_dict(), args.workdir, progress=not args.quiet)
     write_json(args.json, result)

@@ -8,16 +8,16 @@ A source of images is one of
 
 from __future__ import annotations
 
-import gzip
+import math
 import os
 import struct
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bitnet_jax.data.errors import DataError, one_line
+from bitnet_jax.data.errors import DataError
+from bitnet_jax.data.files import read_blocks
 from bitnet_jax.data.text import resolve_path
 
 IDX_UINT8 = 0x08  # the only element type of the image sets
@@ -96,7 +96,7 @@ def _read_pair(folder: Path, part: str) -> LabelledImages:
 
 def _one_of(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
+        if path.exists():
             return path
     raise DataError(
         f"{folder}: got no {name} or {name}.gz, expected the four files of MNIST; check data.source"
@@ -111,27 +111,34 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     Raises:
       DataError: not such a file, damaged, or its size is not what its header says.
     """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            header = file.read(4 + 4 * axes)
-            if header[:4] != bytes((0, 0, IDX_UINT8, axes)) or len(header) < 4 + 4 * axes:
-                raise DataError(
-                    f"{path}: got a file that begins {header[:4].hex(' ')!r}, expected the idx file of a uint8 "
-                    f"array with {axes} axes, 00 00 08 {axes:02x}"
-                )
-            shape = struct.unpack(f">{axes}I", header[4:])
-            expected = int(np.prod(shape, dtype=object))
-            content = file.read()  # what is there, not what the header claims
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: got damaged gzip data ({one_line(error)}); copy the file again") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)}); check its permissions") from error
+    content, expected, shape = bytearray(), 0, tuple[int, ...]()
+    header = 4 + 4 * axes
+    for block in read_blocks(path):
+        content += block
+        if not shape and len(content) >= header:
+            shape = _idx_shape(path, bytes(content[:header]), axes)
+            expected = math.prod(shape)
+        if shape and len(content) > header + expected:  # more than it says: how much more does not matter
+            break
+    if not shape:
+        shape = _idx_shape(path, bytes(content), axes)
+    content = content[header:]
     if len(content) != expected:
+        got = f"{len(content)} bytes or more" if len(content) > expected else f"{len(content)} bytes"
         raise DataError(
-            f"{path}: got {len(content)} bytes behind the header, expected the {expected} of a "
+            f"{path}: got {got} behind the header, expected the {expected} of a "
             f"{' x '.join(map(str, shape))} array; copy the file again"
         )
     return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _idx_shape(path: Path, header: bytes, axes: int) -> tuple[int, ...]:
+    if header[:4] != bytes((0, 0, IDX_UINT8, axes)) or len(header) < 4 + 4 * axes:
+        raise DataError(
+            f"{path}: got a file that begins {header[:4].hex(' ')!r}, expected the idx file of a uint8 "
+            f"array with {axes} axes, 00 00 08 {axes:02x}"
+        )
+    return struct.unpack(f">{axes}I", header[4:])
 
 
 def shrink(images: np.ndarray, size: int) -> np.ndarray:

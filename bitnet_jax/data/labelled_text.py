@@ -8,17 +8,16 @@ A source is one of
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bitnet_jax.data import standard_library
 from bitnet_jax.data.corpus import load_tokenizer
-from bitnet_jax.data.errors import DataError, one_line
-from bitnet_jax.data.text import Document, checked_text, read_lines, resolve_path, unit_hash
+from bitnet_jax.data.errors import DataError, check_number, check_share
+from bitnet_jax.data.text import Document, checked_text, json_lines, resolve_path, unit_hash
 from bitnet_jax.data.tokenizers import Tokenizer
 
 KEYWORDS = ("class", "def", "for", "if", "raise", "return")
@@ -55,12 +54,16 @@ def load_labelled_text(
       length: T; longer texts are cut behind it.
       tokenizer: see `load_corpus`.
       valid_source: hold out all of it; None: the share `valid_fraction` of `source`, chosen by a hash of the text.
-      limit: train on so many examples only, the first ones.
+      limit: train on so many examples only, the first ones; where there are fewer, on all.
       root: folder that relative paths are meant below, see `resolve_path`.
 
     Raises:
       DataError: a source cannot be read, a part is empty, or a held-out label is not among the trained ones.
     """
+    check_number("length", length)
+    check_number("limit", limit)
+    if valid_source is None:
+        check_share("valid_fraction", valid_fraction)
     examples = read_examples(source, root)
     if valid_source is None:
         held_out = [unit_hash(example.text) < valid_fraction for example in examples]
@@ -107,16 +110,10 @@ def read_examples(source: str, root: str | os.PathLike[str] | None = None) -> li
     path = resolve_path(source, root)
     if not path.name.removesuffix(".gz").endswith(".jsonl"):
         raise DataError(f"{path}: got this name, expected FILE.jsonl or FILE.jsonl.gz; correct data.source")
-    return [_example(line, f"{path}:{number}") for number, line in read_lines(path) if line.strip()]
+    return [_example(record, where) for where, record in json_lines(path)]
 
 
-def _example(line: bytes, where: str) -> Example:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: got damaged JSON ({one_line(error)}), expected one object a line"
-        ) from error
+def _example(record: Any, where: str) -> Example:
     text = record.get("text") if isinstance(record, dict) else None
     label = record.get("label") if isinstance(record, dict) else None
     if not isinstance(text, str) or not text or not isinstance(label, int | str) or isinstance(label, bool):

@@ -46,9 +46,10 @@ def summarization(model: TextModel, records: Sequence[dict[str, Any]], *, progre
     references = [record["target"] for record in records]
     lead = rouge(references, [record["source"][0] for record in records]).mean(axis=0)
     tokenizer = model.tokenizer
-    sources = [tokenizer.encode(" ".join(s.strip() for s in record["source"])) for record in records]
+    texts = [" ".join(s.strip() for s in record["source"]) for record in records]
+    sources = tokenizer.encode_batch(texts)
     cue, start = tokenizer.encode(CUE), start_ids(tokenizer)
-    bytes_per_token = sum(tokenizer.count_bytes(ids) for ids in sources) / sum(map(len, sources))
+    bytes_per_token = sum(len(text.encode()) for text in texts) / sum(map(len, sources))
     new_tokens = max(1, min(round(SUMMARY_BYTES / bytes_per_token), model.config.max_length // 3))
     room = model.config.max_length - new_tokens - len(cue) - len(start)
     if room < 1:

@@ -18,7 +18,7 @@ from bitnet_jax.training.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Section `data`: which text or images, and which batches. What reads and cuts them checks the values."""
+    """Section `data`: which text or images, and which batches. Names and paths are checked by what reads them."""
 
     # language: the running Python's standard library, a path, or hf:NAME (see data/text.py); images: drawn or the
     # folder of MNIST's files (data/images.py); text_classification: keywords or JSON lines (data/labelled_text.py)
@@ -35,6 +35,19 @@ class DataConfig:
     limit: int | None = None  # images, text_classification: train on so many examples only
     batch_size: int = 16  # B, sequences or images of one update (all micro-batches together)
     sampling: str = "epoch"  # epoch: every window once, shuffled, then again; windows: random places
+    skip_bad_files: bool = (
+        False  # of a folder of text: leave out files that cannot be read, else they are an error
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("length", "image_size", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}: got {value}, expected at least 1")
+        if self.valid_source is None and self.split != "record" and not 0 < self.valid_fraction < 1:
+            raise ValueError(
+                f"data.valid_fraction: got {self.valid_fraction}, expected a number between 0 and 1, such as 0.05"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +131,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.task not in TASK_NAMES:
             raise ValueError(f"config.task: got {self.task!r}, expected one of {', '.join(TASK_NAMES)}")
+        used_by = {
+            "limit": ("images", "text_classification"),
+            "image_size": ("images",),
+            "skip_bad_files": ("language",),
+        }
+        for name, tasks in used_by.items():  # it would be passed over in silence
+            value = getattr(self.data, name)
+            if self.task not in tasks and value not in (None, False):
+                raise ValueError(
+                    f"data.{name}: got {value} for task {self.task!r}, which has no such setting; take it out"
+                )
         if self.distillation.teacher is not None and self.task != "text_classification":
             raise ValueError(f"distillation.teacher: got one for task {self.task!r}, which learns from none")
         if self.data.batch_size % self.training.accumulate:
@@ -139,6 +163,8 @@ class RunConfig:
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model for a tokenizer of `vocab_size`; max_length is data.length unless `model` says more.
 
+        A language model's trained_length is data.length.
+
         Raises:
           ValueError: model.vocab_size or model.max_length is too small for the data, a field is wrong, or the model
             is none for the task.
@@ -150,6 +176,13 @@ class RunConfig:
             )
         fields = {"vocab_size": vocab_size, "max_length": self.data.length} | dict(self.model)
         fields.pop("architecture", None)
+        if "trained_length" in self.model:
+            raise ValueError(
+                f"model.trained_length: got {self.model['trained_length']!r}, expected no such setting of a run: it "
+                f"is data.length ({self.data.length}); take it out"
+            )
+        if self.task == "language":
+            fields["trained_length"] = self.data.length
         config = ModelConfig.from_dict(fields)
         if (config.num_classes > 0) != (self.task == "text_classification"):
             raise ValueError(
@@ -236,6 +269,8 @@ def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
 def _what_is_computed(config: RunConfig) -> dict[str, Any]:
     fields = config.to_dict()
     del fields["mesh"]  # where it is computed
+    if not fields["data"]["skip_bad_files"]:  # younger than runs and results, whose names must stay
+        del fields["data"]["skip_bad_files"]
     return fields
 
 

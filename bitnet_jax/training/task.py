@@ -103,15 +103,20 @@ def language_task(config: RunConfig) -> Task:
         valid_fraction=config.data.valid_fraction,
         valid_source=config.data.valid_source,
         root=config.data.root,
+        skip_bad_files=config.data.skip_bad_files,
     )
     length, held_out = config.data.length, config.evaluation
     batches = TokenBatches(corpus.train, length, config.data.batch_size, config.seed, config.data.sampling)
     end = None if held_out.batches is None else held_out.batches * held_out.batch_size * length + 1
-    valid_batches = list(consecutive_batches(corpus.valid[:end], length, held_out.batch_size))
+    valid_batches = list(
+        consecutive_batches(
+            corpus.valid[:end], length, held_out.batch_size, token_bytes=corpus.valid_token_bytes[:end]
+        )
+    )
     model_config = config.model_config(corpus.tokenizer.vocab_size)
 
     def evaluate_variables(variables: Mapping[str, PyTree]) -> dict[str, float]:
-        score = evaluate(model_logits(model_config), variables, valid_batches, corpus.tokenizer.count_bytes)
+        score = evaluate(model_logits(model_config), variables, valid_batches)
         return {
             "loss": score.nats_per_token,
             "bits_per_byte": score.bits_per_byte,

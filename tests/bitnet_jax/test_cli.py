@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import warnings
 from pathlib import Path
 
 import jax
@@ -192,6 +194,73 @@ def test_eval_of_packed_equals_eval_of_latent(place: Path) -> None:
     assert own["split"] == "tail"
 
 
+def test_eval_takes_windows_of_the_trained_length_and_warns_beyond_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model has 32 positions and was trained at 16: windows of 32 used to be taken without a word."""
+    source = ["--source", f"{place}/text.txt", "--split", "tail", "--json", f"{place}/eval.json"]
+    figures = {}
+    for asked in ("", "--length 16", "--stride 16", "--stride 4", "--length 32"):
+        for folder in ("run", "packed"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")
+                assert cli.main(["eval", f"{place}/{folder}", *source, *asked.split()]) == 0
+            said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+            assert len(said) == (asked == "--length 32")
+            assert all("sequences of 32 tokens, the model was trained with 16" in line for line in said)
+            figures[asked, folder] = read(place / "eval.json") | {"seconds": 0}
+    for folder in ("run", "packed"):
+        default = figures["", folder]
+        assert (default["length"], default["stride"]) == (16, 16)
+        assert default == figures["--length 16", folder] == figures["--stride 16", folder]
+        near = figures["--stride 4", folder]
+        assert (near["tokens"], near["text_bytes"]) == (default["tokens"], default["text_bytes"])
+        assert near["bits_per_byte"] != default["bits_per_byte"]  # each token has 12 or more in front
+        assert figures["--length 32", folder]["length"] == 32
+
+
+def test_a_config_of_somebody_else_downloads_only_with_leave(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None) -> None:
+        asked.append(path)
+        raise ConnectionError("no network in a test")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setenv("BITNET_JAX_ALLOW_DOWNLOAD", "")
+    train = ["train", "--config", f"{place}/config.py", "--workdir", f"{tmp_path}/x", "--quiet"]
+    for command in (
+        [*train, "--config.data.source=hf:a/b"],
+        ["eval", f"{place}/packed", "--source", "hf:a/b"],
+    ):
+        assert cli.main(command) == 2
+        assert "pass --allow-download" in capsys.readouterr().err
+        assert asked == []
+        assert cli.main([*command, "--allow-download"]) == 2
+        assert "no network in a test" in capsys.readouterr().err
+        assert asked.pop() == "a/b"
+        monkeypatch.setenv("BITNET_JAX_ALLOW_DOWNLOAD", "")
+
+
+def test_eval_leaves_bad_files_out_only_if_asked(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.txt").write_text("A tiny text. " * 9)
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    command = ["eval", f"{place}/packed", "--source", str(tmp_path), "--split", "all"]
+    assert cli.main(command) == 2
+    assert "bad.txt: got byte 0xff" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cli.main([*command, "--skip-bad-files"]) == 0
+    output = capsys.readouterr()
+    assert output.err.startswith("warning: ")
+    assert "left out 1 bad files of 2: bad.txt" in output.err
+    assert f"{13 * 9} bytes of" in output.out
+
+
 def test_eval_of_all_sees_more_than_the_held_out_part(place: Path) -> None:
     counted = {}
     for split in ("tail", "all"):
@@ -231,6 +300,17 @@ def test_info_names_recipe_format_and_layout_of_each_matrix(
         (["generate", "{place}/packed", "--prompt", "A", "--top-p", "2"], "top_p"),
         (["generate", "{place}/packed", "--file", "{place}/nowhere.txt"], "No such file"),
         (["eval", "{place}/packed", "--source", "{place}/nowhere.txt"], "nowhere.txt"),
+        (["eval", "{place}/packed", "--source", "hf:a/b"], "pass --allow-download"),
+        (
+            ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.data.limit=-5"],
+            "data.limit",
+        ),
+        (
+            ["eval", "{place}/packed", "--stride", "17"],
+            "stride 17, expected at least 1 and the stride at most",
+        ),
+        (["eval", "{place}/packed", "--max-tokens", "-1"], "max_tokens: got -1, expected at least 1"),
+        (["eval", "{place}/packed", "--valid-fraction", "0"], "valid_fraction: got 0.0, expected a number"),
         (["train", "--config", "{place}/nowhere.py", "--workdir", "{place}/x"], "there is no file"),
         (["train", "--config", "{place}/config.py:huge", "--workdir", "{place}/x"], "'huge'"),
         (

@@ -67,6 +67,10 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ({"model": MODEL | {"precision": "bitnet_b159"}}, "bitnet_b159.*did you mean 'bitnet_b158'"),
         ({"model": MODEL | {"num_heads": 3}}, "num_heads"),
         ({"model": MODEL | {"max_length": 8}, "data": {"length": 9}}, "max_length: got 8.*at least 9"),
+        (
+            {"model": MODEL | {"trained_length": 8}},
+            "trained_length: got 8, expected no such setting of a run",
+        ),
         ({"model": MODEL, "data": {"lenght": 3}}, "data.lenght is not a field; did you mean length"),
         ({"model": MODEL, "training": {"zzz": 3}}, "training.zzz is not a field; expected one of steps"),
         ({"model": MODEL, "training": {"steps": "10"}}, "training.steps: got '10', expected int"),
@@ -79,6 +83,24 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ),
         ({"model": MODEL, "training": {"accumulate": 3}}, "batch_size=16 is not a multiple of.*accumulate=3"),
         ({"model": MODEL, "evaluation": {"batches": 0}}, "batches=0"),
+        ({"model": MODEL, "data": {"limit": -5}}, "data.limit: got -5, expected at least 1"),
+        ({"model": MODEL, "data": {"length": 0}}, "data.length: got 0, expected at least 1"),
+        ({"model": MODEL, "data": {"batch_size": -1}}, "data.batch_size: got -1, expected at least 1"),
+        ({"model": MODEL, "data": {"image_size": 0}}, "data.image_size: got 0, expected at least 1"),
+        (
+            {"model": MODEL, "data": {"valid_fraction": 1.0}},
+            "data.valid_fraction: got 1.0, expected a number",
+        ),
+        ({"model": MODEL, "data": {"limit": 5}}, "data.limit: got 5 for task 'language', which has no such"),
+        ({"model": MODEL, "data": {"image_size": 5}}, "data.image_size: got 5 for task 'language'"),
+        (
+            {"model": MODEL | {"num_classes": 2}, "task": "text_classification", "data": {"image_size": 5}},
+            "data.image_size: got 5 for task 'text_classification'",
+        ),
+        (
+            {"model": MODEL, "task": "images", "data": {"skip_bad_files": True}},
+            "data.skip_bad_files: got True for task 'images'",
+        ),
         ({"model": MODEL, "mesh": {"fsdp": 0}}, "mesh.fsdp: got 0, expected at least 1"),
         ({"model": MODEL, "mesh": {"pipeline": 2}}, "mesh.pipeline is not a field"),
         (
@@ -98,6 +120,24 @@ def test_wrong_settings_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         RunConfig.from_dict(fields)
     assert "\n" not in str(error.value)
+
+
+def test_a_language_model_knows_the_length_it_was_trained_at() -> None:
+    fields: dict[str, Any] = {"model": MODEL | {"max_length": 512}, "data": {"length": 64}}
+    config = RunConfig.from_dict(fields)
+    model = config.model_config(256)
+    assert (model.trained_length, model.known_length, model.max_length) == (64, 64, 512)
+    assert "trained_length" not in config.to_json()
+    assert config.hash() == "3e26dfe3a475"  # as before the model knew it: runs and results keep their names
+    texts = fields | {"task": "text_classification", "model": MODEL | {"num_classes": 2}}
+    assert RunConfig.from_dict(texts).model_config(256).trained_length is None
+
+
+def test_leaving_out_bad_files_is_a_setting_and_the_older_runs_keep_their_names() -> None:
+    asked = RunConfig.from_dict({"model": MODEL, "data": {"skip_bad_files": True}})
+    plain = RunConfig.from_dict({"model": MODEL, "data": {"skip_bad_files": False}})
+    assert plain.hash() == RunConfig.from_dict({"model": MODEL}).hash() == "b90c6977cc6e" != asked.hash()
+    assert differing_fields(asked, plain) == ["data.skip_bad_files: True, 'not set'"]
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
