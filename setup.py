@@ -1,4 +1,4 @@
-"""Builds the packages of both source roots and the C++ kernels; everything else is in pyproject.toml.
+"""Builds the packages of the three source roots and the C++ kernels; everything else is in pyproject.toml.
 
 The kernels are a plain shared object without Python's ABI (loaded with ctypes), so one wheel per platform
 serves every Python. Where it cannot be compiled the installation still succeeds and says so: packed matrices
@@ -62,8 +62,16 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["bitnet_jax", "bitnet_jax.*"]), "bitnet_kernels"],
-    package_dir={"bitnet_jax": "bitnet_jax", "bitnet_kernels": "kernels/bitnet_kernels"},
+    packages=[
+        *find_packages(include=["bitnet_jax", "bitnet_jax.*"]),
+        "bitnet_kernels",
+        *find_packages("experiments"),
+    ],
+    package_dir={
+        "bitnet_jax": "bitnet_jax",
+        "bitnet_kernels": "kernels/bitnet_kernels",
+        "bitnet_experiments": "experiments/bitnet_experiments",
+    },
     ext_modules=[
         Extension(
             "bitnet_kernels._cpu",

@@ -19,7 +19,11 @@ import bitnet_jax
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-ROOTS = {"bitnet_jax": ROOT / "bitnet_jax", "bitnet_kernels": ROOT / "kernels" / "bitnet_kernels"}
+ROOTS = {
+    "bitnet_jax": ROOT / "bitnet_jax",
+    "bitnet_kernels": ROOT / "kernels" / "bitnet_kernels",
+    "bitnet_experiments": ROOT / "experiments" / "bitnet_experiments",
+}
 # Import names that differ from the name on the package index.
 DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
@@ -107,7 +111,15 @@ def build(target: Path, **environment: str) -> zipfile.ZipFile:
     """The wheel that pip makes of a copy of the sources."""
     source = target / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "bitnet_jax", "kernels"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "bitnet_jax",
+        "kernels",
+        "experiments",
+    ):
         subprocess.run(["cp", "-r", ROOT / name, source], check=True)
     for built in (*source.rglob("*.so"), *source.rglob("*.egg-info")):
         subprocess.run(["rm", "-r", built], check=True)
@@ -119,7 +131,7 @@ def build(target: Path, **environment: str) -> zipfile.ZipFile:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_both_packages_and_the_library_and_serves_every_python(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_package_and_the_library_and_serves_every_python(tmp_path: Path) -> None:
     wheel = build(tmp_path)
     assert re.search(r"-py3-none-(linux|macosx|manylinux)", wheel.filename)
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
