@@ -25,6 +25,7 @@ KNOW_NO_MODEL: set[str] = set()  # arrays and pytrees only
 ARROWS: dict[str, set[str]] = {
     "": KNOW_NO_MODEL,  # bitnet_jax/__init__.py: names and a version, no work
     "compat": KNOW_NO_MODEL,
+    "optional_packages": KNOW_NO_MODEL,
     "ste": KNOW_NO_MODEL,
     "scales": {"ste"},
     "weight_quantizers": {"ste", "scales"},
@@ -79,7 +80,8 @@ ARROWS: dict[str, set[str]] = {
         "data",
     },
 }
-EVERYWHERE = {"", "compat"}  # the version, and the one file that knows JAX versions differ
+# The version, the one file that knows JAX versions differ, and the words for a package that is absent.
+EVERYWHERE = {"", "compat", "optional_packages"}
 
 # The only files outside kernels/ that may touch the kernels.
 TOUCH_KERNELS = {

@@ -1,8 +1,8 @@
 """Count operations, joules and bytes of a model by arithmetic; with --measure, joules by the machine's meters.
 
 The energy model is BitNet's (2310.11453): every token attends to all others of the text, the output head is
-told apart. --measure generates text and reads RAPL (processors) and NVML (GPUs, pip install
-'bitnet-jax[energy]') meanwhile.
+told apart. --measure generates text and reads RAPL (processors) and NVML (GPUs, optional package
+nvidia-ml-py) meanwhile.
 
 example:
   bitnet-jax energy --preset 2b4t --length 512 --json energy.json
