@@ -49,7 +49,7 @@ def chosen_config(
       ValueError: neither or both, an option that belongs to presets, or no vocabulary size.
     """
     if (preset is None) == (file is None):
-        raise ValueError("expected one of FOLDER, --preset NAME and --config FILE.py")
+        raise ValueError("expected one of FOLDER, --preset NAME and --config NAME or FILE.py")
     if preset is not None:
         return preset_config(preset, recipe, head, ternary_format)
     if recipe or head or ternary_format:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bitnet_experiments.configs import quickstart as quickstart_config
 from bitnet_jax import storage
 from bitnet_jax.data import Corpus, Tokenizer, load_corpus
 from bitnet_jax.doctor import chosen
@@ -33,7 +34,6 @@ from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.training.loop import fit, load_run
 from bitnet_jax.training.metrics import read_metrics
 from experiments import quickstart_report
-from experiments.configs import quickstart as quickstart_config
 from experiments.provenance import provenance
 
 RECIPES = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}

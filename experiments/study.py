@@ -46,7 +46,7 @@ class Study:
     metric: str  # the field of a row that the study is about; smaller is better
     baseline: str  # the arm that the others are compared with, seed by seed
     config: str | None = (
-        None  # file, from the root of the repository, with get_config(variant); None: `run` needs none
+        None  # name of an installed config, or a file with get_config(variant); None: `run` needs none
     )
     effect: str | Callable[[Study, Sequence[Row]], str] = (
         ""  # the arm whose difference is the answer, or its text
@@ -110,8 +110,7 @@ class Study:
         """
         if self.config is None:
             raise ValueError(f"{self.name}: it has no CONFIG to make settings from")
-        file = STUDIES.parents[1] / self.config
-        base = load_config_file(f"{file}{':small' if small else ''}").to_dict()
+        base = load_config_file(f"{self.config}{':small' if small else ''}").to_dict()
         return RunConfig.from_dict(overridden(base, self.overrides(arm, seed, small)))
 
 

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bitnet_jax.optional_packages import missing_package
 from bitnet_jax.training.run_folder import write_whole
 from experiments.provenance import provenance
 from experiments.runs import locked, train
@@ -178,9 +179,7 @@ def _submitted(
     try:
         import submitit
     except ImportError as error:
-        raise ValueError(
-            f"executor {executor!r}: got no package submitit, which submits; pip install 'bitnet-jax[cluster]'"
-        ) from error
+        raise ValueError(f"executor {executor!r}: {missing_package('submitit')}") from error
     submitter = submitit.AutoExecutor(folder=workdir / "submitit", cluster=executor)
     limits = {"slurm_array_parallelism": jobs} if executor == "slurm" else {}
     submitter.update_parameters(**{"name": "sweep", "timeout_min": 24 * 60, **limits, **cluster})
@@ -213,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         "--executor",
         choices=EXECUTORS,
         default="process",
-        help="process: on this machine; slurm, local: through submitit (extra `cluster`)",
+        help="process: on this machine; slurm, local: through submitit (optional package submitit)",
     )
     parser.add_argument(
         "--cluster",

@@ -15,11 +15,16 @@ from pathlib import Path
 import pytest
 
 import bitnet_jax
+from bitnet_jax.optional_packages import PURPOSES, missing_package
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-ROOTS = {"bitnet_jax": ROOT / "bitnet_jax", "bitnet_kernels": ROOT / "kernels" / "bitnet_kernels"}
+ROOTS = {
+    "bitnet_jax": ROOT / "bitnet_jax",
+    "bitnet_kernels": ROOT / "kernels" / "bitnet_kernels",
+    "bitnet_experiments": ROOT / "experiments" / "bitnet_experiments",
+}
 # Import names that differ from the name on the package index.
 DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
@@ -107,7 +112,15 @@ def build(target: Path, **environment: str) -> zipfile.ZipFile:
     """The wheel that pip makes of a copy of the sources."""
     source = target / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "bitnet_jax", "kernels"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "bitnet_jax",
+        "kernels",
+        "experiments",
+    ):
         subprocess.run(["cp", "-r", ROOT / name, source], check=True)
     for built in (*source.rglob("*.so"), *source.rglob("*.egg-info")):
         subprocess.run(["rm", "-r", built], check=True)
@@ -119,7 +132,7 @@ def build(target: Path, **environment: str) -> zipfile.ZipFile:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_both_packages_and_the_library_and_serves_every_python(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_package_and_the_library_and_serves_every_python(tmp_path: Path) -> None:
     wheel = build(tmp_path)
     assert re.search(r"-py3-none-(linux|macosx|manylinux)", wheel.filename)
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -136,3 +149,35 @@ def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path) -> N
     wheel = build(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     assert "bitnet_kernels/matmul.py" in wheel.namelist()
     assert "bitnet_kernels/_cpu.so" not in wheel.namelist()
+
+
+def test_advice_to_install_names_what_an_index_has() -> None:
+    """`bitnet-jax[extra]` is on none; and every error about an absent package is made in one place."""
+    extras = PROJECT["optional-dependencies"]
+    listed = {re.split(r"[\s<>=!~;\[]", text, maxsplit=1)[0] for text in sum(extras.values(), [])}
+    assert set(PURPOSES) <= listed
+    for name in PURPOSES:
+        assert missing_package(name).endswith(f"; pip install {name}")
+    sources = [file for folder in (*ROOTS.values(), ROOT / "experiments") for file in folder.rglob("*.py")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "experiments").glob("*.md"), ROOT / "kernels" / "README.md"]
+    for file in (*sources, *pages):
+        text = file.read_text()
+        assert not re.search(r"bitnet[-_]jax\[", text), (
+            f"{file}: advises an extra by a name that is on no index"
+        )
+        if file.suffix == ".py" and file.name != "optional_packages.py":
+            assert "pip install" not in text, f"{file}: advice of its own; use bitnet_jax.optional_packages"
+
+
+def test_every_import_of_an_optional_package_says_how_to_get_it() -> None:
+    modules = {"lm-eval": "lm_eval", "nvidia-ml-py": "pynvml", "rouge-score": "rouge_score"}
+    for name in PURPOSES:
+        imported = re.compile(rf"^ +(?:import|from) {modules.get(name, name)}\b", re.MULTILINE)
+        users = [
+            file
+            for file in (*ROOTS["bitnet_jax"].rglob("*.py"), *(ROOT / "experiments").glob("*.py"))
+            if imported.search(file.read_text())
+        ]
+        assert users, f"nothing imports {name}"
+        for file in users:
+            assert f"missing_package('{name}')" in file.read_text().replace('"', "'"), f"{file}: {name}"

@@ -6,10 +6,10 @@ for other folders of the standard library. The others read files below $BITNET_J
   choices           arc_challenge arc_easy hellaswag openbookqa piqa social_iqa winogrande
   language          blimp (minimal pairs), lambada (last words)
   classes           sst2 trec banking77 cola sms_spam
-  summaries         scitldr (needs pip install 'bitnet-jax[summarization]')
+  summaries         scitldr (optional package rouge-score)
 
 A classifier (num_classes) can do those of classes. Each figure has a 95 % interval over its examples.
---harness runs tasks of lm-evaluation-harness instead, with its data (pip install 'bitnet-jax[harness]').
+--harness runs tasks of lm-evaluation-harness instead, with its data (optional package lm-eval).
 
 example:
   bitnet-jax eval runs/first-packed --source texts/ --split all --stride 32 --json figures.json

@@ -15,13 +15,14 @@ from types import ModuleType
 from typing import TextIO
 
 import bitnet_jax
-from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, pack, train
+from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, init, pack, train
 
 OURS = ("bitnet_jax", "bitnet_kernels")
 
 # Each module has `add_arguments(parser)`, `run(args) -> exit code` and its --help as docstring. Their imports are
 # inside `run`, so that --help is instant.
 COMMANDS: dict[str, ModuleType] = {
+    "init": init,
     "train": train,
     "pack": pack,
     "generate": generate,

@@ -1,7 +1,7 @@
 """Train a model from a config file, or go on with the run that the folder holds.
 
 example:
-  bitnet-jax train --config experiments/configs/byte_lm.py:small --workdir runs/first \
+  bitnet-jax train --config byte_lm:small --workdir runs/first \
       --config.training.steps=200 --config.model.precision=bitnet
 """
 
@@ -17,16 +17,17 @@ from bitnet_jax.cli.shared import allow_download_argument, write_json
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--config", required=True, metavar="FILE.py[:VARIANT]", help="file with get_config()"
+        "--config",
+        required=True,
+        metavar="CONFIG",
+        help="NAME[:VARIANT] of `bitnet-jax init --list`, or FILE.py[:VARIANT] with get_config()",
     )
     command.add_argument(
         "--workdir", required=True, type=Path, help="folder of the run; resumed if it holds one"
     )
     allow_download_argument(command)
     command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.usage = (
-        "%(prog)s --config FILE.py[:VARIANT] --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
-    )
+    command.usage = "%(prog)s --config CONFIG --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
 
 
 def run(args: argparse.Namespace) -> int:

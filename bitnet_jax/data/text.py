@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from bitnet_jax.data import standard_library
 from bitnet_jax.data.errors import DataError, check_share, one_line
 from bitnet_jax.data.files import decode, parse_json, read_file, read_lines
+from bitnet_jax.optional_packages import missing_package
 
 ROOT_VARIABLE = "BITNET_JAX_DATA"
 SPLITS = ("document", "tail", "record")
@@ -277,10 +278,7 @@ def _hugging_face(name: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"source 'hf:{name}': got no package `datasets`, which reads it; "
-            "pip install 'bitnet-jax[datasets]'"
-        ) from error
+        raise DataError(f"source 'hf:{name}': {missing_package('datasets')}") from error
     path, _, config = name.partition(":")
     try:
         loaded = datasets.load_dataset(path, config or None)

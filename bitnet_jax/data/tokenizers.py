@@ -17,6 +17,7 @@ import numpy as np
 from bitnet_jax.data.errors import DataError, one_line
 from bitnet_jax.data.files import parse_json
 from bitnet_jax.data.text import checked_text
+from bitnet_jax.optional_packages import missing_package
 
 Ids = Sequence[int] | np.ndarray
 
@@ -202,7 +203,7 @@ class _CharDecoder:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` of the tokenizers library (an extra: pip install 'bitnet-jax[tokenizers]').
+    """A `tokenizer.json` of the tokenizers library (an optional package).
 
     `encode` adds no special tokens, but a special token's name inside the text is that token; `decode` leaves
     special tokens out. `eos_id` is the first of END_TOKENS in the vocabulary, or None.
@@ -284,10 +285,7 @@ def _library_tokenizer(text: str) -> tuple[Any, str]:
         from tokenizers import Tokenizer as LibraryTokenizer
         from tokenizers import __version__ as library_version
     except ImportError as error:
-        raise DataError(
-            "tokenizer.json: got no package `tokenizers`, which reads it; "
-            "pip install 'bitnet-jax[tokenizers]'"
-        ) from error
+        raise DataError(missing_package("tokenizers")) from error
     with _library_errors("a file the tokenizers library cannot read"):
         return LibraryTokenizer.from_str(text), library_version
 

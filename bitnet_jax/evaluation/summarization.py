@@ -1,7 +1,7 @@
 """Summaries of a few sentences, held against references by ROUGE (Lin 2004) and against the first sentence.
 
-Each ROUGE figure is an F measure with stemming by the rouge-score library (an extra: pip install
-'bitnet-jax[summarization]'), the best over an example's references.
+Each ROUGE figure is an F measure with stemming by the rouge-score library, an optional package,
+the best over an example's references.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bitnet_jax.evaluation.completion import complete
 from bitnet_jax.evaluation.intervals import mean
 from bitnet_jax.evaluation.likelihood import TextModel, start_ids
 from bitnet_jax.evaluation.result import Result
+from bitnet_jax.optional_packages import missing_package
 
 KINDS = ("rouge1", "rouge2", "rougeL")
 CUE = "\n\nTL;DR:"  # what makes a language model summarize (Radford et al. 2019)
@@ -27,9 +28,7 @@ def rouge(references: Sequence[Sequence[str]], summaries: Sequence[str]) -> np.n
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise DataError(
-            "got no package rouge-score, which measures summaries; pip install 'bitnet-jax[summarization]'"
-        ) from error
+        raise DataError(missing_package("rouge-score")) from error
     scorer = RougeScorer(list(KINDS), use_stemmer=True)
     rows = []
     for texts, summary in zip(references, summaries, strict=True):

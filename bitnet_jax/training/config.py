@@ -64,7 +64,7 @@ class TrainingConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     keep_best: bool = False  # also keep the checkpoint with the lowest held-out loss
-    tensorboard: bool = False  # also write TensorBoard files (extra `tensorboard`)
+    tensorboard: bool = False  # also write TensorBoard files (optional package tensorboardX)
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}

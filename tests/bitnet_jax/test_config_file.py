@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_jax.config_file import load_config_file
+from bitnet_jax.config_file import load_config_file, named_configs
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -78,3 +78,46 @@ def test_refused_files(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def get_config(:")
     with pytest.raises(SyntaxError):
         load_config_file(str(tmp_path / "broken.py"))
+
+
+def test_an_installed_config_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert named_configs()["byte_lm"].name == "byte_lm.py"
+    by_file = load_config_file(f"{named_configs()['byte_lm']}:small", ["--config.seed=3"])
+    assert load_config_file("byte_lm:small", ["--config.seed=3"]) == by_file
+    assert load_config_file("byte_lm").training.steps > by_file.training.steps
+
+
+def test_a_file_in_the_current_folder_comes_before_a_name(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(spec).rename("byte_lm.py")
+    assert load_config_file("byte_lm.py:small").steps == 10
+    assert "steps" not in load_config_file("byte_lm:small"), "a name is no file"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("byte_ml", "a name such as byte_lm;"),
+        ("byte_ml:small", "a name such as byte_lm;"),
+        ("entirely_else", "byte_lm, mnist_cnn"),
+        ("byte_lm.py:small", "without .py: byte_lm"),
+        ("experiments/configs/mnist_cnn.py", "without .py: mnist_cnn"),
+        ("nowhere/byte_lm", "there is no file nowhere/byte_lm"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(
+    spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        load_config_file(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_names_need_the_package_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="no package bitnet_experiments"):
+        load_config_file("byte_lm")

@@ -29,7 +29,7 @@ PAPER_EFFECT = "ternary nears float as size grows; accuracy per byte is better w
 VERDICT = "not at this size"
 EFFECT = "ternary A8"
 
-CONFIG = "experiments/configs/byte_lm.py"
+CONFIG = "byte_lm"
 METRIC = "valid_bits_per_byte"
 BASELINE = "float32"
 

@@ -214,7 +214,7 @@ def test_cutting_and_filling_up_are_switched_off() -> None:
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     content = bpe()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(DataError, match=r"pip install 'bitnet-jax\[tokenizers\]'"):
+    with pytest.raises(DataError, match=r"pip install tokenizers"):
         from_json(content)
 
 
