@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -58,12 +59,27 @@ class BuildKernels(build_ext):
             self.extensions = []  # nothing to install
 
     def build_extension(self, ext: Extension) -> None:
-        if not self.prebuilt:
-            super().build_extension(ext)
+        if self.prebuilt:
+            library = Path(self.get_ext_fullpath(ext.name))
+            library.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.prebuilt, library)
             return
-        library = Path(self.get_ext_fullpath(ext.name))
-        library.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.prebuilt, library)
+
+        def compile_source(source: str) -> list[str]:
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                extra_postargs=ext.extra_compile_args,
+                depends=ext.depends,
+            )
+
+        # setuptools compiles one source after the other. The large ones first, so that no processor waits at the end.
+        largest_first = sorted(ext.sources, key=lambda source: -os.path.getsize(source))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = [path for paths in pool.map(compile_source, largest_first) for path in paths]
+        ext.sources = []
+        super().build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
