@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.tasks.split(",")]
     if unknown := [name for name in names if name not in ("language", *TASKS)]:
         raise ValueError(f"got --tasks {', '.join(unknown)}, expected some of language, {', '.join(TASKS)}")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"got --limit {args.limit}, expected at least 1 record")
     model = load_model(args.folder, step=args.step)
     if model.tokenizer is None:
         raise ValueError(

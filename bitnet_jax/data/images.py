@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitnet_jax.data.errors import DataError
-from bitnet_jax.data.files import read_blocks
+from bitnet_jax.data.files import BLOCK, read_blocks
 from bitnet_jax.data.text import resolve_path
 
 IDX_UINT8 = 0x08  # the only element type of the image sets
@@ -118,7 +118,8 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
         if not shape and len(content) >= header:
             shape = _idx_shape(path, bytes(content[:header]), axes)
             expected = math.prod(shape)
-        if shape and len(content) > header + expected:  # more than it says: how much more does not matter
+        # More than it says: how much more does not matter, but a damaged file is to be called so.
+        if shape and len(content) > header + expected + BLOCK:
             break
     if not shape:
         shape = _idx_shape(path, bytes(content), axes)

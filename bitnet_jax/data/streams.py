@@ -36,8 +36,8 @@ from bitnet_jax.data.tokenizers import JsonTokenizer, Tokenizer
 
 BATCH_CHARACTERS = 1 << 20  # of a batch of documents, at most, unless it is one piece that cannot be cut
 PIECE_CHARACTERS = 1 << 17  # of a document, from which on it is cut where that changes nothing
-LINE_END = re.compile(r"[^\W\d_]\n")  # a letter, and the end of its line
-LINE_ENDS_TRIED, AROUND_CUT = 50, 200  # places looked at for a cut; characters on each side that are compared
+WORD_END = re.compile(r"[^\W\d_][ \n]")  # a letter, and what ends its word
+WORD_ENDS_TRIED, AROUND_CUT = 50, 200  # places looked at for a cut; characters on each side that are compared
 CACHED_BYTES = 1 << 20  # of text, from which on tokens are kept on disk
 LAYOUT = "bitnet_jax.tokens.1"  # of what is kept; to be changed whenever the same text gives other arrays
 
@@ -112,8 +112,10 @@ def _batches(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[li
 
 
 def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[_Piece]:
-    """A document, cut where the tokens stay the same: between a letter and a line end, where words end for every
-    tokenizer that splits texts into words first (`splits_words`), and only if the tokens around the cut agree.
+    """A document, cut where the tokens stay the same: between a letter and a blank or line end.
+
+    A word ends there for every tokenizer that splits texts into words first (`splits_words`); and it is done only if
+    the tokens of the text around the cut are those of its two sides.
     """
     name, text, _ = document
     start = 0
@@ -131,10 +133,10 @@ def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[_Piece]:
 
 
 def _cut(text: str, begin: int, tokenizer: Tokenizer) -> int | None:
-    """The first place from `begin` on at which a text can be cut; None: none among the nearest line ends."""
-    for line_end in itertools.islice(LINE_END.finditer(text, begin), LINE_ENDS_TRIED):
-        place = line_end.start() + 1
-        left, right = text[place - AROUND_CUT : place], text[place : place + AROUND_CUT]
+    """The first place from `begin` on at which a text can be cut; None: none among the nearest ends of words."""
+    for word_end in itertools.islice(WORD_END.finditer(text, begin), WORD_ENDS_TRIED):
+        place = word_end.start() + 1
+        left, right = text[max(0, place - AROUND_CUT) : place], text[place : place + AROUND_CUT]
         parts = np.concatenate(tokenizer.encode_batch([left, right]))
         if np.array_equal(tokenizer.encode(left + right), parts):
             return place

@@ -309,6 +309,7 @@ def test_info_names_recipe_format_and_layout_of_each_matrix(
             ["eval", "{place}/packed", "--stride", "17"],
             "stride 17, expected at least 1 and the stride at most",
         ),
+        (["eval", "{place}/packed", "--harness", "x", "--limit", "-1"], "--limit -1, expected at least 1"),
         (["eval", "{place}/packed", "--max-tokens", "-1"], "max_tokens: got -1, expected at least 1"),
         (["eval", "{place}/packed", "--valid-fraction", "0"], "valid_fraction: got 0.0, expected a number"),
         (["train", "--config", "{place}/nowhere.py", "--workdir", "{place}/x"], "there is no file"),
