@@ -7,6 +7,7 @@ the reason. A command that is in neither is run as written.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from bitnet_jax.config_file import named_configs
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -82,10 +85,10 @@ RUN = list(
         if not any(re.fullmatch(pattern, command) for pattern in NOT_RUN)
     )
 )
-INSTALLED = [
-    command for command in RUN if command.startswith("bitnet-jax")
-]  # each one continues the ones before
-REPOSITORY = [command for command in RUN if command not in INSTALLED]
+DOCTOR = "bitnet-jax doctor"  # a minute and a half of checks
+# In the order of the text: each one continues the ones before.
+INSTALLED = [command for command in RUN if command.startswith("bitnet-jax") and command != DOCTOR]
+REPOSITORY = [command for command in RUN if not command.startswith("bitnet-jax")]
 
 
 def run(command: str, folder: Path, site: Path) -> None:
@@ -178,6 +181,24 @@ def test_the_readme_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) ->
         run(command, tmp_path, wheel_site)
     assert (tmp_path / "runs" / "first-packed" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "cnn" / "result.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", named_configs())
+def test_every_config_trains_from_a_copy_beside_an_installed_wheel(
+    name: str, wheel_site: Path, tmp_path: Path
+) -> None:
+    variant = "short" if name == "quickstart" else "small"
+    run(f"bitnet-jax init {name} mine.py", tmp_path, wheel_site)
+    train = f"bitnet-jax train --config mine.py:{variant} --workdir run --quiet --config.training.steps=2"
+    run(train, tmp_path, wheel_site)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+def test_doctor_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
+    assert DOCTOR in RUN
+    run(DOCTOR, tmp_path, wheel_site)
 
 
 @pytest.mark.slow
