@@ -119,20 +119,26 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+OFFLINE = ["--no-deps", "--no-index"]
+
+
+def build_wheel(source: Path, target: Path, library: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"BITNET_KERNELS_PREBUILT": str(library)}
+    command = [*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", target, source]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def wheel_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel installed. The C++ library is the one that stands here: compiling takes minutes."""
     library = ROOT / "kernels" / "bitnet_kernels" / "_cpu.so"
     assert library.is_file(), "the C++ library is not built; make test builds it"
     wheels, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    offline = ["--no-deps", "--no-index"]
-    environment = os.environ | {"BITNET_KERNELS_PREBUILT": str(library)}
-    make = [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", wheels, clone]
-    made = subprocess.run(make, env=environment, capture_output=True, text=True)
+    made = build_wheel(clone, wheels, library)
     assert made.returncode == 0, made.stderr
     (wheel,) = wheels.glob("*.whl")
-    install = [*pip, "install", *offline, "--target", site, wheel]
+    install = [*PIP, "install", *OFFLINE, "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
     assert (site / "bitnet_kernels" / "_cpu.so").read_bytes() == library.read_bytes()
     return site
@@ -174,6 +180,14 @@ def test_every_extra_that_a_page_names_exists() -> None:
     }
     assert named
     assert named <= set(extras)
+
+
+def test_a_prebuilt_library_that_is_absent_ends_the_build(clone: Path, tmp_path: Path) -> None:
+    """Asked for by name, it must not become a wheel without kernels."""
+    made = build_wheel(clone, tmp_path, tmp_path / "nowhere.so")
+    assert made.returncode != 0
+    assert "expected the _cpu.so of an earlier build" in made.stderr + made.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_readme_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
