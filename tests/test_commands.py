@@ -7,6 +7,7 @@ the reason. A command that is in neither is run as written.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from bitnet_jax.config_file import named_configs
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -82,10 +85,10 @@ RUN = list(
         if not any(re.fullmatch(pattern, command) for pattern in NOT_RUN)
     )
 )
-INSTALLED = [
-    command for command in RUN if command.startswith("bitnet-jax")
-]  # each one continues the ones before
-REPOSITORY = [command for command in RUN if command not in INSTALLED]
+DOCTOR = "bitnet-jax doctor"  # a minute and a half of checks
+# In the order of the text: each one continues the ones before.
+INSTALLED = [command for command in RUN if command.startswith("bitnet-jax") and command != DOCTOR]
+REPOSITORY = [command for command in RUN if not command.startswith("bitnet-jax")]
 
 
 def run(command: str, folder: Path, site: Path) -> None:
@@ -116,20 +119,26 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+OFFLINE = ["--no-deps", "--no-index"]
+
+
+def build_wheel(source: Path, target: Path, library: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"BITNET_KERNELS_PREBUILT": str(library)}
+    command = [*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", target, source]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def wheel_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel installed. The C++ library is the one that stands here: compiling takes minutes."""
     library = ROOT / "kernels" / "bitnet_kernels" / "_cpu.so"
     assert library.is_file(), "the C++ library is not built; make test builds it"
     wheels, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    offline = ["--no-deps", "--no-index"]
-    environment = os.environ | {"BITNET_KERNELS_PREBUILT": str(library)}
-    make = [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", wheels, clone]
-    made = subprocess.run(make, env=environment, capture_output=True, text=True)
+    made = build_wheel(clone, wheels, library)
     assert made.returncode == 0, made.stderr
     (wheel,) = wheels.glob("*.whl")
-    install = [*pip, "install", *offline, "--target", site, wheel]
+    install = [*PIP, "install", *OFFLINE, "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
     assert (site / "bitnet_kernels" / "_cpu.so").read_bytes() == library.read_bytes()
     return site
@@ -173,11 +182,37 @@ def test_every_extra_that_a_page_names_exists() -> None:
     assert named <= set(extras)
 
 
+def test_a_prebuilt_library_that_is_absent_ends_the_build(clone: Path, tmp_path: Path) -> None:
+    """Asked for by name, it must not become a wheel without kernels."""
+    made = build_wheel(clone, tmp_path, tmp_path / "nowhere.so")
+    assert made.returncode != 0
+    assert "expected the _cpu.so of an earlier build" in made.stderr + made.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_readme_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
     for command in INSTALLED:
         run(command, tmp_path, wheel_site)
     assert (tmp_path / "runs" / "first-packed" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "cnn" / "result.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", named_configs())
+def test_every_config_trains_from_a_copy_beside_an_installed_wheel(
+    name: str, wheel_site: Path, tmp_path: Path
+) -> None:
+    variant = "short" if name == "quickstart" else "small"
+    run(f"bitnet-jax init {name} mine.py", tmp_path, wheel_site)
+    train = f"bitnet-jax train --config mine.py:{variant} --workdir run --quiet --config.training.steps=2"
+    run(train, tmp_path, wheel_site)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+def test_doctor_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
+    assert DOCTOR in RUN
+    run(DOCTOR, tmp_path, wheel_site)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import bitnet_jax
 from bitnet_jax.optional_packages import PURPOSES, missing_package
@@ -72,6 +75,42 @@ def test_every_declared_dependency_is_used() -> None:
     assert names(PROJECT["dependencies"]) <= used
 
 
+def test_every_dependency_has_both_bounds_and_what_is_installed_is_within_them() -> None:
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        operators = {clause.operator for clause in requirement.specifier}
+        assert operators == {">=", "<"}, f"{requirement}: expected a lower and an upper bound"
+        assert importlib.metadata.version(requirement.name) in requirement.specifier, requirement
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "requirements").glob("ci-py*.txt")), ids=lambda file: file.stem
+)
+def test_the_pins_of_continuous_integration_are_whole_and_within_the_bounds(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+!]+", line) for line in lines), (
+        "a pin of a place and not of a version"
+    )
+    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    extras = PROJECT["optional-dependencies"]
+    for text in (*PROJECT["dependencies"], *extras["plots"], *extras["test"], *extras["lint"]):
+        requirement = Requirement(text)
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, f"{text}; make lock"
+
+
+def test_continuous_integration_installs_its_pins() -> None:
+    """Through make, which passes them to pip; a Python without a file gets what the bounds allow."""
+    make = ["make", "--dry-run", "VENV=nowhere", "nowhere/.installed-for-development"]
+    command = re.compile(r"pip .*install (.*)--editable")
+    for pins in ("", "requirements/ci-py311.txt"):
+        shown = subprocess.run(
+            make, cwd=ROOT, env=os.environ | {"CONSTRAINTS": pins}, capture_output=True, text=True, check=True
+        ).stdout
+        (options,) = command.findall(shown)
+        assert options.strip() == (f"--constraint {pins}" if pins else "")
+    assert (ROOT / "requirements" / "ci-py311.txt").is_file()
+    assert "export CONSTRAINTS=$constraints" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_every_folder_with_code_is_a_package() -> None:
     """find_packages silently leaves out a folder without __init__.py."""
     for folder in ROOTS.values():
@@ -97,7 +136,7 @@ def test_the_command_exists() -> None:
 def test_the_library_is_built_with_the_oldest_supported_headers() -> None:
     """Headers newer than the runtime would disable the CPU backend."""
     oldest = next(text for text in PROJECT["dependencies"] if text.startswith("jax>="))
-    assert oldest.replace("jax>=", "jaxlib==") in PYPROJECT["build-system"]["requires"]
+    assert oldest.partition(",")[0].replace("jax>=", "jaxlib==") in PYPROJECT["build-system"]["requires"]
 
 
 def test_the_licence_is_whole() -> None:
