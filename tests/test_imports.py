@@ -72,6 +72,7 @@ ARROWS: dict[str, set[str]] = {
         "config_file",
         "doctor",
         "model_folders",
+        "models",
         "packing",
         "inference",
         "evaluation",
