@@ -314,8 +314,8 @@ def outcome(folder: Path, verify: bool | None) -> str:
     assert seconds < SECONDS, f"took {seconds:.1f} s of processor time"
     assert growth < GROWTH, f"took {growth:,} bytes of memory"
     if model is None:
-        assert len(message) < 1500, f"{len(message)} characters: {message[:200]!r}"
-        assert "\n" not in message, f"not one line: {message[:200]!r}"
+        assert len(message) <= 1000, f"{len(message)} characters: {message[:200]!r}"
+        assert message.isprintable(), f"not one line: {message[:200]!r}"
         return "refused"
     expected = packing.abstract(model.config)
     assert jax.tree.structure(model.variables) == jax.tree.structure(expected)
@@ -325,7 +325,7 @@ def outcome(folder: Path, verify: bool | None) -> str:
         validate(weight, contents=verify is not False)
         assert np.isfinite(weight.scale).all()
     if model.tokenizer is not None:
-        assert model.tokenizer.encode("abc").dtype == np.int32
+        assert model.tokenizer.encode(model.tokenizer.decode([0])).tolist() == [0]
     if model.classes is not None:
         assert len(model.classes.names) == model.config.num_classes  # type: ignore[attr-defined]
     return "loaded"
