@@ -164,7 +164,9 @@ def measured_figures(
         return {"absent": absent}
     if variables is None:
         with model_folder(config, None) as folder:
-            return measured_figures(config, load_packed(folder)[1], prompt=prompt, new_tokens=new_tokens)
+            return measured_figures(
+                config, load_packed(folder).variables, prompt=prompt, new_tokens=new_tokens
+            )
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, prompt), np.int32)
 
     def once() -> None:

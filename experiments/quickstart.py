@@ -79,7 +79,7 @@ def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dic
     say(f"{name}: packing, and comparing {PROOF_TOKENS} greedy tokens of the packed and the latent model")
     proof, sizes = pack_run(workdir / name / "run", folder, tokens=PROOF_TOKENS, overwrite=True)
     _, model, params, tokenizer = load_run(workdir / name / "run")
-    _, packed, _ = storage.load_packed(folder)
+    packed = storage.load_packed(folder).variables
     held_out = quickstart_config.held_out_tokens(variant)
     # Half of each window is context for the other half: a trigram model, too, never starts from nothing.
     length = config.data.length

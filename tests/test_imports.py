@@ -73,6 +73,7 @@ ARROWS: dict[str, set[str]] = {
         "config_file",
         "doctor",
         "model_folders",
+        "models",
         "packing",
         "inference",
         "evaluation",

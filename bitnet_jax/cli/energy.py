@@ -47,7 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax import energy_report
-    from bitnet_jax.model_folders import load_model
+    from bitnet_jax.model_folders import load_text_model
 
     variables = None
     if args.folder is not None:
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 "got FOLDER beside --preset, --config or what changes them, expected one of these"
             )
-        _, config, variables, _ = load_model(args.folder, step=args.step)
+        model = load_text_model(args.folder, step=args.step)
+        config, variables = model.config, model.variables
     else:
         shape = args.recipe, args.head, args.ternary_format
         config = energy_report.chosen_config(args.preset, args.config, *shape)

@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import TextIO
 
 import bitnet_jax
-from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, init, pack, train
+from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, init, pack, predict, train
+from bitnet_jax.cli.shared import check_json_target
 
 OURS = ("bitnet_jax", "bitnet_kernels")
 
@@ -26,6 +27,7 @@ COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "pack": pack,
     "generate": generate,
+    "predict": predict,
     "eval": evaluate,
     "info": info,
     "bench": bench,
@@ -43,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"got {' '.join(unknown)}, expected the options of `bitnet-jax {args.command} --help`")
     try:
         # Before the work, not after it.
-        if args.json is not None and not args.json.absolute().parent.is_dir():
-            raise FileNotFoundError(f"got --json {args.json}, expected a file in a folder that exists")
+        check_json_target(args.json)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return args.run(args)

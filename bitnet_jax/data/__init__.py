@@ -1,6 +1,7 @@
 """Text and images as batches: deterministic, shuffled, any batch by its step alone. Knows no model."""
 
 from bitnet_jax.data.batches import ExampleBatches, TokenBatches, consecutive_batches, whole_batches
+from bitnet_jax.data.classes import Classes
 from bitnet_jax.data.corpus import Corpus, load_corpus, load_tokenizer
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.images import ImageSets, LabelledImages, load_images
@@ -12,6 +13,7 @@ from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer, JsonTokeniz
 __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
+    "Classes",
     "Corpus",
     "DataError",
     "Document",

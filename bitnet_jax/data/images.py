@@ -30,10 +30,19 @@ class LabelledImages(NamedTuple):
     labels: np.ndarray  # int32 [N], from 0
 
 
+class Pixels(NamedTuple):
+    """How pixels from 0 to 255 become inputs of a model: (pixel - mean) / deviation, after shrinking."""
+
+    mean: float
+    deviation: float
+    size: tuple[int, int]  # height and width of the images of the source, before they were shrunk
+
+
 class ImageSets(NamedTuple):
     train: LabelledImages
     valid: LabelledImages
     classes: int
+    pixels: Pixels
 
 
 def load_images(
@@ -42,15 +51,16 @@ def load_images(
     size: int | None = None,
     limit: int | None = None,
     root: str | os.PathLike[str] | None = None,
+    pixels: Pixels | None = None,
 ) -> ImageSets:
     """Both parts of a source (see the module docstring), pixels shifted and scaled alike.
-
-    Over all pixels of the training images the mean is 0 and the standard deviation 1.
 
     Args:
       size: rows and columns to shrink to by averaging areas; None: as they are.
       limit: train on so many images only, the first ones.
       root: folder that a relative path is meant below, see `resolve_path`.
+      pixels: mean and deviation of the images that a model was trained on; None: measured here, so that over all
+        pixels of the training images the mean is 0 and the standard deviation 1.
 
     Raises:
       DataError: a file is missing, damaged or of another kind; the two parts do not fit each other.
@@ -74,14 +84,22 @@ def load_images(
     images = [part.images.astype(np.float32) for part in (train, valid)]
     if size is not None:
         images = [shrink(part, size) for part in images]
-    mean, deviation = images[0].mean(dtype=np.float64), images[0].std(dtype=np.float64)
-    if deviation == 0:
-        raise DataError(f"{source}: got training images of one colour, expected pixels that differ")
+    if pixels is None:
+        mean, deviation = images[0].mean(dtype=np.float64), images[0].std(dtype=np.float64)
+        if deviation == 0:
+            raise DataError(f"{source}: got training images of one colour, expected pixels that differ")
+        height, width = train.images.shape[1:3]
+        pixels = Pixels(float(mean), float(deviation), (height, width))
     train, valid = (
-        LabelledImages(((part - mean) / deviation).astype(np.float32), labels)
+        LabelledImages(normalised(part, pixels), labels)
         for part, labels in zip(images, (train.labels, valid.labels), strict=True)
     )
-    return ImageSets(train, valid, int(max(train.labels.max(), valid.labels.max())) + 1)
+    return ImageSets(train, valid, int(max(train.labels.max(), valid.labels.max())) + 1, pixels)
+
+
+def normalised(images: np.ndarray, pixels: Pixels) -> np.ndarray:
+    """float32 images from 0 to 255 as a model takes them."""
+    return ((images - np.float64(pixels.mean)) / np.float64(pixels.deviation)).astype(np.float32)
 
 
 def _read_pair(folder: Path, part: str) -> LabelledImages:

@@ -255,6 +255,11 @@ class RunConfig:
         return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
+def data_config(fields: Mapping[str, Any]) -> DataConfig:
+    """Section `data` alone. Raises ValueError: an unknown field or a wrong type."""
+    return _section("data", DataConfig, fields)
+
+
 def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
     """`section.field: value in a, value in b` for every setting that differs, but for the mesh."""
     flat_a, flat_b = _flatten(_what_is_computed(a)), _flatten(_what_is_computed(b))

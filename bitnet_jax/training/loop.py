@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 import bitnet_jax
-from bitnet_jax.data import Tokenizer
+from bitnet_jax.data import Classes, Tokenizer
 from bitnet_jax.models import Architecture, ModelConfig
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.config import RunConfig, TrainingConfig
@@ -71,6 +71,8 @@ def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = Tru
     """`fit` for any task. The caller holds `folder.training(config)`."""
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
+    if task.classes is not None:
+        folder.write_classes(task.classes)
     try:
         result = _train(task, config, folder, progress)
     except OSError as error:
@@ -112,7 +114,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, keep=training.keep_checkpoints, keep_best=training.keep_best)
         )
-        state, meta = _start(fresh, shapes, checkpoints, task, folder)
+        state, meta = _start(fresh, shapes, checkpoints, task, folder, config)
         first = int(state.step)
         board = folder.path / "tensorboard" if training.tensorboard else None
         log = stack.enter_context(MetricsLog(folder.metrics, resume_step=first, tensorboard=board))
@@ -131,7 +133,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             if saves:
                 log.flush()  # rows up to a checkpoint are on disk before it is
                 facts = {"config": config.to_dict(), "data": task.fingerprint, "data_position": step}
-                facts |= {"seconds": seconds(), "last": recorder.last}
+                facts |= {"seconds": seconds(), "last": recorder.last, "files_crc32": folder.files_crc32()}
                 loss = values["loss"] if values is not None else None
                 checkpoints.save(step, state.variables, state.opt_state, facts, loss)
             recorder.pause()
@@ -181,9 +183,11 @@ def _start(
     checkpoints: Checkpoints,
     task: Task,
     folder: RunFolder,
+    config: RunConfig,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to go on from, and what the checkpoint knew besides: seconds spent, last rows."""
-    restored = checkpoints.restore_latest_whole(shapes.variables, shapes.opt_state)
+    check = partial(folder.check_meta, config)
+    restored = checkpoints.restore_latest_whole(shapes.variables, shapes.opt_state, check)
     if restored is None:
         return fresh(), {"seconds": 0.0, "last": {}}
     if restored.meta["data"] != task.fingerprint:
@@ -232,35 +236,49 @@ def _loop(
     return step, None
 
 
-def load_run(
-    workdir: str | Path, step: int | None = None
-) -> tuple[RunConfig, ModelConfig, dict[str, Any], Tokenizer]:
-    """Settings, model, latent parameters (of one checkpoint, the newest by default) and tokenizer of a run on text.
+class LoadedRun(NamedTuple):
+    config: RunConfig
+    model: Architecture
+    variables: dict[str, Any]  # latent parameters and, where the model has them, batch statistics
+    tokenizer: Tokenizer | None  # of a run on text
+    classes: Classes | None  # of a classifier
+
+
+def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
+    """A run of any task, of one checkpoint, the newest by default.
 
     Raises:
-      RunError, CheckpointError: not such a run, no such checkpoint, or a damaged file.
+      RunError, CheckpointError: no run, no such checkpoint, a damaged file, or one that was changed after training.
     """
     folder = RunFolder(workdir)
     config = folder.read_config()
-    if config.task == "images":
+    tokenizer = None if config.task == "images" else folder.read_tokenizer()
+    model = config.image_model_config() if tokenizer is None else config.model_config(tokenizer.vocab_size)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        restored = checkpoints.restore(
+            abstract_variables(model), step=step, check=partial(folder.check_meta, config)
+        )
+    return LoadedRun(config, model, restored.variables, tokenizer, folder.read_classes())
+
+
+def load_run(
+    workdir: str | Path, step: int | None = None
+) -> tuple[RunConfig, ModelConfig, dict[str, Any], Tokenizer]:
+    """Settings, model, latent parameters and tokenizer of a run on text; else as `read_run`."""
+    folder = RunFolder(workdir)
+    if folder.read_config().task == "images":
         raise RunError(f"{folder.path}: got a run on images, expected one on text; load_image_run reads it")
-    tokenizer = folder.read_tokenizer()
-    model = config.model_config(tokenizer.vocab_size)
-    return config, model, _read(folder, model, step)["params"], tokenizer
+    config, model, variables, tokenizer, _ = read_run(workdir, step)
+    assert isinstance(model, ModelConfig)
+    assert tokenizer is not None
+    return config, model, variables["params"], tokenizer
 
 
 def load_image_run(
     workdir: str | Path, step: int | None = None
 ) -> tuple[RunConfig, Architecture, dict[str, Any]]:
-    """Settings, model and variables (parameters, batch statistics) of a run on images; else as `load_run`."""
+    """Settings, model and variables (parameters, batch statistics) of a run on images; else as `read_run`."""
     folder = RunFolder(workdir)
-    config = folder.read_config()
-    if config.task != "images":
-        raise RunError(f"{folder.path}: got a run of task {config.task!r}, expected images")
-    model = config.image_model_config()
-    return config, model, _read(folder, model, step)
-
-
-def _read(folder: RunFolder, model: Architecture, step: int | None) -> dict[str, Any]:
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        return checkpoints.restore(abstract_variables(model), step=step).variables
+    if (task := folder.read_config().task) != "images":
+        raise RunError(f"{folder.path}: got a run of task {task!r}, expected images")
+    return read_run(workdir, step)[:3]

@@ -2,6 +2,7 @@
 
 config.json      the RunConfig; a run goes on only under the same one
 tokenizer.json   the tokenizer that its tokens mean
+classes.json     of a classifier: labels, and how its inputs are made (data/classes.py)
 checkpoints/     see checkpoints.py (and damaged/, where bad ones were set aside)
 metrics.jsonl    see metrics.py
 result.json      status, last measurements and cost; there once the run is over
@@ -13,13 +14,19 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.data import Tokenizer, from_json
+from bitnet_jax.data import Classes, Tokenizer, from_json
+from bitnet_jax.data.classes import CLASSES
 from bitnet_jax.training.config import RunConfig, differing_fields
 from bitnet_jax.training.metrics import finite_json
+
+# Settings of config.json that may differ from those a checkpoint was written under: how long a run goes on, what
+# is measured on the way, and where the data lie. No other one leaves the meaning of its weights alone.
+MAY_DIFFER = ("training.", "evaluation.", "data.root:")
 
 
 class RunError(RuntimeError):
@@ -33,6 +40,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
+        self.classes = self.path / CLASSES
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.json"
@@ -89,6 +97,56 @@ class RunFolder:
             return from_json(self.tokenizer.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise RunError(f"{self.tokenizer} cannot be read: {error}") from error
+
+    def write_classes(self, classes: Classes) -> None:
+        if not self.classes.exists():
+            write_whole(self.classes, classes.to_json())
+
+    def read_classes(self) -> Classes | None:
+        """None: no classifier, or trained before such a file was written. Raises: RunError: it is damaged."""
+        if not self.classes.exists():
+            return None
+        try:
+            return Classes.from_json(self.classes.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise RunError(f"{self.classes} cannot be read: {error}") from error
+
+    def files_crc32(self) -> dict[str, int]:
+        """CRC-32 of the files that say what the weights mean, for the `meta` of a checkpoint."""
+        try:
+            return {
+                path.name: zlib.crc32(path.read_bytes())
+                for path in (self.tokenizer, self.classes)
+                if path.exists()
+            }
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot read its files: {error.strerror or error}") from error
+
+    def check_meta(self, config: RunConfig, meta: Mapping[str, Any]) -> None:
+        """Compares config.json and the other files of the folder with what a checkpoint was written under.
+
+        Raises:
+          RunError: a setting but those in MAY_DIFFER, or a file, was changed since; the message names it.
+        """
+        try:
+            trained = RunConfig.from_dict(meta["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.path}: its checkpoint holds settings that cannot be read: {error}"
+            ) from error
+        differing = [entry for entry in differing_fields(trained, config) if not entry.startswith(MAY_DIFFER)]
+        if differing:
+            raise RunError(
+                f"{self.config} was changed after training ({'; '.join(differing)}; trained with, now in the file); "
+                "put the trained values back"
+            )
+        now, then = self.files_crc32(), meta.get("files_crc32", {})  # older checkpoints hold none
+        changed = [name for name in then if now.get(name) != then[name]]
+        if changed:
+            raise RunError(
+                f"{self.path / changed[0]} was changed or removed after training: it has the checksum "
+                f"{now.get(changed[0])}, expected {then[changed[0]]}; restore it"
+            )
 
     def read_result(self) -> dict[str, Any] | None:
         """None while the run is not over. Raises: RunError: result.json is damaged."""

@@ -1,9 +1,10 @@
 """The quantizers against vectors made by Hugging Face transformers, and the two indexes of names.
 
-Codes match exactly, scales within one float32 ulp: a mean is a sum, which every library takes in an order of its own.
-(Codes could differ only where a weight times 1 / scale is within an ulp of a half; no vector has one.) Dequantized activations are within 3 float32 ulp: the library
-divides, q / s, where we multiply, q * (1 / s), as one multiplication after an integer matmul does (one ulp);
-and torch computes s as (1 / max) * 127, we as 127 / max (one ulp of s, rounded again in 1 / s).
+Codes match exactly, scales within one float32 ulp: a mean is a sum, which every library takes in its own order.
+(Codes could differ only where a weight times 1 / scale is within an ulp of a half; no vector has one.)
+Dequantized activations are within 3 float32 ulp: the library divides, q / s, where we multiply, q * (1 / s), as one
+multiplication after an integer matmul does (one ulp); and torch computes s as (1 / max) * 127, we as 127 / max (one
+ulp of s, rounded again in 1 / s).
 """
 
 from __future__ import annotations
