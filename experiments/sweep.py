@@ -10,6 +10,8 @@ to `<workdir>/results.jsonl`. A run that fails or diverges is a row too and does
 Ctrl-C and SIGTERM: every running training saves itself and loses at most one update. SIGKILL or a dead machine:
 it loses what came after its last checkpoint. Either way the next start goes on from there. Two sweeps of one study
 share the runs that are left: a run is done by whoever holds its lock, and a lock dies with its holder.
+
+A study and its config are executed Python files: run only those whose source is trusted.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bitnet_jax.cli.main import exit_code
 from bitnet_jax.optional_packages import missing_package
 from bitnet_jax.training.run_folder import write_whole
 from experiments.provenance import provenance
@@ -199,7 +202,8 @@ def _json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code, as of `bitnet-jax`."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.sweep",
         description=__doc__,
@@ -222,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         help="a parameter of submitit's executor",
     )
     parser.add_argument("--retry-failed", action="store_true", help="also the runs whose row says failed")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(
         "--workdir", type=Path, help="where runs are kept (default runs/studies/STUDY[-small])"
     )
@@ -232,16 +237,21 @@ def main(argv: list[str] | None = None) -> None:
         name: int(value) if value.isdigit() else value
         for name, _, value in (c.partition("=") for c in args.cluster)
     }
-    study = load_study(args.study)
-    workdir = args.workdir or study.workdir(args.small)
-    options = {
-        "jobs": args.jobs,
-        "executor": args.executor,
-        "retry_failed": args.retry_failed,
-        "cluster": cluster,
-    }
-    print(sweep(study, workdir, args.small, **options))
+
+    def run() -> int:
+        study = load_study(args.study)
+        workdir = args.workdir or study.workdir(args.small)
+        options = {
+            "jobs": args.jobs,
+            "executor": args.executor,
+            "retry_failed": args.retry_failed,
+            "cluster": cluster,
+        }
+        print(sweep(study, workdir, args.small, **options))
+        return 0
+
+    return exit_code(run, debug=args.debug)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,8 @@
 """Train a model from a config file, or go on with the run that the folder holds.
 
+The config file is executed Python: use only files whose source is trusted. Its fields are overridden by
+--config.SECTION.FIELD=VALUE (or with a space in place of the equals sign).
+
 example:
   bitnet-jax train --config byte_lm:small --workdir runs/first \
       --config.training.steps=200 --config.model.precision=bitnet

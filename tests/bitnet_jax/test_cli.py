@@ -314,6 +314,21 @@ def test_info_names_recipe_format_and_layout_of_each_matrix(
         (["train", "--config", "{place}/nowhere.py", "--workdir", "{place}/x"], "there is no file"),
         (["train", "--config", "{place}/config.py:huge", "--workdir", "{place}/x"], "'huge'"),
         (
+            ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.trainig.steps=3"],
+            "config has no field 'trainig', expected one of training",
+        ),
+        (
+            [
+                "train",
+                "--config",
+                "{place}/config.py",
+                "--workdir",
+                "{place}/x",
+                "--config.data.source=nowhere",
+            ],
+            "nowhere",
+        ),
+        (
             ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.training.step=1"],
             "step",
         ),
@@ -353,6 +368,29 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(place: Path, monkeypatch: pytest
     monkeypatch.setattr(packing, "sizes", lambda variables: variables["no such key"])
     with pytest.raises(KeyError):
         cli.main(["info", f"{place}/packed"])
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides", "others"),
+    [
+        (["--config.a=1", "--quiet"], ["--config.a=1"], ["--quiet"]),
+        (["--config.a", "1", "--config", "x.py"], ["--config.a=1"], ["--config", "x.py"]),
+        (["--config.a", "-1", "--config.b", "--quiet"], ["--config.a=-1", "--config.b"], ["--quiet"]),
+        (["--config.a"], ["--config.a"], []),
+        (["word", "--config=x.py"], [], ["word", "--config=x.py"]),
+    ],
+)
+def test_overrides_are_told_from_the_other_words(
+    words: list[str], overrides: list[str], others: list[str]
+) -> None:
+    assert cli.split_overrides(words) == (overrides, others)
+
+
+def test_the_value_of_an_override_may_be_the_next_word(place: Path, tmp_path: Path) -> None:
+    train = ["train", "--config", f"{place}/config.py", "--config.training.steps", "1", "--quiet"]
+    assert cli.main([*train, "--workdir", f"{tmp_path}/run", "--config.model.ffn_size", "16"]) == 0
+    config = read(tmp_path / "run" / "config.json")
+    assert (config["training"]["steps"], config["model"]["ffn_size"]) == (1, 16)
 
 
 def test_unknown_options_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

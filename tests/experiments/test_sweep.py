@@ -154,6 +154,35 @@ def test_through_submitit(study: Study, tmp_path: Path) -> None:
     assert statuses(results) == {"float32-seed7": "finished"}
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", ["--study=nothing"], "got study 'nothing', expected one of toy"),
+        ("x = y", ["--study=toy"], "study.py:{line}: NameError"),
+        ("raise SystemExit(3)", ["--study=toy"], "study.py:{line}: SystemExit: 3"),
+        ("CONFIG = 'nowhere.py'", ["--study=toy", "--workdir={tmp_path}/file"], "Not a directory"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    study: Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("experiments.study.STUDIES", study.folder.parent)
+    file = study.folder / "study.py"
+    file.write_text(f"{file.read_text()}{text}\n")
+    (tmp_path / "file").touch()
+    line = len(file.read_text().splitlines())
+    assert sweep.main([word.format(tmp_path=tmp_path) for word in arguments] + ["--small"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message.format(line=line) in error
+
+
 def test_without_submitit_the_error_says_what_to_install(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
