@@ -5,7 +5,8 @@
     python -m experiments.sweep --study=ternary_penalty --executor=slurm --jobs=16 --cluster timeout_min=60
 
 The full setting adds rows to `studies/<study>/results.jsonl`; the small one (same question, two cores, minutes)
-to `<workdir>/results.jsonl`. A run that fails or diverges is a row too and does not stop the others.
+to `<workdir>/results.jsonl`. A run that fails or diverges is a row too and does not stop the others. The next start
+repeats failed runs whose settings were corrected, and with --retry-failed the others too.
 
 Ctrl-C and SIGTERM: every running training saves itself and loses at most one update. SIGKILL or a dead machine:
 it loses what came after its last checkpoint. Either way the next start goes on from there. Two sweeps of one study
@@ -44,7 +45,7 @@ def run_one(study: Study, name: str, workdir: Path, small: bool) -> Row:
     """The row of one run; its failure is recorded in it, not raised."""
     arm, seed = study.runs(small)[name]
     row: Row = {"run": name, "arm": arm, "seed": seed, "overrides": _json(study.overrides(arm, seed, small))}
-    row |= provenance()
+    row |= {"config_hash": _settings_hash(study, arm, seed, small)} | provenance()
     start = time.monotonic()
     try:
         if study.run is not None:
@@ -85,27 +86,40 @@ def claim(one: Assignment) -> Row | None:
 
 
 def pending(study: Study, results: Path, small: bool, retry_failed: bool) -> list[str]:
-    """The runs that have no row yet.
+    """The runs to do: those that have no row yet, and of those whose row says failed the ones worth another try.
+
+    A failed run is tried again when its settings are no longer those that failed; with the same ones (the machine was
+    full, the code was mended) only where `retry_failed` asks for it. Any other row is a result and stays.
 
     Raises:
-      ValueError: rows that were made with other overrides than the study has now.
+      ValueError: rows of results that were made with other overrides than the study has now.
     """
     rows = {row["run"]: row for row in read_results(results)}
-    stale = [
-        name
-        for name, (arm, seed) in study.runs(small).items()
-        if name in rows and rows[name]["overrides"] != _json(study.overrides(arm, seed, small))
-    ]
+    names, stale = [], []
+    for name, (arm, seed) in study.runs(small).items():
+        row = rows.get(name)
+        same = row is not None and row.get("overrides") == _json(study.overrides(arm, seed, small))
+        if row is None:
+            names.append(name)
+        elif row["status"] == "failed":
+            if retry_failed or not same or row.get("config_hash") != _settings_hash(study, arm, seed, small):
+                names.append(name)
+        elif not same:
+            stale.append(name)
     if stale:
         raise ValueError(
             f"{results}: got rows of {', '.join(stale)} made with other settings than the study has now; "
             "remove these lines (and their folders in the workdir) to measure them again"
         )
-    return [
-        name
-        for name in study.runs(small)
-        if name not in rows or (retry_failed and rows[name]["status"] == "failed")
-    ]
+    return names
+
+
+def _settings_hash(study: Study, arm: str, seed: int, small: bool) -> str | None:
+    """Of the whole config of a run, base settings included; None where there is none or it is refused."""
+    try:
+        return study.settings(arm, seed, small).hash()
+    except (ValueError, OSError):
+        return None
 
 
 def sweep(
@@ -225,7 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME=VALUE",
         help="a parameter of submitit's executor",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="also the runs whose row says failed")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="also the failed runs whose settings are unchanged"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(
         "--workdir", type=Path, help="where runs are kept (default runs/studies/STUDY[-small])"

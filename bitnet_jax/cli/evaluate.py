@@ -55,7 +55,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the files of tasks are (default: $BITNET_JAX_DATA)",
     )
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument(
+        "--quiet", action="store_true", help="no progress bar, or lines where there is no terminal"
+    )
     command.add_argument("--source", help="of language: stdlib, a file, a folder, or hf:NAME")
     command.add_argument(
         "--split", choices=("document", "tail", "record", "all"), help="what is held out; all: no part"

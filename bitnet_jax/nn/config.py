@@ -16,6 +16,11 @@ ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED_MLPS = ("silu_glu", "relu2_glu")
 HEADS = ("float", "int8", "int4")
 
+# No number of a model or a run is larger: JAX counts in int32. Layers are Python objects and are traced one by one,
+# so there are fewer of them; the deepest published Transformers have about a thousand.
+LARGEST = 2**31 - 1
+MOST_LAYERS = {"num_layers": 4096, "convolutions": 4096}
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
     "norm_placement": ("sub", "pre", "inside"),
@@ -122,6 +127,8 @@ class Architecture:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"model.{name}: got {value!r}, expected a positive integer")
+            if value > (most := MOST_LAYERS.get(name, LARGEST)):
+                raise ValueError(f"model.{name}: got {value}, expected at most {most}")
 
 
 def with_ends(precision: Rules, *ends: tuple[str, Recipe]) -> Rules:

@@ -82,6 +82,45 @@ def test_rows_of_other_settings_are_not_taken_for_done(study: Study, tmp_path: P
         sweep.sweep(changed, tmp_path / "work", small=False)
 
 
+def without(study: Study, **seconds: object) -> Study:
+    """One arm and one seed of the study, with fields of its config replaced."""
+    return dataclasses.replace(
+        study,
+        arms={"float32": study.arms["float32"] | seconds},
+        seeds=(0,),
+        small_arms=None,
+        effect="float32",
+    )
+
+
+def test_a_failed_run_whose_settings_were_corrected_is_done_again(study: Study, tmp_path: Path) -> None:
+    """A typo in an arm costs no cleaning up, neither of rows nor of folders."""
+    wrong, right = without(study, **{"data.source": "nowhere.txt"}), without(study)
+    for _ in range(2):
+        results = sweep.sweep(wrong, tmp_path / "work", small=False)
+        assert statuses(results) == {"float32-seed0": "failed"}
+    first = results.read_text()
+    sweep.sweep(wrong, tmp_path / "work", small=False)
+    assert results.read_text() == first, "the same settings fail again: only on demand"
+    sweep.sweep(right, tmp_path / "work", small=False)
+    assert statuses(results) == {"float32-seed0": "finished"}
+
+
+def test_a_typo_in_the_base_config_is_corrected_too(study: Study, tmp_path: Path) -> None:
+    one, config = without(study), tmp_path / "config.py"
+    text = config.read_text()
+    config.write_text(text.replace("text.txt", "nowhere.txt"))
+    results = sweep.sweep(one, tmp_path / "work", small=False)
+    assert statuses(results) == {"float32-seed0": "failed"}
+    config.write_text("def get_config(:")
+    sweep.sweep(one, tmp_path / "work", small=False)
+    (row,) = read_results(results)
+    assert "config.py:1: SyntaxError" in row["error"]
+    config.write_text(text)
+    sweep.sweep(one, tmp_path / "work", small=False)
+    assert statuses(results) == {"float32-seed0": "finished"}
+
+
 def test_two_sweeps_at_once_share_the_runs(study: Study, tmp_path: Path) -> None:
     done: list[str] = []
 
