@@ -1,5 +1,6 @@
 """From latent weights to packed ones, and the proof that both are the same model.
 
+    check_packable  refuses a config whose layers could not be packed, before anything is trained
     pack        quantizes each latent weight as its layer would, packs the codes, drops the latent
     with_head   the packed model with another output head, made from its table
     prove       latent against packed: same codes, same logits, same greedy text; raises at the first difference
@@ -30,6 +31,7 @@ from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import Quantized
 from bitnet_kernels import FORMATS, PackedArray, for_platform, unpack
 from bitnet_kernels import pack as pack_codes
+from bitnet_kernels.packed import validate_scale
 
 Variables = Mapping[str, Any]
 TABLES = ("embed/embedding", "position_embed/embedding", "lm_head/weight")
@@ -81,6 +83,7 @@ def pack(params: Mapping[str, Any], config: Architecture) -> dict[str, Any]:
       PackingError: a weight is missing, has the wrong shape or holds NaN, or its packed form cannot hold its
         codes or scales. The message names the path.
     """
+    check_packable(config)
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
     formats, packed = config.packed_formats(), {}
     for path, shape in config.linear_shapes().items():
@@ -102,6 +105,33 @@ def pack(params: Mapping[str, Any], config: Architecture) -> dict[str, Any]:
             if path in flat:
                 flat[path] = flat[path].astype(config.embedding_dtype)
     return {"params": _nested(flat), "packed": _nested(packed)}
+
+
+def check_packable(config: Architecture) -> None:
+    """Whether `pack` could store the scales and inputs of every linear layer, known from shapes alone.
+
+    Raises:
+      PackingError: a group size that does not divide the inputs of a layer or is no multiple of 32, or more inputs
+        to a scale than its format can add up.
+    """
+    precisions, shapes = config.precisions(), config.linear_shapes()
+    for path, format in config.packed_formats().items():
+        granularity, (n, k) = precisions[path].granularity, shapes[path]
+        size = granularity if isinstance(granularity, int) else k
+        if k % size:
+            raise PackingError(
+                f"{path}: got granularity={granularity} for {k} inputs, expected a group size that divides {k}"
+            )
+        scale: Any = jax.ShapeDtypeStruct((1 if granularity == "tensor" else n, k // size), jnp.float32)
+        try:
+            validate_scale(scale, (n, k))
+        except ValueError as error:
+            raise PackingError(f"{path}: granularity={granularity!r} cannot be packed: {error}") from error
+        if size > (most := FORMATS[format].max_inputs):
+            raise PackingError(
+                f"{path}: got {size} inputs to a scale, expected at most {most} in the format {format}; choose "
+                "a smaller granularity"
+            )
 
 
 def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[ModelConfig, dict[str, Any]]:

@@ -26,6 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "": KNOW_NO_MODEL,  # bitnet_jax/__init__.py: names and a version, no work
     "compat": KNOW_NO_MODEL,
     "optional_packages": KNOW_NO_MODEL,
+    "progress": KNOW_NO_MODEL,
     "ste": KNOW_NO_MODEL,
     "scales": {"ste"},
     "weight_quantizers": {"ste", "scales"},
@@ -45,9 +46,10 @@ ARROWS: dict[str, set[str]] = {
     "random_model": MODEL | {"packing", "storage", "tensor_file"},
     "inference": MODEL | {"inference", "data"},
     "evaluation": MODEL | {"evaluation", "inference", "data", "training.losses"},
-    "training": MODEL | {"training", "evaluation", "data"},
+    "training": MODEL | {"training", "evaluation", "data", "packing"},
     "interop": MODEL | {"packing", "tensor_file", "data", "interop"},
-    "config_file": KNOW_NO_MODEL,
+    "python_file": KNOW_NO_MODEL,
+    "config_file": {"python_file"},
     "model_folders": MODEL | {"packing", "storage", "inference", "training", "data", "interop"},
     "kernel_checks": KNOW_NO_MODEL,
     "doctor": MODEL | {"packing", "inference", "kernel_checks"},
@@ -81,8 +83,9 @@ ARROWS: dict[str, set[str]] = {
         "data",
     },
 }
-# The version, the one file that knows JAX versions differ, and the words for a package that is absent.
-EVERYWHERE = {"", "compat", "optional_packages"}
+# The version, the one file that knows JAX versions differ, the words for a package that is absent, and how a long task
+# says how far it is.
+EVERYWHERE = {"", "compat", "optional_packages", "progress"}
 
 # The only files outside kernels/ that may touch the kernels.
 TOUCH_KERNELS = {

@@ -60,7 +60,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the files of tasks are (default: $BITNET_JAX_DATA)",
     )
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument(
+        "--quiet", action="store_true", help="no progress bar, or lines where there is no terminal"
+    )
     command.add_argument(
         "--source",
         help="of language: stdlib, a file, a folder, or hf:NAME; of classification: as data.source of a run",

@@ -30,9 +30,9 @@ import numpy as np
 
 from bitnet_jax.data.cache import read_arrays, write_arrays
 from bitnet_jax.data.errors import DataError
-from bitnet_jax.data.progress import Progress
 from bitnet_jax.data.text import Document, text_bytes
 from bitnet_jax.data.tokenizers import JsonTokenizer, Tokenizer
+from bitnet_jax.progress import progress_bar
 
 BATCH_CHARACTERS = 1 << 20  # of a batch of documents, at most, unless it is one piece that cannot be cut
 PIECE_CHARACTERS = 1 << 17  # of a document, from which on it is cut where that changes nothing
@@ -70,7 +70,7 @@ def _stream(documents: Sequence[Document], tokenizer: Tokenizer, measured: bool)
     without_token = (
         0  # bytes of what no token stands for: they are those of the next one, or of the separator
     )
-    with Progress("tokenizing", total) as progress:
+    with progress_bar(total, unit="B", description="tokenizing", delay=1.0) as progress:
         for batch in _batches(documents, tokenizer):
             for piece, (ids, token_bytes) in zip(batch, _encoded(batch, tokenizer, measured), strict=True):
                 behind = separator if piece.ends_document else separator[:0]

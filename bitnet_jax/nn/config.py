@@ -19,6 +19,11 @@ GATED_MLPS = ("silu_glu", "relu2_glu")
 HEADS = ("float", "int8", "int4")
 FLOAT32_MAX = 3.4028234e38  # what is computed with a setting is computed in float32
 
+# No number of a model or a run is larger: JAX counts in int32. Layers are Python objects and are traced one by one,
+# so there are fewer of them; the deepest published Transformers have about a thousand.
+LARGEST = 2**31 - 1
+MOST_LAYERS = {"num_layers": 4096, "convolutions": 4096}
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
     "norm_placement": ("sub", "pre", "inside"),
@@ -131,6 +136,8 @@ class Architecture:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"model.{name}: got {value!r}, expected a positive integer")
+            if value > (most := MOST_LAYERS.get(name, LARGEST)):
+                raise ValueError(f"model.{name}: got {value}, expected at most {most}")
 
 
 @functools.cache

@@ -39,6 +39,12 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder, oldest first; none where it does not exist."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager, or call `close`.
 
@@ -96,7 +102,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, oldest first."""
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        return saved_steps(self.folder)
 
     def save(
         self,

@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from bitnet_jax.models import Architecture, ModelConfig, model_config
+from bitnet_jax.nn.config import LARGEST
 from bitnet_jax.training.optimizers import OptimizerConfig
 from bitnet_jax.training.sharding import MeshConfig
 
@@ -69,8 +71,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
         for name, low in (least | {"statistics_every": 0, "z_loss": 0, "keep_checkpoints": 2}).items():
-            if getattr(self, name) < low:
-                raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least {low}")
+            if not low <= getattr(self, name) <= LARGEST:  # updates are counted in int32
+                raise ValueError(
+                    f"training.{name}: got {getattr(self, name)}, expected a number from {low} to {LARGEST}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,12 @@ class DistillationConfig:
             raise ValueError(f"distillation.temperature: got {self.temperature}, expected a positive number")
 
 
+# Settings under which a run may go on although it began with others. All but training.steps only say what is measured,
+# kept and shown on the way: the updates are the same. What training.steps changes, see `loop.fit`.
+MAY_CHANGE = frozenset(
+    f"training.{name}"
+    for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+)
 TASK_NAMES = ("language", "images", "text_classification")
 
 
@@ -243,7 +253,10 @@ class RunConfig:
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
         """Raises: ValueError: not JSON, or not the JSON of a run config."""
-        fields = json.loads(text)
+        try:
+            fields = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("run config: got JSON that is nested too deeply") from error
         if not isinstance(fields, dict):
             raise ValueError(f"run config: got JSON {type(fields).__name__}, expected an object of sections")
         return cls.from_dict(fields)
@@ -260,10 +273,10 @@ def data_config(fields: Mapping[str, Any]) -> DataConfig:
     return _section("data", DataConfig, fields)
 
 
-def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
-    """`section.field: value in a, value in b` for every setting that differs, but for the mesh."""
+def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) -> list[str]:
+    """`section.field: value in a, value in b` for every setting that differs, but for the mesh and `ignored`."""
     flat_a, flat_b = _flatten(_what_is_computed(a)), _flatten(_what_is_computed(b))
-    names = sorted(flat_a.keys() | flat_b.keys())
+    names = sorted((flat_a.keys() | flat_b.keys()) - set(ignored))
     return [
         f"{name}: {flat_a.get(name, 'not set')!r}, {flat_b.get(name, 'not set')!r}"
         for name in names
@@ -306,7 +319,8 @@ def _is_a(value: Any, expected: Any) -> bool:
     if isinstance(expected, types.UnionType):
         return any(_is_a(value, kind) for kind in typing.get_args(expected))
     if expected is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
+        largest = sys.float_info.max  # neither NaN, infinity nor an integer that is no float
+        return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) <= largest
     return isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
 
 

@@ -4,6 +4,10 @@
 
 `fit` may be killed at any moment: started again with the same config and folder it goes on from the last
 whole checkpoint and ends in the same bits as a run that nobody disturbed.
+
+A run whose `training.steps` is raised, finished or not, goes on in the same way. What follows the total of updates
+(a schedule other than constant, the end of weight decay, annealed gradients) follows the new one from there on, so
+the run is not the one that began with that total; where nothing does, it ends in the same bits.
 """
 
 from __future__ import annotations
@@ -21,18 +25,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
-from tqdm import tqdm
 
 import bitnet_jax
 from bitnet_jax.data import Classes, Tokenizer
 from bitnet_jax.models import Architecture, ModelConfig
+from bitnet_jax.progress import progress_bar
+from bitnet_jax.ste import ANNEALED
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.config import RunConfig, TrainingConfig
 from bitnet_jax.training.interrupt import Interrupted, StopWish, stop_on_signals
-from bitnet_jax.training.metrics import MetricsLog
+from bitnet_jax.training.limits import check_trainable
+from bitnet_jax.training.metrics import MetricsLog, read_metrics
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.recorder import Diverged, Recorder
-from bitnet_jax.training.run_folder import RunError, RunFolder
+from bitnet_jax.training.run_folder import EXTENDED_FROM, RunError, RunFolder
 from bitnet_jax.training.sharding import (
     batch_sharding,
     make_mesh,
@@ -47,28 +53,47 @@ from bitnet_jax.training.task import Task, abstract_variables
 from bitnet_jax.training.tasks import TASKS
 
 
-def fit(config: RunConfig | Mapping[str, Any], workdir: str | Path, progress: bool = True) -> dict[str, Any]:
+def fit(
+    config: RunConfig | Mapping[str, Any],
+    workdir: str | Path,
+    progress: bool = True,
+    *,
+    overwrite: bool = False,
+    task: Callable[[RunConfig], Task] | None = None,
+) -> dict[str, Any]:
     """Train the model of `config` on its task in `workdir`, going on with the run that it holds, if any.
+
+    Args:
+      progress: show a bar on stderr, or a line now and then where that is no terminal.
+      overwrite: train from the start; the run that the folder holds is removed once the data were read.
+      task: makes the problem, in place of the function that `config.task` names.
 
     Returns:
       What `result.json` holds: status ("finished" or "diverged"), step, newest train and valid measurements,
-      parameters, tokens, seconds, config_hash, versions. A run that is over is not trained again.
+      parameters, tokens, seconds, config_hash, versions, and extended_from (earlier totals of updates) where
+      training.steps was changed. A run that is over is not trained again.
 
     Raises:
-      ValueError, FileNotFoundError: a wrong config, data that cannot be used, or too few devices for the mesh.
+      ValueError, FileNotFoundError: a wrong config, a model that cannot be trained here or packed, data that
+        cannot be used, or too few devices for the mesh. The folder is left as it was.
       RunError, CheckpointError: the folder holds another run, cannot be written, or only damaged checkpoints.
       Interrupted: SIGINT or SIGTERM came; the run is saved and can go on.
     """
     if not isinstance(config, RunConfig):
         config = RunConfig.from_dict(config)
     folder = RunFolder(workdir)
-    with folder.training(config):
-        result = folder.read_result()
-        return train(TASKS[config.task](config), config, folder, progress) if result is None else result
+    if overwrite:
+        folder.check_overwritable()
+    elif (result := folder.result_under(config)) is not None:
+        return result
+    check_trainable(config)
+    problem = (task or TASKS[config.task])(config)
+    with folder.training(config, overwrite=overwrite) as result:
+        return train(problem, config, folder, progress) if result is None else result
 
 
 def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = True) -> dict[str, Any]:
-    """`fit` for any task. The caller holds `folder.training(config)`."""
+    """`fit` for any task. The caller holds `folder.training(config)`, which gave no result."""
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
     if task.classes is not None:
@@ -106,7 +131,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         statistics_every=training.statistics_every,
         shardings=shardings,
     )
-    began = time.monotonic()
+    began, name = time.monotonic(), folder.path.absolute().name
 
     with contextlib.ExitStack() as stack:
         wish = stack.enter_context(stop_on_signals())
@@ -115,11 +140,13 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             Checkpoints(folder.checkpoints, keep=training.keep_checkpoints, keep_best=training.keep_best)
         )
         state, meta = _start(fresh, shapes, checkpoints, task, folder, config)
-        first = int(state.step)
+        first, extended = int(state.step), {EXTENDED_FROM: meta[EXTENDED_FROM]} if meta[EXTENDED_FROM] else {}
+        folder.result.unlink(missing_ok=True)  # of the shorter run
+        folder.write_config(config, meta[EXTENDED_FROM])
         board = folder.path / "tensorboard" if training.tensorboard else None
         log = stack.enter_context(MetricsLog(folder.metrics, resume_step=first, tensorboard=board))
         bar = stack.enter_context(
-            tqdm(total=training.steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
+            progress_bar(training.steps, unit="step", description=name, initial=first, show=progress)
         )
         recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
 
@@ -134,6 +161,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
                 log.flush()  # rows up to a checkpoint are on disk before it is
                 facts = {"config": config.to_dict(), "data": task.fingerprint, "data_position": step}
                 facts |= {"seconds": seconds(), "last": recorder.last, "files_crc32": folder.files_crc32()}
+                facts |= extended
                 loss = values["loss"] if values is not None else None
                 checkpoints.save(step, state.variables, state.opt_state, facts, loss)
             recorder.pause()
@@ -143,6 +171,8 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             advanced = update(state, batch, key)
             return jax.block_until_ready(advanced) if must_wait(mesh) else advanced
 
+        if first == training.steps and not _evaluated(folder.metrics, first):
+            rest(first, state, True, False)  # the total was lowered to what is done
         step, problem = _loop(state, first, advance, training, wish, recorder, rest)
         checkpoints.wait()
         kept = max(checkpoints.steps(), default=0)
@@ -161,6 +191,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         "message": None if problem is None else str(problem),
         "step": step,
         "steps": training.steps,
+        **extended,
         **recorder.last,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
@@ -185,19 +216,45 @@ def _start(
     folder: RunFolder,
     config: RunConfig,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, and what the checkpoint knew besides: seconds spent, last rows."""
+    """The state to go on from, and what the checkpoint knew besides: seconds spent, last rows, earlier totals."""
     check = partial(folder.check_meta, config)
     restored = checkpoints.restore_latest_whole(shapes.variables, shapes.opt_state, check)
     if restored is None:
-        return fresh(), {"seconds": 0.0, "last": {}}
+        return fresh(), {"seconds": 0.0, "last": {}, EXTENDED_FROM: []}
     if restored.meta["data"] != task.fingerprint:
         raise RunError(
             f"{folder.path}: the training data are not the ones this run began with (checksum "
             f"{task.fingerprint:08x}, was {restored.meta['data']:08x}); bring it back or use another folder"
         )
+    earlier, before = restored.meta.get(EXTENDED_FROM, []), restored.meta["config"]["training"]["steps"]
+    if before != config.training.steps:
+        earlier = [*earlier, before]
+        print(_told_of_extension(config, task, before, restored.step), file=sys.stderr)
     step = jax.device_put(jnp.int32(restored.step), shapes.step.sharding)
     model_state = {name: part for name, part in restored.variables.items() if name != "params"}
-    return TrainState(step, restored.variables["params"], restored.opt_state, model_state), restored.meta
+    state = TrainState(step, restored.variables["params"], restored.opt_state, model_state)
+    return state, restored.meta | {EXTENDED_FROM: earlier}
+
+
+def _told_of_extension(config: RunConfig, task: Task, before: int, step: int) -> str:
+    """One line: from where a run with another total of updates goes on, and what that makes of it."""
+    steps, optimizer = config.training.steps, config.optimizer
+    stes = {ste for p in task.precisions.values() for ste in (p.weight_ste, p.activation_ste)}
+    follows = [f"schedule={optimizer.schedule!r}"] if optimizer.schedule != "constant" else []
+    if optimizer.weight_decay and optimizer.weight_decay_until < 1:
+        follows.append(f"weight_decay_until={optimizer.weight_decay_until}")
+    follows += [f"the gradient {ste!r}" for ste in sorted(stes & ANNEALED)]
+    what = (
+        f"from here on {', '.join(follows)} as computed for {steps}: not the run that began with {steps}"
+        if follows
+        else f"the same run as one that began with {steps}"
+    )
+    return f"training.steps: {before} before, {steps} now; going on from step {step}, {what}"
+
+
+def _evaluated(metrics: Path, step: int) -> bool:
+    rows = read_metrics(metrics) if metrics.exists() else ()
+    return any(row["step"] == step and row.get("kind") == "valid" for row in rows)
 
 
 def _loop(

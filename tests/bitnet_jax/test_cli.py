@@ -30,7 +30,7 @@ def get_config(variant="float"):
     recipes = {"float": "float32", "ternary": "bitnet_b158"}
     if variant not in recipes:
         raise ValueError(f"got variant {variant!r}, expected one of {sorted(recipes)}")
-    config = ConfigDict()
+    config = ConfigDict(dict(seed=0))
     config.model = ConfigDict(dict(
         hidden_size=16, ffn_size=32, num_layers=1, num_heads=2, max_length=32, precision=recipes[variant],
     ))
@@ -63,6 +63,29 @@ def test_train_reports_the_result_of_the_run(place: Path) -> None:
     assert read(place / "train.json") == read(place / "run" / "result.json")
     assert read(place / "train.json")["status"] == "finished"
     assert read(place / "train.json")["step"] == 2
+
+
+def test_a_finished_run_is_extended_or_overwritten(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "--config", f"{place}/config.py", "--workdir", f"{tmp_path}/run", "--quiet"]
+    typo = [*train, "--config.data.source=nowhere"]
+    assert cli.main(typo) == 2
+    assert cli.main([*train, "--config.training.steps=1"]) == 0, "a typo leaves nothing to clean up"
+    capsys.readouterr()
+    assert cli.main([*train, "--config.training.steps=2"]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert (
+        "1 before, 2 now; going on from step 1, from here on schedule='cosine' as computed for 2" in told.err
+    )
+    assert json.loads(told.out)["extended_from"] == [1]
+    assert cli.main([*train, "--config.training.steps=1"]) == 2
+    assert "got 1, expected at least the 2" in capsys.readouterr().err
+    assert cli.main([*typo, "--overwrite"]) == 2
+    assert read(tmp_path / "run" / "result.json")["step"] == 2, "what cannot be replaced stays"
+    assert cli.main([*train, "--config.training.steps=1", "--config.seed=1", "--overwrite"]) == 0
+    assert read(tmp_path / "run" / "result.json")["step"] == 1
 
 
 def test_variant_and_overrides_reach_the_run(place: Path) -> None:
@@ -315,6 +338,21 @@ def test_info_names_recipe_format_and_layout_of_each_matrix(
         (["train", "--config", "{place}/nowhere.py", "--workdir", "{place}/x"], "there is no file"),
         (["train", "--config", "{place}/config.py:huge", "--workdir", "{place}/x"], "'huge'"),
         (
+            ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.trainig.steps=3"],
+            "config has no field 'trainig', expected one of training",
+        ),
+        (
+            [
+                "train",
+                "--config",
+                "{place}/config.py",
+                "--workdir",
+                "{place}/x",
+                "--config.data.source=nowhere",
+            ],
+            "nowhere",
+        ),
+        (
             ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.training.step=1"],
             "step",
         ),
@@ -354,6 +392,29 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(place: Path, monkeypatch: pytest
     monkeypatch.setattr(packing, "sizes", lambda variables: variables["no such key"])
     with pytest.raises(KeyError):
         cli.main(["info", f"{place}/packed"])
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides", "others"),
+    [
+        (["--config.a=1", "--quiet"], ["--config.a=1"], ["--quiet"]),
+        (["--config.a", "1", "--config", "x.py"], ["--config.a=1"], ["--config", "x.py"]),
+        (["--config.a", "-1", "--config.b", "--quiet"], ["--config.a=-1", "--config.b"], ["--quiet"]),
+        (["--config.a"], ["--config.a"], []),
+        (["word", "--config=x.py"], [], ["word", "--config=x.py"]),
+    ],
+)
+def test_overrides_are_told_from_the_other_words(
+    words: list[str], overrides: list[str], others: list[str]
+) -> None:
+    assert cli.split_overrides(words) == (overrides, others)
+
+
+def test_the_value_of_an_override_may_be_the_next_word(place: Path, tmp_path: Path) -> None:
+    train = ["train", "--config", f"{place}/config.py", "--config.training.steps", "1", "--quiet"]
+    assert cli.main([*train, "--workdir", f"{tmp_path}/run", "--config.model.ffn_size", "16"]) == 0
+    config = read(tmp_path / "run" / "config.json")
+    assert (config["training"]["steps"], config["model"]["ffn_size"]) == (1, 16)
 
 
 def test_unknown_options_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,83 +1,114 @@
-"""What a run's files say must be what its checkpoints were trained with."""
+"""The folder of a run: which files may be there, which are refused, and what overwriting removes."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from bitnet_jax.training import RunConfig, RunError, fit, load_run
+from bitnet_jax.training import RunConfig, RunError
+from bitnet_jax.training.run_folder import LARGEST_JSON, RunFolder, write_whole
+
+Config = Callable[..., RunConfig]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("run")
-    (place / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
-    fields = {
-        "model": dict(hidden_size=16, ffn_size=32, num_layers=1, num_heads=2, max_length=32),
-        "data": dict(
-            source=str(place / "text.txt"), tokenizer="char", split="tail", valid_fraction=0.2, length=16,
-            batch_size=2,
-        ),
-        "training": dict(steps=2, checkpoint_every=1),
-        "evaluation": dict(batches=1, batch_size=2),
-    }  # fmt: skip
-    fit(RunConfig.from_dict(fields), place / "run", progress=False)
-    return place / "run"
+def trained(path: Path, config: RunConfig) -> RunFolder:
+    """A folder with settings and a checkpoint that nobody reads."""
+    (path / "checkpoints" / "2").mkdir(parents=True)
+    folder = RunFolder(path)
+    folder.write_config(config)
+    return folder
 
 
-@pytest.fixture
-def copy(run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "run"))
-
-
-def edit(folder: Path, section: str, **changes: Any) -> RunConfig:
-    path = folder / "config.json"
-    fields = json.loads(path.read_text())
-    fields[section] |= changes
-    path.write_text(json.dumps(fields))
-    return RunConfig.from_dict(fields)
-
-
+@pytest.mark.parametrize("name", ["config.json", "result.json", "tokenizer.json"])
 @pytest.mark.parametrize(
-    ("section", "changes", "message"),
+    "content",
     [
-        ("model", {"rope_theta": 40_000.0}, r"model.rope_theta: 'not set', 40000.0"),
-        ("model", {"precision": "bitnet"}, "model.precision"),
-        ("model", {"hidden_size": 32}, "model.hidden_size: 16, 32"),
-        ("data", {"length": 8}, "data.length: 16, 8"),
-        ("optimizer", {"learning_rate": 0.5}, "optimizer.learning_rate"),
+        b"{",
+        b"[]",
+        b"3",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'"' + b"x" * LARGEST_JSON + b'"',
+        b'{"model": {"hidden_size": NaN}}',
     ],
+    ids=["cut", "list", "number", "binary", "deep list", "deep object", "huge", "no run"],
 )
-def test_settings_changed_after_training_are_named_and_nothing_is_set_aside(
-    copy: Path, section: str, changes: dict[str, Any], message: str
+def test_damaged_files_are_one_line(tmp_path: Path, run_config: Config, name: str, content: bytes) -> None:
+    folder = trained(tmp_path, run_config())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RunError, match=f"{name} cannot be read: ") as error:
+        folder.read_tokenizer() if name == "tokenizer.json" else folder.result_under(run_config())
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "tokenizer.json"])
+def test_a_pipe_in_place_of_a_file_does_not_block(tmp_path: Path, run_config: Config, name: str) -> None:
+    folder = trained(tmp_path, run_config())
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RunError, match=f"{name} cannot be read: got a folder, pipe or device"):
+        folder.read_tokenizer() if name == "tokenizer.json" else folder.result_under(run_config())
+
+
+def test_a_folder_without_a_checkpoint_or_a_result_is_as_good_as_new(
+    tmp_path: Path, run_config: Config
 ) -> None:
-    config = edit(copy, section, **changes)
-    with pytest.raises(RunError, match=f"was changed after training .*{message}"):
-        load_run(copy)
-    (copy / "result.json").unlink()  # as if it had been cut off
-    with pytest.raises(RunError, match=f"was changed after training .*{message}"):
-        fit(config, copy, progress=False)
-    assert sorted(path.name for path in (copy / "checkpoints").iterdir() if path.is_dir()) == ["1", "2"]
-    assert not (copy / "damaged").exists()
+    folder = RunFolder(tmp_path)
+    for name in ("config.json", "tokenizer.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("anything")
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-3").mkdir(parents=True)
+    assert folder.result_under(run_config()) is None
 
 
-def test_settings_that_leave_the_weights_alone_may_change(run: Path, copy: Path) -> None:
-    edit(copy, "training", steps=9, log_every=3)
-    edit(copy, "evaluation", batches=3)
-    edit(copy, "data", root=str(copy))
-    ours, theirs = (load_run(folder)[2]["embed"]["embedding"] for folder in (copy, run))
-    np.testing.assert_array_equal(ours, theirs)
+def test_a_folder_whose_checkpoints_are_all_set_aside_is_not_new(tmp_path: Path, run_config: Config) -> None:
+    folder = trained(tmp_path, run_config())
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "damaged" / "2")
+    with pytest.raises(RunError, match="no checkpoint to go on from .*damaged"):
+        folder.result_under(run_config())
+    with pytest.raises(RunError, match="other settings"):
+        folder.result_under(run_config(seed=1))
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(copy: Path) -> None:
-    path = copy / "tokenizer.json"
-    fields = json.loads(path.read_text())
-    fields["symbols"] = fields["symbols"][::-1]
-    path.write_text(json.dumps(fields))
-    with pytest.raises(RunError, match=r"tokenizer.json was changed or removed after training"):
-        load_run(copy)
+def test_overwriting_removes_what_a_run_writes(tmp_path: Path, run_config: Config) -> None:
+    folder = trained(tmp_path / "run", run_config())
+    (tmp_path / "run" / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir()
+    for name in ("tokenizer.json", "metrics.jsonl", "result.json", "result.json.tmp", ".lock"):
+        (tmp_path / "run" / name).touch()
+    for name in ("damaged", "tensorboard"):
+        (tmp_path / "run" / name).mkdir()
+    with folder.training(run_config(seed=1), overwrite=True) as result:
+        assert result is None
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    RunFolder(tmp_path / "nowhere").check_overwritable()
+
+
+@pytest.mark.parametrize("other", ["thesis.tex", "model.safetensors", "checkpoints/mine.ckpt"])
+def test_folders_with_other_things_are_not_overwritten(
+    tmp_path: Path, run_config: Config, other: str
+) -> None:
+    folder = trained(tmp_path / "run", run_config())
+    (tmp_path / "run" / other).touch()
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(RunError, match=f"{other}, which no run writes"):
+        folder.check_overwritable()
+    with (
+        pytest.raises(RunError, match=f"{other}, which no run writes"),
+        folder.training(run_config(), overwrite=True),
+    ):
+        pass
+    assert sorted((tmp_path / "run").rglob("*")) == sorted([*before, tmp_path / "run" / ".lock"])
+
+
+def test_a_config_that_is_no_run_config_is_not_overwritten(tmp_path: Path) -> None:
+    write_whole(tmp_path / "config.json", '{"model_type": "llama"}')
+    with pytest.raises(RunError, match=r"config.json cannot be read: config.model_type is not a section"):
+        RunFolder(tmp_path).check_overwritable()
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="which is no folder"):
+        RunFolder(tmp_path / "file").check_overwritable()
