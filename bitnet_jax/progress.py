@@ -44,7 +44,7 @@ def progress_bar(
     show: bool = True,
     delay: float = 0.0,
 ) -> Progress:
-    """A tqdm bar on a terminal, lines elsewhere, nothing unless `show`, nor of a task that ends within `delay` seconds."""
+    """A tqdm bar on a terminal, lines elsewhere, nothing unless `show`; no bar before `delay` seconds."""
     if show and not sys.stderr.isatty():
         return _Lines(total, unit, description, initial, delay)
     return tqdm(
