@@ -328,7 +328,9 @@ def ternary_twn(
     w = _float32(w)
     k = w.shape[-1]
     size = jax.lax.stop_gradient(jnp.abs(w))
-    survivors = (size > spread(threshold * measure(jnp.mean, size, granularity), k)).astype(jnp.float32)
+    above = size > spread(threshold * measure(jnp.mean, size, granularity), k)
+    # NaN explicitly: XLA makes a selection of the product with a comparison, which would drop it.
+    survivors = jnp.where(jnp.isnan(size), jnp.nan, above.astype(jnp.float32))
     if scale is None:
         total = measure(jnp.sum, size * survivors, granularity)
         number = measure(jnp.sum, survivors, granularity)
