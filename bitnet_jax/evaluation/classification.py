@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,6 +18,7 @@ from bitnet_jax.evaluation.intervals import bootstrap, proportion
 from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.multiple_choice import choose, question_item
 from bitnet_jax.evaluation.result import Result
+from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig, Transformer
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
@@ -125,12 +125,12 @@ def predict_classes(
         lengths[: len(part)] = sizes[part]
         for row, i in enumerate(part):
             tokens[row, : sizes[i]] = rows[i]
-        logits = _class_logits(config, model.variables, tokens, np.arange(width) < lengths[:, None])
+        program = PROGRAMS.of(_class_logits, config, shapes=tokens.shape)
+        logits = program(model.variables, tokens, np.arange(width) < lengths[:, None])
         predictions[part] = np.asarray(logits)[: len(part)].argmax(axis=-1)
     return predictions
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _class_logits(
     config: ModelConfig, variables: Any, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B C"]:

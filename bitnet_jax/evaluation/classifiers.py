@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -15,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.evaluation.classification import f1, macro_f1, matthews
 from bitnet_jax.evaluation.language import token_nats
+from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import Architecture, build_model
 
 
@@ -37,7 +36,6 @@ class ClassificationScore:
         }
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _measure(
     config: Architecture, variables: Mapping[str, Any], batch: Mapping[str, Array]
 ) -> tuple[Float[Array, ""], Int[Array, "B"]]:
@@ -61,7 +59,8 @@ def score_classifier(
     """
     nats, labels, predictions = 0.0, [], []
     for batch in batches:
-        loss, given = _measure(config, variables, dict(batch))
+        shapes = tuple((name, array.shape) for name, array in batch.items())
+        loss, given = PROGRAMS.of(_measure, config, shapes=shapes)(variables, dict(batch))
         real = batch["weights"] > 0
         nats += float(loss)
         labels.append(batch["targets"][real])

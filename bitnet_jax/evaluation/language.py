@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bitnet_jax.data.batches import consecutive_batches
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.tokenizers import Tokenizer
+from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig, Transformer
 
 Apply = Callable[[Any, Int[Array, "B T"]], Float[Array, "B T V"]]
@@ -68,7 +69,6 @@ def token_nats(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) 
     return -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
 
 
-@functools.partial(jax.jit, static_argnames="apply")
 def _window_nats(
     apply: Apply,
     variables: Any,
@@ -100,7 +100,8 @@ def evaluate(
         targets = batch["targets"]
         scored = batch.get("scored", np.ones(targets.shape, bool))
         # Summed over a window in float32, over windows in float64: thousands of windows lose nothing.
-        window_nats = _window_nats(apply, variables, batch["inputs"], targets, scored)
+        program = PROGRAMS.of(_window_nats, apply, shapes=targets.shape)
+        window_nats = program(variables, batch["inputs"], targets, scored)
         nats += float(np.sum(np.asarray(window_nats), dtype=np.float64))
         tokens += int(scored.sum())
         text_bytes += count_bytes(targets[scored])

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -19,6 +18,7 @@ from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
 from bitnet_jax.evaluation.language import Apply, model_logits, token_nats
+from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig
 
 BATCH_LOGITS = 2**25  # of a batch, at most: 128 MiB
@@ -162,11 +162,10 @@ def _scored_batch(
     for row, window in enumerate(batch):
         inputs[row, : len(window.inputs)] = window.inputs
         targets[row, : len(window.targets)] = window.targets
-    nats, hits = _token_scores(apply, variables, inputs, targets)
+    nats, hits = PROGRAMS.of(_token_scores, apply, shapes=inputs.shape)(variables, inputs, targets)
     return np.asarray(nats), np.asarray(hits)
 
 
-@functools.partial(jax.jit, static_argnames="apply")
 def _token_scores(
     apply: Apply, variables: Any, inputs: Int[Array, "B T"], targets: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
