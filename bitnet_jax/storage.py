@@ -229,7 +229,9 @@ def _config(fields: dict[str, Any], tensors: Tensors, path: Path) -> ModelConfig
     for field in dataclasses.fields(ModelConfig):
         value = fields.get(field.name)
         bound = len(tensors) if field.name == "num_layers" else limit
-        if type(value) is int and field.name != "max_length" and not 0 <= value <= bound:
+        if field.name in ("max_length", "trained_length"):  # may exceed every dimension of a tensor
+            continue
+        if type(value) is int and not 0 <= value <= bound:
             raise StorageError(
                 f"{path}: {field.name}={str(value)[:40]}, the file has room for {bound}; {RESTORE}"
             )

@@ -148,6 +148,9 @@ class ModelConfig(Architecture):
     num_heads: int  # H
     ffn_size: int  # F
     max_length: int  # longest sequence of positions the model is asked for
+    # Tokens of a training sequence; None: unknown, as of most models of others. Nothing is computed from it, so
+    # configs that differ in it alone are equal: no program is compiled twice.
+    trained_length: int | None = dataclasses.field(default=None, compare=False)
     num_kv_heads: int | None = None  # K; None: as many as heads
     head_dim: int | None = None  # h; None: hidden_size // num_heads
 
@@ -186,7 +189,7 @@ class ModelConfig(Architecture):
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_length")
-        self._check(_CHOICES, sizes)
+        self._check(_CHOICES, sizes if self.trained_length is None else (*sizes, "trained_length"))
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
@@ -211,6 +214,11 @@ class ModelConfig(Architecture):
         precisions = self.precisions()
         if self.product != "float":
             _check_int8(precisions, self.product)
+
+    @property
+    def known_length(self) -> int:
+        """Tokens of a sequence up to which the model was trained; max_length where that is unknown."""
+        return min(self.trained_length or self.max_length, self.max_length)
 
     @property
     def kv_heads(self) -> int:

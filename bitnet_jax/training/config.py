@@ -139,6 +139,8 @@ class RunConfig:
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model for a tokenizer of `vocab_size`; max_length is data.length unless `model` says more.
 
+        A language model's trained_length is data.length.
+
         Raises:
           ValueError: model.vocab_size or model.max_length is too small for the data, a field is wrong, or the model
             is none for the task.
@@ -150,6 +152,13 @@ class RunConfig:
             )
         fields = {"vocab_size": vocab_size, "max_length": self.data.length} | dict(self.model)
         fields.pop("architecture", None)
+        if "trained_length" in self.model:
+            raise ValueError(
+                f"model.trained_length: got {self.model['trained_length']!r}, expected no such setting of a run: it "
+                f"is data.length ({self.data.length}); take it out"
+            )
+        if self.task == "language":
+            fields["trained_length"] = self.data.length
         config = ModelConfig.from_dict(fields)
         if (config.num_classes > 0) != (self.task == "text_classification"):
             raise ValueError(

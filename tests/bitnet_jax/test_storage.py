@@ -100,6 +100,21 @@ def test_what_is_loaded_is_what_was_saved(saved: Path, variables: dict[str, Any]
         assert tokenizer.to_json() == TOKENIZER.to_json()
 
 
+def test_the_trained_length_goes_along_and_a_folder_without_it_is_read(
+    variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig.from_dict(
+        CONFIG.to_dict() | {"trained_length": 10**9}
+    )  # however much the file holds
+    save_packed(tmp_path / "model", variables, config)
+    assert load_packed(tmp_path / "model")[0].trained_length == 10**9
+    with monkeypatch.context() as patch:  # what versions without the field wrote
+        old = {name: value for name, value in config.to_dict().items() if name != "trained_length"}
+        patch.setattr(ModelConfig, "to_dict", lambda config: old)
+        save_packed(tmp_path / "old", variables, config)
+    assert load_packed(tmp_path / "old")[0].trained_length is None
+
+
 def test_a_loaded_model_computes_what_the_saved_one_does(saved: Path, variables: dict[str, Any]) -> None:
     _, loaded, _ = load_packed(saved)
     tokens = jnp.asarray([[5, 250, 7, 0, 31]])

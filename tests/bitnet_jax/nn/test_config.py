@@ -43,6 +43,8 @@ def test_precisions_in_rules_survive_json() -> None:
         ({"norms": "rmsnorm"}, r"model\.norms is not a field; did you mean norm"),
         ({"norm": "batch"}, r"model\.norm: got 'batch', expected one of rmsnorm, layernorm"),
         ({"hidden_size": 0}, r"model\.hidden_size: got 0, expected a positive integer"),
+        ({"trained_length": 0}, r"model\.trained_length: got 0, expected a positive integer"),
+        ({"trained_length": 1.5}, r"model\.trained_length: got 1\.5, expected a positive integer"),
         ({"hidden_size": 65}, r"hidden_size=65 is not a multiple of num_heads=4"),
         ({"num_kv_heads": 3}, r"num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"kv_bits": 1}, r"model\.kv_bits: got 1, expected None or 2 to 8"),
@@ -64,6 +66,18 @@ def test_precisions_in_rules_survive_json() -> None:
 def test_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_dict(TINY | change)
+
+
+def test_the_trained_length_is_kept_and_is_no_other_model() -> None:
+    """An equal static argument finds the compiled program: the length compiles nothing anew."""
+    config = ModelConfig(**TINY | {"trained_length": 64})
+    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert (again.trained_length, again.known_length) == (64, 64)
+    unknown = ModelConfig.from_dict({name: value for name, value in TINY.items() if name != "trained_length"})
+    assert (unknown.trained_length, unknown.known_length) == (None, TINY["max_length"])
+    assert config == unknown
+    assert hash(config) == hash(unknown)
+    assert ModelConfig(**TINY | {"trained_length": 10**6}).known_length == TINY["max_length"]
 
 
 def test_missing_fields_are_named() -> None:

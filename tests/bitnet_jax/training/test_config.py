@@ -67,6 +67,10 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ({"model": MODEL | {"precision": "bitnet_b159"}}, "bitnet_b159.*did you mean 'bitnet_b158'"),
         ({"model": MODEL | {"num_heads": 3}}, "num_heads"),
         ({"model": MODEL | {"max_length": 8}, "data": {"length": 9}}, "max_length: got 8.*at least 9"),
+        (
+            {"model": MODEL | {"trained_length": 8}},
+            "trained_length: got 8, expected no such setting of a run",
+        ),
         ({"model": MODEL, "data": {"lenght": 3}}, "data.lenght is not a field; did you mean length"),
         ({"model": MODEL, "training": {"zzz": 3}}, "training.zzz is not a field; expected one of steps"),
         ({"model": MODEL, "training": {"steps": "10"}}, "training.steps: got '10', expected int"),
@@ -98,6 +102,17 @@ def test_wrong_settings_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         RunConfig.from_dict(fields)
     assert "\n" not in str(error.value)
+
+
+def test_a_language_model_knows_the_length_it_was_trained_at() -> None:
+    fields: dict[str, Any] = {"model": MODEL | {"max_length": 512}, "data": {"length": 64}}
+    config = RunConfig.from_dict(fields)
+    model = config.model_config(256)
+    assert (model.trained_length, model.known_length, model.max_length) == (64, 64, 512)
+    assert "trained_length" not in config.to_json()
+    assert config.hash() == "3e26dfe3a475"  # as before the model knew it: runs and results keep their names
+    texts = fields | {"task": "text_classification", "model": MODEL | {"num_classes": 2}}
+    assert RunConfig.from_dict(texts).model_config(256).trained_length is None
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
