@@ -12,7 +12,7 @@ A classifier (num_classes) can do those of classes. Each figure has a 95 % inter
 --harness runs tasks of lm-evaluation-harness instead, with its data (pip install 'bitnet-jax[harness]').
 
 example:
-  bitnet-jax eval runs/first-packed --source texts/ --split all --json figures.json
+  bitnet-jax eval runs/first-packed --source texts/ --split all --stride 32 --json figures.json
   bitnet-jax eval runs/first-packed --tasks blimp,lambada,arc_easy --limit 500 --json tasks.json
 """
 
@@ -63,7 +63,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--valid-fraction", type=float, metavar="X", help="share of the text that is held out"
     )
-    command.add_argument("--length", type=int, help="tokens of a window (default: the model's longest)")
+    command.add_argument(
+        "--length",
+        type=int,
+        metavar="T",
+        help="of language: tokens of a window (default: those of a training sequence; where that is unknown, the "
+        "model's longest)",
+    )
+    command.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="of language: a window every N tokens, each token scored once and with T - N or more in front "
+        "(default: T, windows side by side)",
+    )
     command.add_argument("--max-tokens", type=int, help="look at so many tokens only")
     command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
 
@@ -119,15 +132,24 @@ def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
             data.source,
             tokenizer=model.tokenizer,
             split=split,
-            valid_fraction=args.valid_fraction or data.valid_fraction,
+            valid_fraction=data.valid_fraction if args.valid_fraction is None else args.valid_fraction,
             valid_source=data.valid_source,
             root=data.root,
         ).valid
     began = time.perf_counter()
+    length = model.config.known_length if args.length is None else args.length
     score = evaluate_text(
-        model.config, model.variables, tokens, model.tokenizer, length=args.length, max_tokens=args.max_tokens
+        model.config,
+        model.variables,
+        tokens,
+        model.tokenizer,
+        length=length,
+        stride=args.stride,
+        max_tokens=args.max_tokens,
     )
     return score.summary() | {
+        "length": length,
+        "stride": length if args.stride is None else args.stride,
         "source": data.source,
         "split": split,
         "seconds": time.perf_counter() - began,
@@ -137,5 +159,6 @@ def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 def _describe_language(figures: dict[str, Any]) -> str:
     return (
         f"{figures['bits_per_byte']:.4f} bits per byte, perplexity {figures['perplexity']:.3f} per token "
-        f"({figures['tokens']} tokens, {figures['text_bytes']} bytes of {figures['source']}, {figures['split']})"
+        f"({figures['tokens']} tokens in windows of {figures['length']}, {figures['text_bytes']} bytes of "
+        f"{figures['source']}, {figures['split']})"
     )

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 import bitnet_jax
 from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, pack, train
@@ -42,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Before the work, not after it.
         if args.json is not None and not args.json.absolute().parent.is_dir():
             raise FileNotFoundError(f"got --json {args.json}, expected a file in a folder that exists")
-        return args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -54,6 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line for people; where in the source a warning was raised says nothing to them."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _is_user_error(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,16 @@ def model_logits(config: ModelConfig) -> Apply:
     return logits
 
 
+def warn_beyond_training(config: ModelConfig, length: int, remedy: str, stacklevel: int = 2) -> None:
+    """A UserWarning where sequences of `length` tokens are longer than those that the model was trained with."""
+    if length > config.known_length:
+        warnings.warn(
+            f"got sequences of {length} tokens, the model was trained with {config.known_length}: beyond them it "
+            f"predicts worse than it can; {remedy}",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def evaluate_text(
     config: ModelConfig,
     variables: Any,
@@ -142,23 +153,37 @@ def evaluate_text(
       variables: {"params": ...} and, packed, {"packed": ...}.
       tokens: int [N], usually `corpus.valid`.
       tokenizer: that made them; it knows how many bytes a token stands for.
-      length: T of a window, default `config.max_length`. The first token of a window sees nothing before it.
+      length: T of a window, default `config.known_length`: what the model was trained with. The first token of a
+        window sees nothing before it. A UserWarning where it is beyond what the model was trained with.
       batch_size: windows at a time.
-      stride: below `length` windows overlap and every token has length - stride tokens in front.
+      stride: below `length` windows overlap and every token has length - stride tokens in front; default: length.
       max_tokens: look at so many predictions from the start only.
+
+    Raises:
+      DataError: no causal language model, a length or stride out of range, or nothing to predict.
     """
-    length = config.max_length if length is None else length
+    length = config.known_length if length is None else length
+    stride = length if stride is None else stride
     if config.num_classes or not config.causal:
         raise DataError(
             "got a classifier or a model that sees later tokens, expected a causal language model"
         )
     if length > config.max_length:
         raise DataError(f"length: got {length}, expected at most the model's max_length {config.max_length}")
+    if length < 1 or not 1 <= stride <= length:
+        raise DataError(
+            f"got length {length} and stride {stride}, expected at least 1 and the stride at most the length"
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise DataError(f"max_tokens: got {max_tokens}, expected at least 1")
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(
             f"tokenizer: got {tokenizer.vocab_size} tokens, expected at most the model's vocab_size "
             f"{config.vocab_size}; use the tokenizer the model was trained with"
         )
+    warn_beyond_training(
+        config, length, f"use a length of {config.known_length}, and a stride for more context"
+    )
     part = tokens if max_tokens is None else tokens[: max_tokens + 1]
     batches = consecutive_batches(part, length, batch_size, stride)
     return evaluate(model_logits(config), variables, batches, tokenizer.count_bytes)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
-from bitnet_jax.evaluation.language import Apply, model_logits, token_nats
+from bitnet_jax.evaluation.language import Apply, model_logits, token_nats, warn_beyond_training
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig
 
@@ -136,6 +136,7 @@ def score_requests(model: TextModel, requests: Sequence[Request], *, progress: b
     length = model.config.max_length
     windows = list(_windows(requests, length))
     sizes = np.array([len(window.inputs) for window in windows])
+    warn_beyond_training(model.config, int(sizes.max(initial=0)), "measure shorter texts")
     sums, counts, greedy = np.zeros(len(requests)), np.zeros(len(requests), int), np.ones(len(requests), bool)
     apply = model_logits(model.config)
     rows_of = functools.partial(batch_size, vocab_size=model.config.vocab_size)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -192,6 +193,31 @@ def test_eval_of_packed_equals_eval_of_latent(place: Path) -> None:
     assert own["split"] == "tail"
 
 
+def test_eval_takes_windows_of_the_trained_length_and_warns_beyond_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model has 32 positions and was trained at 16: windows of 32 used to be taken without a word."""
+    source = ["--source", f"{place}/text.txt", "--split", "tail", "--json", f"{place}/eval.json"]
+    figures = {}
+    for asked in ("", "--length 16", "--stride 16", "--stride 4", "--length 32"):
+        for folder in ("run", "packed"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")
+                assert cli.main(["eval", f"{place}/{folder}", *source, *asked.split()]) == 0
+            said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+            assert len(said) == (asked == "--length 32")
+            assert all("sequences of 32 tokens, the model was trained with 16" in line for line in said)
+            figures[asked, folder] = read(place / "eval.json") | {"seconds": 0}
+    for folder in ("run", "packed"):
+        default = figures["", folder]
+        assert (default["length"], default["stride"]) == (16, 16)
+        assert default == figures["--length 16", folder] == figures["--stride 16", folder]
+        near = figures["--stride 4", folder]
+        assert (near["tokens"], near["text_bytes"]) == (default["tokens"], default["text_bytes"])
+        assert near["bits_per_byte"] != default["bits_per_byte"]  # each token has 12 or more in front
+        assert figures["--length 32", folder]["length"] == 32
+
+
 def test_eval_of_all_sees_more_than_the_held_out_part(place: Path) -> None:
     counted = {}
     for split in ("tail", "all"):
@@ -231,6 +257,12 @@ def test_info_names_recipe_format_and_layout_of_each_matrix(
         (["generate", "{place}/packed", "--prompt", "A", "--top-p", "2"], "top_p"),
         (["generate", "{place}/packed", "--file", "{place}/nowhere.txt"], "No such file"),
         (["eval", "{place}/packed", "--source", "{place}/nowhere.txt"], "nowhere.txt"),
+        (
+            ["eval", "{place}/packed", "--stride", "17"],
+            "stride 17, expected at least 1 and the stride at most",
+        ),
+        (["eval", "{place}/packed", "--max-tokens", "-1"], "max_tokens: got -1, expected at least 1"),
+        (["eval", "{place}/packed", "--valid-fraction", "0"], "valid_fraction: got 0.0, expected a number"),
         (["train", "--config", "{place}/nowhere.py", "--workdir", "{place}/x"], "there is no file"),
         (["train", "--config", "{place}/config.py:huge", "--workdir", "{place}/x"], "'huge'"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -159,6 +160,22 @@ def test_a_part_of_the_text(tokens: np.ndarray, latent: dict[str, object]) -> No
     assert part.tokens == 50
 
 
+def test_windows_are_as_long_as_training_sequences_unless_asked_and_beyond_that_it_warns(
+    tokens: np.ndarray, latent: dict[str, object]
+) -> None:
+    trained = dataclasses.replace(CONFIG, trained_length=8)
+
+    def scored(config: ModelConfig, length: int | None = None) -> LanguageScore:
+        return evaluate_text(config, latent, tokens, ByteTokenizer(), length=length)
+
+    assert scored(trained) == scored(trained, 8) == scored(CONFIG, 8)
+    with pytest.warns(
+        UserWarning, match="sequences of 16 tokens, the model was trained with 8: .*length of 8"
+    ):
+        beyond = scored(trained, 16)
+    assert beyond == scored(CONFIG) != scored(trained)
+
+
 def test_the_program_is_compiled_once(tokens: np.ndarray, latent: dict[str, object]) -> None:
     traced = []
 
@@ -181,6 +198,11 @@ def test_impossible_evaluations(tokens: np.ndarray, latent: dict[str, object]) -
     tokenizer = ByteTokenizer()
     with pytest.raises(DataError, match="length: got 17, expected at most the model's max_length 16"):
         evaluate_text(CONFIG, latent, tokens, tokenizer, length=17)
+    for length, stride in ((0, None), (-1, None), (8, 0), (8, 9)):
+        with pytest.raises(DataError, match=f"length {length} and stride"):
+            evaluate_text(CONFIG, latent, tokens, tokenizer, length=length, stride=stride)
+    with pytest.raises(DataError, match="max_tokens: got -3, expected at least 1"):
+        evaluate_text(CONFIG, latent, tokens, tokenizer, max_tokens=-3)
     with pytest.raises(DataError, match="got 1 tokens, expected at least 2|text of 1 tokens"):
         evaluate_text(CONFIG, latent, tokens[:1], tokenizer)
     fields = CONFIG.to_dict()

@@ -102,6 +102,15 @@ def test_long_texts_are_scored_in_windows(model: TextModel) -> None:
     assert last.log_probability == pytest.approx(by_itself(model, text[-49:], 44), rel=1e-5)
 
 
+def test_texts_beyond_the_trained_length_are_scored_with_a_warning(model: TextModel) -> None:
+    short = model._replace(config=dataclasses.replace(CONFIG, trained_length=20))
+    assert score_texts(short, [("a", "b" * 18)]) == score_texts(model, [("a", "b" * 18)])
+    with pytest.warns(UserWarning, match="sequences of 30 tokens, the model was trained with 20") as caught:
+        scores = score_texts(short, [("a", "b" * 29), ("a", "b" * 25)])
+    assert len(caught) == 1
+    assert scores == score_texts(model, [("a", "b" * 29), ("a", "b" * 25)])
+
+
 def test_bits_per_byte_come_out_of_the_same_tokens(model: TextModel) -> None:
     tokens = np.random.default_rng(1).integers(1, 256, 49).astype(np.int32)
     language = evaluate_text(CONFIG, model.variables, tokens, model.tokenizer)
