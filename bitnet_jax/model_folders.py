@@ -148,7 +148,7 @@ def pack_run(
     room = config.max_length - length
     new_tokens = 0 if config.num_classes or not config.causal else min(-(-tokens // PROMPTS), room)
     prompts = max(PROMPTS, -(-tokens // max(new_tokens, 1))) if new_tokens else PROMPTS
-    prompt = jax.random.randint(jax.random.key(0), (prompts, length), 0, config.vocab_size)
+    prompt = jax.random.randint(jax.random.key(0), (prompts, length), 0, config.vocab_size, "int32")
     proof = packing.prove(config, {"params": params}, variables, prompt, greedy=greedy, new_tokens=new_tokens)
     storage.save_packed(folder, variables, config, tokenizer, overwrite=overwrite)
     storage.load_packed(folder, verify=True)

@@ -18,6 +18,7 @@ from bitnet_jax.evaluation.intervals import bootstrap, proportion
 from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.multiple_choice import choose, question_item
 from bitnet_jax.evaluation.result import Result
+from bitnet_jax.inference.limits import check_tokens, warn_of_unknown_tokens
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig, Transformer
 
@@ -116,6 +117,9 @@ def predict_classes(
     sizes, predictions = np.array([len(row) for row in rows]), np.zeros(len(rows), int)
     if not sizes.all():
         raise DataError(f"got the text {texts[int(np.argmin(sizes))]!r}, expected at least one token")
+    warn_of_unknown_tokens(config, model.tokenizer)
+    for number, row in enumerate(rows):
+        check_tokens(config, model.tokenizer, row, f"text {number}")
     for part, at_once, width in batches(
         sizes, config.max_length, lambda width: BATCH_TOKENS // width, progress=progress
     ):

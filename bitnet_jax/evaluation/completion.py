@@ -11,6 +11,7 @@ from bitnet_jax.data.errors import DataError
 from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
 from bitnet_jax.evaluation.likelihood import TextModel, check_text_model
 from bitnet_jax.inference.generate import GREEDY, generate, left_pad
+from bitnet_jax.inference.limits import check_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 
 MOST_ROWS = 16  # of a batch
@@ -35,7 +36,8 @@ def complete(
       seed: of what is sampled; it depends on the place of a prompt in the list too.
 
     Raises:
-      DataError: an empty prompt, or no room for one token of prompt beside the answer.
+      DataError: an empty prompt, one with a token outside the model's vocabulary, or no room for one token of
+        prompt beside the answer.
     """
     check_text_model(model)
     room = model.config.max_length - max_new_tokens
@@ -48,6 +50,8 @@ def complete(
     sizes, answers = np.array([len(row) for row in rows]), [""] * len(rows)
     if not sizes.all():
         raise DataError("got an empty prompt, expected at least one token in each")
+    for number, row in enumerate(rows):
+        check_tokens(model.config, model.tokenizer, row, f"prompt {number}")
     eos = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
 
     def rows_of(width: int) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bitnet_jax.data.batches import consecutive_batches
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.tokenizers import Tokenizer
+from bitnet_jax.inference.limits import check_tokens, warn_beyond_training, warn_of_unknown_tokens
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig, Transformer
 
@@ -125,16 +125,6 @@ def model_logits(config: ModelConfig) -> Apply:
     return logits
 
 
-def warn_beyond_training(config: ModelConfig, length: int, remedy: str, stacklevel: int = 2) -> None:
-    """A UserWarning where sequences of `length` tokens are longer than those that the model was trained with."""
-    if length > config.known_length:
-        warnings.warn(
-            f"got sequences of {length} tokens, the model was trained with {config.known_length}: beyond them it "
-            f"predicts worse than it can; {remedy}",
-            stacklevel=stacklevel + 1,
-        )
-
-
 def evaluate_text(
     config: ModelConfig,
     variables: Any,
@@ -160,7 +150,8 @@ def evaluate_text(
       max_tokens: look at so many predictions from the start only.
 
     Raises:
-      DataError: no causal language model, a length or stride out of range, or nothing to predict.
+      DataError: no causal language model, a length or stride out of range, a token outside the model's
+        vocabulary, or nothing to predict.
     """
     length = config.known_length if length is None else length
     stride = length if stride is None else stride
@@ -176,14 +167,11 @@ def evaluate_text(
         )
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"max_tokens: got {max_tokens}, expected at least 1")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise DataError(
-            f"tokenizer: got {tokenizer.vocab_size} tokens, expected at most the model's vocab_size "
-            f"{config.vocab_size}; use the tokenizer the model was trained with"
-        )
     warn_beyond_training(
         config, length, f"use a length of {config.known_length}, and a stride for more context"
     )
     part = tokens if max_tokens is None else tokens[: max_tokens + 1]
+    warn_of_unknown_tokens(config, tokenizer)
+    check_tokens(config, tokenizer, part, "text")
     batches = consecutive_batches(part, length, batch_size, stride)
     return evaluate(model_logits(config), variables, batches, tokenizer.count_bytes)

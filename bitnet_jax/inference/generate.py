@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from bitnet_jax.inference import exact_head
+from bitnet_jax.inference import exact_head, limits
 from bitnet_jax.inference.buckets import cache_room, prompt_width
 from bitnet_jax.inference.cache import KV_FORMATS, init_cache, with_room
 from bitnet_jax.inference.programs import PROGRAMS
@@ -98,14 +98,13 @@ def generate(
       ValueError: before any computation, if prompt and new tokens do not fit into config.max_length, if the
         prompts are empty, not padded on the left or hold ids outside the vocabulary, if a key is missing, if
         sampling needs more logits than an exact head knows, or for an unknown kv_format.
+
+    Warns:
+      UserWarning: prompt and new tokens exceed the length that the model was trained with.
     """
     run = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, eos_ids, kv_format)
-    state = run.start()
-    if max_new_tokens > 1:
-        state = run.advance(run.grown(state), max_new_tokens)
-    # Cut here, not on the device, which would compile a program for every length.
-    written = np.asarray(state.tokens)[:, :max_new_tokens]
-    return Generation(jnp.asarray(written), state.lengths)
+    run.warn_beyond_training()
+    return run.finished()
 
 
 def greedy(
@@ -115,8 +114,8 @@ def greedy(
     mask: Bool[Array | np.ndarray, "B T"] | None,
     max_new_tokens: int,
 ) -> Int[Array, "B N"]:
-    """The most likely continuation without end tokens: what `packing.prove` compares."""
-    return generate(config, variables, tokens, mask, max_new_tokens=max_new_tokens).tokens
+    """The most likely continuation without end tokens, of any length: what `packing.prove` compares."""
+    return _checked(config, variables, tokens, mask, max_new_tokens, GREEDY, None, (), None).finished().tokens
 
 
 def stream_tokens(
@@ -140,6 +139,7 @@ def stream_tokens(
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, expected at least 1 token")
     run = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, eos_ids, kv_format)
+    run.warn_beyond_training()
 
     def chunks() -> Iterator[np.ndarray]:
         state = run.start()
@@ -173,12 +173,26 @@ class _Run:
     eos: np.ndarray  # int32 [E]
     kv_format: str | None
     room: int  # positions that prompt and text need, as one of the rooms of buckets.py
+    max_new_tokens: int
 
     @property
     def shapes(self) -> tuple[Any, ...]:
         """What besides a width or room decides what is compiled."""
         exact = exact_head.COLLECTION in self.variables, "packed" in self.variables
         return len(self.tokens), len(self.eos), jax.tree.structure(self.filters), exact
+
+    def warn_beyond_training(self) -> None:
+        length = int(self.lengths.max()) + self.max_new_tokens
+        remedy = f"keep prompt and new tokens within {self.config.known_length}"
+        limits.warn_beyond_training(self.config, length, remedy, stacklevel=3)
+
+    def finished(self) -> Generation:
+        state = self.start()
+        if self.max_new_tokens > 1:
+            state = self.advance(self.grown(state), self.max_new_tokens)
+        # Cut here, not on the device, which would compile a program for every length.
+        tokens = np.asarray(state.tokens)[:, : self.max_new_tokens]
+        return Generation(jnp.asarray(tokens), state.lengths)
 
     def start(self) -> State:
         T = self.tokens.shape[1]
@@ -252,7 +266,18 @@ def _checked(
         row[:length] = prompt[len(prompt) - length :]
     # The last new token is never read, so the cache needs no room for it.
     room = cache_room(config, longest + max_new_tokens - 1)
-    return _Run(config, variables, rows, lengths, sampling.filters(), key, _ids(eos_ids), kv_format, room)
+    return _Run(
+        config,
+        variables,
+        rows,
+        lengths,
+        sampling.filters(),
+        key,
+        _ids(eos_ids),
+        kv_format,
+        room,
+        max_new_tokens,
+    )
 
 
 def _ids(tokens: Sequence[int]) -> np.ndarray:

@@ -283,7 +283,9 @@ class Attention(nn.Module):
                 if kind == "binary":
                     # BiT starts at 4 times the mean of P, and a row of P over S keys has the mean 1/S.
                     init = nn.initializers.constant(4.0 / config.max_length)
-                    weigh = partial(weigh, probability_scale=self.param("probability_scale", init, ()))
+                    weigh = partial(
+                        weigh, probability_scale=self.param("probability_scale", init, (), jnp.float32)
+                    )
                 return mix_values(weigh(q, k, visible, config.score_scale, progress), v.astype(q.dtype))
 
             if cache is None:

@@ -46,9 +46,9 @@ def statistics(
             clipped = size >= precision.latent_clip
         rows.append(
             Statistics(
-                zero_fraction=jnp.mean(new.codes == 0),
-                flip_rate=jnp.mean(new.codes != old.codes),
-                clipped_share=jnp.mean(clipped),
+                zero_fraction=jnp.mean(new.codes == 0, dtype=jnp.float32),
+                flip_rate=jnp.mean(new.codes != old.codes, dtype=jnp.float32),
+                clipped_share=jnp.mean(clipped, dtype=jnp.float32),
                 scale=jnp.mean(new.scale),
             )
         )

@@ -206,7 +206,10 @@ def test_impossible_evaluations(tokens: np.ndarray, latent: dict[str, object]) -
     with pytest.raises(DataError, match="got 1 tokens, expected at least 2|text of 1 tokens"):
         evaluate_text(CONFIG, latent, tokens[:1], tokenizer)
     fields = CONFIG.to_dict()
-    with pytest.raises(DataError, match="vocab_size 100"):
+    with (
+        pytest.warns(UserWarning, match="the tokenizer has 256 tokens, the model 100"),
+        pytest.raises(DataError, match="text: got the token 't' with the id 116, expected ids below 100"),
+    ):
         evaluate_text(ModelConfig.from_dict(fields | {"vocab_size": 100}), latent, tokens, tokenizer)
     with pytest.raises(DataError, match="classifier"):
         evaluate_text(ModelConfig.from_dict(fields | {"num_classes": 2}), latent, tokens, tokenizer)

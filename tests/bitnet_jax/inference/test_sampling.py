@@ -119,6 +119,35 @@ def test_extreme_logits_stay_a_distribution() -> None:
     np.testing.assert_allclose(probability, [[0.5, 0, 0, 0.5], [0, 0, 1, 0]])
 
 
+EXTREMES = st.one_of(
+    st.floats(-1e4, 1e4, width=32), st.sampled_from([0.0, -0.0, 3e38, -3e38, 1e-38, -1e-38, 1e-45, -np.inf])
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    arrays(np.float32, (2, 5), elements=EXTREMES),
+    st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    st.floats(sampling.LOWEST_TEMPERATURE, allow_infinity=False),
+    st.sampled_from(
+        [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9, "min_p": 0.01}]
+    ),
+)
+def test_no_penalty_and_no_temperature_leave_anything_but_a_distribution(
+    logits: np.ndarray, penalty: float, temperature: float, filters: dict[str, Any]
+) -> None:
+    logits[:, 0] = np.maximum(logits[:, 0], -1e4)  # something is possible
+    config = SamplingConfig(temperature=temperature, repetition_penalty=penalty, **filters)
+    seen = jnp.asarray([[True] * 5, [True, False, True, False, False]])
+    filtered = np.asarray(filtered_logits(jnp.asarray(logits), config.filters(), seen))
+    assert not np.isnan(filtered).any()
+    probability = np.asarray(jax.nn.softmax(filtered, axis=-1))
+    np.testing.assert_allclose(probability.sum(axis=-1), 1, rtol=1e-5)
+    assert (probability[np.isneginf(logits)] == 0).all()
+    greedy = SamplingConfig(repetition_penalty=penalty).filters()
+    assert np.isfinite(np.asarray(filtered_logits(jnp.asarray(logits), greedy, seen)).max(axis=-1)).all()
+
+
 def test_draws_follow_the_distribution_and_the_seed() -> None:
     config = SamplingConfig(temperature=1.3, top_k=4).filters()
     rows = jnp.broadcast_to(jnp.asarray(LOGITS[:1]), (8_000, 11))
