@@ -118,8 +118,8 @@ def predict_classes(
     if not sizes.all():
         raise DataError(f"got the text {texts[int(np.argmin(sizes))]!r}, expected at least one token")
     warn_of_unknown_tokens(config, model.tokenizer)
-    for number, row in enumerate(rows):
-        check_tokens(config, model.tokenizer, row, f"text {number}")
+    for number, ids in enumerate(rows):
+        check_tokens(config, model.tokenizer, ids, f"text {number}")
     for part, at_once, width in batches(
         sizes, config.max_length, lambda width: BATCH_TOKENS // width, progress=progress
     ):

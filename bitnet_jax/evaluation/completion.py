@@ -50,8 +50,8 @@ def complete(
     sizes, answers = np.array([len(row) for row in rows]), [""] * len(rows)
     if not sizes.all():
         raise DataError("got an empty prompt, expected at least one token in each")
-    for number, row in enumerate(rows):
-        check_tokens(model.config, model.tokenizer, row, f"prompt {number}")
+    for number, ids in enumerate(rows):
+        check_tokens(model.config, model.tokenizer, ids, f"prompt {number}")
     eos = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
 
     def rows_of(width: int) -> int:

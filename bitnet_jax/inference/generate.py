@@ -190,9 +190,9 @@ class _Run:
         state = self.start()
         if self.max_new_tokens > 1:
             state = self.advance(self.grown(state), self.max_new_tokens)
-        # Cut here, not on the device, which would compile a program for every length.
-        tokens = np.asarray(state.tokens)[:, : self.max_new_tokens]
-        return Generation(jnp.asarray(tokens), state.lengths)
+        # Cut here: the device, and jnp.asarray too, would compile a program for every length.
+        tokens = np.asarray(state.tokens)[:, : self.max_new_tokens].copy()
+        return Generation(jax.device_put(tokens), state.lengths)
 
     def start(self) -> State:
         T = self.tokens.shape[1]

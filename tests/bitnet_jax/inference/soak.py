@@ -1,4 +1,7 @@
-"""Prints what a process holds after every size has been met once, and after `rounds` random lengths more, as JSON."""
+"""Prints what a process holds after every size has been met once, and after `rounds` random lengths more, as JSON.
+
+Arguments: rounds, max_length of the model.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,6 @@ from bitnet_jax.inference.generate import generate, stream_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
 
-CONFIG = ModelConfig(
-    vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16, max_length=80, mlp="relu2"
-)
 COMPILED: list[str] = []
 
 
@@ -33,14 +33,23 @@ def held() -> dict[str, int]:
     return {"maps": maps, "bytes": resident * 4096, "compilations": len(COMPILED)}
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, longest: int) -> None:
+    config = ModelConfig(
+        vocab_size=256,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        ffn_size=16,
+        max_length=longest,
+        mlp="relu2",
+    )
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **details: (
             COMPILED.append(event) if event.endswith("backend_compile_duration") else None
         )
     )
-    params = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    model = TextModel(CONFIG, packing.pack(params, CONFIG), ByteTokenizer())
+    params = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    model = TextModel(config, packing.pack(params, config), ByteTokenizer())
     draw = random.Random(0)
 
     def use(prompt: int, new_tokens: int) -> None:
@@ -48,26 +57,27 @@ def main(rounds: int) -> None:
         sampling = SamplingConfig(temperature=draw.uniform(0.5, 2), top_p=draw.uniform(0.1, 0.9))
         key = jax.random.key(draw.randrange(1000))
         generate(
-            CONFIG, model.variables, tokens, max_new_tokens=new_tokens, sampling=sampling, key=key,
+            config, model.variables, tokens, max_new_tokens=new_tokens, sampling=sampling, key=key,
             eos_ids=range(prompt % 5 + 1),
         )  # fmt: skip
         for _ in stream_tokens(
-            CONFIG, model.variables, tokens, max_new_tokens=new_tokens, sampling=sampling, key=key, chunk=7
+            config, model.variables, tokens, max_new_tokens=new_tokens, sampling=sampling, key=key, chunk=7
         ):
             pass
-        complete(model, [tokens[0]] * 2, min(new_tokens, 79))
+        complete(model, [tokens[0]] * 2, min(new_tokens, longest - 1))
         score_requests(model, [Request(np.resize(tokens, prompt + 1), 1)])
 
-    for prompt, new_tokens in [(1, 2), (1, 79), *((n, 80 - n) for n in range(16, 65, 16)), (79, 1)]:
+    sizes = [(1, 2), (1, longest - 1), (longest - 1, 1)]
+    for prompt, new_tokens in sizes + [(n, longest - n) for n in range(16, longest, 16)]:
         use(prompt, new_tokens)
     draw.seed(1)
-    for _ in range(20):
-        use(prompt := draw.randint(1, 79), draw.randint(1, 80 - prompt))
+    for _ in range(rounds // 5):
+        use(prompt := draw.randint(1, longest - 1), draw.randint(1, longest - prompt))
     settled = held()
     for _ in range(rounds):
-        use(prompt := draw.randint(1, 79), draw.randint(1, 80 - prompt))
+        use(prompt := draw.randint(1, longest - 1), draw.randint(1, longest - prompt))
     print(json.dumps([settled, held()]))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))
