@@ -9,11 +9,14 @@
 # PYTHON=python3.13 make ...      another interpreter, for a new environment
 # make quickstart QUICKSTART_FLAGS=--short      with a tenth of the training
 # make test PYTEST_FLAGS="-k packing"           any pytest flags
+# make test CONSTRAINTS=requirements/ci-py311.txt   a new environment with the versions of continuous integration
+# make lock                                     write that file again for the newest versions, see CONTRIBUTING.md
 
 PYTHON ?= python3
 VENV ?= .venv
 TPU_VENV ?= .venv-tpu
 GPU_VENV ?= .venv-gpu
+CONSTRAINTS ?=
 QUICKSTART_FLAGS ?=
 PYTEST_FLAGS ?=
 # Most of the time goes into compiling small programs, each on one core; the tests of a file share programs.
@@ -24,11 +27,12 @@ COVERAGE_MINIMUM ?= 0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 # An editable install sees Python edits by itself; only packaging and C++ sources ask for a new one.
 SOURCES := pyproject.toml $(wildcard setup.py kernels/csrc/*)
 
-.PHONY: quickstart test coverage lint bench tpu-compile gpu-compile clean
+.PHONY: quickstart test coverage lint bench lock tpu-compile gpu-compile clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -47,6 +51,10 @@ lint: $(VENV)/.installed-for-development
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bitnet_kernels.bench $(BENCH_FLAGS)
+
+# The newest versions that pyproject.toml allows, for requirements/ci-py*.txt of this Python.
+lock:
+	$(PYTHON) requirements/lock.py
 
 # The compiler for TPUs is libtpu, in the version that jax[tpu] of this version names. With it installed JAX looks for
 # a TPU, hence an environment of its own.
@@ -84,10 +92,10 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot create an environment; on Debian: apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
-	$(PIP) install --editable ".[plots]"
+	$(INSTALL) --editable ".[plots]"
 	@touch $@
 
 # One install serves both stamps, so that `make test` before `make quickstart` builds the library once.
 $(VENV)/.installed-for-development: $(SOURCES) | $(BIN)/python
-	$(PIP) install --editable ".[plots,test,lint]"
+	$(INSTALL) --editable ".[plots,test,lint]"
 	@touch $(VENV)/.installed $@

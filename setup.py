@@ -1,12 +1,15 @@
-"""Builds the packages of both source roots and the C++ kernels; everything else is in pyproject.toml.
+"""Builds the packages of the three source roots and the C++ kernels; everything else is in pyproject.toml.
 
 The kernels are a plain shared object without Python's ABI (loaded with ctypes), so one wheel per platform
 serves every Python. Where it cannot be compiled the installation still succeeds and says so: packed matrices
-then run on XLA.
+then run on XLA. BITNET_KERNELS_PREBUILT=<_cpu.so of an earlier build> takes that one and compiles nothing.
 """
 
 import importlib.util
+import os
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -39,6 +42,14 @@ class BuildKernels(build_ext):
     """Builds a shared object without a Python tag; a failure is loud and not fatal."""
 
     def run(self) -> None:
+        self.prebuilt = os.environ.get("BITNET_KERNELS_PREBUILT")
+        if self.prebuilt:
+            if not Path(self.prebuilt).is_file():
+                raise FileNotFoundError(
+                    f"BITNET_KERNELS_PREBUILT: got {self.prebuilt}, expected the _cpu.so of an earlier build"
+                )
+            super().run()
+            return
         try:
             for extension in self.extensions:
                 extension.include_dirs.append(ffi_headers())
@@ -46,6 +57,29 @@ class BuildKernels(build_ext):
         except Exception as error:  # a missing compiler shows as many exception types
             print(NOT_BUILT.format(error=error, line="*" * 100), file=sys.stderr)
             self.extensions = []  # nothing to install
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.prebuilt:
+            library = Path(self.get_ext_fullpath(ext.name))
+            library.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.prebuilt, library)
+            return
+
+        def compile_source(source: str) -> list[str]:
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                extra_postargs=ext.extra_compile_args,
+                depends=ext.depends,
+            )
+
+        # setuptools compiles one source after the other. The large ones first, so that no processor waits at the end.
+        largest_first = sorted(ext.sources, key=lambda source: -os.path.getsize(source))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = [path for paths in pool.map(compile_source, largest_first) for path in paths]
+        ext.sources = []
+        super().build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -62,8 +96,16 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["bitnet_jax", "bitnet_jax.*"]), "bitnet_kernels"],
-    package_dir={"bitnet_jax": "bitnet_jax", "bitnet_kernels": "kernels/bitnet_kernels"},
+    packages=[
+        *find_packages(include=["bitnet_jax", "bitnet_jax.*"]),
+        "bitnet_kernels",
+        *find_packages("experiments"),
+    ],
+    package_dir={
+        "bitnet_jax": "bitnet_jax",
+        "bitnet_kernels": "kernels/bitnet_kernels",
+        "bitnet_experiments": "experiments/bitnet_experiments",
+    },
     ext_modules=[
         Extension(
             "bitnet_kernels._cpu",

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from bitnet_jax import ste as ste_lib
-from bitnet_jax.scales import SMALLEST_SCALE, Quantized, guarded, learned, measure, reciprocal, round_scaled
+from bitnet_jax.scales import (
+    SMALLEST_SCALE,
+    Quantized,
+    absmax,
+    floats,
+    guarded,
+    learned,
+    measure,
+    reciprocal,
+    round_scaled,
+)
 from bitnet_jax.ste import Progress, straight_through
 from bitnet_jax.weight_quantizers import integer_codes, integer_scale
 
@@ -21,7 +31,7 @@ TOP_K_STES = ("identity", "masked")
 
 
 def _float32(x: Array) -> Array:
-    return x.astype(jnp.float32)
+    return floats("input of a quantizer", x).astype(jnp.float32)
 
 
 def _ones(x: Array) -> Array:
@@ -82,7 +92,7 @@ def int8(
         return _lsq(x, 8, scale, ste)
     if per not in ("token", "tensor"):
         raise ValueError(f"per: got {per!r}, expected 'token' or 'tensor'")
-    size = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1 if per == "token" else None, keepdims=True)
+    size = absmax(jax.lax.stop_gradient(x), axis=-1 if per == "token" else None, keepdims=True)
     divisor, multiplier = guarded(size, eps, epsilon)
     s = peak / divisor
     scale = multiplier * (1 / peak) if epsilon == "divisor" else reciprocal(s)

@@ -49,7 +49,7 @@ def chosen_config(
       ValueError: neither or both, an option that belongs to presets, or no vocabulary size.
     """
     if (preset is None) == (file is None):
-        raise ValueError("expected one of FOLDER, --preset NAME and --config FILE.py")
+        raise ValueError("expected one of FOLDER, --preset NAME and --config NAME or FILE.py")
     if preset is not None:
         return preset_config(preset, recipe, head, ternary_format)
     if recipe or head or ternary_format:
@@ -164,7 +164,9 @@ def measured_figures(
         return {"absent": absent}
     if variables is None:
         with model_folder(config, None) as folder:
-            return measured_figures(config, load_packed(folder)[1], prompt=prompt, new_tokens=new_tokens)
+            return measured_figures(
+                config, load_packed(folder).variables, prompt=prompt, new_tokens=new_tokens
+            )
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, prompt), np.int32)
 
     def once() -> None:

@@ -1,4 +1,4 @@
-"""A model of ours as a model of lm-evaluation-harness (an extra: pip install 'bitnet-jax[harness]').
+"""A model of ours as a model of lm-evaluation-harness (optional package lm-eval).
 
     results = run_harness(TextModel(config, variables, tokenizer), ["arc_easy"], limit=100)
 
@@ -22,6 +22,7 @@ from bitnet_jax.evaluation.likelihood import (
     text_request,
 )
 from bitnet_jax.inference.sampling import SamplingConfig
+from bitnet_jax.optional_packages import missing_package
 
 NEW_TOKENS = 256  # of an answer, where a task does not say; never more than half of the model's positions
 
@@ -68,7 +69,7 @@ def harness_model(model: TextModel, *, progress: bool = False) -> Any:
     try:
         from lm_eval.api.model import LM
     except ImportError as error:
-        raise HarnessError("got no package lm-eval; pip install 'bitnet-jax[harness]'") from error
+        raise HarnessError(missing_package("lm-eval")) from error
 
     class BitnetJax(LM):
         """A request's `args` are (context, continuation), (text,), or (context, settings)."""

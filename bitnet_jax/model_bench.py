@@ -28,7 +28,7 @@ from bitnet_jax import packing, storage
 from bitnet_jax.doctor import chosen
 from bitnet_jax.inference.cache import kv_bytes
 from bitnet_jax.inference.generate import stream_tokens
-from bitnet_jax.models.presets import PRESETS
+from bitnet_jax.models import PRESETS, text_config
 from bitnet_jax.nn.config import HEADS, ModelConfig
 from bitnet_jax.random_model import write_random
 from bitnet_jax.step_kernels import Call, flat, step_kernels
@@ -56,7 +56,8 @@ def bench_model(
             f"got {new_tokens} new tokens and {repeats} repeats, expected at least 2 tokens and 1 repeat"
         )
     began = time.perf_counter()
-    config, variables, _ = storage.load_packed(folder)
+    config, variables, *_ = storage.load_packed(folder)
+    config = text_config(config)
     load_seconds = time.perf_counter() - began
 
     steps = new_tokens - 1
@@ -156,7 +157,7 @@ def model_folder(config: ModelConfig | None, folder: Path | None, *, keep: bool 
       StorageError: see `random_model.write_random`.
     """
     if folder is not None and folder.exists():
-        there, _, _ = storage.load_packed(folder, verify=False)
+        there = storage.load_packed(folder, verify=False).config
         if config is not None and config != there:
             raise ValueError(
                 f"got {folder} of another preset, recipe or head; leave them out, or name a new folder"

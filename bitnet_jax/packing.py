@@ -1,5 +1,6 @@
 """From latent weights to packed ones, and the proof that both are the same model.
 
+    check_packable  refuses a config whose layers could not be packed, before anything is trained
     pack        quantizes each latent weight as its layer would, packs the codes, drops the latent
     with_head   the packed model with another output head, made from its table
     prove       latent against packed: same codes, same logits, same greedy text; raises at the first difference
@@ -23,14 +24,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
-from bitnet_jax.models import build_model
-from bitnet_jax.models.transformer import Transformer
+from bitnet_jax.models import build_model, init_variables
 from bitnet_jax.nn.config import Architecture, ModelConfig
 from bitnet_jax.nn.embedding import rounded
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import Quantized
 from bitnet_kernels import FORMATS, PackedArray, for_platform, unpack
 from bitnet_kernels import pack as pack_codes
+from bitnet_kernels.packed import validate_scale
 
 Variables = Mapping[str, Any]
 TABLES = ("embed/embedding", "position_embed/embedding", "lm_head/weight")
@@ -82,6 +83,7 @@ def pack(params: Mapping[str, Any], config: Architecture) -> dict[str, Any]:
       PackingError: a weight is missing, has the wrong shape or holds NaN, or its packed form cannot hold its
         codes or scales. The message names the path.
     """
+    check_packable(config)
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
     formats, packed = config.packed_formats(), {}
     for path, shape in config.linear_shapes().items():
@@ -103,6 +105,33 @@ def pack(params: Mapping[str, Any], config: Architecture) -> dict[str, Any]:
             if path in flat:
                 flat[path] = flat[path].astype(config.embedding_dtype)
     return {"params": _nested(flat), "packed": _nested(packed)}
+
+
+def check_packable(config: Architecture) -> None:
+    """Whether `pack` could store the scales and inputs of every linear layer, known from shapes alone.
+
+    Raises:
+      PackingError: a group size that does not divide the inputs of a layer or is no multiple of 32, or more inputs
+        to a scale than its format can add up.
+    """
+    precisions, shapes = config.precisions(), config.linear_shapes()
+    for path, format in config.packed_formats().items():
+        granularity, (n, k) = precisions[path].granularity, shapes[path]
+        size = granularity if isinstance(granularity, int) else k
+        if k % size:
+            raise PackingError(
+                f"{path}: got granularity={granularity} for {k} inputs, expected a group size that divides {k}"
+            )
+        scale: Any = jax.ShapeDtypeStruct((1 if granularity == "tensor" else n, k // size), jnp.float32)
+        try:
+            validate_scale(scale, (n, k))
+        except ValueError as error:
+            raise PackingError(f"{path}: granularity={granularity!r} cannot be packed: {error}") from error
+        if size > (most := FORMATS[format].max_inputs):
+            raise PackingError(
+                f"{path}: got {size} inputs to a scale, expected at most {most} in the format {format}; choose "
+                "a smaller granularity"
+            )
 
 
 def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[ModelConfig, dict[str, Any]]:
@@ -138,18 +167,23 @@ def for_this_platform(variables: Variables) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def abstract(config: ModelConfig) -> dict[str, Any]:
-    """The variables of a packed model as shapes and dtypes; nothing is computed or allocated.
+def abstract(config: Architecture) -> dict[str, Any]:
+    """The variables of a packed model, batch statistics included, as shapes and dtypes; nothing is computed.
 
-    Layers of the same precisions have the same shapes, so one of each kind is traced, however deep the model.
+    Layers of a Transformer with the same precisions have the same shapes, so one of each kind is traced, however
+    deep the model.
     """
+    if not isinstance(config, ModelConfig):
+        return _trace(config)
     kinds: dict[
         tuple[tuple[str, Precision], ...], int
     ] = {}  # a layer's precisions -> its place in the traced model
     kind_of = [kinds.setdefault(layer, len(kinds)) for layer in _layers(config)]
     float_head = dataclasses.replace(config, head="float")  # another one comes by `head`, not by a rule
     heads = [
-        (path, value) for path, value in float_head.precisions().items() if not path.startswith("layers_")
+        (path, value)
+        for path, value in float_head.precisions().items()
+        if not path.startswith("layers_") and path != "patch_embed"  # which has a field, `first`
     ]
     rules = [(f"layers_{i}/{path}", value) for layer, i in kinds.items() for path, value in layer]
     traced = _trace(dataclasses.replace(config, num_layers=len(kinds), precision=(*rules, *heads)))
@@ -177,10 +211,10 @@ def _layers(config: ModelConfig) -> list[tuple[tuple[str, Precision], ...]]:
     return [tuple(layer.items()) for layer in layers]
 
 
-def _trace(config: ModelConfig) -> dict[str, Any]:
+def _trace(config: Architecture) -> dict[str, Any]:
     def packed() -> dict[str, Any]:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return pack(Transformer(config).init(jax.random.key(0), tokens)["params"], config)
+        variables = init_variables(config, jax.random.key(0))
+        return variables | pack(variables["params"], config)
 
     return jax.eval_shape(packed)
 
@@ -342,14 +376,15 @@ def _prove_logits(
 
 
 def sizes(variables: Variables) -> Sizes:
-    """Bytes by part of a packed, a latent (nothing packed) or an `abstract` model."""
+    """Bytes by part of a packed, a latent (nothing packed) or an `abstract` model; statistics count as other."""
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(variables["params"])).items()}
     nbytes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in flat.items()}
+    statistics = jax.tree.leaves(variables.get("batch_stats", {}))
     weights = flatten_dict(dict(variables.get("packed", {}))).values()
     embeddings = sum(nbytes.get(path, 0) for path in TABLES)
     return Sizes(
         packed=sum(weight.nbytes for weight in weights),
         embeddings=embeddings,
-        other=sum(nbytes.values()) - embeddings,
+        other=sum(nbytes.values()) - embeddings + sum(leaf.size * leaf.dtype.itemsize for leaf in statistics),
         quantized_bfloat16=sum(2 * weight.shape[0] * weight.shape[1] for weight in weights),
     )

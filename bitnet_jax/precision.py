@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from bitnet_jax.activation_quantizers import TOP_K_STES
 from bitnet_jax.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS, Quantized, hadamard, top_k
-from bitnet_jax.scales import SMALLEST_SCALE, Granularity, measure
+from bitnet_jax.scales import SMALLEST_SCALE, Granularity, absmax, measure
 from bitnet_jax.ste import STES, Progress
 
 # name -> (bits a weight carries, packed format of its codes)
@@ -274,7 +274,7 @@ class Precision:
             q_max = 2 ** (int(self.weight_bits) - 1) - 1
             size = measure(jnp.mean, jnp.abs(w), self.granularity) * (2 / math.sqrt(q_max))
         elif self.weight.startswith("seq"):
-            size = measure(jnp.max, jnp.abs(w), self.granularity)
+            size = measure(absmax, w, self.granularity)
         else:
             analytic = dataclasses.replace(self, scale="analytic")
             size = analytic.quantize_weight(w).scale

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from bitnet_jax import packing
 from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.progress import progress_bar
 from bitnet_jax.storage import save_packed
 from bitnet_jax.tensor_file import Streamed
 from bitnet_kernels import FORMATS, PackedArray
@@ -51,12 +51,8 @@ def write_random(
         abstract,
         is_leaf=lambda leaf: isinstance(leaf, PackedArray),
     )
-    with tqdm(
-        total=packing.sizes(abstract).total,
-        desc=f"random weights to {folder}",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
+    with progress_bar(
+        packing.sizes(abstract).total, unit="B", description=f"random weights to {folder}", show=progress
     ) as bar:
         save_packed(folder, variables, config, overwrite=overwrite, on_bytes=bar.update)
 

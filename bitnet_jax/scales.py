@@ -42,6 +42,32 @@ class Quantized(NamedTuple):
         return self.codes * spread(self.scale, self.codes.shape[-1])
 
 
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def floats(name: str, x: Array) -> Array:
+    """x as a JAX array of one of FLOATS; `name` says in the error what it is. The kernels have the same rule.
+
+    Raises:
+      ValueError: x has another dtype.
+    """
+    array = jnp.asarray(x)
+    if array.dtype.name not in FLOATS:
+        raise ValueError(f"{name} is {array.dtype}; expected {', '.join(FLOATS[:-1])} or {FLOATS[-1]}")
+    return array
+
+
+def absmax(
+    x: Float[Array, "..."], axis: int | tuple[int, ...] | None = -1, keepdims: bool = False
+) -> Float[Array, "..."]:
+    """max|x| along axes, NaN where there is one.
+
+    jnp.max alone forgets NaN: on CPUs XLA's maximum of an array of some size drops it (jax 0.10).
+    """
+    lost = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
+    return jnp.where(lost, jnp.nan, jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims))
+
+
 def spread(scale: Float[Array, "... G"], k: int) -> Float[Array, "... k"]:
     """Repeats each group's scale over its k / G inputs; a last axis of 1 is left to broadcasting."""
     groups = scale.shape[-1]

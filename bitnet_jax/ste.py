@@ -120,6 +120,7 @@ STES: dict[str, Callable[..., Array]] = {
     "tanh": tanh,
     "reste": reste,
 }
+ANNEALED = frozenset({"tanh", "reste"})  # these follow `progress`
 
 
 def surrogate(name: str, z: Array, progress: Progress = 1.0) -> Array:

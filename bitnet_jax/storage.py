@@ -1,23 +1,26 @@
-"""A packed model on disk: a folder with three files, written whole or not at all, loaded by one memory map.
+"""A packed model on disk: a folder of a few files, written whole or not at all, loaded by one memory map.
 
     model.safetensors   every tensor, 64-byte aligned (tensor_file.py), and in its metadata what follows
-    config.json         ModelConfig.to_dict()
+    config.json         `architecture` and the fields of its config; without the first it is a transformer
     tokenizer.json      the tokenizer, where there is one
+    classes.json        of a classifier: labels, and how its inputs are made (data/classes.py)
 
 Metadata (strings, as the format demands): `format` and `version` of this page, `bitnet_jax` the version that
 wrote it, and three JSON tables: `packed` path -> {format, layout, shape}, `crc32` of every tensor (by
-tensor_file.py), and `files_crc32` of the two other files. Tensors are named `params/<path>`, `packed/<path>/codes` and
-`packed/<path>/scale`.
+tensor_file.py), and `files_crc32` of the other files. Tensors are named `params/<path>`, `packed/<path>/codes`,
+`packed/<path>/scale` and `batch_stats/<path>`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,27 +28,41 @@ from flax.traverse_util import flatten_dict
 
 import bitnet_jax
 from bitnet_jax import packing, tensor_file
-from bitnet_jax.data import tokenizers
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.data import Classes, tokenizers
+from bitnet_jax.data.classes import CLASSES
+from bitnet_jax.models import config_fields, config_kind, model_config
+from bitnet_jax.nn.config import Architecture
 from bitnet_jax.tensor_file import RESTORE, StorageError, Streamed
-from bitnet_jax.whole_folder import synced_file, whole_folder
+from bitnet_jax.whole_folder import check_writable, clear_left_behind, synced_file, whole_folder
 from bitnet_kernels import validate
 
-__all__ = ["StorageError", "load_packed", "save_packed"]
+__all__ = ["PackedModel", "StorageError", "check_target", "load_packed", "save_packed"]
 
 FORMAT, VERSION = "bitnet_jax.packed", "1"
 MODEL, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-VERIFIED_BYTES = 1 << 28  # a model file of up to so many bytes is read and verified whenever it is loaded
-JSON_LIMIT = 1 << 28  # bytes of config.json or tokenizer.json: far above any real one
+COLLECTIONS = ("params", "packed", "batch_stats")
+VERIFIED_BYTES = 1 << 28  # of tensors, whose contents are read and verified whenever a model is loaded
+# Bytes of the small files, far above any real one.
+LIMITS = {CONFIG: 1 << 20, CLASSES: 1 << 24, TOKENIZER: 1 << 28}
+# Fields that no tensor bounds: nothing of such a size is allocated for the model itself.
+UNBOUNDED = ("max_length", "trained_length", "image_size")
 
 Tensors = Mapping[str, np.ndarray | Streamed]
+
+
+class PackedModel(NamedTuple):
+    config: Architecture
+    variables: dict[str, Any]  # for build_model(config).apply
+    tokenizer: tokenizers.Tokenizer | None
+    classes: Classes | None  # of a classifier
 
 
 def save_packed(
     folder: str | Path,
     variables: Mapping[str, Any],
-    config: ModelConfig,
+    config: Architecture,
     tokenizer: tokenizers.Tokenizer | None = None,
+    classes: Classes | None = None,
     *,
     overwrite: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
@@ -65,8 +82,8 @@ def save_packed(
         the variables are not those of config; or the operating system refuses (no space, no permission).
     """
     folder = Path(folder)
-    _check_target(folder, overwrite)
-    variables = {"params": dict(variables["params"]), "packed": dict(variables.get("packed", {}))}
+    check_target(folder, overwrite)
+    variables = {name: dict(variables.get(name, {})) for name in COLLECTIONS}
     for name, weight in _flatten(variables["packed"]).items():
         try:
             validate(weight, contents=not isinstance(weight.codes, Streamed))
@@ -83,11 +100,14 @@ def save_packed(
             f"{folder}: packed formats, layouts or shapes are not those of the config; pack it again"
         )
 
-    texts = {CONFIG: json.dumps(config.to_dict(), indent=2) + "\n"}
-    if ModelConfig.from_dict(json.loads(texts[CONFIG])) != config:
+    texts = {CONFIG: json.dumps(config_fields(config), indent=2) + "\n"}
+    if model_config(json.loads(texts[CONFIG])) != config:
         raise StorageError(f"{folder}: the config changes on a trip through JSON; use plain values in it")
     if tokenizer is not None:
         texts[TOKENIZER] = tokenizer.to_json()
+    if classes is not None:
+        _check_classes(classes, config, folder)
+        texts[CLASSES] = classes.to_json()
     contents = {name: text.encode() for name, text in texts.items()}
     metadata = {
         "format": FORMAT,
@@ -104,20 +124,20 @@ def save_packed(
                 file.write(content)
 
 
-def load_packed(
-    folder: str | Path, verify: bool | None = None
-) -> tuple[ModelConfig, dict[str, Any], tokenizers.Tokenizer | None]:
-    """Maps a folder that `save_packed` wrote: (config, variables for Transformer.apply, tokenizer or None).
+def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
+    """Maps a folder that `save_packed` wrote.
 
     On a CPU the arrays are views of the file: nothing is copied, pages come in when they are first used and
     can be dropped again. Never donate them, and never change the file in place (save_packed does not).
 
-    Names, shapes, dtypes and sizes are checked always, which is instant.
+    Always checked: the small files by their checksums; names, shapes, dtypes and sizes of all tensors; that scales
+    are finite.
 
     Args:
-      verify: also read everything once, compare checksums and look for codes that no packer writes. None: for
-        files of up to VERIFIED_BYTES; a larger one would make its user wait, and is verified where that is asked
-        for (`bitnet-jax info --verify`) and after it was packed.
+      verify: of which tensors the contents are read once, compared with their checksums and looked through for
+        codes that no packer writes. True: all. None: the smallest ones, as far as VERIFIED_BYTES reach: a model of
+        up to so many bytes is verified whole, of a larger one everything but its largest matrices, which are
+        verified where that is asked for (`bitnet-jax info --verify`) and after they were packed. False: none.
 
     Raises:
       StorageError: a file is missing, damaged, truncated, of a newer version, or does not fit the others.
@@ -125,53 +145,86 @@ def load_packed(
     folder = Path(folder)
     path = folder / MODEL
     contents = {CONFIG: _read(folder / CONFIG)}
-    if (folder / TOKENIZER).exists():
-        contents[TOKENIZER] = _read(folder / TOKENIZER)
+    contents |= {name: _read(folder / name) for name in (TOKENIZER, CLASSES) if (folder / name).exists()}
     tensors, metadata = tensor_file.read(path)
-    if verify is None:
-        verify = sum(tensor.nbytes for tensor in tensors.values()) <= VERIFIED_BYTES
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise StorageError(
-            f"{path}: got format {metadata.get('format')!r}, version {metadata.get('version')!r}, expected "
+            f"{path}: got format {metadata.get('format')!r:.40}, version {metadata.get('version')!r:.40}, expected "
             f"{FORMAT!r}, {VERSION!r}; update bitnet_jax or pack the model again"
         )
     tables = {
         name: tensor_file.parse_json(metadata.get(name, "").encode(), path)
         for name in ("packed", "crc32", "files_crc32")
     }
-    if verify:
-        got = {name: zlib.crc32(content) for name, content in contents.items()}
-        _check_crc32(got, tables["files_crc32"], folder)
+    got = {name: zlib.crc32(content) for name, content in contents.items()}
+    _check_crc32(got, tables["files_crc32"], folder)
 
     config = _config(tensor_file.parse_json(contents[CONFIG], folder / CONFIG), tensors, folder / CONFIG)
     try:
         expected = packing.abstract(config)
     except Exception as error:  # a hostile config may fail anywhere in the model; it must only fail clearly
-        raise StorageError(f"{folder / CONFIG}: it describes no model ({error}); {RESTORE}") from error
+        raise StorageError(
+            f"{folder / CONFIG}: it describes no model ({_one_line(error)}); {RESTORE}"
+        ) from error
     _check_tensors(tensors, expected, str(path))
     if tables["packed"] != _packed_metadata(expected["packed"]):
         raise StorageError(f"{path}: packed formats, layouts or shapes are not those of {CONFIG}; {RESTORE}")
-    if verify:
-        _check_crc32({name: _crc32(tensor) for name, tensor in tensors.items()}, tables["crc32"], path)
+    verified = _to_verify(tensors, verify)
+    listed = {name: tables["crc32"].get(name) for name in tensors}
+    _check_crc32(listed | _crc32(tensors, verified), tables["crc32"], path)
 
     # The structure comes from the config, the bytes from the file.
     variables = jax.tree.unflatten(
         jax.tree.structure(expected),
         jax.device_put([tensors[name] for name in _names_in_leaf_order(expected)]),
     )
-    if verify:
-        for name, weight in _flatten(variables["packed"]).items():
-            try:
-                validate(weight)
-            except ValueError as error:
-                raise StorageError(f"{path}: {name}: {error}; {RESTORE}") from error
-    tokenizer = None
-    if TOKENIZER in contents:
+    for name, weight in _flatten(variables["packed"]).items():
         try:
-            tokenizer = tokenizers.from_json(contents[TOKENIZER].decode("utf-8"))
+            if not np.isfinite(tensors[f"packed/{name}/scale"]).all():
+                raise ValueError("scale holds NaN or infinity; expected finite values")
+            validate(weight, contents=f"packed/{name}/codes" in verified)
         except ValueError as error:
-            raise StorageError(f"{folder / TOKENIZER}: {error}; {RESTORE}") from error
-    return config, variables, tokenizer
+            raise StorageError(f"{path}: {name}: {error}; {RESTORE}") from error
+    tokenizer = classes = None
+    if TOKENIZER in contents:
+        tokenizer = _parsed(tokenizers.from_json, folder / TOKENIZER, contents[TOKENIZER])
+    if CLASSES in contents:
+        classes = _parsed(Classes.from_json, folder / CLASSES, contents[CLASSES])
+        _check_classes(classes, config, folder)
+    return PackedModel(config, variables, tokenizer, classes)
+
+
+def _parsed(parse: Callable[[str], Any], path: Path, content: bytes) -> Any:
+    try:
+        return parse(content.decode("utf-8"))
+    except ValueError as error:
+        raise StorageError(f"{path}: {_one_line(error)}; {RESTORE}") from error
+
+
+def _check_classes(classes: Classes, config: Architecture, folder: Path) -> None:
+    outputs = getattr(config, "num_classes", 0)
+    if outputs != len(classes.names) or (classes.task == "images") != hasattr(config, "image_size"):
+        raise StorageError(
+            f"{folder / CLASSES}: got {len(classes.names)} classes of task {classes.task}, the config has {outputs}; "
+            "do both belong to one model?"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _to_verify(tensors: Mapping[str, np.ndarray], verify: bool | None) -> set[str]:
+    """Names of the tensors whose contents are compared, see `load_packed`."""
+    if verify is not None:
+        return set(tensors) if verify else set()
+    chosen, room = set(), VERIFIED_BYTES
+    for name in sorted(tensors, key=lambda name: tensors[name].nbytes):
+        room -= tensors[name].nbytes
+        if room < 0:
+            break
+        chosen.add(name)
+    return chosen
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +233,11 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tensors(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Name in the file -> array (or its shape and dtype)."""
-    tensors = {f"params/{path}": leaf for path, leaf in _flatten(variables["params"]).items()}
+    tensors = {
+        f"{collection}/{path}": leaf
+        for collection in ("params", "batch_stats")
+        for path, leaf in _flatten(variables.get(collection, {})).items()
+    }
     for path, weight in _flatten(variables["packed"]).items():
         tensors |= {f"packed/{path}/codes": weight.codes, f"packed/{path}/scale": weight.scale}
     return tensors
@@ -193,11 +250,18 @@ def _packed_metadata(packed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _crc32(tensor: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+def _crc32(tensors: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, int]:
+    """Checksums of these tensors, the largest first, by threads: zlib lets go of the interpreter's lock."""
+
+    def checksum(name: str) -> tuple[str, int]:
+        return name, zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+
+    order = sorted(names, key=lambda name: -tensors[name].nbytes)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return dict(threads.map(checksum, order))
 
 
-def _check_crc32(got: Mapping[str, int], expected: Mapping[str, Any], where: Path) -> None:
+def _check_crc32(got: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
     differing = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
     if differing:
         name = differing[0]
@@ -223,22 +287,22 @@ def _check_tensors(tensors: Tensors, expected: Mapping[str, Any], where: str) ->
         )
 
 
-def _config(fields: dict[str, Any], tensors: Tensors, path: Path) -> ModelConfig:
-    """The ModelConfig, after its sizes were held against the file: a lie must not cost time or memory."""
+def _config(fields: dict[str, Any], tensors: Tensors, path: Path) -> Architecture:
+    """The config, after its sizes were held against the file: a lie must not cost time or memory."""
     limit = 8 * sum(tensor.nbytes for tensor in tensors.values())  # a dimension has a bit or more in the file
-    for field in dataclasses.fields(ModelConfig):
-        value = fields.get(field.name)
-        bound = len(tensors) if field.name == "num_layers" else limit
-        if field.name in ("max_length", "trained_length"):  # may exceed every dimension of a tensor
-            continue
-        if type(value) is int and not 0 <= value <= bound:
-            raise StorageError(
-                f"{path}: {field.name}={str(value)[:40]}, the file has room for {bound}; {RESTORE}"
-            )
+    counts = ("num_layers", "convolutions")
     try:
-        return ModelConfig.from_dict(fields)
+        for field in dataclasses.fields(config_kind(fields)):  # type: ignore[arg-type]
+            value = fields.get(field.name)
+            bound = 2**31 - 1 if field.name in UNBOUNDED else len(tensors) if field.name in counts else limit
+            several = value if isinstance(value, list) and field.name == "widths" else [value]
+            if len(several) > len(tensors) + 1 or any(
+                type(n) is int and not 0 <= n <= bound for n in several
+            ):
+                raise ValueError(f"{field.name}={str(value)[:40]}, the file has room for {bound}")
+        return model_config(fields)
     except Exception as error:  # wrong types fail in many ways; the message is one line either way
-        raise StorageError(f"{path}: {error}; {RESTORE}") from error
+        raise StorageError(f"{path}: {_one_line(error)}; {RESTORE}") from error
 
 
 def _names_in_leaf_order(variables: Mapping[str, Any]) -> list[str]:
@@ -248,25 +312,37 @@ def _names_in_leaf_order(variables: Mapping[str, Any]) -> list[str]:
 
 
 def _read(path: Path) -> bytes:
+    limit = LIMITS[path.name]
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise StorageError(f"{path}: got no regular file, expected one; {RESTORE}")
         with path.open("rb") as file:
-            content = file.read(JSON_LIMIT + 1)
+            content = file.read(limit + 1)
     except OSError as error:
         raise StorageError(
             f"{path} cannot be read ({error.strerror}); expected a folder with {MODEL} and {CONFIG}"
         ) from error
-    if len(content) > JSON_LIMIT:
-        raise StorageError(f"{path}: got more than {JSON_LIMIT} bytes; {RESTORE}")
+    if len(content) > limit:
+        raise StorageError(f"{path}: got more than {limit} bytes; {RESTORE}")
     return content
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not (folder.exists() or folder.is_symlink()):
-        return
-    if not overwrite:
-        raise StorageError(f"{folder} exists; choose another folder or pass overwrite=True")
-    # Overwriting removes the folder: be sure that it is one of ours.
-    is_folder = folder.is_dir() and not folder.is_symlink()
-    names = {entry.name for entry in folder.iterdir()} if is_folder else set()
-    if not {MODEL, CONFIG} <= names <= {MODEL, CONFIG, TOKENIZER}:
-        raise StorageError(f"{folder} is no packed model and will not be overwritten; choose another folder")
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Can a packed model be written there? To be asked before the work; `save_packed` asks again.
+
+    Raises:
+      StorageError: the folder exists (without overwrite), holds other things than a packed model (with it), or the
+        folder it would be in cannot be written to.
+    """
+    clear_left_behind(folder)
+    if folder.exists() or folder.is_symlink():
+        if not overwrite:
+            raise StorageError(f"{folder} exists; choose another folder or pass overwrite=True")
+        # Overwriting removes the folder: be sure that it is one of ours.
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        names = {entry.name for entry in folder.iterdir()} if is_folder else set()
+        if not {MODEL, CONFIG} <= names <= {MODEL, CONFIG, TOKENIZER, CLASSES}:
+            raise StorageError(
+                f"{folder} is no packed model and will not be overwritten; choose another folder"
+            )
+    check_writable(folder)

@@ -38,11 +38,19 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+MESSAGE_LIMIT = 1000
 RESTORE = "restore the file or make it again"
 
 
 class StorageError(ValueError):
-    """A model file or folder is damaged, incomplete or not ours, or cannot be written."""
+    """A model file or folder is damaged, incomplete or not ours, or cannot be written.
+
+    The message is one printable line of at most MESSAGE_LIMIT characters, whatever a damaged file put into it.
+    """
+
+    def __init__(self, message: str) -> None:
+        printable = "".join(c if c.isprintable() else " " for c in message[: 2 * MESSAGE_LIMIT])
+        super().__init__(" ".join(printable.split())[:MESSAGE_LIMIT])
 
 
 class TensorFile(NamedTuple):

@@ -19,6 +19,8 @@ from bitnet_jax.scales import (
     SMALLEST_SCALE,
     Granularity,
     Quantized,
+    absmax,
+    floats,
     guarded,
     learned,
     measure,
@@ -42,7 +44,7 @@ GAUSSIAN_STEP = {
 
 
 def _float32(x: Array) -> Array:
-    return x.astype(jnp.float32)
+    return floats("input of a quantizer", x).astype(jnp.float32)
 
 
 def _shared_count(x: Array, scale: Array, count: str) -> int:
@@ -385,7 +387,7 @@ def integer_scale(w: Array, bits: int, granularity: Granularity, levels: str, st
     unit = 0.5 if levels == "midrise" else 1.0
     if statistic == "absmax":
         steps = half if levels == "midrise" else half - 1
-        return jnp.maximum(measure(jnp.max, jnp.abs(w), granularity), SMALLEST_SCALE) * (unit / steps)
+        return jnp.maximum(measure(absmax, w, granularity), SMALLEST_SCALE) * (unit / steps)
     if statistic == "absmean" and (levels, bits) in GAUSSIAN_STEP:
         mean = jnp.maximum(measure(jnp.mean, jnp.abs(w), granularity), SMALLEST_SCALE)
         return mean * (unit * GAUSSIAN_STEP[levels, bits])
@@ -425,7 +427,7 @@ def stretched_elastic(
     else:
         raise ValueError(f"levels: got {levels}, expected 3 or 4")
     if scale is None:
-        alpha = jnp.maximum(measure(jnp.max, jnp.abs(jax.lax.stop_gradient(w)), granularity), SMALLEST_SCALE)
+        alpha = jnp.maximum(measure(absmax, jax.lax.stop_gradient(w), granularity), SMALLEST_SCALE)
     else:
         alpha = learned(_float32(scale), _shared_count(w, scale, count), 1)
     scale = alpha * (1 / per_alpha)

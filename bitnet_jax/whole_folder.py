@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from bitnet_jax.tensor_file import StorageError
+
+YOUNG_SECONDS = 60.0  # an empty folder may belong to a writer that is about to lock it
 
 
 @contextlib.contextmanager
@@ -31,6 +36,58 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises StorageError unless `folder` can be made: the nearest folder above it that exists may be written to."""
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise StorageError(f"{folder} cannot be written (Not a directory: {there}); choose another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"{folder} cannot be written: {there} is read-only or belongs to another user; choose another folder"
+        )
+
+
+def clear_left_behind(folder: Path) -> None:
+    """Removes what killed writers of `folder` left; gives back the old folder of one killed between two renames."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{12}}(\.old)?")
+    try:
+        found = [path for path in folder.parent.iterdir() if name.fullmatch(path.name)]
+    except OSError:
+        return  # no such folder, or none of ours to tidy up
+    begun = [path for path in found if path.suffix != ".old" and _abandoned(path)]
+    for old in (path for path in found if path.suffix == ".old"):
+        if old.with_suffix("") in begun or not old.with_suffix("").exists():
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    old.rename(folder)
+    for path in begun:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _abandoned(path: Path) -> bool:
+    """Nobody holds the lock of this folder, which its writer takes as soon as it has made it."""
+    try:
+        if time.time() - path.stat().st_mtime < YOUNG_SECONDS and not any(path.iterdir()):
+            return False
+        with _locked(path):
+            return True
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which dies with its process. Raises OSError: another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _check_room(folder: Path, nbytes: int) -> None:
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(there).free
@@ -47,7 +104,7 @@ def whole_folder(folder: Path, nbytes: int) -> Iterator[Path]:
 
     On any failure what was begun is removed. Only a process killed outright leaves its hidden sibling
     `.<name>.<random>`; in the instant between the two renames of an overwrite the old folder is such a sibling
-    too, `.<name>.<random>.old`.
+    too, `.<name>.<random>.old`. `clear_left_behind` tidies up after it.
 
     Args:
       nbytes: what will be written; too full a disk is refused before it is filled.
@@ -62,12 +119,13 @@ def whole_folder(folder: Path, nbytes: int) -> Iterator[Path]:
     try:
         _check_room(folder, nbytes)
         temporary.mkdir(parents=True)
-        yield temporary
-        _sync_folder(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        renamed = True
+        with _locked(temporary):
+            yield temporary
+            _sync_folder(temporary)
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+            renamed = True
         _sync_folder(folder.parent)
     except BaseException as error:
         shutil.rmtree(folder if renamed else temporary, ignore_errors=True)

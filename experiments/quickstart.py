@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bitnet_experiments.configs import quickstart as quickstart_config
 from bitnet_jax import storage
 from bitnet_jax.data import Corpus, Tokenizer, load_corpus
 from bitnet_jax.doctor import chosen
@@ -33,7 +34,6 @@ from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.training.loop import fit, load_run
 from bitnet_jax.training.metrics import read_metrics
 from experiments import quickstart_report
-from experiments.configs import quickstart as quickstart_config
 from experiments.provenance import provenance
 
 RECIPES = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}
@@ -79,11 +79,19 @@ def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dic
     say(f"{name}: packing, and comparing {PROOF_TOKENS} greedy tokens of the packed and the latent model")
     proof, sizes = pack_run(workdir / name / "run", folder, tokens=PROOF_TOKENS, overwrite=True)
     _, model, params, tokenizer = load_run(workdir / name / "run")
-    _, packed, _ = storage.load_packed(folder)
-    held_out = corpus.valid[: quickstart_config.held_out_tokens(variant) + 1]
+    packed = storage.load_packed(folder).variables
+    held_out = quickstart_config.held_out_tokens(variant)
     # Half of each window is context for the other half: a trigram model, too, never starts from nothing.
     length = config.data.length
-    score = evaluate_text(model, packed, held_out, tokenizer, length=length, stride=length // 2)
+    score = evaluate_text(
+        model,
+        packed,
+        corpus.valid,
+        corpus.valid_token_bytes,
+        length=length,
+        stride=length // 2,
+        max_tokens=held_out,
+    )
     choices = chosen(model, packed)  # none for the float model: it has no packed matrix
     say(f"{name}: {score.bits_per_byte:.3f} bits per held-out byte; measuring speed")
     return {
@@ -154,8 +162,9 @@ def main(argv: list[str] | None = None) -> None:
     say(
         f"text: {corpus.train_bytes:,} bytes of the standard library to learn from, {corpus.valid_bytes:,} held out"
     )
-    held_out = corpus.valid[: quickstart_config.held_out_tokens(variant) + 1]
-    trigram = ngram_bits_per_byte(corpus.train, held_out, corpus.tokenizer.count_bytes(held_out[2:]))
+    end = quickstart_config.held_out_tokens(variant) + 1
+    trigram_bytes = int(corpus.valid_token_bytes[2:end].sum())  # the first two tokens are given
+    trigram = ngram_bits_per_byte(corpus.train, corpus.valid[:end], trigram_bytes)
     rows = {}
     for name in RECIPES:
         say(f"\n{name}: training")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,10 @@ from jaxtyping import PyTree
 from bitnet_jax import scales
 from bitnet_jax.models import Architecture, Transformer
 from bitnet_jax.precision import HEADS
-from bitnet_jax.training.config import RunConfig
-from bitnet_jax.training.loop import load_run
-from bitnet_jax.training.loop import train as train_task
+from bitnet_jax.training.config import RunConfig, differing_fields
+from bitnet_jax.training.loop import fit, load_run
 from bitnet_jax.training.metrics import read_metrics
-from bitnet_jax.training.run_folder import RunFolder
+from bitnet_jax.training.run_folder import RunError, RunFolder
 from bitnet_jax.training.task import Task, abstract_variables, language_task
 from bitnet_jax.training.tasks import TASKS
 from experiments.study import load_study, overridden
@@ -37,18 +35,24 @@ RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
 def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | None = None) -> dict[str, Any]:
     """Train from scratch in `folder`; `task` in place of the config's may alter the problem (its start, its loss).
 
+    A training under other settings is never gone on with: one that was not finished is replaced.
+
     Returns:
       status, step, tokens, parameters, config_hash, training_seconds (over all interruptions), error (of a
       divergence), valid_* and train_* (newest measurements), history (held-out loss over steps), and those of `sizes`.
+
+    Raises:
+      RunError: the folder holds a finished training under other settings.
     """
     with locked(folder.with_name(folder.name + ".lock")):
         run = RunFolder(folder)
-        with run.training(config):
-            result = run.read_result()
-            if result is None:
-                result = train_task(
-                    (task or TASKS[config.task])(config), config, run, progress=sys.stderr.isatty()
-                )
+        others = differing_fields(run.read_config(), config) if run.trained() else []
+        if others and run.read_result() is not None:
+            raise RunError(
+                f"{folder} holds a finished training with other settings ({'; '.join(others)}; saved, then asked "
+                "for); remove it to train again"
+            )
+        result = fit(config, folder, overwrite=bool(others), task=task)
     valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
     row = {name: result[name] for name in RESULT_FIELDS} | {"training_seconds": result["seconds"]}
     if config.task == "images":

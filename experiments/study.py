@@ -8,7 +8,6 @@ experiments/studies/<name>/README.md       claim, method, tables (written by exp
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_jax.config_file import load_config_file
+from bitnet_jax.python_file import load_python_file
 from bitnet_jax.training.config import RunConfig
 from experiments.sections import Row, Section, arms_table, curves
 
@@ -46,7 +46,7 @@ class Study:
     metric: str  # the field of a row that the study is about; smaller is better
     baseline: str  # the arm that the others are compared with, seed by seed
     config: str | None = (
-        None  # file, from the root of the repository, with get_config(variant); None: `run` needs none
+        None  # name of an installed config, or a file with get_config(variant); None: `run` needs none
     )
     effect: str | Callable[[Study, Sequence[Row]], str] = (
         ""  # the arm whose difference is the answer, or its text
@@ -110,8 +110,7 @@ class Study:
         """
         if self.config is None:
             raise ValueError(f"{self.name}: it has no CONFIG to make settings from")
-        file = STUDIES.parents[1] / self.config
-        base = load_config_file(f"{file}{':small' if small else ''}").to_dict()
+        base = load_config_file(f"{self.config}{':small' if small else ''}").to_dict()
         return RunConfig.from_dict(overridden(base, self.overrides(arm, seed, small)))
 
 
@@ -164,12 +163,12 @@ def load_study(name: str) -> Study:
 
 
 def read_study(folder: Path) -> Study:
-    """What `study.py` in a folder defines. Raises ValueError: a name in it is missing or unknown."""
-    spec = importlib.util.spec_from_file_location(f"study_{folder.name}", folder / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """What `study.py` in a folder defines. The file is executed: read only studies whose source is trusted.
+
+    Raises:
+      ValueError: it raises something (the message says file and line), or a name in it is missing or unknown.
+    """
+    module = load_python_file(folder / "study.py")
     fields = {field.name: field for field in dataclasses.fields(Study) if field.name not in ("folder", "run")}
     given = {name.lower(): value for name, value in vars(module).items() if name.isupper() and name[0] != "_"}
     missing = [name.upper() for name, field in fields.items() if _required(field) and name not in given]
@@ -188,11 +187,16 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows written so far. Raises ValueError: a line is not JSON."""
+    """The rows written so far. Raises ValueError: a line is not the JSON of a row, which names its run."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number} is not JSON ({error}); remove the line") from error
+        if not isinstance(row, dict) or not {"run", "status"} <= row.keys():
+            raise ValueError(
+                f"{path}:{number}: got {line[:60]!r}, expected an object with run and status; remove the line"
+            )
+        rows.append(row)
     return rows

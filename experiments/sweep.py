@@ -5,11 +5,14 @@
     python -m experiments.sweep --study=ternary_penalty --executor=slurm --jobs=16 --cluster timeout_min=60
 
 The full setting adds rows to `studies/<study>/results.jsonl`; the small one (same question, two cores, minutes)
-to `<workdir>/results.jsonl`. A run that fails or diverges is a row too and does not stop the others.
+to `<workdir>/results.jsonl`. A run that fails or diverges is a row too and does not stop the others. The next start
+repeats failed runs whose settings were corrected, and with --retry-failed the others too.
 
 Ctrl-C and SIGTERM: every running training saves itself and loses at most one update. SIGKILL or a dead machine:
 it loses what came after its last checkpoint. Either way the next start goes on from there. Two sweeps of one study
 share the runs that are left: a run is done by whoever holds its lock, and a lock dies with its holder.
+
+A study and its config are executed Python files: run only those whose source is trusted.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bitnet_jax.cli.main import exit_code
+from bitnet_jax.optional_packages import missing_package
 from bitnet_jax.training.run_folder import write_whole
 from experiments.provenance import provenance
 from experiments.runs import locked, train
@@ -40,7 +45,7 @@ def run_one(study: Study, name: str, workdir: Path, small: bool) -> Row:
     """The row of one run; its failure is recorded in it, not raised."""
     arm, seed = study.runs(small)[name]
     row: Row = {"run": name, "arm": arm, "seed": seed, "overrides": _json(study.overrides(arm, seed, small))}
-    row |= provenance()
+    row |= {"config_hash": _settings_hash(study, arm, seed, small)} | provenance()
     start = time.monotonic()
     try:
         if study.run is not None:
@@ -81,27 +86,40 @@ def claim(one: Assignment) -> Row | None:
 
 
 def pending(study: Study, results: Path, small: bool, retry_failed: bool) -> list[str]:
-    """The runs that have no row yet.
+    """The runs to do: those that have no row yet, and of those whose row says failed the ones worth another try.
+
+    A failed run is tried again when its settings are no longer those that failed; with the same ones (the machine was
+    full, the code was mended) only where `retry_failed` asks for it. Any other row is a result and stays.
 
     Raises:
-      ValueError: rows that were made with other overrides than the study has now.
+      ValueError: rows of results that were made with other overrides than the study has now.
     """
     rows = {row["run"]: row for row in read_results(results)}
-    stale = [
-        name
-        for name, (arm, seed) in study.runs(small).items()
-        if name in rows and rows[name]["overrides"] != _json(study.overrides(arm, seed, small))
-    ]
+    names, stale = [], []
+    for name, (arm, seed) in study.runs(small).items():
+        row = rows.get(name)
+        same = row is not None and row.get("overrides") == _json(study.overrides(arm, seed, small))
+        if row is None:
+            names.append(name)
+        elif row["status"] == "failed":
+            if retry_failed or not same or row.get("config_hash") != _settings_hash(study, arm, seed, small):
+                names.append(name)
+        elif not same:
+            stale.append(name)
     if stale:
         raise ValueError(
             f"{results}: got rows of {', '.join(stale)} made with other settings than the study has now; "
             "remove these lines (and their folders in the workdir) to measure them again"
         )
-    return [
-        name
-        for name in study.runs(small)
-        if name not in rows or (retry_failed and rows[name]["status"] == "failed")
-    ]
+    return names
+
+
+def _settings_hash(study: Study, arm: str, seed: int, small: bool) -> str | None:
+    """Of the whole config of a run, base settings included; None where there is none or it is refused."""
+    try:
+        return study.settings(arm, seed, small).hash()
+    except (ValueError, OSError):
+        return None
 
 
 def sweep(
@@ -178,9 +196,7 @@ def _submitted(
     try:
         import submitit
     except ImportError as error:
-        raise ValueError(
-            f"executor {executor!r}: got no package submitit, which submits; pip install 'bitnet-jax[cluster]'"
-        ) from error
+        raise ValueError(f"executor {executor!r}: {missing_package('submitit')}") from error
     submitter = submitit.AutoExecutor(folder=workdir / "submitit", cluster=executor)
     limits = {"slurm_array_parallelism": jobs} if executor == "slurm" else {}
     submitter.update_parameters(**{"name": "sweep", "timeout_min": 24 * 60, **limits, **cluster})
@@ -200,7 +216,8 @@ def _json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code, as of `bitnet-jax`."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.sweep",
         description=__doc__,
@@ -213,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         "--executor",
         choices=EXECUTORS,
         default="process",
-        help="process: on this machine; slurm, local: through submitit (extra `cluster`)",
+        help="process: on this machine; slurm, local: through submitit (optional package submitit)",
     )
     parser.add_argument(
         "--cluster",
@@ -222,7 +239,10 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME=VALUE",
         help="a parameter of submitit's executor",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="also the runs whose row says failed")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="also the failed runs whose settings are unchanged"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(
         "--workdir", type=Path, help="where runs are kept (default runs/studies/STUDY[-small])"
     )
@@ -233,16 +253,21 @@ def main(argv: list[str] | None = None) -> None:
         name: int(value) if value.isdigit() else value
         for name, _, value in (c.partition("=") for c in args.cluster)
     }
-    study = load_study(args.study)
-    workdir = args.workdir or study.workdir(args.small)
-    options = {
-        "jobs": args.jobs,
-        "executor": args.executor,
-        "retry_failed": args.retry_failed,
-        "cluster": cluster,
-    }
-    print(sweep(study, workdir, args.small, **options))
+
+    def run() -> int:
+        study = load_study(args.study)
+        workdir = args.workdir or study.workdir(args.small)
+        options = {
+            "jobs": args.jobs,
+            "executor": args.executor,
+            "retry_failed": args.retry_failed,
+            "cluster": cluster,
+        }
+        print(sweep(study, workdir, args.small, **options))
+        return 0
+
+    return exit_code(run, debug=args.debug)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,7 +31,7 @@ from bitnet_jax.training.step import make_train_step
 from bitnet_jax.training.task import init_variables, model_loss
 from experiments.provenance import provenance
 
-CONFIG = Path(__file__).parent / "configs" / "quickstart.py"
+CONFIG = "quickstart"
 BYTES = 256  # vocabulary
 # name -> fields of the model; the first is what the others are compared with
 RECIPES = {recipe: {"precision": recipe} for recipe in ("float32", "bitnet_b158", "bitnet")}
@@ -46,7 +46,7 @@ PRODUCTS = {
 
 
 def quickstart() -> RunConfig:
-    return RunConfig.from_dict(load_config_file(str(CONFIG), []))
+    return RunConfig.from_dict(load_config_file(CONFIG))
 
 
 def measure(
@@ -132,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.preset is None:
         data = quickstart().data
-        model, variants, what = quickstart().model_config(BYTES), RECIPES, CONFIG.name
+        model, variants, what = quickstart().model_config(BYTES), RECIPES, CONFIG
         batch_size, length = data.batch_size, data.length
     else:
         model, variants, what = PRESETS[options.preset], PRODUCTS, options.preset

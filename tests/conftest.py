@@ -20,6 +20,8 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}".strip()
 
+os.environ.setdefault("BITNET_JAX_CACHE", "off")  # tests that keep something name a folder of their own
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 

@@ -25,6 +25,8 @@ KNOW_NO_MODEL: set[str] = set()  # arrays and pytrees only
 ARROWS: dict[str, set[str]] = {
     "": KNOW_NO_MODEL,  # bitnet_jax/__init__.py: names and a version, no work
     "compat": KNOW_NO_MODEL,
+    "optional_packages": KNOW_NO_MODEL,
+    "progress": KNOW_NO_MODEL,
     "ste": KNOW_NO_MODEL,
     "scales": {"ste"},
     "weight_quantizers": {"ste", "scales"},
@@ -44,9 +46,10 @@ ARROWS: dict[str, set[str]] = {
     "random_model": MODEL | {"packing", "storage", "tensor_file"},
     "inference": MODEL | {"inference", "data"},
     "evaluation": MODEL | {"evaluation", "inference", "data", "training.losses"},
-    "training": MODEL | {"training", "evaluation", "data"},
+    "training": MODEL | {"training", "evaluation", "data", "packing"},
     "interop": MODEL | {"packing", "tensor_file", "data", "interop"},
-    "config_file": KNOW_NO_MODEL,
+    "python_file": KNOW_NO_MODEL,
+    "config_file": {"python_file"},
     "model_folders": MODEL | {"packing", "storage", "inference", "training", "data", "interop"},
     "kernel_checks": KNOW_NO_MODEL,
     "doctor": MODEL | {"packing", "inference", "kernel_checks"},
@@ -72,6 +75,7 @@ ARROWS: dict[str, set[str]] = {
         "config_file",
         "doctor",
         "model_folders",
+        "models",
         "packing",
         "inference",
         "evaluation",
@@ -79,7 +83,9 @@ ARROWS: dict[str, set[str]] = {
         "data",
     },
 }
-EVERYWHERE = {"", "compat"}  # the version, and the one file that knows JAX versions differ
+# The version, the one file that knows JAX versions differ, the words for a package that is absent, and how a long task
+# says how far it is.
+EVERYWHERE = {"", "compat", "optional_packages", "progress"}
 
 # The only files outside kernels/ that may touch the kernels.
 TOUCH_KERNELS = {
@@ -104,6 +110,7 @@ KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "ml_dtypes", "bitnet_kernels"}
 SOURCES = {
     "bitnet_jax": ROOT / "bitnet_jax",
     "bitnet_kernels": ROOT / "kernels" / "bitnet_kernels",
+    "bitnet_experiments": ROOT / "experiments" / "bitnet_experiments",
     "experiments": ROOT / "experiments",
 }
 
@@ -192,17 +199,19 @@ def test_bitnet_kernels_imports_only_jax_numpy_and_itself() -> None:
 
 
 def test_nothing_imports_experiments_and_they_reach_the_kernels_through_bitnet_jax() -> None:
+    """The scripts in `experiments` are no part of an installation; the package bitnet_experiments is."""
     forbidden = {
-        "bitnet_jax": "experiments",
-        "bitnet_kernels": "experiments",
-        "experiments": "bitnet_kernels",
+        "bitnet_jax": {"experiments", "bitnet_experiments"},
+        "bitnet_kernels": {"experiments", "bitnet_experiments"},
+        "bitnet_experiments": {"experiments", "bitnet_kernels"},
+        "experiments": {"bitnet_kernels"},
     }
     wrong = [
         f"{file.relative_to(ROOT)}:{line}: imports {name}"
-        for package, root in forbidden.items()
+        for package, roots in forbidden.items()
         for _, file in modules(package)
         for line, name in imported(file, package)
-        if name.split(".")[0] == root
+        if name.split(".")[0] in roots
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -254,10 +263,10 @@ def test_the_name_kernels_stays_free_for_the_package_of_that_name(tmp_path: Path
 
 
 def test_importing_starts_no_device() -> None:
-    """Every module of both packages: a backend that an import starts can no longer be set up by its user."""
+    """Every module of the packages: a backend that an import starts can no longer be set up by its user."""
     names = [
         f"{package}.{module}".rstrip(".")
-        for package in ("bitnet_jax", "bitnet_kernels")
+        for package in ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
         for module, _ in modules(package)
         if not module.endswith("__main__")
     ]
@@ -268,4 +277,4 @@ for name in {names!r}:
 from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized())
 """
-    assert fresh_interpreter(code, ROOT / "kernels") == "False"
+    assert fresh_interpreter(code, ROOT / "kernels", ROOT / "experiments") == "False"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -13,13 +14,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import bitnet_jax
+from bitnet_jax.optional_packages import PURPOSES, missing_package
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-ROOTS = {"bitnet_jax": ROOT / "bitnet_jax", "bitnet_kernels": ROOT / "kernels" / "bitnet_kernels"}
+ROOTS = {
+    "bitnet_jax": ROOT / "bitnet_jax",
+    "bitnet_kernels": ROOT / "kernels" / "bitnet_kernels",
+    "bitnet_experiments": ROOT / "experiments" / "bitnet_experiments",
+}
 # Import names that differ from the name on the package index.
 DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
@@ -67,6 +75,42 @@ def test_every_declared_dependency_is_used() -> None:
     assert names(PROJECT["dependencies"]) <= used
 
 
+def test_every_dependency_has_both_bounds_and_what_is_installed_is_within_them() -> None:
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        operators = {clause.operator for clause in requirement.specifier}
+        assert operators == {">=", "<"}, f"{requirement}: expected a lower and an upper bound"
+        assert importlib.metadata.version(requirement.name) in requirement.specifier, requirement
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "requirements").glob("ci-py*.txt")), ids=lambda file: file.stem
+)
+def test_the_pins_of_continuous_integration_are_whole_and_within_the_bounds(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.+!]+", line) for line in lines), (
+        "a pin of a place and not of a version"
+    )
+    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    extras = PROJECT["optional-dependencies"]
+    for text in (*PROJECT["dependencies"], *extras["plots"], *extras["test"], *extras["lint"]):
+        requirement = Requirement(text)
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, f"{text}; make lock"
+
+
+def test_continuous_integration_installs_its_pins() -> None:
+    """Through make, which passes them to pip; a Python without a file gets what the bounds allow."""
+    make = ["make", "--dry-run", "VENV=nowhere", "nowhere/.installed-for-development"]
+    command = re.compile(r"pip .*install (.*)--editable")
+    for pins in ("", "requirements/ci-py311.txt"):
+        shown = subprocess.run(
+            make, cwd=ROOT, env=os.environ | {"CONSTRAINTS": pins}, capture_output=True, text=True, check=True
+        ).stdout
+        (options,) = command.findall(shown)
+        assert options.strip() == (f"--constraint {pins}" if pins else "")
+    assert (ROOT / "requirements" / "ci-py311.txt").is_file()
+    assert "export CONSTRAINTS=$constraints" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_every_folder_with_code_is_a_package() -> None:
     """find_packages silently leaves out a folder without __init__.py."""
     for folder in ROOTS.values():
@@ -92,7 +136,7 @@ def test_the_command_exists() -> None:
 def test_the_library_is_built_with_the_oldest_supported_headers() -> None:
     """Headers newer than the runtime would disable the CPU backend."""
     oldest = next(text for text in PROJECT["dependencies"] if text.startswith("jax>="))
-    assert oldest.replace("jax>=", "jaxlib==") in PYPROJECT["build-system"]["requires"]
+    assert oldest.partition(",")[0].replace("jax>=", "jaxlib==") in PYPROJECT["build-system"]["requires"]
 
 
 def test_the_licence_is_whole() -> None:
@@ -107,7 +151,15 @@ def build(target: Path, **environment: str) -> zipfile.ZipFile:
     """The wheel that pip makes of a copy of the sources."""
     source = target / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "bitnet_jax", "kernels"):
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "bitnet_jax",
+        "kernels",
+        "experiments",
+    ):
         subprocess.run(["cp", "-r", ROOT / name, source], check=True)
     for built in (*source.rglob("*.so"), *source.rglob("*.egg-info")):
         subprocess.run(["rm", "-r", built], check=True)
@@ -119,7 +171,7 @@ def build(target: Path, **environment: str) -> zipfile.ZipFile:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_both_packages_and_the_library_and_serves_every_python(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_package_and_the_library_and_serves_every_python(tmp_path: Path) -> None:
     wheel = build(tmp_path)
     assert re.search(r"-py3-none-(linux|macosx|manylinux)", wheel.filename)
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -136,3 +188,35 @@ def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path) -> N
     wheel = build(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     assert "bitnet_kernels/matmul.py" in wheel.namelist()
     assert "bitnet_kernels/_cpu.so" not in wheel.namelist()
+
+
+def test_advice_to_install_names_what_an_index_has() -> None:
+    """`bitnet-jax[extra]` is on none; and every error about an absent package is made in one place."""
+    extras = PROJECT["optional-dependencies"]
+    listed = {re.split(r"[\s<>=!~;\[]", text, maxsplit=1)[0] for text in sum(extras.values(), [])}
+    assert set(PURPOSES) <= listed
+    for name in PURPOSES:
+        assert missing_package(name).endswith(f"; pip install {name}")
+    sources = [file for folder in (*ROOTS.values(), ROOT / "experiments") for file in folder.rglob("*.py")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "experiments").glob("*.md"), ROOT / "kernels" / "README.md"]
+    for file in (*sources, *pages):
+        text = file.read_text()
+        assert not re.search(r"bitnet[-_]jax\[", text), (
+            f"{file}: advises an extra by a name that is on no index"
+        )
+        if file.suffix == ".py" and file.name != "optional_packages.py":
+            assert "pip install" not in text, f"{file}: advice of its own; use bitnet_jax.optional_packages"
+
+
+def test_every_import_of_an_optional_package_says_how_to_get_it() -> None:
+    modules = {"lm-eval": "lm_eval", "nvidia-ml-py": "pynvml", "rouge-score": "rouge_score"}
+    for name in PURPOSES:
+        imported = re.compile(rf"^ +(?:import|from) {modules.get(name, name)}\b", re.MULTILINE)
+        users = [
+            file
+            for file in (*ROOTS["bitnet_jax"].rglob("*.py"), *(ROOT / "experiments").glob("*.py"))
+            if imported.search(file.read_text())
+        ]
+        assert users, f"nothing imports {name}"
+        for file in users:
+            assert f"missing_package('{name}')" in file.read_text().replace('"', "'"), f"{file}: {name}"

@@ -1,8 +1,8 @@
 """Count operations, joules and bytes of a model by arithmetic; with --measure, joules by the machine's meters.
 
 The energy model is BitNet's (2310.11453): every token attends to all others of the text, the output head is
-told apart. --measure generates text and reads RAPL (processors) and NVML (GPUs, pip install
-'bitnet-jax[energy]') meanwhile.
+told apart. --measure generates text and reads RAPL (processors) and NVML (GPUs, optional package
+nvidia-ml-py) meanwhile.
 
 example:
   bitnet-jax energy --preset 2b4t --length 512 --json energy.json
@@ -21,7 +21,9 @@ from bitnet_jax.cli.shared import kv_format_argument, ternary_format_argument, w
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="a packed model, a run, ...")
     command.add_argument("--preset", metavar="NAME", help="or the shape of a preset: tiny, 125m, ..., 2b4t")
-    command.add_argument("--config", metavar="FILE.py[:VARIANT]", help="or the model of a config file")
+    command.add_argument(
+        "--config", metavar="CONFIG", help="or the model of NAME[:VARIANT] or FILE.py[:VARIANT]"
+    )
     command.add_argument("--recipe", metavar="NAME", help="of a preset: precision of its layers")
     command.add_argument("--head", metavar="NAME", help="of a preset: form of its output head, see bench")
     ternary_format_argument(command)
@@ -45,7 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax import energy_report
-    from bitnet_jax.model_folders import load_model
+    from bitnet_jax.model_folders import load_text_model
 
     variables = None
     if args.folder is not None:
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 "got FOLDER beside --preset, --config or what changes them, expected one of these"
             )
-        _, config, variables, _ = load_model(args.folder, step=args.step)
+        model = load_text_model(args.folder, step=args.step)
+        config, variables = model.config, model.variables
     else:
         shape = args.recipe, args.head, args.ternary_format
         config = energy_report.chosen_config(args.preset, args.config, *shape)

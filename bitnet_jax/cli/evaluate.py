@@ -6,25 +6,28 @@ for other folders of the standard library. The others read files below $BITNET_J
   choices           arc_challenge arc_easy hellaswag openbookqa piqa social_iqa winogrande
   language          blimp (minimal pairs), lambada (last words)
   classes           sst2 trec banking77 cola sms_spam
-  summaries         scitldr (needs pip install 'bitnet-jax[summarization]')
+  summaries         scitldr (optional package rouge-score)
 
-A classifier (num_classes) can do those of classes. Each figure has a 95 % interval over its examples.
---harness runs tasks of lm-evaluation-harness instead, with its data (pip install 'bitnet-jax[harness]').
+A classifier (num_classes) measures held-out examples of its own data, or those of --source: JSON lines, or a folder
+of MNIST's files. One of texts can also do the tasks of classes. Each figure has a 95 % interval over its examples.
+--harness runs tasks of lm-evaluation-harness instead, with its data (optional package lm-eval).
 
 example:
   bitnet-jax eval runs/first-packed --source texts/ --split all --stride 32 --json figures.json
   bitnet-jax eval runs/first-packed --tasks blimp,lambada,arc_easy --limit 500 --json tasks.json
+  bitnet-jax eval runs/cnn-packed --source vision/mnist
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import write_json
+from bitnet_jax.cli.shared import allow_download_argument, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -32,7 +35,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
     )
     command.add_argument(
-        "--tasks", default="language", metavar="NAME[,NAME...]", help="what to measure (default %(default)s)"
+        "--tasks",
+        metavar="NAME[,NAME...]",
+        help="what to measure (default: language, or classification for a classifier)",
     )
     command.add_argument(
         "--harness", metavar="NAME[,NAME...]", help="tasks of lm-evaluation-harness, in place of --tasks"
@@ -55,8 +60,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the files of tasks are (default: $BITNET_JAX_DATA)",
     )
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.add_argument("--source", help="of language: stdlib, a file, a folder, or hf:NAME")
+    command.add_argument(
+        "--quiet", action="store_true", help="no progress bar, or lines where there is no terminal"
+    )
+    command.add_argument(
+        "--source",
+        help="of language: stdlib, a file, a folder, or hf:NAME; of classification: as data.source of a run",
+    )
     command.add_argument(
         "--split", choices=("document", "tail", "record", "all"), help="what is held out; all: no part"
     )
@@ -78,6 +88,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "(default: T, windows side by side)",
     )
     command.add_argument("--max-tokens", type=int, help="look at so many tokens only")
+    command.add_argument(
+        "--skip-bad-files",
+        action="store_true",
+        help="of language: leave out files of a folder that cannot be read",
+    )
+    allow_download_argument(command)
     command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
 
 
@@ -85,16 +101,28 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.evaluation.likelihood import TextModel
     from bitnet_jax.evaluation.tasks import TASKS, describe, run_task
     from bitnet_jax.model_folders import load_model
+    from bitnet_jax.models import text_config
 
-    names = [name.strip() for name in args.tasks.split(",")]
-    if unknown := [name for name in names if name not in ("language", *TASKS)]:
-        raise ValueError(f"got --tasks {', '.join(unknown)}, expected some of language, {', '.join(TASKS)}")
+    names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
+    if unknown := [name for name in names if name not in ("language", "classification", *TASKS)]:
+        known = ", ".join(("language", "classification", *TASKS))
+        raise ValueError(f"got --tasks {', '.join(unknown)}, expected some of {known}")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"got --limit {args.limit}, expected at least 1 record")
     model = load_model(args.folder, step=args.step)
+    classifier = bool(getattr(model.config, "num_classes", 0))
+    names = names or ["classification" if classifier else "language"]
+    if names == ["classification"] and not args.harness:
+        figures = _classification_figures(args, model)
+        write_json(args.json, figures)
+        print("\n".join(describe("classification", figures)))
+        return 0
+    config = text_config(model.config)
     if model.tokenizer is None:
         raise ValueError(
             f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"
         )
-    text_model = TextModel(model.config, model.variables, model.tokenizer)
+    text_model = TextModel(config, model.variables, model.tokenizer)
     how = {"limit": args.limit, "progress": not args.quiet}
     if args.harness:
         from bitnet_jax.harness import run_harness
@@ -103,11 +131,14 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.json, results)
         print(json.dumps(results, indent=2, default=str))
         return 0
-    figures: dict[str, Any] = {}
+    figures = {}
     for name in names:
         if name == "language":
             figures[name] = _language_figures(args, model)
             print(_describe_language(figures[name]))
+        elif name == "classification":
+            figures[name] = _classification_figures(args, model)
+            print("\n".join(describe(name, figures[name])))
         else:
             figures[name] = run_task(text_model, name, root=args.data_root, **how)
             print("\n".join(describe(name, figures[name])))
@@ -117,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    from bitnet_jax.data import load_corpus, read_documents, token_stream
+    from bitnet_jax.data import MeasuredStream, load_corpus, measured_stream, read_documents
     from bitnet_jax.evaluation.language import evaluate_text
     from bitnet_jax.training.config import DataConfig
     from bitnet_jax.training.run_folder import RunFolder
@@ -125,24 +156,30 @@ def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     own = RunFolder(args.folder).read_config().data if model.kind == "run" else DataConfig()
     data = own if args.source is None else DataConfig(source=args.source)
     split = args.split or data.split
+    reading: dict[str, Any] = {
+        "root": data.root,
+        "skip_bad_files": args.skip_bad_files or data.skip_bad_files,
+        "allow_download": args.allow_download or None,
+    }
     if split == "all":
-        tokens = token_stream(read_documents(data.source, data.root).documents, model.tokenizer)
+        stream = measured_stream(read_documents(data.source, **reading).documents, model.tokenizer)
     else:
-        tokens = load_corpus(
+        corpus = load_corpus(
             data.source,
             tokenizer=model.tokenizer,
             split=split,
             valid_fraction=data.valid_fraction if args.valid_fraction is None else args.valid_fraction,
             valid_source=data.valid_source,
-            root=data.root,
-        ).valid
+            **reading,
+        )
+        stream = MeasuredStream(corpus.valid, corpus.valid_token_bytes)
     began = time.perf_counter()
     length = model.config.known_length if args.length is None else args.length
     score = evaluate_text(
         model.config,
         model.variables,
-        tokens,
-        model.tokenizer,
+        stream.tokens,
+        stream.token_bytes,
         length=length,
         stride=args.stride,
         max_tokens=args.max_tokens,
@@ -154,6 +191,70 @@ def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "split": split,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _classification_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Of held-out examples, with the labels, the cut and the normalisation that the model was trained with."""
+    from bitnet_jax.data import whole_batches
+    from bitnet_jax.evaluation.classifiers import score_classifier
+
+    if not getattr(model.config, "num_classes", 0):
+        raise ValueError(
+            f"got {args.folder}, a language model, expected a classifier for --tasks classification"
+        )
+    if model.classes is None:
+        raise ValueError(
+            f"got {args.folder} without classes.json, which says what its classes are; train and pack it again"
+        )
+    began = time.perf_counter()
+    examples, source = _held_out_examples(args, model)
+    count = len(examples["targets"])
+    if args.limit is not None:
+        if args.limit < 1:
+            raise ValueError(f"got --limit {args.limit}, expected at least 1")
+        chosen = range(count) if args.limit >= count else [i * count // args.limit for i in range(args.limit)]
+        examples = {name: array[list(chosen)] for name, array in examples.items()}
+    batches = whole_batches(examples, min(256, len(examples["targets"])))
+    figures = score_classifier(model.config, model.variables, batches).result().figures()
+    return figures | {"source": source, "limit": args.limit, "seconds": time.perf_counter() - began}
+
+
+def _held_out_examples(args: argparse.Namespace, model: Any) -> tuple[dict[str, Any], str]:
+    """Held-out inputs and targets of the model's own data or of --source, and the name of the source."""
+    from bitnet_jax.data import load_images, load_labelled_text
+    from bitnet_jax.training.config import data_config
+
+    classes, own = model.classes, data_config(model.classes.data)
+    data = (
+        own
+        if args.source is None
+        else dataclasses.replace(own, source=args.source, valid_source=None, root=None)
+    )
+    if classes.task == "images":
+        if args.split is not None:
+            raise ValueError(
+                f"got --split {args.split}, expected none: sources of images say what is held out"
+            )
+        held_out = load_images(data.source, size=data.image_size, root=data.root, pixels=classes.pixels).valid
+        expected = tuple(getattr(model.config, name) for name in ("image_size", "image_size", "channels"))
+        if held_out.images.shape[1:] != expected or held_out.labels.max() >= len(classes.names):
+            raise ValueError(
+                f"{data.source}: got images of {held_out.images.shape[1:]} and classes up to {held_out.labels.max()}, "
+                f"expected {expected} and {len(classes.names)} classes"
+            )
+        return {"inputs": held_out.images, "targets": held_out.labels}, data.source
+    if args.split not in (None, "all"):
+        raise ValueError(f"got --split {args.split}, expected all or none: texts are held out by a hash")
+    texts = load_labelled_text(
+        data.source,
+        length=classes.length,
+        tokenizer=model.tokenizer,
+        valid_source=data.source if args.split == "all" else data.valid_source,
+        valid_fraction=args.valid_fraction or data.valid_fraction,
+        root=data.root,
+        classes=classes.names,
+    )
+    return texts.valid, data.source
 
 
 def _describe_language(figures: dict[str, Any]) -> str:

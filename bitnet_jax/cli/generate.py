@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.inference.exact_head import with_exact_head
     from bitnet_jax.inference.sampling import SamplingConfig
     from bitnet_jax.inference.streaming import stream
-    from bitnet_jax.model_folders import load_model
+    from bitnet_jax.model_folders import load_text_model
 
     sampling = SamplingConfig(
         temperature=args.temperature,
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty,
     )
     prompt = _prompt(args)
-    model = load_model(args.folder, step=args.step)
+    model = load_text_model(args.folder, step=args.step)
     if model.tokenizer is None:
         raise ValueError(
             f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"

@@ -1,6 +1,7 @@
 """Show what a folder holds: config, recipe of each layer, size of each part, packed formats.
 
-Contents of a large packed model are read and compared with their checksums only with --verify.
+The small files and the smallest tensors of a packed model, up to 256 MiB of them, are compared with their checksums
+always; the largest matrices of a larger model only with --verify.
 
 example:
   bitnet-jax info runs/first-packed --verify
@@ -9,6 +10,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from bitnet_jax.cli.shared import describe_sizes, size_figures, write_json
@@ -27,20 +29,29 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax import packing
     from bitnet_jax.model_folders import load_model, matrices
+    from bitnet_jax.models import config_fields
 
     model = load_model(args.folder, step=args.step, verify=args.verify or None)
     sizes = packing.sizes(model.variables)
     layers = matrices(model.config, model.variables)
-    config = model.config.to_dict()
+    config = config_fields(model.config)
+    classes = model.classes
     figures = {
         "kind": model.kind,
         "config": config,
         "tokenizer": None if model.tokenizer is None else model.tokenizer.kind,
+        "classes": None if classes is None else json.loads(classes.to_json()),
         "matrices": layers,
         "bytes": size_figures(sizes),
     }
     write_json(args.json, figures)
     print(f"{args.folder}: {model.kind}, tokenizer {figures['tokenizer']}, {describe_sizes(sizes)}\n")
+    if classes is not None:
+        print(f"  {classes.task}: {', '.join(map(str, classes.names))}")
+        if classes.pixels is not None:
+            mean, deviation, (height, width) = classes.pixels
+            print(f"  pixels: mean {mean:.6g}, deviation {deviation:.6g}, of images of {height} x {width}")
+        print()
     for name, value in config.items():
         print(f"  {name:18s} {value}")
     print(f"\n  {'matrix':34s} {'n x k':>13s}  {'recipe':22s} {'stored':18s} {'bytes':>11s}")

@@ -11,22 +11,25 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
 import bitnet_jax
-from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, pack, train
+from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, init, pack, predict, train
+from bitnet_jax.cli.shared import check_json_target
 
-OURS = ("bitnet_jax", "bitnet_kernels")
+OURS = ("bitnet_jax", "bitnet_kernels", "experiments")
 
 # Each module has `add_arguments(parser)`, `run(args) -> exit code` and its --help as docstring. Their imports are
 # inside `run`, so that --help is instant.
 COMMANDS: dict[str, ModuleType] = {
+    "init": init,
     "train": train,
     "pack": pack,
     "generate": generate,
+    "predict": predict,
     "eval": evaluate,
     "info": info,
     "bench": bench,
@@ -39,17 +42,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; the exit code."""
     _write_utf8()
     parser = build_parser()
-    args, rest = parser.parse_known_args(arguments)
-    args.overrides = [word for word in rest if word.startswith("--config.")] if args.run is train.run else []
-    if unknown := [word for word in rest if word not in args.overrides]:
+    overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    args, unknown = parser.parse_known_args(words)
+    args.overrides = overrides
+    if args.run is not train.run:
+        unknown += overrides
+    if unknown:
         parser.error(f"got {' '.join(unknown)}, expected the options of `bitnet-jax {args.command} --help`")
-    try:
+
+    def run() -> int:
         # Before the work, not after it.
-        if args.json is not None and not args.json.absolute().parent.is_dir():
-            raise FileNotFoundError(f"got --json {args.json}, expected a file in a folder that exists")
+        check_json_target(args.json)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return args.run(args)
+
+    return exit_code(run, debug=args.debug)
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides among the words of a command line, each `--config.a.b=value`, and the other words.
+
+    The value may be the next word: `--config.a.b value`. An override without one is left to the config's parser.
+    """
+    overrides, others = [], []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--config."):
+            others.append(word)
+        elif "=" in word or not rest or rest[0].startswith("--"):
+            overrides.append(word)
+        else:
+            overrides.append(f"{word}={rest.pop(0)}")
+    return overrides, others
+
+
+def exit_code(run: Callable[[], int], *, debug: bool = False) -> int:
+    """What `run` returns, or the exit code of what it raises; wrong input is told in one line on stderr.
+
+    Args:
+      debug: raise the errors of wrong input as well, to see their traceback.
+    """
+    try:
+        return run()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -57,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if args.debug or not _is_user_error(error):
+        if debug or not _is_user_error(error):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """Pack a run's weights to bits, after proving that the packed model is the same model.
 
-Nothing is written if a code, a greedy token, or a logit beyond 1e-5 of the largest differs.
+Runs of every task: language models, and classifiers of texts and of images. Nothing is written if a code, a greedy
+token, or a logit beyond 1e-5 of the largest differs.
 
 example:
   bitnet-jax pack runs/first runs/first-packed
@@ -37,6 +38,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.model_folders import pack_run
 
+    if args.folder.exists() and not args.overwrite:
+        raise FileExistsError(f"got {args.folder}, which exists; expected a new folder, or --overwrite")
     proof, sizes = pack_run(
         args.run_folder,
         args.folder,

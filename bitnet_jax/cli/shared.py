@@ -5,8 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+
+def check_json_target(path: Path | None) -> None:
+    """Raises OSError unless the file can be written: to be asked before the work whose figures go there."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"got --json {path}, expected a file in a folder that exists")
+    if path.is_dir():
+        raise IsADirectoryError(f"got --json {path}, which is a folder; expected the name of a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise PermissionError(f"got --json {path}, which cannot be written; expected a place that can")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
@@ -48,6 +62,14 @@ def kv_format_argument(command: argparse.ArgumentParser) -> None:
         "--kv-format",
         choices=("float32", "bfloat16", "int8"),
         help="of remembered keys and values (default: the model's own dtype); int8 reads a quarter of float32",
+    )
+
+
+def allow_download_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="let a source hf:NAME be downloaded; a config alone cannot (also: BITNET_JAX_ALLOW_DOWNLOAD=1)",
     )
 
 

@@ -1,38 +1,61 @@
 """Train a model from a config file, or go on with the run that the folder holds.
 
+The config file is executed Python: use only files whose source is trusted. Its fields are overridden by
+--config.SECTION.FIELD=VALUE (or with a space in place of the equals sign).
+
+A run goes on under the settings it began with. These may change: training.log_every, eval_every, checkpoint_every,
+keep_checkpoints and tensorboard, the mesh, and training.steps. With more steps a finished run goes on from its last
+checkpoint; a schedule other than constant then follows the new total from there, which is told on stderr and kept as
+extended_from in result.json. A start that ends before its first checkpoint binds nobody: correct it and start again.
+
 example:
-  bitnet-jax train --config experiments/configs/byte_lm.py:small --workdir runs/first \
+  bitnet-jax train --config byte_lm:small --workdir runs/first \
       --config.training.steps=200 --config.model.precision=bitnet
+  bitnet-jax train --config byte_lm:small --workdir runs/first \
+      --config.training.steps=400 --config.model.precision=bitnet     # goes on from step 200
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
-from bitnet_jax.cli.shared import write_json
+from bitnet_jax.cli.shared import allow_download_argument, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--config", required=True, metavar="FILE.py[:VARIANT]", help="file with get_config()"
+        "--config",
+        required=True,
+        metavar="CONFIG",
+        help="NAME[:VARIANT] of `bitnet-jax init --list`, or FILE.py[:VARIANT] with get_config()",
     )
     command.add_argument(
         "--workdir", required=True, type=Path, help="folder of the run; resumed if it holds one"
     )
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.usage = (
-        "%(prog)s --config FILE.py[:VARIANT] --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
+    allow_download_argument(command)
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="train from the start; removes the run that the folder holds, refuses a folder with anything else in it",
     )
+    command.add_argument(
+        "--quiet", action="store_true", help="no progress bar, or lines where there is no terminal"
+    )
+    command.usage = "%(prog)s --config CONFIG --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
 
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.config_file import load_config_file
+    from bitnet_jax.data.text import DOWNLOAD_VARIABLE
     from bitnet_jax.training.loop import fit
 
+    if args.allow_download:
+        os.environ[DOWNLOAD_VARIABLE] = "1"
     config = load_config_file(args.config, args.overrides)
-    result = fit(config.to_dict(), args.workdir, progress=not args.quiet)
+    result = fit(config.to_dict(), args.workdir, progress=not args.quiet, overwrite=args.overwrite)
     write_json(args.json, result)
     print(json.dumps(result, indent=2))
     return 0 if result["status"] == "finished" else 1

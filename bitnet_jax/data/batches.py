@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitnet_jax.data.errors import DataError
+from bitnet_jax.data.errors import DataError, check_number
 
 SAMPLINGS = ("epoch", "windows")
 
@@ -118,12 +118,16 @@ def _check(**numbers: int) -> None:
         elif name == "step":
             if value < 0:
                 raise DataError(f"step: got {value}, expected 0 or more")
-        elif value < 1:
-            raise DataError(f"{name}: got {value}, expected at least 1; correct data.{name}")
+        else:
+            check_number(name, value)
 
 
 def consecutive_batches(
-    tokens: np.ndarray, length: int, batch_size: int, stride: int | None = None
+    tokens: np.ndarray,
+    length: int,
+    batch_size: int,
+    stride: int | None = None,
+    token_bytes: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches that score every token after the first exactly once, in order.
 
@@ -132,8 +136,12 @@ def consecutive_batches(
     in front, the first window's excepted. What fills up the last window and the last batch is 0 and not
     scored.
 
+    Args:
+      token_bytes: int [N], bytes of text that each token stands for, see streams.py.
+
     Yields:
-      {"inputs": int32 [B, T], "targets": int32 [B, T], "scored": bool [B, T]}
+      {"inputs": int32 [B, T], "targets": int32 [B, T], "scored": bool [B, T]}, and where token_bytes are given
+      "target_bytes": int32 [B, T], those of each target.
     """
     stride = length if stride is None else stride
     if length < 1 or batch_size < 1 or not 1 <= stride <= length:
@@ -146,15 +154,20 @@ def consecutive_batches(
         raise DataError(
             f"got a text of {len(tokens)} tokens, expected at least 2 to predict one; use more text"
         )
+    if token_bytes is not None and len(token_bytes) != len(tokens):
+        raise DataError(f"got {len(tokens)} tokens and the bytes of {len(token_bytes)}, expected as many")
     windows = 1 + max(0, -(-(predictions - length) // stride))
     padded_windows = -(-windows // batch_size) * batch_size
-    padded = np.zeros((padded_windows - 1) * stride + length + 1, np.int32)
+    padded, padded_bytes = np.zeros((2, (padded_windows - 1) * stride + length + 1), np.int32)
     padded[: len(tokens)] = tokens
+    if token_bytes is not None:
+        padded_bytes[: len(tokens)] = token_bytes
     for first in range(0, padded_windows, batch_size):
         window = np.arange(first, first + batch_size)[:, None]
         target = window * stride + 1 + np.arange(length)[None, :]  # place of each target in the stream
         fresh = (window == 0) | (target > (window - 1) * stride + length)
-        yield _cut(padded, window[:, 0] * stride, length) | {"scored": fresh & (target <= predictions)}
+        batch = _cut(padded, window[:, 0] * stride, length) | {"scored": fresh & (target <= predictions)}
+        yield batch if token_bytes is None else batch | {"target_bytes": padded_bytes[target]}
 
 
 def _cut(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:

@@ -1,23 +1,17 @@
-"""One call from the `data` section of a config to token streams: read, split, tokenize, join.
-
-A stream is what the model sees of several documents, separated by the tokenizer's `eos_id` (s):
-
-    s document s document s ... document s
-
-It begins with s, so the first token of a text is predicted too, and ends with one, so that the model learns
-when to stop. A tokenizer without `eos_id` joins the documents directly; the first token of the stream is then
-given.
-"""
+"""One call from the `data` section of a config to token streams: read, split, tokenize, join (streams.py)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from bitnet_jax.data.errors import DataError
+from bitnet_jax.data.files import JSON_BYTES, decode, read_file
+from bitnet_jax.data.streams import measured_stream, token_stream
 from bitnet_jax.data.text import Document, read_documents, resolve_path, split_documents, text_bytes
 from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, from_json
 
@@ -29,10 +23,11 @@ class Corpus:
     tokenizer: Tokenizer
     train: np.ndarray  # int32 [N]
     valid: np.ndarray  # int32 [M]
+    valid_token_bytes: np.ndarray  # int32 [M]: bytes of text that each held-out token stands for
     train_documents: int
     valid_documents: int
     train_bytes: int  # of UTF-8 text
-    valid_bytes: int
+    valid_bytes: int  # the sum of valid_token_bytes
     skipped: tuple[str, ...]  # files left out, see Documents
 
     def summary(self) -> dict[str, int | str]:
@@ -58,6 +53,8 @@ def load_corpus(
     valid_fraction: float = 0.05,
     valid_source: str | None = None,
     root: str | os.PathLike[str] | None = None,
+    skip_bad_files: bool = False,
+    allow_download: bool | None = None,
 ) -> Corpus:
     """Read, split, tokenize.
 
@@ -68,19 +65,26 @@ def load_corpus(
       split: `document`, `tail` or `record`, see `split_documents`.
       valid_fraction: share to hold out.
       valid_source: hold out all of this source instead; `split` and `valid_fraction` are then not looked at.
-      root: folder that relative paths are meant below, see `read_documents`.
+      root, skip_bad_files, allow_download: see `read_documents`.
+
+    Raises:
+      DataError: a source or the tokenizer cannot be read, nothing is on one side of the split, or a text cannot be
+        encoded.
     """
-    documents, skipped = read_documents(source, root)
+    read = partial(read_documents, root=root, skip_bad_files=skip_bad_files, allow_download=allow_download)
+    documents, skipped = read(source)
     if valid_source is None:
         train, valid = split_documents(documents, split, valid_fraction)
     else:
-        train, (valid, more) = documents, read_documents(valid_source, root)
+        train, (valid, more) = documents, read(valid_source)
         documents, skipped = documents + valid, skipped + more
     made = load_tokenizer(tokenizer, documents, root) if isinstance(tokenizer, str) else tokenizer
+    held_out = measured_stream(valid, made)
     return Corpus(
         tokenizer=made,
         train=token_stream(train, made),
-        valid=token_stream(valid, made),
+        valid=held_out.tokens,
+        valid_token_bytes=held_out.token_bytes,
         train_documents=len(train),
         valid_documents=len(valid),
         train_bytes=text_bytes(train),
@@ -98,21 +102,8 @@ def load_tokenizer(
     if name == "char":
         return CharTokenizer.fit((d.text for d in documents), separator="\0" if len(documents) > 1 else None)
     path = resolve_path(name, root)
+    text = decode(read_file(path, JSON_BYTES), str(path))
     try:
-        return from_json(path.read_bytes().decode())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: got no readable UTF-8 file ({error}), expected a tokenizer.json") from error
+        return from_json(text)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-
-
-def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """int32 [N], see the module docstring."""
-    separator = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
-    parts = [separator]
-    for document in documents:
-        try:
-            parts += [tokenizer.encode(document.text), separator]
-        except DataError as error:
-            raise DataError(f"{document.name}: {error}") from error
-    return np.concatenate(parts)

@@ -8,16 +8,16 @@ A source of images is one of
 
 from __future__ import annotations
 
-import gzip
+import math
 import os
 import struct
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bitnet_jax.data.errors import DataError, one_line
+from bitnet_jax.data.errors import DataError
+from bitnet_jax.data.files import BLOCK, read_blocks
 from bitnet_jax.data.text import resolve_path
 
 IDX_UINT8 = 0x08  # the only element type of the image sets
@@ -30,10 +30,19 @@ class LabelledImages(NamedTuple):
     labels: np.ndarray  # int32 [N], from 0
 
 
+class Pixels(NamedTuple):
+    """How pixels from 0 to 255 become inputs of a model: (pixel - mean) / deviation, after shrinking."""
+
+    mean: float
+    deviation: float
+    size: tuple[int, int]  # height and width of the images of the source, before they were shrunk
+
+
 class ImageSets(NamedTuple):
     train: LabelledImages
     valid: LabelledImages
     classes: int
+    pixels: Pixels
 
 
 def load_images(
@@ -42,15 +51,16 @@ def load_images(
     size: int | None = None,
     limit: int | None = None,
     root: str | os.PathLike[str] | None = None,
+    pixels: Pixels | None = None,
 ) -> ImageSets:
     """Both parts of a source (see the module docstring), pixels shifted and scaled alike.
-
-    Over all pixels of the training images the mean is 0 and the standard deviation 1.
 
     Args:
       size: rows and columns to shrink to by averaging areas; None: as they are.
       limit: train on so many images only, the first ones.
       root: folder that a relative path is meant below, see `resolve_path`.
+      pixels: mean and deviation of the images that a model was trained on; None: measured here, so that over all
+        pixels of the training images the mean is 0 and the standard deviation 1.
 
     Raises:
       DataError: a file is missing, damaged or of another kind; the two parts do not fit each other.
@@ -74,14 +84,22 @@ def load_images(
     images = [part.images.astype(np.float32) for part in (train, valid)]
     if size is not None:
         images = [shrink(part, size) for part in images]
-    mean, deviation = images[0].mean(dtype=np.float64), images[0].std(dtype=np.float64)
-    if deviation == 0:
-        raise DataError(f"{source}: got training images of one colour, expected pixels that differ")
+    if pixels is None:
+        mean, deviation = images[0].mean(dtype=np.float64), images[0].std(dtype=np.float64)
+        if deviation == 0:
+            raise DataError(f"{source}: got training images of one colour, expected pixels that differ")
+        height, width = train.images.shape[1:3]
+        pixels = Pixels(float(mean), float(deviation), (height, width))
     train, valid = (
-        LabelledImages(((part - mean) / deviation).astype(np.float32), labels)
+        LabelledImages(normalised(part, pixels), labels)
         for part, labels in zip(images, (train.labels, valid.labels), strict=True)
     )
-    return ImageSets(train, valid, int(max(train.labels.max(), valid.labels.max())) + 1)
+    return ImageSets(train, valid, int(max(train.labels.max(), valid.labels.max())) + 1, pixels)
+
+
+def normalised(images: np.ndarray, pixels: Pixels) -> np.ndarray:
+    """float32 images from 0 to 255 as a model takes them."""
+    return ((images - np.float64(pixels.mean)) / np.float64(pixels.deviation)).astype(np.float32)
 
 
 def _read_pair(folder: Path, part: str) -> LabelledImages:
@@ -96,7 +114,7 @@ def _read_pair(folder: Path, part: str) -> LabelledImages:
 
 def _one_of(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
+        if path.exists():
             return path
     raise DataError(
         f"{folder}: got no {name} or {name}.gz, expected the four files of MNIST; check data.source"
@@ -111,27 +129,35 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     Raises:
       DataError: not such a file, damaged, or its size is not what its header says.
     """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            header = file.read(4 + 4 * axes)
-            if header[:4] != bytes((0, 0, IDX_UINT8, axes)) or len(header) < 4 + 4 * axes:
-                raise DataError(
-                    f"{path}: got a file that begins {header[:4].hex(' ')!r}, expected the idx file of a uint8 "
-                    f"array with {axes} axes, 00 00 08 {axes:02x}"
-                )
-            shape = struct.unpack(f">{axes}I", header[4:])
-            expected = int(np.prod(shape, dtype=object))
-            content = file.read()  # what is there, not what the header claims
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: got damaged gzip data ({one_line(error)}); copy the file again") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)}); check its permissions") from error
+    content, expected, shape = bytearray(), 0, tuple[int, ...]()
+    header = 4 + 4 * axes
+    for block in read_blocks(path):
+        content += block
+        if not shape and len(content) >= header:
+            shape = _idx_shape(path, bytes(content[:header]), axes)
+            expected = math.prod(shape)
+        # More than it says: how much more does not matter, but a damaged file is to be called so.
+        if shape and len(content) > header + expected + BLOCK:
+            break
+    if not shape:
+        shape = _idx_shape(path, bytes(content), axes)
+    content = content[header:]
     if len(content) != expected:
+        got = f"{len(content)} bytes or more" if len(content) > expected else f"{len(content)} bytes"
         raise DataError(
-            f"{path}: got {len(content)} bytes behind the header, expected the {expected} of a "
+            f"{path}: got {got} behind the header, expected the {expected} of a "
             f"{' x '.join(map(str, shape))} array; copy the file again"
         )
     return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _idx_shape(path: Path, header: bytes, axes: int) -> tuple[int, ...]:
+    if header[:4] != bytes((0, 0, IDX_UINT8, axes)) or len(header) < 4 + 4 * axes:
+        raise DataError(
+            f"{path}: got a file that begins {header[:4].hex(' ')!r}, expected the idx file of a uint8 "
+            f"array with {axes} axes, 00 00 08 {axes:02x}"
+        )
+    return struct.unpack(f">{axes}I", header[4:])
 
 
 def shrink(images: np.ndarray, size: int) -> np.ndarray:

@@ -8,17 +8,17 @@ A source is one of
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bitnet_jax.data import standard_library
 from bitnet_jax.data.corpus import load_tokenizer
-from bitnet_jax.data.errors import DataError, one_line
-from bitnet_jax.data.text import Document, checked_text, read_lines, resolve_path, unit_hash
+from bitnet_jax.data.errors import DataError, check_number, check_share
+from bitnet_jax.data.text import Document, checked_text, json_lines, resolve_path, unit_hash
 from bitnet_jax.data.tokenizers import Tokenizer
 
 KEYWORDS = ("class", "def", "for", "if", "raise", "return")
@@ -43,24 +43,30 @@ def load_labelled_text(
     source: str = "keywords",
     *,
     length: int,
-    tokenizer: str = "byte",
+    tokenizer: str | Tokenizer = "byte",
     valid_source: str | None = None,
     valid_fraction: float = 0.1,
     limit: int | None = None,
     root: str | os.PathLike[str] | None = None,
+    classes: Sequence[int | str] | None = None,
 ) -> LabelledText:
     """Read, split, tokenize.
 
     Args:
       length: T; longer texts are cut behind it.
-      tokenizer: see `load_corpus`.
+      tokenizer: see `load_corpus`; or a tokenizer.
       valid_source: hold out all of it; None: the share `valid_fraction` of `source`, chosen by a hash of the text.
-      limit: train on so many examples only, the first ones.
+      limit: train on so many examples only, the first ones; where there are fewer, on all.
       root: folder that relative paths are meant below, see `resolve_path`.
+      classes: the labels of a trained model, in its order; None: the sorted labels of the training part.
 
     Raises:
-      DataError: a source cannot be read, a part is empty, or a held-out label is not among the trained ones.
+      DataError: a source cannot be read, a part is empty, or a label is not among the classes.
     """
+    check_number("length", length)
+    check_number("limit", limit)
+    if valid_source is None:
+        check_share("valid_fraction", valid_fraction)
     examples = read_examples(source, root)
     if valid_source is None:
         held_out = [unit_hash(example.text) < valid_fraction for example in examples]
@@ -74,30 +80,37 @@ def load_labelled_text(
             f"{source}: got {len(train)} texts to train on and {len(valid)} held out, expected at least one "
             "each; use another data.valid_fraction or data.valid_source"
         )
-    kinds = {type(example.label) for example in train}
-    if len(kinds) > 1:
-        raise DataError(f"{source}: got labels that are numbers and words, expected one of these")
-    classes: tuple[int | str, ...] = tuple(sorted({example.label for example in train}))
-    strange = sorted({str(example.label) for example in valid} - set(map(str, classes)))
-    if strange:
-        raise DataError(f"{source}: got held-out labels {strange} that no training text has")
-    made = load_tokenizer(tokenizer, [Document("", example.text) for example in train], root)
-    return LabelledText(
-        made, classes, _encode(train, classes, made, length), _encode(valid, classes, made, length)
-    )
+    if classes is None:
+        kinds = {type(example.label) for example in train}
+        if len(kinds) > 1:
+            raise DataError(f"{source}: got labels that are numbers and words, expected one of these")
+        classes = sorted({example.label for example in train})
+    for part, of_part in (("training", train), ("held-out", valid)):
+        strange = sorted({str(example.label) for example in of_part if example.label not in classes})
+        if strange:
+            raise DataError(f"{source}: got {part} labels {strange[:8]} that no training text has")
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer, [Document("", example.text) for example in train], root)
+    parts = (_encode(part, classes, tokenizer, length) for part in (train, valid))
+    return LabelledText(tokenizer, tuple(classes), *parts)
 
 
 def _encode(
-    examples: list[Example], classes: tuple[int | str, ...], tokenizer: Tokenizer, length: int
+    examples: list[Example], classes: Sequence[int | str], tokenizer: Tokenizer, length: int
 ) -> dict[str, np.ndarray]:
-    inputs = np.zeros((len(examples), length), np.int32)
-    mask = np.zeros((len(examples), length), bool)
-    for row, example in enumerate(examples):
-        ids = tokenizer.encode(example.text)[:length]
-        inputs[row, : len(ids)], mask[row, : len(ids)] = ids, True
     numbers = {label: number for number, label in enumerate(classes)}
     targets = np.array([numbers[example.label] for example in examples], np.int32)
-    return {"inputs": inputs, "mask": mask, "targets": targets}
+    return encode_texts([example.text for example in examples], tokenizer, length) | {"targets": targets}
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
+    """What a classifier reads: inputs int32 [N, length] and mask bool [N, length], False where filled up."""
+    inputs = np.zeros((len(texts), length), np.int32)
+    mask = np.zeros((len(texts), length), bool)
+    for row, text in enumerate(texts):
+        ids = tokenizer.encode(text)[:length]
+        inputs[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    return {"inputs": inputs, "mask": mask}
 
 
 def read_examples(source: str, root: str | os.PathLike[str] | None = None) -> list[Example]:
@@ -107,16 +120,10 @@ def read_examples(source: str, root: str | os.PathLike[str] | None = None) -> li
     path = resolve_path(source, root)
     if not path.name.removesuffix(".gz").endswith(".jsonl"):
         raise DataError(f"{path}: got this name, expected FILE.jsonl or FILE.jsonl.gz; correct data.source")
-    return [_example(line, f"{path}:{number}") for number, line in read_lines(path) if line.strip()]
+    return [_example(record, where) for where, record in json_lines(path)]
 
 
-def _example(line: bytes, where: str) -> Example:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: got damaged JSON ({one_line(error)}), expected one object a line"
-        ) from error
+def _example(record: Any, where: str) -> Example:
     text = record.get("text") if isinstance(record, dict) else None
     label = record.get("label") if isinstance(record, dict) else None
     if not isinstance(text, str) or not text or not isinstance(label, int | str) or isinstance(label, bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.text import checked_text, json_lines, resolve_path
 
+SHORT = reprlib.Repr()  # a record may nest deeper than repr can follow
+SHORT.maxstring = SHORT.maxother = 80
 STRINGS = list[str]  # as the type of a field: a list of strings, at least one
 
 
@@ -46,7 +49,7 @@ def _checked(record: Any, fields: Mapping[str, Any], where: str) -> dict[str, An
         raise DataError(f"{where}: got {type(record).__name__}, expected an object with {', '.join(fields)}")
     for name, kind in fields.items():
         if not _is_a(record.get(name), kind, where):
-            got = repr(record[name])[:80] if name in record else f"the fields {sorted(record)}"[:200]
+            got = SHORT.repr(record[name]) if name in record else f"the fields {sorted(record)}"[:200]
             expected = "a list of strings" if kind == STRINGS else getattr(kind, "__name__", str(kind))
             raise DataError(f'{where}: got {got}, expected "{name}" to be {expected}; correct the record')
     return {name: record[name] for name in fields}

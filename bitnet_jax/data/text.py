@@ -6,7 +6,8 @@ A source is one of
     FILE.txt[.gz]        one document; any name without a known ending is read like this
     FILE.jsonl[.gz]      one document a line: {"text": ..., "title"?: ..., "split"?: ...}
     FOLDER               every file below it that is not hidden, in sorted order
-    hf:NAME[:CONFIG]     a Hugging Face dataset with a `text` column (needs the package `datasets`)
+    hf:NAME[:CONFIG]     a Hugging Face dataset with a `text` column (needs the package `datasets`, and leave to
+                         download, see `read_documents`)
 
 Everything is UTF-8, and everything is deterministic: the same files give the same documents in the same
 order.
@@ -14,21 +15,23 @@ order.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
-import zlib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bitnet_jax.data import standard_library
-from bitnet_jax.data.errors import DataError, one_line
+from bitnet_jax.data.errors import DataError, check_share, one_line
+from bitnet_jax.data.files import decode, parse_json, read_file, read_lines
+from bitnet_jax.optional_packages import missing_package
 
 ROOT_VARIABLE = "BITNET_JAX_DATA"
 SPLITS = ("document", "tail", "record")
 HELD_OUT_NAMES = ("valid", "validation", "dev")
+DOWNLOAD_VARIABLE = "BITNET_JAX_ALLOW_DOWNLOAD"
+MOST_NAMED = 5  # bad files of a folder whose faults an error tells
 
 
 class Document(NamedTuple):
@@ -41,7 +44,8 @@ class Documents(NamedTuple):
     """What a source holds. Documents without text are left out."""
 
     documents: tuple[Document, ...]
-    skipped: tuple[str, ...] = ()  # files of the standard library that are not UTF-8
+    # Files left out: of the standard library those that are not UTF-8; of a folder, where asked for, bad ones.
+    skipped: tuple[str, ...] = ()
 
 
 def text_bytes(documents: Sequence[Document]) -> int:
@@ -49,23 +53,42 @@ def text_bytes(documents: Sequence[Document]) -> int:
     return sum(len(document.text.encode()) for document in documents)
 
 
-def read_documents(source: str, root: str | os.PathLike[str] | None = None) -> Documents:
+def read_documents(
+    source: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    skip_bad_files: bool = False,
+    allow_download: bool | None = None,
+) -> Documents:
     """All documents of a source (see the module docstring).
 
     Args:
       source: what to read.
       root: folder that a relative path is meant below; default: the current folder, then $BITNET_JAX_DATA.
+      skip_bad_files: leave out the files of a folder that cannot be read, with a UserWarning; False: an error that
+        names them.
+      allow_download: may `hf:` reach the network; None: as $BITNET_JAX_ALLOW_DOWNLOAD says, only if it is 1. A
+        config written by somebody else does not decide it.
 
     Raises:
-      DataError: the path is missing, no text is in it, or a file is damaged or not UTF-8.
+      DataError: the path is missing, no text is in it, a file is damaged, beyond a limit of files.py or not UTF-8,
+        or a download is not allowed.
     """
     skipped: list[str] = []
     if source == "stdlib":
         found = list(_standard_library(skipped))
     elif source.startswith("hf:"):
+        allowed = os.environ.get(DOWNLOAD_VARIABLE) == "1" if allow_download is None else allow_download
+        if not allowed:
+            raise DataError(
+                f"source {source!r}: got a data set that is downloaded, expected that to be allowed; pass "
+                f"--allow-download (in Python allow_download=True) or set {DOWNLOAD_VARIABLE}=1"
+            )
         found = list(_hugging_face(source.removeprefix("hf:")))
+    elif (path := resolve_path(source, root)).is_dir():
+        found = list(_folder_documents(path, skip_bad_files, skipped))
     else:
-        found = list(_path_documents(resolve_path(source, root)))
+        found = list(_file_documents(path, path.name))
     documents = tuple(document for document in found if document.text)
     if not documents:
         raise DataError(
@@ -115,10 +138,8 @@ def split_documents(
     """
     if split not in SPLITS:
         raise DataError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}; correct data.split")
-    if split != "record" and not 0 < valid_fraction < 1:
-        raise DataError(
-            f"valid_fraction: got {valid_fraction}, expected a number between 0 and 1, such as 0.05"
-        )
+    if split != "record":
+        check_share("valid_fraction", valid_fraction)
     if split == "document":
         held_out = [unit_hash(document.text) < valid_fraction for document in documents]
         train = tuple(d for d, out in zip(documents, held_out, strict=True) if not out)
@@ -167,24 +188,46 @@ def _standard_library(skipped: list[str]) -> Iterator[Document]:
     for path in standard_library.source_files(root):
         name = path.relative_to(root).as_posix()
         try:
-            yield Document(name, b"".join(line for _, line in read_lines(path)).decode())
+            yield Document(name, read_file(path).decode())
         except UnicodeDecodeError:  # a few files declare another encoding on purpose
             skipped.append(name)
 
 
-def _path_documents(path: Path) -> Iterator[Document]:
-    if path.is_dir():
-        for parent, folders, names in os.walk(path, onerror=_raise_unreadable):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if not name.startswith(".") and Path(parent, name).is_file():
-                    yield from _file_documents(
-                        Path(parent, name), Path(parent, name).relative_to(path).as_posix()
-                    )
-    elif path.is_file():
-        yield from _file_documents(path, path.name)
-    else:
-        raise DataError(f"{path}: got something that is neither a file nor a folder; expected one of these")
+def _folder_documents(folder: Path, skip_bad_files: bool, skipped: list[str]) -> Iterator[Document]:
+    """Of every file; a bad one is left out and named in `skipped`, or else all of them are named in one error."""
+    bad: dict[str, str] = {}
+    files = list(_files_below(folder))
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        try:
+            documents = list(_file_documents(path, name))
+        except DataError as error:
+            bad[name] = str(error)
+        else:
+            yield from documents
+    if not bad:
+        return
+    reasons = [reason.removeprefix(f"{folder}/") for reason in bad.values()][:MOST_NAMED]
+    more = f", and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+    if not skip_bad_files:
+        raise DataError(
+            f"{folder}: got {len(bad)} bad files among {len(files)}: {' | '.join(reasons)}{more}; mend them or take "
+            "them out, or leave them out with data.skip_bad_files=True (--skip-bad-files)"
+        )
+    skipped += bad
+    warnings.warn(
+        f"{folder}: left out {len(bad)} bad files of {len(files)}: {' | '.join(reasons)}{more}", stacklevel=3
+    )
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(parent, name)
+            # What is neither a file nor a folder (a pipe, a device) is reported as bad, a broken link as before.
+            if not name.startswith(".") and path.exists():
+                yield path
 
 
 def _raise_unreadable(error: OSError) -> None:
@@ -196,54 +239,15 @@ def _file_documents(path: Path, name: str) -> Iterator[Document]:
         for where, record in json_lines(path):
             yield _document(record, where, f"{name}:{where.rpartition(':')[2]}")
     else:
-        content = b"".join(line for _, line in read_lines(path))
-        yield Document(name, _decode(content, str(path)))
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines with their ends, unpacked where the name ends in .gz."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}:{number + 1}: got damaged gzip data ({one_line(error)}), expected a whole .gz file; "
-            "copy it again"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({one_line(error)}); check the file and its permissions"
-        ) from error
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: got byte 0x{content[error.start]:02x} at offset {error.start}, expected UTF-8 text; "
-            "convert the file (iconv -t UTF-8) or take it out"
-        ) from error
+        yield Document(name, decode(read_file(path), str(path)))
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(`path:number`, value) of every line that is not blank. Raises DataError where one is damaged."""
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        text = _decode(line, where)
-        try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(
-                f"{where}: got damaged JSON ({one_line(error)}), expected one object a line"
-            ) from error
-        except ValueError as error:  # an integer of more digits than Python converts
-            raise DataError(f"{where}: got JSON that cannot be read ({one_line(error)})") from error
-        yield where, value
+        if line.strip():
+            yield where, parse_json(decode(line, where), where, "one object a line")
 
 
 def _document(record: Any, where: str, name: str) -> Document:
@@ -274,10 +278,7 @@ def _hugging_face(name: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"source 'hf:{name}': got no package `datasets`, which reads it; "
-            "pip install 'bitnet-jax[datasets]'"
-        ) from error
+        raise DataError(f"source 'hf:{name}': {missing_package('datasets')}") from error
     path, _, config = name.partition(":")
     try:
         loaded = datasets.load_dataset(path, config or None)

@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from bitnet_jax.data.errors import DataError, one_line
+from bitnet_jax.data.files import parse_json
 from bitnet_jax.data.text import checked_text
+from bitnet_jax.optional_packages import missing_package
 
 Ids = Sequence[int] | np.ndarray
 
@@ -48,8 +50,14 @@ class Tokenizer(Protocol):
 
     def decoder(self) -> Decoder: ...
 
-    def count_bytes(self, ids: Ids) -> int:
-        """Bytes of UTF-8 text that the ids stand for; a separator stands for none."""
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, perhaps by several threads."""
+
+    def encode_measured(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode` of each text, and int32 [T]: bytes of its UTF-8 text that each token stands for.
+
+        They add up to the bytes of the text, whatever the tokenizer strips or replaces, unless there is no token.
+        """
 
     def to_json(self) -> str: ...
 
@@ -71,8 +79,11 @@ class ByteTokenizer:
     def decoder(self) -> Decoder:
         return _ByteDecoder()
 
-    def count_bytes(self, ids: Ids) -> int:
-        return int(np.count_nonzero(_checked_ids(ids, 256)))
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def encode_measured(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(ids, np.ones(len(ids), np.int32)) for ids in self.encode_batch(texts)]
 
     def to_json(self) -> str:
         return json.dumps({"kind": self.kind})
@@ -119,9 +130,6 @@ class CharTokenizer:
         self.symbols, self.unknown, self.separator = checked_text(symbols, "symbols"), unknown, separator
         self._codes = _code_points(symbols)
         self._order = np.argsort(self._codes)
-        self._bytes = np.array([len(symbol.encode()) for symbol in symbols], np.int64)
-        if separator is not None:
-            self._bytes[symbols.index(separator)] = 0
 
     @classmethod
     def fit(
@@ -162,8 +170,11 @@ class CharTokenizer:
     def decoder(self) -> Decoder:
         return _CharDecoder(self)
 
-    def count_bytes(self, ids: Ids) -> int:
-        return int(self._bytes[_checked_ids(ids, self.vocab_size)].sum())
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def encode_measured(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(self.encode(text), _character_bytes(text)) for text in texts]
 
     def to_json(self) -> str:
         settings = {"symbols": self.symbols, "unknown": self.unknown, "separator": self.separator}
@@ -172,6 +183,12 @@ class CharTokenizer:
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _character_bytes(text: str) -> np.ndarray:
+    """int32 [characters]: bytes of each in UTF-8."""
+    codes = _code_points(text)
+    return 1 + np.searchsorted([0x80, 0x800, 0x10000], codes, side="right").astype(np.int32)
 
 
 class _CharDecoder:
@@ -186,7 +203,7 @@ class _CharDecoder:
 
 
 class JsonTokenizer:
-    """A `tokenizer.json` of the tokenizers library (an extra: pip install 'bitnet-jax[tokenizers]').
+    """A `tokenizer.json` of the tokenizers library (an optional package).
 
     `encode` adds no special tokens, but a special token's name inside the text is that token; `decode` leaves
     special tokens out. `eos_id` is the first of END_TOKENS in the vocabulary, or None.
@@ -195,7 +212,7 @@ class JsonTokenizer:
     kind = "json"
 
     def __init__(self, text: str) -> None:
-        self._tokenizer = _library_tokenizer(text)
+        self._tokenizer, self.library_version = _library_tokenizer(text)
         self._tokenizer.no_padding()  # a file may ask to cut or to fill up every text it is given
         self._tokenizer.no_truncation()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -220,24 +237,57 @@ class JsonTokenizer:
     def decoder(self) -> Decoder:
         return _JsonDecoder(self)
 
-    def count_bytes(self, ids: Ids) -> int:
-        """Of the decoded text; exact where decoding gives the text back, as byte-level vocabularies do."""
-        return len(self.decode(ids).encode())
+    @property
+    def splits_words(self) -> bool:
+        """Are texts split into words, each encoded by itself, and nothing about the whole text normalized before?"""
+        local = type(self._tokenizer.model).__name__ in ("BPE", "WordPiece", "WordLevel")
+        return local and self._tokenizer.pre_tokenizer is not None and self._tokenizer.normalizer is None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            checked_text(text, "text")
+        with _library_errors("a text the tokenizer cannot encode"):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_measured(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        for text in texts:
+            checked_text(text, "text")
+        with _library_errors("a text the tokenizer cannot encode"):
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            return [
+                (np.array(encoding.ids, np.int32), _bytes_up_to(text, encoding.offsets))
+                for text, encoding in zip(texts, encodings, strict=True)
+            ]
 
     def to_json(self) -> str:
         return self._tokenizer.to_str()
 
 
-def _library_tokenizer(text: str) -> Any:
+def _bytes_up_to(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """int32 [T]: bytes of text from the end of the token before to the end of each, at last to the end of the text.
+
+    Args:
+      offsets: of each token, first and last + 1 of its characters; tokens may share a character, skip some, or
+        (a prefix that the tokenizer put in front) have none.
+    """
+    if not offsets:
+        return np.zeros(0, np.int32)
+    ends = np.maximum.accumulate(np.array([end for _, end in offsets], np.int64))
+    ends = np.minimum(ends, len(text))
+    ends[-1] = len(text)
+    bytes_before = np.concatenate([[0], np.cumsum(_character_bytes(text), dtype=np.int64)])
+    return np.diff(bytes_before[ends], prepend=0).astype(np.int32)
+
+
+def _library_tokenizer(text: str) -> tuple[Any, str]:
     try:
         from tokenizers import Tokenizer as LibraryTokenizer
+        from tokenizers import __version__ as library_version
     except ImportError as error:
-        raise DataError(
-            "tokenizer.json: got no package `tokenizers`, which reads it; "
-            "pip install 'bitnet-jax[tokenizers]'"
-        ) from error
+        raise DataError(missing_package("tokenizers")) from error
     with _library_errors("a file the tokenizers library cannot read"):
-        return LibraryTokenizer.from_str(text)
+        return LibraryTokenizer.from_str(text), library_version
 
 
 @contextlib.contextmanager
@@ -301,12 +351,7 @@ def _checked_ids(ids: Ids, vocab_size: int) -> np.ndarray:
 
 def from_json(text: str) -> Tokenizer:
     """The tokenizer that `to_json` wrote, or that a `tokenizer.json` of the tokenizers library describes."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"tokenizer.json: got damaged JSON ({one_line(error)}); save the tokenizer again"
-        ) from error
+    content = parse_json(text, "tokenizer.json", "a whole file; save the tokenizer again")
     if not isinstance(content, dict):
         raise DataError(
             f"tokenizer.json: got {type(content).__name__}, expected an object; save the tokenizer again"

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+
+from bitnet_jax.progress import progress_bar
 
 SMALLEST_WIDTH = 32
 BATCH_TOKENS = 2**12  # of a batch, at most
@@ -36,7 +37,7 @@ def batches(
       rows_of: width -> rows of a batch; below 1 counts as 1.
     """
     below = 0
-    with tqdm(total=len(sizes), disable=not progress, unit="text", dynamic_ncols=True) as bar:
+    with progress_bar(len(sizes), unit="text", show=progress) as bar:
         for width in widths(longest):
             of_width, rows = np.flatnonzero((sizes > below) & (sizes <= width)), max(1, rows_of(width))
             below = width

@@ -95,14 +95,14 @@ def classification(
     if normalised is not None:
         figures["acc_norm"] = proportion(int((normalised == labels).sum()), len(labels))
     for name in metrics:
-        figures[name] = bootstrap(functools.partial(_of_part, METRICS[name], labels, plain), len(labels))
+        figures[name] = bootstrap(functools.partial(of_part, METRICS[name], labels, plain), len(labels))
     shares = np.bincount(labels, minlength=len(words)) / len(labels)
     predicted = np.bincount(plain, minlength=len(words)) / len(labels)
     details = {"classes": [str(label) for label in words], "predicted_shares": predicted.tolist()}
     return Result(len(labels), figures, {"acc_of_the_largest_class": float(shares.max())}, details)
 
 
-def _of_part(metric: Metric, labels: np.ndarray, predictions: np.ndarray, part: np.ndarray) -> float:
+def of_part(metric: Metric, labels: np.ndarray, predictions: np.ndarray, part: np.ndarray) -> float:
     return metric(labels[part], predictions[part])
 
 

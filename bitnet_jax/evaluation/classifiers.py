@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bitnet_jax.data.batches import whole_batches
 from bitnet_jax.data.errors import DataError
-from bitnet_jax.evaluation.classification import f1, macro_f1, matthews
+from bitnet_jax.evaluation.classification import Metric, f1, macro_f1, matthews, of_part
+from bitnet_jax.evaluation.intervals import bootstrap, proportion
 from bitnet_jax.evaluation.language import token_nats
+from bitnet_jax.evaluation.result import Result
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import Architecture, build_model
 
@@ -26,14 +31,27 @@ class ClassificationScore:
     def summary(self) -> dict[str, float]:
         """Means over the examples; `f1` is that of class 1 where there are two classes, else the mean over classes."""
         accuracy = float(np.mean(self.labels == self.predictions))
-        two = max(self.labels.max(), self.predictions.max()) < 2
         return {
             "loss": self.nats / len(self.labels),
             "accuracy": accuracy,
             "error": 100 * (1 - accuracy),  # per cent
-            "f1": (f1 if two else macro_f1)(self.labels, self.predictions),
+            "f1": self._f1(self.labels, self.predictions),
             "matthews": matthews(self.labels, self.predictions),
         }
+
+    @property
+    def _f1(self) -> Metric:
+        two = max(self.labels.max(), self.predictions.max()) < 2
+        return f1 if two else macro_f1
+
+    def result(self) -> Result:
+        """accuracy, f1 and matthews with their intervals over the examples; details: loss, nats per example."""
+        count, labels, predictions = len(self.labels), self.labels, self.predictions
+        metrics = {"accuracy": proportion(int((labels == predictions).sum()), count)}
+        for name, metric in (("f1", self._f1), ("matthews", matthews)):
+            metrics[name] = bootstrap(functools.partial(of_part, metric, labels, predictions), count)
+        largest = {"accuracy_of_the_largest_class": float(np.bincount(labels).max() / count)}
+        return Result(count, metrics, largest, {"loss": self.nats / count})
 
 
 def _measure(
@@ -68,3 +86,27 @@ def score_classifier(
     if not sum(map(len, labels)):
         raise DataError("got no examples to score a classifier on, expected at least one")
     return ClassificationScore(nats, np.concatenate(labels), np.concatenate(predictions))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probabilities(
+    config: Architecture, variables: Mapping[str, Any], batch: Mapping[str, Array]
+) -> Float[Array, "B C"]:
+    mask: dict[str, Any] = {"mask": batch["mask"]} if "mask" in batch else {}
+    output: Any = build_model(config).apply(variables, batch["inputs"], **mask)
+    return jax.nn.softmax(output.logits, axis=-1)
+
+
+def probabilities(
+    config: Architecture, variables: Mapping[str, Any], examples: Mapping[str, np.ndarray], batch_size: int
+) -> np.ndarray:
+    """P(class) of each example, float32 [N, C], by a model, latent or packed, in its deterministic form.
+
+    Args:
+      examples: "inputs" and, for texts, "mask".
+    """
+    rows = []
+    for batch in whole_batches(examples, batch_size):
+        weights = batch.pop("weights")
+        rows.append(np.asarray(_probabilities(config, variables, batch))[weights > 0])
+    return np.concatenate(rows)

@@ -7,7 +7,8 @@ counted.
 
 Bits per byte divide all the bits, separators included, by the bytes of text, in which a separator counts
 nothing: the figure is the length of an ideal code for the documents and their ends, and compares across
-tokenizers.
+tokenizers. Bytes are those of the documents (data/streams.py says which ones a token stands for), so windows,
+strides and batches do not change them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax.data.batches import consecutive_batches
 from bitnet_jax.data.errors import DataError
-from bitnet_jax.data.tokenizers import Tokenizer
-from bitnet_jax.inference.limits import check_tokens, warn_beyond_training, warn_of_unknown_tokens
+from bitnet_jax.inference.limits import warn_beyond_training
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig, Transformer
 
@@ -85,7 +85,6 @@ def evaluate(
     apply: Apply,
     variables: Any,
     batches: Iterable[Mapping[str, np.ndarray]],
-    count_bytes: Callable[[np.ndarray], int],
 ) -> LanguageScore:
     """Score a model over batches.
 
@@ -93,8 +92,8 @@ def evaluate(
       apply: (variables, tokens [B, T]) -> logits [B, T, V]; pure. Pass the same function every time: it is
         the key under which the compiled program is found again.
       variables: whatever `apply` takes, latent or packed.
-      batches: {"inputs", "targets"} [B, T], and optionally "scored" bool [B, T] (default: all are).
-      count_bytes: text bytes of ids [n], usually `tokenizer.count_bytes`.
+      batches: {"inputs", "targets", "target_bytes"} [B, T], and optionally "scored" bool [B, T] (default: all
+        are), as `consecutive_batches` makes them.
     """
     nats, tokens, text_bytes = 0.0, 0, 0
     for batch in batches:
@@ -105,7 +104,7 @@ def evaluate(
         window_nats = program(variables, batch["inputs"], targets, scored)
         nats += float(np.sum(np.asarray(window_nats), dtype=np.float64))
         tokens += int(scored.sum())
-        text_bytes += count_bytes(targets[scored])
+        text_bytes += int(batch["target_bytes"][scored].sum())
     if not tokens or not text_bytes:
         raise DataError(
             f"got {tokens} tokens and {text_bytes} bytes to predict, expected some; use more text"
@@ -129,7 +128,7 @@ def evaluate_text(
     config: ModelConfig,
     variables: Any,
     tokens: np.ndarray,
-    tokenizer: Tokenizer,
+    token_bytes: np.ndarray,
     *,
     length: int | None = None,
     batch_size: int = 16,
@@ -142,7 +141,7 @@ def evaluate_text(
       config: of the model.
       variables: {"params": ...} and, packed, {"packed": ...}.
       tokens: int [N], usually `corpus.valid`.
-      tokenizer: that made them; it knows how many bytes a token stands for.
+      token_bytes: int [N], bytes of text that each stands for, usually `corpus.valid_token_bytes`.
       length: T of a window, default `config.known_length`: what the model was trained with. The first token of a
         window sees nothing before it. A UserWarning where it is beyond what the model was trained with.
       batch_size: windows at a time.
@@ -150,8 +149,7 @@ def evaluate_text(
       max_tokens: look at so many predictions from the start only.
 
     Raises:
-      DataError: no causal language model, a length or stride out of range, a token outside the model's
-        vocabulary, or nothing to predict.
+      DataError: no causal language model, a length or stride out of range, or nothing to predict.
     """
     length = config.known_length if length is None else length
     stride = length if stride is None else stride
@@ -167,11 +165,15 @@ def evaluate_text(
         )
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"max_tokens: got {max_tokens}, expected at least 1")
+    part = slice(None if max_tokens is None else max_tokens + 1)
+    tokens, token_bytes = tokens[part], token_bytes[part]
+    if len(tokens) and int(tokens.max()) >= config.vocab_size:
+        raise DataError(
+            f"tokens: got the id {tokens.max()}, expected ids below the model's vocab_size {config.vocab_size}; "
+            "use the tokenizer the model was trained with"
+        )
     warn_beyond_training(
         config, length, f"use a length of {config.known_length}, and a stride for more context"
     )
-    part = tokens if max_tokens is None else tokens[: max_tokens + 1]
-    warn_of_unknown_tokens(config, tokenizer)
-    check_tokens(config, tokenizer, part, "text")
-    batches = consecutive_batches(part, length, batch_size, stride)
-    return evaluate(model_logits(config), variables, batches, tokenizer.count_bytes)
+    batches = consecutive_batches(tokens, length, batch_size, stride, token_bytes)
+    return evaluate(model_logits(config), variables, batches)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bitnet_jax.optional_packages import missing_package
+
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -87,7 +89,7 @@ def _nvml() -> list[Meter]:
     try:
         import pynvml
     except ImportError as error:
-        raise ImportError("no package nvidia-ml-py; pip install 'bitnet-jax[energy]'") from error
+        raise ImportError(missing_package("nvidia-ml-py")) from error
     pynvml.nvmlInit()
     meters = []
     for i in range(pynvml.nvmlDeviceGetCount()):

@@ -47,7 +47,7 @@ def ngram_bits_per_byte(
     """Bits an add-k n-gram model, counted on `train`, spends on `valid` per byte of its text.
 
     The first order - 1 tokens of `valid` are given. Separators cost bits and count no bytes, as in
-    language.py: for a byte stream `valid_bytes` is `tokenizer.count_bytes(valid[order - 1:])`.
+    language.py: `valid_bytes` is `token_bytes[order - 1:].sum()` of the stream's bytes.
     """
     if valid_bytes < 1:
         raise DataError(f"valid_bytes: got {valid_bytes}, expected at least 1; hold out more text")

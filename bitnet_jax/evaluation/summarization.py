@@ -1,7 +1,7 @@
 """Summaries of a few sentences, held against references by ROUGE (Lin 2004) and against the first sentence.
 
-Each ROUGE figure is an F measure with stemming by the rouge-score library (an extra: pip install
-'bitnet-jax[summarization]'), the best over an example's references.
+Each ROUGE figure is an F measure with stemming by the rouge-score library, an optional package,
+the best over an example's references.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bitnet_jax.evaluation.completion import complete
 from bitnet_jax.evaluation.intervals import mean
 from bitnet_jax.evaluation.likelihood import TextModel, start_ids
 from bitnet_jax.evaluation.result import Result
+from bitnet_jax.optional_packages import missing_package
 
 KINDS = ("rouge1", "rouge2", "rougeL")
 CUE = "\n\nTL;DR:"  # what makes a language model summarize (Radford et al. 2019)
@@ -27,9 +28,7 @@ def rouge(references: Sequence[Sequence[str]], summaries: Sequence[str]) -> np.n
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise DataError(
-            "got no package rouge-score, which measures summaries; pip install 'bitnet-jax[summarization]'"
-        ) from error
+        raise DataError(missing_package("rouge-score")) from error
     scorer = RougeScorer(list(KINDS), use_stemmer=True)
     rows = []
     for texts, summary in zip(references, summaries, strict=True):
@@ -46,9 +45,10 @@ def summarization(model: TextModel, records: Sequence[dict[str, Any]], *, progre
     references = [record["target"] for record in records]
     lead = rouge(references, [record["source"][0] for record in records]).mean(axis=0)
     tokenizer = model.tokenizer
-    sources = [tokenizer.encode(" ".join(s.strip() for s in record["source"])) for record in records]
+    texts = [" ".join(s.strip() for s in record["source"]) for record in records]
+    sources = tokenizer.encode_batch(texts)
     cue, start = tokenizer.encode(CUE), start_ids(tokenizer)
-    bytes_per_token = sum(tokenizer.count_bytes(ids) for ids in sources) / sum(map(len, sources))
+    bytes_per_token = sum(len(text.encode()) for text in texts) / sum(map(len, sources))
     new_tokens = max(1, min(round(SUMMARY_BYTES / bytes_per_token), model.config.max_length // 3))
     room = model.config.max_length - new_tokens - len(cue) - len(start)
     if room < 1:

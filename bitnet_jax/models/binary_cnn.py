@@ -86,7 +86,10 @@ def pooled(x: Float[Array, "B height width C"], kind: str) -> Float[Array, "B he
     B, height, width, C = x.shape
     whole = x[:, : height // 2 * 2, : width // 2 * 2]
     squares = whole.reshape(B, height // 2, 2, width // 2, 2, C)
-    return squares.max(axis=(2, 4)) if kind == "max" else squares.mean(axis=(2, 4))
+    if kind == "mean":
+        return squares.mean(axis=(2, 4))
+    # The maximum alone forgets NaN, see bitnet_kernels.reference.absmax.
+    return jnp.where(jnp.isnan(squares).any(axis=(2, 4)), jnp.nan, squares.max(axis=(2, 4)))
 
 
 class BinaryCNN(nn.Module):

@@ -33,6 +33,7 @@ from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.rotary import rotate
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import ACTIVATION_QUANTIZERS
+from bitnet_jax.scales import absmax, floats
 from bitnet_jax.ste import straight_through
 from bitnet_kernels import cached_attention
 
@@ -59,12 +60,13 @@ def quantize_kv(
     """int8 codes up to q = 2^(bits-1) - 1 and the scale of each token and head: `scale = max|x| / q`,
     `codes = round(x / scale)`.
 
-    codes * scale is within scale / 2 of x. Where all of x is 0 both are 0.
+    codes * scale is within scale / 2 of x. Where all of x is 0 both are 0. Where x holds NaN or infinity, so does
+    the scale, and every value of that token and head is NaN.
     """
-    x, q = x.astype(jnp.float32), 2 ** (bits - 1) - 1
-    scale = jnp.max(jnp.abs(x), axis=-1) / q
-    codes = jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None])
-    return jnp.clip(codes, -q, q).astype(jnp.int8), scale
+    x, q = floats("x", x).astype(jnp.float32), 2 ** (bits - 1) - 1
+    scale = absmax(x) / q
+    codes = jnp.clip(jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None]), -q, q)
+    return jnp.where(jnp.isfinite(scale)[..., None], codes, 0.0).astype(jnp.int8), scale
 
 
 def fake_quantized_kv(x: Float[Array, "B T K h"], bits: int) -> Float[Array, "B T K h"]:
@@ -78,6 +80,7 @@ def dot_scores(
     q: Float[Array, "B T H h"], k: Float[Array, "B S K h"], scale: float
 ) -> Float[Array, "B H T S"]:
     """`q_i . k_j * scale` per query head, in float32."""
+    q, k = floats("q", q), floats("k", k)
     B, T, H, h = q.shape
     S, K = k.shape[1:3]
     grouped = q.reshape(B, T, K, H // K, h)
@@ -87,6 +90,7 @@ def dot_scores(
 
 def mix_values(p: Float[Array, "B H T S"], v: Float[Array, "B S K h"]) -> Float[Array, "B T H h"]:
     """`sum_j P_ij v_j`: P is cast to the dtype of v, sums are float32, the result has the dtype of v."""
+    p, v = floats("p", p), floats("v", v)
     B, H, T, S = p.shape
     K, h = v.shape[2:]
     grouped = p.astype(v.dtype).reshape(B, K, H // K, T, S)
@@ -96,7 +100,7 @@ def mix_values(p: Float[Array, "B H T S"], v: Float[Array, "B S K h"]) -> Float[
 
 def masked_softmax(scores: Float[Array, "B H T S"], visible: Bool[Array, "B T S"]) -> Float[Array, "B H T S"]:
     """Softmax over the visible keys. Hidden scores are the lowest number, not -inf: a row of -inf is NaN."""
-    visible = visible[:, None]
+    scores, visible = floats("scores", scores), visible[:, None]
     hidden = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
     return jnp.where(visible, jax.nn.softmax(hidden, axis=-1), 0.0)
 
@@ -184,6 +188,7 @@ def write(cache: KVCache, k: Array, v: Array, length: Int[Array, "*rows"]) -> KV
       ValueError: more tokens than the whole cache has room for. (`length` is traced: that they fit behind it is
         the caller's duty.)
     """
+    k, v = floats("k", k), floats("v", v)
     T, S = k.shape[1], cache.k.shape[1]
     if T > S:
         raise ValueError(f"{T} tokens do not fit into a cache of {S} positions; make a longer cache")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bitnet_jax.scales import floats
 from bitnet_kernels.reference import rounded_product
 
 
@@ -24,6 +25,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"], deterministic: bool) -> Float[Array, "*rows D"]:
+        x = floats("x", x)
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)

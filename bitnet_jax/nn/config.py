@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from bitnet_jax.precision import Precision, Recipe, Rules, resolve
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED_MLPS = ("silu_glu", "relu2_glu")
 HEADS = ("float", "int8", "int4")
+FLOAT32_MAX = 3.4028234e38  # what is computed with a setting is computed in float32
+
+# No number of a model or a run is larger: JAX counts in int32. Layers are Python objects and are traced one by one,
+# so there are fewer of them; the deepest published Transformers have about a thousand.
+LARGEST = 2**31 - 1
+MOST_LAYERS = {"num_layers": 4096, "convolutions": 4096}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
@@ -113,15 +121,41 @@ class Architecture:
         return cls(**fields)
 
     def _check(self, choices: Mapping[str, tuple[str, ...]], positive: tuple[str, ...]) -> None:
-        """ValueError unless the named fields are among their choices, or positive integers."""
+        """ValueError unless all fields have their types, and the named ones are among their choices, or positive
+        integers."""
+        for name, expected in _plain_types(cast(Any, type(self))).items():
+            if not _is_a(value := getattr(self, name), expected):
+                wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in expected)
+                finite = "a finite " if float in expected else ""
+                raise ValueError(f"model.{name}: got {str(value)[:60]!r}, expected {finite}{wanted}")
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"model.{name}: got {value!r}, expected one of {', '.join(allowed)}")
         for name in positive:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if value < 1:
                 raise ValueError(f"model.{name}: got {value!r}, expected a positive integer")
+            if value > (most := MOST_LAYERS.get(name, LARGEST)):
+                raise ValueError(f"model.{name}: got {value}, expected at most {most}")
+
+
+@functools.cache
+def _plain_types(kind: Any) -> dict[str, tuple[type, ...]]:
+    """Field -> its types, of the fields that hold a number, a string, a boolean or None."""
+    hints = {name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(kind).items()}
+    plain = {int, float, str, bool, type(None)}
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(kind)
+        if plain.issuperset(hints[field.name])
+    }
+
+
+def _is_a(value: Any, expected: tuple[type, ...]) -> bool:
+    if isinstance(value, float):
+        return float in expected and abs(value) <= FLOAT32_MAX  # not so: NaN and infinity
+    return type(value) in expected or (type(value) is int and float in expected)
 
 
 def with_ends(precision: Rules, *ends: tuple[str, Recipe]) -> Rules:
@@ -190,6 +224,7 @@ class ModelConfig(Architecture):
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_length")
         self._check(_CHOICES, sizes if self.trained_length is None else (*sizes, "trained_length"))
+        self._check_ranges()
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
@@ -214,6 +249,24 @@ class ModelConfig(Architecture):
         precisions = self.precisions()
         if self.product != "float":
             _check_int8(precisions, self.product)
+
+    def _check_ranges(self) -> None:
+        expected = {
+            "num_kv_heads": (
+                self.num_kv_heads is None or self.num_kv_heads >= 1,
+                "None or a positive integer",
+            ),
+            "head_dim": (self.head_dim is None or self.head_dim >= 1, "None or a positive integer"),
+            "num_classes": (self.num_classes >= 0, "0 or more"),
+            "rope_theta": (self.rope_theta > 0, "a positive number"),
+            "norm_eps": (self.norm_eps > 0, "a positive number"),
+            "inside_norm_eps": (self.inside_norm_eps > 0, "a positive number"),
+            "dropout": (0 <= self.dropout < 1, "a number from 0 to below 1"),
+            "init_std": (self.init_std >= 0, "0 or more"),
+        }
+        for name, (holds, range_) in expected.items():
+            if not holds:
+                raise ValueError(f"model.{name}: got {getattr(self, name)!r}, expected {range_}")
 
     @property
     def known_length(self) -> int:

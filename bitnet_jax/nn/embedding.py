@@ -11,7 +11,9 @@ from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.linear import dense, quantized_matmul
 from bitnet_jax.nn.placement import whole_rows
 from bitnet_jax.precision import Precision
+from bitnet_jax.scales import floats
 from bitnet_kernels import PackedArray, bfloat16_logits, bfloat16_rows, packed_matmul
+from bitnet_kernels.dtypes import integers
 
 
 @jax.custom_jvp
@@ -73,6 +75,7 @@ class Embedding(nn.Module):
         return rounded(self.stored, self.stored_dtype)
 
     def __call__(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        indices = integers("indices", indices)
         # Looked up first: a step of generation must not convert the whole table.
         if self.stored.dtype == jnp.bfloat16:
             return bfloat16_rows(self.stored, indices).astype(self.dtype)
@@ -81,7 +84,7 @@ class Embedding(nn.Module):
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32: the product of x with every row."""
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        rows = floats("x", x).reshape(-1, x.shape[-1]).astype(jnp.float32)
         if self.dtype == "bfloat16":
             rows = round_to_bfloat16(rows)
         if self.stored.dtype == jnp.bfloat16:
@@ -104,7 +107,7 @@ class QuantizedHead(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], tied: Float[Array, "V D"] | None = None
     ) -> Float[Array, "B T V"]:
-        config, x = self.config, x.astype(jnp.float32)
+        config, x = self.config, floats("x", x).astype(jnp.float32)
         shape = (config.vocab_size, config.hidden_size)
         if self.has_variable("packed", "weight"):
             weight: PackedArray = self.get_variable("packed", "weight")

@@ -23,6 +23,7 @@ from bitnet_jax.nn.norms import Norm, projection_norm
 from bitnet_jax.nn.products import sums_of_products
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantizers import Quantized
+from bitnet_jax.scales import floats
 from bitnet_kernels import PackedArray, packed_matmul, packed_matmuls
 from bitnet_kernels.reference import rescale, rounded_product
 
@@ -30,7 +31,8 @@ from bitnet_kernels.reference import rescale, rounded_product
 def dense(
     x: Float[Array, "*rows k"], w: Float[Array, "n k"], dtype: str = "float32"
 ) -> Float[Array, "*rows n"]:
-    """`x @ w.T` in float32, of operands rounded to `dtype`."""
+    """`x @ w.T` in float32, of float operands rounded to `dtype`."""
+    x, w = floats("x", x), floats("w", w)
     # As a product of matrices: on CPUs the gradient of one with more axes takes XLA's slow path.
     return sums_of_products(x.reshape(-1, x.shape[-1]), w, dtype).reshape(*x.shape[:-1], w.shape[0])
 
@@ -111,7 +113,11 @@ class BitLinear(nn.Module):
         progress: Float[Array, ""] | float = 1.0,
         product: Float[Array, "*rows n"] | None = None,
     ) -> Float[Array, "*rows n"]:
-        """product: quantized(x) @ quantized(weight).T where apply_together has computed it already."""
+        """product: quantized(x) @ quantized(weight).T where apply_together has computed it already.
+
+        The result has the dtype of x: float32, bfloat16 or float16, any other is a ValueError.
+        """
+        x = floats("x", x)
         y = self._product(x, progress) if product is None else product
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from bitnet_jax.scales import floats
+
 EPSILON = 1e-6  # in the denominator, as in the authors' code
 CHUNK = 64  # keys per chunk: the intra-chunk product is then as large as the state of a usual head
 
@@ -45,7 +47,7 @@ def zero_state(batch: int, heads: int, head_dim: int) -> LinearState:
 
 def phi(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
     """`elu(x) + 1` in float32: `x + 1` above zero, `exp(x)` below."""
-    return jax.nn.elu(x.astype(jnp.float32)) + 1.0
+    return jax.nn.elu(floats("x", x).astype(jnp.float32)) + 1.0
 
 
 def phi_keys(k: Float[Array, "B S H h"], key_mask: Bool[Array, "B S"] | None) -> Float[Array, "B S H h"]:
@@ -65,7 +67,7 @@ def parallel(
     """
     similarity = jnp.einsum("bthd,bshd->bhts", phi(q), phi(k))
     similarity = jnp.where(visible[:, None], similarity, 0.0)
-    mixed = jnp.einsum("bhts,bshe->bthe", similarity, v.astype(jnp.float32))
+    mixed = jnp.einsum("bhts,bshe->bthe", similarity, floats("v", v).astype(jnp.float32))
     total = jnp.einsum("bhts->bth", similarity)
     return _normalize(mixed, total).astype(q.dtype)
 
@@ -85,7 +87,7 @@ def recurrent(
         mixed = jnp.einsum("bhd,bhde->bhe", phi_q, state.s)
         return state, _normalize(mixed, jnp.einsum("bhd,bhd->bh", phi_q, state.z))
 
-    tokens = (phi(q), phi_keys(k, key_mask), v.astype(jnp.float32))
+    tokens = (phi(q), phi_keys(k, key_mask), floats("v", v).astype(jnp.float32))
     state, o = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
     return jnp.moveaxis(o, 0, 1).astype(q.dtype), state
 
@@ -127,7 +129,7 @@ def chunked(
         x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
-    tokens = (phi(q), phi_keys(k, key_mask), v.astype(jnp.float32))
+    tokens = (phi(q), phi_keys(k, key_mask), floats("v", v).astype(jnp.float32))
     if chunk == T:
         state, o = step(state, tokens)
         return o.astype(q.dtype), state

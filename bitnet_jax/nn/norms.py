@@ -8,16 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.scales import floats
 
 
 def rms_normalize(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows D"]:
     """`x / sqrt(mean(x^2) + eps)`, computed in float32, returned in the dtype of x (1910.07467)."""
+    x = floats("x", x)
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def layer_normalize(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows D"]:
     """`(x - mean) / sqrt(var + eps)`, computed in float32, returned in the dtype of x (1607.06450)."""
+    x = floats("x", x)
     x32 = x.astype(jnp.float32)
     return rms_normalize(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps).astype(x.dtype)
 

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bitnet_jax.scales import floats
+
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:
     """Angle per position of each of the h/2 planes: `theta^(-2i/h)`, float32.
@@ -27,6 +29,9 @@ def rotate(x: Float[Array, "B T H h"], positions: Int[Array, "B T"], theta: floa
     difference of positions alone. Angles, cosines and sines are float32 and then cast to the dtype of x:
     bfloat16 angles would be wrong by whole turns at positions in the thousands.
     """
+    x = floats("x", x)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions are {positions.dtype}; expected integers")
     angles = positions[..., None].astype(jnp.float32) * frequencies(x.shape[-1], theta)[None, None, :]
     both = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     # Times one, which is exact. Through a product, for else XLA's CPU fuses the cosine into what uses it and takes

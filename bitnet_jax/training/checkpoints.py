@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -37,6 +37,12 @@ class Restored(NamedTuple):
     variables: PyTree
     opt_state: PyTree | None
     meta: dict[str, Any]
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder, oldest first; none where it does not exist."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 class Checkpoints:
@@ -96,7 +102,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, oldest first."""
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        return saved_steps(self.folder)
 
     def save(
         self,
@@ -149,7 +155,11 @@ class Checkpoints:
             ) from error
 
     def restore(
-        self, variables: PyTree, opt_state: PyTree | None = None, step: int | None = None
+        self,
+        variables: PyTree,
+        opt_state: PyTree | None = None,
+        step: int | None = None,
+        check: Callable[[Mapping[str, Any]], None] = lambda meta: None,
     ) -> Restored:
         """Read one checkpoint and compare every checksum.
 
@@ -157,6 +167,7 @@ class Checkpoints:
           variables, opt_state: trees of arrays or ShapeDtypeStructs that say structure, shapes and shardings;
             without opt_state the optimizer's part is not read.
           step: None takes the newest.
+          check: is given `meta` before any array is read; raises if the checkpoint is not the one that is meant.
 
         Raises:
           CheckpointError: there is none (at this step), or it is damaged or of another model.
@@ -171,10 +182,12 @@ class Checkpoints:
             )
         wanted = {"variables": variables} | ({} if opt_state is None else {"optimizer": opt_state})
         args = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in wanted.items()}
+        meta = self._read(step, {"meta": ocp.args.JsonRestore()})["meta"]
+        check(meta)
+        read = self._read(step, args)
         try:
-            read = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
             for name in wanted:
-                found, expected = _checksums(read[name]), read["meta"]["crc32"][name]
+                found, expected = _checksums(read[name]), meta["crc32"][name]
                 wrong = sorted(key for key in found if found[key] != expected.get(key))
                 if wrong:
                     raise ValueError(
@@ -186,10 +199,23 @@ class Checkpoints:
             name: jax.tree.unflatten(jax.tree.structure(tree), [read[name][key] for key in _flat(tree)])
             for name, tree in wanted.items()
         }
-        return Restored(step, trees["variables"], trees.get("optimizer"), read["meta"])
+        return Restored(step, trees["variables"], trees.get("optimizer"), meta)
 
-    def restore_latest_whole(self, variables: PyTree, opt_state: PyTree) -> Restored | None:
+    def _read(self, step: int, args: Mapping[str, Any]) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # a damaged file can surface as nearly any exception
+            raise CheckpointError(f"{self.folder / str(step)} cannot be used: {_one_line(error)}") from error
+
+    def restore_latest_whole(
+        self,
+        variables: PyTree,
+        opt_state: PyTree,
+        check: Callable[[Mapping[str, Any]], None] = lambda meta: None,
+    ) -> Restored | None:
         """The newest whole checkpoint, None if there are none; damaged newer ones are reported, set aside.
+
+        What `check` raises (see `restore`) passes through: such a checkpoint is not damaged.
 
         Raises:
           CheckpointError: there are checkpoints, and all are damaged.
@@ -197,7 +223,7 @@ class Checkpoints:
         damaged = []
         while self.steps():
             try:
-                return self.restore(variables, opt_state)
+                return self.restore(variables, opt_state, check=check)
             except CheckpointError as error:
                 step = self.steps()[-1]
                 aside = self._set_aside(step)

@@ -6,19 +6,21 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from bitnet_jax.models import Architecture, ModelConfig, model_config
+from bitnet_jax.nn.config import LARGEST
 from bitnet_jax.training.optimizers import OptimizerConfig
 from bitnet_jax.training.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Section `data`: which text or images, and which batches. What reads and cuts them checks the values."""
+    """Section `data`: which text or images, and which batches. Names and paths are checked by what reads them."""
 
     # language: the running Python's standard library, a path, or hf:NAME (see data/text.py); images: drawn or the
     # folder of MNIST's files (data/images.py); text_classification: keywords or JSON lines (data/labelled_text.py)
@@ -35,6 +37,19 @@ class DataConfig:
     limit: int | None = None  # images, text_classification: train on so many examples only
     batch_size: int = 16  # B, sequences or images of one update (all micro-batches together)
     sampling: str = "epoch"  # epoch: every window once, shuffled, then again; windows: random places
+    skip_bad_files: bool = (
+        False  # of a folder of text: leave out files that cannot be read, else they are an error
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("length", "image_size", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}: got {value}, expected at least 1")
+        if self.valid_source is None and self.split != "record" and not 0 < self.valid_fraction < 1:
+            raise ValueError(
+                f"data.valid_fraction: got {self.valid_fraction}, expected a number between 0 and 1, such as 0.05"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,13 +66,15 @@ class TrainingConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     keep_best: bool = False  # also keep the checkpoint with the lowest held-out loss
-    tensorboard: bool = False  # also write TensorBoard files (extra `tensorboard`)
+    tensorboard: bool = False  # also write TensorBoard files (optional package tensorboardX)
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
         for name, low in (least | {"statistics_every": 0, "z_loss": 0, "keep_checkpoints": 2}).items():
-            if getattr(self, name) < low:
-                raise ValueError(f"training.{name}: got {getattr(self, name)}, expected at least {low}")
+            if not low <= getattr(self, name) <= LARGEST:  # updates are counted in int32
+                raise ValueError(
+                    f"training.{name}: got {getattr(self, name)}, expected a number from {low} to {LARGEST}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +109,12 @@ class DistillationConfig:
             raise ValueError(f"distillation.temperature: got {self.temperature}, expected a positive number")
 
 
+# Settings under which a run may go on although it began with others. All but training.steps only say what is measured,
+# kept and shown on the way: the updates are the same. What training.steps changes, see `loop.fit`.
+MAY_CHANGE = frozenset(
+    f"training.{name}"
+    for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+)
 TASK_NAMES = ("language", "images", "text_classification")
 
 
@@ -118,6 +141,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.task not in TASK_NAMES:
             raise ValueError(f"config.task: got {self.task!r}, expected one of {', '.join(TASK_NAMES)}")
+        used_by = {
+            "limit": ("images", "text_classification"),
+            "image_size": ("images",),
+            "skip_bad_files": ("language",),
+        }
+        for name, tasks in used_by.items():  # it would be passed over in silence
+            value = getattr(self.data, name)
+            if self.task not in tasks and value not in (None, False):
+                raise ValueError(
+                    f"data.{name}: got {value} for task {self.task!r}, which has no such setting; take it out"
+                )
         if self.distillation.teacher is not None and self.task != "text_classification":
             raise ValueError(f"distillation.teacher: got one for task {self.task!r}, which learns from none")
         if self.data.batch_size % self.training.accumulate:
@@ -219,7 +253,10 @@ class RunConfig:
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
         """Raises: ValueError: not JSON, or not the JSON of a run config."""
-        fields = json.loads(text)
+        try:
+            fields = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("run config: got JSON that is nested too deeply") from error
         if not isinstance(fields, dict):
             raise ValueError(f"run config: got JSON {type(fields).__name__}, expected an object of sections")
         return cls.from_dict(fields)
@@ -231,10 +268,15 @@ class RunConfig:
         return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
-def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
-    """`section.field: value in a, value in b` for every setting that differs, but for the mesh."""
+def data_config(fields: Mapping[str, Any]) -> DataConfig:
+    """Section `data` alone. Raises ValueError: an unknown field or a wrong type."""
+    return _section("data", DataConfig, fields)
+
+
+def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) -> list[str]:
+    """`section.field: value in a, value in b` for every setting that differs, but for the mesh and `ignored`."""
     flat_a, flat_b = _flatten(_what_is_computed(a)), _flatten(_what_is_computed(b))
-    names = sorted(flat_a.keys() | flat_b.keys())
+    names = sorted((flat_a.keys() | flat_b.keys()) - set(ignored))
     return [
         f"{name}: {flat_a.get(name, 'not set')!r}, {flat_b.get(name, 'not set')!r}"
         for name in names
@@ -245,6 +287,8 @@ def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
 def _what_is_computed(config: RunConfig) -> dict[str, Any]:
     fields = config.to_dict()
     del fields["mesh"]  # where it is computed
+    if not fields["data"]["skip_bad_files"]:  # younger than runs and results, whose names must stay
+        del fields["data"]["skip_bad_files"]
     return fields
 
 
@@ -275,7 +319,8 @@ def _is_a(value: Any, expected: Any) -> bool:
     if isinstance(expected, types.UnionType):
         return any(_is_a(value, kind) for kind in typing.get_args(expected))
     if expected is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
+        largest = sys.float_info.max  # neither NaN, infinity nor an integer that is no float
+        return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) <= largest
     return isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
 
 

@@ -4,6 +4,10 @@
 
 `fit` may be killed at any moment: started again with the same config and folder it goes on from the last
 whole checkpoint and ends in the same bits as a run that nobody disturbed.
+
+A run whose `training.steps` is raised, finished or not, goes on in the same way. What follows the total of updates
+(a schedule other than constant, the end of weight decay, annealed gradients) follows the new one from there on, so
+the run is not the one that began with that total; where nothing does, it ends in the same bits.
 """
 
 from __future__ import annotations
@@ -16,23 +20,25 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
-from tqdm import tqdm
 
 import bitnet_jax
-from bitnet_jax.data import Tokenizer
+from bitnet_jax.data import Classes, Tokenizer
 from bitnet_jax.models import Architecture, ModelConfig
+from bitnet_jax.progress import progress_bar
+from bitnet_jax.ste import ANNEALED
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.config import RunConfig, TrainingConfig
 from bitnet_jax.training.interrupt import Interrupted, StopWish, stop_on_signals
-from bitnet_jax.training.metrics import MetricsLog
+from bitnet_jax.training.limits import check_trainable
+from bitnet_jax.training.metrics import MetricsLog, read_metrics
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.recorder import Diverged, Recorder
-from bitnet_jax.training.run_folder import RunError, RunFolder
+from bitnet_jax.training.run_folder import EXTENDED_FROM, RunError, RunFolder
 from bitnet_jax.training.sharding import (
     batch_sharding,
     make_mesh,
@@ -47,30 +53,51 @@ from bitnet_jax.training.task import Task, abstract_variables
 from bitnet_jax.training.tasks import TASKS
 
 
-def fit(config: RunConfig | Mapping[str, Any], workdir: str | Path, progress: bool = True) -> dict[str, Any]:
+def fit(
+    config: RunConfig | Mapping[str, Any],
+    workdir: str | Path,
+    progress: bool = True,
+    *,
+    overwrite: bool = False,
+    task: Callable[[RunConfig], Task] | None = None,
+) -> dict[str, Any]:
     """Train the model of `config` on its task in `workdir`, going on with the run that it holds, if any.
+
+    Args:
+      progress: show a bar on stderr, or a line now and then where that is no terminal.
+      overwrite: train from the start; the run that the folder holds is removed once the data were read.
+      task: makes the problem, in place of the function that `config.task` names.
 
     Returns:
       What `result.json` holds: status ("finished" or "diverged"), step, newest train and valid measurements,
-      parameters, tokens, seconds, config_hash, versions. A run that is over is not trained again.
+      parameters, tokens, seconds, config_hash, versions, and extended_from (earlier totals of updates) where
+      training.steps was changed. A run that is over is not trained again.
 
     Raises:
-      ValueError, FileNotFoundError: a wrong config, data that cannot be used, or too few devices for the mesh.
+      ValueError, FileNotFoundError: a wrong config, a model that cannot be trained here or packed, data that
+        cannot be used, or too few devices for the mesh. The folder is left as it was.
       RunError, CheckpointError: the folder holds another run, cannot be written, or only damaged checkpoints.
       Interrupted: SIGINT or SIGTERM came; the run is saved and can go on.
     """
     if not isinstance(config, RunConfig):
         config = RunConfig.from_dict(config)
     folder = RunFolder(workdir)
-    with folder.training(config):
-        result = folder.read_result()
-        return train(TASKS[config.task](config), config, folder, progress) if result is None else result
+    if overwrite:
+        folder.check_overwritable()
+    elif (result := folder.result_under(config)) is not None:
+        return result
+    check_trainable(config)
+    problem = (task or TASKS[config.task])(config)
+    with folder.training(config, overwrite=overwrite) as result:
+        return train(problem, config, folder, progress) if result is None else result
 
 
 def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = True) -> dict[str, Any]:
-    """`fit` for any task. The caller holds `folder.training(config)`."""
+    """`fit` for any task. The caller holds `folder.training(config)`, which gave no result."""
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
+    if task.classes is not None:
+        folder.write_classes(task.classes)
     try:
         result = _train(task, config, folder, progress)
     except OSError as error:
@@ -104,7 +131,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         statistics_every=training.statistics_every,
         shardings=shardings,
     )
-    began = time.monotonic()
+    began, name = time.monotonic(), folder.path.absolute().name
 
     with contextlib.ExitStack() as stack:
         wish = stack.enter_context(stop_on_signals())
@@ -112,12 +139,14 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, keep=training.keep_checkpoints, keep_best=training.keep_best)
         )
-        state, meta = _start(fresh, shapes, checkpoints, task, folder)
-        first = int(state.step)
+        state, meta = _start(fresh, shapes, checkpoints, task, folder, config)
+        first, extended = int(state.step), {EXTENDED_FROM: meta[EXTENDED_FROM]} if meta[EXTENDED_FROM] else {}
+        folder.result.unlink(missing_ok=True)  # of the shorter run
+        folder.write_config(config, meta[EXTENDED_FROM])
         board = folder.path / "tensorboard" if training.tensorboard else None
         log = stack.enter_context(MetricsLog(folder.metrics, resume_step=first, tensorboard=board))
         bar = stack.enter_context(
-            tqdm(total=training.steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
+            progress_bar(training.steps, unit="step", description=name, initial=first, show=progress)
         )
         recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
 
@@ -131,7 +160,8 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             if saves:
                 log.flush()  # rows up to a checkpoint are on disk before it is
                 facts = {"config": config.to_dict(), "data": task.fingerprint, "data_position": step}
-                facts |= {"seconds": seconds(), "last": recorder.last}
+                facts |= {"seconds": seconds(), "last": recorder.last, "files_crc32": folder.files_crc32()}
+                facts |= extended
                 loss = values["loss"] if values is not None else None
                 checkpoints.save(step, state.variables, state.opt_state, facts, loss)
             recorder.pause()
@@ -141,6 +171,8 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             advanced = update(state, batch, key)
             return jax.block_until_ready(advanced) if must_wait(mesh) else advanced
 
+        if first == training.steps and not _evaluated(folder.metrics, first):
+            rest(first, state, True, False)  # the total was lowered to what is done
         step, problem = _loop(state, first, advance, training, wish, recorder, rest)
         checkpoints.wait()
         kept = max(checkpoints.steps(), default=0)
@@ -159,6 +191,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         "message": None if problem is None else str(problem),
         "step": step,
         "steps": training.steps,
+        **extended,
         **recorder.last,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
@@ -181,19 +214,47 @@ def _start(
     checkpoints: Checkpoints,
     task: Task,
     folder: RunFolder,
+    config: RunConfig,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, and what the checkpoint knew besides: seconds spent, last rows."""
-    restored = checkpoints.restore_latest_whole(shapes.variables, shapes.opt_state)
+    """The state to go on from, and what the checkpoint knew besides: seconds spent, last rows, earlier totals."""
+    check = partial(folder.check_meta, config)
+    restored = checkpoints.restore_latest_whole(shapes.variables, shapes.opt_state, check)
     if restored is None:
-        return fresh(), {"seconds": 0.0, "last": {}}
+        return fresh(), {"seconds": 0.0, "last": {}, EXTENDED_FROM: []}
     if restored.meta["data"] != task.fingerprint:
         raise RunError(
             f"{folder.path}: the training data are not the ones this run began with (checksum "
             f"{task.fingerprint:08x}, was {restored.meta['data']:08x}); bring it back or use another folder"
         )
+    earlier, before = restored.meta.get(EXTENDED_FROM, []), restored.meta["config"]["training"]["steps"]
+    if before != config.training.steps:
+        earlier = [*earlier, before]
+        print(_told_of_extension(config, task, before, restored.step), file=sys.stderr)
     step = jax.device_put(jnp.int32(restored.step), shapes.step.sharding)
     model_state = {name: part for name, part in restored.variables.items() if name != "params"}
-    return TrainState(step, restored.variables["params"], restored.opt_state, model_state), restored.meta
+    state = TrainState(step, restored.variables["params"], restored.opt_state, model_state)
+    return state, restored.meta | {EXTENDED_FROM: earlier}
+
+
+def _told_of_extension(config: RunConfig, task: Task, before: int, step: int) -> str:
+    """One line: from where a run with another total of updates goes on, and what that makes of it."""
+    steps, optimizer = config.training.steps, config.optimizer
+    stes = {ste for p in task.precisions.values() for ste in (p.weight_ste, p.activation_ste)}
+    follows = [f"schedule={optimizer.schedule!r}"] if optimizer.schedule != "constant" else []
+    if optimizer.weight_decay and optimizer.weight_decay_until < 1:
+        follows.append(f"weight_decay_until={optimizer.weight_decay_until}")
+    follows += [f"the gradient {ste!r}" for ste in sorted(stes & ANNEALED)]
+    what = (
+        f"from here on {', '.join(follows)} as computed for {steps}: not the run that began with {steps}"
+        if follows
+        else f"the same run as one that began with {steps}"
+    )
+    return f"training.steps: {before} before, {steps} now; going on from step {step}, {what}"
+
+
+def _evaluated(metrics: Path, step: int) -> bool:
+    rows = read_metrics(metrics) if metrics.exists() else ()
+    return any(row["step"] == step and row.get("kind") == "valid" for row in rows)
 
 
 def _loop(
@@ -232,35 +293,49 @@ def _loop(
     return step, None
 
 
-def load_run(
-    workdir: str | Path, step: int | None = None
-) -> tuple[RunConfig, ModelConfig, dict[str, Any], Tokenizer]:
-    """Settings, model, latent parameters (of one checkpoint, the newest by default) and tokenizer of a run on text.
+class LoadedRun(NamedTuple):
+    config: RunConfig
+    model: Architecture
+    variables: dict[str, Any]  # latent parameters and, where the model has them, batch statistics
+    tokenizer: Tokenizer | None  # of a run on text
+    classes: Classes | None  # of a classifier
+
+
+def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
+    """A run of any task, of one checkpoint, the newest by default.
 
     Raises:
-      RunError, CheckpointError: not such a run, no such checkpoint, or a damaged file.
+      RunError, CheckpointError: no run, no such checkpoint, a damaged file, or one that was changed after training.
     """
     folder = RunFolder(workdir)
     config = folder.read_config()
-    if config.task == "images":
+    tokenizer = None if config.task == "images" else folder.read_tokenizer()
+    model = config.image_model_config() if tokenizer is None else config.model_config(tokenizer.vocab_size)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        restored = checkpoints.restore(
+            abstract_variables(model), step=step, check=partial(folder.check_meta, config)
+        )
+    return LoadedRun(config, model, restored.variables, tokenizer, folder.read_classes())
+
+
+def load_run(
+    workdir: str | Path, step: int | None = None
+) -> tuple[RunConfig, ModelConfig, dict[str, Any], Tokenizer]:
+    """Settings, model, latent parameters and tokenizer of a run on text; else as `read_run`."""
+    folder = RunFolder(workdir)
+    if folder.read_config().task == "images":
         raise RunError(f"{folder.path}: got a run on images, expected one on text; load_image_run reads it")
-    tokenizer = folder.read_tokenizer()
-    model = config.model_config(tokenizer.vocab_size)
-    return config, model, _read(folder, model, step)["params"], tokenizer
+    config, model, variables, tokenizer, _ = read_run(workdir, step)
+    assert isinstance(model, ModelConfig)
+    assert tokenizer is not None
+    return config, model, variables["params"], tokenizer
 
 
 def load_image_run(
     workdir: str | Path, step: int | None = None
 ) -> tuple[RunConfig, Architecture, dict[str, Any]]:
-    """Settings, model and variables (parameters, batch statistics) of a run on images; else as `load_run`."""
+    """Settings, model and variables (parameters, batch statistics) of a run on images; else as `read_run`."""
     folder = RunFolder(workdir)
-    config = folder.read_config()
-    if config.task != "images":
-        raise RunError(f"{folder.path}: got a run of task {config.task!r}, expected images")
-    model = config.image_model_config()
-    return config, model, _read(folder, model, step)
-
-
-def _read(folder: RunFolder, model: Architecture, step: int | None) -> dict[str, Any]:
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        return checkpoints.restore(abstract_variables(model), step=step).variables
+    if (task := folder.read_config().task) != "images":
+        raise RunError(f"{folder.path}: got a run of task {task!r}, expected images")
+    return read_run(workdir, step)[:3]

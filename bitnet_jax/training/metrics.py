@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from bitnet_jax.optional_packages import missing_package
+
 
 def finite_json(value: Any) -> Any:
     """The value with NaN and infinities as the strings "nan", "inf", "-inf": JSON has no such numbers."""
@@ -28,7 +30,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 yield row
@@ -40,11 +42,11 @@ class MetricsLog:
     Rows after `resume_step` are dropped first: the run measures them again. Rows reach the disk at `flush`.
 
     Args:
-      tensorboard: a folder for scalars in TensorBoard's format too (needs the extra `tensorboard`).
+      tensorboard: a folder for scalars in TensorBoard's format too (optional package tensorboardX).
 
     Raises:
       OSError: the file cannot be written.
-      ModuleNotFoundError: tensorboard is asked for and tensorboardX is not installed.
+      ValueError: tensorboard is asked for and tensorboardX is not installed.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0, tensorboard: Path | None = None):
@@ -90,8 +92,5 @@ def _tensorboard(folder: Path, resume_step: int) -> Any:
     try:
         import tensorboardX
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "training.tensorboard is on and tensorboardX is not installed; "
-            "install bitnet-jax[tensorboard] or set it to False"
-        ) from error
+        raise ValueError(f"training.tensorboard is on: {missing_package('tensorboardX')}") from error
     return tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1)

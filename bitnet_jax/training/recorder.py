@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
+from bitnet_jax.progress import Progress
 from bitnet_jax.training.config import TrainingConfig
 from bitnet_jax.training.metrics import MetricsLog
 from bitnet_jax.training.statistics import Statistics
@@ -38,7 +38,7 @@ class Recorder:
     def __init__(
         self,
         log: MetricsLog,
-        bar: tqdm,
+        bar: Progress,
         training: TrainingConfig,
         paths: tuple[str, ...],
         tokens: int,

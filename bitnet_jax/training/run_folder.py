@@ -1,10 +1,14 @@
 """The folder of one run: what is in it, written so that a reader never sees half a file.
 
-config.json      the RunConfig; a run goes on only under the same one
+config.json      the RunConfig, and the earlier totals of an extended run; see RunFolder.result_under
 tokenizer.json   the tokenizer that its tokens mean
+classes.json     of a classifier: labels, and how its inputs are made (data/classes.py)
 checkpoints/     see checkpoints.py (and damaged/, where bad ones were set aside)
 metrics.jsonl    see metrics.py
 result.json      status, last measurements and cost; there once the run is over
+
+While there is neither a finished checkpoint nor a result, the folder is as good as new: a start with other
+settings replaces what is in it.
 """
 
 from __future__ import annotations
@@ -13,13 +17,23 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.data import Tokenizer, from_json
-from bitnet_jax.training.config import RunConfig, differing_fields
+from bitnet_jax.data import Classes, Tokenizer, from_json
+from bitnet_jax.data.classes import CLASSES
+from bitnet_jax.training.checkpoints import TEMPORARY, saved_steps
+from bitnet_jax.training.config import MAY_CHANGE, RunConfig, differing_fields
 from bitnet_jax.training.metrics import finite_json
+
+LARGEST_JSON = 2**24  # bytes of config.json and result.json; written ones have some thousands
+
+# Settings of config.json that may differ from those a checkpoint was written under: how long a run goes on, what
+# is measured on the way, and where the data lie. No other one leaves the meaning of its weights alone.
+MAY_DIFFER = ("training.", "evaluation.", "data.root:")
 
 
 class RunError(RuntimeError):
@@ -33,20 +47,104 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
+        self.classes = self.path / CLASSES
         self.checkpoints = self.path / "checkpoints"
+        self.damaged = self.path / "damaged"
         self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
         self.result = self.path / "result.json"
+        self.lock = self.path / ".lock"
 
-    @contextlib.contextmanager
-    def training(self, config: RunConfig) -> Iterator[None]:
-        """Makes the folder or checks that its run has `config`; keeps other processes out while training.
+    @property
+    def written(self) -> list[Path]:
+        """All that a run may write, in the order in which `overwrite` removes it."""
+        files = [self.result, self.config, self.tokenizer, self.classes, self.metrics]
+        folders = [self.checkpoints, self.damaged, self.tensorboard]
+        return [*files, *(file.with_name(f"{file.name}.tmp") for file in files), *folders]
+
+    def trained(self) -> bool:
+        """Whether there is a finished checkpoint, whole or set aside, or a result."""
+        return bool(saved_steps(self.checkpoints) or saved_steps(self.damaged)) or self.result.exists()
+
+    def result_under(self, config: RunConfig) -> dict[str, Any] | None:
+        """The result if the run is over under `config`; None if it has to be trained, from the start or on.
+
+        A run goes on under the settings it began with, but for those in `config.MAY_CHANGE`. With training.steps
+        raised it goes on from its last checkpoint, also when it was finished.
 
         Raises:
-          RunError: another config, another process at work, or a folder that cannot be written.
+          RunError: the folder holds a run with other settings, one that has done more than training.steps
+            updates, or a damaged one.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"cannot make the run folder {self.path}: Not a directory")
+        if not self.trained():
+            return None
+        if not self.config.exists():
+            raise RunError(
+                f"{self.path}: checkpoints without config.json; put it back, overwrite or use another folder"
+            )
+        saved, result, steps = self.read_config(), self.read_result(), config.training.steps
+        if differing := differing_fields(saved, config, ignored=MAY_CHANGE):
+            raise RunError(
+                f"{self.path} holds a run with other settings ({'; '.join(differing)}; saved, then given); give "
+                "it the same config, overwrite or use another folder"
+            )
+        if result is not None and result["status"] != "finished":
+            if steps != saved.training.steps:
+                raise RunError(
+                    f"training.steps: got {steps}, but the run in {self.path} {result['status']} at step "
+                    f"{result['step']} and cannot go on; overwrite or use another folder"
+                )
+            return result
+        done = max(saved_steps(self.checkpoints), default=0)
+        if steps < done:
+            raise RunError(
+                f"training.steps: got {steps}, expected at least the {done} that the run in {self.path} has "
+                "done; overwrite or use another folder"
+            )
+        if result is not None and result["steps"] == steps:
+            return result
+        if not done:
+            raise RunError(
+                f"{self.path}: no checkpoint to go on from (damaged ones are in {self.damaged}); put a good copy "
+                "back, overwrite or use another folder"
+            )
+        return None
+
+    def check_overwritable(self) -> None:
+        """Raises RunError unless the folder is missing or holds only what a run writes."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise RunError(f"got {self.path}, which is no folder, expected that of a run to overwrite")
+        others = {*self.path.iterdir()} - {*self.written, self.lock}
+        if self.checkpoints.is_dir():
+            others |= {path for path in self.checkpoints.iterdir() if not path.name.isdigit()}
+            others -= {*self.checkpoints.glob(TEMPORARY)}
+        if others:
+            names = sorted(str(path.relative_to(self.path)) for path in others)
+            raise RunError(
+                f"got {self.path} with {', '.join(names[:5])}, which no run writes, expected the folder of a run "
+                "to overwrite; use another folder"
+            )
+        if self.config.exists():
+            self.read_config()
+
+    @contextlib.contextmanager
+    def training(self, config: RunConfig, *, overwrite: bool = False) -> Iterator[dict[str, Any] | None]:
+        """Makes the folder and keeps other processes out while training; gives `result_under(config)`.
+
+        Args:
+          overwrite: first remove the run that the folder holds, whatever its settings.
+
+        Raises:
+          RunError: see `result_under` (`check_overwritable` with overwrite), another process at work, or a folder
+            that cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            lock = self.lock.open("w")
         except OSError as error:
             raise RunError(f"cannot make the run folder {self.path}: {error.strerror or error}") from error
         with lock:
@@ -56,53 +154,137 @@ class RunFolder:
                 raise RunError(
                     f"{self.path}: another process is training in it; wait or use another"
                 ) from error
-            if self.config.exists():
-                if differing := differing_fields(self.read_config(), config):
-                    raise RunError(
-                        f"{self.path} holds a run with other settings ({'; '.join(differing)}; saved, then "
-                        "given); give it the same config or another folder"
-                    )
-            elif self.checkpoints.exists():
-                raise RunError(
-                    f"{self.path}: checkpoints without config.json; put it back or use another folder"
-                )
-            else:
-                write_whole(self.config, config.to_json())
-            yield
+            if overwrite:
+                self.check_overwritable()
+                self._clear()
+            yield self.result_under(config)
+
+    def _clear(self) -> None:
+        try:
+            for path in self.written:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot remove {error.filename}: {error.strerror or error}") from error
 
     def read_config(self) -> RunConfig:
         """Raises: RunError: not the folder of a run, or its config.json is damaged."""
+        if not self.config.exists():
+            raise RunError(f"{self.path}: no config.json; expected the folder of a training run")
+        fields = _read_object(self.config)
+        fields.pop(EXTENDED_FROM, None)
         try:
-            return RunConfig.from_json(self.config.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RunError(f"{self.path}: no config.json; expected the folder of a training run") from error
-        except (ValueError, OSError) as error:
+            return RunConfig.from_dict(fields)
+        except ValueError as error:
             raise RunError(f"{self.config} cannot be read: {error}") from error
 
+    def write_config(self, config: RunConfig, extended_from: Sequence[int] = ()) -> None:
+        """The settings, and the totals of updates under which parts of an extended run were trained."""
+        fields = config.to_dict() | ({EXTENDED_FROM: list(extended_from)} if extended_from else {})
+        write_whole(self.config, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
-        if not self.tokenizer.exists():
+        """Keeps the one that is there once something was trained with it."""
+        if not (self.tokenizer.exists() and self.trained()):
             write_whole(self.tokenizer, tokenizer.to_json())
 
     def read_tokenizer(self) -> Tokenizer:
         """Raises: RunError: there is no tokenizer.json, or it is damaged."""
         try:
+            _check_regular(self.tokenizer)
             return from_json(self.tokenizer.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise RunError(f"{self.tokenizer} cannot be read: {error}") from error
+
+    def write_classes(self, classes: Classes) -> None:
+        """Keeps those that are there once something was trained with them."""
+        if not (self.classes.exists() and self.trained()):
+            write_whole(self.classes, classes.to_json())
+
+    def read_classes(self) -> Classes | None:
+        """None: no classifier, or trained before such a file was written. Raises: RunError: it is damaged."""
+        if not self.classes.exists():
+            return None
+        try:
+            _check_regular(self.classes)
+            return Classes.from_json(self.classes.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise RunError(f"{self.classes} cannot be read: {error}") from error
+
+    def files_crc32(self) -> dict[str, int]:
+        """CRC-32 of the files that say what the weights mean, for the `meta` of a checkpoint."""
+        try:
+            return {
+                path.name: zlib.crc32(path.read_bytes())
+                for path in (self.tokenizer, self.classes)
+                if path.exists()
+            }
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot read its files: {error.strerror or error}") from error
+
+    def check_meta(self, config: RunConfig, meta: Mapping[str, Any]) -> None:
+        """Compares config.json and the other files of the folder with what a checkpoint was written under.
+
+        Raises:
+          RunError: a setting but those in MAY_DIFFER, or a file, was changed since; the message names it.
+        """
+        try:
+            trained = RunConfig.from_dict(meta["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.path}: its checkpoint holds settings that cannot be read: {error}"
+            ) from error
+        differing = [entry for entry in differing_fields(trained, config) if not entry.startswith(MAY_DIFFER)]
+        if differing:
+            raise RunError(
+                f"{self.config} was changed after training ({'; '.join(differing)}; trained with, now in the file); "
+                "put the trained values back"
+            )
+        now, then = self.files_crc32(), meta.get("files_crc32", {})  # older checkpoints hold none
+        changed = [name for name in then if now.get(name) != then[name]]
+        if changed:
+            raise RunError(
+                f"{self.path / changed[0]} was changed or removed after training: it has the checksum "
+                f"{now.get(changed[0])}, expected {then[changed[0]]}; restore it"
+            )
 
     def read_result(self) -> dict[str, Any] | None:
         """None while the run is not over. Raises: RunError: result.json is damaged."""
         if not self.result.exists():
             return None
-        try:
-            return json.loads(self.result.read_text(encoding="utf-8"))
-        except ValueError as error:
+        result = _read_object(self.result, "; remove it to finish the run anew")
+        if missing := {"status", "step", "steps"} - result.keys():
             raise RunError(
-                f"{self.result} cannot be read: {error}; remove it to finish the run anew"
-            ) from error
+                f"{self.result} cannot be read: it lacks {', '.join(sorted(missing))}; remove it to finish the "
+                "run anew"
+            )
+        return result
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_whole(self.result, json.dumps(finite_json(result), indent=2, allow_nan=False) + "\n")
+
+
+EXTENDED_FROM = "extended_from"  # in config.json, in result.json and in the meta of checkpoints
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():  # opening a pipe could block forever
+        raise ValueError("got a folder, pipe or device, expected a file")
+
+
+def _read_object(path: Path, advice: str = "") -> dict[str, Any]:
+    try:
+        _check_regular(path)
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"got {size:,} bytes, expected at most {LARGEST_JSON:,}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"got JSON {type(value).__name__}, expected an object")
+    except (ValueError, OSError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {error}{advice}") from error
+    return value
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from bitnet_jax.data import TokenBatches, Tokenizer, consecutive_batches, load_corpus
+from bitnet_jax.data import Classes, TokenBatches, Tokenizer, consecutive_batches, load_corpus
 from bitnet_jax.evaluation.language import evaluate, model_logits
-from bitnet_jax.models import Architecture, Transformer, build_model
+from bitnet_jax.models import Architecture, Transformer, init_variables
 from bitnet_jax.precision import Precision
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
@@ -33,6 +32,7 @@ class Task(NamedTuple):
     precisions: Mapping[str, Precision]
     tokenizer: Tokenizer | None  # None: the data are no text
     fingerprint: int  # of the training data: a run must not go on with others
+    classes: Classes | None = None  # of a classifier
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
@@ -76,16 +76,8 @@ def forward(
     return output, dict(state)
 
 
-def init_variables(config: Architecture, key: PRNGKeyArray) -> dict[str, Any]:
-    """Random parameters, and what else the model keeps in its first state."""
-    inputs: Array = jnp.zeros((1, 1), jnp.int32)
-    if size := getattr(config, "image_size", 0):
-        inputs = jnp.zeros((1, size, size, getattr(config, "channels", 1)), jnp.float32)
-    return dict(build_model(config).init(key, inputs))
-
-
 def abstract_variables(config: Architecture) -> dict[str, Any]:
-    """The same tree as shapes and dtypes, without computing it."""
+    """The tree of `init_variables` as shapes and dtypes, without computing it."""
     return jax.eval_shape(lambda key: init_variables(config, key), jax.random.key(0))
 
 
@@ -103,15 +95,20 @@ def language_task(config: RunConfig) -> Task:
         valid_fraction=config.data.valid_fraction,
         valid_source=config.data.valid_source,
         root=config.data.root,
+        skip_bad_files=config.data.skip_bad_files,
     )
     length, held_out = config.data.length, config.evaluation
     batches = TokenBatches(corpus.train, length, config.data.batch_size, config.seed, config.data.sampling)
     end = None if held_out.batches is None else held_out.batches * held_out.batch_size * length + 1
-    valid_batches = list(consecutive_batches(corpus.valid[:end], length, held_out.batch_size))
+    valid_batches = list(
+        consecutive_batches(
+            corpus.valid[:end], length, held_out.batch_size, token_bytes=corpus.valid_token_bytes[:end]
+        )
+    )
     model_config = config.model_config(corpus.tokenizer.vocab_size)
 
     def evaluate_variables(variables: Mapping[str, PyTree]) -> dict[str, float]:
-        score = evaluate(model_logits(model_config), variables, valid_batches, corpus.tokenizer.count_bytes)
+        score = evaluate(model_logits(model_config), variables, valid_batches)
         return {
             "loss": score.nats_per_token,
             "bits_per_byte": score.bits_per_byte,

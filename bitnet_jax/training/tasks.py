@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import zlib
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from bitnet_jax.data import (
+    Classes,
     ExampleBatches,
     Tokenizer,
     load_images,
@@ -18,10 +20,10 @@ from bitnet_jax.data import (
     whole_batches,
 )
 from bitnet_jax.evaluation.classifiers import score_classifier
-from bitnet_jax.models import Architecture, build_model
+from bitnet_jax.models import Architecture, build_model, init_variables
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.distillation import distilled_loss, teach
-from bitnet_jax.training.task import Task, init_variables, language_task, model_loss
+from bitnet_jax.training.task import Task, language_task, model_loss
 
 
 def image_task(config: RunConfig) -> Task:
@@ -40,7 +42,8 @@ def image_task(config: RunConfig) -> Task:
             "model.image_size and model.channels, or data.image_size"
         )
     train, valid = ({"inputs": part.images, "targets": part.labels} for part in (sets.train, sets.valid))
-    return _classification(config, model, train, valid, sets.classes, None)
+    classes = Classes("images", tuple(range(sets.classes)), pixels=sets.pixels, data=dataclasses.asdict(data))
+    return _classification(config, model, train, valid, classes, None)
 
 
 def text_task(config: RunConfig) -> Task:
@@ -62,7 +65,9 @@ def text_task(config: RunConfig) -> Task:
         root=data.root,
     )
     model = config.model_config(texts.tokenizer.vocab_size)
-    task = _classification(config, model, texts.train, texts.valid, len(texts.classes), texts.tokenizer)
+    settings = dataclasses.asdict(data)
+    classes = Classes("text_classification", texts.classes, length=data.length, data=settings)
+    task = _classification(config, model, texts.train, texts.valid, classes, texts.tokenizer)
     if config.distillation.teacher is None:
         return task
     teacher = teach(config.distillation, model)
@@ -77,12 +82,12 @@ def _classification(
     model: Architecture,
     train: Mapping[str, np.ndarray],
     valid: Mapping[str, np.ndarray],
-    classes: int,
+    classes: Classes,
     tokenizer: Tokenizer | None,
 ) -> Task:
     got = model.num_classes  # type: ignore[attr-defined]  # every classifier's config has it
-    if got != classes:
-        raise ValueError(f"model.num_classes: got {got}, the data have {classes} classes")
+    if got != len(classes.names):
+        raise ValueError(f"model.num_classes: got {got}, the data have {len(classes.names)} classes")
     batches = ExampleBatches(train, config.data.batch_size, config.seed)
     held_out = config.evaluation
     valid_batches = list(itertools.islice(whole_batches(valid, held_out.batch_size), held_out.batches))
@@ -99,6 +104,7 @@ def _classification(
         precisions=model.precisions(),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(train),
+        classes=classes,
     )
 
 

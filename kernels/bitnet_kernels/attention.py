@@ -2,6 +2,8 @@
 
     o_i = sum_j P_ij v_j,   P_ij = exp(s q_i.k_j) / sum_j' exp(s q_i.k_j')     j, j' over the visible keys
 
+What is hidden from a query does not reach it, not even as NaN; NaN in what it sees is NaN in its result.
+
 `reference_attention` is the definition, in float32 by XLA. The C++ kernels (csrc/attention.h) read only the
 positions that are written, never hold the scores of more than a chunk of keys, and differ from it by rounding.
 Their own bits depend on the query, its keys and what it sees, and on nothing else: not on the instruction set,
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from bitnet_kernels import cpu
+from bitnet_kernels.dtypes import FLOATS, integers
 
 IMPLEMENTATIONS = ("cpu", "reference")
 KV_DTYPES = ("float32", "bfloat16", "uint16", "int8")  # uint16: the bits of bfloat16
@@ -33,24 +36,59 @@ def reference_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
 ) -> jax.Array:
-    """The definition of `cached_attention`, with the scores of all keys in memory."""
+    """The definition of `cached_attention`, with the scores of all keys in memory.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+    """
+    _checked(q, k, v, visible, k_scale, v_scale)
+    length = integers("length", length).astype(jnp.int32)
     B, T, H, h = q.shape
     S, K = k.shape[1:3]
-    written = jnp.arange(S, dtype=jnp.int32) < length
 
-    def floats(x: jax.Array, x_scale: jax.Array | None) -> jax.Array:
+    def floats(x: jax.Array) -> jax.Array:
         x = jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
-        x = x.astype(jnp.float32)
-        x = x if x_scale is None else x * x_scale[..., None]
-        return jnp.where(written[None, :, None, None], x, 0.0)
+        return x.astype(jnp.float32)
 
-    k, v = floats(k, k_scale), floats(v, v_scale)
+    def per_key(x_scale: jax.Array) -> jax.Array:
+        """[B, S, K] -> [B, K, 1, 1, S]"""
+        return jnp.moveaxis(x_scale, 1, 2)[:, :, None, None]
+
+    written = jnp.arange(S, dtype=jnp.int32) < length
     seen = (visible & written[None, None])[:, None, None]
-    grouped = q.astype(jnp.float32).reshape(B, T, K, H // K, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k) * scale
+    grouped = (q.astype(jnp.float32) * scale).reshape(B, T, K, H // K, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, floats(k))
+    scores = scores if k_scale is None else scores * per_key(k_scale)
     # The lowest number, not -inf: a row of -inf is NaN.
-    p = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum("bkgts,bskh->btkgh", jnp.where(seen, p, 0.0), v).reshape(B, T, H, h)
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(seen, scores, lowest)
+    largest = jnp.max(scores, axis=-1, keepdims=True, initial=lowest)
+    p = jnp.where(seen, jnp.exp(scores - jax.lax.stop_gradient(largest)), 0.0)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    weights = p if v_scale is None else jnp.where(seen, p * per_key(v_scale), 0.0)
+    o = _mix(weights, floats(v), seen) / jnp.where(jnp.any(seen, axis=-1, keepdims=True), total, 1.0)
+    return jnp.moveaxis(o, 3, 1).reshape(B, T, H, h)
+
+
+def _mix(weights: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """Sums of the values v [B, S, K, h] with weights [B, K, G, T, S] of 0 where not seen -> [B, K, G, T, h].
+
+    A value that is not finite counts for the queries that see it, and not for the others: 0 times it is NaN.
+    """
+    dot = functools.partial(jnp.einsum, "bkgts,bskh->bkgth")
+    finite = jnp.isfinite(v)
+
+    def with_others(weights: jax.Array, v: jax.Array) -> jax.Array:
+        o = dot(weights, jnp.where(finite, v, 0.0))
+        for other in (jnp.nan, jnp.inf, -jnp.inf):
+            holds = jnp.isnan(v) if other != other else v == other
+            meets = (
+                dot(jnp.broadcast_to(seen, weights.shape).astype(jnp.float32), holds.astype(jnp.float32)) > 0
+            )
+            o = o + jnp.where(meets, other, 0.0)
+        return o
+
+    return jax.lax.cond(jnp.all(finite), dot, with_others, weights, v)
 
 
 def cached_attention(
@@ -91,7 +129,7 @@ def cached_attention(
             f"implementation={implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}"
         )
     name, isa = cpu.resolve("cached_attention", implementation, cpu.unavailable())
-    return _attention(float(scale), name, isa)(*arrays, jnp.asarray(length, jnp.int32))
+    return _attention(float(scale), name, isa)(*arrays, integers("length", length).astype(jnp.int32))
 
 
 def _checked(
@@ -103,8 +141,8 @@ def _checked(
     v_scale: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
     """q in float32, k, v, scales (of no positions where there are none) and visible, of shapes that fit."""
-    if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q is {q.dtype}{list(q.shape)}; expected a float type and [B, T, H, h]")
+    if q.ndim != 4 or q.dtype.name not in FLOATS:
+        raise ValueError(f"q is {q.dtype}{list(q.shape)}; expected {', '.join(FLOATS)} and [B, T, H, h]")
     B, T, H, h = q.shape
     if k.ndim != 4 or k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, h) or H % max(1, k.shape[2]):
         raise ValueError(

@@ -16,6 +16,7 @@ from bitnet_kernels.packed import (
     PLANE_K,
     PackedArray,
     codes_shape,
+    validate,
     validate_scale,
 )
 
@@ -65,7 +66,12 @@ def _encode_panels(codes: jax.Array, format: str, groups: int) -> jax.Array:
 
 
 def unpack(w: PackedArray) -> jax.Array:
-    """The integer codes int8 [n, k] of a packed matrix; unpack(pack(codes, ...)) == codes."""
+    """The integer codes int8 [n, k] of a packed matrix; unpack(pack(codes, ...)) == codes.
+
+    Raises:
+      ValueError: w breaks an invariant of PackedArray that shows without its values.
+    """
+    validate(w, contents=False)
     _, decode = _CODECS[w.layout]
     return decode(w.codes, w.format, w.shape, w.groups)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bitnet_kernels import cpu
+from bitnet_kernels.dtypes import FLOATS
 
 IMPLEMENTATIONS = ("cpu", "reference")
 
@@ -28,6 +29,7 @@ def bfloat16_logits(x: jax.Array, table: jax.Array, *, implementation: str | Non
     Raises:
       ValueError: shapes or types that do not fit.
     """
+    x = jnp.asarray(x)
     check_operands(x, table)
     isa = choose_isa(implementation)
     y = _logits(implementation, isa, x.astype(jnp.float32).reshape(-1, x.shape[-1]), table)
@@ -38,8 +40,10 @@ def check_operands(x: jax.Array, table: jax.Array) -> None:
     """Raises ValueError unless x is float [..., k] and table bfloat16 [n, k]."""
     if table.dtype != jnp.bfloat16 or table.ndim != 2 or min(table.shape) < 1:
         raise ValueError(f"table is {table.dtype}{list(table.shape)}; expected bfloat16[n, k], n, k >= 1")
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 1 or x.shape[-1] != table.shape[1]:
-        raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected floats [..., {table.shape[1]}]")
+    if x.dtype.name not in FLOATS or x.ndim < 1 or x.shape[-1] != table.shape[1]:
+        raise ValueError(
+            f"x is {x.dtype}{list(x.shape)}; expected {', '.join(FLOATS)} [..., {table.shape[1]}]"
+        )
 
 
 def choose_isa(implementation: str | None) -> str | None:

@@ -16,6 +16,7 @@ from bitnet_kernels import cpu
 from bitnet_kernels.formats import unpack
 from bitnet_kernels.head import bfloat16_logits, check_operands, choose_isa
 from bitnet_kernels.packed import PackedArray
+from bitnet_kernels.reference import absmax
 
 MAX_INPUTS = 2**16  # kMaxExactInputs in C++
 SMALLEST = 1e-30  # largest |x| of a row that still has digits; below it the bound alone decides
@@ -35,7 +36,12 @@ def head_bounds(table: jax.Array, w: PackedArray) -> jax.Array:
     Rounded up. With u = 2^-24, an element of t - w is computed as d, |t - w| <= |d| (1 + 2 u) + u |w|, and a sum
     of k squares, taken relative to the largest so that none underflows, has k + 8 roundings; 2^-100 is more than
     is lost to numbers flushed to zero.
+
+    Raises:
+      ValueError: the table is not bfloat16, or w no matrix of its shape.
     """
+    if table.dtype != jnp.bfloat16 or table.shape != w.shape:
+        raise ValueError(f"table is {table.dtype}{list(table.shape)}; expected bfloat16{list(w.shape)}")
     codes, scale = unpack(w).astype(jnp.float32), w.scale
     difference = table.astype(jnp.float32) - codes * scale
     up = np.float32(1 + (table.shape[1] + 16) * 2.0**-23)
@@ -45,8 +51,10 @@ def head_bounds(table: jax.Array, w: PackedArray) -> jax.Array:
 
 
 def _norm(rows: jax.Array) -> jax.Array:
-    largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
-    relative = rows / jnp.where(largest > 0, largest, 1)
+    largest = absmax(rows, keepdims=True)
+    # XLA multiplies by 1 / largest, which must neither be flushed to zero nor overflow.
+    unit = jnp.where(largest > 1, np.float32(2.0**-32), np.float32(2.0**32))
+    relative = (rows * unit) / jnp.where(largest > 0, largest * unit, 1)
     return largest[:, 0] * jnp.sqrt(jnp.sum(relative * relative, axis=1))
 
 
@@ -76,6 +84,7 @@ def exact_top_logits(
     Raises:
       ValueError: shapes, types or formats that do not fit.
     """
+    x = jnp.asarray(x)
     check_operands(x, table)
     n, inputs = table.shape
     if w.format != "int8" or w.shape != table.shape or w.scale.shape != (n, 1):
@@ -118,7 +127,7 @@ def two_digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Nothing depends on how x was rounded: what the digits miss of x is measured and bounded.
     """
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), SMALLEST)
+    largest = jnp.maximum(absmax(x, keepdims=True), SMALLEST)
     scaled = x * (127 / largest)
     high = jnp.round(scaled)
     low = jnp.round((scaled - high) * 254)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bitnet_kernels import cpu
+from bitnet_kernels.dtypes import integers
 
 
 def bfloat16_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
@@ -13,10 +14,17 @@ def bfloat16_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
 
     XLA's CPU has no bfloat16 gather: it converts the whole table to float32 to take a few rows, on every step of
     a generation. There a C++ loop takes them, where the library was built; the values are the same.
+
+    Raises:
+      ValueError: the table is no bfloat16[n, k], or the indices are not integers.
     """
+    indices = integers("indices", indices)
     if table.dtype != jnp.bfloat16 or table.ndim != 2:
         raise ValueError(f"table is {table.dtype}{list(table.shape)}; expected bfloat16[n, k]")
-    flat = indices.reshape(-1).astype(jnp.int32)
+    flat = indices.reshape(-1)
+    if flat.dtype.itemsize > 4:  # what lies outside must stay there
+        flat = jnp.clip(flat, -1, table.shape[0])
+    flat = flat.astype(jnp.int32)
     branches = {} if cpu.unavailable() else {"cpu": cpu.lookup}
     rows = jax.lax.platform_dependent(table, flat, **branches, default=_take)
     return rows.reshape(*indices.shape, table.shape[1])

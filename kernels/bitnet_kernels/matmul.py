@@ -15,6 +15,7 @@ import numpy as np
 
 from bitnet_kernels import cpu, reference
 from bitnet_kernels.cpu import warn_once
+from bitnet_kernels.dtypes import FLOATS
 from bitnet_kernels.formats import dequantize, relayout
 from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
 
@@ -84,9 +85,10 @@ def packed_matmul(
 ) -> jax.Array:
     """x [..., k] times the transpose of a packed matrix [n, k] -> float32 [..., n].
 
-    x float, activation_bits=8: x is quantized to int8 per token (reference.quantize_activations), multiplied
-    in integers and rescaled in float32, y = sum_g(sums_g * w.scale_g) * x.scale. Its gradient to x goes
-    straight through the rounding: dx = dy @ dequantize(w). w gets no gradient.
+    x float (one of dtypes.FLOATS), activation_bits=8: x is quantized to int8 per token
+    (reference.quantize_activations), multiplied in integers and rescaled in float32,
+    y = sum_g(sums_g * w.scale_g) * x.scale. Its gradient to x goes straight through the rounding:
+    dx = dy @ dequantize(w). w gets no gradient.
     x int8: x holds codes already; returns sum_g(sums_g * w.scale_g), which the caller multiplies by the
     scale of the tokens. activation_bits=1 promises that all of them are -1 or 1 (nothing checks it), and
     products with a binary w count bits.
@@ -98,6 +100,10 @@ def packed_matmul(
     BITNET_KERNELS_ISA is read when a call is traced.
     Works under jit, grad, vmap (of x and of w), scan and while_loop; inside shard_map, build a PackedArray of
     the local codes and scale with the local shape.
+
+    Raises:
+      ValueError: a dtype or shape that does not fit, an unknown option.
+      NotImplementedError: a named implementation that cannot be used.
     """
     return packed_matmuls(x, (w,), activation_bits=activation_bits, implementation=implementation)[0]
 
@@ -113,8 +119,11 @@ def packed_matmuls(
     run them as one parallel loop. The results are those of packed_matmul, bit for bit."""
     for w in ws:
         validate(w, contents=False)
-    if x.dtype != np.int8 and not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype}; expected a float type, or int8 for codes")
+    x = jnp.asarray(x)
+    if x.dtype != np.int8 and x.dtype.name not in FLOATS:
+        raise ValueError(
+            f"x is {x.dtype}; expected a float type, or int8 for codes: {', '.join(FLOATS)}, int8"
+        )
     for w in ws:
         if x.ndim < 1 or x.shape[-1] != w.shape[1]:
             raise ValueError(

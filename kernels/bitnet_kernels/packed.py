@@ -92,6 +92,14 @@ class PackedArray:
     layout: str = dataclasses.field(metadata={"static": True})
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
+    def __repr__(self) -> str:
+        """One line, without the arrays."""
+        if not all(hasattr(leaf, "shape") and hasattr(leaf, "size") for leaf in (self.codes, self.scale)):
+            held = f"codes={self.codes}, scale={self.scale}"  # what tree functions put in place of arrays
+        else:
+            held = f"groups={self.groups}, nbytes={self.nbytes}"
+        return f"PackedArray({self.format}, {self.layout}, shape={self.shape}, {held})"
+
     @property
     def groups(self) -> int:
         """G: scale groups along the input."""

@@ -14,22 +14,37 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
+from bitnet_kernels.dtypes import floats
 from bitnet_kernels.formats import unpack
 from bitnet_kernels.packed import PackedArray
 
 EPSILON = 1e-5  # of the absmax of a token; the released BitNet b1.58 2B-4T uses the same
 
 
+def absmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, keepdims: bool = False) -> jax.Array:
+    """max|x| along axes, NaN where there is one.
+
+    jnp.max alone forgets NaN: on CPUs XLA's maximum of an array of some size drops it (jax 0.10).
+    """
+    lost = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
+    return jnp.where(lost, jnp.nan, jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims))
+
+
 def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Absmax int8 per token: x float [..., k] -> (codes int8 [..., k], scale float32 [..., 1]).
 
     s = 127 / max(max|x|, 1e-5);  codes = clip(round(x s), -128, 127);  scale = 1 / s.
+    NaN or infinity in a token makes all its codes 0 and its scale NaN or infinity, so that its products are NaN.
+
+    Raises:
+      ValueError: x is neither float32 nor bfloat16 nor float16.
     """
-    x = x.astype(jnp.float32)
-    s = 127.0 / jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), EPSILON)
+    x = floats("x", x).astype(jnp.float32)
+    s = 127.0 / jnp.maximum(absmax(x, keepdims=True), EPSILON)
     # Without the barrier XLA turns 1 / (127 / max) into max * (1 / 127), which is not the same float.
     scale = 1.0 / jax.lax.optimization_barrier(s)
-    return jnp.clip(jnp.round(x * s), -128, 127).astype(jnp.int8), scale
+    codes = jnp.clip(jnp.round(x * s), -128, 127)
+    return jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int8), scale
 
 
 def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
@@ -61,7 +76,9 @@ def scaled_matmuls(
 
 def float_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
     """float [m, k] times the unpacked codes -> float32 [G, m, n]: weight-only quantization."""
-    return _group_sums(x.astype(jnp.float32), unpack(w).astype(jnp.float32), w.groups, jnp.float32)
+    return _group_sums(
+        floats("x", x).astype(jnp.float32), unpack(w).astype(jnp.float32), w.groups, jnp.float32
+    )
 
 
 def _group_sums(x: jax.Array, codes: jax.Array, groups: int, dtype: DTypeLike) -> jax.Array:
@@ -80,7 +97,8 @@ def rescale(sums: jax.Array, scale: jax.Array) -> jax.Array:
     """
     if sums.shape[0] == 1:
         return sums[0].astype(jnp.float32) * scale.T
-    return jax.lax.scan(_add_group, jnp.zeros(sums.shape[1:], jnp.float32), (sums, scale.T))[0]
+    # From -0.0, to which any first product can be added unchanged: +0.0 would turn a -0.0.
+    return jax.lax.scan(_add_group, jnp.full(sums.shape[1:], -0.0, jnp.float32), (sums, scale.T))[0]
 
 
 def _add_group(y: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -91,11 +109,12 @@ def _add_group(y: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Ar
 def rounded(values: jax.Array, scale: jax.Array) -> jax.Array:
     """values * scale, rounded before anything is added to it.
 
-    The minimum changes no finite value; but without an operation in between XLA fuses product and sum into one
-    rounding, and compiled code differs from uncompiled and from C++ (jax 0.10 drops an optimization_barrier too
-    early to help).
+    The minimum changes no value that it is taken of; but without an operation in between XLA fuses product and sum
+    into one rounding, and compiled code differs from uncompiled and from C++ (jax 0.10 drops an optimization_barrier
+    too early to help).
     """
-    return jnp.minimum(values * scale, jnp.finfo(jnp.float32).max)
+    product = values * scale
+    return jnp.where(jnp.isfinite(product), jnp.minimum(product, jnp.finfo(jnp.float32).max), product)
 
 
 @jax.custom_jvp

@@ -25,7 +25,7 @@ struct Loops {
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
   // exp(x) for x <= 0, relative error below 2^-23. Less than exp(-60) = 2^-86 counts as 0: beside a weight of 1 it is
-  // nothing, and products with it would be slow subnormal numbers. Cephes' polynomial.
+  // nothing, and products with it would be slow subnormal numbers. Cephes' polynomial. NaN stays NaN: y - y is one then.
   BITNET_INLINE static Vec exp(Vec x) {
     const Vec magic = Lanes::set1(12582912.0f);  // 1.5 * 2^23: the sum holds the rounded integer in its low bits
     const Vec t = Lanes::fma(x, Lanes::set1(1.44269504088896341f), magic);
@@ -39,7 +39,8 @@ struct Loops {
     y = Lanes::fma(y, r, Lanes::set1(1.6666665459e-1f));
     y = Lanes::fma(y, r, Lanes::set1(5.0000001201e-1f));
     y = Lanes::add(Lanes::fma(y, Lanes::mul(r, r), r), Lanes::set1(1.0f));
-    return Lanes::where_less(x, Lanes::set1(-60.0f), Lanes::set1(0.0f), Lanes::times_power(y, t));
+    const Vec power = Lanes::add(Lanes::times_power(y, t), Lanes::sub(y, y));
+    return Lanes::where_less(x, Lanes::set1(-60.0f), Lanes::set1(0.0f), power);
   }
 
   template <KvType kType>
@@ -253,24 +254,27 @@ struct Loops {
   }
 
   // scores = exp(scores - largest), times the scales of the values, and the largest and the sum of a row.
+  //
+  // The largest is a number whatever the scores are: a NaN among them reaches the sum through its own weight.
   BITNET_TARGET static void weigh(const ChunkProblem& p, int64_t row, const Partial& out) {
     const Sight& sight = p.sight[row];
     float* scores = p.scores + row * kChunkKeys;
     const Vec zero = Lanes::set1(0.0f), nothing = Lanes::set1(kNothing);
-    Vec largest = nothing;
-    for (int64_t i = 0; sight.begin < sight.end && i < kChunkKeys; i += kLanes) {
+    if (sight.begin >= sight.end) {
+      out.largest[row] = kNothing;
+      out.sum[row] = 0.0f;
+      for (int64_t i = 0; i < kChunkKeys; i += kLanes) Lanes::store(scores + i, zero);
+      return;
+    }
+    Vec largest = Lanes::set1(std::numeric_limits<float>::lowest());
+    for (int64_t i = 0; i < kChunkKeys; i += kLanes) {
       Vec s = Lanes::load(scores + i);
       if (p.k_scale != nullptr) s = Lanes::mul(s, Lanes::load(p.k_scale + i));
       s = Lanes::where_less(Lanes::load(sight.hidden + i), zero, nothing, s);
       Lanes::store(scores + i, s);
-      largest = Lanes::max(largest, s);
+      largest = Lanes::max(s, largest);  // in this order: the second where s is NaN
     }
     out.largest[row] = Lanes::max_of(largest);
-    out.sum[row] = 0.0f;
-    if (out.largest[row] == kNothing) {
-      for (int64_t i = 0; i < kChunkKeys; i += kLanes) Lanes::store(scores + i, zero);
-      return;
-    }
     largest = Lanes::set1(out.largest[row]);
     Vec sum = zero;
     for (int64_t i = 0; i < kChunkKeys; i += kLanes) {
@@ -288,6 +292,33 @@ struct Loops {
     for (int64_t row = 0; row < p.rows; ++row) weigh(p, row, out);
     std::memset(out.mix, 0, sizeof(float) * p.rows * p.padded);
     for_blocks<kType, Mix>(p, p.v, out);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      if (!finite(out.mix + row * p.padded, p.padded)) mix_visible<kType>(p, row, out);
+    }
+  }
+
+  BITNET_INLINE static bool finite(const float* x, int64_t size) {
+    Vec sum = Lanes::set1(0.0f);
+    for (int64_t d = 0; d < size; d += kLanes) {
+      const Vec some = Lanes::load(x + d);
+      sum = Lanes::add(sum, Lanes::sub(some, some));
+    }
+    return Lanes::sum_of(sum) == 0.0f;
+  }
+
+  // The mix of one row again, key by key without the hidden ones: their weight of 0 times NaN or infinity is NaN.
+  template <KvType kType>
+  BITNET_TARGET static void mix_visible(const ChunkProblem& p, int64_t row, const Partial& out) {
+    const Sight& sight = p.sight[row];
+    for (int64_t d = 0; d < p.padded; d += kLanes) {
+      Vec sum = Lanes::set1(0.0f);
+      for (int64_t key = sight.begin; key < sight.end; ++key) {
+        if (sight.hidden[key] != 0.0f) continue;
+        const Vec value = channels<kType>(element<kType>(p.v, key * p.stride), d, p.head_size);
+        sum = Lanes::fma(Lanes::set1(p.scores[row * kChunkKeys + key]), value, sum);
+      }
+      Lanes::store(out.mix + row * p.padded + d, sum);
+    }
   }
 
   BITNET_TARGET static void chunk(const ChunkProblem& p, const Partial& out) {

@@ -41,7 +41,10 @@ ffi::Error make_problem(int64_t m, int64_t k, Codes w, int64_t format, int64_t g
     return invalid("format=" + std::to_string(format) + "; expected a number below " + std::to_string(std::size(kFormats)));
   }
   p = {static_cast<Format>(format), m, n, groups, 0, nullptr, 0, nullptr, w.typed_data(), nullptr};
-  if (groups < 1 || k < 1) return invalid("expected at least one scale group and one input; got k=" + std::to_string(k));
+  if (groups < 1 || n < 1 || k < 1) {
+    return invalid("expected at least one scale group, output and input; got " + std::to_string(groups) + " groups of [" +
+                   std::to_string(n) + ", " + std::to_string(k) + "]");
+  }
   if (groups > 1 && (k % groups != 0 || (k / groups) % 32 != 0)) {
     return invalid(std::to_string(groups) + " groups of k=" + std::to_string(k) +
                    "; expected groups of a multiple of 32 inputs");
@@ -156,7 +159,7 @@ ffi::Error integer_call(Bytes x, Codes w, int64_t format, std::string_view isa, 
   if (y->dimensions()[1] != m) return invalid("expected y[groups, " + std::to_string(m) + ", n]; got y" + dims(y->dimensions()));
   const Kernels* kernels = find_kernels(isa);
   if (kernels == nullptr) return unknown_isa(isa);
-  if (m == 0 || p.n == 0) return ffi::Error::Success();
+  if (m == 0) return ffi::Error::Success();
   Rows rows;
   rows.prepare(x.typed_data(), k, *kernels, p);
   p.y = y->typed_data();
@@ -268,7 +271,7 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
 }  // namespace
 }  // namespace bitnet
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_integer_matmul, bitnet::integer_call,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_integer_matmul, bitnet::guarded<bitnet::integer_call>,
                               ffi::Ffi::Bind()
                                   .Arg<bitnet::Bytes>()  // x [m, k]
                                   .Arg<bitnet::Codes>()            // codes [panels, blocks, 64]
@@ -276,7 +279,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_integer_matmul, bitnet::integer_cal
                                   .Attr<std::string_view>("isa")
                                   .Ret<bitnet::Sums>());  // y [groups, m, n]
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_scaled_matmul, bitnet::scaled_call,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_scaled_matmul, bitnet::guarded<bitnet::scaled_call>,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()  // x [m, k], int8 codes or float32
                                   .RemainingArgs()        // of each matrix codes [panels, blocks, 64], scale

@@ -50,6 +50,7 @@ ffi::Error attention_call(Queries q, ffi::AnyBuffer k, ffi::AnyBuffer v, Scales 
       !has_shape(out->dimensions(), {p.batch, p.tokens, p.heads, p.head_size})) {
     return invalid("expected q[B,T,H,h], k and v[B,S,K,h], their scales[B,S,K] (int8) or [B,0,K], visible[B,T,S]");
   }
+  if (out->element_count() == 0) return ffi::Error::Success();
   p.length = std::clamp<int64_t>(*length.typed_data(), 0, p.room);
   p.scale = scale;
   p.q = q.typed_data(), p.k = k.untyped_data(), p.v = v.untyped_data();
@@ -63,7 +64,7 @@ ffi::Error attention_call(Queries q, ffi::AnyBuffer k, ffi::AnyBuffer v, Scales 
 }  // namespace
 }  // namespace bitnet
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_attention, bitnet::attention_call,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_attention, bitnet::guarded<bitnet::attention_call>,
                               ffi::Ffi::Bind()
                                   .Arg<bitnet::Queries>()  // q [B, T, H, h]
                                   .Arg<ffi::AnyBuffer>()   // k [B, S, K, h]

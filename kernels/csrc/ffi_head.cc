@@ -57,7 +57,7 @@ ffi::Error make_problem(Inputs x, Table table, Logits y, HeadProblem& p) {
                    dims(table.dimensions()) + ", y" +
                    dims(y.dimensions()));
   }
-  if (p.k < 1) return invalid("expected at least one input; got x" + dims(x.dimensions()));
+  if (p.n < 1 || p.k < 1) return invalid("expected at least one output and input; got table" + dims(table.dimensions()));
   return ffi::Error::Success();
 }
 
@@ -109,21 +109,21 @@ ffi::Error exact_call(Inputs x, Table table, Digits digits, Floats x_scale, Sums
   p.w_scale = w_scale.typed_data();
   p.norms = norms.typed_data();
   p.top = top;
-  if (n > 0) exact_top_logits(p, head_rows, candidates->typed_data());
+  exact_top_logits(p, head_rows, candidates->typed_data());
   return ffi::Error::Success();
 }
 
 }  // namespace
 }  // namespace bitnet
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_bfloat16_logits, bitnet::logits_call,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_bfloat16_logits, bitnet::guarded<bitnet::logits_call>,
                               ffi::Ffi::Bind()
                                   .Arg<bitnet::Inputs>()  // x [m, k]
                                   .Arg<bitnet::Table>()   // table [n, k]
                                   .Attr<std::string_view>("isa")
                                   .Ret<bitnet::Logits>());  // y [m, n]
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_exact_top_logits, bitnet::exact_call,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_exact_top_logits, bitnet::guarded<bitnet::exact_call>,
                               ffi::Ffi::Bind()
                                   .Arg<bitnet::Inputs>()  // x [m, k]
                                   .Arg<bitnet::Table>()   // table [n, k]

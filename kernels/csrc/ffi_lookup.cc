@@ -42,7 +42,7 @@ ffi::Error lookup_call(Table table, Indices indices, ffi::Result<Rows> rows) {
 }  // namespace
 }  // namespace bitnet
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_lookup, bitnet::lookup_call,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_lookup, bitnet::guarded<bitnet::lookup_call>,
                               ffi::Ffi::Bind()
                                   .Arg<bitnet::Table>()    // table [n, k]
                                   .Arg<bitnet::Indices>()  // [m]

@@ -86,8 +86,9 @@ std::vector<const Kernels*> detect() {
   return available;
 }
 
+// Never destroyed, like the names below: at the end of the process other threads may be in the middle of a call.
 const std::vector<const Kernels*>& available() {
-  static const std::vector<const Kernels*> kernels = detect();
+  static const std::vector<const Kernels*>& kernels = *new std::vector<const Kernels*>(detect());
   return kernels;
 }
 
@@ -103,13 +104,13 @@ const Kernels* find_kernels(std::string_view isa) {
 }  // namespace bitnet
 
 extern "C" const char* bitnet_kernels_available_isas() {
-  static const std::string names = [] {
+  static const std::string& names = *[] {
     std::string joined;
     for (const bitnet::Kernels* kernels : bitnet::available()) {
       if (!joined.empty()) joined += ",";
       joined += kernels->isa;
     }
-    return joined;
+    return new std::string(joined);
   }();
   return names.c_str();
 }

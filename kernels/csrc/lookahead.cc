@@ -38,8 +38,9 @@ void Weights::prefetch(int64_t begin, int64_t end) const {
 }
 
 Weights expected_after(const Weights& call) {
-  static std::mutex mutex;
-  static std::unordered_map<const uint8_t*, Weights> successors;  // by the first matrix of a call
+  static std::mutex& mutex = *new std::mutex;
+  // By the first matrix of a call. Never destroyed: at the end of the process other threads may be in the middle of a call.
+  static std::unordered_map<const uint8_t*, Weights>& successors = *new std::unordered_map<const uint8_t*, Weights>;
   static const uint8_t* before = nullptr;
   std::lock_guard<std::mutex> lock(mutex);
   if (successors.size() >= kMostCalls) successors.clear();

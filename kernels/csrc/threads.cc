@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "float_mode.h"
@@ -69,13 +71,15 @@ class Run {
 
 class Pool {
  public:
-  explicit Pool(int64_t threads) : runs_(threads) {
-    for (int64_t i = 1; i < threads; ++i) std::thread([this, i] { help(i); }).detach();
+  // With fewer threads where the system does not give that many. Helpers look at threads_ once a loop is open, which is
+  // after the constructor.
+  explicit Pool(int64_t wanted) : runs_(wanted) {
+    while (threads_ < wanted && start_helper(threads_)) ++threads_;
   }
 
-  int64_t threads() const { return static_cast<int64_t>(runs_.size()); }
+  int64_t threads() const { return threads_; }
 
-  // False where another caller has the helpers.
+  // False where another caller has the helpers. Throws what an item threw, after all others have run.
   bool run(int64_t items, const std::function<void(int64_t)>& body, const Weights& next) {
     std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
     if (!lock) return false;
@@ -100,6 +104,7 @@ class Pool {
     loop_.store(loop_.load(std::memory_order_relaxed) + 1);  // even: closed
     // A helper that saw the loop open may still look for items; afterwards nobody touches body.
     for (int spins = 0; inside_.load() > 0; ++spins) spins < kPauses ? pause() : std::this_thread::yield();
+    if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
     return true;
   }
 
@@ -110,15 +115,34 @@ class Pool {
   }
 
  private:
+  bool start_helper(int64_t self) {
+    try {
+      std::thread([this, self] { help(self); }).detach();
+      return true;
+    } catch (const std::exception&) {  // a limit on threads or processes, or no memory
+      return false;
+    }
+  }
+
   void work(int64_t self) {
     const FloatMode of_the_caller(float_mode_);
     int64_t finished = 0;
-    for (int64_t item; (item = runs_[self].take_first()) >= 0; ++finished) (*body_)(item);
+    for (int64_t item; (item = runs_[self].take_first()) >= 0; ++finished) run_item(item);
     for (int64_t i = 1; i < threads(); ++i) {
       Run& other = runs_[(self + i) % threads()];
-      for (int64_t item; (item = other.take_last()) >= 0; ++finished) (*body_)(item);
+      for (int64_t item; (item = other.take_last()) >= 0; ++finished) run_item(item);
     }
     done_.fetch_add(finished, std::memory_order_acq_rel);
+  }
+
+  // An exception that left a helper would end the process; the caller gets it instead.
+  void run_item(int64_t item) {
+    try {
+      (*body_)(item);
+    } catch (...) {
+      std::lock_guard<std::mutex> guard(failing_);
+      if (failure_ == nullptr) failure_ = std::current_exception();
+    }
   }
 
   void help(int64_t self) {
@@ -167,6 +191,9 @@ class Pool {
   uint64_t float_mode_ = 0;
   Weights next_;
   std::vector<Run> runs_;
+  int64_t threads_ = 1;                            // the caller among them
+  std::mutex failing_;
+  std::exception_ptr failure_;                     // the first of the loop
   alignas(64) std::atomic<uint64_t> loop_{0};      // number of the loop, odd while it is open
   alignas(64) std::atomic<int64_t> done_{0};       // items
   alignas(64) std::atomic<int64_t> inside_{0};     // helpers that look at the loop
@@ -181,10 +208,11 @@ std::atomic<Pool*> current{nullptr};
 std::atomic<int64_t> wanted{0};  // threads; 0: as many as processors
 std::mutex creation;
 
-Pool& pool() {
-  if (Pool* existing = current.load(std::memory_order_acquire)) return *existing;
+// Null where there is no memory for one: the caller is alone then.
+Pool* pool() {
+  if (Pool* existing = current.load(std::memory_order_acquire)) return existing;
   std::lock_guard<std::mutex> lock(creation);
-  if (Pool* existing = current.load(std::memory_order_acquire)) return *existing;
+  if (Pool* existing = current.load(std::memory_order_acquire)) return existing;
 #if defined(__linux__)
   static const int registered = pthread_atfork(
       [] { creation.lock(); }, [] { creation.unlock(); },
@@ -195,17 +223,25 @@ Pool& pool() {
   (void)registered;
 #endif
   const int64_t count = wanted.load();
-  Pool* made = new Pool(count > 0 ? count : processors());
-  current.store(made, std::memory_order_release);
-  return *made;
+  try {
+    Pool* made = new Pool(count > 0 ? count : processors());
+    current.store(made, std::memory_order_release);
+    return made;
+  } catch (const std::exception&) {
+    return nullptr;
+  }
 }
 
 }  // namespace
 
-int64_t thread_count() { return pool().threads(); }
+int64_t thread_count() {
+  const Pool* helpers = pool();
+  return helpers == nullptr ? 1 : helpers->threads();
+}
 
 void parallel_for(int64_t items, const std::function<void(int64_t)>& body, const Weights& next) {
-  if (items > 1 && pool().threads() > 1 && pool().run(items, body, next)) return;
+  Pool* helpers = items > 1 ? pool() : nullptr;
+  if (helpers != nullptr && helpers->threads() > 1 && helpers->run(items, body, next)) return;
   for (int64_t i = 0; i < items; ++i) body(i);
 }
 

@@ -3,7 +3,9 @@
 //
 // Any thread may call it, also several at once: one caller has the helpers, another runs its loop alone. A caller
 // never waits for a helper to begin, so it cannot deadlock, and a loop gives the same result whoever takes part.
-// A helper without work spins for a while, then sleeps; after a fork the child has helpers of its own.
+// A helper without work spins for a while, then sleeps; after a fork the child has helpers of its own. Where the system
+// refuses threads there are fewer helpers, or none. Nothing here is destroyed when the process ends, so loops may run
+// until then.
 
 #ifndef BITNET_KERNELS_THREADS_H_
 #define BITNET_KERNELS_THREADS_H_
@@ -16,16 +18,17 @@
 namespace bitnet {
 
 // Threads that take part in a loop, the caller among them: the processors that this process may run on when the
-// first loop starts, or what set_thread_count asked for.
+// first loop starts, or what set_thread_count asked for, or as many as the system gives.
 int64_t thread_count();
 
 // Runs body(0) .. body(items - 1). Each thread walks through its own run of neighbouring items, and when it is done
 // takes items from the end of another's. Until the next loop, helpers fetch the beginning of their share of `next`.
+// An exception of an item is thrown to the caller, the first one if there are several.
 void parallel_for(int64_t items, const std::function<void(int64_t)>& body, const Weights& next = Weights());
 
 }  // namespace bitnet
 
-// For tests and measurements: loops that start from now on use so many threads (at least 1).
+// For tests and measurements: loops that start from now on use this many threads (at least 1), or what the system gives.
 extern "C" void bitnet_kernels_set_thread_count(int64_t count);
 
 #endif  // BITNET_KERNELS_THREADS_H_

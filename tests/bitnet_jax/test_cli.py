@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def get_config(variant="float"):
     recipes = {"float": "float32", "ternary": "bitnet_b158"}
     if variant not in recipes:
         raise ValueError(f"got variant {variant!r}, expected one of {sorted(recipes)}")
-    config = ConfigDict()
+    config = ConfigDict(dict(seed=0))
     config.model = ConfigDict(dict(
         hidden_size=16, ffn_size=32, num_layers=1, num_heads=2, max_length=32, precision=recipes[variant],
     ))
@@ -64,6 +65,29 @@ def test_train_reports_the_result_of_the_run(place: Path) -> None:
     assert read(place / "train.json") == read(place / "run" / "result.json")
     assert read(place / "train.json")["status"] == "finished"
     assert read(place / "train.json")["step"] == 2
+
+
+def test_a_finished_run_is_extended_or_overwritten(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "--config", f"{place}/config.py", "--workdir", f"{tmp_path}/run", "--quiet"]
+    typo = [*train, "--config.data.source=nowhere"]
+    assert cli.main(typo) == 2
+    assert cli.main([*train, "--config.training.steps=1"]) == 0, "a typo leaves nothing to clean up"
+    capsys.readouterr()
+    assert cli.main([*train, "--config.training.steps=2"]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert (
+        "1 before, 2 now; going on from step 1, from here on schedule='cosine' as computed for 2" in told.err
+    )
+    assert json.loads(told.out)["extended_from"] == [1]
+    assert cli.main([*train, "--config.training.steps=1"]) == 2
+    assert "got 1, expected at least the 2" in capsys.readouterr().err
+    assert cli.main([*typo, "--overwrite"]) == 2
+    assert read(tmp_path / "run" / "result.json")["step"] == 2, "what cannot be replaced stays"
+    assert cli.main([*train, "--config.training.steps=1", "--config.seed=1", "--overwrite"]) == 0
+    assert read(tmp_path / "run" / "result.json")["step"] == 1
 
 
 def test_variant_and_overrides_reach_the_run(place: Path) -> None:
@@ -116,7 +140,7 @@ def test_pack_stores_another_head_and_info_shows_it(
 def test_generate_with_an_exact_head_gives_the_same_text(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, config, variables, tokenizer = load_model(place / "packed")
+    _, config, variables, tokenizer, _ = load_model(place / "packed")
     variables["params"]["embed"]["embedding"] = variables["params"]["embed"]["embedding"].astype("bfloat16")
     config = dataclasses.replace(config, embedding_dtype="bfloat16")
     storage.save_packed(tmp_path / "p", variables, config, tokenizer)
@@ -282,6 +306,48 @@ def test_eval_takes_windows_of_the_trained_length_and_warns_beyond_it(
         assert figures["--length 32", folder]["length"] == 32
 
 
+def test_a_config_of_somebody_else_downloads_only_with_leave(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None) -> None:
+        asked.append(path)
+        raise ConnectionError("no network in a test")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setenv("BITNET_JAX_ALLOW_DOWNLOAD", "")
+    train = ["train", "--config", f"{place}/config.py", "--workdir", f"{tmp_path}/x", "--quiet"]
+    for command in (
+        [*train, "--config.data.source=hf:a/b"],
+        ["eval", f"{place}/packed", "--source", "hf:a/b"],
+    ):
+        assert cli.main(command) == 2
+        assert "pass --allow-download" in capsys.readouterr().err
+        assert asked == []
+        assert cli.main([*command, "--allow-download"]) == 2
+        assert "no network in a test" in capsys.readouterr().err
+        assert asked.pop() == "a/b"
+        monkeypatch.setenv("BITNET_JAX_ALLOW_DOWNLOAD", "")
+
+
+def test_eval_leaves_bad_files_out_only_if_asked(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.txt").write_text("A tiny text. " * 9)
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    command = ["eval", f"{place}/packed", "--source", str(tmp_path), "--split", "all"]
+    assert cli.main(command) == 2
+    assert "bad.txt: got byte 0xff" in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cli.main([*command, "--skip-bad-files"]) == 0
+    output = capsys.readouterr()
+    assert output.err.startswith("warning: ")
+    assert "left out 1 bad files of 2: bad.txt" in output.err
+    assert f"{13 * 9} bytes of" in output.out
+
+
 def test_eval_of_all_sees_more_than_the_held_out_part(place: Path) -> None:
     counted = {}
     for split in ("tail", "all"):
@@ -321,14 +387,35 @@ def test_info_names_recipe_format_and_layout_of_each_matrix(
         (["generate", "{place}/packed", "--prompt", "A", "--top-p", "2"], "top_p"),
         (["generate", "{place}/packed", "--file", "{place}/nowhere.txt"], "No such file"),
         (["eval", "{place}/packed", "--source", "{place}/nowhere.txt"], "nowhere.txt"),
+        (["eval", "{place}/packed", "--source", "hf:a/b"], "pass --allow-download"),
+        (
+            ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.data.limit=-5"],
+            "data.limit",
+        ),
         (
             ["eval", "{place}/packed", "--stride", "17"],
             "stride 17, expected at least 1 and the stride at most",
         ),
+        (["eval", "{place}/packed", "--harness", "x", "--limit", "-1"], "--limit -1, expected at least 1"),
         (["eval", "{place}/packed", "--max-tokens", "-1"], "max_tokens: got -1, expected at least 1"),
         (["eval", "{place}/packed", "--valid-fraction", "0"], "valid_fraction: got 0.0, expected a number"),
         (["train", "--config", "{place}/nowhere.py", "--workdir", "{place}/x"], "there is no file"),
         (["train", "--config", "{place}/config.py:huge", "--workdir", "{place}/x"], "'huge'"),
+        (
+            ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.trainig.steps=3"],
+            "config has no field 'trainig', expected one of training",
+        ),
+        (
+            [
+                "train",
+                "--config",
+                "{place}/config.py",
+                "--workdir",
+                "{place}/x",
+                "--config.data.source=nowhere",
+            ],
+            "nowhere",
+        ),
         (
             ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.training.step=1"],
             "step",
@@ -369,6 +456,29 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(place: Path, monkeypatch: pytest
     monkeypatch.setattr(packing, "sizes", lambda variables: variables["no such key"])
     with pytest.raises(KeyError):
         cli.main(["info", f"{place}/packed"])
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides", "others"),
+    [
+        (["--config.a=1", "--quiet"], ["--config.a=1"], ["--quiet"]),
+        (["--config.a", "1", "--config", "x.py"], ["--config.a=1"], ["--config", "x.py"]),
+        (["--config.a", "-1", "--config.b", "--quiet"], ["--config.a=-1", "--config.b"], ["--quiet"]),
+        (["--config.a"], ["--config.a"], []),
+        (["word", "--config=x.py"], [], ["word", "--config=x.py"]),
+    ],
+)
+def test_overrides_are_told_from_the_other_words(
+    words: list[str], overrides: list[str], others: list[str]
+) -> None:
+    assert cli.split_overrides(words) == (overrides, others)
+
+
+def test_the_value_of_an_override_may_be_the_next_word(place: Path, tmp_path: Path) -> None:
+    train = ["train", "--config", f"{place}/config.py", "--config.training.steps", "1", "--quiet"]
+    assert cli.main([*train, "--workdir", f"{tmp_path}/run", "--config.model.ffn_size", "16"]) == 0
+    config = read(tmp_path / "run" / "config.json")
+    assert (config["training"]["steps"], config["model"]["ffn_size"]) == (1, 16)
 
 
 def test_unknown_options_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

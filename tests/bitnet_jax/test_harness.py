@@ -71,7 +71,7 @@ def model() -> TextModel:
 
 @pytest.fixture
 def lm_eval() -> Any:
-    return pytest.importorskip("lm_eval", reason="no package lm-eval: pip install 'bitnet-jax[harness]'")
+    return pytest.importorskip("lm_eval", reason="no package lm-eval: pip install lm-eval")
 
 
 def test_the_three_kinds_of_requests(model: TextModel, lm_eval: Any) -> None:
@@ -138,7 +138,7 @@ def test_without_the_harness_there_is_a_word_about_it(
     model: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(harness.HarnessError, match=r"pip install 'bitnet-jax\[harness\]'"):
+    with pytest.raises(harness.HarnessError, match=r"pip install lm-eval"):
         harness.run_harness(model, ["arc_easy"])
     with pytest.raises(DataError, match="got a classifier"):
         harness.harness_model(model._replace(config=ModelConfig(**CONFIG.to_dict() | {"num_classes": 2})))

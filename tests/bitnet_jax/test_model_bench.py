@@ -102,7 +102,7 @@ def test_the_format_of_the_cache_is_that_of_what_is_timed(
 
 
 def test_the_kernels_of_a_step_are_those_of_the_model(mixed: Path) -> None:
-    config, variables, _ = load_packed(mixed)
+    config, variables, *_ = load_packed(mixed)
     assert step_kernels_module._calls(config)[:4] == [
         [f"layers_0/attention/{name}" for name in ("q_proj", "k_proj", "v_proj")],
         ["layers_0/attention/o_proj"],
@@ -184,7 +184,7 @@ def test_a_head_in_integers_is_a_matrix_beside_the_embedding(head: str, tmp_path
     config = model_bench.preset_config("tiny", None, head)
     assert (config.head, config.tie_embeddings) == (head, True)
     write_random(tmp_path / "model", config, progress=False)
-    _, variables, _ = load_packed(tmp_path / "model")
+    _, variables, *_ = load_packed(tmp_path / "model")
     assert model_bench._head_format(config, variables) == head
     V = config.vocab_size
     assert step_kernels_module._calls(config)[-1] == ["lm_head"]

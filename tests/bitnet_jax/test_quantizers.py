@@ -1,12 +1,15 @@
 """The quantizers against vectors made by Hugging Face transformers, and the two indexes of names.
 
-Codes and ternary weights match exactly. Dequantized activations are within 3 float32 ulp: the library
-divides, q / s, where we multiply, q * (1 / s), as one multiplication after an integer matmul does (one ulp);
-and torch computes s as (1 / max) * 127, we as 127 / max (one ulp of s, rounded again in 1 / s).
+Codes match exactly, scales within one float32 ulp: a mean is a sum, which every library takes in its own order.
+(Codes could differ only where a weight times 1 / scale is within an ulp of a half; no vector has one.)
+Dequantized activations are within 3 float32 ulp: the library divides, q / s, where we multiply, q * (1 / s), as one
+multiplication after an integer matmul does (one ulp); and torch computes s as (1 / max) * 127, we as 127 / max (one
+ulp of s, rounded again in 1 / s).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,14 +29,13 @@ def vectors(oracles: Path):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["w", "w_zero", "w_mix"])
-def test_ternary_weights_exactly(vectors, name: str, compiled: bool) -> None:
+def test_ternary_weights(vectors, name: str, compiled: bool) -> None:
     quantize = jax.jit(ternary) if compiled else ternary
     q = quantize(jnp.asarray(vectors[name]))
-    np.testing.assert_array_equal(q.dequantize(), vectors[f"fp32/eager/weight_quant_{name}"])
-    # Compiled, torch sums the mean in another order.
-    np.testing.assert_array_max_ulp(
-        np.asarray(q.dequantize()), vectors[f"fp32/compiled/weight_quant_{name}"], 1
-    )
+    for run in ("eager", "compiled"):
+        wanted = vectors[f"fp32/{run}/weight_quant_{name}"]
+        np.testing.assert_array_equal(q.codes, np.sign(wanted))
+        np.testing.assert_array_max_ulp(np.asarray(q.dequantize()), wanted, 1)
     if name == "w":
         np.testing.assert_array_equal(q.codes, vectors["ternary"])
         # autobit stores the float32 mean itself, bitlinear its reciprocal.
@@ -44,7 +46,10 @@ def test_ternary_weights_exactly(vectors, name: str, compiled: bool) -> None:
 def test_ternary_weights_from_bfloat16(vectors) -> None:
     q = ternary(jnp.asarray(vectors["w"]).astype(jnp.bfloat16))
     wanted = vectors["bf16/eager/weight_quant_w"]  # the library rounds the result to bfloat16 again
-    np.testing.assert_array_equal(q.dequantize().astype(jnp.bfloat16).astype(jnp.float32), wanted)
+    np.testing.assert_array_equal(q.codes, np.sign(wanted))
+    # One ulp of the float32 scale may cross a boundary of bfloat16, whose ulp is 2^-8 to 2^-7 of a number.
+    got = q.dequantize().astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_allclose(got, wanted, rtol=2.0**-7)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -84,3 +89,28 @@ def test_integer_products_reproduce_the_offline_layer(vectors) -> None:
     np.testing.assert_allclose(
         y, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max()
     )  # three roundings against two
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (64, 640), (640, 64), (2, 96, 128)])
+@pytest.mark.parametrize("name", [*WEIGHT_QUANTIZERS, *ACTIVATION_QUANTIZERS])
+def test_nan_stays_visible_whatever_the_shape(name: str, shape: tuple[int, ...]) -> None:
+    """XLA's maximum on CPUs forgets NaN where it splits a reduction, which it does for some shapes."""
+    if name in ACTIVATION_QUANTIZERS:
+        scale = jnp.float32(0.75) if name.startswith("elastic") else None
+        quantize = partial(ACTIVATION_QUANTIZERS[name], scale=scale)
+    else:
+        quantize = partial(WEIGHT_QUANTIZERS[name], granularity="channel")
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    at = tuple(size // 2 for size in shape)
+    bad = x.copy()
+    bad[at] = np.nan
+    for run in (quantize, jax.jit(quantize)):
+        q = run(jnp.asarray(bad))
+        value = np.asarray(q.dequantize())
+        row = at[:-1]
+        assert np.isnan(value[at]), name
+        others = np.delete(value.reshape(-1, shape[-1]), np.ravel_multi_index(row, shape[:-1]), axis=0)
+        assert np.isfinite(others).all(), name
+        # A measured scale, which doubles with its input, takes over the NaN for all that it belongs to.
+        measured = np.asarray(run(jnp.asarray(2 * x)).scale != run(jnp.asarray(x)).scale).any()
+        assert not measured or np.isnan(value[row]).all(), name

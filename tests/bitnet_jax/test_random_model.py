@@ -34,7 +34,7 @@ def test_it_is_valid_reproducible_and_computes_sensible_numbers(tmp_path: Path) 
     content = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "same", "other")}
     assert content["a"] == content["same"] != content["other"]
 
-    config, variables, tokenizer = load_packed(tmp_path / "a", verify=True)
+    config, variables, tokenizer, _ = load_packed(tmp_path / "a", verify=True)
     assert (config, tokenizer) == (CONFIG, None)
     embedding = np.asarray(variables["params"]["embed"]["embedding"], np.float32)
     np.testing.assert_allclose(embedding.std(), CONFIG.init_std, rtol=0.05)  # of 21672 draws
@@ -71,7 +71,7 @@ write_random(sys.argv[1], dataclasses.replace(config, num_layers=1), progress=Fa
 before = memory("Anon")
 write_random(sys.argv[1], config, progress=False, overwrite=True)
 written = memory("Anon")
-config, variables, _ = load_packed(sys.argv[1])
+config, variables, *_ = load_packed(sys.argv[1])
 loaded = memory("Anon")
 generate(config, variables, [[1, 2]], max_new_tokens=4).tokens.block_until_ready()
 print(written - before, loaded - written, memory("Anon") - loaded, memory("File"))

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from bitnet_jax.config_file import load_config_file
+from bitnet_jax.config_file import load_config_file, named_configs
 from bitnet_jax.training.config import RunConfig
 
-CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+CONFIGS = named_configs()
 VARIANTS = {"quickstart": ("base", "short")}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
-def test_every_variant_is_a_valid_run(path: Path) -> None:
-    for variant in VARIANTS.get(path.stem, ("base", "small")):
-        config = RunConfig.from_dict(load_config_file(f"{path}:{variant}"))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_variant_is_a_valid_run(name: str) -> None:
+    for variant in VARIANTS.get(name, ("base", "small")):
+        config = RunConfig.from_dict(load_config_file(f"{name}:{variant}"))
         if config.task == "images":
             config.image_model_config()
         else:
             config.model_config(vocab_size=config.model["vocab_size"])
     with pytest.raises(ValueError, match="expected"):
-        load_config_file(f"{path}:no_such_variant")
+        load_config_file(f"{name}:no_such_variant")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bitnet_experiments.configs import quickstart as quickstart_config
 from experiments import quickstart
-from experiments.configs import quickstart as quickstart_config
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import load_run
+from bitnet_jax.training.run_folder import RunError
 from experiments.runs import measure, model_of, sizes, train, train_from
 from experiments.study import Study, overridden
 
@@ -44,6 +45,23 @@ def test_a_finished_training_is_read(study: Study, tmp_path: Path) -> None:
     assert train(config, tmp_path / "run") == row
     assert row["config_hash"] == config.hash()
     assert 0 <= row["train_zero_fraction"] <= 1
+
+
+def test_a_training_is_never_gone_on_with_under_other_settings(study: Study, tmp_path: Path) -> None:
+    """Not even for more steps: a row tells of a training under its own settings from the start."""
+    config = study.settings("ternary", 0)
+    longer = changed(config, training__steps=6)
+    whole = train(longer, tmp_path / "whole")
+    train(config, tmp_path / "run")
+    with pytest.raises(
+        RunError, match="finished training with other settings .training.steps: 4, 6; saved, then"
+    ):
+        train(longer, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been interrupted
+    row = train(longer, tmp_path / "run")
+    assert {n: v for n, v in row.items() if n != "training_seconds"} == {
+        n: v for n, v in whole.items() if n != "training_seconds"
+    }
 
 
 def test_a_model_of_another_study_is_trained_once(

@@ -82,6 +82,45 @@ def test_rows_of_other_settings_are_not_taken_for_done(study: Study, tmp_path: P
         sweep.sweep(changed, tmp_path / "work", small=False)
 
 
+def without(study: Study, **seconds: object) -> Study:
+    """One arm and one seed of the study, with fields of its config replaced."""
+    return dataclasses.replace(
+        study,
+        arms={"float32": study.arms["float32"] | seconds},
+        seeds=(0,),
+        small_arms=None,
+        effect="float32",
+    )
+
+
+def test_a_failed_run_whose_settings_were_corrected_is_done_again(study: Study, tmp_path: Path) -> None:
+    """A typo in an arm costs no cleaning up, neither of rows nor of folders."""
+    wrong, right = without(study, **{"data.source": "nowhere.txt"}), without(study)
+    for _ in range(2):
+        results = sweep.sweep(wrong, tmp_path / "work", small=False)
+        assert statuses(results) == {"float32-seed0": "failed"}
+    first = results.read_text()
+    sweep.sweep(wrong, tmp_path / "work", small=False)
+    assert results.read_text() == first, "the same settings fail again: only on demand"
+    sweep.sweep(right, tmp_path / "work", small=False)
+    assert statuses(results) == {"float32-seed0": "finished"}
+
+
+def test_a_typo_in_the_base_config_is_corrected_too(study: Study, tmp_path: Path) -> None:
+    one, config = without(study), tmp_path / "config.py"
+    text = config.read_text()
+    config.write_text(text.replace("text.txt", "nowhere.txt"))
+    results = sweep.sweep(one, tmp_path / "work", small=False)
+    assert statuses(results) == {"float32-seed0": "failed"}
+    config.write_text("def get_config(:")
+    sweep.sweep(one, tmp_path / "work", small=False)
+    (row,) = read_results(results)
+    assert "config.py:1: SyntaxError" in row["error"]
+    config.write_text(text)
+    sweep.sweep(one, tmp_path / "work", small=False)
+    assert statuses(results) == {"float32-seed0": "finished"}
+
+
 def test_two_sweeps_at_once_share_the_runs(study: Study, tmp_path: Path) -> None:
     done: list[str] = []
 
@@ -147,16 +186,45 @@ def test_a_killed_sweep_stops_its_processes_and_leaves_no_row(study: Study, tmp_
 
 
 def test_through_submitit(study: Study, tmp_path: Path) -> None:
-    pytest.importorskip("submitit", reason="needs the extra `cluster`")
+    pytest.importorskip("submitit", reason="no package submitit: pip install submitit")
     file = study.folder / "study.py"
     file.write_text(file.read_text() + SLEEPER.format(seconds=0))
     results = sweep.sweep(study, tmp_path / "work", small=True, executor="local", cluster={"timeout_min": 5})
     assert statuses(results) == {"float32-seed7": "finished"}
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", ["--study=nothing"], "got study 'nothing', expected one of toy"),
+        ("x = y", ["--study=toy"], "study.py:{line}: NameError"),
+        ("raise SystemExit(3)", ["--study=toy"], "study.py:{line}: SystemExit: 3"),
+        ("CONFIG = 'nowhere.py'", ["--study=toy", "--workdir={tmp_path}/file"], "Not a directory"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    study: Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("experiments.study.STUDIES", study.folder.parent)
+    file = study.folder / "study.py"
+    file.write_text(f"{file.read_text()}{text}\n")
+    (tmp_path / "file").touch()
+    line = len(file.read_text().splitlines())
+    assert sweep.main([word.format(tmp_path=tmp_path) for word in arguments] + ["--small"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message.format(line=line) in error
+
+
 def test_without_submitit_the_error_says_what_to_install(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ValueError, match=r"pip install 'bitnet-jax\[cluster\]'"):
+    with pytest.raises(ValueError, match=r"pip install submitit"):
         sweep.sweep(study, tmp_path / "work", small=True, executor="slurm")

@@ -131,3 +131,15 @@ def test_dequantize_is_codes_times_scale_of_the_group() -> None:
     scale = np.array([[0.5, 2.0], [3.0, 0.25]], np.float32)
     expected = codes * np.repeat(scale, 64, axis=1)
     np.testing.assert_array_equal(dequantize(pack(codes, scale, "binary")), expected)
+
+
+def test_repr_is_one_line_without_the_arrays() -> None:
+    w = pack(np.ones((33, 128), np.int8), np.ones((33, 2), np.float32), "ternary2")
+    line = f"PackedArray(ternary2, panel16, shape=(33, 128), groups=2, nbytes={w.nbytes})"
+    assert repr(w) == line
+    assert str({"layer": [w, w]}) == f"{{'layer': [{line}, {line}]}}"
+    assert repr(jax.eval_shape(lambda: w)) == line
+    seen: list[str] = []
+    jax.jit(lambda w: seen.append(repr(w)) or w.scale)(w)
+    assert seen == [line]
+    assert "\n" not in repr(jax.tree.map(lambda leaf: None, w))

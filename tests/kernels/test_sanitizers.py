@@ -44,14 +44,26 @@ def test_nothing_is_found(sanitizer: str, repository: Path, tmp_path: Path) -> N
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (set CXX, or install g++)")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_nothing_is_found_in_the_parallel_loop(sanitizer: str, repository: Path, tmp_path: Path) -> None:
-    folder, program = repository / "kernels" / "csrc", str(tmp_path / "threads")
-    sources = [folder / "lookahead.cc", folder / "threads.cc", Path(__file__).parent / "threads.cc"]
+@pytest.mark.parametrize("name", ["threads", "failures"])
+def test_nothing_is_found_in_the_parallel_loop(
+    name: str, sanitizer: str, repository: Path, tmp_path: Path
+) -> None:
+    folder, program = repository / "kernels" / "csrc", str(tmp_path / name)
+    needed = ("lookahead", "threads") if name == "threads" else ("isa", "lookahead", "threads")
+    sources = [folder / f"{source}.cc" for source in needed]
     compiler = [str(COMPILER), *FLAGS, f"-I{folder}", f"-fsanitize={sanitizer}"]
-    subprocess.run([*compiler, *map(str, sources), "-o", program], check=True, timeout=300)
-    # It forks with helpers running, on purpose.
+    command = [
+        *compiler,
+        *map(str, sources),
+        str(Path(__file__).parent / f"{name}.cc"),
+        "-o",
+        program,
+        "-ldl",
+    ]
+    subprocess.run(command, check=True, timeout=300)
+    # They fork with helpers running, and leave what helpers look at alive, on purpose.
     environment = os.environ | {"TSAN_OPTIONS": "die_after_fork=0", "ASAN_OPTIONS": "detect_leaks=0"}
     result = subprocess.run([program], capture_output=True, text=True, timeout=300, env=environment)
     if "unexpected memory mapping" in result.stderr:
         pytest.skip("this kernel's address randomization is too wide for the compiler's thread sanitizer")
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert (result.returncode, result.stdout) == (0, ""), result.stdout + result.stderr[-3000:]

@@ -10,7 +10,7 @@ PAPER_EFFECT = "ReLU divided by the number of keys near softmax; elu + 1 linear 
 VERDICT = "reproduced"
 EFFECT = "linear"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"  # nats per character over all held-out text, after the last step
 BASELINE = "softmax"
 

@@ -14,7 +14,7 @@ PAPER_EFFECT = (
 VERDICT = "partly"
 EFFECT = "BNN"
 
-CONFIG = "experiments/configs/mnist_cnn.py"
+CONFIG = "mnist_cnn"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "float32"
 

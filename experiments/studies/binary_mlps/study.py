@@ -10,7 +10,7 @@ PAPER_EFFECT = "float 1.19 % error, BinaryConnect 1.28, BWN 1.20, BNN 1.47, XNOR
 VERDICT = "reproduced"
 EFFECT = "BNN"
 
-CONFIG = "experiments/configs/mnist_mlp.py"
+CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "float32"
 

@@ -12,7 +12,7 @@ PAPER_EFFECT = "GLUE average: float 83.9, W1A4 79.9, W1A1 41.0 with fixed ranges
 VERDICT = "reproduced"
 EFFECT = "W1A1, binary attention"
 
-CONFIG = "experiments/configs/mnist_vit.py"
+CONFIG = "mnist_vit"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "float32"
 

@@ -21,7 +21,7 @@ PAPER_EFFECT = (
 )
 VERDICT = "partly"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "float32"
 SEEDS = (0, 1, 2)

@@ -29,7 +29,7 @@ PAPER_EFFECT = "ternary nears float as size grows; accuracy per byte is better w
 VERDICT = "not at this size"
 EFFECT = "ternary A8"
 
-CONFIG = "experiments/configs/byte_lm.py"
+CONFIG = "byte_lm"
 METRIC = "valid_bits_per_byte"
 BASELINE = "float32"
 
@@ -87,7 +87,7 @@ def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
     if not small:
         play = load_corpus("lm/tinyshakespeare.txt.gz", tokenizer=tokenizer, split="tail", valid_fraction=0.1)
         row["shakespeare_bits_per_byte"] = evaluate_text(
-            config, variables, play.valid, tokenizer, length=_LENGTH
+            config, variables, play.valid, play.valid_token_bytes, length=_LENGTH
         ).bits_per_byte
         blimp = run_task(TextModel(config, variables, tokenizer), "blimp", limit=2010)
         row["blimp_accuracy"] = 100 * blimp["metrics"]["acc"]["value"]

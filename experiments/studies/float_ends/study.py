@@ -10,7 +10,7 @@ PAPER_EFFECT = "accuracy 83.9 with float ends, 81.9 with binary weights there, 6
 VERDICT = "reproduced"
 EFFECT = "W1A1 ends"
 
-CONFIG = "experiments/configs/mnist_cnn.py"
+CONFIG = "mnist_cnn"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "float ends"
 

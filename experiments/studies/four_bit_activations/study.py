@@ -13,7 +13,7 @@ PAPER_EFFECT = (
 )
 VERDICT = "partly"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "A8"
 EFFECT = "A4 absmean"

@@ -10,7 +10,7 @@ PAPER_EFFECT = "none to be seen"
 VERDICT = "reproduced"
 EFFECT = "ternary, 64"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "ternary, tensor"
 

@@ -11,7 +11,7 @@ PAPER_EFFECT = "learned >= analytic; little where a norm follows"
 VERDICT = "not at this size"
 EFFECT = "no norm, learned"
 
-CONFIG = "experiments/configs/mnist_mlp.py"
+CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "no norm, analytic"
 

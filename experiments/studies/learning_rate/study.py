@@ -15,7 +15,7 @@ SOURCE = "BitNet 2310.11453, figure 5; Training Tips (2024); Spectra 2407.12327"
 PAPER_EFFECT = "published recipes: six times the float model's (2.4e-3 against 4e-4); babyBitNet at 0.2 M: no"
 VERDICT = "partly"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "float32 0.004"
 SEEDS = (0, 1, 2)

@@ -10,7 +10,7 @@ PAPER_EFFECT = "binary +1.2 points of error, ternary +0.6, 2 bits +0.3, 4 bits +
 VERDICT = "reproduced"
 EFFECT = "binary"
 
-CONFIG = "experiments/configs/mnist_mlp.py"
+CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "float32"
 

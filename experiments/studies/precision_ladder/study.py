@@ -14,7 +14,7 @@ PAPER_EFFECT = (
 )
 VERDICT = "partly"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"  # nats per character over all held-out text, after the last step
 BASELINE = "float32"
 EFFECT = "ternary tensor"

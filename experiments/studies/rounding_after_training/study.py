@@ -16,7 +16,7 @@ PAPER_EFFECT = "accuracy at 1 bit 97.0 trained, 51.7 rounded; at 2 bits 97.7 and
 VERDICT = "reproduced"
 EFFECT = "binary rounded"
 
-CONFIG = "experiments/configs/mnist_mlp.py"
+CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "float32"
 

@@ -11,7 +11,7 @@ PAPER_EFFECT = "without a norm: no scale +1.6 nats or divergence, with mean|W| +
 VERDICT = "reproduced"
 EFFECT = "no norm, no scale"
 
-CONFIG = "experiments/configs/mnist_mlp.py"
+CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "no norm, float32"
 

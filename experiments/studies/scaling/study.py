@@ -16,7 +16,7 @@ PAPER_EFFECT = (
 )
 VERDICT = "partly"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "d16 float32"
 SEEDS = (0, 1, 2)

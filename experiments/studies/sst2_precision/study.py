@@ -19,7 +19,7 @@ PAPER_EFFECT = (
 VERDICT = "not at this size"
 EFFECT = "W1A1 elastic, taught"
 
-CONFIG = "experiments/configs/text_classifier.py"
+CONFIG = "text_classifier"
 METRIC = "valid_error"  # per cent of the test sentences
 BASELINE = "float32"
 

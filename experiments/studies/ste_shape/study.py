@@ -10,7 +10,7 @@ PAPER_EFFECT = "shaped >= clipped >= identity, by 0.5 to 3 points at W1A1 (CIFAR
 VERDICT = "partly"
 EFFECT = "identity"
 
-CONFIG = "experiments/configs/mnist_mlp.py"
+CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "clipped"
 

@@ -16,7 +16,7 @@ PAPER_EFFECT = "MNIST: float 1.30 % error, deterministic 1.29, stochastic 1.18; 
 VERDICT = "not at this size"
 EFFECT = "stochastic, real weights"
 
-CONFIG = "experiments/configs/mnist_mlp.py"
+CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "deterministic"
 

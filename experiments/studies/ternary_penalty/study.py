@@ -8,7 +8,7 @@ PAPER_EFFECT = "ternary: 0.09 to 0.11 nats"
 VERDICT = "reproduced"
 EFFECT = "ternary"
 
-CONFIG = "experiments/configs/tiny_shakespeare.py"
+CONFIG = "tiny_shakespeare"
 METRIC = "valid_loss"  # nats per character, mean over all held-out text after the last step
 BASELINE = "float32"
 

@@ -19,7 +19,7 @@ SOURCE = "Q-Sparse 2407.10969, figures 2 and 8"
 PAPER_EFFECT = "masked: gradients vanish in the bottom layers, worse loss (curves)"
 VERDICT = "not at this size"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "top 50 %"
 EFFECT = "top 50 %, masked"

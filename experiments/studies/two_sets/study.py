@@ -10,7 +10,7 @@ PAPER_EFFECT = "{0, 1} better; ±1 on non-negative values can fail to train"
 VERDICT = "reproduced"
 EFFECT = "{0, a}"
 
-CONFIG = "experiments/configs/mnist_mlp.py"
+CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "±a"
 

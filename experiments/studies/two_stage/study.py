@@ -11,7 +11,7 @@ PAPER_EFFECT = (
 )
 VERDICT = "not at this size"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "one rate, decay"
 EFFECT = "two rates, no decay"

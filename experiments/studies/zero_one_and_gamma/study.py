@@ -12,7 +12,7 @@ SOURCE = "BitNet Training Tips, Code and FAQ (2024)"
 PAPER_EFFECT = "{0, 1}: exploding gradients, early divergence; larger scales: more zeros, worse (no figures)"
 VERDICT = "partly"
 
-CONFIG = "experiments/configs/study_lm.py"
+CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "ternary x1"
 EFFECT = "zero-one"

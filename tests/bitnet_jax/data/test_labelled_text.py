@@ -78,12 +78,29 @@ def test_files_that_cannot_be_used(tmp_path: Path, rows: list[object], message: 
         load_labelled_text(source, length=4, valid_fraction=0.2)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"limit": -5}, "limit: got -5, expected at least 1"),
+        ({"limit": 0}, "limit: got 0, expected at least 1"),
+        ({"length": 0}, "length: got 0, expected at least 1"),
+        ({"valid_fraction": 2.0}, "valid_fraction: got 2.0, expected a number between 0 and 1"),
+        ({"valid_fraction": float("nan")}, "valid_fraction: got nan"),
+    ],
+)
+def test_numbers_out_of_range(tmp_path: Path, wrong: dict[str, float], message: str) -> None:
+    """A limit of -5 used to drop the last five texts without a word."""
+    source = write(tmp_path / "all.jsonl", *({"text": f"t{i}", "label": i % 2} for i in range(40)))
+    with pytest.raises(DataError, match=message):
+        load_labelled_text(source, **{"length": 4} | wrong)  # type: ignore[arg-type]
+
+
 def test_damage_and_names(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(DataError, match=r"bad.jsonl:1: got damaged JSON"):
         read_examples(str(tmp_path / "bad.jsonl"))
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff", "label": 1}')
-    with pytest.raises(DataError, match=r"bad.jsonl:1: got damaged JSON"):
+    with pytest.raises(DataError, match=r"bad.jsonl:1: got byte 0xff at offset 10, expected UTF-8"):
         read_examples(str(tmp_path / "bad.jsonl"))
     (tmp_path / "data.csv").write_text("")
     with pytest.raises(DataError, match=r"expected FILE.jsonl"):

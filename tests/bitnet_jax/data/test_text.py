@@ -145,7 +145,12 @@ def test_wrong_encoding_names_file_byte_and_offset(tmp_path: Path) -> None:
 
 def test_neither_file_nor_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "neither a file nor a folder" in one_line_error(tmp_path / "pipe")
+    assert "got a pipe, expected a regular file" in one_line_error(tmp_path / "pipe")
+    assert "got a device, expected a regular file" in one_line_error("/dev/zero")
+    (tmp_path / "text.txt").write_text(
+        "text"
+    )  # a folder with a pipe in it: it used to be passed over in silence
+    assert "got 1 bad files among 2: pipe: got a pipe" in one_line_error(tmp_path)
 
 
 def test_paths_the_system_refuses() -> None:
@@ -188,7 +193,7 @@ def test_a_damaged_record_names_file_and_line(tmp_path: Path, line: bytes, expec
     assert expected in message
 
 
-def test_damaged_gzip_names_file_and_line(tmp_path: Path) -> None:
+def test_damaged_gzip_names_file_and_place(tmp_path: Path) -> None:
     content = b"".join(b'{"text": "%d"}\n' % (i * 7919 % 10007) for i in range(3000))
     packed = gzip.compress(content)
     flipped = bytearray(packed)
@@ -204,8 +209,8 @@ def test_damaged_gzip_names_file_and_line(tmp_path: Path) -> None:
         message = one_line_error(tmp_path / name)
         assert f"{tmp_path / name}:" in message
         assert "got damaged" in message
-    assert f"{tmp_path / 'no_gzip.jsonl.gz'}:1:" in one_line_error(tmp_path / "no_gzip.jsonl.gz")
-    assert f"{tmp_path / 'checksum.jsonl.gz'}:3001:" in one_line_error(tmp_path / "checksum.jsonl.gz")
+    assert "behind 0 unpacked bytes" in one_line_error(tmp_path / "no_gzip.jsonl.gz")
+    assert f"behind {len(content)} unpacked bytes" in one_line_error(tmp_path / "checksum.jsonl.gz")
 
 
 VALID_RECORDS = gzip.compress(b'{"text": "a"}\n{"text": "b", "title": "t", "split": "train"}\n' * 5)
@@ -244,14 +249,36 @@ def test_fuzzed_files_are_read_or_refused(
         assert all(document.text for document in result.documents)
 
 
+def test_all_bad_files_of_a_folder_are_named_and_left_out_only_if_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "c.jsonl").write_text('{"text": "one"}\n{')
+    message = one_line_error(tmp_path)
+    assert "got 2 bad files among 3: b.txt: got byte 0xe9 at offset 3" in message
+    assert "deep/c.jsonl:2: got damaged JSON" in message
+    assert "data.skip_bad_files=True (--skip-bad-files)" in message
+    with pytest.warns(UserWarning, match=r"left out 2 bad files of 3: b.txt: .*deep/c.jsonl:2") as warned:
+        documents, skipped = read_documents(str(tmp_path), skip_bad_files=True)
+    assert len(warned) == 1
+    assert [document.name for document in documents] == ["a.txt"]  # nothing of a file that is partly bad
+    assert skipped == ("b.txt", "deep/c.jsonl")
+    for number in range(20):
+        (tmp_path / f"bad{number}.txt").write_bytes(b"\xff")
+    message = one_line_error(tmp_path)
+    assert "got 22 bad files among 23" in message
+    assert ", and 17 more; " in message
+    assert len(message) < 2000
+
+
 # ---- Hugging Face
 
 
 def test_hugging_face_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    message = one_line_error("hf:roneneldan/TinyStories")
+    message = one_line_error("hf:roneneldan/TinyStories", allow_download=True)
     assert "roneneldan/TinyStories" in message
-    assert "pip install 'bitnet-jax[datasets]'" in message
+    assert "pip install datasets" in message
 
 
 def test_hugging_face_splits_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +292,11 @@ def test_hugging_face_splits_and_failures(monkeypatch: pytest.MonkeyPatch) -> No
         return {"validation": [{column: "held out"}], "train": [{column: "one"}, {column: "two"}]}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for allowed in (None, False):
+        assert "--allow-download" in one_line_error("hf:org/name", allow_download=allowed)
+    monkeypatch.setenv("BITNET_JAX_ALLOW_DOWNLOAD", "1")
+    assert "--allow-download" in one_line_error("hf:org/name", allow_download=False)
+    assert asked == []  # nothing was looked up
     documents = read_documents("hf:org/name:config").documents
     assert asked == [("org/name", "config")]
     assert [d.text for d in documents] == ["one", "two", "held out"]

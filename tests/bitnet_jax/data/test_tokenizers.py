@@ -63,10 +63,11 @@ def test_round_trip(tokenizer: Tokenizer, data: st.DataObject) -> None:
     assert ids.dtype == np.int32
     assert ids.ndim == 1
     assert tokenizer.decode(ids) == text
-    # byte 0 inside a text reads as a separator, which counts no bytes
-    assert tokenizer.count_bytes(ids) == len(text.encode()) - (
-        text.count("\0") if tokenizer.kind == "byte" else 0
-    )
+    (again,) = tokenizer.encode_batch([text])
+    ((measured, sizes),) = tokenizer.encode_measured([text])
+    np.testing.assert_array_equal(again, ids)
+    np.testing.assert_array_equal(measured, ids)
+    assert (sizes.dtype, len(sizes), sizes.sum()) == (np.int32, len(ids), len(text.encode()))
 
 
 @ONE_TOKENIZER
@@ -121,14 +122,11 @@ def test_separators() -> None:
     assert CharTokenizer.fit(["ba"]).eos_id is None
     json_tokenizer = JsonTokenizer(bpe())
     assert (json_tokenizer.vocab_size, json_tokenizer.eos_id) == (259, 258)
-    for tokenizer in (ByteTokenizer(), char, json_tokenizer):
-        ids = [tokenizer.eos_id, *tokenizer.encode("abc"), tokenizer.eos_id]
-        assert tokenizer.count_bytes(ids) == 3
 
 
 def test_ids_that_are_none(tokenizer: Tokenizer) -> None:
     for wrong in (-1, tokenizer.vocab_size):
-        for use in (tokenizer.decode, tokenizer.count_bytes, tokenizer.decoder().push):
+        for use in (tokenizer.decode, tokenizer.decoder().push):
             with pytest.raises(DataError, match=f"got {wrong}, expected 0 to {tokenizer.vocab_size - 1}"):
                 use([1, wrong])
     with pytest.raises(DataError, match=r"shape \(1, 2\)"):
@@ -142,6 +140,16 @@ def test_text_that_cannot_be_written(tokenizer: Tokenizer) -> None:
 
 
 # ---- characters
+
+
+def test_a_character_counts_with_its_first_token() -> None:
+    """A byte-level vocabulary cuts characters; bytes count where they are first touched, those of the text."""
+    text = "a\u00e9\U0001f600the"
+    ((ids, sizes),) = JsonTokenizer(bpe()).encode_measured([text])
+    assert len(ids) == 8
+    assert sizes.tolist() == [1, 2, 0, 4, 0, 0, 0, 3]
+    unknown = CharTokenizer("ab?", unknown="?").encode_measured(["a\u4e2d"])
+    assert [sizes.tolist() for _, sizes in unknown] == [[1, 3]]  # of the text, not of the question mark
 
 
 def test_a_symbol_outside_the_alphabet() -> None:
@@ -180,7 +188,8 @@ def test_llama3_cases_are_exact(oracles: Path) -> None:
     for case in cases:
         assert tokenizer.encode(case["text"]).tolist() == case["ids"]
         assert tokenizer.decode(case["ids"]) == case["text"]
-        assert tokenizer.count_bytes(case["ids"]) == len(case["text"].encode())
+        ((_, sizes),) = tokenizer.encode_measured([case["text"]])
+        assert sizes.sum() == len(case["text"].encode())
         decoder = tokenizer.decoder()
         assert "".join([decoder.push([i]) for i in case["ids"]] + [decoder.finish()]) == case["text"]
     for case in json.loads((folder / "chat_cases.json").read_text()):
@@ -205,7 +214,7 @@ def test_cutting_and_filling_up_are_switched_off() -> None:
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     content = bpe()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(DataError, match=r"pip install 'bitnet-jax\[tokenizers\]'"):
+    with pytest.raises(DataError, match=r"pip install tokenizers"):
         from_json(content)
 
 
@@ -222,7 +231,9 @@ def test_a_text_the_library_fails_on() -> None:
     ("content", "expected"),
     [
         ("", "damaged JSON"),
-        ("[" * 100_000, "damaged JSON"),
+        ("[" * 1_000_000, "damaged JSON"),
+        ('{"model": ' * 100_000, "damaged JSON"),
+        ('{"kind": ' + "9" * 10_000 + "}", "JSON that cannot be read"),
         ("[1]", "got list"),
         ("{}", "got kind None"),
         ('{"kind": "byte", "more": 1}', "got kind 'byte'"),

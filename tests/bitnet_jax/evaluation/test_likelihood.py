@@ -113,7 +113,7 @@ def test_texts_beyond_the_trained_length_are_scored_with_a_warning(model: TextMo
 
 def test_bits_per_byte_come_out_of_the_same_tokens(model: TextModel) -> None:
     tokens = np.random.default_rng(1).integers(1, 256, 49).astype(np.int32)
-    language = evaluate_text(CONFIG, model.variables, tokens, model.tokenizer)
+    language = evaluate_text(CONFIG, model.variables, tokens, np.ones(len(tokens), int))
     score = score_requests(model, [Request(tokens, 1)])[0]
     assert score.log_probability == pytest.approx(-language.nats, rel=1e-6)
     assert score.tokens == language.tokens

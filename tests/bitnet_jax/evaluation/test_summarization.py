@@ -89,5 +89,5 @@ def test_summaries(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_library_there_is_a_word_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(DataError, match=r"pip install 'bitnet-jax\[summarization\]'"):
+    with pytest.raises(DataError, match=r"pip install rouge-score"):
         rouge([["a"]], ["a"])

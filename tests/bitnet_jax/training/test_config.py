@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from bitnet_jax.training.config import RunConfig, differing_fields
+from bitnet_jax.training.config import MAY_CHANGE, RunConfig, differing_fields
 
 MODEL = dict(hidden_size=8, num_layers=1, num_heads=2, ffn_size=8)
 
@@ -75,7 +75,30 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ({"model": MODEL, "training": {"zzz": 3}}, "training.zzz is not a field; expected one of steps"),
         ({"model": MODEL, "training": {"steps": "10"}}, "training.steps: got '10', expected int"),
         ({"model": MODEL, "training": {"steps": True}}, "training.steps: got True, expected int"),
-        ({"model": MODEL, "training": {"steps": 0}}, "training.steps: got 0, expected at least 1"),
+        (
+            {"model": MODEL, "training": {"steps": 0}},
+            "training.steps: got 0, expected a number from 1 to 2147483647",
+        ),
+        (
+            {"model": MODEL, "training": {"steps": 2**31}},
+            "training.steps: got 2147483648, expected a number from",
+        ),
+        ({"model": MODEL, "training": {"statistics_every": 2**40}}, "training.statistics_every: got 10995"),
+        (
+            {"model": MODEL, "optimizer": {"learning_rate": float("inf")}},
+            "learning_rate: got inf, expected float",
+        ),
+        (
+            {"model": MODEL, "optimizer": {"epsilon": float("nan")}},
+            "optimizer.epsilon: got nan, expected float",
+        ),
+        ({"model": MODEL, "optimizer": {"beta1": 10**400}}, "optimizer.beta1: got 1000"),
+        ({"model": MODEL | {"num_layers": 2**31}}, "model.num_layers: got 2147483648, expected at most 4096"),
+        ({"model": MODEL | {"hidden_size": 2**40}}, "model.hidden_size: got 1099511627776, expected at most"),
+        (
+            {"model": MODEL, "data": {"length": 2**40}},
+            "model.max_length: got 1099511627776, expected at most",
+        ),
         ({"model": MODEL, "training": {"keep_best": 1}}, "training.keep_best: got 1, expected bool"),
         (
             {"model": MODEL, "training": {"max_loss": "x"}},
@@ -83,6 +106,24 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ),
         ({"model": MODEL, "training": {"accumulate": 3}}, "batch_size=16 is not a multiple of.*accumulate=3"),
         ({"model": MODEL, "evaluation": {"batches": 0}}, "batches=0"),
+        ({"model": MODEL, "data": {"limit": -5}}, "data.limit: got -5, expected at least 1"),
+        ({"model": MODEL, "data": {"length": 0}}, "data.length: got 0, expected at least 1"),
+        ({"model": MODEL, "data": {"batch_size": -1}}, "data.batch_size: got -1, expected at least 1"),
+        ({"model": MODEL, "data": {"image_size": 0}}, "data.image_size: got 0, expected at least 1"),
+        (
+            {"model": MODEL, "data": {"valid_fraction": 1.0}},
+            "data.valid_fraction: got 1.0, expected a number",
+        ),
+        ({"model": MODEL, "data": {"limit": 5}}, "data.limit: got 5 for task 'language', which has no such"),
+        ({"model": MODEL, "data": {"image_size": 5}}, "data.image_size: got 5 for task 'language'"),
+        (
+            {"model": MODEL | {"num_classes": 2}, "task": "text_classification", "data": {"image_size": 5}},
+            "data.image_size: got 5 for task 'text_classification'",
+        ),
+        (
+            {"model": MODEL, "task": "images", "data": {"skip_bad_files": True}},
+            "data.skip_bad_files: got True for task 'images'",
+        ),
         ({"model": MODEL, "mesh": {"fsdp": 0}}, "mesh.fsdp: got 0, expected at least 1"),
         ({"model": MODEL, "mesh": {"pipeline": 2}}, "mesh.pipeline is not a field"),
         (
@@ -115,6 +156,13 @@ def test_a_language_model_knows_the_length_it_was_trained_at() -> None:
     assert RunConfig.from_dict(texts).model_config(256).trained_length is None
 
 
+def test_leaving_out_bad_files_is_a_setting_and_the_older_runs_keep_their_names() -> None:
+    asked = RunConfig.from_dict({"model": MODEL, "data": {"skip_bad_files": True}})
+    plain = RunConfig.from_dict({"model": MODEL, "data": {"skip_bad_files": False}})
+    assert plain.hash() == RunConfig.from_dict({"model": MODEL}).hash() == "b90c6977cc6e" != asked.hash()
+    assert differing_fields(asked, plain) == ["data.skip_bad_files: True, 'not set'"]
+
+
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
     config = RunConfig.from_dict({"model": MODEL | {"vocab_size": 100}})
     with pytest.raises(ValueError, match="vocab_size: got 100, the data needs at least 256"):
@@ -124,6 +172,8 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
 def test_json_of_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="list, expected an object"):
         RunConfig.from_json("[1]")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        RunConfig.from_json("[" * 100_000)
 
 
 def test_differing_fields_names_both_values() -> None:
@@ -132,3 +182,4 @@ def test_differing_fields_names_both_values() -> None:
         {"model": MODEL | {"num_kv_heads": 1}, "training": {"steps": 6}, "mesh": {"data": 2}}
     )
     assert differing_fields(a, b) == ["model.num_kv_heads: 'not set', 1", "training.steps: 5, 6"]
+    assert differing_fields(a, b, ignored=MAY_CHANGE) == ["model.num_kv_heads: 'not set', 1"]

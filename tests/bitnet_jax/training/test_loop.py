@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from bitnet_jax.precision import RECIPES
 from bitnet_jax.training import CheckpointError, Interrupted, RunConfig, RunError, fit, load_run
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.loop import train
@@ -25,12 +28,13 @@ from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.task import Task
 
 Config = Callable[..., RunConfig]
+BINARY = RECIPES["bitnet"]
 
 
 def run(task: Task, config: RunConfig, path: Path, progress: bool = False) -> dict[str, Any]:
     folder = RunFolder(path)
-    with folder.training(config):
-        return train(task, config, folder, progress)
+    with folder.training(config) as result:
+        return train(task, config, folder, progress) if result is None else result
 
 
 def final_bits(task: Task, config: RunConfig, path: Path) -> list[bytes]:
@@ -65,7 +69,7 @@ def test_a_run_of_a_real_model_on_real_text(tmp_path: Path, run_config: Config, 
     assert result["valid"]["bits_per_byte"] == pytest.approx(result["valid"]["loss"] / np.log(2) * 149 / 148)
     assert result["config_hash"] == config.hash()
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
-    assert "6/6" in capfd.readouterr().err  # the progress line
+    assert re.search(r"^run: 6/6 step, loss \d", capfd.readouterr().err, re.M)  # the progress line
 
     found = rows(tmp_path / "run")
     assert [r["step"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
@@ -209,6 +213,7 @@ def test_another_config_or_another_text_is_refused(toy: Task, tmp_path: Path, ru
     run(toy, run_config(), tmp_path)
     with pytest.raises(RunError, match=r"other settings \(optimizer.beta2: 0.95, 0.9; saved, then given\)"):
         run(toy, run_config(optimizer=dict(beta2=0.9)), tmp_path)
+    (tmp_path / "result.json").unlink()
     with pytest.raises(RunError, match="not the ones this run began with"):
         run(toy._replace(fingerprint=2), run_config(), tmp_path)
 
@@ -218,11 +223,11 @@ def test_folders_that_cannot_be_used(toy: Task, tmp_path: Path, run_config: Conf
     with pytest.raises(RunError, match="cannot make the run folder .*: Not a directory"):
         run(toy, run_config(), tmp_path / "file" / "run")
 
-    (tmp_path / "odd" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "odd" / "checkpoints" / "2").mkdir(parents=True)
     with pytest.raises(RunError, match="checkpoints without config.json"):
         run(toy, run_config(), tmp_path / "odd")
 
-    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "checkpoints" / "2").mkdir(parents=True)
     (tmp_path / "damaged" / "config.json").write_text('{"model": ')
     with pytest.raises(RunError, match="config.json cannot be read"):
         run(toy, run_config(), tmp_path / "damaged")
@@ -232,6 +237,154 @@ def test_folders_that_cannot_be_used(toy: Task, tmp_path: Path, run_config: Conf
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="another process is training in it"):
             run(toy, run_config(), tmp_path / "busy")
+
+
+def test_a_start_that_fails_on_its_data_leaves_nothing(tmp_path: Path, run_config: Config) -> None:
+    wrong = run_config(data=dict(source=str(tmp_path / "nowhere.txt")))
+    with pytest.raises(ValueError, match="nowhere"):
+        fit(wrong, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_ends_before_its_first_checkpoint_may_be_corrected(
+    toy: Task, tmp_path: Path, run_config: Config
+) -> None:
+    """Killed, out of memory, a wrong batch: what it left does not bind the next one."""
+
+    def fail() -> None:
+        raise ValueError("a batch that cannot be made")
+
+    with pytest.raises(ValueError, match="cannot be made"):
+        run(toy._replace(train_batch=Calls(toy, 1, fail)), run_config(optimizer=dict(beta2=0.9)), tmp_path)
+    assert (tmp_path / "config.json").exists()
+    (tmp_path / "tokenizer.json").write_text('{"kind": "char", "characters": "ab"}')  # of another text
+    config = run_config()
+    assert run(toy, config, tmp_path)["status"] == "finished"
+    folder = RunFolder(tmp_path)
+    assert folder.read_config() == config
+    assert folder.read_tokenizer().vocab_size == 256
+    assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def constant(run_config: Config, steps: int, **training: int) -> RunConfig:
+    return run_config(optimizer=dict(schedule="constant"), training=dict(steps=steps) | training)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_extended_run_with_a_constant_schedule_is_the_longer_one_bit_for_bit(
+    toy: Task, tmp_path: Path, run_config: Config, capsys: Any, interrupted: bool
+) -> None:
+    first, last = constant(run_config, 6), constant(run_config, 12)
+    whole = run(toy, last, tmp_path / "whole")
+    if interrupted:
+        stopped = toy._replace(train_batch=Calls(toy, 3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(Interrupted):
+            run(stopped, first, tmp_path / "run")
+    else:
+        run(toy, first, tmp_path / "run")
+    capsys.readouterr()
+    result = run(toy, last, tmp_path / "run")
+    step = 4 if interrupted else 6
+    told = f"training.steps: 6 before, 12 now; going on from step {step}, the same run as one that began with 12\n"
+    assert capsys.readouterr().err == told
+    assert final_bits(toy, last, tmp_path / "run") == final_bits(toy, last, tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert (result["status"], result["step"], result["extended_from"]) == ("finished", 12, [6])
+    assert "extended_from" not in whole
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["extended_from"] == [6]
+    assert RunFolder(tmp_path / "run").read_config() == last
+    assert run(toy, last, tmp_path / "run") == result  # over: nothing is trained, nothing is told
+    assert capsys.readouterr().err == ""
+
+
+def test_an_extended_run_says_what_follows_the_new_total(
+    toy: Task, tmp_path: Path, run_config: Config, capsys: Any
+) -> None:
+    until = dict(schedule="linear", weight_decay_until=0.5)
+    annealed = toy._replace(precisions={"out": dataclasses.replace(BINARY, weight_ste="tanh")})
+    run(annealed, run_config(optimizer=until, training=dict(steps=4)), tmp_path)
+    capsys.readouterr()
+    for steps, before in ((6, [4]), (8, [4, 6])):
+        config = run_config(optimizer=until, training=dict(steps=steps))
+        assert run(annealed, config, tmp_path)["extended_from"] == before
+    assert capsys.readouterr().err.splitlines() == [
+        f"training.steps: {before} before, {steps} now; going on from step {before}, from here on schedule='linear', "
+        f"weight_decay_until=0.5, the gradient 'tanh' as computed for {steps}: not the run that began with {steps}"
+        for before, steps in ((4, 6), (6, 8))
+    ]
+    rates = [row["learning_rate"] for row in rows(tmp_path) if row["kind"] == "train"]
+    assert rates[3] < rates[4]  # 1 - 3/4 of the way through 4, then 1 - 4/6
+    assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == list(range(1, 9))
+
+
+def test_a_killed_extension_goes_on_and_remembers(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    run(toy, constant(run_config, 4), tmp_path)
+    longer = constant(run_config, 9)
+    stopped = toy._replace(train_batch=Calls(toy, 6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(Interrupted):
+        run(stopped, longer, tmp_path)
+    assert not (tmp_path / "result.json").exists(), "it is not over any more"
+    assert run(toy, longer, tmp_path)["extended_from"] == [4]
+
+
+def test_steps_below_what_is_done_are_refused_and_others_shorten_the_run(
+    toy: Task, tmp_path: Path, run_config: Config
+) -> None:
+    stopped = toy._replace(train_batch=Calls(toy, 6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(Interrupted):
+        run(stopped, constant(run_config, 12), tmp_path)
+    with pytest.raises(
+        RunError, match=r"training.steps: got 5, expected at least the 7 that the run in .* has"
+    ):
+        run(toy, constant(run_config, 5), tmp_path)
+    result = run(toy, constant(run_config, 7), tmp_path)
+    assert (result["step"], result["steps"], result["extended_from"]) == (7, 7, [12])
+    assert [row["step"] for row in rows(tmp_path) if row["kind"] == "valid"] == [3, 6, 7]
+    with pytest.raises(RunError, match="got 6, expected at least the 7"):
+        run(toy, constant(run_config, 6), tmp_path)
+
+
+def test_when_to_measure_and_keep_may_change(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    config = constant(run_config, 12)
+    run(toy, config, tmp_path / "whole")
+    stopped = toy._replace(train_batch=Calls(toy, 4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(Interrupted):
+        run(stopped, config, tmp_path / "run")
+    other = constant(run_config, 12, log_every=5, eval_every=4, checkpoint_every=3, keep_checkpoints=4)
+    result = run(toy, other, tmp_path / "run")
+    assert "extended_from" not in result
+    assert RunFolder(tmp_path / "run").read_config() == other
+    assert final_bits(toy, config, tmp_path / "run") == final_bits(toy, config, tmp_path / "whole")
+
+
+def test_a_diverged_run_cannot_be_extended(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    bad = with_weight(toy, 3, np.nan)
+    assert run(bad, run_config(), tmp_path)["status"] == "diverged"
+    assert run(bad, run_config(), tmp_path) == json.loads((tmp_path / "result.json").read_text())
+    with pytest.raises(RunError, match=r"got 9, but the run in .* diverged at step 4 and cannot go on"):
+        run(bad, run_config(training=dict(steps=9)), tmp_path)
+
+
+def test_overwriting_starts_anew(toy: Task, tmp_path: Path, run_config: Config) -> None:
+    run(toy, run_config(), tmp_path / "run")
+    other = run_config(optimizer=dict(beta2=0.9), training=dict(steps=4))
+
+    def toy_task(config: RunConfig) -> Task:
+        return toy
+
+    with pytest.raises(RunError, match="other settings .*beta2: 0.95, 0.9; saved, then given"):
+        fit(other, tmp_path / "run", False, task=toy_task)
+    assert fit(other, tmp_path / "run", False, task=toy_task, overwrite=True)["step"] == 4
+    run(toy, other, tmp_path / "whole")
+    assert final_bits(toy, other, tmp_path / "run") == final_bits(toy, other, tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+    def no_data(config: RunConfig) -> Task:
+        raise ValueError("no such data")
+
+    with pytest.raises(ValueError, match="no such data"):
+        fit(run_config(), tmp_path / "run", False, task=no_data, overwrite=True)
+    assert RunFolder(tmp_path / "run").read_config() == other, "what cannot be replaced stays"
 
 
 def test_runs_that_cannot_be_read(toy: Task, tmp_path: Path, run_config: Config) -> None:
@@ -260,6 +413,6 @@ def test_a_disk_that_refuses_is_one_line(
     assert "\n" not in str(error.value)
 
     monkeypatch.setattr(os, "replace", lambda *paths: full(None))
-    with pytest.raises(RunError, match=r"cannot write .*config.json: No space left"):
+    with pytest.raises(RunError, match=r"cannot write .*tokenizer.json: No space left"):
         run(toy, run_config(), tmp_path / "b")
     assert [path.name for path in (tmp_path / "b").iterdir()] == [".lock"]

@@ -1,7 +1,7 @@
 """A byte-level language model on real text, the base setting of the language-model experiments.
 
-    python -m experiments.run --config=experiments/configs/byte_lm.py --workdir=runs/byte_lm
-    python -m experiments.run --config=experiments/configs/byte_lm.py:small --workdir=runs/small
+    bitnet-jax train --config byte_lm --workdir runs/byte_lm
+    bitnet-jax train --config byte_lm:small --workdir runs/small
 
 The default corpus is the source text of the running Python's standard library: real, present everywhere.
 """

@@ -1,7 +1,7 @@
 """A small convolutional network on MNIST: XNOR-Net, or Bi-Real Net with `model.shortcut`.
 
-    python -m experiments.run --config=experiments/configs/mnist_cnn.py --workdir=runs/mnist_cnn
-    python -m experiments.run --config=experiments/configs/mnist_cnn.py:small --workdir=runs/mnist_cnn-small
+    bitnet-jax train --config mnist_cnn --workdir runs/mnist_cnn
+    bitnet-jax train --config mnist_cnn:small --workdir runs/mnist_cnn-small
 
 Everything but the model is that of mnist_mlp.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from experiments.configs import mnist_mlp
+from bitnet_experiments.configs import mnist_mlp
 
 
 def get_config(variant: str = "base") -> ConfigDict:

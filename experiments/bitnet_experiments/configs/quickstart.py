@@ -1,13 +1,13 @@
-"""The three models of `make quickstart`: the byte_lm setting, sized for a few minutes on two cores.
+"""The models of `make quickstart`: the byte_lm setting, sized for a few minutes on two cores.
 
-python -m experiments.quickstart --workdir=runs/quickstart
+bitnet-jax train --config quickstart:short --workdir runs/quickstart-ternary
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from experiments.configs import byte_lm
+from bitnet_experiments.configs import byte_lm
 
 
 def get_config(variant: str = "base") -> ConfigDict:

@@ -1,14 +1,14 @@
 """A binary vision transformer on MNIST: patches of pixels, BiT's blocks (2205.13016), the mean classified.
 
-python -m experiments.run --config=experiments/configs/mnist_vit.py --workdir=runs/mnist_vit
-python -m experiments.run --config=experiments/configs/mnist_vit.py:small --workdir=runs/mnist_vit-small
+bitnet-jax train --config mnist_vit --workdir runs/mnist_vit
+bitnet-jax train --config mnist_vit:small --workdir runs/mnist_vit-small
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from experiments.configs import mnist_mlp
+from bitnet_experiments.configs import mnist_mlp
 
 
 def get_config(variant: str = "base") -> ConfigDict:

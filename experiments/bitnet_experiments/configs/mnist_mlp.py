@@ -1,7 +1,7 @@
 """A multilayer perceptron on MNIST, the base setting of the binary networks' history.
 
-    python -m experiments.run --config=experiments/configs/mnist_mlp.py --workdir=runs/mnist_mlp
-    python -m experiments.run --config=experiments/configs/mnist_mlp.py:small --workdir=runs/mnist_mlp-small
+    bitnet-jax train --config mnist_mlp --workdir runs/mnist_mlp
+    bitnet-jax train --config mnist_mlp:small --workdir runs/mnist_mlp-small
 
 The layout is BNN's (1602.02830): product, batch norm, hard tanh, sign; first and last weights float. Narrower, on
 smaller images and trained for fewer epochs than the papers': minutes on two cores. The small variant draws its images.

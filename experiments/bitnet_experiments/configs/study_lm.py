@@ -1,7 +1,7 @@
 """The language model of the studies: small enough that three seeds of twenty arms take two cores an hour.
 
-    python -m experiments.run --config=experiments/configs/study_lm.py --workdir=runs/study_lm
-    python -m experiments.run --config=experiments/configs/study_lm.py:small --workdir=runs/study_lm-small
+    bitnet-jax train --config study_lm --workdir runs/study_lm
+    bitnet-jax train --config study_lm:small --workdir runs/study_lm-small
 
 The block of BitNet b1.58 2B-4T (gated squared ReLU, grouped queries, a norm in front of o_proj and down_proj),
 on the characters of tiny-shakespeare. 27 thousand parameters: so few that they hold less than
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from experiments.configs import byte_lm
+from bitnet_experiments.configs import byte_lm
 
 
 def get_config(variant: str = "base") -> ConfigDict:

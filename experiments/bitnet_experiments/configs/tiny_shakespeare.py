@@ -1,6 +1,6 @@
 """Character GPT of 0.2 M parameters on tiny-shakespeare: the babyBitNet yardstick.
 
-    python -m experiments.run --config=experiments/configs/tiny_shakespeare.py --workdir=runs/shakespeare
+    bitnet-jax train --config tiny_shakespeare --workdir runs/shakespeare
 
 Setting of papers' dossier "Tiny character LMs": 4 layers, d=64, 4 heads, context 32, batch 16, 5,000 steps,
 AdamW with its usual constants at a constant rate (1e-3 float, 9e-4 ternary), norm in front of each block, plain

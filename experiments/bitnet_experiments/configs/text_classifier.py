@@ -1,8 +1,8 @@
 """A text classifier, float or with BiT's elastic binarization, from labels or from a teacher.
 
-    python -m experiments.run --config=experiments/configs/text_classifier.py --workdir=runs/teacher \\
+    bitnet-jax train --config text_classifier --workdir runs/teacher \\
         --config.model.precision=float32 --config.model.attention=softmax
-    python -m experiments.run --config=experiments/configs/text_classifier.py --workdir=runs/student \\
+    bitnet-jax train --config text_classifier --workdir runs/student \\
         --config.distillation.teacher=runs/teacher
 
 TREC's questions as bytes: which of six kinds of answer does each want? SST-2 and others of the same form:

@@ -1,0 +1,83 @@
+"""What can be known before any work: that a model can be packed, and that its training is not hopelessly large."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import jax
+
+from bitnet_jax.models import Architecture, ModelConfig
+from bitnet_jax.packing import check_packable
+from bitnet_jax.training.config import RunConfig
+
+STATE_BYTES = 16  # of a parameter in training: float32 weight, gradient and the two moments of Adam
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_trainable(config: RunConfig) -> None:
+    """Cheap checks of a run, made before its data are read or its model is built.
+
+    Raises:
+      ValueError: the model has a matrix that could not be packed after training, or training takes more memory
+        than there is.
+    """
+    model = _model(config)
+    check_packable(model)
+    needed, there = least_bytes(config), memory_bytes(config)
+    if needed > there:
+        raise ValueError(
+            f"config: got {parameters(model):,} parameters and batches of {config.data.batch_size:,}, which take at "
+            f"least {needed / 1e9:,.1f} GB to train ({STATE_BYTES} bytes a parameter), expected at most the memory, "
+            f"{there / 1e9:,.1f} GB; choose a smaller model, data.batch_size or evaluation.batch_size"
+        )
+
+
+def least_bytes(config: RunConfig) -> int:
+    """A lower bound of the bytes that training holds at once: parameters with their optimizer, a batch, logits.
+
+    What blocks keep for the gradient is not counted; most runs take several times as much.
+    """
+    model, data = _model(config), config.data
+    if config.task == "images":
+        inputs, outputs = 4 * getattr(model, "image_size", 0) ** 2 * getattr(model, "channels", 1), 0
+    else:
+        assert isinstance(model, ModelConfig)
+        inputs = 8 * data.length  # tokens and targets
+        outputs = 4 * data.length * (model.vocab_size if config.task == "language" else model.hidden_size)
+    at_once = max(_micro_batch(config), config.evaluation.batch_size)
+    return STATE_BYTES * parameters(model) + data.batch_size * inputs + at_once * outputs
+
+
+def parameters(model: Architecture) -> int:
+    """Numbers in the matrices and tables of a model; gains and biases are not counted."""
+    count = sum(n * k for n, k in model.linear_shapes().values())
+    if isinstance(model, ModelConfig):
+        count += model.vocab_size * model.hidden_size
+        count += model.max_length * model.hidden_size if model.position == "learned" else 0
+    return count
+
+
+def memory_bytes(config: RunConfig) -> int:
+    """Of the devices of the run's mesh together; on a CPU that of the machine or, if smaller, of its cgroup."""
+    mesh = config.mesh
+    devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    if devices[0].platform != "cpu" and all(limits):
+        return sum(limit for limit in limits if limit)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in map(Path, CGROUP_LIMITS):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            machine = min(machine, int(limit.read_text()))
+    return machine
+
+
+def _model(config: RunConfig) -> Architecture:
+    if config.task == "images":
+        return config.image_model_config()
+    return config.model_config(config.model.get("vocab_size", 256))
+
+
+def _micro_batch(config: RunConfig) -> int:
+    return config.data.batch_size // config.training.accumulate

@@ -1,0 +1,1 @@
+"""What experiments are made of and installs with bitnet_jax: the configs of their runs."""

@@ -1,0 +1,76 @@
+"""`bitnet-jax init`: a copy of an installed config is that config, in a folder that holds nothing else.
+
+That every copy trains beside an installed wheel is in tests/test_commands.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from bitnet_jax.cli import main as cli
+from bitnet_jax.config_file import load_config_file, named_configs
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of these tests: empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", named_configs())
+def test_a_copy_is_the_same_config(name: str, elsewhere: Path) -> None:
+    assert cli.main(["init", name, "mine.py"]) == 0
+    assert [file.name for file in elsewhere.iterdir()] == ["mine.py"]
+    assert load_config_file("mine.py").to_dict() == load_config_file(name).to_dict()
+
+
+@pytest.mark.parametrize("name", named_configs())
+def test_a_config_imports_only_what_is_installed(name: str) -> None:
+    """A folder of the repository is on no path of a user's; tests have it on theirs."""
+    tree = ast.parse(named_configs()[name].read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    assert imported <= {"__future__", "ml_collections", "bitnet_experiments.configs"}
+
+
+def test_the_list_has_a_line_for_each(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["init", "--list", "--json", "names.json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(named_configs())
+    assert all(len(line.split()) > 3 for line in lines), "a name without a word about it"
+    assert list(json.loads((elsewhere / "names.json").read_text())) == list(named_configs())
+
+
+def test_an_edited_file_is_kept(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (elsewhere / "byte_lm.py").write_text("edited")
+    assert cli.main(["init", "byte_lm"]) == 2
+    assert (elsewhere / "byte_lm.py").read_text() == "edited"
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main(["init", "byte_lm", "--overwrite"]) == 0
+    assert (elsewhere / "byte_lm.py").read_text() == named_configs()["byte_lm"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "got no NAME"),
+        (["byte_lm", "--list"], "NAME beside --list"),
+        (["byte_ml"], "byte_lm"),
+        (["byte_lm:small"], "byte_lm"),
+        (["byte_lm", "settings"], "ends in .py"),
+        (["byte_lm", "nowhere/mine.py"], "nowhere/mine.py"),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    elsewhere: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["init", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert list(elsewhere.iterdir()) == []

@@ -1,0 +1,291 @@
+"""A stream's bytes are those of its documents, for every kind of tokenizer and in any windows; what is kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bitnet_jax.data import (
+    ByteTokenizer,
+    CharTokenizer,
+    DataError,
+    Document,
+    JsonTokenizer,
+    Tokenizer,
+    consecutive_batches,
+    measured_stream,
+    streams,
+    token_stream,
+)
+
+TEXT = st.text(st.sampled_from(" \n\tabcTthe\u00e9\u4e2d\U0001f600e\u0301"), max_size=12) | st.text(
+    st.characters(exclude_categories=["Cs"]), max_size=8
+)
+
+
+def library(model: Callable[[Any], Any], **parts: Callable[[Any], Any]) -> JsonTokenizer:
+    pytest.importorskip("tokenizers", reason="the tokenizers library is an extra")
+    import tokenizers
+
+    made = tokenizers.Tokenizer(model(tokenizers))
+    for name, part in parts.items():
+        setattr(made, name, part(tokenizers))
+    made.add_special_tokens(["</s>"])
+    return JsonTokenizer(made.to_str())
+
+
+def byte_level(prefix: bool = True) -> JsonTokenizer:
+    """As GPT-2's; with a prefix a blank comes in front."""
+
+    def model(t: Any) -> Any:
+        symbols = [*sorted(t.pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
+        return t.models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[("t", "h"), ("th", "e")])
+
+    return library(
+        model,
+        pre_tokenizer=lambda t: t.pre_tokenizers.ByteLevel(add_prefix_space=prefix),
+        decoder=lambda t: t.decoders.ByteLevel(),
+    )
+
+
+def sentence_piece() -> JsonTokenizer:
+    """As Llama's: a blank in front, unknown characters as bytes, and the decoder strips the first blank."""
+
+    def model(t: Any) -> Any:
+        symbols = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581abcth", "th", "\u2581th"]
+        return t.models.BPE(
+            vocab={s: i for i, s in enumerate(symbols)},
+            merges=[("t", "h"), ("\u2581", "th")],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+
+    return library(
+        model,
+        normalizer=lambda t: t.normalizers.Sequence(
+            [t.normalizers.Prepend("\u2581"), t.normalizers.Replace(" ", "\u2581")]
+        ),
+        decoder=lambda t: t.decoders.Sequence(
+            [
+                t.decoders.Replace("\u2581", " "),
+                t.decoders.ByteFallback(),
+                t.decoders.Fuse(),
+                t.decoders.Strip(" ", 1, 0),
+            ]
+        ),
+    )
+
+
+def metaspace() -> JsonTokenizer:
+    return library(
+        lambda t: t.models.Unigram(
+            [("<unk>", 0.0), *((c, -2.0) for c in "\u2581abcthe"), ("\u2581the", -3.0)], 0
+        ),
+        pre_tokenizer=lambda t: t.pre_tokenizers.Metaspace(),
+        decoder=lambda t: t.decoders.Metaspace(),
+    )
+
+
+def words() -> JsonTokenizer:
+    """Compatibility forms, lower case, no accents, no blanks: the text does not come back."""
+    return library(
+        lambda t: t.models.WordLevel({"<unk>": 0, "the": 1, "a": 2}, unk_token="<unk>"),
+        normalizer=lambda t: t.normalizers.Sequence(
+            [t.normalizers.NFKD(), t.normalizers.StripAccents(), t.normalizers.Lowercase()]
+        ),
+        pre_tokenizer=lambda t: t.pre_tokenizers.Whitespace(),
+    )
+
+
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "byte": ByteTokenizer,
+    "char": lambda: CharTokenizer("\0?abcthe", unknown="?", separator="\0"),
+    "byte_level": lambda: byte_level(prefix=False),
+    "byte_level_with_prefix": byte_level,
+    "sentence_piece": sentence_piece,
+    "metaspace": metaspace,
+    "words": words,
+}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return KINDS[request.param]()
+
+
+@settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    texts=st.lists(TEXT.filter(bool), min_size=1, max_size=4),
+    length=st.integers(1, 9),
+    stride=st.integers(1, 9),
+    batch_size=st.integers(1, 4),
+)
+def test_bytes_are_those_of_the_text_in_any_windows(
+    tokenizer: Tokenizer, texts: list[str], length: int, stride: int, batch_size: int
+) -> None:
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    tokens, token_bytes = measured_stream(documents, tokenizer)
+    np.testing.assert_array_equal(token_stream(documents, tokenizer), tokens)
+    assert (tokens.dtype, token_bytes.dtype, len(tokens)) == (np.int32, np.int32, len(token_bytes))
+    assert token_bytes.min() >= 0
+    whole = sum(len(text.encode()) for text in texts)
+    assert token_bytes.sum() == whole
+    batches = consecutive_batches(tokens, length, batch_size, min(stride, length), token_bytes)
+    assert sum(int(batch["target_bytes"][batch["scored"]].sum()) for batch in batches) == whole
+    # Each document counts for what it has, wherever the others are.
+    assert [len(text.encode()) for text in texts] == [
+        int(measured_stream([document], tokenizer).token_bytes.sum()) for document in documents
+    ]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentence_piece"])
+def test_the_bytes_of_a_long_text_do_not_depend_on_the_windows(kind: str) -> None:
+    """1,320 bytes used to be counted as 1,323 to 1,760, for decoded slices lose blanks and cut characters."""
+    text = "the caf\u00e9 \u4e2d\u6587 th " * 66
+    assert len(text.encode()) == 1320
+    stream = measured_stream([Document("a", text)], KINDS[kind]())
+    for length, batch_size in ((7, 3), (16, 1), (64, 4), (2000, 1)):
+        batches = consecutive_batches(stream.tokens, length, batch_size, None, stream.token_bytes)
+        assert sum(int(batch["target_bytes"][batch["scored"]].sum()) for batch in batches) == 1320
+
+
+def test_documents_that_cannot_be_encoded_are_named() -> None:
+    documents = [Document("a", "ab"), Document("b", "c")]
+    for stream in (token_stream, measured_stream):
+        with pytest.raises(DataError, match="b: got the character 'c' at 0"):
+            stream(documents, CharTokenizer("ab"))
+    with pytest.raises(DataError, match="got 3 tokens and the bytes of 2"):
+        next(consecutive_batches(np.arange(3), 2, 1, None, np.arange(2)))
+
+
+def test_batches_of_documents_make_the_same_stream(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [Document(str(i), "the cat " * (i % 5 + 1)) for i in range(30)]
+    whole = measured_stream(documents, tokenizer)
+    for size in (1, 50):
+        monkeypatch.setattr(streams, "BATCH_CHARACTERS", size)
+        part = measured_stream(documents, tokenizer)
+        np.testing.assert_array_equal(part.tokens, whole.tokens)
+        np.testing.assert_array_equal(part.token_bytes, whole.token_bytes)
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(st.sampled_from("  \n\n\r\tathe.9'\u00e9\u0301\u4e2d"), min_size=1, max_size=80),
+    size=st.integers(1, 20),
+)
+def test_a_long_document_in_pieces_is_the_same_stream(tokenizer: Tokenizer, text: str, size: int) -> None:
+    documents = [Document("a", text), Document("b", text[::-1])]
+    whole = measured_stream(documents, tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "PIECE_CHARACTERS", size)
+        part = measured_stream(documents, tokenizer)
+    np.testing.assert_array_equal(part.tokens, whole.tokens)
+    np.testing.assert_array_equal(part.token_bytes, whole.token_bytes)
+
+
+def test_a_long_document_is_cut_where_words_end_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file of 34 MB used to take 5 GB: the library keeps much for each token of a text until it is done."""
+    text = "the cat.\n the cat\n  9\n" * 20
+    monkeypatch.setattr(streams, "AROUND_CUT", 10)
+
+    def pieces(kind: str) -> list[str]:
+        return [piece.text for piece in streams._pieces(Document("a", text), KINDS[kind]())]
+
+    for kind in KINDS:
+        assert "".join(pieces(kind)) == text
+    monkeypatch.setattr(streams, "PIECE_CHARACTERS", 40)
+    cut = pieces("byte_level")
+    assert "".join(cut) == text
+    assert max(map(len, cut)) < 80
+    assert {piece[-3:] for piece in cut[:-1]} <= {"the", "cat"}
+    # A blank would come in front of each piece, or another text be normalized: these stay whole.
+    for kind in ("sentence_piece", "metaspace", "words"):
+        assert pieces(kind) == [text]
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(streams, "CACHED_BYTES", 1)
+    return tmp_path / "cache"
+
+
+def test_tokens_are_kept_for_the_next_start_and_only_for_the_same_text_and_tokenizer(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [Document("a", "the caf\u00e9"), Document("b", "th")]
+    first = measured_stream(documents, byte_level())
+    assert len(list(kept.iterdir())) == 1
+
+    def never(*args: object) -> None:
+        raise AssertionError("tokenized again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonTokenizer, "encode_measured", never)
+        patch.setattr(JsonTokenizer, "encode_batch", never)
+        again = measured_stream([Document("other name", d.text) for d in documents], byte_level())
+        np.testing.assert_array_equal(again.tokens, first.tokens)
+        np.testing.assert_array_equal(again.token_bytes, first.token_bytes)
+        others = [documents[:1], [Document("a", "the caf\u00e9t"), Document("b", "h")], documents[::-1]]
+        for other in others:
+            with pytest.raises(AssertionError, match="again"):
+                measured_stream(other, byte_level())
+        with pytest.raises(AssertionError, match="again"):
+            measured_stream(documents, sentence_piece())
+        with pytest.raises(AssertionError, match="again"):
+            token_stream(documents, byte_level())
+        assert (
+            len(measured_stream(documents, ByteTokenizer()).tokens) > 0
+        )  # quicker than the disk: never kept
+        patch.setenv("BITNET_JAX_CACHE", "off")
+        with pytest.raises(AssertionError, match="again"):
+            measured_stream(documents, byte_level())
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_small_texts_and_damaged_entries_are_tokenized_again(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = [Document("a", "the caf\u00e9")]
+    monkeypatch.setattr(streams, "CACHED_BYTES", 1 << 20)
+    first = measured_stream(documents, byte_level())
+    assert not kept.exists()
+    monkeypatch.setattr(streams, "CACHED_BYTES", 1)
+    measured_stream(documents, byte_level())
+    (entry,) = kept.iterdir()
+    whole = entry.read_bytes()
+    for damaged in (
+        b"",
+        whole[:-1],
+        whole[:20],
+        bytes([whole[0] ^ 1]) + whole[1:],
+        whole[:40] + b"\0" + whole[41:],
+    ):
+        entry.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="is damaged; its content is made again"):
+            again = measured_stream(documents, byte_level())
+        np.testing.assert_array_equal(again.tokens, first.tokens)
+        assert entry.read_bytes() == whole
+
+
+def test_a_wide_vocabulary_is_kept_whole(kept: Path) -> None:
+    wide = json.loads(byte_level().to_json())
+    wide["model"]["vocab"]["the"] = 70_000
+    wide["model"]["vocab"] = {k: v for k, v in wide["model"]["vocab"].items() if v < 258 or k == "the"}
+    tokenizer = JsonTokenizer(json.dumps(wide))
+    for _ in range(2):
+        assert 70_000 in token_stream([Document("a", "the")], tokenizer).tolist()

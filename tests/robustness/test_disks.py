@@ -1,0 +1,125 @@
+"""Disks that are full or read-only, for real (a small tmpfs), and processes killed outright."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from bitnet_jax import packing
+from bitnet_jax.model_folders import pack_run
+from bitnet_jax.models import ModelConfig
+from bitnet_jax.storage import StorageError, load_packed, save_packed
+from bitnet_jax.training import CheckpointError, RunConfig, RunError, fit
+from tests.robustness.kill_pack import kill_often, make_run
+
+CONFIG = ModelConfig(
+    vocab_size=5000, hidden_size=64, num_layers=1, num_heads=2, ffn_size=64, max_length=16
+)  # 1.3 MB, most of it the embedding
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def remount(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
+def variables() -> dict[str, Any]:
+    return jax.tree.map(
+        lambda leaf: np.full(leaf.shape, leaf.dtype != np.uint8, leaf.dtype), packing.abstract(CONFIG)
+    )
+
+
+def test_a_disk_that_fills_up_while_a_model_is_written(disk: Path) -> None:
+    save_packed(disk / "model", variables(), CONFIG)
+    with pytest.raises(StorageError, match=r"bytes free on its disk, expected [\d,]+ at least"):
+        save_packed(disk / "second", variables(), CONFIG)
+    remount(disk, "size=4m")
+    filler = disk / "filler"
+
+    def fill(count: int) -> None:
+        with filler.open("ab", buffering=0) as file:  # as another process would, in between
+            try:
+                while True:
+                    file.write(bytes(1 << 16))
+            except OSError:
+                pass
+
+    with pytest.raises(StorageError, match=r"second cannot be written \(No space left on device\)"):
+        save_packed(disk / "second", variables(), CONFIG, on_bytes=fill)
+    assert sorted(entry.name for entry in disk.iterdir()) == ["filler", "model"]
+    load_packed(disk / "model", verify=True)
+
+
+def test_a_read_only_disk_is_refused_by_every_writer(disk: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    save_packed(disk / "model", variables(), CONFIG)
+    remount(disk, "ro")
+    for overwrite, name in ((False, "second"), (True, "model")):
+        with pytest.raises(StorageError, match="is read-only or belongs to another user"):
+            save_packed(disk / name, variables(), CONFIG, overwrite=overwrite)
+    with pytest.raises(StorageError, match="is read-only or belongs to another user"):
+        pack_run(run, disk / "packed", tokens=0)
+    with pytest.raises(RunError, match="Read-only file system"):
+        fit(run_config(tmp_path), disk / "run", progress=False)
+    remount(disk, "rw")
+    assert [entry.name for entry in disk.iterdir()] == ["model"]
+    load_packed(disk / "model", verify=True)
+
+
+def run_config(place: Path) -> RunConfig:
+    """A checkpoint takes 1.2 MB: three of its size do not fit beside each other on the disk."""
+    fields = {
+        "model": dict(hidden_size=64, ffn_size=192, num_layers=2, num_heads=2, precision="bitnet_b158"),
+        "data": dict(
+            source=str(place / "text.txt"), split="tail", valid_fraction=0.2, length=16, batch_size=2
+        ),
+        "training": dict(steps=3, checkpoint_every=1, eval_every=3),
+        "evaluation": dict(batches=1, batch_size=2),
+    }
+    return RunConfig.from_dict(fields)
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_room_lets_it_go_on(
+    disk: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
+    with pytest.raises((CheckpointError, RunError), match="make room"):
+        fit(run_config(tmp_path), disk / "run", progress=False)
+    assert not list((disk / "run" / "checkpoints").glob("*tmp*"))
+    remount(disk, "size=64m")
+    result = fit(run_config(tmp_path), disk / "run", progress=False)
+    whole = fit(run_config(tmp_path), tmp_path / "whole", progress=False)
+    assert (result["status"], result["valid"]) == ("finished", whole["valid"])
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
+def test_pack_killed_at_any_moment_leaves_whole_models_and_nothing_that_stays(
+    tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), str(root / "kernels")]))
+    found = kill_often(kills, seed=kills, place=tmp_path)
+    outcomes = found["outcomes"]
+    assert outcomes.get("whole", 0) + outcomes.get("absent", 0) == kills
+    assert found["left_after_the_next_pack"] == ["model"]

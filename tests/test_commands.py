@@ -1,0 +1,235 @@
+"""Every command that README.md and CONTRIBUTING.md name runs: from an installed wheel, far from the repository, and
+from a bare clone.
+
+Commands are taken from the text as it is and then made small by SHORTER. What a test cannot run stands in NOT_RUN, with
+the reason. A command that is in neither is run as written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bitnet_jax.config_file import named_configs
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {
+    "bitnet_jax": "bitnet_jax",
+    "bitnet_kernels": "kernels/bitnet_kernels",
+    "bitnet_experiments": "experiments/bitnet_experiments",
+}
+# With an argument: a program's name alone is no command.
+PROGRAM = r"(?:[A-Z_]+=\S+ )?(?:bitnet-jax |make |python -m |pip |pre-commit |git |\.ci/run)"
+
+# pattern -> replacement, all applied in this order: two updates instead of hundreds, a tiny model instead of a large
+# one, a placeholder filled in.
+SHORTER = (
+    (r"^bitnet-jax COMMAND --help$", "bitnet-jax train --help"),
+    (r"^bitnet-jax (\w+)$(?<!doctor)", r"bitnet-jax \1 --help"),  # the command is only mentioned
+    (r" --config\.training\.steps=\d+", ""),
+    (r"^(bitnet-jax train --config .*)", r"\1 --quiet --config.training.steps=2"),
+    (r"^(bitnet-jax pack (?!--help).*)", r"\1 --tokens 8"),
+    (r"^(bitnet-jax generate .*)", r"\1 --tokens 4"),
+    (r"^(bitnet-jax eval .*)", r"\1 --max-tokens 256 --quiet"),
+    (r"--preset \w+", "--preset tiny"),
+    (r"^(bitnet-jax bench .*)", r"\1 --prompt 4 --generate 2 --repeats 1"),
+    (r"<question>", "ternary_penalty"),
+    (r"^(python -m experiments\.sweep .*)", r"\1 --small"),  # SMALL_STUDY makes it two updates
+    (r"^(python -m experiments\.training_cost.*)", r"\1 --rounds 1 --batch-size 1 --length 16"),
+    (r"^(python -m experiments\.cpu_limits)$", r"\1 --report"),
+    (r"^((?:PYTHON=\S+ )?make) ", r"\1 --dry-run "),
+    (r"^\.ci/run$", "bash -n .ci/run"),  # it runs all of this
+)
+SMALL_STUDY = """
+SMALL = {"training.steps": 2, "training.eval_every": 2}
+SMALL_ARMS = (BASELINE,)
+SMALL_SEEDS = (1337,)
+"""
+NOT_RUN = {
+    r"git clone <this repository> && cd bitnet_jax": "the address is the reader's",
+    r"pip install -e \"\.\[([\w,]+)\]\"": "asks an index; that its extras exist is a test below",
+    r"pre-commit install": "pre-commit is the reader's own tool",
+}
+
+
+def documented(name: str) -> list[str]:
+    """The commands of a page in the order of the text: lines of bash blocks, and code in running text."""
+    found = []
+    for block, code in re.findall(
+        r"^```bash\n(.*?)^```$|`([^`\n]+)`", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL
+    ):
+        lines = block.replace("\\\n", " ").splitlines() or [code]
+        found += [re.sub(r"\s+#.*", "", line) for line in lines if re.match(PROGRAM, line)]
+    return list(dict.fromkeys(found))
+
+
+def shortened(command: str) -> str:
+    for pattern, replacement in SHORTER:
+        command = re.sub(pattern, replacement, command)
+    return command
+
+
+COMMANDS = [command for name in ("README.md", "CONTRIBUTING.md") for command in documented(name)]
+RUN = list(
+    dict.fromkeys(
+        shortened(command)
+        for command in COMMANDS
+        if not any(re.fullmatch(pattern, command) for pattern in NOT_RUN)
+    )
+)
+DOCTOR = "bitnet-jax doctor"  # a minute and a half of checks
+# In the order of the text: each one continues the ones before.
+INSTALLED = [command for command in RUN if command.startswith("bitnet-jax") and command != DOCTOR]
+REPOSITORY = [command for command in RUN if not command.startswith("bitnet-jax")]
+
+
+def run(command: str, folder: Path, site: Path) -> None:
+    """In a shell, in `folder`, by a user who has the packages in `site` and no other copy of them."""
+    environment = os.environ | {
+        "PATH": os.pathsep.join((str(site / "bin"), str(Path(sys.executable).parent), os.environ["PATH"])),
+        "PYTHONPATH": str(site),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiled faster, run once
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the repository holds before anything is built, of it only what packaging and commands need."""
+    folder = tmp_path_factory.mktemp("clone") / "bitnet_jax"
+    folder.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "runs")
+    for name in (*PACKAGES, "kernels", "experiments", "tests", ".ci", "requirements"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore, dirs_exist_ok=True)
+    for name in ("README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+OFFLINE = ["--no-deps", "--no-index"]
+
+
+def build_wheel(source: Path, target: Path, library: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"BITNET_KERNELS_PREBUILT": str(library)}
+    command = [*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", target, source]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def wheel_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed. The C++ library is the one that stands here: compiling takes minutes."""
+    library = ROOT / "kernels" / "bitnet_kernels" / "_cpu.so"
+    assert library.is_file(), "the C++ library is not built; make test builds it"
+    wheels, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
+    made = build_wheel(clone, wheels, library)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = wheels.glob("*.whl")
+    install = [*PIP, "install", *OFFLINE, "--target", site, wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    assert (site / "bitnet_kernels" / "_cpu.so").read_bytes() == library.read_bytes()
+    return site
+
+
+@pytest.fixture(scope="module")
+def clone_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make` installs from a clone: links to its packages, not the folder that holds them."""
+    site = tmp_path_factory.mktemp("editable")
+    for package, folder in PACKAGES.items():
+        (site / package).symlink_to(clone / folder)
+    shutil.copy(ROOT / "kernels" / "bitnet_kernels" / "_cpu.so", clone / "kernels" / "bitnet_kernels")
+    script = site / "bin" / "bitnet-jax"
+    script.parent.mkdir()
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom bitnet_jax.cli.main import main\nsys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    return site
+
+
+def test_the_pages_name_commands() -> None:
+    """Were the pattern wrong, every test below would hold of nothing."""
+    assert len(COMMANDS) > 20
+    for start in ("bitnet-jax train", "bitnet-jax pack", "make quickstart", "python -m experiments.sweep"):
+        assert any(command.startswith(start) for command in COMMANDS)
+    assert all(any(re.fullmatch(pattern, command) for command in COMMANDS) for pattern in NOT_RUN), (
+        "an entry of NOT_RUN that no page names"
+    )
+
+
+def test_every_extra_that_a_page_names_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        name
+        for command in COMMANDS
+        for names in re.findall(r"\.\[([\w,]+)\]", command)
+        for name in names.split(",")
+    }
+    assert named
+    assert named <= set(extras)
+
+
+def test_a_prebuilt_library_that_is_absent_ends_the_build(clone: Path, tmp_path: Path) -> None:
+    """Asked for by name, it must not become a wheel without kernels."""
+    made = build_wheel(clone, tmp_path, tmp_path / "nowhere.so")
+    assert made.returncode != 0
+    assert "expected the _cpu.so of an earlier build" in made.stderr + made.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
+    for command in INSTALLED:
+        run(command, tmp_path, wheel_site)
+    assert (tmp_path / "runs" / "first-packed" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "cnn" / "result.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", named_configs())
+def test_every_config_trains_from_a_copy_beside_an_installed_wheel(
+    name: str, wheel_site: Path, tmp_path: Path
+) -> None:
+    variant = "short" if name == "quickstart" else "small"
+    run(f"bitnet-jax init {name} mine.py", tmp_path, wheel_site)
+    train = f"bitnet-jax train --config mine.py:{variant} --workdir run --quiet --config.training.steps=2"
+    run(train, tmp_path, wheel_site)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+def test_doctor_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
+    assert DOCTOR in RUN
+    run(DOCTOR, tmp_path, wheel_site)
+
+
+@pytest.mark.slow
+def test_the_readme_from_a_bare_clone(clone: Path, clone_site: Path) -> None:
+    for command in INSTALLED:
+        run(command, clone, clone_site)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if command.startswith("python") else [])
+        for command in REPOSITORY
+    ],
+)
+def test_what_needs_the_repository(command: str, clone: Path, clone_site: Path) -> None:
+    study = clone / "experiments" / "studies" / "ternary_penalty" / "study.py"
+    if "SMALL_ARMS" not in study.read_text():
+        study.write_text(study.read_text() + SMALL_STUDY)
+    run(command, clone, clone_site)
