@@ -88,13 +88,15 @@ def available_instruction_sets() -> tuple[str, ...]:
 
 def choice_here() -> Choice:
     """What packed_matmul takes for an ordinary matrix on this machine."""
-    return choose_implementation(pack(jnp.ones((16, 64), jnp.int8), jnp.ones((1, 1)), "ternary2"))
+    return choose_implementation(
+        pack(jnp.ones((16, 64), jnp.int8), jnp.ones((1, 1), jnp.float32), "ternary2")
+    )
 
 
 def _check_models() -> list[Check]:
     """A tiny model of binary and ternary layers, packed against latent, under every instruction set."""
     config = dataclasses.replace(PRESETS["tiny"], num_layers=1, precision=RULES)
-    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size)
+    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size, jnp.int32)
     latent = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)
 
     def prove(new_tokens: int) -> str:

@@ -192,4 +192,4 @@ def _proof_inputs(config: Architecture, tokens: int) -> tuple[Array, int]:
     room = config.max_length - length
     new_tokens = 0 if config.num_classes or not config.causal else min(-(-tokens // PROMPTS), room)
     prompts = max(PROMPTS, -(-tokens // max(new_tokens, 1))) if new_tokens else PROMPTS
-    return jax.random.randint(key, (prompts, length), 0, config.vocab_size), new_tokens
+    return jax.random.randint(key, (prompts, length), 0, config.vocab_size, "int32"), new_tokens

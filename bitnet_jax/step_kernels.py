@@ -87,7 +87,7 @@ def _after(y: jax.Array) -> jax.Array:
 def _attend(config: ModelConfig, cache: KVCache, wait: jax.Array) -> jax.Array:
     length = cache.k.shape[1]
     return cached_attention(
-        jnp.ones((1, 1, config.num_heads, config.head_size)) + wait,
+        jnp.ones((1, 1, config.num_heads, config.head_size), jnp.float32) + wait,
         cache.k,
         cache.v,
         jnp.ones((1, 1, length), bool),
@@ -110,7 +110,7 @@ def _multiply(
         return _attend_to(Embedding.of(config, config.vocab_size, "embed"), params["embed/embedding"], wait)
     precisions = config.precisions()
     weights = {path: packed.get(f"{path}/weight", params.get(f"{path}/weight")) for path in paths}
-    x = jnp.ones((1, weights[paths[0]].shape[1])) + wait
+    x = jnp.ones((1, weights[paths[0]].shape[1]), jnp.float32) + wait
     fused = [
         weight
         for path, weight in weights.items()
@@ -135,6 +135,6 @@ def _product(config: ModelConfig, path: str, precision: Precision, weight: Any, 
 
 
 def _attend_to(module: Embedding, table: jax.Array, wait: jax.Array) -> jax.Array:
-    x = jnp.ones((1, 1, table.shape[1])) + wait
+    x = jnp.ones((1, 1, table.shape[1]), jnp.float32) + wait
     logits: Any = module.apply({"params": {module.parameter: table}}, x, method="attend")
     return logits[0]

@@ -161,7 +161,7 @@ def decode_step(case: Case, mesh: Mesh) -> Program:
     cache = with_shardings(cache, placed)
 
     def step(variables: Any, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        output: Any = Transformer(config).apply(variables, tokens, cache=cache, last_only=True)
+        output: Any = Transformer(config).apply(variables, tokens, cache=cache)
         return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.cache
 
     tokens = jax.ShapeDtypeStruct((case.batch, 1), jnp.int32, sharding=batch_sharding(mesh))

@@ -1,6 +1,7 @@
 """Continue a prompt, printing the text as it comes.
 
-The prompt comes from --prompt, --file or standard input. With the same --seed the same text comes out.
+The prompt comes from --prompt, --file or standard input, in UTF-8 whatever the locale. With the same --seed the same
+text comes out.
 
 example:
   bitnet-jax generate runs/first-packed --prompt "def " --temperature 0.8 --top-p 0.95 --seed 1
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import kv_format_argument, write_json
+from bitnet_jax.cli.shared import kv_format_argument, utf8, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -26,7 +27,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", type=Path, help="read the prompt from FILE")
     command.add_argument(
-        "--tokens", type=int, help="at most so many new tokens (default 200, or what room is left)"
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="at most N new tokens (default 200, or what is left of the length the model was trained with)",
     )
     command.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     command.add_argument("--top-k", type=int, metavar="K", help="choose among the K most likely tokens")
@@ -76,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
             f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"
         )
     variables = with_exact_head(model.config, model.variables) if args.exact_head else model.variables
-    room = model.config.max_length - len(model.tokenizer.encode(prompt))
+    used = len(model.tokenizer.encode(prompt))
+    # A prompt that is itself beyond the trained length gets what room there is, and a warning.
+    room = max(model.config.known_length - used, 0) or model.config.max_length - used
     began = time.perf_counter()
     came: list[tuple[float, int]] = []  # (seconds, tokens) of each chunk
     pieces = stream(
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=max(1, min(200, room)) if args.tokens is None else args.tokens,
         sampling=sampling,
         key=jax.random.key(args.seed),
-        stop=args.stop,
+        stop=[utf8(word, "--stop") for word in args.stop],
         kv_format=args.kv_format,
         on_tokens=lambda count: came.append((time.perf_counter() - began, count)),
     )
@@ -111,12 +117,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
-        return args.prompt
+        return utf8(args.prompt, "--prompt")
     if args.file is not None:
-        return args.file.read_text(encoding="utf-8")
+        return _lines(utf8(args.file.read_bytes(), str(args.file)))
     if sys.stdin.isatty():
         raise ValueError("got no prompt; expected --prompt TEXT, --file FILE, or text on standard input")
-    return sys.stdin.read()
+    return _lines(utf8(sys.stdin.buffer.read(), "standard input"))
+
+
+def _lines(text: str) -> str:
+    """With "\\n" at the end of each line, as text files are read."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _settled_speed(came: Sequence[tuple[float, int]]) -> float | None:

@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 a check failed or a bug, 2 wrong input (one line says what
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import os
 import sys
 import warnings
@@ -38,6 +40,7 @@ COMMANDS: dict[str, ModuleType] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; the exit code."""
+    _write_utf8()
     parser = build_parser()
     overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
     args, unknown = parser.parse_known_args(words)
@@ -94,6 +97,17 @@ def exit_code(run: Callable[[], int], *, debug: bool = False) -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _write_utf8() -> None:
+    """Any text can be printed: UTF-8 where the locale knows ASCII alone (LC_ALL=C), else what it lacks as "?"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            name = codecs.lookup(stream.encoding).name
+            if name == "ascii":
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            elif name != "utf-8":
+                stream.reconfigure(errors="replace")
 
 
 def _show_warning(

@@ -30,6 +30,24 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
         path.write_text(json.dumps(finite_json(figures), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def utf8(text: str | bytes, where: str) -> str:
+    """The text of an argument or a file, as UTF-8 whatever the locale.
+
+    Python decodes arguments by the locale; bytes that are no text in it, such as all but ASCII under LC_ALL=C, come as
+    lone surrogates.
+
+    Raises:
+      ValueError: bytes that are not UTF-8.
+    """
+    try:
+        content = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        return content.decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(
+            f"{where}: got text that is not UTF-8 ({error.reason} at {error.start}), expected UTF-8; convert it"  # type: ignore[attr-defined]
+        ) from error
+
+
 def ternary_format_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ternary-format",

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,6 +18,8 @@ from bitnet_jax.evaluation.intervals import bootstrap, proportion
 from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.multiple_choice import choose, question_item
 from bitnet_jax.evaluation.result import Result
+from bitnet_jax.inference.limits import check_tokens, warn_of_unknown_tokens
+from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig, Transformer
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
@@ -116,6 +117,9 @@ def predict_classes(
     sizes, predictions = np.array([len(row) for row in rows]), np.zeros(len(rows), int)
     if not sizes.all():
         raise DataError(f"got the text {texts[int(np.argmin(sizes))]!r}, expected at least one token")
+    warn_of_unknown_tokens(config, model.tokenizer)
+    for number, ids in enumerate(rows):
+        check_tokens(config, model.tokenizer, ids, f"text {number}")
     for part, at_once, width in batches(
         sizes, config.max_length, lambda width: BATCH_TOKENS // width, progress=progress
     ):
@@ -125,12 +129,12 @@ def predict_classes(
         lengths[: len(part)] = sizes[part]
         for row, i in enumerate(part):
             tokens[row, : sizes[i]] = rows[i]
-        logits = _class_logits(config, model.variables, tokens, np.arange(width) < lengths[:, None])
+        program = PROGRAMS.of(_class_logits, config, shapes=tokens.shape)
+        logits = program(model.variables, tokens, np.arange(width) < lengths[:, None])
         predictions[part] = np.asarray(logits)[: len(part)].argmax(axis=-1)
     return predictions
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _class_logits(
     config: ModelConfig, variables: Any, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B C"]:

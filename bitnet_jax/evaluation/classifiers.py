@@ -18,6 +18,7 @@ from bitnet_jax.evaluation.classification import Metric, f1, macro_f1, matthews,
 from bitnet_jax.evaluation.intervals import bootstrap, proportion
 from bitnet_jax.evaluation.language import token_nats
 from bitnet_jax.evaluation.result import Result
+from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import Architecture, build_model
 
 
@@ -53,7 +54,6 @@ class ClassificationScore:
         return Result(count, metrics, largest, {"loss": self.nats / count})
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _measure(
     config: Architecture, variables: Mapping[str, Any], batch: Mapping[str, Array]
 ) -> tuple[Float[Array, ""], Int[Array, "B"]]:
@@ -77,7 +77,8 @@ def score_classifier(
     """
     nats, labels, predictions = 0.0, [], []
     for batch in batches:
-        loss, given = _measure(config, variables, dict(batch))
+        shapes = tuple((name, array.shape) for name, array in batch.items())
+        loss, given = PROGRAMS.of(_measure, config, shapes=shapes)(variables, dict(batch))
         real = batch["weights"] > 0
         nats += float(loss)
         labels.append(batch["targets"][real])

@@ -11,6 +11,7 @@ from bitnet_jax.data.errors import DataError
 from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
 from bitnet_jax.evaluation.likelihood import TextModel, check_text_model
 from bitnet_jax.inference.generate import GREEDY, generate, left_pad
+from bitnet_jax.inference.limits import check_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 
 MOST_ROWS = 16  # of a batch
@@ -28,14 +29,15 @@ def complete(
 ) -> list[str]:
     """The text behind each prompt, cut in front of the first stop string and of a separator.
 
-    Prompts are padded on the left to one of the widths of batching.py.
+    Prompts of similar length, those of a width of batching.py, stand together.
 
     Args:
       prompts: token ids [T] each, cut at the front where prompt and answer exceed max_length.
       seed: of what is sampled; it depends on the place of a prompt in the list too.
 
     Raises:
-      DataError: an empty prompt, or no room for one token of prompt beside the answer.
+      DataError: an empty prompt, one with a token outside the model's vocabulary, or no room for one token of
+        prompt beside the answer.
     """
     check_text_model(model)
     room = model.config.max_length - max_new_tokens
@@ -48,20 +50,20 @@ def complete(
     sizes, answers = np.array([len(row) for row in rows]), [""] * len(rows)
     if not sizes.all():
         raise DataError("got an empty prompt, expected at least one token in each")
+    for number, ids in enumerate(rows):
+        check_tokens(model.config, model.tokenizer, ids, f"prompt {number}")
     eos = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
 
     def rows_of(width: int) -> int:
-        return min(MOST_ROWS, BATCH_TOKENS // (width + max_new_tokens))
+        fitting = max(1, min(MOST_ROWS, BATCH_TOKENS // (width + max_new_tokens)))
+        return 1 << fitting.bit_length() - 1  # a power of two: few numbers of rows, whatever max_new_tokens
 
-    for part, at_once, width in batches(sizes, room, rows_of, progress=progress):
+    for part, at_once, _ in batches(sizes, room, rows_of, progress=progress):
         batch = [rows[i] for i in part] + [rows[part[0]]] * (at_once - len(part))
-        tokens, mask = left_pad(batch)
-        padding = ((0, 0), (width - tokens.shape[1], 0))
         result = generate(
             model.config,
             model.variables,
-            np.pad(tokens, padding),
-            np.pad(mask, padding),
+            *left_pad(batch),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             key=jax.random.fold_in(jax.random.key(seed), int(part[0])),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax.data.batches import consecutive_batches
 from bitnet_jax.data.errors import DataError
+from bitnet_jax.inference.limits import warn_beyond_training
+from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig, Transformer
 
 Apply = Callable[[Any, Int[Array, "B T"]], Float[Array, "B T V"]]
@@ -69,7 +70,6 @@ def token_nats(logits: Float[Array, "*batch V"], targets: Int[Array, "*batch"]) 
     return -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
 
 
-@functools.partial(jax.jit, static_argnames="apply")
 def _window_nats(
     apply: Apply,
     variables: Any,
@@ -100,7 +100,8 @@ def evaluate(
         targets = batch["targets"]
         scored = batch.get("scored", np.ones(targets.shape, bool))
         # Summed over a window in float32, over windows in float64: thousands of windows lose nothing.
-        window_nats = _window_nats(apply, variables, batch["inputs"], targets, scored)
+        program = PROGRAMS.of(_window_nats, apply, shapes=targets.shape)
+        window_nats = program(variables, batch["inputs"], targets, scored)
         nats += float(np.sum(np.asarray(window_nats), dtype=np.float64))
         tokens += int(scored.sum())
         text_bytes += int(batch["target_bytes"][scored].sum())
@@ -121,16 +122,6 @@ def model_logits(config: ModelConfig) -> Apply:
         return output.logits
 
     return logits
-
-
-def warn_beyond_training(config: ModelConfig, length: int, remedy: str, stacklevel: int = 2) -> None:
-    """A UserWarning where sequences of `length` tokens are longer than those that the model was trained with."""
-    if length > config.known_length:
-        warnings.warn(
-            f"got sequences of {length} tokens, the model was trained with {config.known_length}: beyond them it "
-            f"predicts worse than it can; {remedy}",
-            stacklevel=stacklevel + 1,
-        )
 
 
 def evaluate_text(

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -18,7 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
-from bitnet_jax.evaluation.language import Apply, model_logits, token_nats, warn_beyond_training
+from bitnet_jax.evaluation.language import Apply, model_logits, token_nats
+from bitnet_jax.inference.limits import check_tokens, warn_beyond_training, warn_of_unknown_tokens
+from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig
 
 BATCH_LOGITS = 2**25  # of a batch, at most: 128 MiB
@@ -52,17 +53,13 @@ class Request(NamedTuple):
 
 
 def check_text_model(model: TextModel) -> None:
-    """Raises DataError unless it is a causal language model whose vocabulary holds its tokenizer's."""
+    """Raises DataError unless it is a causal language model; warns of a tokenizer with more tokens than it has."""
     config = model.config
     if config.num_classes or not config.causal:
         raise DataError(
             "got a classifier or a model that sees later tokens, expected a causal language model"
         )
-    if model.tokenizer.vocab_size > config.vocab_size:
-        raise DataError(
-            f"tokenizer: got {model.tokenizer.vocab_size} tokens, expected at most the model's vocab_size "
-            f"{config.vocab_size}; use the tokenizer the model was trained with"
-        )
+    warn_of_unknown_tokens(config, model.tokenizer)
 
 
 def start_ids(tokenizer: Tokenizer) -> np.ndarray:
@@ -130,9 +127,12 @@ def score_requests(model: TextModel, requests: Sequence[Request], *, progress: b
     """The scores of requests, in their order.
 
     Raises:
-      DataError: the model is no causal language model, or a request has nothing to score.
+      DataError: the model is no causal language model, or a request has nothing to score or a token outside the
+        model's vocabulary.
     """
     check_text_model(model)
+    for i, request in enumerate(requests):
+        check_tokens(model.config, model.tokenizer, request.tokens, f"request {i}")
     length = model.config.max_length
     windows = list(_windows(requests, length))
     sizes = np.array([len(window.inputs) for window in windows])
@@ -163,11 +163,10 @@ def _scored_batch(
     for row, window in enumerate(batch):
         inputs[row, : len(window.inputs)] = window.inputs
         targets[row, : len(window.targets)] = window.targets
-    nats, hits = _token_scores(apply, variables, inputs, targets)
+    nats, hits = PROGRAMS.of(_token_scores, apply, shapes=inputs.shape)(variables, inputs, targets)
     return np.asarray(nats), np.asarray(hits)
 
 
-@functools.partial(jax.jit, static_argnames="apply")
 def _token_scores(
     apply: Apply, variables: Any, inputs: Int[Array, "B T"], targets: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:

@@ -1,9 +1,10 @@
-"""The empty cache that generation starts from."""
+"""The cache of generation: empty, and with more room."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from bitnet_jax.models.transformer import Cache
 from bitnet_jax.nn.attention import KVCache
@@ -50,6 +51,18 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
         valid=jnp.zeros((batch, length), bool),
         length=jnp.zeros((), jnp.int32),
     )
+
+
+def with_room(cache: Cache, length: int) -> Cache:
+    """The same cache with room for `length` positions, at least as many as it has."""
+
+    def longer(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+    layers = tuple(
+        layer if isinstance(layer, LinearState) else jax.tree.map(longer, layer) for layer in cache.layers
+    )
+    return Cache(layers, longer(cache.valid), cache.length)
 
 
 def kv_bytes(config: ModelConfig, length: int, dtype: str | None = None) -> int:

@@ -32,9 +32,9 @@ class ExactHead:
     weight: PackedArray  # its int8 copy
     bounds: Float[Array, "2 V"]
 
-    def top_logits(self, hidden: Float[Array, "B D"], sampling: SamplingConfig) -> TopLogits:
-        """The logits that sampling looks at, exactly; -inf for the others."""
-        return exact_top_logits(hidden, self.table, self.weight, self.bounds, looked_at(sampling))
+    def top_logits(self, hidden: Float[Array, "B D"], k: int) -> TopLogits:
+        """The k largest logits, exactly; -inf for the others."""
+        return exact_top_logits(hidden, self.table, self.weight, self.bounds, k)
 
 
 def with_exact_head(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,15 +4,18 @@
     stream_tokens   the same tokens in chunks, as they come
 
 Both run the same two functions, `_prefill` and `_advance`, and the random key of a token is folded from its
-position, so a seed gives the same text either way. The jitted functions live at module level: a second call
-with the same shapes, `ModelConfig`, `SamplingConfig` and `eos_ids` compiles nothing.
+position, so a seed gives the same text either way.
+
+Prompts are laid at the beginning of the cache, each followed by its own text, and filled up behind it to one of a few
+widths (buckets.py). Nothing looks at what fills up, so a row's numbers do not depend on it, nor on the rows beside it;
+and one loop serves all lengths with the same room in the cache. Programs are those of programs.py: for a ModelConfig
+and batch size one per width of the prompt and one per room, whatever the lengths, end tokens and numbers of sampling.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -21,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from bitnet_jax.inference import exact_head
-from bitnet_jax.inference.cache import KV_FORMATS, init_cache
-from bitnet_jax.inference.sampling import SamplingConfig, next_token
+from bitnet_jax.inference import exact_head, limits
+from bitnet_jax.inference.buckets import cache_room, prompt_width
+from bitnet_jax.inference.cache import KV_FORMATS, init_cache, with_room
+from bitnet_jax.inference.programs import PROGRAMS
+from bitnet_jax.inference.sampling import Filters, SamplingConfig, next_token
 from bitnet_jax.models.transformer import Cache, Transformer
 from bitnet_jax.nn.config import ModelConfig
 
@@ -43,7 +48,7 @@ class State:
     """Generation after `step` tokens; the last one is chosen but not yet in the cache."""
 
     cache: Cache
-    tokens: Int[Array, "B N"]
+    tokens: Int[Array, "B S"]  # as many as the cache has room for
     lengths: Int[Array, "B"]
     step: Int[Array, ""]
     done: Bool[Array, "B"]  # rows that have met an end token
@@ -93,9 +98,13 @@ def generate(
       ValueError: before any computation, if prompt and new tokens do not fit into config.max_length, if the
         prompts are empty, not padded on the left or hold ids outside the vocabulary, if a key is missing, if
         sampling needs more logits than an exact head knows, or for an unknown kv_format.
+
+    Warns:
+      UserWarning: prompt and new tokens exceed the length that the model was trained with.
     """
-    prompt = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, kv_format)
-    return _generate(config, sampling, max_new_tokens, _ids(eos_ids), kv_format, variables, *prompt)
+    run = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, eos_ids, kv_format)
+    run.warn_beyond_training()
+    return run.finished()
 
 
 def greedy(
@@ -105,8 +114,8 @@ def greedy(
     mask: Bool[Array | np.ndarray, "B T"] | None,
     max_new_tokens: int,
 ) -> Int[Array, "B N"]:
-    """The most likely continuation without end tokens: what `packing.prove` compares."""
-    return generate(config, variables, tokens, mask, max_new_tokens=max_new_tokens).tokens
+    """The most likely continuation without end tokens, of any length: what `packing.prove` compares."""
+    return _checked(config, variables, tokens, mask, max_new_tokens, GREEDY, None, (), None).finished().tokens
 
 
 def stream_tokens(
@@ -129,22 +138,79 @@ def stream_tokens(
     """
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, expected at least 1 token")
-    prompt = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, kv_format)
-    eos = _ids(eos_ids)
+    run = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, eos_ids, kv_format)
+    run.warn_beyond_training()
 
     def chunks() -> Iterator[np.ndarray]:
-        state = _start(config, sampling, max_new_tokens, eos, kv_format, variables, *prompt)
+        state = run.start()
         given = 0
         while True:
-            step, done = int(state.step), bool(state.done.all())
-            # A copy: the buffer itself is donated to the next chunk.
-            yield np.array(state.tokens[:, given:step])
-            if done or step == max_new_tokens:
+            step = int(state.step)
+            # A copy, cut here: the buffer itself is donated to the next chunk.
+            yield np.asarray(state.tokens)[:, given:step].copy()
+            if step == max_new_tokens or np.asarray(state.done).all():
                 return
-            given, until = step, min(step + chunk, max_new_tokens)
-            state = _continue(config, sampling, eos, variables, state, prompt[-1], np.int32(until))
+            if given == 0:
+                state = run.grown(state)
+            given = step
+            state = run.advance(state, min(step + chunk, max_new_tokens))
 
     return chunks()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A checked request as arguments of the jitted functions."""
+
+    config: ModelConfig
+    variables: Variables
+    tokens: (
+        np.ndarray
+    )  # int32 [B, T], each prompt at the beginning of its row, T one of the widths of buckets.py
+    lengths: np.ndarray  # int32 [B], of the prompts
+    filters: Filters
+    key: PRNGKeyArray
+    eos: np.ndarray  # int32 [E]
+    kv_format: str | None
+    room: int  # positions that prompt and text need, as one of the rooms of buckets.py
+    max_new_tokens: int
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """What besides a width or room decides what is compiled."""
+        exact = exact_head.COLLECTION in self.variables, "packed" in self.variables
+        return len(self.tokens), len(self.eos), jax.tree.structure(self.filters), exact
+
+    def warn_beyond_training(self) -> None:
+        length = int(self.lengths.max()) + self.max_new_tokens
+        remedy = f"keep prompt and new tokens within {self.config.known_length}"
+        limits.warn_beyond_training(self.config, length, remedy, stacklevel=3)
+
+    def finished(self) -> Generation:
+        state = self.start()
+        if self.max_new_tokens > 1:
+            state = self.advance(self.grown(state), self.max_new_tokens)
+        # Cut here: the device, and jnp.asarray too, would compile a program for every length.
+        tokens = np.asarray(state.tokens)[:, : self.max_new_tokens].copy()
+        return Generation(jax.device_put(tokens), state.lengths)
+
+    def start(self) -> State:
+        T = self.tokens.shape[1]
+        program = PROGRAMS.of(_prefill, self.config, self.kv_format, shapes=(T, *self.shapes))
+        return program(self.variables, self.filters, self.eos, self.tokens, self.lengths, self.key)
+
+    def grown(self, state: State) -> State:
+        """The state with room for the whole text; that of a prompt is made for the prompt alone."""
+        room = state.tokens.shape[1]
+        if room == self.room:
+            return state
+        program = PROGRAMS.of(_with_room, self.room, shapes=(self.config, self.kv_format, room, self.shapes))
+        return program(state)
+
+    def advance(self, state: State, until: int) -> State:
+        shapes = (state.tokens.shape[1], self.kv_format, *self.shapes)
+        program = PROGRAMS.of(_advance, self.config, shapes=shapes, donate=(3,))
+        return program(self.variables, self.filters, self.eos, state, self.key, np.int32(until))
 
 
 def _checked(
@@ -155,9 +221,10 @@ def _checked(
     max_new_tokens: int,
     sampling: SamplingConfig,
     key: PRNGKeyArray | None,
+    eos_ids: Sequence[int],
     kv_format: str | None,
-) -> tuple[np.ndarray, np.ndarray, PRNGKeyArray]:
-    """Tokens, mask and key for the jitted functions; everything a user can get wrong is refused here."""
+) -> _Run:
+    """The request; everything a user can get wrong is refused here."""
     if not config.causal or config.num_classes:
         raise ValueError(
             "generation needs a causal language model, "
@@ -178,7 +245,8 @@ def _checked(
         raise ValueError("mask must be False for padding on the left, then True up to the end of each row")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
-    longest = int(mask.sum(axis=1).max())
+    lengths = mask.sum(axis=1, dtype=np.int32)
+    longest = int(lengths.max())
     if longest + max_new_tokens > config.max_length:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones need {longest + max_new_tokens} "
@@ -193,93 +261,117 @@ def _checked(
         key = jax.random.key(0)
     if exact_head.COLLECTION in variables:
         exact_head.looked_at(sampling)
-    return tokens.astype(np.int32), mask, key
+    rows = np.zeros((len(tokens), prompt_width(config, longest)), np.int32)
+    for row, prompt, length in zip(rows, tokens, lengths, strict=True):
+        row[:length] = prompt[len(prompt) - length :]
+    # The last new token is never read, so the cache needs no room for it.
+    room = cache_room(config, longest + max_new_tokens - 1)
+    return _Run(
+        config,
+        variables,
+        rows,
+        lengths,
+        sampling.filters(),
+        key,
+        _ids(eos_ids),
+        kv_format,
+        room,
+        max_new_tokens,
+    )
 
 
-def _ids(tokens: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(token) for token in tokens)
+def _ids(tokens: Sequence[int]) -> np.ndarray:
+    """int32, filled up with -1, which is no token, so that few sizes occur."""
+    ids = np.asarray(tokens, np.int32).reshape(-1)
+    return np.pad(ids, (0, -len(ids) % 8), constant_values=-1)
 
 
 def _forward(
     config: ModelConfig,
-    sampling: SamplingConfig,
     variables: Variables,
+    filters: Filters,
     tokens: Array,
     cache: Cache,
     mask: Array | None = None,
+    read: Array | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits behind the last of the tokens [B, T], as far as sampling looks, and the cache that holds them all."""
+    """Logits behind one of the tokens [B, T] of each row, as far as sampling looks, and the cache with all tokens.
+
+    Args:
+      read: which one, [B]; None: T is 1.
+    """
     model = {name: leaves for name, leaves in variables.items() if name != exact_head.COLLECTION}
-    output: Any = Transformer(config).apply(model, tokens, mask=mask, cache=cache, last_only=True)
+    output: Any = Transformer(config).apply(model, tokens, mask=mask, cache=cache, read=read)
     head = variables.get(exact_head.COLLECTION)
     if head is None:
-        return output.logits[:, -1], output.cache
-    return head.top_logits(
-        output.hidden[:, -1], sampling
-    ).logits, output.cache  # the other logits are never computed
+        return output.logits[:, 0], output.cache
+    k = 1 if filters.temperature is None else filters.top_k
+    return head.top_logits(output.hidden[:, 0], k).logits, output.cache  # the other logits are never computed
 
 
 def _choose(
-    sampling: SamplingConfig,
-    eos: tuple[int, ...],
-    state: State,
-    logits: Float[Array, "B V"],
-    key: PRNGKeyArray,
+    filters: Filters, eos: Int[Array, "E"], state: State, logits: Float[Array, "B V"], key: PRNGKeyArray
 ) -> State:
     """Appends the next token of each row that is not done."""
-    token = next_token(logits, jax.random.fold_in(key, state.step), sampling, state.seen)
+    token = next_token(logits, jax.random.fold_in(key, state.step), filters, state.seen)
     token = jnp.where(state.done, 0, token)
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    ended = jnp.isin(token, jnp.array(eos, jnp.int32)) if eos else jnp.zeros_like(state.done)
     return dataclasses.replace(
         state,
-        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
+        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
         lengths=state.lengths + (~state.done).astype(jnp.int32),
         step=state.step + 1,
-        done=state.done | ended,
+        done=state.done | jnp.any(token[:, None] == eos[None], axis=1),
         seen=seen,
     )
 
 
 def _prefill(
     config: ModelConfig,
-    sampling: SamplingConfig,
-    max_new_tokens: int,
-    eos: tuple[int, ...],
     kv_format: str | None,
     variables: Variables,
+    filters: Filters,
+    eos: Int[Array, "E"],
     tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
+    lengths: Int[Array, "B"],
     key: PRNGKeyArray,
 ) -> State:
-    """Reads the prompt and chooses the first token."""
+    """Reads the prompts, `lengths` tokens of each row, and chooses the first token."""
     B, T = tokens.shape
-    # The last new token is never read, so the cache needs no room for it.
-    cache = init_cache(config, B, T + max_new_tokens - 1, kv_format)
-    logits, cache = _forward(config, sampling, variables, tokens, cache, mask)
+    room = cache_room(config, T)
+    mask = jnp.arange(T, dtype=jnp.int32)[None] < lengths[:, None]
+    cache = init_cache(config, B, room, kv_format)
+    logits, cache = _forward(config, variables, filters, tokens, cache, mask, read=lengths - 1)
+    # Each row goes on behind its prompt, over what filled it up.
+    cache = dataclasses.replace(cache, length=lengths if B > 1 else lengths[0])
     seen = None
-    if sampling.repetition_penalty != 1:
+    if filters.repetition_penalty is not None:
         rows = jnp.arange(B)[:, None]
-        # max, not set: a token may stand at a real place and at a padded one.
+        # max, not set: a token may stand at a real place and at one that is filled up.
         seen = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens].max(mask)
     state = State(
         cache=cache,
-        tokens=jnp.zeros((B, max_new_tokens), jnp.int32),
+        tokens=jnp.zeros((B, room), jnp.int32),
         lengths=jnp.zeros(B, jnp.int32),
         step=jnp.zeros((), jnp.int32),
         done=jnp.zeros(B, bool),
         seen=seen,
     )
-    return _choose(sampling, eos, state, logits, key)
+    return _choose(filters, eos, state, logits, key)
+
+
+def _with_room(room: int, state: State) -> State:
+    tokens = jnp.pad(state.tokens, ((0, 0), (0, room - state.tokens.shape[1])))
+    return dataclasses.replace(state, cache=with_room(state.cache, room), tokens=tokens)
 
 
 def _advance(
     config: ModelConfig,
-    sampling: SamplingConfig,
-    eos: tuple[int, ...],
     variables: Variables,
+    filters: Filters,
+    eos: Int[Array, "E"],
     state: State,
     key: PRNGKeyArray,
     until: Int[Array, ""] | int,
@@ -291,28 +383,7 @@ def _advance(
 
     def step(state: State) -> State:
         last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        logits, cache = _forward(config, sampling, variables, last, state.cache)
-        return _choose(sampling, eos, dataclasses.replace(state, cache=cache), logits, key)
+        logits, cache = _forward(config, variables, filters, last, state.cache)
+        return _choose(filters, eos, dataclasses.replace(state, cache=cache), logits, key)
 
     return jax.lax.while_loop(unfinished, step, state)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _generate(
-    config: ModelConfig,
-    sampling: SamplingConfig,
-    max_new_tokens: int,
-    eos: tuple[int, ...],
-    kv_format: str | None,
-    variables: Variables,
-    tokens: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    key: PRNGKeyArray,
-) -> Generation:
-    state = _prefill(config, sampling, max_new_tokens, eos, kv_format, variables, tokens, mask, key)
-    state = _advance(config, sampling, eos, variables, state, key, max_new_tokens)
-    return Generation(state.tokens, state.lengths)
-
-
-_start = jax.jit(_prefill, static_argnums=(0, 1, 2, 3, 4))
-_continue = jax.jit(_advance, static_argnums=(0, 1, 2), donate_argnums=(4,))

@@ -14,8 +14,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 LOWEST_TEMPERATURE = 1e-5  # float32 logits divided by less may leave nothing but infinities
@@ -56,15 +58,56 @@ class SamplingConfig:
                 f"repetition_penalty: got {self.repetition_penalty}, expected a positive number (1 is off)"
             )
 
+    def filters(self) -> Filters:
+        """The filters that are on."""
+
+        def number(value: float, off: float) -> np.float32 | None:
+            limits = np.finfo(np.float32)
+            return None if value == off else np.float32(np.clip(value, limits.tiny, limits.max))
+
+        penalty = number(self.repetition_penalty, off=1.0)
+        if self.temperature == 0:
+            return Filters(None, None, None, None, penalty)
+        return Filters(
+            number(self.temperature, off=0.0),
+            self.top_k,
+            number(self.top_p, off=1.0),
+            number(self.min_p, off=0.0),
+            penalty,
+        )
+
+
+Number = np.float32 | Float[Array, ""]
+
+
+@flax.struct.dataclass
+class Filters:
+    """A SamplingConfig as an argument of jitted functions; None: that filter is off (temperature: greedy).
+
+    A program is compiled for the filters that are on and for top_k, and runs with any numbers of the others.
+    """
+
+    temperature: Number | None
+    top_k: int | None = flax.struct.field(pytree_node=False)
+    top_p: Number | None
+    min_p: Number | None
+    repetition_penalty: Number | None
+
 
 def penalize_repetition(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float | Number
 ) -> Float[Array, "B V"]:
-    """Logits of seen tokens: `l / penalty` where l > 0, `l * penalty` elsewhere (CTRL, 1909.05858)."""
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """Logits of seen tokens: `l / penalty` where l > 0, `l * penalty` elsewhere (CTRL, 1909.05858).
+
+    What is finite stays finite, whatever the penalty: infinite logits would leave no distribution.
+    """
+    limits = jnp.finfo(logits.dtype)
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    penalized = jnp.where(jnp.isfinite(logits), jnp.clip(penalized, limits.min, limits.max), logits)
+    return jnp.where(seen, penalized, logits)
 
 
-def apply_temperature(logits: Float[Array, "B V"], temperature: float) -> Float[Array, "B V"]:
+def apply_temperature(logits: Float[Array, "B V"], temperature: float | Number) -> Float[Array, "B V"]:
     """`(l - max l) / temperature`: the softmax of `l / temperature`, without overflow at low temperatures."""
     return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
 
@@ -77,7 +120,7 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+def keep_top_p(logits: Float[Array, "B V"], p: float | Number) -> Float[Array, "B V"]:
     """The fewest most likely tokens with total probability of at least p (nucleus sampling, 1904.09751)."""
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
@@ -87,32 +130,32 @@ def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def keep_min_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+def keep_min_p(logits: Float[Array, "B V"], p: float | Number) -> Float[Array, "B V"]:
     """Tokens with probability of at least `p * max probability` (2407.01082)."""
-    return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + math.log(p), logits, -jnp.inf)
+    return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p), logits, -jnp.inf)
 
 
 def filtered_logits(
-    logits: Float[Array, "B V"], config: SamplingConfig, seen: Bool[Array, "B V"] | None = None
+    logits: Float[Array, "B V"], filters: Filters, seen: Bool[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
     """The logits of the distribution that `next_token` draws from; greedy takes their maximum.
 
     Args:
-      seen: tokens of the prompt and the text so far; needed where the repetition penalty is not 1.
+      seen: tokens of the prompt and the text so far; needed where repetition is penalized.
     """
-    if config.repetition_penalty != 1:
+    if filters.repetition_penalty is not None:
         if seen is None:
             raise ValueError("repetition_penalty is not 1, but no `seen` tokens are given")
-        logits = penalize_repetition(logits, seen, config.repetition_penalty)
-    if config.temperature == 0:
+        logits = penalize_repetition(logits, seen, filters.repetition_penalty)
+    if filters.temperature is None:
         return logits
-    if config.top_k is not None:
-        logits = keep_top_k(logits, config.top_k)
-    logits = apply_temperature(logits, config.temperature)
-    if config.top_p < 1:
-        logits = keep_top_p(logits, config.top_p)
-    if config.min_p > 0:
-        logits = keep_min_p(logits, config.min_p)
+    if filters.top_k is not None:
+        logits = keep_top_k(logits, filters.top_k)
+    logits = apply_temperature(logits, filters.temperature)
+    if filters.top_p is not None:
+        logits = keep_top_p(logits, filters.top_p)
+    if filters.min_p is not None:
+        logits = keep_min_p(logits, filters.min_p)
     return logits
 
 
@@ -127,12 +170,12 @@ def most_likely(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
 def next_token(
     logits: Float[Array, "B V"],
     key: PRNGKeyArray,
-    config: SamplingConfig,
+    filters: Filters,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, "B"]:
     """One token per row. Each row draws with its own key and so does not depend on the size of the batch."""
-    logits = filtered_logits(logits.astype(jnp.float32), config, seen)
-    if config.temperature == 0:
+    logits = filtered_logits(logits.astype(jnp.float32), filters, seen)
+    if filters.temperature is None:
         return most_likely(logits)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(row_keys, logits).astype(jnp.int32)

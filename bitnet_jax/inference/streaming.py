@@ -9,6 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.inference.generate import GREEDY, Variables, left_pad, stream_tokens
+from bitnet_jax.inference.limits import check_tokens, warn_of_unknown_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.nn.config import ModelConfig
 
@@ -37,19 +38,19 @@ def stream(
       The others: see `generate.generate` and `generate.stream_tokens`.
 
     Raises:
-      ValueError: see `generate.generate`; also a tokenizer that is not the model's, an empty prompt or empty
-        stop string. All of it when this is called, before anything is computed.
+      ValueError: see `generate.generate`; also a prompt with a token outside the model's vocabulary, an empty
+        prompt or empty stop string. All of it when this is called, before anything is computed.
+
+    Warns:
+      UserWarning: the tokenizer has more tokens than the model; prompt and text exceed the trained length.
     """
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
-            "use the tokenizer the model was trained with"
-        )
+    warn_of_unknown_tokens(config, tokenizer)
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop: got {stop!r}, expected a list of strings that are not empty")
     ids = tokenizer.encode(prompt)
     if not len(ids):
         raise ValueError(f"the prompt {prompt!r} has no tokens; begin with at least one, such as a newline")
+    check_tokens(config, tokenizer, ids, "prompt")
     if eos_ids is None:
         eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     tokens, mask = left_pad([ids])

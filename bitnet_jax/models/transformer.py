@@ -11,11 +11,10 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bitnet_jax.nn.attention import Attention, KVCache
+from bitnet_jax.nn.attention import Attention, KVCache, write_at
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.embedding import Embedding, QuantizedHead
 from bitnet_jax.nn.linear import BitLinear
@@ -28,11 +27,12 @@ from bitnet_jax.precision import Precision
 
 @flax.struct.dataclass
 class Cache:
-    """What generation remembers. S is the room for positions, `length` how many are written."""
+    """What generation remembers. S is the room for positions, `length` how many are written: one number for all
+    rows, or [B]. What lies behind is not valid, and the next tokens overwrite it."""
 
     layers: tuple[KVCache | LinearState, ...]
     valid: Bool[Array, "B S"]  # True where a real token (not padding) was written
-    length: Int[Array, ""]
+    length: Int[Array, "*rows"]
 
 
 @flax.struct.dataclass
@@ -58,7 +58,7 @@ class Block(nn.Module):
         visible: Bool[Array, "B T S"],
         key_mask: Bool[Array, "B T"],
         cache: KVCache | LinearState | None,
-        length: Int[Array, ""] | None,
+        length: Int[Array, "*rows"] | None,
         progress: Float[Array, ""] | float,
     ) -> tuple[Float[Array, "B T D"], KVCache | LinearState | None]:
         config = self.config
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         progress: Float[Array, ""] | float = 1.0,
         deterministic: bool = True,
-        last_only: bool = False,
+        read: Int[Array, "B"] | None = None,
     ) -> Output:
         """Logits for every position, or class logits.
 
@@ -160,21 +160,21 @@ class Transformer(nn.Module):
           cache: continue after what it holds; the tokens must fit into its room (the caller's duty).
           progress: share of training done, in [0, 1]; only annealed gradient estimators look at it.
           deterministic: False switches dropout on (needs an rng named "dropout").
-          last_only: logits and hidden of a language model for the last position alone, T = 1 there.
+          read: logits and hidden of a language model for this token of each row alone, T = 1 there.
         """
         config, (B, T) = self.config, tokens.shape
         if mask is None:
             mask = jnp.ones((B, T), bool)
         length = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        valid = mask if cache is None else jax.lax.dynamic_update_slice(cache.valid, mask, (0, length))
+        valid = mask if cache is None else write_at(cache.valid, mask, length)
         if positions is None:
             before = 0 if cache is None else jnp.sum(cache.valid, axis=1, keepdims=True, dtype=jnp.int32)
             positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         visible = jnp.broadcast_to(valid[:, None, :], (B, T, valid.shape[1]))
         if config.causal:
-            query = length + jnp.arange(T, dtype=jnp.int32)
+            query = jnp.reshape(length, (-1, 1)) + jnp.arange(T, dtype=jnp.int32)[None]  # [1 or B, T]
             key = jnp.arange(valid.shape[1], dtype=jnp.int32)
-            visible = visible & (key[None, None, :] <= query[None, :, None])
+            visible = visible & (key[None, None, :] <= query[:, :, None])
 
         embed = Embedding.of(config, config.vocab_size, "embed")
         x = embed(tokens)
@@ -194,8 +194,8 @@ class Transformer(nn.Module):
         )
         if config.num_classes:
             return Output(classify(config, x, mask, progress), x)
-        if last_only:
-            x = x[:, -1:]
+        if read is not None:
+            x = jnp.take_along_axis(x, read[:, None, None], axis=1)
         if config.head != "float":
             logits = QuantizedHead(config, name="lm_head")(
                 x, embed.table() if config.tie_embeddings else None

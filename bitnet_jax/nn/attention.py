@@ -23,7 +23,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from bitnet_jax.nn import linear_attention
 from bitnet_jax.nn.config import ModelConfig
@@ -172,7 +172,16 @@ MIXING_WEIGHTS: dict[str, Callable[..., Array]] = {
 }
 
 
-def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""]) -> KVCache:
+def write_at(
+    old: Shaped[Array, "B S *rest"], new: Shaped[Array, "B T *rest"], length: Int[Array, "*rows"]
+) -> Shaped[Array, "B S *rest"]:
+    """`old` with `new` at [length, length + T) of axis 1; `length` is one place, or [B], a place for each row."""
+    if not length.ndim:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=1)
+    return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(old, new, length)
+
+
+def write(cache: KVCache, k: Array, v: Array, length: Int[Array, "*rows"]) -> KVCache:
     """The cache with the keys and values [B, T, K, h] of new tokens at positions [length, length + T).
 
     Raises:
@@ -187,7 +196,7 @@ def write(cache: KVCache, k: Array, v: Array, length: Int[Array, ""]) -> KVCache
     def at_length(old: Array, new: Array) -> Array:
         if old.dtype == jnp.uint16:
             new = jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), length, axis=1)
+        return write_at(old, new.astype(old.dtype), length)
 
     if cache.k_scale is None or cache.v_scale is None:
         return KVCache(at_length(cache.k, k), at_length(cache.v, v))
@@ -221,7 +230,7 @@ class Attention(nn.Module):
       visible: [B, T, S], True where query i may read key j. S is T, or the room of the cache.
       key_mask: [B, T], False for padding among the new tokens. Causal "linear" attention looks at this and
         not at `visible`, for it only knows "everything before".
-      cache, length: what was remembered, and how many positions of it are written.
+      cache, length: what was remembered, and how many positions of it are written: one number, or [B].
 
     Returns: y [B, T, D] and the cache after these tokens (None without a cache).
     """
@@ -238,7 +247,7 @@ class Attention(nn.Module):
         visible: Bool[Array, "B T S"],
         key_mask: Bool[Array, "B T"] | None = None,
         cache: KVCache | LinearState | None = None,
-        length: Int[Array, ""] | None = None,
+        length: Int[Array, "*rows"] | None = None,
         progress: Float[Array, ""] | float = 1.0,
     ) -> tuple[Float[Array, "B T D"], KVCache | LinearState | None]:
         config, kind = self.config, self.config.attention
@@ -279,7 +288,9 @@ class Attention(nn.Module):
                 if kind == "binary":
                     # BiT starts at 4 times the mean of P, and a row of P over S keys has the mean 1/S.
                     init = nn.initializers.constant(4.0 / config.max_length)
-                    weigh = partial(weigh, probability_scale=self.param("probability_scale", init, ()))
+                    weigh = partial(
+                        weigh, probability_scale=self.param("probability_scale", init, (), jnp.float32)
+                    )
                 return mix_values(weigh(q, k, visible, config.score_scale, progress), v.astype(q.dtype))
 
             if cache is None:
@@ -295,7 +306,7 @@ class Attention(nn.Module):
                         cache.v,
                         visible,
                         config.score_scale,
-                        length=length + T,
+                        length=jnp.max(length) + T,
                         k_scale=cache.k_scale,
                         v_scale=cache.v_scale,
                     )

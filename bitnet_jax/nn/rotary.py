@@ -36,7 +36,7 @@ def rotate(x: Float[Array, "B T H h"], positions: Int[Array, "B T"], theta: floa
     both = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     # Times one, which is exact. Through a product, for else XLA's CPU fuses the cosine into what uses it and takes
     # it again for every head of every layer.
-    both = jnp.einsum("btc,cd->btd", both, jnp.eye(both.shape[-1]), precision="highest")
+    both = jnp.einsum("btc,cd->btd", both, jnp.eye(both.shape[-1], dtype=jnp.float32), precision="highest")
     cos, sin = jnp.split(both.astype(x.dtype)[:, :, None, :], 2, axis=-1)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -38,7 +38,7 @@ def cross_entropy_sums(
     terms = log_z - target_logits
     if z_loss:
         terms = terms + z_loss * jnp.square(log_z)
-    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    correct = (jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets).astype(jnp.float32)
     return LossSums(jnp.sum(weights * terms), jnp.sum(weights * correct), jnp.sum(weights))
 
 

@@ -46,9 +46,9 @@ def statistics(
             clipped = size >= precision.latent_clip
         rows.append(
             Statistics(
-                zero_fraction=jnp.mean(new.codes == 0),
-                flip_rate=jnp.mean(new.codes != old.codes),
-                clipped_share=jnp.mean(clipped),
+                zero_fraction=jnp.mean(new.codes == 0, dtype=jnp.float32),
+                flip_rate=jnp.mean(new.codes != old.codes, dtype=jnp.float32),
+                clipped_share=jnp.mean(clipped, dtype=jnp.float32),
                 scale=jnp.mean(new.scale),
             )
         )
@@ -57,8 +57,8 @@ def statistics(
 
 
 def no_statistics(precisions: Mapping[str, Precision]) -> Statistics:
-    """NaN everywhere: not measured at this update."""
-    return Statistics(*[jnp.full((len(quantized_paths(precisions)),), jnp.nan, jnp.float32)] * 4)
+    """-1 everywhere: not measured at this update. (NaN would stop whoever runs under jax_debug_nans.)"""
+    return Statistics(*[jnp.full((len(quantized_paths(precisions)),), -1.0, jnp.float32)] * 4)
 
 
 def _subtree(params: PyTree, path: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def make_train_step(
         state passes from one micro-batch to the next.
       precisions: linear path -> Precision, for latent clipping and statistics of the codes.
       accumulate: micro-batches, taken in order from the batch's first axis.
-      statistics_every: measure codes at every so many updates, the metrics hold NaN in between; 0: never.
+      statistics_every: measure codes at every so many updates, the metrics hold -1 in between; 0: never.
       shardings: of the state that comes out, normally those of the one that goes in (sharding.state_shardings).
 
     Returns:

@@ -20,8 +20,10 @@ import pytest
 
 from bitnet_jax import packing, storage
 from bitnet_jax.cli import main as cli
+from bitnet_jax.data.tokenizers import CharTokenizer
 from bitnet_jax.inference.generate import generate
 from bitnet_jax.model_folders import load_model
+from bitnet_jax.models import ModelConfig, Transformer
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -169,25 +171,25 @@ def test_info_reads_the_contents_of_a_large_model_where_that_is_asked_for(
 def test_generate_streams_what_generate_gives(
     place: Path, capsys: pytest.CaptureFixture[str], kv_format: str | None
 ) -> None:
-    arguments = ["--prompt", "A tiny ", "--tokens", "20", "--json", f"{place}/generate.json"]
+    arguments = ["--prompt", "A tiny ", "--tokens", "9", "--json", f"{place}/generate.json"]
     arguments += ["--kv-format", kv_format] if kv_format else []
     assert cli.main(["generate", f"{place}/packed", *arguments]) == 0
     output = capsys.readouterr()
     model = load_model(place / "packed")
     prompt = model.tokenizer.encode("A tiny ")[None]
-    given = generate(model.config, model.variables, prompt, max_new_tokens=20, kv_format=kv_format)
+    given = generate(model.config, model.variables, prompt, max_new_tokens=9, kv_format=kv_format)
     tokens = np.asarray(given.tokens)[0]
     assert output.out == model.tokenizer.decode(tokens) + "\n"
     figures = read(place / "generate.json")
     assert figures["text"] == output.out[:-1]
-    assert figures["tokens"] == 20
+    assert figures["tokens"] == 9
     assert figures["ran_on"][0]["name"] in output.err
-    assert "20 tokens" in output.err
+    assert "9 tokens" in output.err
 
 
 def test_generate_is_reproducible_by_its_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def text(seed: str) -> str:
-        arguments = ["--prompt", "A", "--tokens", "20", "--temperature", "1", "--seed", seed]
+        arguments = ["--prompt", "A", "--tokens", "15", "--temperature", "1", "--seed", seed]
         assert cli.main(["generate", f"{place}/packed", *arguments]) == 0
         return capsys.readouterr().out
 
@@ -198,10 +200,72 @@ def test_generate_is_reproducible_by_its_seed(place: Path, capsys: pytest.Captur
 def test_generate_reads_the_prompt_from_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "prompt.txt").write_text("A tiny ")
     for source in (["--prompt", "A tiny "], ["--file", f"{place}/prompt.txt"]):
-        assert cli.main(["generate", f"{place}/packed", "--tokens", "20", *source]) == 0
+        assert cli.main(["generate", f"{place}/packed", "--tokens", "9", *source]) == 0
     out = capsys.readouterr().out
     half = len(out) // 2
     assert out[:half] == out[half:]
+
+
+def test_generate_keeps_to_the_trained_length_and_warns_beyond_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model has 32 positions and was trained at 16: 25 tokens used to follow a prompt of 7 without a word."""
+    for asked, tokens, warned in ([], 9, 0), (["--tokens", "20"], 20, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            words = ["--prompt", "A tiny ", "--json", f"{place}/generate.json", *asked]
+            assert cli.main(["generate", f"{place}/packed", *words]) == 0
+        assert read(place / "generate.json")["tokens"] == tokens
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(said) == warned
+        assert all("sequences of 27 tokens, the model was trained with 16" in line for line in said)
+
+
+ASCII_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def in_ascii_locale(
+    place: Path, words: list[str | bytes], text: bytes | None = None
+) -> tuple[int, bytes, bytes]:
+    """Exit code and output of a command where Python knows ASCII alone."""
+    environment = os.environ | ASCII_LOCALE
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment.pop("PYTHONIOENCODING", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "bitnet_jax.cli", *words],
+        env=environment, input=text, capture_output=True, timeout=300, cwd=place,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_text_is_utf8_in_any_locale(place: Path) -> None:
+    prompt = "na\u00efve \u65e5\u672c"
+    (place / "unicode.txt").write_bytes(prompt.encode())
+    # A model that always writes the letter \u00e9, so that what is printed is not ASCII either.
+    tokenizer = CharTokenizer("\u00e9" + "".join(sorted(set(prompt))))
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8, max_length=32,
+        precision="float32", tie_embeddings=False,
+    )  # fmt: skip
+    variables = jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))
+    variables["params"]["lm_head"]["weight"] *= 0  # of equal logits the first one is taken
+    storage.save_packed(place / "unicode", variables, config, tokenizer)
+    expected = "\u00e9\u00e9\n"
+    for words, text in (
+        ((b"--prompt", prompt.encode()), None),
+        (("--file", "unicode.txt"), None),
+        ((), prompt.encode()),
+    ):
+        code, out, error = in_ascii_locale(place, ["generate", "unicode", "--tokens", "2", *words], text)
+        assert (code, out.decode()) == (0, expected), error
+    for words, text, where in (
+        ((b"--prompt", b"na\xefve"), None, b"--prompt"),
+        ((), b"na\xefve", b"standard input"),
+    ):
+        code, _, error = in_ascii_locale(place, ["generate", "unicode", *words], text)
+        assert code == 2
+        (line,) = error.splitlines()
+        assert line.startswith(b"error: " + where + b": got text that is not UTF-8")
 
 
 def test_eval_of_packed_equals_eval_of_latent(place: Path) -> None:

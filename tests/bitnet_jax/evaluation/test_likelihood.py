@@ -168,13 +168,25 @@ def test_models_that_cannot_score(model: TextModel) -> None:
     for config, message in (
         (dataclasses.replace(CONFIG, num_classes=2), "got a classifier"),
         (dataclasses.replace(CONFIG, causal=False), "sees later tokens"),
-        (dataclasses.replace(CONFIG, vocab_size=100), "vocab_size 100"),
     ):
         with pytest.raises(DataError, match=message):
             score_texts(model._replace(config=config), CASES)
     for request in (Request(np.ones(3, int), 3), Request(np.ones(3, int), 0)):
         with pytest.raises(DataError, match="request 0"):
             score_requests(model, [request])
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_serves_texts_without_them(model: TextModel) -> None:
+    larger = CharTokenizer("".join(map(chr, range(257))), separator="\0")  # bytes, and one symbol more
+    with pytest.warns(UserWarning, match="the tokenizer has 257 tokens, the model 256: .* is refused"):
+        assert score_texts(model._replace(tokenizer=larger), CASES) == score_texts(model, CASES)
+    with (
+        pytest.warns(UserWarning, match="257 tokens"),
+        pytest.raises(
+            DataError, match="request 1: got the token 'Ā' with the id 256, expected ids below 256"
+        ),
+    ):
+        score_texts(model._replace(tokenizer=larger), [("a", "b"), ("a", "Ā")])
 
 
 @pytest.mark.parametrize("name", ["bitnet_online_bf16_gqa20x5", "bitnet_autobit_packed_fp32_untied"])

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitnet_jax import packing
 from bitnet_jax.inference import generate as generation
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.inference.generate import generate, left_pad, stream_tokens
+from bitnet_jax.inference.programs import Programs
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.nn.linear_attention import LinearState
@@ -167,31 +169,118 @@ def test_each_step_draws_anew() -> None:
         step=jnp.zeros((), jnp.int32), done=empty > 0, seen=None,
     )  # fmt: skip
     for _ in range(8):
-        state = generation._choose(sampling, (), state, logits, key)
+        state = generation._choose(sampling.filters(), jnp.zeros(0, jnp.int32), state, logits, key)
     assert all(len(set(row)) > 4 for row in np.asarray(state.tokens).tolist())
     assert state.lengths.tolist() == [8, 8, 8]
 
 
-def test_a_second_call_compiles_nothing(variables: dict[str, Any], greedy: np.ndarray) -> None:
-    before = generation._generate._cache_size()
-    generate(CONFIG, variables, TOKENS[::-1], MASK[::-1], max_new_tokens=N)
-    generate(ModelConfig.from_dict(CONFIG.to_dict()), variables, TOKENS, MASK, max_new_tokens=N, eos_ids=[])
-    assert generation._generate._cache_size() == before
+def checked(variables: dict[str, Any], config: ModelConfig = CONFIG, **changes: Any) -> generation._Run:
+    arguments: dict[str, Any] = {
+        "tokens": TOKENS, "mask": MASK, "max_new_tokens": N, "sampling": SamplingConfig(), "key": None,
+        "eos_ids": (), "kv_format": None,
+    } | changes  # fmt: skip
+    return generation._checked(config, variables, **arguments)
+
+
+def test_other_lengths_end_tokens_and_numbers_of_sampling_compile_nothing(
+    variables: dict[str, Any], compilations: list[str]
+) -> None:
+    """In one bucket: the sizes, every number and the end tokens are arguments of the compiled programs."""
+
+    def run(prompts: list[list[int]], new_tokens: int, eos: list[int], **numbers: float) -> None:
+        tokens, mask = left_pad(prompts)
+        sampling, key = SamplingConfig(top_k=4, **numbers), jax.random.key(1)
+        arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "sampling": sampling, "key": key}
+        generate(CONFIG, variables, tokens, mask, eos_ids=eos, **arguments)
+        list(stream_tokens(CONFIG, variables, tokens, mask, eos_ids=eos, chunk=new_tokens, **arguments))
+
+    run(PROMPTS, N, [1], temperature=1.0, top_p=0.9, repetition_penalty=1.2)
+    compilations.clear()
+    for length in range(1, 17):
+        prompts, eos = [[5] * length, [7], [3, 4][:length]], list(range(length % 8 + 1))
+        run(prompts, 25 - length, eos, temperature=length / 3, top_p=length / 17, repetition_penalty=length)
+    same = ModelConfig.from_dict(CONFIG.to_dict())
+    generate(same, variables, TOKENS, MASK, max_new_tokens=N)
+    compilations.clear()
+    generate(same, variables, TOKENS[::-1], MASK[::-1], max_new_tokens=N - 1)
+    assert not compilations
+
+
+def with_exact_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is filled up from here on."""
+    for name in ("prompt_width", "cache_room"):
+        monkeypatch.setattr(generation, name, lambda config, size: size)
+    monkeypatch.setattr(generation, "PROGRAMS", Programs())
+
+
+def written(run: generation._Run) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The tokens of a run, and of each row the numbers that its layers remember: what the logits are made of."""
+    state = run.advance(run.grown(run.start()), N)
+    lengths = np.broadcast_to(state.cache.length, len(run.tokens))
+    rows = []
+    for b, length in enumerate(lengths):
+        for leaf in jax.tree.leaves(state.cache.layers):
+            rows.append(np.asarray(leaf[b] if run.config.attention == "linear" else leaf[b, :length]))
+    return np.asarray(state.tokens)[:, :N], rows
+
+
+# 0: bit for bit. Else float32 rounding: XLA compiles the sines of rotary positions, and the sums of linear attention
+# over the keys of a chunk, to other instructions for other sizes.
+@pytest.mark.parametrize(
+    ("attention", "kv_format", "position", "rounding"),
+    [
+        ("softmax", "float32", "learned", 0),
+        ("softmax", "int8", "learned", 0),
+        ("softmax", "float32", "rope", 1e-6),
+        ("linear", None, "learned", 1e-6),
+    ],
+)
+def test_filling_up_changes_no_bit(
+    attention: str, kv_format: str | None, position: str, rounding: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packed model whose attention is the C++ kernel: what buckets add is never looked at."""
+    config = dataclasses.replace(
+        CONFIG, attention=attention, position=position, precision="bitnet_b158", max_length=90
+    )
+    variables = packing.pack(init(config)["params"], config)
+    tokens, mask = left_pad([*PROMPTS, list(range(17))])  # 17 tokens: a width of 32, a room of 64
+    run = checked(variables, config, tokens=tokens, mask=mask, kv_format=kv_format)
+    assert (run.tokens.shape, run.room) == ((4, 32), 64)
+    got, got_rows = written(run)
+    with_exact_sizes(monkeypatch)
+    run = checked(variables, config, tokens=tokens, mask=mask, kv_format=kv_format)
+    assert (run.tokens.shape, run.room) == ((4, 17), 30)
+    expected, expected_rows = written(run)
+    np.testing.assert_array_equal(got, expected)
+    for row, other in zip(got_rows, expected_rows, strict=True):
+        np.testing.assert_allclose(row, other, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "relu", "linear"])
+def test_alone_in_a_batch_streamed_and_in_a_longer_room_the_same_text(
+    attention: str, variables: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(CONFIG, attention=attention, max_length=300)
+    tokens = np.asarray(generate(config, variables, TOKENS, MASK, max_new_tokens=N).tokens)
+    for row, prompt in zip(tokens, PROMPTS, strict=True):
+        longer = stream_tokens(config, variables, np.asarray([prompt]), max_new_tokens=80, chunk=40)
+        np.testing.assert_array_equal(np.concatenate(list(longer), axis=1)[0, :N], row)
 
 
 def test_a_prefill_computes_the_logits_of_one_position(variables: dict[str, Any]) -> None:
-    prompt = (TOKENS, MASK, jax.random.key(0))
-    lowered = generation._start.lower(CONFIG, SamplingConfig(), N, (), None, variables, *prompt)
+    run = checked(variables)
+    program = jax.jit(partial(generation._prefill, CONFIG, None))
+    lowered = program.lower(variables, run.filters, run.eos, run.tokens, run.lengths, run.key)
     compiled = lowered.compile().as_text()
     assert "f32[3,23]" in compiled
-    assert "f32[3,5,23]" not in compiled
-    assert "f32[15,23]" not in compiled
+    assert "f32[3,16,23]" not in compiled
+    assert "f32[48,23]" not in compiled
 
 
 def test_the_cache_of_a_stream_is_donated_and_the_weights_are_not(variables: dict[str, Any]) -> None:
-    key = jax.random.key(0)
-    state = generation._start(CONFIG, SAMPLED, N, (), None, variables, TOKENS, MASK, key)
-    after = generation._continue(CONFIG, SAMPLED, (), variables, state, key, np.int32(3))
+    run = checked(variables, sampling=SAMPLED, key=jax.random.key(0))
+    state = run.grown(run.start())
+    after = run.advance(state, 3)
     assert state.cache.layers[0].k.is_deleted()
     assert int(after.step) == 3
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
@@ -202,15 +291,15 @@ def test_a_chunk_has_at_least_one_token(variables: dict[str, Any]) -> None:
         stream_tokens(CONFIG, variables, TOKENS, MASK, max_new_tokens=1, chunk=0)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "int8"])
-def test_a_step_does_not_copy_the_cache(variables: dict[str, Any], kv_format: str) -> None:
-    room = 20_000
-    config = dataclasses.replace(CONFIG, max_length=room + 10)
-    prompt = jnp.asarray(TOKENS), jnp.asarray(MASK), jax.random.key(0)
-    start = partial(generation._prefill, config, generation.GREEDY, room, (), kv_format)
-    state = jax.eval_shape(start, variables, *prompt)
-    step = partial(generation._advance, config, generation.GREEDY, ())
-    compiled = jax.jit(step, donate_argnums=1).lower(variables, state, prompt[-1], 3).compile()
+def test_a_step_does_not_copy_the_cache(variables: dict[str, Any], kv_format: str, batch: int) -> None:
+    config = dataclasses.replace(CONFIG, max_length=20_000)
+    prompts: dict[str, Any] = {"tokens": TOKENS[:batch], "mask": MASK[:batch]}
+    run = checked(variables, config, max_new_tokens=19_900, kv_format=kv_format, **prompts)
+    state = jax.eval_shape(lambda: generation._with_room(run.room, run.start()))
+    step = jax.jit(partial(generation._advance, config), donate_argnums=3)
+    compiled = step.lower(variables, run.filters, run.eos, state, run.key, 3).compile()
     one = state.cache.layers[0].k
     assert compiled.memory_analysis().temp_size_in_bytes < one.size * one.dtype.itemsize
 

@@ -32,7 +32,9 @@ def kept(logits: jax.Array) -> np.ndarray:
 
 
 def distribution(logits: np.ndarray, **config: Any) -> np.ndarray:
-    return np.asarray(jax.nn.softmax(filtered_logits(jnp.asarray(logits), SamplingConfig(**config)), axis=-1))
+    return np.asarray(
+        jax.nn.softmax(filtered_logits(jnp.asarray(logits), SamplingConfig(**config).filters()), axis=-1)
+    )
 
 
 @settings(deadline=None)
@@ -84,7 +86,7 @@ def test_ties_go_to_the_lower_id_everywhere() -> None:
     assert kept(sampling.keep_top_k(tied, 2)).tolist() == [[False, True, True, False, False]]
     assert kept(sampling.keep_top_p(tied, 0.5)).tolist() == [[False, True, True, False, False]]
     assert kept(sampling.keep_min_p(tied, 1.0)).tolist() == [[False, True, True, False, True]]
-    assert next_token(tied, jax.random.key(0), SamplingConfig()).tolist() == [1]
+    assert next_token(tied, jax.random.key(0), SamplingConfig().filters()).tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -99,13 +101,15 @@ def test_ties_go_to_the_lower_id_everywhere() -> None:
 )
 def test_what_leaves_one_token_is_greedy(config: SamplingConfig) -> None:
     for seed in range(5):
-        token = next_token(jnp.asarray(LOGITS), jax.random.key(seed), config)
+        token = next_token(jnp.asarray(LOGITS), jax.random.key(seed), config.filters())
         np.testing.assert_array_equal(token, LOGITS.argmax(axis=-1))
 
 
 def test_neutral_values_change_nothing() -> None:
-    plain = filtered_logits(jnp.asarray(LOGITS), SamplingConfig(temperature=1.0))
-    neutral = SamplingConfig(temperature=1.0, top_k=11, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    plain = filtered_logits(jnp.asarray(LOGITS), SamplingConfig(temperature=1.0).filters())
+    neutral = SamplingConfig(
+        temperature=1.0, top_k=11, top_p=1.0, min_p=0.0, repetition_penalty=1.0
+    ).filters()
     np.testing.assert_array_equal(filtered_logits(jnp.asarray(LOGITS), neutral), plain)
 
 
@@ -115,8 +119,37 @@ def test_extreme_logits_stay_a_distribution() -> None:
     np.testing.assert_allclose(probability, [[0.5, 0, 0, 0.5], [0, 0, 1, 0]])
 
 
+EXTREMES = st.one_of(
+    st.floats(-1e4, 1e4, width=32), st.sampled_from([0.0, -0.0, 3e38, -3e38, 1e-38, -1e-38, 1e-45, -np.inf])
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    arrays(np.float32, (2, 5), elements=EXTREMES),
+    st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    st.floats(sampling.LOWEST_TEMPERATURE, allow_infinity=False),
+    st.sampled_from(
+        [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9, "min_p": 0.01}]
+    ),
+)
+def test_no_penalty_and_no_temperature_leave_anything_but_a_distribution(
+    logits: np.ndarray, penalty: float, temperature: float, filters: dict[str, Any]
+) -> None:
+    logits[:, 0] = np.maximum(logits[:, 0], -1e4)  # something is possible
+    config = SamplingConfig(temperature=temperature, repetition_penalty=penalty, **filters)
+    seen = jnp.asarray([[True] * 5, [True, False, True, False, False]])
+    filtered = np.asarray(filtered_logits(jnp.asarray(logits), config.filters(), seen))
+    assert not np.isnan(filtered).any()
+    probability = np.asarray(jax.nn.softmax(filtered, axis=-1))
+    np.testing.assert_allclose(probability.sum(axis=-1), 1, rtol=1e-5)
+    assert (probability[np.isneginf(logits)] == 0).all()
+    greedy = SamplingConfig(repetition_penalty=penalty).filters()
+    assert np.isfinite(np.asarray(filtered_logits(jnp.asarray(logits), greedy, seen)).max(axis=-1)).all()
+
+
 def test_draws_follow_the_distribution_and_the_seed() -> None:
-    config = SamplingConfig(temperature=1.3, top_k=4)
+    config = SamplingConfig(temperature=1.3, top_k=4).filters()
     rows = jnp.broadcast_to(jnp.asarray(LOGITS[:1]), (8_000, 11))
     draws = np.asarray(next_token(rows, jax.random.key(7), config))
     expected = distribution(LOGITS[:1], temperature=1.3, top_k=4)[0]
@@ -127,7 +160,7 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
 
 
 def test_a_row_draws_the_same_in_any_batch() -> None:
-    config = SamplingConfig(temperature=2.0)
+    config = SamplingConfig(temperature=2.0).filters()
     key = jax.random.key(1)
     together = next_token(jnp.asarray(LOGITS), key, config)
     assert next_token(jnp.asarray(LOGITS[:2]), key, config).tolist() == together[:2].tolist()
@@ -159,7 +192,7 @@ def test_values_outside_their_range_are_refused(fields: dict[str, Any], message:
 
 def test_a_penalty_needs_the_seen_tokens() -> None:
     with pytest.raises(ValueError, match="no `seen` tokens"):
-        filtered_logits(jnp.asarray(LOGITS), SamplingConfig(repetition_penalty=1.2))
+        filtered_logits(jnp.asarray(LOGITS), SamplingConfig(repetition_penalty=1.2).filters())
 
 
 @pytest.mark.parametrize(

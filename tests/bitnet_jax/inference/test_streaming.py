@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -101,9 +102,36 @@ def test_characters_of_several_tokens_come_whole(monkeypatch: pytest.MonkeyPatch
         (ByteTokenizer(), {"stop": [""]}, "stop: got"),
         (ByteTokenizer(), {"stop": "end"}, "stop: got 'end', expected a list"),
         (ByteTokenizer(), {"prompt": "x" * 30}, "prompt of 30 tokens and 24 new ones need 54"),
-        (CharTokenizer("".join(map(chr, range(300)))), {}, "the tokenizer has 300 tokens, the model 256"),
     ],
 )
 def test_errors_come_when_it_is_called(tokenizer: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stream(CONFIG, {}, tokenizer, **{"prompt": "x"} | SAMPLED | changes)
+
+
+def test_a_tokenizer_with_more_tokens_serves_prompts_without_them(variables: dict[str, Any]) -> None:
+    larger = CharTokenizer("".join(map(chr, range(300))))
+    with pytest.warns(UserWarning, match="the tokenizer has 300 tokens, the model 256"):
+        pieces = list(stream(CONFIG, variables, larger, "xy", max_new_tokens=3))
+    ids = generate(CONFIG, variables, larger.encode("xy")[None], max_new_tokens=3).tokens[0]
+    assert "".join(pieces) == larger.decode(np.asarray(ids))
+    with (
+        pytest.warns(UserWarning, match="300 tokens"),
+        pytest.raises(ValueError, match="prompt: got the token 'ī' with the id 299, expected ids below 256"),
+    ):
+        stream(CONFIG, variables, larger, "xī", max_new_tokens=3)
+
+
+def test_a_text_beyond_the_trained_length_is_warned_of_once(variables: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, trained_length=10)
+    arguments: dict[str, Any] = {"max_new_tokens": 8}
+    list(stream(config, variables, ByteTokenizer(), "xy", **arguments))
+    for function in (
+        lambda: list(stream(config, variables, ByteTokenizer(), "xyz", **arguments)),
+        lambda: generate(config, variables, np.asarray([[1, 2, 3]]), **arguments),
+    ):
+        with pytest.warns(
+            UserWarning, match="sequences of 11 tokens, the model was trained with 10"
+        ) as caught:
+            function()
+        assert len(caught) == 1

@@ -1,0 +1,64 @@
+"""Compiled programs, bounded: a process that meets ever new models and shapes keeps the most recently used ones.
+
+    program = PROGRAMS.of(function, config, shapes=tokens.shape)    # jax.jit(partial(function, config))
+    program(variables, tokens)
+
+`jax.jit` at module level keeps an executable for every combination of static arguments and shapes it has seen, and
+each takes some hundred memory maps, of which a process has a limited number (Linux: vm.max_map_count). Here every
+combination has a jitted function of its own, and the executable goes with it. Programs that users jit are not touched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import jax
+
+MOST_PROGRAMS = (
+    128  # at 100 to 300 memory maps each; a model of 4096 positions has some 50 for one batch size
+)
+
+
+class Programs:
+    """The `most` most recently used jitted functions, by function, static arguments and shapes."""
+
+    def __init__(self, most: int = MOST_PROGRAMS) -> None:
+        self._most = most
+        self._kept: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def of(
+        self,
+        function: Callable[..., Any],
+        *static: Hashable,
+        shapes: Hashable = (),
+        donate: tuple[int, ...] = (),
+    ) -> Callable[..., Any]:
+        """`function(*static, ...)`, jitted in the remaining arguments.
+
+        Args:
+          function: defined once, at module level: it is part of the key.
+          static: its first arguments.
+          shapes: whatever else decides what is compiled: all shapes and tree structures that vary between calls
+            with the same static arguments.
+          donate: places of donated buffers among the remaining arguments.
+        """
+        key = (function, static, shapes)
+        with self._lock:
+            program = self._kept.get(key)
+            if program is None:
+                program = self._kept[key] = jax.jit(partial(function, *static), donate_argnums=donate)
+                while len(self._kept) > self._most:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+        return program
+
+
+PROGRAMS = Programs()

@@ -1,0 +1,98 @@
+"""The bound on compiled programs: what is kept, what goes, and a long life with flat memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_jax.evaluation import classification, classifiers, language, likelihood
+from bitnet_jax.inference.programs import PROGRAMS, Programs
+
+
+def scaled(factor: float, x: jax.Array) -> jax.Array:
+    return x * factor
+
+
+def test_a_program_is_compiled_once_and_the_least_recently_used_one_goes(compilations: list[str]) -> None:
+    programs, x = Programs(most=2), jnp.ones(3)
+    first, second = programs.of(scaled, 2.0), programs.of(scaled, 3.0)
+    np.testing.assert_array_equal(first(x) + second(x), 5 * np.ones(3))
+    compilations.clear()
+    assert programs.of(scaled, 2.0) is first
+    first(x)
+    assert not compilations
+    third = programs.of(scaled, 2.0, shapes=(3,))
+    assert (len(programs), programs.of(scaled, 2.0), programs.of(scaled, 2.0, shapes=(3,))) == (
+        2,
+        first,
+        third,
+    )
+    gone = weakref.ref(second)
+    del second
+    gc.collect()
+    assert gone() is None
+
+
+def maps() -> int:
+    return len(Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list memory maps")
+def test_dropped_programs_leave_no_memory_maps() -> None:
+    programs, counts = Programs(most=2), []
+    for size in range(3, 15):
+        x = jnp.asarray(np.ones((size, size), np.float32))
+        jax.block_until_ready(programs.of(partial_sums, shapes=x.shape)(x))
+        gc.collect()
+        counts.append(maps())
+    assert max(counts[6:]) - min(counts[3:6]) < 10
+
+
+def partial_sums(x: jax.Array) -> jax.Array:
+    return jnp.sort(jnp.cumsum(jnp.sin(x @ x), axis=0), axis=1)
+
+
+@pytest.mark.parametrize(
+    "module", [classification, classifiers, language, likelihood], ids=lambda module: module.__name__
+)
+def test_forward_passes_of_evaluation_are_bounded_too(module: Any) -> None:
+    assert module.PROGRAMS is PROGRAMS
+    assert not any(
+        hasattr(value, "clear_cache") for value in vars(module).values()
+    )  # nothing is jitted beside it
+
+
+SOAK = Path(__file__).parent / "soak.py"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list memory maps")
+@pytest.mark.parametrize(("rounds", "longest"), [(60, 48), pytest.param(500, 160, marks=pytest.mark.slow)])
+def test_ever_new_lengths_keep_maps_memory_and_compilations_flat(
+    rounds: int, longest: int, repository: Path
+) -> None:
+    """In a process of its own: generations, streams, and scores of texts, each of a length not seen before."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(repository), str(repository / "kernels")])}
+    done = subprocess.run(
+        [sys.executable, str(SOAK), str(rounds), str(longest)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    settled, end = json.loads(done.stdout)
+    assert end["compilations"] == settled["compilations"]
+    assert end["maps"] - settled["maps"] < 50
+    # Python's own objects come and go; 500 programs, one for every length, would take gigabytes.
+    assert end["bytes"] - settled["bytes"] < 20e6
