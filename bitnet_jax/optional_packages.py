@@ -11,6 +11,7 @@ PURPOSES = {
     "datasets": "reads sources hf:NAME",
     "lm-eval": "is lm-evaluation-harness",
     "nvidia-ml-py": "reads the meters of NVIDIA GPUs",
+    "pillow": "reads image files such as .png",
     "rouge-score": "measures summaries",
     "submitit": "submits jobs to a cluster",
     "tensorboardX": "writes TensorBoard files",

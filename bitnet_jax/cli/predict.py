@@ -1,7 +1,7 @@
 """Classify texts or images with a classifier: the most likely label of each input, and its probability.
 
 A classifier of texts takes TEXT arguments, one of images takes files: .npy or .npz arrays of pixels from 0 to 255,
-MNIST's idx files, and .png, .pgm and what else Pillow reads (pip install 'bitnet-jax[images]'). Without INPUT every
+MNIST's idx files, and .png, .pgm and what else Pillow reads (optional package pillow). Without INPUT every
 line of --file or of the standard input is one. Inputs go through what the training data went through: texts are cut
 to its length, images shrunk and normalised by its mean and deviation. A line of output is label, probability and
 input, separated by tabs.

@@ -3,7 +3,7 @@
 .npy .npz            [height, width], [height, width, C] or [N, height, width, C] with C = 1 or 3, or
                      [N, height, width]; uint8, or other numbers from 0 to 255; an .npz holds one array
 MNIST's idx files    as data/images.py reads them, also .gz
-.png .pgm and more   what Pillow reads (an extra: pip install 'bitnet-jax[images]')
+.png .pgm and more   what Pillow reads (optional package pillow)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from bitnet_jax.data.errors import DataError, one_line
 from bitnet_jax.data.images import IDX_UINT8, Pixels, normalised, read_idx, shrink
+from bitnet_jax.optional_packages import missing_package
 
 MAX_BYTES = 1 << 30  # of an array in a file
 MAX_PIXELS = 1 << 26  # of an image that Pillow decodes
@@ -122,10 +123,7 @@ def _read_with_pillow(path: Path, channels: int) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError(
-            f"{path}: got no package Pillow, which reads image files; pip install 'bitnet-jax[images]', or give "
-            "an .npy file"
-        ) from error
+        raise DataError(f"{path}: {missing_package('pillow')}, or give an .npy file") from error
     if channels not in PILLOW_MODES:
         raise DataError(
             f"{path}: got an image file for a model of {channels} channels, expected an .npy file"
