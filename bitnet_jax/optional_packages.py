@@ -15,7 +15,7 @@ PURPOSES = {
     "rouge-score": "measures summaries",
     "submitit": "submits jobs to a cluster",
     "tensorboardX": "writes TensorBoard files",
-    "tokenizers": "reads tokenizer.json",
+    "tokenizers": "reads and makes tokenizer.json",
 }
 
 

@@ -210,8 +210,6 @@ def _classification_figures(args: argparse.Namespace, model: Any) -> dict[str, A
     examples, source = _held_out_examples(args, model)
     count = len(examples["targets"])
     if args.limit is not None:
-        if args.limit < 1:
-            raise ValueError(f"got --limit {args.limit}, expected at least 1")
         chosen = range(count) if args.limit >= count else [i * count // args.limit for i in range(args.limit)]
         examples = {name: array[list(chosen)] for name, array in examples.items()}
     batches = whole_batches(examples, min(256, len(examples["targets"])))
