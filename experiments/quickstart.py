@@ -2,9 +2,9 @@
 
     make quickstart        or        python -m experiments.quickstart --workdir runs/quickstart
 
-Trains a small byte-level language model on the text of Python's standard library three times (float, ternary and
-binary weights), packs the weights to bits, proves that the packed model is the same model, and lets it write text
-through the packed kernels. Interrupt it whenever you like: the next call goes on.
+Trains a small language model on the text of Python's standard library three times (float, ternary and binary weights),
+packs the weights to bits, proves that the packed model is the same model, lets it write text through the packed
+kernels, and times decoding at the size of a 125M model. Interrupt it whenever you like: the next call goes on.
 """
 
 from __future__ import annotations
@@ -23,25 +23,29 @@ import numpy as np
 
 from bitnet_experiments.configs import quickstart as quickstart_config
 from bitnet_jax import storage
-from bitnet_jax.data import Corpus, Tokenizer, load_corpus
+from bitnet_jax.data import Corpus, Tokenizer, load_corpus, read_documents, split_documents
+from bitnet_jax.data.bpe import train_bpe
 from bitnet_jax.doctor import chosen
 from bitnet_jax.evaluation.language import evaluate_text
 from bitnet_jax.evaluation.ngram import ngram_bits_per_byte
 from bitnet_jax.inference.generate import generate
 from bitnet_jax.inference.sampling import SamplingConfig
+from bitnet_jax.model_bench import bench_model, model_folder, preset_config
 from bitnet_jax.model_folders import pack_run
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.training.loop import fit, load_run
 from bitnet_jax.training.metrics import read_metrics
+from bitnet_jax.training.run_folder import write_whole
 from experiments import quickstart_report
 from experiments.provenance import provenance
 
 RECIPES = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}
 PROMPT = "    def __init__(self, "
-SAMPLING = SamplingConfig(temperature=0.7, top_p=0.95)
+SAMPLING = SamplingConfig(temperature=0.6, top_p=0.95)
 PROOF_TOKENS = 2048
-SPEED_TOKENS, SPEED_REPEATS = 256, 3
-SAMPLE_TOKENS = 300
+SPEED_TOKENS, SPEED_REPEATS = 200, 3
+TOKENIZER = "tokenizer.json"
+PRESET = "125m"  # a size whose speed means something; its weights are random
 
 
 def say(text: str) -> None:
@@ -60,17 +64,45 @@ def decode_speed(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> f
 
 
 def sample(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> str:
-    prompt = tokenizer.encode(PROMPT)[None, :]
+    """The prompt and what follows it, as long as the sequences that the model was trained with."""
+    prompt = tokenizer.encode(PROMPT)
+    new_tokens = config.known_length - len(prompt)
     text = generate(
-        config, variables, prompt, max_new_tokens=SAMPLE_TOKENS, sampling=SAMPLING, key=jax.random.key(0)
+        config, variables, prompt[None], max_new_tokens=new_tokens, sampling=SAMPLING, key=jax.random.key(0)
     )
     return PROMPT + tokenizer.decode(np.asarray(text.tokens[0, : int(text.lengths[0])]))
 
 
+def make_tokenizer(config: Any, path: Path) -> None:
+    """Writes a tokenizer learned from the training documents, unless it is there."""
+    if not path.exists():
+        say(f"learning {config.model.vocab_size} tokens from the text")
+        data = config.data
+        documents = read_documents(data.source).documents
+        train, _ = split_documents(documents, data.split, data.valid_fraction)
+        write_whole(path, train_bpe(train, config.model.vocab_size).to_json())
+
+
+def held_out_score(config: Any, model: ModelConfig, variables: Any, corpus: Corpus) -> float:
+    """Bits per byte over the windows that training evaluates: the curve ends where the table begins."""
+    held_out = config.evaluation.batches * config.evaluation.batch_size * config.data.length
+    return evaluate_text(
+        model, variables, corpus.valid, corpus.valid_token_bytes, max_tokens=held_out
+    ).bits_per_byte
+
+
+def trigram_bits_per_byte(config: Any, corpus: Corpus) -> float:
+    """What counting byte trigrams of the training text achieves on the text that the models are measured on."""
+    held_out = config.evaluation.batches * config.evaluation.batch_size * config.data.length
+    count = int(corpus.valid_token_bytes[1 : held_out + 1].sum())
+    text = load_corpus(config.data.source, split=config.data.split, valid_fraction=config.data.valid_fraction)
+    valid = text.valid[: count + 2]
+    return ngram_bits_per_byte(text.train, valid, int(text.valid_token_bytes[2 : count + 2].sum()))
+
+
 def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dict[str, Any]:
     """Train one precision (or find it trained), pack it, prove it, measure it. Returns its row of the report."""
-    config = quickstart_config.get_config(variant)
-    config.model.precision = RECIPES[name]
+    config = quickstart_config.get_config(variant, RECIPES[name], str(workdir / TOKENIZER))
     result = fit(config, workdir / name / "run")
     if result["status"] != "finished":
         raise RuntimeError(f"{name}: training stopped, {result['message']}")
@@ -80,32 +112,26 @@ def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dic
     proof, sizes = pack_run(workdir / name / "run", folder, tokens=PROOF_TOKENS, overwrite=True)
     _, model, params, tokenizer = load_run(workdir / name / "run")
     packed = storage.load_packed(folder).variables
-    held_out = quickstart_config.held_out_tokens(variant)
-    # Half of each window is context for the other half: a trigram model, too, never starts from nothing.
-    length = config.data.length
-    score = evaluate_text(
-        model,
-        packed,
-        corpus.valid,
-        corpus.valid_token_bytes,
-        length=length,
-        stride=length // 2,
-        max_tokens=held_out,
-    )
+    bits_per_byte = held_out_score(config, model, packed, corpus)
     choices = chosen(model, packed)  # none for the float model: it has no packed matrix
-    say(f"{name}: {score.bits_per_byte:.3f} bits per held-out byte; measuring speed")
+    say(f"{name}: {bits_per_byte:.3f} bits per held-out byte; measuring speed")
+    with model_folder(preset_config(PRESET, RECIPES[name]), None) as large:
+        speed = bench_model(large, prompt=16, new_tokens=33, repeats=3)
     return {
         "recipe": RECIPES[name],
-        "bits_per_byte": score.bits_per_byte,
+        "bits_per_byte": bits_per_byte,
         "parameters": result["parameters"],
         "training_seconds": result["seconds"],
         "training_tokens": result["tokens"],
+        "learning_rate": config.optimizer.learning_rate,
         "proof": dataclasses.asdict(proof),
         "sizes": dataclasses.asdict(sizes),
         "file_bytes": (folder / storage.MODEL).stat().st_size,
         "matrix_bfloat16_bytes": 2 * sum(n * k for n, k in model.linear_shapes().values()),
         "packed_tokens_per_second": decode_speed(model, packed, tokenizer),
         "latent_tokens_per_second": decode_speed(model, {"params": params}, tokenizer),
+        "preset_tokens_per_second": speed["decode_tokens_per_second"],
+        "preset_bytes": speed["model_bytes"],
         "implementation": choices[0].name if choices else "xla",
         "isa": choices[0].isa if choices else None,
         "sample": sample(model, packed, tokenizer),
@@ -135,6 +161,12 @@ def summarize(rows: dict[str, dict[str, Any]], trigram: float, began: float) -> 
             name: {"packed": row["packed_tokens_per_second"], "latent": row["latent_tokens_per_second"]}
             for name, row in rows.items()
         },
+        "preset": PRESET,
+        "preset_decode_tokens_per_second": {
+            name: row["preset_tokens_per_second"] for name, row in rows.items()
+        },
+        "preset_bytes": {name: row["preset_bytes"] for name, row in rows.items()},
+        "learning_rate": {name: row["learning_rate"] for name, row in rows.items()},
         "implementation": rows["binary"]["implementation"],
         "isa": rows["binary"]["isa"],
         **provenance(),
@@ -157,14 +189,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.fresh:
         shutil.rmtree(workdir, ignore_errors=True)
 
-    data = quickstart_config.get_config(variant).data
-    corpus = load_corpus(data.source, split=data.split, valid_fraction=data.valid_fraction)
+    config = quickstart_config.get_config(variant)
+    workdir.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(config, workdir / TOKENIZER)
+    corpus = load_corpus(
+        config.data.source,
+        tokenizer=str(workdir / TOKENIZER),
+        split=config.data.split,
+        valid_fraction=config.data.valid_fraction,
+    )
     say(
         f"text: {corpus.train_bytes:,} bytes of the standard library to learn from, {corpus.valid_bytes:,} held out"
     )
-    end = quickstart_config.held_out_tokens(variant) + 1
-    trigram_bytes = int(corpus.valid_token_bytes[2:end].sum())  # the first two tokens are given
-    trigram = ngram_bits_per_byte(corpus.train, corpus.valid[:end], trigram_bytes)
+    trigram = trigram_bits_per_byte(config, corpus)
     rows = {}
     for name in RECIPES:
         say(f"\n{name}: training")
