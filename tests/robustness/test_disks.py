@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from bitnet_jax import packing
 from bitnet_jax.model_folders import pack_run
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.storage import StorageError, load_packed, save_packed
-from bitnet_jax.training import CheckpointError, RunConfig, RunError, fit
+from bitnet_jax.training import RunConfig, RunError, fit
 from tests.robustness.kill_pack import kill_often, make_run
 
 CONFIG = ModelConfig(
@@ -88,9 +89,8 @@ def test_a_read_only_disk_is_refused_by_every_writer(disk: Path, tmp_path: Path)
 
 
 def run_config(place: Path) -> RunConfig:
-    """A checkpoint takes 1.2 MB: three of its size do not fit beside each other on the disk."""
     fields = {
-        "model": dict(hidden_size=64, ffn_size=192, num_layers=2, num_heads=2, precision="bitnet_b158"),
+        "model": dict(hidden_size=16, ffn_size=32, num_layers=1, num_heads=2, max_length=32),
         "data": dict(
             source=str(place / "text.txt"), split="tail", valid_fraction=0.2, length=16, batch_size=2
         ),
@@ -100,17 +100,31 @@ def run_config(place: Path) -> RunConfig:
     return RunConfig.from_dict(fields)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_room_lets_it_go_on(
-    disk: Path, tmp_path: Path
+    disk: Path, tmp_path: Path, repository: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
-    with pytest.raises((CheckpointError, RunError), match="make room"):
-        fit(run_config(tmp_path), disk / "run", progress=False)
-    assert not list((disk / "run" / "checkpoints").glob("*tmp*"))
-    remount(disk, "size=64m")
+    (disk / "filler").write_bytes(bytes((2 << 20) - (60 << 10)))  # leaves less than a checkpoint needs
+    # A process of its own: TensorStore's threads report to the event loop of the failed save once it is closed.
+    code = f"""
+from bitnet_jax.training import RunConfig, fit
+try:
+    fit(RunConfig.from_dict({run_config(tmp_path).to_dict()!r}), {str(disk / "run")!r}, progress=False)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    roots = os.pathsep.join([str(repository), str(repository / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": roots}, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(("CheckpointError", "RunError"))
+    assert "make room" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert not list((disk / "run" / "checkpoints").iterdir())
+    (disk / "filler").unlink()
     result = fit(run_config(tmp_path), disk / "run", progress=False)
-    whole = fit(run_config(tmp_path), tmp_path / "whole", progress=False)
-    assert (result["status"], result["valid"]) == ("finished", whole["valid"])
+    assert (result["status"], result["step"]) == ("finished", 3)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
