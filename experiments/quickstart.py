@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shutil
 import statistics
 import sys
@@ -44,7 +45,8 @@ PROMPT = "    def __init__(self, "
 SAMPLING = SamplingConfig(temperature=0.6, top_p=0.95)
 PROOF_TOKENS = 2048
 SPEED_TOKENS, SPEED_REPEATS = 200, 3
-TOKENIZER = "tokenizer.json"
+TEXT, TOKENIZER = "text.jsonl", "tokenizer.json"
+EVERY = 3  # of the documents of the standard library, one in so many
 PRESET = "125m"  # a size whose speed means something; its weights are random
 
 
@@ -73,14 +75,20 @@ def sample(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> str:
     return PROMPT + tokenizer.decode(np.asarray(text.tokens[0, : int(text.lengths[0])]))
 
 
-def make_tokenizer(config: Any, path: Path) -> None:
-    """Writes a tokenizer learned from the training documents, unless it is there."""
-    if not path.exists():
+def prepare(config: Any, workdir: Path) -> None:
+    """Writes the text and a tokenizer learned from its training part into `workdir`, unless they are there."""
+    text, tokenizer = workdir / TEXT, workdir / TOKENIZER
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not text.exists():
+        # A part of the library is more than the models see in their short training.
+        documents = read_documents("stdlib").documents[::EVERY]
+        records = [json.dumps({"title": document.name, "text": document.text}) for document in documents]
+        write_whole(text, "\n".join(records) + "\n")
+    if not tokenizer.exists():
         say(f"learning {config.model.vocab_size} tokens from the text")
-        data = config.data
-        documents = read_documents(data.source).documents
-        train, _ = split_documents(documents, data.split, data.valid_fraction)
-        write_whole(path, train_bpe(train, config.model.vocab_size).to_json())
+        documents = read_documents(str(text)).documents
+        train, _ = split_documents(documents, config.data.split, config.data.valid_fraction)
+        write_whole(tokenizer, train_bpe(train, config.model.vocab_size).to_json())
 
 
 def held_out_score(config: Any, model: ModelConfig, variables: Any, corpus: Corpus) -> float:
@@ -94,15 +102,17 @@ def held_out_score(config: Any, model: ModelConfig, variables: Any, corpus: Corp
 def trigram_bits_per_byte(config: Any, corpus: Corpus) -> float:
     """What counting byte trigrams of the training text achieves on the text that the models are measured on."""
     held_out = config.evaluation.batches * config.evaluation.batch_size * config.data.length
-    count = int(corpus.valid_token_bytes[1 : held_out + 1].sum())
-    text = load_corpus(config.data.source, split=config.data.split, valid_fraction=config.data.valid_fraction)
-    valid = text.valid[: count + 2]
-    return ngram_bits_per_byte(text.train, valid, int(text.valid_token_bytes[2 : count + 2].sum()))
+    data = config.data
+    text = load_corpus(data.source, split=data.split, valid_fraction=data.valid_fraction)
+    # Both streams hold the same documents, in tokens of different sizes: cut where the same text ends.
+    text_bytes = int(corpus.valid_token_bytes[: held_out + 1].sum())
+    end = int(np.searchsorted(np.cumsum(text.valid_token_bytes), text_bytes)) + 1
+    return ngram_bits_per_byte(text.train, text.valid[:end], int(text.valid_token_bytes[2:end].sum()))
 
 
 def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dict[str, Any]:
     """Train one precision (or find it trained), pack it, prove it, measure it. Returns its row of the report."""
-    config = quickstart_config.get_config(variant, RECIPES[name], str(workdir / TOKENIZER))
+    config = quickstart_config.get_config(variant, RECIPES[name], workdir / TEXT, workdir / TOKENIZER)
     result = fit(config, workdir / name / "run")
     if result["status"] != "finished":
         raise RuntimeError(f"{name}: training stopped, {result['message']}")
@@ -189,14 +199,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.fresh:
         shutil.rmtree(workdir, ignore_errors=True)
 
-    config = quickstart_config.get_config(variant)
-    workdir.mkdir(parents=True, exist_ok=True)
-    make_tokenizer(config, workdir / TOKENIZER)
+    config = quickstart_config.get_config(variant, source=workdir / TEXT, tokenizer=workdir / TOKENIZER)
+    prepare(config, workdir)
+    data = config.data
     corpus = load_corpus(
-        config.data.source,
-        tokenizer=str(workdir / TOKENIZER),
-        split=config.data.split,
-        valid_fraction=config.data.valid_fraction,
+        data.source, tokenizer=data.tokenizer, split=data.split, valid_fraction=data.valid_fraction
     )
     say(
         f"text: {corpus.train_bytes:,} bytes of the standard library to learn from, {corpus.valid_bytes:,} held out"

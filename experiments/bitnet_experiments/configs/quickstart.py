@@ -5,16 +5,23 @@ bitnet-jax train --config quickstart:short --workdir runs/quickstart-ternary
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from bitnet_experiments.configs import byte_lm
 
 VOCAB_SIZE = 512
-# Each the best of 0.004, 0.008, 0.016, 0.032 after a run of this length; see studies/quickstart/README.md.
-LEARNING_RATES = {"float32": 0.008, "bitnet_b158": 0.016, "bitnet": 0.016}
+# The best of each precision in studies/learning_rate.
+LEARNING_RATES = {"float32": 0.004, "bitnet_b158": 0.032, "bitnet": 0.016}
 
 
-def get_config(variant: str = "base", recipe: str = "bitnet_b158", tokenizer: str = "byte") -> ConfigDict:
+def get_config(
+    variant: str = "base",
+    recipe: str = "bitnet_b158",
+    source: str | Path = "stdlib",
+    tokenizer: str | Path = "byte",
+) -> ConfigDict:
     if variant not in ("base", "short"):
         raise ValueError(f"quickstart: got variant {variant!r}, expected base or short")
     config = byte_lm.get_config()
@@ -22,7 +29,9 @@ def get_config(variant: str = "base", recipe: str = "bitnet_b158", tokenizer: st
     config.model.num_layers = 2
     config.model.ffn_size = 384
     config.model.precision = recipe
-    config.data.tokenizer = tokenizer
+    config.data.source = str(source)
+    config.data.tokenizer = str(tokenizer)
+    config.data.valid_fraction = 0.1
     config.data.length = 256  # as long as the texts that the models write at the end
     config.data.batch_size = 4
     config.optimizer.learning_rate = LEARNING_RATES[recipe]
