@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +232,7 @@ PROBES: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def outcomes(place: Path, names: list[str]) -> dict[str, Any]:
+def outcomes(place: Path, names: Sequence[str]) -> dict[str, Any]:
     """Of each probe: what it saw, or the fault it found."""
     found: dict[str, Any] = {"faults": []}
     for name in names:
