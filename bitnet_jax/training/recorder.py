@@ -97,7 +97,7 @@ class Recorder:
     def _time(self) -> None:
         now = time.monotonic()
         if self._before is not None:
-            self._busy_seconds += now - self._before
+            self._busy_seconds += max(0.0, now - self._before)  # a machine that is moved may turn its clock back
             self._busy_updates += 1
         self._before = now
 

@@ -43,7 +43,7 @@ if not n:
 
 
 def moments(arguments: Sequence[str], env: dict[str, str], number: int) -> Iterator[dict[str, float]]:
-    """`number` moments of a command, which is run once undisturbed for it."""
+    """`number` moments of a command, which is run undisturbed for it; its programs were compiled before."""
     began = time.monotonic()
     code, _, error = end(start(arguments, env, prelude=EVENTS.format(n=0)))
     seconds, events = time.monotonic() - began, int(error.splitlines()[-1])
@@ -60,7 +60,8 @@ def interrupted(arguments: Sequence[str], env: dict[str, str], moment: dict[str,
     process = start(arguments, env, prelude=EVENTS.format(n=moment["event"]) if "event" in moment else "")
     if "seconds" in moment:
         time.sleep(moment["seconds"])
-        process.send_signal(signal.SIGINT)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
     code, _, error = end(process)
     if "Traceback" in error or "Exception" in error:
         return "traceback", error
@@ -89,6 +90,7 @@ def of_packing(number: int, place: Path) -> list[dict[str, Any]]:
     env, folder = environment(place), place / "packed" / "model"
     cases = []
     (place / "timed").mkdir()
+    run(["pack", str(place / "whole"), str(place / "compiles"), "--tokens", "32"], env)
     timed = ["pack", str(place / "whole"), str(place / "timed" / "model"), "--tokens", "32"]
     for moment in moments(timed, env, number):
         shutil.rmtree(folder.parent, ignore_errors=True)
@@ -106,6 +108,7 @@ def of_reading(arguments: list[str], number: int, place: Path) -> list[dict[str,
     """`generate` and `eval`: what they write is the file of --json."""
     env, figures, cases = environment(place), place / "figures.json", []
     arguments = [*arguments, "--json", str(figures)]
+    run(arguments, env)
     for moment in moments(arguments, env, number):
         figures.unlink(missing_ok=True)
         found, error = interrupted(arguments, env, moment)
