@@ -1,6 +1,6 @@
 """Runs probes in full and keeps what they found, with commit, hardware and versions, in one file.
 
-python -m tests.robustness.results                                  # all of them, about half an hour
+python -m tests.robustness.results                                  # all of them
 python -m tests.robustness.results --probes determinism clocks      # the others' results stay
 """
 
