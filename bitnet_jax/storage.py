@@ -116,7 +116,8 @@ def save_packed(
         "packed": json.dumps(_packed_metadata(variables["packed"])),
         "files_crc32": json.dumps({name: zlib.crc32(content) for name, content in contents.items()}),
     }
-    with whole_folder(folder, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with whole_folder(folder, nbytes, overwrite=overwrite) as temporary:
         with synced_file(temporary / MODEL) as file:
             tensor_file.write(file, tensors, metadata, on_bytes)
         for name, content in contents.items():

@@ -99,7 +99,7 @@ def _check_room(folder: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, nbytes: int) -> Iterator[Path]:
+def whole_folder(folder: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
     """A hidden sibling to write into; it takes the name `folder` if the body succeeds and vanishes if not.
 
     On any failure what was begun is removed. Only a process killed outright leaves its hidden sibling
@@ -108,9 +108,11 @@ def whole_folder(folder: Path, nbytes: int) -> Iterator[Path]:
 
     Args:
       nbytes: what will be written; too full a disk is refused before it is filled.
+      overwrite: take the place of a folder that is there; else one that came to be meanwhile stays.
 
     Raises:
-      StorageError: the disk has no room for nbytes, or the operating system refuses anything.
+      StorageError: the disk has no room for nbytes, another process made the folder meanwhile, or the operating
+        system refuses anything.
     """
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
     old = temporary.with_name(f"{temporary.name}.old")
@@ -123,6 +125,10 @@ def whole_folder(folder: Path, nbytes: int) -> Iterator[Path]:
             yield temporary
             _sync_folder(temporary)
             if folder.exists():
+                if not overwrite:
+                    raise StorageError(
+                        f"{folder} was made by another process meanwhile; choose another folder"
+                    )
                 folder.rename(old)
             temporary.rename(folder)
             renamed = True
@@ -131,6 +137,7 @@ def whole_folder(folder: Path, nbytes: int) -> Iterator[Path]:
         shutil.rmtree(folder if renamed else temporary, ignore_errors=True)
         if old.exists() and not folder.exists():
             old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)  # another process took the name between the two renames
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()

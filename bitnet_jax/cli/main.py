@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
@@ -21,6 +24,7 @@ from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, init
 from bitnet_jax.cli.shared import check_json_target
 
 OURS = ("bitnet_jax", "bitnet_kernels", "experiments")
+AGAIN_SECONDS = 0.01  # until a Ctrl-C that a callback swallowed is sent again: the callback is over by then
 
 # Each module has `add_arguments(parser)`, `run(args) -> exit code` and its --help as docstring. Their imports are
 # inside `run`, so that --help is instant.
@@ -85,7 +89,8 @@ def exit_code(run: Callable[[], int], *, debug: bool = False) -> int:
       debug: raise the errors of wrong input as well, to see their traceback.
     """
     try:
-        return run()
+        with _no_interrupt_is_lost():
+            return run()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -97,6 +102,29 @@ def exit_code(run: Callable[[], int], *, debug: bool = False) -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Sends a Ctrl-C again that came within a callback whose exceptions Python prints and drops.
+
+    JAX has such a callback in every garbage collection, which is where an import or a trace spends much of its time.
+    """
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+            again.daemon = True
+            again.start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _write_utf8() -> None:

@@ -151,7 +151,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
 
         def seconds() -> float:
-            return meta["seconds"] + time.monotonic() - began
+            return meta["seconds"] + max(0.0, time.monotonic() - began)
 
         def rest(step: int, state: TrainState, evaluates: bool, saves: bool) -> None:
             values = task.evaluate(state.variables) if evaluates else None

@@ -97,7 +97,8 @@ class Recorder:
     def _time(self) -> None:
         now = time.monotonic()
         if self._before is not None:
-            self._busy_seconds += now - self._before
+            # Not below zero: a virtual machine that is moved may turn the clock back.
+            self._busy_seconds += max(0.0, now - self._before)
             self._busy_updates += 1
         self._before = now
 

@@ -521,6 +521,26 @@ def test_ctrl_c_ends_with_130_and_a_word(place: Path, tmp_path: Path) -> None:
     assert error.strip().splitlines()[-1] == "interrupted"
 
 
+def test_ctrl_c_within_a_callback_that_drops_exceptions_is_not_lost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As JAX's callback of the garbage collector does; a process that was being imported or traced went on."""
+
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def run() -> int:
+        Interrupted()
+        time.sleep(5)
+        return 0
+
+    before = sys.unraisablehook
+    assert cli.exit_code(run) == 130
+    assert sys.unraisablehook is before
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def _waits_for_input(pid: int) -> bool:
     """Linux tells where a process sleeps; elsewhere a moment has to do."""
     channel = Path(f"/proc/{pid}/wchan")

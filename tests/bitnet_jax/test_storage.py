@@ -668,8 +668,42 @@ def test_what_killed_writers_left_is_removed_and_an_old_folder_given_back(
 
 
 def test_a_writer_at_work_is_left_alone(copy: Path, variables: dict[str, Any]) -> None:
-    with whole_folder(copy, 0) as temporary:
+    with whole_folder(copy, 0, overwrite=True) as temporary:
         (temporary / "model.safetensors").write_bytes(b"half")
         with pytest.raises(StorageError, match="copy exists"):
             save_packed(copy, variables, CONFIG)
         assert (temporary / "model.safetensors").exists()
+
+
+def test_a_folder_that_another_process_made_meanwhile_stays(copy: Path, variables: dict[str, Any]) -> None:
+    """Two packings to one folder: the target was free when each of them began."""
+    target = copy.with_name("target")
+
+    def meanwhile(count: int) -> None:
+        if not target.exists():
+            shutil.copytree(copy, target)
+            (target / "mine").touch()
+
+    with pytest.raises(StorageError, match="target was made by another process meanwhile"):
+        save_packed(target, variables, CONFIG, on_bytes=meanwhile)
+    assert (target / "mine").exists()
+    assert {entry.name for entry in copy.parent.iterdir()} == {"copy", "target"}
+
+
+def test_a_name_taken_between_the_two_renames_of_an_overwrite_leaves_nothing(
+    copy: Path, variables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def taken(self: Path, target: Path) -> Path:
+        renamed = rename(self, target)
+        if target.suffix == ".old":
+            copy.mkdir()
+            (copy / "theirs").touch()
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", taken)
+    with pytest.raises(StorageError, match="copy cannot be written"):
+        save_packed(copy, variables, CONFIG, overwrite=True)
+    assert [entry.name for entry in copy.parent.iterdir()] == ["copy"]
+    assert [entry.name for entry in copy.iterdir()] == ["theirs"]
