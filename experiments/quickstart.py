@@ -133,7 +133,6 @@ def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dic
         "parameters": result["parameters"],
         "training_seconds": result["seconds"],
         "training_tokens": result["tokens"],
-        "learning_rate": config.optimizer.learning_rate,
         "proof": dataclasses.asdict(proof),
         "sizes": dataclasses.asdict(sizes),
         "file_bytes": (folder / storage.MODEL).stat().st_size,
@@ -176,7 +175,6 @@ def summarize(rows: dict[str, dict[str, Any]], trigram: float, began: float) -> 
             name: row["preset_tokens_per_second"] for name, row in rows.items()
         },
         "preset_bytes": {name: row["preset_bytes"] for name, row in rows.items()},
-        "learning_rate": {name: row["learning_rate"] for name, row in rows.items()},
         "implementation": rows["binary"]["implementation"],
         "isa": rows["binary"]["isa"],
         **provenance(),

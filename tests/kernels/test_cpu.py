@@ -156,7 +156,13 @@ def test_no_rows_give_no_rows(make_packed, product, groups: int) -> None:
         ((2, 32), (1, 1, 64), (1, 2, 16), {"isa": "mmx"}, "isa=mmx is not available; expected one of scalar"),
         ((2, 32), (1, 1, 64), (1, 2, 16), {"format": np.int64(9)}, "format=9; expected a number below 5"),
         ((2, 32), (1, 1, 64), (1, 3, 16), {}, r"expected y\[groups, 2, n\]; got y\[1, 3, 16\]"),
-        ((2, 0), (1, 0, 64), (1, 2, 16), {}, "at least one scale group and one input; got k=0"),
+        (
+            (2, 0),
+            (1, 0, 64),
+            (1, 2, 16),
+            {},
+            r"at least one scale group, output and input; got 1 groups of \[16, 0\]",
+        ),
         (
             (2, 32),
             (1, 2, 64),
