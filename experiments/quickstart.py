@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -44,25 +43,13 @@ RECIPES = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}
 PROMPT = "    def __init__(self, "
 SAMPLING = SamplingConfig(temperature=0.6, top_p=0.95)
 PROOF_TOKENS = 2048
-SPEED_TOKENS, SPEED_REPEATS = 200, 3
 TEXT, TOKENIZER = "text.jsonl", "tokenizer.json"
 EVERY = 3  # of the documents of the standard library, one in so many
-PRESET = "125m"  # a size whose speed means something; its weights are random
+PRESET = "125m"  # whose speed is measured, with random weights: that of the small models would mean little
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def decode_speed(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> float:
-    """Tokens per second of one greedy text, the median of a few runs after one that compiles."""
-    prompt = tokenizer.encode(PROMPT)[None, :]
-    seconds = []
-    for _ in range(1 + SPEED_REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(generate(config, variables, prompt, max_new_tokens=SPEED_TOKENS))
-        seconds.append(time.perf_counter() - start)
-    return SPEED_TOKENS / statistics.median(seconds[1:])
 
 
 def sample(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> str:
@@ -120,7 +107,7 @@ def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dic
     folder = workdir / name / "packed"
     say(f"{name}: packing, and comparing {PROOF_TOKENS} greedy tokens of the packed and the latent model")
     proof, sizes = pack_run(workdir / name / "run", folder, tokens=PROOF_TOKENS, overwrite=True)
-    _, model, params, tokenizer = load_run(workdir / name / "run")
+    _, model, _, tokenizer = load_run(workdir / name / "run")
     packed = storage.load_packed(folder).variables
     bits_per_byte = held_out_score(config, model, packed, corpus)
     choices = chosen(model, packed)  # none for the float model: it has no packed matrix
@@ -137,8 +124,6 @@ def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dic
         "sizes": dataclasses.asdict(sizes),
         "file_bytes": (folder / storage.MODEL).stat().st_size,
         "matrix_bfloat16_bytes": 2 * sum(n * k for n, k in model.linear_shapes().values()),
-        "packed_tokens_per_second": decode_speed(model, packed, tokenizer),
-        "latent_tokens_per_second": decode_speed(model, {"params": params}, tokenizer),
         "preset_tokens_per_second": speed["decode_tokens_per_second"],
         "preset_bytes": speed["model_bytes"],
         "implementation": choices[0].name if choices else "xla",
@@ -166,14 +151,8 @@ def summarize(rows: dict[str, dict[str, Any]], trigram: float, began: float) -> 
         "max_relative_logit_error": {
             name: row["proof"]["max_relative_logit_error"] for name, row in rows.items()
         },
-        "decode_tokens_per_second": {
-            name: {"packed": row["packed_tokens_per_second"], "latent": row["latent_tokens_per_second"]}
-            for name, row in rows.items()
-        },
         "preset": PRESET,
-        "preset_decode_tokens_per_second": {
-            name: row["preset_tokens_per_second"] for name, row in rows.items()
-        },
+        "decode_tokens_per_second": {name: row["preset_tokens_per_second"] for name, row in rows.items()},
         "preset_bytes": {name: row["preset_bytes"] for name, row in rows.items()},
         "implementation": rows["binary"]["implementation"],
         "isa": rows["binary"]["isa"],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Both are read when the backend starts, so they must be set before anything imports jax.
@@ -63,6 +64,31 @@ def outside_folder(variable: str, beside: str) -> Path:
     if named:
         pytest.fail(f"{variable}: got {named!r}, expected a folder; unset it or point it at one")
     pytest.skip(f"no folder ../{beside} beside the repository and {variable} is not set")
+
+
+# Tests of what is done with numbers rather than of the numbers. Compilation is most of their time, and XLA compiles
+# in three quarters of it without its optimizations.
+PLUMBING = (
+    "tests/bitnet_jax/training",
+    "tests/bitnet_jax/evaluation",
+    "tests/bitnet_jax/test_cli.py",
+    "tests/bitnet_jax/test_classifier_commands.py",
+    "tests/experiments",
+    "tests/robustness",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles the programs of PLUMBING, in child processes too, without XLA's optimizations."""
+    if not request.path.relative_to(ROOT).as_posix().startswith(PLUMBING):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

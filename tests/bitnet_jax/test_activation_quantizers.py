@@ -332,9 +332,10 @@ def test_top_k_keeps_the_largest_and_passes_all_gradients() -> None:
         top_k(x, 0.25, ste="none")
 
 
-@settings(deadline=None)  # every new shape compiles
+@settings(deadline=None)
 @given(
-    x=arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40)), elements=st.floats(width=32)),
+    # Few shapes, for each of them compiles.
+    x=arrays(np.float32, st.sampled_from([(1, 1), (3, 2), (2, 9), (3, 40)]), elements=st.floats(width=32)),
     fraction=st.floats(0.01, 1),
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )

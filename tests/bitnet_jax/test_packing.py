@@ -401,6 +401,6 @@ def test_a_quantized_head_trains_its_embedding() -> None:
     def total(params: dict[str, Any]) -> jax.Array:
         return jnp.sum(Transformer(config).apply({"params": params}, TOKENS).logits[..., 7])
 
-    gradient = jax.grad(total)(params)["embed"]["embedding"]
+    gradient = jax.jit(jax.grad(total))(params)["embed"]["embedding"]
     assert np.isfinite(gradient).all()
     assert np.abs(gradient[7]).max() > 1e-3  # token 7 is in no prompt but one; its row of the head is in all
