@@ -34,6 +34,7 @@ DISTRIBUTIONS = {
     "absl": "absl-py",
     "tensorboardX": "tensorboardx",
     "pynvml": "nvidia-ml-py",
+    "PIL": "pillow",
 }
 # Installed by every jax: what it computes with, and what its arrays are made of.
 WITH_JAX = {"jaxlib", "ml-dtypes", "scipy"}
@@ -209,7 +210,7 @@ def test_advice_to_install_names_what_an_index_has() -> None:
 
 
 def test_every_import_of_an_optional_package_says_how_to_get_it() -> None:
-    modules = {"lm-eval": "lm_eval", "nvidia-ml-py": "pynvml", "rouge-score": "rouge_score"}
+    modules = {"lm-eval": "lm_eval", "nvidia-ml-py": "pynvml", "rouge-score": "rouge_score", "pillow": "PIL"}
     for name in PURPOSES:
         imported = re.compile(rf"^ +(?:import|from) {modules.get(name, name)}\b", re.MULTILINE)
         users = [
