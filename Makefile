@@ -92,7 +92,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot create an environment; on Debian: apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
-	$(INSTALL) --editable ".[plots]"
+	$(INSTALL) --editable ".[plots,tokenizers]"
 	@touch $@
 
 # One install serves both stamps, so that `make test` before `make quickstart` builds the library once.
