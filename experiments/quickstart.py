@@ -44,7 +44,7 @@ PROMPT = "    def __init__(self, "
 SAMPLING = SamplingConfig(temperature=0.6, top_p=0.95)
 PROOF_TOKENS = 2048
 TEXT, TOKENIZER = "text.jsonl", "tokenizer.json"
-EVERY = 3  # of the documents of the standard library, one in so many
+EVERY = 3  # use every third document of the standard library
 PRESET = "125m"  # whose speed is measured, with random weights: that of the small models would mean little
 
 

@@ -87,7 +87,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="of language: a window every N tokens, each token scored once and with T - N or more in front "
         "(default: T, windows side by side)",
     )
-    command.add_argument("--max-tokens", type=int, help="look at so many tokens only")
+    command.add_argument("--max-tokens", type=int, metavar="N", help="score only the first N tokens")
     command.add_argument(
         "--skip-bad-files",
         action="store_true",

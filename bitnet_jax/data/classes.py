@@ -24,7 +24,7 @@ class Classes:
     task: str  # "images" or "text_classification"
     names: tuple[int | str, ...]
     pixels: Pixels | None = None  # of images
-    length: int | None = None  # of texts: longer ones are cut behind so many tokens
+    length: int | None = None  # tokens of a text; longer texts are truncated
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # section `data` of the run
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ position, so a seed gives the same text either way.
 Prompts are laid at the beginning of the cache, each followed by its own text, and filled up behind it to one of a few
 widths (buckets.py). Nothing looks at what fills up, and one loop serves all lengths with the same room in the cache.
 The products of packed layers are exact and so do not depend on the other rows of a batch; what XLA compiles between
-them (norms) may round differently for another batch size, by about 1e-7 of the largest logit. Programs are those of
+them (norms) may round differently for another batch size. Programs are those of
 programs.py: for a ModelConfig and batch size one per width of the prompt and one per room, whatever the lengths, end
 tokens and numbers of sampling.
 """
