@@ -88,7 +88,6 @@ def score_classifier(
     return ClassificationScore(nats, np.concatenate(labels), np.concatenate(predictions))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _probabilities(
     config: Architecture, variables: Mapping[str, Any], batch: Mapping[str, Array]
 ) -> Float[Array, "B C"]:
@@ -108,5 +107,7 @@ def probabilities(
     rows = []
     for batch in whole_batches(examples, batch_size):
         weights = batch.pop("weights")
-        rows.append(np.asarray(_probabilities(config, variables, batch))[weights > 0])
+        shapes = tuple((name, array.shape) for name, array in batch.items())
+        program = PROGRAMS.of(_probabilities, config, shapes=shapes)
+        rows.append(np.asarray(program(variables, batch))[weights > 0])
     return np.concatenate(rows)

@@ -62,8 +62,9 @@ class SamplingConfig:
         """The filters that are on."""
 
         def number(value: float, off: float) -> np.float32 | None:
-            limits = np.finfo(np.float32)
-            return None if value == off else np.float32(np.clip(value, limits.tiny, limits.max))
+            # Neither the number nor its reciprocal, which XLA may multiply by, is flushed to zero.
+            tiny = np.finfo(np.float32).tiny
+            return None if value == off else np.float32(np.clip(value, tiny, 0.5 / tiny))
 
         penalty = number(self.repetition_penalty, off=1.0)
         if self.temperature == 0:

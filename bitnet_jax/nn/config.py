@@ -127,7 +127,7 @@ class Architecture:
             if not _is_a(value := getattr(self, name), expected):
                 wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in expected)
                 finite = "a finite " if float in expected else ""
-                raise ValueError(f"model.{name}: got {str(value)[:60]!r}, expected {finite}{wanted}")
+                raise ValueError(f"model.{name}: got {repr(value)[:60]}, expected {finite}{wanted}")
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:

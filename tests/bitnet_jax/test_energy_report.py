@@ -102,7 +102,7 @@ def test_nothing_is_generated_for_no_meter(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected one of FOLDER, --preset NAME and --config FILE.py"),
+        ([], "expected one of FOLDER, --preset NAME and --config NAME or FILE.py"),
         (["--preset", "2b4t", "--config", "x.py"], "expected one of FOLDER"),
         (["--preset", "9b"], "got --preset 9b, expected one of"),
         (["--preset", "tiny", "--zeros", "*=much"], "expected PATTERN=SHARE"),

@@ -375,7 +375,7 @@ def test_a_header_that_is_no_plain_object_is_refused(copy: Path, text: str) -> N
         ({"precision": 5}, "config.json: "),
         ({"precision": "no_such_recipe"}, "no_such_recipe"),
         ({"causal": "yes"}, "model.causal: got 'yes', expected bool"),
-        ({"use_bias": 1}, "model.use_bias: got '1', expected bool"),
+        ({"use_bias": 1}, "model.use_bias: got 1, expected bool"),
         ({"rope_theta": -1.0}, "model.rope_theta: got -1.0, expected a positive number"),
         ({"norm_eps": 0}, "model.norm_eps: got 0, expected a positive number"),
         ({"num_kv_heads": -2}, "num_kv_heads=-2, the file has room"),

@@ -181,8 +181,11 @@ def test_the_command(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "arc_hard"], "got --tasks arc_hard, expected some of language, arc_challenge"),
-        (["--tasks", "arc_easy", "--limit", "0"], "limit: got 0"),
+        (
+            ["--tasks", "arc_hard"],
+            "got --tasks arc_hard, expected some of language, classification, arc_challenge",
+        ),
+        (["--tasks", "arc_easy", "--limit", "0"], "got --limit 0, expected at least 1"),
         (
             ["--tasks", "arc_easy", "--data-root", "/nowhere"],
             "got no file or folder at /nowhere/zeroshot/arc_easy",

@@ -44,7 +44,7 @@ def test_precisions_in_rules_survive_json() -> None:
         ({"norm": "batch"}, r"model\.norm: got 'batch', expected one of rmsnorm, layernorm"),
         ({"hidden_size": 0}, r"model\.hidden_size: got 0, expected a positive integer"),
         ({"trained_length": 0}, r"model\.trained_length: got 0, expected a positive integer"),
-        ({"trained_length": 1.5}, r"model\.trained_length: got 1\.5, expected a positive integer"),
+        ({"trained_length": 1.5}, r"model\.trained_length: got 1\.5, expected int or None"),
         ({"hidden_size": 65}, r"hidden_size=65 is not a multiple of num_heads=4"),
         ({"num_kv_heads": 3}, r"num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"kv_bits": 1}, r"model\.kv_bits: got 1, expected None or 2 to 8"),
