@@ -33,7 +33,7 @@ PROBES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "interrupts": partial(interrupt_all, 10),
     "determinism": compared,
     **{name: partial(processes.outcomes, names=[name]) for name in processes.PROBES},
-    "fuzz_packed_folders": partial(fuzz, 2000, 0),
+    "fuzz_packed_folders": partial(fuzz, 20_000, 0),
     "kill_pack": partial(kill_often, 30, 0),
 }
 
