@@ -71,6 +71,7 @@ def outside_folder(variable: str, beside: str) -> Path:
 PLUMBING = (
     "tests/bitnet_jax/models/test_transformer.py",
     "tests/bitnet_jax/nn/test_dtypes.py",
+    "tests/bitnet_jax/test_precision.py",
     "tests/bitnet_jax/training",
     "tests/bitnet_jax/evaluation",
     "tests/bitnet_jax/test_cli.py",

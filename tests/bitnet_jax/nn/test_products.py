@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -39,9 +39,14 @@ TERNARY = RECIPES["bitnet_b158"]
 assert isinstance(TERNARY, Precision)
 
 
+@lru_cache
+def initial(module: BitLinear) -> dict[str, jax.Array]:
+    return jax.jit(module.init)(jax.random.key(2), X)["params"]
+
+
 def layer(precision: Precision, **options: Any) -> tuple[BitLinear, dict[str, jax.Array]]:
     module = BitLinear(N, precision, **options)
-    return module, jax.jit(module.init)(jax.random.key(2), X)["params"]
+    return module, dict(initial(module))
 
 
 def value_and_gradients(
