@@ -69,6 +69,9 @@ def outside_folder(variable: str, beside: str) -> Path:
 # Tests of what is done with numbers rather than of the numbers. Compilation is most of their time, and XLA compiles
 # in three quarters of it without its optimizations.
 PLUMBING = (
+    "tests/bitnet_jax/models/test_transformer.py",
+    "tests/bitnet_jax/nn/test_dtypes.py",
+    "tests/bitnet_jax/test_precision.py",
     "tests/bitnet_jax/training",
     "tests/bitnet_jax/evaluation",
     "tests/bitnet_jax/test_cli.py",

@@ -57,19 +57,27 @@ def in_float64(arguments: dict, length: int) -> np.ndarray:
 
 
 @functools.cache
-def compiled(scale: float, isa: str):
-    return jax.jit(cpu.attention(scale, isa))
+def compiled(scale: float, isas: tuple[str, ...]):
+    """One program of all these instruction sets: a result of each."""
+    calls = [cpu.attention(scale, isa) for isa in isas]
+    return jax.jit(lambda *operands: [call(*operands) for call in calls])
 
 
-def by_cpu(arguments: dict, length: int, isa: str | None = None) -> np.ndarray:
+def by_each(arguments: dict, length: int, isas: tuple[str, ...]) -> dict[str, np.ndarray]:
     a = dict(arguments)
     scale = a.pop("scale")
     checked = attention._checked(a["q"], a["k"], a["v"], a["visible"], a.get("k_scale"), a.get("v_scale"))
-    return np.asarray(compiled(scale, isa or cpu.isa())(*checked, jnp.int32(length)))
+    results = compiled(scale, isas)(*checked, jnp.int32(length))
+    return dict(zip(isas, map(np.asarray, results), strict=True))
 
 
-def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
-    np.testing.assert_array_equal(np.asarray(a).view(np.int32), np.asarray(b).view(np.int32))
+def by_cpu(arguments: dict, length: int, isa: str | None = None) -> np.ndarray:
+    isa = isa or cpu.isa()
+    return by_each(arguments, length, (isa,))[isa]
+
+
+def assert_same_bits(a: np.ndarray, b: np.ndarray, isa: str = "") -> None:
+    np.testing.assert_array_equal(np.asarray(a).view(np.int32), np.asarray(b).view(np.int32), err_msg=isa)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,10 +118,10 @@ def test_every_instruction_set_gives_the_bits_of_the_scalar_loops(
 ) -> None:
     B, T, K, group, h, S = shape
     arguments, length = problem(B, T, K * group, K, h, S, dtype, seed), round(part * S)
-    scalar = by_cpu(arguments, length, "scalar")
-    np.testing.assert_allclose(scalar, in_float64(arguments, length), **SAME)
-    for isa in cpu.available_isas():
-        assert_same_bits(by_cpu(arguments, length, isa), scalar)
+    results = by_each(arguments, length, cpu.available_isas())
+    np.testing.assert_allclose(results["scalar"], in_float64(arguments, length), **SAME)
+    for isa, result in results.items():
+        assert_same_bits(result, results["scalar"], isa)
 
 
 @needs_library

@@ -7,6 +7,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -40,64 +42,75 @@ def exact(x: np.ndarray, codes: np.ndarray, groups: int) -> np.ndarray:
     return a @ codes.reshape(len(codes), groups, -1).astype(np.float64).transpose(1, 2, 0)
 
 
+def on_every_isa(product: Callable[..., object], xs: list[jax.Array], *operands: object) -> dict[str, list]:
+    """isa -> [product(x, *operands, isa_name=isa) for x in xs], compiled as one program: a test is mostly compiling."""
+
+    @jax.jit
+    def program(xs: list[jax.Array], *operands: object) -> dict[str, list]:
+        return {isa: [product(x, *operands, isa_name=isa) for x in xs] for isa in ISAS}
+
+    return program(xs, *operands)
+
+
 @built
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k", "groups"), SHAPES)
-def test_every_instruction_set_is_exact(
-    make_packed, isa: str, format: str, n: int, k: int, groups: int
-) -> None:
+def test_every_instruction_set_is_exact(make_packed, format: str, n: int, k: int, groups: int) -> None:
     codes, w = make_packed(format, n, k, groups)
     random = np.random.default_rng(1)
-    for m in ROWS:
-        x = random.integers(-128, 128, (m, k), np.int8)
-        x[m // 2] = random.choice(np.array([-128, 127], np.int8), k)
-        sums = cpu.integer_matmul(jnp.asarray(x), w, isa_name=isa)
-        assert (sums.dtype, sums.shape) == (np.int32, (groups, m, n))
-        np.testing.assert_array_equal(sums, exact(x, codes, groups), err_msg=f"m={m}")
+    xs = [random.integers(-128, 128, (m, k), np.int8) for m in ROWS]
+    for x in xs:
+        x[len(x) // 2] = random.choice(np.array([-128, 127], np.int8), k)
+    expected = [exact(x, codes, groups) for x in xs]
+    for isa, sums in on_every_isa(cpu.integer_matmul, xs, w).items():
+        for m, got, wanted in zip(ROWS, sums, expected, strict=True):
+            assert (got.dtype, got.shape) == (np.int32, (groups, m, n))
+            np.testing.assert_array_equal(got, wanted, err_msg=f"{isa}, m={m}")
 
 
 @built
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k", "groups"), [(37, 100, 1), (100, 640, 20), (65, 1024, 32)])
-@pytest.mark.parametrize("m", [1, 5, 50])  # 50 rows of 32 groups are more than one tile of scratch holds
 def test_the_fused_rescale_gives_the_bits_of_the_definition(
-    make_packed, isa: str, format: str, n: int, k: int, groups: int, m: int
+    make_packed, format: str, n: int, k: int, groups: int
 ) -> None:
     _, w = make_packed(format, n, k, groups)
     ws = [w, dataclasses.replace(w, scale=w.scale[:1])] if groups == 1 else [w]
-    random = np.random.default_rng(1)
-    codes = jnp.asarray(random.integers(-128, 128, (m, k), np.int8))
-    for x in (codes, jnp.asarray(random.normal(size=(m, k)), jnp.float32)):
-        expected = reference.scaled_matmuls(x, ws)
-        for got, wanted in zip(cpu.scaled_matmuls(x, ws, isa_name=isa), expected, strict=True):
-            np.testing.assert_array_equal(got, wanted)
+    random, xs = np.random.default_rng(1), []
+    for m in (1, 5, 50):  # 50 rows of 32 groups are more than one tile of scratch holds
+        xs.append(jnp.asarray(random.integers(-128, 128, (m, k), np.int8)))
+        xs.append(jnp.asarray(random.normal(size=(m, k)), jnp.float32))
+    expected = jax.jit(lambda xs, ws: [reference.scaled_matmuls(x, ws) for x in xs])(xs, ws)
+    for isa, products in on_every_isa(cpu.scaled_matmuls, xs, ws).items():
+        for x, got, wanted in zip(xs, products, expected, strict=True):
+            for i, (y, z) in enumerate(zip(got, wanted, strict=True)):
+                np.testing.assert_array_equal(y, z, err_msg=f"{isa}, matrix {i}, {x.dtype}[{len(x)}, {k}]")
 
 
 @built
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("n", "k", "groups"), [(1, 1, 1), (37, 100, 1), (100, 640, 20), (33, 2049, 1)])
-def test_signs_times_signs_count_bits(make_packed, isa: str, n: int, k: int, groups: int) -> None:
+def test_signs_times_signs_count_bits(make_packed, n: int, k: int, groups: int) -> None:
     _, w = make_packed("binary", n, k, groups)
     _, other = make_packed("ternary2", n, k, groups)  # beside it, signs are ordinary codes
-    for m in (1, 3, 4, 5, 9):
-        x = jnp.asarray(np.random.default_rng(m).choice(np.array([-1, 1], np.int8), (m, k)))
-        expected = reference.scaled_matmuls(x, [w, other])
-        (y,) = cpu.scaled_matmuls(x, [w], activation_bits=1, isa_name=isa)
-        np.testing.assert_array_equal(y, expected[0])
-        both = cpu.scaled_matmuls(x, [w, other], activation_bits=1, isa_name=isa)
-        for got, wanted in zip(both, expected, strict=True):
-            np.testing.assert_array_equal(got, wanted)
+    rows = (1, 3, 4, 5, 9)
+    xs = [jnp.asarray(np.random.default_rng(m).choice(np.array([-1, 1], np.int8), (m, k))) for m in rows]
+    expected = jax.jit(lambda xs, ws: [reference.scaled_matmuls(x, ws) for x in xs])(xs, [w, other])
+    product = partial(cpu.scaled_matmuls, activation_bits=1)
+    for ws in ([w], [w, other]):
+        for isa, products in on_every_isa(product, xs, ws).items():
+            for m, got, wanted in zip(rows, products, expected, strict=True):
+                for y, z in zip(got, wanted[: len(ws)], strict=True):
+                    np.testing.assert_array_equal(y, z, err_msg=f"{isa}, m={m}, {len(ws)} matrices")
 
 
 @built
-@pytest.mark.parametrize("isa", ISAS)
-def test_matrices_of_different_formats_run_as_one(make_packed, isa: str) -> None:
+def test_matrices_of_different_formats_run_as_one(make_packed) -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 256)), jnp.float32)
     ws = [make_packed(format, 40 + i, 256, 1 + i % 2)[1] for i, format in enumerate(FORMATS)]
-    for got, w in zip(cpu.scaled_matmuls(x, ws, isa_name=isa), ws, strict=True):
-        np.testing.assert_array_equal(got, reference.scaled_matmuls(x, [w])[0])
+    expected = jax.jit(lambda x, ws: [reference.scaled_matmuls(x, [w])[0] for w in ws])(x, ws)
+    for isa, (products,) in on_every_isa(cpu.scaled_matmuls, [x], ws).items():
+        for w, got, wanted in zip(ws, products, expected, strict=True):
+            np.testing.assert_array_equal(got, wanted, err_msg=f"{isa}, {w.format}")
 
 
 @built
@@ -116,20 +129,19 @@ def test_activations_are_quantized_as_the_definition_does(make_packed) -> None:
 
 
 @built
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("k", [4096, 0])
-def test_the_largest_sums_do_not_overflow(isa: str, format: str, k: int) -> None:
+def test_the_largest_sums_do_not_overflow(format: str, k: int) -> None:
     values, k = FORMATS[format].values, k or FORMATS[format].max_inputs
     extremes = [max(values), min(values)]
     codes = np.repeat(np.array(extremes, np.int8)[:, None], k, axis=1)
     w = pack(codes, np.ones((1, 1), np.float32), format)
-    for value in (-128, 127):
-        for m in (1, 5, 12):
-            sums = cpu.integer_matmul(jnp.full((m, k), value, jnp.int8), w, isa_name=isa)
-            np.testing.assert_array_equal(
-                sums, np.broadcast_to([value * k * code for code in extremes], (1, m, 2))
-            )
+    inputs = [(value, m) for value in (-128, 127) for m in (1, 5, 12)]
+    xs = [jnp.asarray(np.full((m, k), value, np.int8)) for value, m in inputs]
+    for isa, sums in on_every_isa(cpu.integer_matmul, xs, w).items():
+        for (value, m), got in zip(inputs, sums, strict=True):
+            wanted = np.broadcast_to([value * k * code for code in extremes], (1, m, 2))
+            np.testing.assert_array_equal(got, wanted, err_msg=f"{isa}, {m} rows of {value}")
 
 
 @built
@@ -221,30 +233,31 @@ def test_the_custom_call_refuses_wrong_types(x, codes, message: str) -> None:
         call(x, codes, format=np.int64(0), isa="scalar")
 
 
+# The first of the lines obeys the environment that the process started with, the others what it was changed to.
 FORCED = """
+import os, sys
 import numpy as np, jax.numpy as jnp
 from bitnet_kernels import choose_implementation, cpu, pack, packed_matmul
 random = np.random.default_rng(0)
 codes = random.integers(-1, 2, (70, 200), np.int8)
 w = pack(codes, np.full((1, 1), 0.5, np.float32), "ternary2")
-choice = choose_implementation(w)
 x = jnp.asarray(random.normal(size=(9, 200)), jnp.float32)
-same = (packed_matmul(x, w) == packed_matmul(x, w, implementation="reference")).all()
-print(cpu.isa(), choice.name, choice.isa, bool(same), "forced" in choice.reason)
+expected = packed_matmul(x, w, implementation="reference")
+for isa in [os.environ["BITNET_KERNELS_ISA"], *sys.argv[1:]]:
+    os.environ["BITNET_KERNELS_ISA"] = isa
+    choice = choose_implementation(w)
+    same = (packed_matmul(x, w) == expected).all()
+    print(cpu.isa(), choice.name, choice.isa, bool(same), "forced" in choice.reason)
 """
 
 
-def run_forced(isa: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"BITNET_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", FORCED]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
 @built
-@pytest.mark.parametrize("isa", ISAS)
-def test_the_environment_forces_an_instruction_set(isa: str) -> None:
-    result = run_forced(isa)
-    assert result.stdout.split() == [isa, "cpu", isa, "True", "True"], result.stderr
+def test_the_environment_forces_an_instruction_set() -> None:
+    environment = os.environ | {"BITNET_KERNELS_ISA": ISAS[0], "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FORCED, *ISAS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines == [[isa, "cpu", isa, "True", "True"] for isa in (ISAS[0], *ISAS)], result.stderr
 
 
 @built

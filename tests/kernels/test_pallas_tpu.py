@@ -28,11 +28,15 @@ def random_product(
 
 
 def assert_equals_reference(x: jax.Array, w: PackedArray, **options) -> None:
-    sums = pallas_tpu.integer_matmul(x, w, **options)
+    @jax.jit  # one program of both: uncompiled, every operation of the reference compiles for every shape
+    def run(x: jax.Array, w: PackedArray) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        kernels = pallas_tpu.integer_matmul(x, w, **options), pallas_tpu.scaled_matmul(x, w, **options)
+        return kernels, (reference.integer_matmul(x, w), reference.scaled_matmul(x, w))
+
+    (sums, y), (expected_sums, expected_y) = run(x, w)
     assert sums.dtype == np.int32
-    np.testing.assert_array_equal(sums, reference.integer_matmul(x, w))
-    y = pallas_tpu.scaled_matmul(x, w, **options)
-    np.testing.assert_array_equal(y, reference.scaled_matmul(x, w))
+    np.testing.assert_array_equal(sums, expected_sums)
+    np.testing.assert_array_equal(y, expected_y)
 
 
 @settings(max_examples=15, deadline=None)  # every new shape compiles

@@ -88,19 +88,25 @@ def test_packed_text_classifier_is_the_same_model() -> None:
     )  # fmt: skip
     tokens = jax.random.randint(jax.random.key(0), (4, 12), 0, 50)
     mask = jnp.arange(12)[None] < jnp.array([12, 3, 7, 1])[:, None]
-    latent = {"params": Transformer(config).init(jax.random.key(1), tokens)["params"]}
+    latent = {"params": jax.jit(Transformer(config).init)(jax.random.key(1), tokens)["params"]}
     packed = packing.pack(latent["params"], config)
     assert packing.prove(config, latent, packed, tokens, mask).matrices == 6
 
 
 def integer_products(config: Architecture, variables: dict[str, Any]) -> dict[str, np.ndarray]:
     """Path -> what its linear layer gives, before anything follows it."""
-    _, seen = build_model(config).apply(
-        variables,
-        IMAGES,
-        capture_intermediates=lambda module, _: type(module).__name__ in ("BitLinear", "BitConv"),
-        mutable=["intermediates"],
-    )
+
+    @jax.jit
+    def run(variables: dict[str, Any]) -> dict[str, Any]:
+        _, seen = build_model(config).apply(
+            variables,
+            IMAGES,
+            capture_intermediates=lambda module, _: type(module).__name__ in ("BitLinear", "BitConv"),
+            mutable=["intermediates"],
+        )
+        return seen
+
+    seen = run(variables)
     found = flatten_dict(seen["intermediates"], sep="/")
     return {path.removesuffix("/__call__"): np.asarray(y[0]) for path, y in found.items()}
 
@@ -135,7 +141,7 @@ def test_a_shortcut_carries_what_the_convolutions_do_not(shortcut: bool) -> None
         else leaf
         for name, leaf in variables["params"].items()
     }
-    output: Any = build_model(config).apply(variables | {"params": params}, IMAGES)
+    output: Any = jax.jit(build_model(config).apply)(variables | {"params": params}, IMAGES)
     assert bool(np.ptp(output.logits, axis=0).max() > 1e-3) == shortcut
 
 
