@@ -1,7 +1,8 @@
 # From a bare clone, with Python 3.11+ and a C++ compiler and nothing else:
 #
 #   make quickstart   train float, ternary and binary models on real text, pack them, prove them equal, generate
-#   make test         the tests            make lint   ruff and mypy       make coverage   tests, with coverage
+#   make test         the tests            make lint   ruff and mypy
+#   make test-all     the slow tests too (sanitizers, emulated machines, soaks, killed processes), with coverage
 #   make bench        kernel timings       make clean  forget everything built here
 #   make tpu-compile  compile for TPUs without one, in an environment of its own (700 MB, a quarter of an hour)
 #   make gpu-compile  compile the GPU kernels for an H200 without one, likewise (1 GB, minutes, Python 3.12)
@@ -32,7 +33,7 @@ INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # An editable install sees Python edits by itself; only packaging and C++ sources ask for a new one.
 SOURCES := pyproject.toml $(wildcard setup.py kernels/csrc/*)
 
-.PHONY: quickstart test coverage lint bench lock tpu-compile gpu-compile clean
+.PHONY: quickstart test test-all coverage lint bench lock tpu-compile gpu-compile clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -40,6 +41,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-for-development
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_FLAGS)
+
+test-all:
+	$(MAKE) coverage COVERAGE_MINIMUM=90 PYTEST_FLAGS="--run-slow $(PYTEST_FLAGS)"
 
 coverage: $(VENV)/.installed-for-development
 	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-fail-under=$(COVERAGE_MINIMUM) $(PYTEST_FLAGS)

@@ -76,6 +76,13 @@ PLUMBING = (
     "tests/bitnet_jax/evaluation",
     "tests/bitnet_jax/test_cli.py",
     "tests/bitnet_jax/test_classifier_commands.py",
+    "tests/bitnet_jax/test_doctor.py",
+    "tests/bitnet_jax/test_energy_report.py",
+    "tests/bitnet_jax/test_jax_switches.py",
+    "tests/bitnet_jax/test_model_bench.py",
+    "tests/bitnet_jax/test_random_model.py",
+    "tests/test_commands.py",
+    "tests/test_readme.py",
     "tests/experiments",
     "tests/robustness",
 )

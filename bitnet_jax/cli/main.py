@@ -92,16 +92,22 @@ def exit_code(run: Callable[[], int], *, debug: bool = False) -> int:
         with _no_interrupt_is_lost():
             return run()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11, within `__set_name__` of an import
+            return _interrupted()
         if debug or not _is_user_error(error):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 130
 
 
 @contextlib.contextmanager

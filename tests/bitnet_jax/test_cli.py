@@ -541,6 +541,21 @@ def test_ctrl_c_within_a_callback_that_drops_exceptions_is_not_lost(
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_ctrl_c_while_a_class_is_made_is_an_interrupt_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python 3.11 wraps what `__set_name__` raises, as it may during any import, in a RuntimeError."""
+
+    class Field:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    def run() -> int:
+        type("Module", (), {"field": Field()})
+        return 0
+
+    assert cli.exit_code(run) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def _waits_for_input(pid: int) -> bool:
     """Linux tells where a process sleeps; elsewhere a moment has to do."""
     channel = Path(f"/proc/{pid}/wchan")

@@ -40,6 +40,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "PROOF_TOKENS", 64)
 
 
+# `.ci/run` runs the same path as a user would, with `make quickstart QUICKSTART_FLAGS=--short`.
+@pytest.mark.slow
 def test_from_text_to_report(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quickstart.main(["--workdir", str(tmp_path / "out")])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -149,7 +149,14 @@ def test_what_is_missing_is_named(study: Study) -> None:
         report.replaced("no markers", "text")
 
 
-@pytest.mark.parametrize("name", study_names())
+# The intervals of the scaling study's fits are bootstrapped for most of a minute.
+SLOW_STUDIES = {"scaling"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_STUDIES)) for name in study_names()],
+)
 def test_every_committed_readme_shows_its_results(name: str) -> None:
     study = load_study(name)
     readme = (study.folder / "README.md").read_text()
