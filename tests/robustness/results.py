@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 from bitnet_kernels import cpu
 from experiments.provenance import provenance
 from tests.robustness import determinism, processes
+from tests.robustness.commands import ROOT
 from tests.robustness.fuzz_packed_folders import fuzz
 from tests.robustness.interrupts import interrupt_all
 from tests.robustness.kill_pack import kill_often
@@ -42,7 +44,10 @@ def keep(file: Path, name: str, found: dict[str, Any], seconds: float) -> None:
     """Puts what a probe found into the file, in place of what it found before."""
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     kept[name] = found | {"seconds": round(seconds, 1)} | provenance()
-    file.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(dict(sorted(kept.items())), indent=2)
+    for place, word in ((sys.prefix, "ENVIRONMENT"), (str(ROOT), "REPOSITORY")):  # in tracebacks
+        text = text.replace(json.dumps(place)[1:-1], word)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> int:
