@@ -16,14 +16,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 from jaxtyping import Array
 
-from bitnet_jax import packing, storage
 from bitnet_jax.data import Classes
 from bitnet_jax.data.tokenizers import Tokenizer, from_json
 from bitnet_jax.inference.generate import greedy
 from bitnet_jax.interop import huggingface
 from bitnet_jax.models import config_fields, text_config
 from bitnet_jax.nn.config import Architecture, ModelConfig
-from bitnet_jax.precision import RECIPES, Precision
+from bitnet_jax.packed import packing, storage
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.recipes import RECIPES
 
 PROMPTS, PROMPT_LENGTH = 16, 8  # of random tokens, from which the proof generates
 IMAGES = 64  # of random pixels, on which the proof compares logits
@@ -59,7 +60,7 @@ def load_model(
             f"got step {step} for {folder}, expected no step: only the folder of a run has several"
         )
     if kind == "run":
-        from bitnet_jax.training.loop import read_run  # optax and orbax, which a packed model does without
+        from bitnet_jax.training.load import read_run  # optax and orbax, which a packed model does without
 
         _, config, latent, tokenizer, classes = read_run(folder, step)
         return LoadedModel(kind, config, latent, tokenizer, classes)
@@ -158,7 +159,7 @@ def pack_run(
       StorageError: the folder exists (without overwrite), or cannot be written to; looked at before the work.
       ValueError, RuntimeError: of the reader and the writer.
     """
-    from bitnet_jax.training.loop import read_run
+    from bitnet_jax.training.load import read_run
 
     run, folder = Path(run), Path(folder)
     if (kind := folder_kind(run)) != "run":

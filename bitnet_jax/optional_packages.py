@@ -10,6 +10,8 @@ from __future__ import annotations
 PURPOSES = {
     "datasets": "reads sources hf:NAME",
     "lm-eval": "is lm-evaluation-harness",
+    "markdown": "writes pages of reports",
+    "matplotlib": "draws figures",
     "nvidia-ml-py": "reads the meters of NVIDIA GPUs",
     "pillow": "reads image files such as .png",
     "rouge-score": "measures summaries",

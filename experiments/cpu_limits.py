@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.doctor import available_instruction_sets
+from bitnet_jax.tools.machine import available_instruction_sets
 
 STUDY = Path(__file__).parent / "studies" / "cpu_limits"
 RESULTS = STUDY / "results"

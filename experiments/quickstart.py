@@ -22,22 +22,23 @@ import jax
 import numpy as np
 
 from bitnet_experiments.configs import quickstart as quickstart_config
-from bitnet_jax import storage
+from bitnet_experiments.provenance import provenance
 from bitnet_jax.data import Corpus, Tokenizer, load_corpus, read_documents, split_documents
 from bitnet_jax.data.bpe import train_bpe
-from bitnet_jax.doctor import chosen
 from bitnet_jax.evaluation.language import evaluate_text
 from bitnet_jax.evaluation.ngram import ngram_bits_per_byte
 from bitnet_jax.inference.generate import generate
 from bitnet_jax.inference.sampling import SamplingConfig
-from bitnet_jax.model_bench import bench_model, model_folder, preset_config
 from bitnet_jax.model_folders import pack_run
 from bitnet_jax.nn.config import ModelConfig
-from bitnet_jax.training.loop import fit, load_run
+from bitnet_jax.packed import storage
+from bitnet_jax.tools.machine import chosen
+from bitnet_jax.tools.model_bench import bench_model, model_folder, preset_config
+from bitnet_jax.training.load import load_run
+from bitnet_jax.training.loop import fit
 from bitnet_jax.training.metrics import read_metrics
 from bitnet_jax.training.run_folder import write_whole
 from experiments import quickstart_report
-from experiments.provenance import provenance
 
 RECIPES = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}
 PROMPT = "    def __init__(self, "

@@ -28,10 +28,11 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bitnet_jax import packing
+from bitnet_experiments.provenance import provenance
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_jax.nn.placement import AXES, DATA, TENSOR
+from bitnet_jax.packed import packing
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.sharding import (
     MeshConfig,
@@ -43,7 +44,6 @@ from bitnet_jax.training.sharding import (
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
 from bitnet_jax.training.task import init_variables, model_loss
-from experiments.provenance import provenance
 
 STUDY = Path(__file__).parent / "studies" / "tpu_compile"
 RESULTS = STUDY / "results.json"

@@ -22,14 +22,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitnet_jax.config_file import load_config_file
+from bitnet_experiments.provenance import provenance
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.config_file import load_config_file
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
 from bitnet_jax.training.task import init_variables, model_loss
-from experiments.provenance import provenance
 
 CONFIG = "quickstart"
 BYTES = 256  # vocabulary

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_jax.config_file import named_configs
+from bitnet_jax.training.config_file import named_configs
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -42,7 +42,7 @@ SHORTER = (
     (r"--preset \w+", "--preset tiny"),
     (r"^(bitnet-jax bench .*)", r"\1 --prompt 4 --generate 2 --repeats 1"),
     (r"<question>", "ternary_penalty"),
-    (r"^(python -m experiments\.sweep .*)", r"\1 --small"),  # SMALL_STUDY makes it two updates
+    (r"^(bitnet-jax sweep .*)", r"\1 --small"),  # SMALL_STUDY makes it two updates
     (r"^(python -m experiments\.training_cost.*)", r"\1 --rounds 1 --batch-size 1 --length 16"),
     (r"^(python -m experiments\.cpu_limits)$", r"\1 --report"),
     (r"^((?:PYTHON=\S+ )?make) ", r"\1 --dry-run "),
@@ -163,7 +163,12 @@ def clone_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_pages_name_commands() -> None:
     """Were the pattern wrong, every test below would hold of nothing."""
     assert len(COMMANDS) > 20
-    for start in ("bitnet-jax train", "bitnet-jax pack", "make quickstart", "python -m experiments.sweep"):
+    for start in (
+        "bitnet-jax train",
+        "bitnet-jax pack",
+        "make quickstart",
+        "bitnet-jax sweep",
+    ):
         assert any(command.startswith(start) for command in COMMANDS)
     assert all(any(re.fullmatch(pattern, command) for command in COMMANDS) for pattern in NOT_RUN), (
         "an entry of NOT_RUN that no page names"

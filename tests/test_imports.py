@@ -7,6 +7,7 @@ error: a new room gets its place here before it gets its first line.
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -18,74 +19,34 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Modules of bitnet_jax, by the longest prefix that names them. `bitnet_jax.` is left out on both sides.
-QUANTIZERS = {"ste", "scales", "weight_quantizers", "activation_quantizers", "quantizers"}
-NUMBERS = QUANTIZERS | {"precision"}
-MODEL = NUMBERS | {"nn", "models"}
-KNOW_NO_MODEL: set[str] = set()  # arrays and pytrees only
+MODEL = {"quantization", "nn", "models"}
+NO_MODEL: set[str] = set()  # arrays and pytrees only
 ARROWS: dict[str, set[str]] = {
-    "": KNOW_NO_MODEL,  # bitnet_jax/__init__.py: names and a version, no work
-    "compat": KNOW_NO_MODEL,
-    "optional_packages": KNOW_NO_MODEL,
-    "progress": KNOW_NO_MODEL,
-    "ste": KNOW_NO_MODEL,
-    "scales": {"ste"},
-    "weight_quantizers": {"ste", "scales"},
-    "activation_quantizers": {"ste", "scales", "weight_quantizers"},
-    "quantizers": QUANTIZERS,
-    "precision": QUANTIZERS,
-    "nn": NUMBERS | {"nn"},
+    "": NO_MODEL,  # bitnet_jax/__init__.py: lazy names and a version, no work
+    "optional_packages": NO_MODEL,
+    "progress": NO_MODEL,
+    "quantization": {"quantization"},
+    "nn": {"quantization", "nn"},
     "models": MODEL,
     "data": {"data"},
-    "training.losses": KNOW_NO_MODEL,
-    "training.metrics": KNOW_NO_MODEL,
-    "training.checkpoints": KNOW_NO_MODEL,
-    "packing": MODEL,
-    "storage": MODEL | {"data", "packing", "tensor_file", "whole_folder"},
-    "tensor_file": KNOW_NO_MODEL,
-    "whole_folder": {"tensor_file"},
-    "random_model": MODEL | {"packing", "storage", "tensor_file"},
+    "packed.tensor_file": NO_MODEL,
+    "packed.whole_folder": {"packed.tensor_file"},
+    "packed": MODEL | {"packed", "data"},
+    "interop": MODEL | {"packed", "data", "interop"},
     "inference": MODEL | {"inference", "data"},
+    "training.losses": NO_MODEL,
+    "training.metrics": NO_MODEL,
+    "training.checkpoints": NO_MODEL,
+    "training.python_file": NO_MODEL,
+    "training.config_file": {"training.python_file"},
     "evaluation": MODEL | {"evaluation", "inference", "data", "training.losses"},
-    "training": MODEL | {"training", "evaluation", "data", "packing"},
-    "interop": MODEL | {"packing", "tensor_file", "data", "interop"},
-    "python_file": KNOW_NO_MODEL,
-    "config_file": {"python_file"},
-    "model_folders": MODEL | {"packing", "storage", "inference", "training", "data", "interop"},
-    "kernel_checks": KNOW_NO_MODEL,
-    "doctor": MODEL | {"packing", "inference", "kernel_checks"},
-    "step_kernels": MODEL | {"inference"},
-    "model_bench": MODEL | {"packing", "storage", "random_model", "step_kernels", "inference", "doctor"},
-    "harness": MODEL | {"evaluation", "inference", "data"},
-    "energy_report": MODEL
-    | {
-        "packing",
-        "storage",
-        "inference",
-        "evaluation",
-        "training",
-        "config_file",
-        "model_bench",
-        "step_kernels",
-    },
-    "cli": {
-        "cli",
-        "model_bench",
-        "energy_report",
-        "harness",
-        "config_file",
-        "doctor",
-        "model_folders",
-        "models",
-        "packing",
-        "inference",
-        "evaluation",
-        "training",
-        "data",
-    },
+    "training": MODEL | {"training", "evaluation", "data", "packed"},
+    "model_folders": MODEL | {"packed", "inference", "training", "data", "interop"},
+    "tools": MODEL | {"tools", "packed", "inference", "evaluation", "training", "data"},
+    "cli": MODEL | {"cli", "tools", "model_folders", "packed", "inference", "evaluation", "training", "data"},
 }
-# The version, the one file that knows JAX versions differ, the words for a package that is absent, and how a long task
-# says how far it is.
-EVERYWHERE = {"", "compat", "optional_packages", "progress"}
+# The version, the words for a package that is absent, and the progress of a long task.
+EVERYWHERE = {"", "optional_packages", "progress"}
 
 # The only files outside kernels/ that may touch the kernels.
 TOUCH_KERNELS = {
@@ -94,14 +55,9 @@ TOUCH_KERNELS = {
     "nn.embedding",
     "nn.batch_norm",
     "inference.exact_head",
-    "packing",
-    "storage",
-    "random_model",
-    "step_kernels",
-    "model_bench",
+    "packed",
     "interop",
-    "kernel_checks",
-    "doctor",
+    "tools",
 }
 
 # Other libraries, by root. None: anything that pyproject.toml declares.
@@ -199,7 +155,11 @@ def test_bitnet_kernels_imports_only_jax_numpy_and_itself() -> None:
 
 
 def test_nothing_imports_experiments_and_they_reach_the_kernels_through_bitnet_jax() -> None:
-    """The scripts in `experiments` are no part of an installation; the package bitnet_experiments is."""
+    """The scripts in `experiments` are no part of an installation; the package bitnet_experiments is.
+
+    Two commands run what it holds: `bitnet-jax sweep` and `report`.
+    """
+    commands = {"cli.sweep", "cli.report"}
     forbidden = {
         "bitnet_jax": {"experiments", "bitnet_experiments"},
         "bitnet_kernels": {"experiments", "bitnet_experiments"},
@@ -209,29 +169,51 @@ def test_nothing_imports_experiments_and_they_reach_the_kernels_through_bitnet_j
     wrong = [
         f"{file.relative_to(ROOT)}:{line}: imports {name}"
         for package, roots in forbidden.items()
-        for _, file in modules(package)
+        for module, file in modules(package)
         for line, name in imported(file, package)
-        if name.split(".")[0] in roots
+        if name.split(".")[0] in roots and not (module in commands and name.startswith("bitnet_experiments"))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def graph() -> dict[str, set[str]]:
+    """Module -> the modules it imports, of all three packages, imports inside functions included."""
+    files = {
+        f"{package}.{module}".rstrip("."): (package, file)
+        for package in ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
+        for module, file in modules(package)
+    }
+    arrows: dict[str, set[str]] = {}
+    for importer, (package, file) in files.items():
+        arrows[importer] = set()
+        for _, name in imported(file, package):
+            while name and name not in files:  # `from a.b import c`: c is a module, or a name in a.b
+                name = name.rpartition(".")[0]
+            arrows[importer] |= {name} - {"", importer}
+    return arrows
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    arrows = graph()
+    assert len(arrows) > 100
+    list(graphlib.TopologicalSorter(arrows).static_order())  # CycleError names the circle
 
 
 @pytest.mark.parametrize(
     ("importer", "name", "expected"),
     [
-        ("quantizers", "bitnet_jax.ste.sign", True),
-        ("ste", "bitnet_jax.quantizers.binary", False),
-        ("nn.linear", "bitnet_jax.precision.Precision", True),
-        ("precision", "bitnet_jax.nn.linear.BitLinear", False),
-        ("models.transformer", "bitnet_jax.packing", False),
+        ("quantization.registry", "bitnet_jax.quantization.ste.sign", True),
+        ("quantization.ste", "bitnet_jax.nn.linear", False),
+        ("nn.linear", "bitnet_jax.quantization.precision.Precision", True),
+        ("models.transformer", "bitnet_jax.packed.packing", False),
         ("training.losses", "bitnet_jax.models.transformer", False),
         ("training.losses", "bitnet_jax.training.step", False),
         ("training.loop", "bitnet_jax.training.losses.cross_entropy", True),
         ("evaluation.language", "bitnet_jax.training.loop.fit", False),
         ("evaluation.language", "bitnet_jax.training.losses", True),
         ("inference.generate", "bitnet_jax.cli", False),
-        ("storage", "bitnet_jax.__version__", True),
-        ("a_new_room", "bitnet_jax.ste", False),
+        ("packed.storage", "bitnet_jax.__version__", True),
+        ("a_new_room", "bitnet_jax.quantization.ste", False),
     ],
 )
 def test_the_reading_of_the_graph(importer: str, name: str, expected: bool) -> None:

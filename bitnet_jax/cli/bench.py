@@ -48,7 +48,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         _use_threads(args.threads)  # before JAX starts its own
-    from bitnet_jax import model_bench
+    from bitnet_jax.tools import model_bench
 
     config = None
     if args.preset is not None:

@@ -19,10 +19,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax import doctor as checks
+    from bitnet_jax.tools import doctor as checks
+    from bitnet_jax.tools.machine import choice_here, machine
 
-    machine, choice = checks.machine(), checks.choice_here()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    here, choice = machine(), choice_here()
+    print(", ".join(f"{name} {value}" for name, value in here.items()))
     found = checks.diagnose()
     words = {True: "ok", False: "WRONG", None: "absent"}
     for check in found:
@@ -34,6 +35,6 @@ def run(args: argparse.Namespace) -> int:
         if healthy
         else "error: something above is WRONG; do not trust packed models on this machine"
     )
-    figures = {"machine": machine, "choice": choice._asdict(), "healthy": healthy}
+    figures = {"machine": here, "choice": choice._asdict(), "healthy": healthy}
     write_json(args.json, figures | {"checks": [dataclasses.asdict(check) for check in found]})
     return 0 if healthy else 1

@@ -46,8 +46,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax import energy_report
     from bitnet_jax.model_folders import load_text_model
+    from bitnet_jax.tools import energy_report
 
     variables = None
     if args.folder is not None:

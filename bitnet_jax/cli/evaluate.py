@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     text_model = TextModel(config, model.variables, model.tokenizer)
     how = {"limit": args.limit, "progress": not args.quiet}
     if args.harness:
-        from bitnet_jax.harness import run_harness
+        from bitnet_jax.evaluation.lm_harness import run_harness
 
         results = run_harness(text_model, args.harness.split(","), include_path=args.include_path, **how)
         write_json(args.json, results)

@@ -60,11 +60,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import jax
 
-    from bitnet_jax.doctor import chosen
     from bitnet_jax.inference.exact_head import with_exact_head
     from bitnet_jax.inference.sampling import SamplingConfig
     from bitnet_jax.inference.streaming import stream
     from bitnet_jax.model_folders import load_text_model
+    from bitnet_jax.tools.machine import chosen
 
     sampling = SamplingConfig(
         temperature=args.temperature,

@@ -27,9 +27,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax import packing
     from bitnet_jax.model_folders import load_model, matrices
     from bitnet_jax.models import config_fields
+    from bitnet_jax.packed import packing
 
     model = load_model(args.folder, step=args.step, verify=args.verify or None)
     sizes = packing.sizes(model.variables)

@@ -25,7 +25,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax.config_file import named_config, named_configs
+    from bitnet_jax.training.config_file import named_config, named_configs
 
     if args.list == (args.name is not None):
         raise ValueError(f"got {'NAME beside --list' if args.list else 'no NAME'}, expected NAME or --list")

@@ -20,10 +20,23 @@ from types import ModuleType
 from typing import TextIO
 
 import bitnet_jax
-from bitnet_jax.cli import bench, doctor, energy, evaluate, generate, info, init, pack, predict, train
+from bitnet_jax.cli import (
+    bench,
+    doctor,
+    energy,
+    evaluate,
+    generate,
+    info,
+    init,
+    pack,
+    predict,
+    report,
+    sweep,
+    train,
+)
 from bitnet_jax.cli.shared import check_json_target
 
-OURS = ("bitnet_jax", "bitnet_kernels", "experiments")
+OURS = ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
 AGAIN_SECONDS = 0.01  # until a Ctrl-C that a callback swallowed is sent again: the callback is over by then
 
 # Each module has `add_arguments(parser)`, `run(args) -> exit code` and its --help as docstring. Their imports are
@@ -39,6 +52,8 @@ COMMANDS: dict[str, ModuleType] = {
     "bench": bench,
     "energy": energy,
     "doctor": doctor,
+    "sweep": sweep,
+    "report": report,
 }
 
 

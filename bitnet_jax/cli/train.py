@@ -48,8 +48,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax.config_file import load_config_file
     from bitnet_jax.data.text import DOWNLOAD_VARIABLE
+    from bitnet_jax.training.config_file import load_config_file
     from bitnet_jax.training.loop import fit
 
     if args.allow_download:

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from bitnet_jax.nn.config import ModelConfig
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 
 HEADS = ("lm_head", "classifier")
 

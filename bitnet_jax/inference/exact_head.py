@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.nn.config import ModelConfig
-from bitnet_jax.precision import RECIPES, Precision
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_kernels import PackedArray, TopLogits, exact_top_logits, head_bounds, pack
 
 COLLECTION = "exact_head"  # the key of variables under which an ExactHead stands beside "params"

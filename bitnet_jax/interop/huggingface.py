@@ -29,9 +29,9 @@ from jaxtyping import Array, Float, Int8, UInt8
 from bitnet_jax.interop.huggingface_config import Form, module_name, read_config
 from bitnet_jax.interop.safetensors_folder import open_tensors, read_json
 from bitnet_jax.nn.config import ModelConfig
-from bitnet_jax.packing import TABLES
-from bitnet_jax.quantizers import WEIGHT_QUANTIZERS
-from bitnet_jax.scales import SMALLEST_SCALE
+from bitnet_jax.packed.packing import TABLES
+from bitnet_jax.quantization.registry import WEIGHT_QUANTIZERS
+from bitnet_jax.quantization.scales import SMALLEST_SCALE
 from bitnet_kernels import PackedArray, pack
 
 _CODES_PER_BYTE = 4

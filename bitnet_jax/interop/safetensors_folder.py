@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_jax.tensor_file import StorageError, parse_json
-from bitnet_jax.tensor_file import read as read_tensors
+from bitnet_jax.packed.tensor_file import StorageError, parse_json
+from bitnet_jax.packed.tensor_file import read as read_tensors
 
 _JSON_LIMIT = 1 << 26  # 64 MiB: far above any config or index, far below what would hurt
 

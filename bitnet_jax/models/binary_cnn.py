@@ -22,7 +22,7 @@ from bitnet_jax.nn.batch_norm import BatchNorm
 from bitnet_jax.nn.config import Architecture, hashable, with_ends
 from bitnet_jax.nn.conv import BitConv
 from bitnet_jax.nn.linear import BitLinear
-from bitnet_jax.precision import Recipe, Rules
+from bitnet_jax.quantization.recipes import Recipe, Rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

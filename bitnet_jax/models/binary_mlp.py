@@ -23,7 +23,7 @@ from bitnet_jax.nn.batch_norm import BatchNorm
 from bitnet_jax.nn.config import Architecture, hashable, with_ends
 from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.norms import Norm
-from bitnet_jax.precision import Recipe, Rules
+from bitnet_jax.quantization.recipes import Recipe, Rules
 
 # hardtanh leaves the sign that follows it, and its gradient in a window of +-1, as they are. With "none" the
 # quantizer is the only nonlinearity.

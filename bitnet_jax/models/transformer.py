@@ -22,7 +22,7 @@ from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.nn.mlp import MLP
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.placement import split_over_batch
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 
 
 @flax.struct.dataclass

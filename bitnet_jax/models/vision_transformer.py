@@ -13,7 +13,7 @@ from bitnet_jax.nn.config import ModelConfig, hashable, with_ends
 from bitnet_jax.nn.conv import patches
 from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.nn.linear import BitLinear
-from bitnet_jax.precision import Recipe, Rules
+from bitnet_jax.quantization.recipes import Recipe, Rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

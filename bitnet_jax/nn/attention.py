@@ -31,10 +31,10 @@ from bitnet_jax.nn.linear import BitLinear, apply_together
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.rotary import rotate
-from bitnet_jax.precision import Precision
-from bitnet_jax.quantizers import ACTIVATION_QUANTIZERS
-from bitnet_jax.scales import absmax, floats
-from bitnet_jax.ste import straight_through
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS
+from bitnet_jax.quantization.scales import absmax, floats
+from bitnet_jax.quantization.ste import straight_through
 from bitnet_kernels import cached_attention
 
 # Latent q and k outside [-1, 1] get no gradient, which bounds them (BNN, BiBERT).

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bitnet_jax.scales import floats
+from bitnet_jax.quantization.scales import floats
 from bitnet_kernels.reference import rounded_product
 
 

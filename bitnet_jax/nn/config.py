@@ -12,7 +12,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Self, cast
 
-from bitnet_jax.precision import Precision, Recipe, Rules, resolve
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED_MLPS = ("silu_glu", "relu2_glu")

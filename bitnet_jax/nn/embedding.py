@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.linear import dense, quantized_matmul
 from bitnet_jax.nn.placement import whole_rows
-from bitnet_jax.precision import Precision
-from bitnet_jax.scales import floats
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.scales import floats
 from bitnet_kernels import PackedArray, bfloat16_logits, bfloat16_rows, packed_matmul
 from bitnet_kernels.dtypes import integers
 

@@ -21,9 +21,9 @@ from jaxtyping import Array, Float
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.norms import Norm, projection_norm
 from bitnet_jax.nn.products import sums_of_products
-from bitnet_jax.precision import Precision
-from bitnet_jax.quantizers import Quantized
-from bitnet_jax.scales import floats
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.registry import Quantized
+from bitnet_jax.quantization.scales import floats
 from bitnet_kernels import PackedArray, packed_matmul, packed_matmuls
 from bitnet_kernels.reference import rescale, rounded_product
 

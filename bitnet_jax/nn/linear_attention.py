@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from bitnet_jax.scales import floats
+from bitnet_jax.quantization.scales import floats
 
 EPSILON = 1e-6  # in the denominator, as in the authors' code
 CHUNK = 64  # keys per chunk: the intra-chunk product is then as large as the state of a usual head

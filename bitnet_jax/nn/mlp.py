@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.linear import BitLinear, apply_together
 from bitnet_jax.nn.norms import block_norm
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 
 
 def relu2(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import ModelConfig
-from bitnet_jax.scales import floats
+from bitnet_jax.quantization.scales import floats
 
 
 def rms_normalize(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows D"]:

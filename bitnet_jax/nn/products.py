@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bitnet_jax.activation_quantizers import int8
+from bitnet_jax.quantization.activations import int8
 
 LONGEST_INT8_SUM = 2**17 - 1  # int32 holds the sum of so many products of int8 codes, whatever they are
 SMALLEST_GRADIENT = 1e-30  # a token whose max|dsums| is below it gets smaller codes; 127 / it is finite

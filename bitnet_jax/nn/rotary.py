@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bitnet_jax.scales import floats
+from bitnet_jax.quantization.scales import floats
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.training.config import DistillationConfig
+from bitnet_jax.training.load import load_run
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
 from bitnet_jax.training.task import forward
@@ -89,8 +90,6 @@ def teach(config: DistillationConfig, student: ModelConfig) -> Callable[[Batch],
       RunError, CheckpointError: no such run.
       ValueError: its classes, tokens, layers or heads are not the student's.
     """
-    from bitnet_jax.training.loop import load_run  # which imports this module by way of the tasks
-
     assert config.teacher is not None
     _, teacher, params, _ = load_run(config.teacher)
     same = ("vocab_size", "num_classes") + (("num_layers", "num_heads") if config.relations else ())

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from bitnet_jax.models import Architecture, ModelConfig
-from bitnet_jax.packing import check_packable
+from bitnet_jax.packed.packing import check_packable
 from bitnet_jax.training.config import RunConfig
 
 STATE_BYTES = 16  # of a parameter in training: float32 weight, gradient and the two moments of Adam

@@ -20,17 +20,15 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 import bitnet_jax
-from bitnet_jax.data import Classes, Tokenizer
-from bitnet_jax.models import Architecture, ModelConfig
 from bitnet_jax.progress import progress_bar
-from bitnet_jax.ste import ANNEALED
+from bitnet_jax.quantization.ste import ANNEALED
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.config import RunConfig, TrainingConfig
 from bitnet_jax.training.interrupt import Interrupted, StopWish, stop_on_signals
@@ -49,7 +47,7 @@ from bitnet_jax.training.sharding import (
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.statistics import quantized_paths
 from bitnet_jax.training.step import Metrics, make_train_step
-from bitnet_jax.training.task import Task, abstract_variables
+from bitnet_jax.training.task import Task
 from bitnet_jax.training.tasks import TASKS
 
 
@@ -291,51 +289,3 @@ def _loop(
     except Diverged as problem:
         return problem.step, problem
     return step, None
-
-
-class LoadedRun(NamedTuple):
-    config: RunConfig
-    model: Architecture
-    variables: dict[str, Any]  # latent parameters and, where the model has them, batch statistics
-    tokenizer: Tokenizer | None  # of a run on text
-    classes: Classes | None  # of a classifier
-
-
-def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
-    """A run of any task, of one checkpoint, the newest by default.
-
-    Raises:
-      RunError, CheckpointError: no run, no such checkpoint, a damaged file, or one that was changed after training.
-    """
-    folder = RunFolder(workdir)
-    config = folder.read_config()
-    tokenizer = None if config.task == "images" else folder.read_tokenizer()
-    model = config.image_model_config() if tokenizer is None else config.model_config(tokenizer.vocab_size)
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        restored = checkpoints.restore(
-            abstract_variables(model), step=step, check=partial(folder.check_meta, config)
-        )
-    return LoadedRun(config, model, restored.variables, tokenizer, folder.read_classes())
-
-
-def load_run(
-    workdir: str | Path, step: int | None = None
-) -> tuple[RunConfig, ModelConfig, dict[str, Any], Tokenizer]:
-    """Settings, model, latent parameters and tokenizer of a run on text; else as `read_run`."""
-    folder = RunFolder(workdir)
-    if folder.read_config().task == "images":
-        raise RunError(f"{folder.path}: got a run on images, expected one on text; load_image_run reads it")
-    config, model, variables, tokenizer, _ = read_run(workdir, step)
-    assert isinstance(model, ModelConfig)
-    assert tokenizer is not None
-    return config, model, variables["params"], tokenizer
-
-
-def load_image_run(
-    workdir: str | Path, step: int | None = None
-) -> tuple[RunConfig, Architecture, dict[str, Any]]:
-    """Settings, model and variables (parameters, batch statistics) of a run on images; else as `read_run`."""
-    folder = RunFolder(workdir)
-    if (task := folder.read_config().task) != "images":
-        raise RunError(f"{folder.path}: got a run of task {task!r}, expected images")
-    return read_run(workdir, step)[:3]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

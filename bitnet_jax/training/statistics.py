@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from bitnet_jax.precision import Precision
-from bitnet_jax.scales import Quantized, spread
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.scales import Quantized, spread
 
 
 class Statistics(NamedTuple):

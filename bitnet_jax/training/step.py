@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.losses import LossSums
 from bitnet_jax.training.optimizers import Optimizer, clip_latents
 from bitnet_jax.training.state import TrainState

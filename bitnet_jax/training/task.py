@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from bitnet_jax.data import Classes, TokenBatches, Tokenizer, consecutive_batches, load_corpus
 from bitnet_jax.evaluation.language import evaluate, model_logits
 from bitnet_jax.models import Architecture, Transformer, init_variables
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState

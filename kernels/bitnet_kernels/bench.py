@@ -38,7 +38,7 @@ from bitnet_kernels.matmul import choose_implementation, packed_matmul
 from bitnet_kernels.packed import FORMATS, PackedArray
 from bitnet_kernels.random_packed import random_packed
 from bitnet_kernels.shapes import IN_CACHE, SUITES, TINY, Shape
-from bitnet_kernels.timing import Spread, chain, interleaved, threads
+from bitnet_kernels.timing import Spread, chain, dense, interleaved, threads
 
 XLA = ("float32", "bfloat16", "int8")
 XLA_ROWS = 8  # XLA multiplies fewer rows by a slow loop
@@ -49,12 +49,6 @@ READ_PIECE = 256 << 20  # bytes: in shorter pieces a helper may not be on its wa
 SPUN_SECONDS = 2e-6  # inside each loop of fork_join
 
 Row = dict[str, Any]
-
-
-def dense(x: jax.Array, w: jax.Array) -> jax.Array:
-    """XLA's product of float32, bfloat16 (summed in float32) or int8 (summed in int32)."""
-    wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    return jnp.einsum("mk,nk->mn", x, w, preferred_element_type=wide)
 
 
 def copies(nbytes: int, working_set: int) -> int:

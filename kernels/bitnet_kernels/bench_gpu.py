@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_kernels import reference
-from bitnet_kernels.bench import dense
 from bitnet_kernels.matmul import choose_implementation, for_platform, packed_matmul
 from bitnet_kernels.packed import PackedArray
 from bitnet_kernels.random_packed import random_packed
 from bitnet_kernels.shapes import GPU_CHECKED, GPU_SUITES, Shape
-from bitnet_kernels.timing import interleaved
+from bitnet_kernels.timing import dense, interleaved
 
 FORMATS = ("binary", "ternary2")
 XLA = ("bfloat16", "int8")

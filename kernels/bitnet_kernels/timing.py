@@ -106,3 +106,9 @@ def chain(
         tuple(leaves[(i + j) % len(weights)] for j in range(length)) for i in range(0, len(weights), length)
     ]
     return lambda round: jax.block_until_ready(run(x, links[round % len(links)]))
+
+
+def dense(x: jax.Array, w: jax.Array) -> jax.Array:
+    """XLA's product of float32, bfloat16 (summed in float32) or int8 (summed in int32)."""
+    wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    return jnp.einsum("mk,nk->mn", x, w, preferred_element_type=wide)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import packing
 from bitnet_jax.inference.generate import generate, left_pad
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.packed import packing
 from bitnet_jax.training.config import OptimizerConfig
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.state import TrainState

@@ -14,7 +14,7 @@ import pytest
 
 from bitnet_jax.model_folders import load_model, matrices
 from bitnet_jax.models import PRESETS, Transformer
-from bitnet_jax.random_model import write_random
+from bitnet_jax.tools.random_model import write_random
 
 
 def test_a_hugging_face_folder_is_recognised_and_keeps_its_packed_weights(oracles: Path) -> None:

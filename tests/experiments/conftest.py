@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study import Study, read_study
+from bitnet_experiments.study import Study, read_study
 
 CONFIG = """
 from ml_collections import ConfigDict

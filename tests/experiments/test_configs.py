@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bitnet_jax.config_file import load_config_file, named_configs
 from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.config_file import load_config_file, named_configs
 
 CONFIGS = named_configs()
 VARIANTS = {"quickstart": ("base", "short")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.fits import LAWS, bootstrap, effective_size, fit, held_out_error
+from bitnet_experiments.fits import LAWS, bootstrap, effective_size, fit, held_out_error
 
 SPECTRA_SIZES = np.array([99.74, 190.0, 392.4, 569.2, 834.0, 1149, 1515, 2461, 3989]) * 1e6
 SIZES, TOKENS = np.repeat([0.02, 0.05, 0.1, 0.2, 0.5], 4), np.tile([0.5, 1.0, 2.0, 4.0], 5)

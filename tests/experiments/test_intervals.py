@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments.intervals import detectable, interval, paired
+from bitnet_experiments.intervals import detectable, interval, paired
 
 
 def test_interval_is_students() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from experiments import report
-from experiments.sections import (
+from bitnet_experiments import report
+from bitnet_experiments.sections import (
     Point,
     arms_table,
     markdown_table,
@@ -19,7 +19,7 @@ from experiments.sections import (
     points,
     size_law,
 )
-from experiments.study import Study, load_study, read_results, study_names
+from bitnet_experiments.study import Study, load_study, read_results, study_names
 
 
 def row(arm: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_tables_figures_and_page(study: Study) -> None:
     assert "| ternary | 2, 1 diverged | 2.0500 ± 6.9884 | 0.5500 ± 0.6353 |" in text
     assert "| broken | 0, 1 failed |" in text
     assert "gone" not in text
-    assert "Command: `python -m experiments.sweep --study=toy`." in text
+    assert "Command: `bitnet-jax sweep toy`." in text
     assert (study.folder / "curves.png").stat().st_size > 1000
     page = (study.folder / "report.html").read_text()
     assert "<h1>Title</h1>" in page
@@ -137,13 +137,13 @@ def test_the_index_of_studies(study: Study) -> None:
     assert line.startswith(
         "| [Does a toy learn?](studies/toy/README.md) | nobody | open | ternary: 0.5500 ± 0.6353 |"
     )
-    assert line.endswith("| `python -m experiments.sweep --study=toy` | 0.0 h, 5 of 6 runs |")
+    assert line.endswith("| `bitnet-jax sweep toy` | 0.0 h, 5 of 6 runs |")
     named = dataclasses.replace(study, effect=lambda study, rows: f"{len(rows)} rows")
     assert "| 8 rows |" in report.index([named])
 
 
 def test_what_is_missing_is_named(study: Study) -> None:
-    with pytest.raises(ValueError, match="has no results; run: python -m experiments.sweep --study=toy"):
+    with pytest.raises(ValueError, match="has no results; run: bitnet-jax sweep toy"):
         report.report(study, study.results, study.folder)
     with pytest.raises(ValueError, match="README without"):
         report.replaced("no markers", "text")
@@ -164,13 +164,13 @@ def test_every_committed_readme_shows_its_results(name: str) -> None:
     if study.results.is_file():
         rows = read_results(study.results)
         text = report.text_of(study, rows, report.sections(study, rows))
-        assert report.replaced(readme, text) == readme, f"run: python -m experiments.report --study={name}"
+        assert report.replaced(readme, text) == readme, f"run: bitnet-jax report {name}"
 
 
 def test_the_committed_index_shows_its_studies() -> None:
     text = report.INDEX.read_text()
     table = report.index([load_study(name) for name in study_names()])
-    assert report.replaced(text, table) == text, "run: python -m experiments.report --all"
+    assert report.replaced(text, table) == text, "run: bitnet-jax report --all"
     for name in study_names():
         assert f"(studies/{name}/README.md)" in text
         assert Path(report.STUDIES / name / "README.md").is_file()

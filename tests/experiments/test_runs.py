@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitnet_experiments.runs import measure, model_of, sizes, train, train_from
+from bitnet_experiments.study import Study, overridden
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.training.config import RunConfig
-from bitnet_jax.training.loop import load_run
+from bitnet_jax.training.load import load_run
 from bitnet_jax.training.run_folder import RunError
-from experiments.runs import measure, model_of, sizes, train, train_from
-from experiments.study import Study, overridden
 
 
 def changed(config: RunConfig, **overrides: object) -> RunConfig:
@@ -67,7 +67,7 @@ def test_a_training_is_never_gone_on_with_under_other_settings(study: Study, tmp
 def test_a_model_of_another_study_is_trained_once(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.study.STUDIES", study.folder.parent)
+    monkeypatch.setattr("bitnet_experiments.study.STUDIES", study.folder.parent)
     row, config, params = model_of("toy", "float32", 7, tmp_path / "runs" / "asking", small=True)
     folder = tmp_path / "runs" / "toy-small" / "float32-seed7"
     before = (folder / "result.json").stat().st_mtime_ns

@@ -7,8 +7,7 @@ import pickle
 
 import pytest
 
-from bitnet_jax.precision import RECIPES
-from experiments.study import (
+from bitnet_experiments.study import (
     Study,
     load_study,
     overridden,
@@ -18,6 +17,7 @@ from experiments.study import (
     study_names,
     zip_,
 )
+from bitnet_jax.quantization.recipes import RECIPES
 
 
 def test_product_combines_and_zip_goes_in_step() -> None:

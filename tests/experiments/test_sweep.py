@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import sweep
-from experiments.runs import locked
-from experiments.study import Study, read_results
+from bitnet_experiments import sweep
+from bitnet_experiments.runs import locked
+from bitnet_experiments.study import Study, read_results
+from bitnet_jax.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,13 +165,14 @@ def test_a_killed_sweep_stops_its_processes_and_leaves_no_row(study: Study, tmp_
     file = study.folder / "study.py"
     file.write_text(file.read_text() + SLEEPER.format(seconds=600))
     code = (
-        "from pathlib import Path\nfrom experiments import study, sweep\n"
+        "from pathlib import Path\nfrom bitnet_experiments import study, sweep\n"
         "if __name__ == '__main__':\n"
         f"    toy = study.read_study(Path({str(study.folder)!r}))\n"
         f"    sweep.sweep(toy, Path({str(tmp_path / 'work')!r}), False, jobs=2)\n"
     )
     (tmp_path / "main.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    roots = (ROOT, ROOT / "kernels", ROOT / "experiments")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, roots))}
     process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=environment)
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "work").glob("*-0"))) < 2:
@@ -196,10 +198,10 @@ def test_through_submitit(study: Study, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        ("", ["--study=nothing"], "got study 'nothing', expected one of toy"),
-        ("x = y", ["--study=toy"], "study.py:{line}: NameError"),
-        ("raise SystemExit(3)", ["--study=toy"], "study.py:{line}: SystemExit: 3"),
-        ("CONFIG = 'nowhere.py'", ["--study=toy", "--workdir={tmp_path}/file"], "Not a directory"),
+        ("", ["nothing"], "got study 'nothing', expected a folder with study.py or one of toy"),
+        ("x = y", ["toy"], "study.py:{line}: NameError"),
+        ("raise SystemExit(3)", ["toy"], "study.py:{line}: SystemExit: 3"),
+        ("CONFIG = 'nowhere.py'", ["toy", "--workdir={tmp_path}/file"], "Not a directory"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
@@ -211,12 +213,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr("experiments.study.STUDIES", study.folder.parent)
+    monkeypatch.setattr("bitnet_experiments.study.STUDIES", study.folder.parent)
     file = study.folder / "study.py"
     file.write_text(f"{file.read_text()}{text}\n")
     (tmp_path / "file").touch()
     line = len(file.read_text().splitlines())
-    assert sweep.main([word.format(tmp_path=tmp_path) for word in arguments] + ["--small"]) == 2
+    assert main(["sweep", *(word.format(tmp_path=tmp_path) for word in arguments), "--small"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message.format(line=line) in error

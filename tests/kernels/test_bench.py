@@ -169,7 +169,7 @@ def test_things_are_timed_in_turn_and_the_first_rounds_are_not_counted() -> None
 def test_a_chain_takes_its_weights_in_turn_and_each_product_waits_for_the_last() -> None:
     """The last y of a link of 2 is that of its second weight, in this round and after a turn around."""
     weights = [jnp.full((2, 3), value, jnp.float32) for value in range(3)]
-    run = timing.chain(bench.dense, jnp.ones((1, 3)), weights, 2)
+    run = timing.chain(timing.dense, jnp.ones((1, 3)), weights, 2)
     assert [float(run(round)[0, 0]) for round in range(4)] == [3, 0, 3, 0]
     # An x that is zeroed where y is pi is how a product waits; with y = pi it shows.
     pi = timing.chain(lambda x, w: x[:, :1] * w, jnp.ones((1, 3)), [jnp.float32(np.pi), jnp.float32(1)], 2)
@@ -178,6 +178,6 @@ def test_a_chain_takes_its_weights_in_turn_and_each_product_waits_for_the_last()
 
 def test_no_link_of_a_chain_computes_the_links_before_it_again() -> None:
     """XLA fuses what it can compute again. Then every link would cost more than the one before."""
-    run = jax.jit(lambda x, weights: timing.chain(bench.dense, x, weights, 8)(0))
+    run = jax.jit(lambda x, weights: timing.chain(timing.dense, x, weights, 8)(0))
     program = run.lower(jnp.ones((8, 3)), [jnp.ones((5, 3))] * 8).compile().as_text()
     assert 0 < program.count(" select(") <= 8  # one a link

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bitnet_jax.training.loop import read_run
+from bitnet_jax.training.load import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300  # a process that takes longer hangs

@@ -23,12 +23,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitnet_jax import packing
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.inference.generate import generate
 from bitnet_jax.model_folders import load_text_model
 from bitnet_jax.models import ModelConfig, Transformer
-from bitnet_jax.random_model import write_random
+from bitnet_jax.packed import packing
+from bitnet_jax.tools.random_model import write_random
 from bitnet_kernels import cpu
 from tests.robustness.commands import end, environment, start
 

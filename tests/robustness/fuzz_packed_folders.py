@@ -25,12 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from bitnet_jax import packing
 from bitnet_jax.data import Classes
 from bitnet_jax.data.images import Pixels
 from bitnet_jax.data.tokenizers import CharTokenizer
 from bitnet_jax.models import Architecture, BinaryCNNConfig, ModelConfig
-from bitnet_jax.storage import StorageError, load_packed, save_packed
+from bitnet_jax.packed import packing
+from bitnet_jax.packed.storage import StorageError, load_packed, save_packed
 from bitnet_kernels import validate
 
 SECONDS = 2.0

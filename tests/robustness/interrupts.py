@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.storage import load_packed
+from bitnet_jax.packed.storage import load_packed
 from tests.robustness.commands import end, environment, run, start, training, weights
 
 LATE = 0.9  # share of the events of a command after which its work may be done

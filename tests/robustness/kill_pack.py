@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bitnet_jax.model_folders import pack_run
-from bitnet_jax.storage import load_packed
+from bitnet_jax.packed.storage import load_packed
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import fit
 

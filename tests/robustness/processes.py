@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.storage import load_packed
+from bitnet_jax.packed.storage import load_packed
 from bitnet_jax.training.metrics import read_metrics
 from tests.robustness.commands import end, environment, one_line_error, run, start, training, weights
 
@@ -171,12 +171,6 @@ from ml_collections import ConfigDict
 def get_config(variant="base"):
     return ConfigDict({fields!r})
 """
-SWEEP = """
-import pathlib, sys
-from experiments import study, sweep
-study.STUDIES = pathlib.Path({studies!r})
-sys.exit(sweep.main(sys.argv[1:]))
-"""
 
 
 def two_sweeps(place: Path) -> dict[str, Any]:
@@ -188,11 +182,8 @@ def two_sweeps(place: Path) -> dict[str, Any]:
     fields = json.loads((place / "swept" / "config.json").read_text())
     (place / "swept.py").write_text(CONFIG.format(fields=fields))
     (folder / "study.py").write_text(STUDY.format(config=str(place / "swept.py")))
-    program, arguments = (
-        SWEEP.format(studies=str(folder.parent)),
-        ["--study", "toy", "--workdir", str(place / "work")],
-    )
-    both = [start(arguments, env, program=program) for _ in range(2)]
+    sweep = ["sweep", str(folder), "--workdir", str(place / "work")]
+    both = [start(sweep, env) for _ in range(2)]
     ends = [end(process) for process in both]
     assert [code for code, _, _ in ends] == [0, 0], ends
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bitnet_experiments.provenance import provenance
 from bitnet_kernels import cpu
-from experiments.provenance import provenance
 from tests.robustness import determinism, processes
 from tests.robustness.commands import ROOT
 from tests.robustness.fuzz_packed_folders import fuzz

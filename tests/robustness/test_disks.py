@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from bitnet_jax import packing
 from bitnet_jax.model_folders import pack_run
 from bitnet_jax.models import ModelConfig
-from bitnet_jax.storage import StorageError, load_packed, save_packed
+from bitnet_jax.packed import packing
+from bitnet_jax.packed.storage import StorageError, load_packed, save_packed
 from bitnet_jax.training import RunConfig, RunError, fit
 from tests.robustness.kill_pack import kill_often, make_run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves
+from bitnet_experiments.sections import arms_table, curves
 
 QUESTION = "Can attention do without softmax?"
 SOURCE = "ReLU/L 2309.08586, ReLA 2104.07012, linear attention (Katharopoulos 2020)"

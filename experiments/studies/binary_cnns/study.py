@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.sections import arms_table, curves, pairs_table
+from bitnet_experiments.sections import arms_table, curves, pairs_table
 
 QUESTION = "What did each of the first binary networks cost a convolutional one, and what do shortcuts save?"
 SOURCE = "LAB 1611.01600 (CIFAR-10, one protocol for five schemes); Bi-Real Net as run by ReSTE's authors"

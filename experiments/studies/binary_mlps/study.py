@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves, pairs_table
+from bitnet_experiments.sections import arms_table, curves, pairs_table
 
 QUESTION = "What did each of the first binary networks cost a multilayer perceptron?"
 SOURCE = "one protocol for five schemes in LAB 1611.01600 (MNIST, 3 x 2048, 50 epochs)"

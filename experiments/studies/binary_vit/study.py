@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.sections import arms_table, curves, pairs_table
+from bitnet_experiments.sections import arms_table, curves, pairs_table
 
 QUESTION = "Which piece of a vision transformer minds being binary?"
 SOURCE = "BiT 2205.13016, BinaryBERT and BiBERT (GLUE, table in the README of BiT's code); no table on MNIST"

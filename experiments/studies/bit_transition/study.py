@@ -8,11 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bitnet_jax.training.loop import load_run
-from experiments.intervals import interval
-from experiments.runs import model_of, train_from
-from experiments.sections import Point, arms_table, points, values
-from experiments.study import Study, load_study
+from bitnet_experiments.intervals import interval
+from bitnet_experiments.runs import model_of, train_from
+from bitnet_experiments.sections import Point, arms_table, points, values
+from bitnet_experiments.study import Study, load_study
+from bitnet_jax.training.load import load_run
 
 QUESTION = "Do weights compensate at three bits and more, and rebuild at two and less?"
 SOURCE = "ParetoQ 2502.02631"

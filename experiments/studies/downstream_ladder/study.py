@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_jax import packing
+from bitnet_experiments.runs import train
+from bitnet_experiments.sections import Point, Row, arms_table, measures_table, points
+from bitnet_experiments.study import load_study
 from bitnet_jax.data.corpus import load_corpus
 from bitnet_jax.evaluation.energy import joules, operations
 from bitnet_jax.evaluation.language import evaluate_text
@@ -18,10 +20,8 @@ from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.tasks import run_task
 from bitnet_jax.inference.generate import greedy
 from bitnet_jax.models import ModelConfig
-from bitnet_jax.training.loop import load_run
-from experiments.runs import train
-from experiments.sections import Point, Row, arms_table, measures_table, points
-from experiments.study import load_study
+from bitnet_jax.packed import packing
+from bitnet_jax.training.load import load_run
 
 QUESTION = "What are fewer bits worth downstream, in bytes, tokens a second and joules?"
 SOURCE = "Spectra 2407.12327 (tasks by bits), BitNet b1.58 2402.17764 (memory, speed, energy by size)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves
+from bitnet_experiments.sections import arms_table, curves
 
 QUESTION = "What do float first and last layers save a binary network?"
 SOURCE = "larq's plot data of BinaryNet on CIFAR-10"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.sections import arms_table, curves, pairs_table
+from bitnet_experiments.sections import arms_table, curves, pairs_table
 
 QUESTION = "What do four-bit activations cost ternary models, and what mends them?"
 SOURCE = "BitNet a4.8 2411.04965, BitNet v2 2504.18415"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves
+from bitnet_experiments.sections import arms_table, curves
 
 QUESTION = "Do finer scales help binary and ternary weights?"
 SOURCE = "BitNet 2310.11453, section 2.1; Spectra 2407.12327, appendix A.4"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.runs import measure, model_of
-from experiments.sections import Point, arms_table, points
-from experiments.study import product
+from bitnet_experiments.runs import measure, model_of
+from bitnet_experiments.sections import Point, arms_table, points
+from bitnet_experiments.study import product
 
 QUESTION = "To how many bits can keys and values be rounded after training?"
 SOURCE = "Training Tips (2024), table 3; BitNet a4.8 2411.04965; BitNet v2 2504.18415"

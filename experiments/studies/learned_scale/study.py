@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves
-from experiments.study import product
+from bitnet_experiments.sections import arms_table, curves
+from bitnet_experiments.study import product
 
 QUESTION = "Is a learned scale of binary weights better than mean|W|?"
 SOURCE = "BiT 2205.13016, ParetoQ 2502.02631, LSQ 1902.08153"

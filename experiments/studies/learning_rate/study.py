@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.sections import Point, arms_table, points, values
-from experiments.study import Study, product
+from bitnet_experiments.sections import Point, arms_table, points, values
+from bitnet_experiments.study import Study, product
 
 QUESTION = "Do models of few bits want a larger learning rate?"
 SOURCE = "BitNet 2310.11453, figure 5; Training Tips (2024); Spectra 2407.12327"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves
+from bitnet_experiments.sections import arms_table, curves
 
 QUESTION = "What does each precision of the weights cost a small network on MNIST?"
 SOURCE = "BitNetMCU, raw run files (w = 64, 30 epochs)"

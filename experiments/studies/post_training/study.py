@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.intervals import interval
-from experiments.runs import measure, model_of
-from experiments.sections import Point, arms_table, difference, points
-from experiments.study import Study
+from bitnet_experiments.intervals import interval
+from bitnet_experiments.runs import measure, model_of
+from bitnet_experiments.sections import Point, arms_table, difference, points
+from bitnet_experiments.study import Study
 
 QUESTION = "Below how many bits does rounding after training fail, where training in that precision does not?"
 SOURCE = "BitNet 2310.11453, table 3"

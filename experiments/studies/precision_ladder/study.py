@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.sections import Point, arms_table, pairs_table, points
+from bitnet_experiments.sections import Point, arms_table, pairs_table, points
 
 QUESTION = "What does each bit of weight and activation cost, all else equal?"
 SOURCE = "ParetoQ 2502.02631, Spectra 2407.12327"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bitnet_experiments.runs import measure, train
+from bitnet_experiments.sections import arms_table
+from bitnet_experiments.study import read_study
 from bitnet_jax.training import load_image_run
-from experiments.runs import measure, train
-from experiments.sections import arms_table
-from experiments.study import read_study
 
 QUESTION = "Must a network be trained at the precision it is used with?"
 SOURCE = "BitNetMCU, table of quantization after training (w = 64)"

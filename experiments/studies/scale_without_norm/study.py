@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves
-from experiments.study import product
+from bitnet_experiments.sections import arms_table, curves
+from bitnet_experiments.study import product
 
 QUESTION = "Do binary weights need a scale where no norm follows?"
 SOURCE = "LAB 1611.01600 (table of character LSTMs)"

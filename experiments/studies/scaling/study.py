@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.intervals import interval, paired
-from experiments.sections import Point, arms_table, pairs_table, points, size_law, values
-from experiments.study import Study, product, zip_
+from bitnet_experiments.intervals import interval, paired
+from bitnet_experiments.sections import Point, arms_table, pairs_table, points, size_law, values
+from bitnet_experiments.study import Study, product, zip_
 
 QUESTION = "How do the penalties of ternary and binary weights change with size?"
 SOURCE = "BitNet 2310.11453, BitNet b1.58 2402.17764, Spectra 2407.12327"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bitnet_experiments.runs import locked, train
+from bitnet_experiments.sections import arms_table, curves, pairs_table
+from bitnet_experiments.study import overridden, read_study
 from bitnet_jax.data.labelled_text import read_examples
 from bitnet_jax.training.config import RunConfig
-from experiments.runs import locked, train
-from experiments.sections import arms_table, curves, pairs_table
-from experiments.study import overridden, read_study
 
 QUESTION = "What do fewer bits cost a text classifier, and do learned ranges or a teacher mend it at one bit?"
 SOURCE = "BiT 2205.13016, GLUE table (README of its code)"

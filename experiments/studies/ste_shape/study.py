@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves
+from bitnet_experiments.sections import arms_table, curves
 
 QUESTION = "Does the shape of the straight-through estimator matter?"
 SOURCE = "Bi-Real Net 1808.00278, IR-Net 1909.10788, ReSTE; larq's guide"

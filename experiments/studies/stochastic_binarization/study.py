@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bitnet_experiments.runs import measure, train
+from bitnet_experiments.sections import arms_table, curves
+from bitnet_experiments.study import read_study
 from bitnet_jax.training import load_image_run
-from experiments.runs import measure, train
-from experiments.sections import arms_table, curves
-from experiments.study import read_study
 
 QUESTION = "Does drawing the signs of the weights at random regularize?"
 SOURCE = "BinaryConnect 1511.00363"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves, pairs_table
+from bitnet_experiments.sections import arms_table, curves, pairs_table
 
 QUESTION = "Do a norm in front of every quantized projection and absmax scales help?"
 SOURCE = "BitNet 2310.11453, table 4"

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import optax
 
-from bitnet_jax.training.loop import load_run
+from bitnet_experiments.runs import train
+from bitnet_experiments.sections import arms_table, curves, measures_table, pairs_table
+from bitnet_experiments.study import load_study
+from bitnet_jax.training.load import load_run
 from bitnet_jax.training.task import language_task
-from experiments.runs import train
-from experiments.sections import arms_table, curves, measures_table, pairs_table
-from experiments.study import load_study
 
 QUESTION = "Must the gradient pass the inputs that top-k sets to zero?"
 SOURCE = "Q-Sparse 2407.10969, figures 2 and 8"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.sections import arms_table, curves
+from bitnet_experiments.sections import arms_table, curves
 
 QUESTION = "Should outputs of a ReLU become {0, 1} rather than ±1?"
 SOURCE = "BiT 2205.13016 (two-set binarization)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.study import product
+from bitnet_experiments.study import product
 
 QUESTION = "Do a lower learning rate and no weight decay in the second half help ternary models?"
 SOURCE = "Training Tips (2024), figure 1b; Spectra 2407.12327, table 11"

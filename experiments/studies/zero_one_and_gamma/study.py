@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.sections import Point, arms_table, curves, points
+from bitnet_experiments.sections import Point, arms_table, curves, points
 
 QUESTION = "Can weights be {0, 1}, and is the mean the right scale for ternary ones?"
 SOURCE = "BitNet Training Tips, Code and FAQ (2024)"

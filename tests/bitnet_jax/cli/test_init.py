@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_jax.cli import main as cli
-from bitnet_jax.config_file import load_config_file, named_configs
+from bitnet_jax.training.config_file import load_config_file, named_configs
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from bitnet_jax.evaluation.energy import (
     operations,
 )
 from bitnet_jax.models import PRESETS, ModelConfig
-from bitnet_jax.precision import RECIPES
+from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_kernels import FORMATS
 
 # 2310.11453, setup table: hidden size and layers.

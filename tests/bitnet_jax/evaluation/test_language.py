@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import packing
 from bitnet_jax.data import (
     ByteTokenizer,
     CharTokenizer,
@@ -29,6 +28,7 @@ from bitnet_jax.evaluation import (
     token_nats,
 )
 from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.packed import packing
 
 TEXT = "Bits, and pieces: \u00e9 \U0001f600.\n" * 6
 CONFIG = ModelConfig(

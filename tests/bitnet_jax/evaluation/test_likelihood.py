@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from bitnet_jax import packing
 from bitnet_jax.data import ByteTokenizer, CharTokenizer, DataError
 from bitnet_jax.evaluation import likelihood
 from bitnet_jax.evaluation.language import evaluate_text, model_logits
@@ -27,6 +26,7 @@ from bitnet_jax.evaluation.likelihood import (
 )
 from bitnet_jax.interop import huggingface
 from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.packed import packing
 
 CONFIG = ModelConfig(
     vocab_size=256, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=48, max_length=48

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import packing, storage
 from bitnet_jax.cli import evaluate
 from bitnet_jax.cli import main as cli
 from bitnet_jax.data import ByteTokenizer, DataError
@@ -22,6 +21,7 @@ from bitnet_jax.evaluation import lambada, minimal_pairs, multiple_choice
 from bitnet_jax.evaluation.likelihood import Score, TextModel
 from bitnet_jax.evaluation.tasks import TASKS, describe, run_task
 from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.packed import packing, storage
 
 CONFIG = ModelConfig(vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16, max_length=64)
 QUESTION = {"question": "Which is it?", "choices": ["a long answer", "this"], "label": 1}

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import packing
 from bitnet_jax.inference.exact_head import COLLECTION, with_exact_head
 from bitnet_jax.inference.generate import generate, left_pad, stream_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.packed import packing
 
 CONFIG = ModelConfig(
     vocab_size=203, hidden_size=32, num_layers=1, num_heads=2, ffn_size=32, max_length=40, mlp="relu2",

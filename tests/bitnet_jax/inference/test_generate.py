@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax import packing
 from bitnet_jax.inference import generate as generation
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.inference.generate import generate, left_pad, stream_tokens
@@ -19,6 +18,7 @@ from bitnet_jax.inference.programs import Programs
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.nn.linear_attention import LinearState
+from bitnet_jax.packed import packing
 
 CONFIG = ModelConfig(
     vocab_size=23, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=32, max_length=40,

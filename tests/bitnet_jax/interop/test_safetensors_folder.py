@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
 from bitnet_jax.interop.safetensors_folder import open_tensors, read_json
-from bitnet_jax.tensor_file import StorageError
+from bitnet_jax.packed.tensor_file import StorageError
 
 TENSORS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bitnet_jax import packing
 from bitnet_jax.models import BinaryCNNConfig, Transformer, build_model, model_config
 from bitnet_jax.models.binary_cnn import pooled
 from bitnet_jax.nn.config import Architecture, ModelConfig
+from bitnet_jax.packed import packing
 
 IMAGE = {"image_size": 8, "num_classes": 5}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 
 TINY = PRESETS["tiny"].to_dict()
 WIDE = Precision(

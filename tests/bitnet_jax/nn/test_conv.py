@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax.nn.conv import BitConv, patches
-from bitnet_jax.precision import RECIPES, Precision
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_kernels import pack
 
 X = jax.random.normal(jax.random.key(0), (2, 7, 6, 5))

@@ -32,8 +32,8 @@ from bitnet_jax.nn.linear import BitLinear, dense
 from bitnet_jax.nn.mlp import MLP
 from bitnet_jax.nn.norms import NORMS, Norm
 from bitnet_jax.nn.rotary import rotate
-from bitnet_jax.precision import RECIPES
-from bitnet_jax.quantizers import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from bitnet_jax.quantization.recipes import RECIPES
+from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
 
 FLOATS = ("float32", "bfloat16", "float16")
 INTEGERS = ("int8", "int32", "uint8")

@@ -12,7 +12,7 @@ import pytest
 
 from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.embedding import Embedding
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 
 V, D = 37, 24
 X = np.random.default_rng(0).normal(size=(2, 3, D)).astype(np.float32)

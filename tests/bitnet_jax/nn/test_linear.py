@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from bitnet_jax.nn.linear import BitLinear, quantized_matmul
-from bitnet_jax.precision import RECIPES, Precision
-from bitnet_jax.quantizers import Quantized
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.recipes import RECIPES
+from bitnet_jax.quantization.registry import Quantized
 from bitnet_kernels import pack
 
 N, K = 48, 256

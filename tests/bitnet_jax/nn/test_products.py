@@ -14,7 +14,8 @@ import pytest
 
 from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.products import LONGEST_INT8_SUM, sums_of_products
-from bitnet_jax.precision import RECIPES, Precision
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.recipes import RECIPES
 
 M, N, K = 15, 48, 256
 X = jax.random.normal(jax.random.key(0), (3, 5, K))

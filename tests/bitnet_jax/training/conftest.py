@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.data import ByteTokenizer
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy, cross_entropy_sums
 from bitnet_jax.training.task import Task

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import pytest
 
-from bitnet_jax import packing
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.packed import packing
 from bitnet_jax.training import RunConfig, fit, limits
 from bitnet_jax.training.task import abstract_variables
 

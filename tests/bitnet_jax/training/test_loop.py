@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from bitnet_jax.precision import RECIPES
+from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_jax.training import CheckpointError, Interrupted, RunConfig, RunError, fit, load_run
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.loop import train

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from bitnet_jax.models import ModelConfig
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.optimizers import (
     SCHEDULES,
     OptimizerConfig,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.models import ModelConfig, Transformer
-from bitnet_jax.precision import RECIPES
+from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.statistics import quantized_paths, statistics
 
 RNG = np.random.default_rng(0)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from bitnet_jax.models import BinaryMLP, BinaryMLPConfig, ModelConfig, Transformer
-from bitnet_jax.precision import Precision
+from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.losses import LossSums, cross_entropy
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.state import TrainState

@@ -1,0 +1,350 @@
+"""A packed model on disk: a folder of a few files, written whole or not at all, loaded by one memory map.
+
+    model.safetensors   every tensor, 64-byte aligned (tensor_file.py), and in its metadata what follows
+    config.json         `architecture` and the fields of its config; without the first it is a transformer
+    tokenizer.json      the tokenizer, where there is one
+    classes.json        of a classifier: labels, and how its inputs are made (data/classes.py)
+
+Metadata (strings, as the format demands): `format` and `version` of this page, `bitnet_jax` the version that
+wrote it, and three JSON tables: `packed` path -> {format, layout, shape}, `crc32` of every tensor (by
+tensor_file.py), and `files_crc32` of the other files. Tensors are named `params/<path>`, `packed/<path>/codes`,
+`packed/<path>/scale` and `batch_stats/<path>`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+import bitnet_jax
+from bitnet_jax.data import Classes, tokenizers
+from bitnet_jax.data.classes import CLASSES
+from bitnet_jax.models import config_fields, config_kind, model_config
+from bitnet_jax.nn.config import Architecture
+from bitnet_jax.packed import packing, tensor_file
+from bitnet_jax.packed.tensor_file import RESTORE, StorageError, Streamed
+from bitnet_jax.packed.whole_folder import check_writable, clear_left_behind, synced_file, whole_folder
+from bitnet_kernels import validate
+
+__all__ = ["PackedModel", "StorageError", "check_target", "load_packed", "save_packed"]
+
+FORMAT, VERSION = "bitnet_jax.packed", "1"
+MODEL, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+COLLECTIONS = ("params", "packed", "batch_stats")
+VERIFIED_BYTES = 1 << 28  # of tensors, whose contents are read and verified whenever a model is loaded
+# Bytes of the small files, far above any real one.
+LIMITS = {CONFIG: 1 << 20, CLASSES: 1 << 24, TOKENIZER: 1 << 28}
+# Fields that no tensor bounds: nothing of such a size is allocated for the model itself.
+UNBOUNDED = ("max_length", "trained_length", "image_size")
+
+Tensors = Mapping[str, np.ndarray | Streamed]
+
+
+class PackedModel(NamedTuple):
+    config: Architecture
+    variables: dict[str, Any]  # for build_model(config).apply
+    tokenizer: tokenizers.Tokenizer | None
+    classes: Classes | None  # of a classifier
+
+
+def save_packed(
+    folder: str | Path,
+    variables: Mapping[str, Any],
+    config: Architecture,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    classes: Classes | None = None,
+    *,
+    overwrite: bool = False,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes a packed model (or one of float recipes, whose "packed" is empty) as a folder.
+
+    Everything goes to a hidden sibling first and is renamed when it is safely on disk (whole_folder.py), so a
+    reader sees the old folder or the new one.
+
+    Args:
+      variables: arrays, or `tensor_file.Streamed` where one would not fit into memory; nobody looks at the
+        contents of those but the writer.
+      on_bytes: is told the bytes of each piece that was written, for a progress bar.
+
+    Raises:
+      StorageError: the folder exists (without overwrite) or holds other things than a packed model (with it);
+        the variables are not those of config; or the operating system refuses (no space, no permission).
+    """
+    folder = Path(folder)
+    check_target(folder, overwrite)
+    variables = {name: dict(variables.get(name, {})) for name in COLLECTIONS}
+    for name, weight in _flatten(variables["packed"]).items():
+        try:
+            validate(weight, contents=not isinstance(weight.codes, Streamed))
+        except ValueError as error:
+            raise StorageError(f"{name}: {error}; pack the model again") from error
+    tensors = {
+        name: leaf if isinstance(leaf, Streamed) else np.asarray(leaf)
+        for name, leaf in _tensors(variables).items()
+    }
+    expected = packing.abstract(config)
+    _check_tensors(tensors, expected, f"{folder}: the variables")
+    if _packed_metadata(variables["packed"]) != _packed_metadata(expected["packed"]):
+        raise StorageError(
+            f"{folder}: packed formats, layouts or shapes are not those of the config; pack it again"
+        )
+
+    texts = {CONFIG: json.dumps(config_fields(config), indent=2) + "\n"}
+    if model_config(json.loads(texts[CONFIG])) != config:
+        raise StorageError(f"{folder}: the config changes on a trip through JSON; use plain values in it")
+    if tokenizer is not None:
+        texts[TOKENIZER] = tokenizer.to_json()
+    if classes is not None:
+        _check_classes(classes, config, folder)
+        texts[CLASSES] = classes.to_json()
+    contents = {name: text.encode() for name, text in texts.items()}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "bitnet_jax": bitnet_jax.__version__,
+        "packed": json.dumps(_packed_metadata(variables["packed"])),
+        "files_crc32": json.dumps({name: zlib.crc32(content) for name, content in contents.items()}),
+    }
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with whole_folder(folder, nbytes, overwrite=overwrite) as temporary:
+        with synced_file(temporary / MODEL) as file:
+            tensor_file.write(file, tensors, metadata, on_bytes)
+        for name, content in contents.items():
+            with synced_file(temporary / name) as file:
+                file.write(content)
+
+
+def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
+    """Maps a folder that `save_packed` wrote.
+
+    On a CPU the arrays are views of the file: nothing is copied, pages come in when they are first used and
+    can be dropped again. Never donate them, and never change the file in place (save_packed does not).
+
+    Always checked: the small files by their checksums; names, shapes, dtypes and sizes of all tensors; that scales
+    are finite.
+
+    Args:
+      verify: of which tensors the contents are read once and compared with their checksums. True: all. None: the
+        smallest ones, as far as VERIFIED_BYTES reach (0.15 s of processor time, by several threads): a model of up to
+        so many bytes is verified whole, of a larger one everything but its largest matrices, which are verified
+        where that is asked for (`bitnet-jax info --verify`) and after they were packed. False: none. In a model that
+        is verified whole, codes that no packer writes are refused too.
+
+    Raises:
+      StorageError: a file is missing, damaged, truncated, of a newer version, or does not fit the others.
+    """
+    folder = Path(folder)
+    path = folder / MODEL
+    contents = {CONFIG: _read(folder / CONFIG)}
+    contents |= {name: _read(folder / name) for name in (TOKENIZER, CLASSES) if (folder / name).exists()}
+    tensors, metadata = tensor_file.read(path)
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        raise StorageError(
+            f"{path}: got format {metadata.get('format')!r:.40}, version {metadata.get('version')!r:.40}, expected "
+            f"{FORMAT!r}, {VERSION!r}; update bitnet_jax or pack the model again"
+        )
+    tables = {
+        name: tensor_file.parse_json(metadata.get(name, "").encode(), path)
+        for name in ("packed", "crc32", "files_crc32")
+    }
+    got = {name: zlib.crc32(content) for name, content in contents.items()}
+    _check_crc32(got, tables["files_crc32"], folder)
+
+    config = _config(tensor_file.parse_json(contents[CONFIG], folder / CONFIG), tensors, folder / CONFIG)
+    try:
+        expected = packing.abstract(config)
+    except Exception as error:  # a hostile config may fail anywhere in the model; it must only fail clearly
+        raise StorageError(
+            f"{folder / CONFIG}: it describes no model ({_one_line(error)}); {RESTORE}"
+        ) from error
+    _check_tensors(tensors, expected, str(path))
+    if tables["packed"] != _packed_metadata(expected["packed"]):
+        raise StorageError(f"{path}: packed formats, layouts or shapes are not those of {CONFIG}; {RESTORE}")
+    verified = _to_verify(tensors, verify)
+    listed = {name: tables["crc32"].get(name) for name in tensors}
+    _check_crc32(listed | _crc32(tensors, verified), tables["crc32"], path)
+
+    # The structure comes from the config, the bytes from the file.
+    variables = jax.tree.unflatten(
+        jax.tree.structure(expected),
+        jax.device_put([tensors[name] for name in _names_in_leaf_order(expected)]),
+    )
+    for name, weight in _flatten(variables["packed"]).items():
+        try:
+            if not np.isfinite(tensors[f"packed/{name}/scale"]).all():
+                raise ValueError("scale holds NaN or infinity; expected finite values")
+            validate(weight, contents=len(verified) == len(tensors))
+        except ValueError as error:
+            raise StorageError(f"{path}: {name}: {error}; {RESTORE}") from error
+    tokenizer = classes = None
+    if TOKENIZER in contents:
+        tokenizer = _parsed(tokenizers.from_json, folder / TOKENIZER, contents[TOKENIZER])
+    if CLASSES in contents:
+        classes = _parsed(Classes.from_json, folder / CLASSES, contents[CLASSES])
+        _check_classes(classes, config, folder)
+    return PackedModel(config, variables, tokenizer, classes)
+
+
+def _parsed(parse: Callable[[str], Any], path: Path, content: bytes) -> Any:
+    try:
+        return parse(content.decode("utf-8"))
+    except ValueError as error:
+        raise StorageError(f"{path}: {_one_line(error)}; {RESTORE}") from error
+
+
+def _check_classes(classes: Classes, config: Architecture, folder: Path) -> None:
+    outputs = getattr(config, "num_classes", 0)
+    if outputs != len(classes.names) or (classes.task == "images") != hasattr(config, "image_size"):
+        raise StorageError(
+            f"{folder / CLASSES}: got {len(classes.names)} classes of task {classes.task}, the config has {outputs}; "
+            "do both belong to one model?"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _to_verify(tensors: Mapping[str, np.ndarray], verify: bool | None) -> set[str]:
+    """Names of the tensors whose contents are compared, see `load_packed`."""
+    if verify is not None:
+        return set(tensors) if verify else set()
+    chosen, room = set(), VERIFIED_BYTES
+    for name in sorted(tensors, key=lambda name: tensors[name].nbytes):
+        room -= tensors[name].nbytes
+        if room < 0:
+            break
+        chosen.add(name)
+    return chosen
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {"/".join(path): leaf for path, leaf in flatten_dict(dict(tree)).items()}
+
+
+def _tensors(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Name in the file -> array (or its shape and dtype)."""
+    tensors = {
+        f"{collection}/{path}": leaf
+        for collection in ("params", "batch_stats")
+        for path, leaf in _flatten(variables.get(collection, {})).items()
+    }
+    for path, weight in _flatten(variables["packed"]).items():
+        tensors |= {f"packed/{path}/codes": weight.codes, f"packed/{path}/scale": weight.scale}
+    return tensors
+
+
+def _packed_metadata(packed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        path: {"format": weight.format, "layout": weight.layout, "shape": list(weight.shape)}
+        for path, weight in _flatten(packed).items()
+    }
+
+
+def _crc32(tensors: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, int]:
+    """Checksums of these tensors, the largest first, by threads: zlib lets go of the interpreter's lock."""
+
+    def checksum(name: str) -> tuple[str, int]:
+        return name, zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+
+    order = sorted(names, key=lambda name: -tensors[name].nbytes)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return dict(threads.map(checksum, order))
+
+
+def _check_crc32(got: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
+    differing = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+    if differing:
+        name = differing[0]
+        raise StorageError(
+            f"{where}: {name} has the checksum {got.get(name)}, expected {expected.get(name)} "
+            f"({len(differing)} of {len(expected)} differ): it was changed or damaged; {RESTORE}"
+        )
+
+
+def _check_tensors(tensors: Tensors, expected: Mapping[str, Any], where: str) -> None:
+    """Every tensor that the config asks for, with its shape and dtype, and no other."""
+    wanted = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _tensors(expected).items()}
+    got = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
+    differing = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    if differing:
+        name = differing[0]
+        has, needs = (
+            f"{t[name][1]}{list(t[name][0])}" if name in t else "no such tensor" for t in (got, wanted)
+        )
+        raise StorageError(
+            f"{where}: {name[:120]}: got {has}, expected by the config {needs} "
+            f"({len(differing)} of {len(wanted)} differ); do both belong to one model?"
+        )
+
+
+def _config(fields: dict[str, Any], tensors: Tensors, path: Path) -> Architecture:
+    """The config, after its sizes were held against the file: a lie must not cost time or memory."""
+    limit = 8 * sum(tensor.nbytes for tensor in tensors.values())  # a dimension has a bit or more in the file
+    counts = ("num_layers", "convolutions")
+    try:
+        for field in dataclasses.fields(config_kind(fields)):  # type: ignore[arg-type]
+            value = fields.get(field.name)
+            bound = 2**31 - 1 if field.name in UNBOUNDED else len(tensors) if field.name in counts else limit
+            several = value if isinstance(value, list) and field.name == "widths" else [value]
+            if len(several) > len(tensors) + 1 or any(
+                type(n) is int and not 0 <= n <= bound for n in several
+            ):
+                raise ValueError(f"{field.name}={str(value)[:40]}, the file has room for {bound}")
+        return model_config(fields)
+    except Exception as error:  # wrong types fail in many ways; the message is one line either way
+        raise StorageError(f"{path}: {_one_line(error)}; {RESTORE}") from error
+
+
+def _names_in_leaf_order(variables: Mapping[str, Any]) -> list[str]:
+    """The tensor names in the order of jax.tree.leaves(variables)."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+
+
+def _read(path: Path) -> bytes:
+    limit = LIMITS[path.name]
+    try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise StorageError(f"{path}: got no regular file, expected one; {RESTORE}")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read ({error.strerror}); expected a folder with {MODEL} and {CONFIG}"
+        ) from error
+    if len(content) > limit:
+        raise StorageError(f"{path}: got more than {limit} bytes; {RESTORE}")
+    return content
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Can a packed model be written there? To be asked before the work; `save_packed` asks again.
+
+    Raises:
+      StorageError: the folder exists (without overwrite), holds other things than a packed model (with it), or the
+        folder it would be in cannot be written to.
+    """
+    clear_left_behind(folder)
+    if folder.exists() or folder.is_symlink():
+        if not overwrite:
+            raise StorageError(f"{folder} exists; choose another folder or pass overwrite=True")
+        # Overwriting removes the folder: be sure that it is one of ours.
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        names = {entry.name for entry in folder.iterdir()} if is_folder else set()
+        if not {MODEL, CONFIG} <= names <= {MODEL, CONFIG, TOKENIZER, CLASSES}:
+            raise StorageError(
+                f"{folder} is no packed model and will not be overwritten; choose another folder"
+            )
+    check_writable(folder)

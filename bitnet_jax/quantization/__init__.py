@@ -1,0 +1,1 @@
+"""Real numbers to few bits: straight-through estimators, scales, quantizers, precisions and recipes."""

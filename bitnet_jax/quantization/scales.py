@@ -1,0 +1,175 @@
+"""The scale of a quantized array: its shape, how it is measured, and how it is learned.
+
+A scale has the rank of the codes it belongs to. Leading axes broadcast; the last axis has length 1, or G for
+G groups of k / G neighbours along the contraction axis. For a weight matrix [n, k] the granularities are
+
+    "tensor"   one number            [1, 1]
+    "channel"  one per output        [n, 1]
+    g (int)    one per g inputs      [n, k / g]
+
+Scales are always applied by multiplication, `w * (1 / scale)`, never `w / scale`. XLA rewrites a division by
+a broadcast value into the multiplication when it compiles, and then a compiled and an uncompiled quantizer
+would disagree in codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bitnet_jax.quantization import ste as ste_lib
+
+Granularity = Literal["tensor", "channel"] | int
+SMALLEST_SCALE = 1e-5  # the clamp of the released BitNet code, and the floor of every learned scale
+
+
+class Quantized(NamedTuple):
+    """Integer-valued float32 codes and the float32 scale that gives them their size: array = codes * scale.
+
+    Products of codes are exact in float32 while their sum stays below 2^24, in any order of summation, which
+    is why a packed integer matmul can equal the training-time one bit for bit. `unquantized` activations are
+    the one exception: their codes are the input itself, with scale 1.
+    """
+
+    codes: Float[Array, "... k"]
+    scale: Float[Array, "... G"]
+
+    def dequantize(self) -> Float[Array, "... k"]:
+        return self.codes * spread(self.scale, self.codes.shape[-1])
+
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def floats(name: str, x: Array) -> Array:
+    """x as a JAX array of one of FLOATS; `name` says in the error what it is. The kernels have the same rule.
+
+    Raises:
+      ValueError: x has another dtype.
+    """
+    array = jnp.asarray(x)
+    if array.dtype.name not in FLOATS:
+        raise ValueError(f"{name} is {array.dtype}; expected {', '.join(FLOATS[:-1])} or {FLOATS[-1]}")
+    return array
+
+
+def absmax(
+    x: Float[Array, "..."], axis: int | tuple[int, ...] | None = -1, keepdims: bool = False
+) -> Float[Array, "..."]:
+    """max|x| along axes, NaN where there is one.
+
+    jnp.max alone forgets NaN: on CPUs XLA's maximum of an array of some size drops it (jax 0.10).
+    """
+    lost = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
+    return jnp.where(lost, jnp.nan, jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims))
+
+
+def spread(scale: Float[Array, "... G"], k: int) -> Float[Array, "... k"]:
+    """Repeats each group's scale over its k / G inputs; a last axis of 1 is left to broadcasting."""
+    groups = scale.shape[-1]
+    if groups == 1:
+        return scale
+    if k % groups:
+        raise ValueError(f"scale groups: got {groups} along an axis of {k}, expected a divisor of {k}")
+    return jnp.repeat(scale, k // groups, axis=-1)
+
+
+def measure(
+    statistic: Callable[..., Array], w: Float[Array, "... n k"], granularity: Granularity
+) -> Float[Array, "... #n G"]:
+    """Applies a reduction such as jnp.mean(values, axis, keepdims) over the weights that share a scale.
+
+    The barrier keeps XLA from merging the 1/n of a mean with a constant factor applied to it later, which
+    would change its rounding when compiled.
+    """
+    k = w.shape[-1]
+    if granularity == "tensor":
+        measured = statistic(w, axis=(-2, -1), keepdims=True)
+    elif granularity == "channel":
+        measured = statistic(w, axis=-1, keepdims=True)
+    elif isinstance(granularity, int) and granularity > 0 and k % granularity == 0:
+        measured = statistic(w.reshape(*w.shape[:-1], k // granularity, granularity), axis=-1)
+    else:
+        raise ValueError(
+            f"granularity: got {granularity!r} for weights with {k} inputs, "
+            f"expected 'tensor', 'channel' or a group size that divides {k}"
+        )
+    return jax.lax.optimization_barrier(measured)
+
+
+def reciprocal(scale: Array) -> Array:
+    """1 / scale that stays so: XLA would compile 1 / (1 / m) to m, an ulp off the uncompiled value."""
+    return 1 / jax.lax.optimization_barrier(scale)
+
+
+def guarded(value: Array, eps: float, epsilon: str) -> tuple[Array, Array]:
+    """(divisor, multiplier) of a measured scale, under the three published readings of where epsilon goes.
+
+    "clamp"    max(value, eps) in both places: the released BitNet code
+    "add"      value + eps in both: TriLM (2407.12327)
+    "divisor"  value + eps where the input is divided, value where codes are multiplied: b1.58 (2402.17764)
+    """
+    if epsilon == "clamp":
+        return jnp.maximum(value, eps), jnp.maximum(value, eps)
+    if epsilon == "add":
+        return value + eps, value + eps
+    if epsilon == "divisor":
+        return value + eps, value
+    raise ValueError(f"epsilon: got {epsilon!r}, expected 'clamp', 'add' or 'divisor'")
+
+
+def learned(scale: Float[Array, "..."], count: int, q_max: float) -> Float[Array, "..."]:
+    """A trained scale, ready to use.
+
+    Forward:  max(scale, 1e-5).
+    Backward: g / sqrt(count * q_max), the step-size gradient factor of LSQ (1902.08153). It also passes at
+              the floor, so a scale that fell there can climb back.
+
+    `count` is the number of values that share the scale, `q_max` the largest code.
+    """
+    factor = jnp.full_like(scale, 1 / (count * q_max) ** 0.5)
+    return ste_lib.straight_through(jnp.maximum(scale, SMALLEST_SCALE), (scale,), (factor,))
+
+
+def nearest(low: int, high: int) -> Callable[[Array], Array]:
+    """z -> clip(round(z), low, high); half rounds to even."""
+    return lambda z: jnp.clip(jnp.round(z), low, high)
+
+
+def nearest_odd(highest: int) -> Callable[[Array], Array]:
+    """z -> the odd code of the cell [c - 1, c + 1) that holds z, within +-highest.
+
+    Written with floor, not as round(z/2 - 1/2): fused into one instruction, that could round otherwise.
+    """
+    return lambda z: jnp.clip(2 * jnp.floor(z * 0.5) + 1, -highest, highest)
+
+
+def round_scaled(
+    x: Array,
+    scale: Array,
+    codes: Callable[[Array], Array],
+    low: float,
+    high: float,
+    ste: str,
+    edge: tuple[float, float] | None = None,
+) -> Array:
+    """Codes of x under a learned scale, with LSQ's gradients (1902.08153).
+
+    Forward:  codes(z), z = x / scale.
+    Backward: to x, g h with h = 1 (identity) or 1[low <= z <= high] (clipped; LSQ's own window is open, which
+              differs on the two end points only);
+              to scale, g (codes - z) inside [low, high] and g edge outside (default: the outermost codes).
+    """
+    stopped, scale_stopped = jax.lax.stop_gradient(x), jax.lax.stop_gradient(scale)
+    inverse = jnp.broadcast_to(1 / scale_stopped, x.shape)
+    z = stopped * inverse
+    value = codes(z)
+    inside = ste_lib.window(z, low, high, "clipped")
+    outside = value if edge is None else jnp.where(z < 0, edge[0], edge[1])
+    wanted = jnp.where(inside > 0, value - z, outside)
+    slopes = (ste_lib.window(z, low, high, ste) * inverse, (wanted - value) * inverse)
+    return ste_lib.straight_through(value, (x, jnp.broadcast_to(scale, x.shape)), slopes)

@@ -1,0 +1,90 @@
+"""What this machine can run, checked bit for bit: every implementation and instruction set.
+
+    bitnet-jax doctor
+
+The reference and every compiled kernel are held to plain NumPy (kernel_checks.py), and a tiny packed model, under
+each instruction set, to the latent model it was packed from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from bitnet_jax.inference.generate import greedy
+from bitnet_jax.models import PRESETS, Transformer
+from bitnet_jax.packed import packing
+from bitnet_jax.tools.kernel_checks import Check, check_kernels, checked, instruction_set
+from bitnet_kernels import cpu
+
+RULES = (("layers_*/mlp/*", "bitnet"), ("*", "bitnet_b158"))
+INSTRUCTION_SETS = (
+    "scalar",
+    "avx2",
+    "avxvnni",
+    "avx512vnni",
+    "avx512vbmi",
+    "avx512lookup",
+    "amx",
+    "neon",
+    "i8mm",
+)
+TOKENS = 16  # greedy tokens of each of the two prompts
+
+
+def diagnose() -> list[Check]:
+    """All checks on this machine, in order. Never raises for a finding; a finding is a Check."""
+    return [*check_kernels(), *_check_models(), *_absent()]
+
+
+def healthy(checks: list[Check]) -> bool:
+    return all(check.passed is not False for check in checks)
+
+
+def _check_models() -> list[Check]:
+    """A tiny model of binary and ternary layers, packed against latent, under every instruction set."""
+    config = dataclasses.replace(PRESETS["tiny"], num_layers=1, precision=RULES)
+    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size, jnp.int32)
+    latent = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)
+
+    def prove(new_tokens: int) -> str:
+        packed = packing.pack(latent["params"], config)
+        proof = packing.prove(config, latent, packed, tokens, greedy=greedy, new_tokens=new_tokens)
+        written = f", {proof.tokens_identical} greedy tokens" if new_tokens else ""
+        return f"packed equals latent: {proof.matrices} matrices, {proof.logits} logits{written}"
+
+    in_use = cpu.isa() if cpu.available_isas() else None
+    checks = []
+    for isa in cpu.available_isas() or (None,):
+        # Generating compiles for seconds, so only what would be used here writes text as well.
+        new_tokens = TOKENS if isa == in_use else 0
+        with _forced(isa):
+            label = f"tiny model, cpu ({isa})" if isa else "tiny model, reference"
+            checks.append(checked(label, functools.partial(prove, new_tokens)))
+    return checks
+
+
+@contextlib.contextmanager
+def _forced(isa: str | None) -> Iterator[None]:
+    """Everything traced inside uses one instruction set, whatever is compiled before or after."""
+    with instruction_set(isa):
+        jax.clear_caches()
+        try:
+            yield
+        finally:
+            jax.clear_caches()
+
+
+def _absent() -> list[Check]:
+    if reason := cpu.unavailable():
+        return [Check("cpu", None, reason)]
+    lacking = [isa for isa in INSTRUCTION_SETS if isa not in cpu.available_isas()]
+    return [Check(f"cpu ({isa})", None, "this processor does not have it") for isa in lacking] + [
+        Check(platform, None, "no kernel of its own yet: XLA unpacks and multiplies")
+        for platform in ("gpu", "tpu")
+    ]

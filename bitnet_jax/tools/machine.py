@@ -1,0 +1,58 @@
+"""What runs here: versions, hardware, and which kernel is chosen for a matrix or a model."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import bitnet_jax
+from bitnet_jax.models import ModelConfig
+from bitnet_kernels import Choice, PackedArray, choose_implementation, cpu, pack
+from bitnet_kernels.machine import commit, processor
+
+
+def chosen(config: ModelConfig, variables: Mapping[str, Any]) -> list[Choice]:
+    """What the packed layers of a model run on here: the different choices, those of most matrices first."""
+    counts: dict[Choice, int] = {}
+    for path, precision in config.precisions().items():
+        weight: Any = variables.get("packed", {})
+        for name in (*path.split("/"), "weight"):
+            weight = weight.get(name, {})
+        if not isinstance(weight, PackedArray):
+            continue
+        if precision.activation == "none":
+            choice = Choice("reference", None, "float activations times unpacked codes, by XLA")
+        else:
+            choice = choose_implementation(weight)
+        counts[choice] = counts.get(choice, 0) + 1
+    return sorted(counts, key=lambda choice: -counts[choice])
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware, for the head of a report."""
+    return {
+        "bitnet_jax": bitnet_jax.__version__,
+        "commit": commit(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "platform": jax.default_backend(),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def available_instruction_sets() -> tuple[str, ...]:
+    """Those of this machine, slowest first; one of them in BITNET_KERNELS_ISA is an order."""
+    return cpu.available_isas()
+
+
+def choice_here() -> Choice:
+    """What packed_matmul takes for an ordinary matrix on this machine."""
+    return choose_implementation(
+        pack(jnp.ones((16, 64), jnp.int8), jnp.ones((1, 1), jnp.float32), "ternary2")
+    )

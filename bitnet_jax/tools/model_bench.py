@@ -1,0 +1,274 @@
+"""How fast a packed model reads a prompt and writes, held against what the machine can do in the same minutes.
+
+    figures = bench_model(folder, prompt=512, new_tokens=64, repeats=5)
+
+Timed in turn, `repeats` times over, are: the prefill of the prompt; the decoding of all further tokens in one
+compiled loop; each kind of matrix product that a decode step consists of, alone, over the model's own weights; a
+loop that reads the model's file from the same pages; and a loop that only multiplies. Compilation is timed apart.
+Memory is looked at after the first generation, before anything that only the benchmark needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitnet_jax.inference.cache import kv_bytes
+from bitnet_jax.inference.generate import stream_tokens
+from bitnet_jax.models import PRESETS, text_config
+from bitnet_jax.nn.config import HEADS, ModelConfig
+from bitnet_jax.packed import packing, storage
+from bitnet_jax.tools.machine import chosen
+from bitnet_jax.tools.random_model import write_random
+from bitnet_jax.tools.step_kernels import Call, flat, step_kernels
+from bitnet_kernels.machine import dot_peak, provenance, read_all
+from bitnet_kernels.timing import interleaved, threads
+
+Variables = Mapping[str, Any]
+
+
+def bench_model(
+    folder: str | Path, *, prompt: int, new_tokens: int, repeats: int = 5, kv_format: str | None = None
+) -> dict[str, Any]:
+    """The figures of a packed model, of which commands.bench shows a table; None where nothing can measure one.
+
+    Args:
+      prompt: random tokens to read.
+      kv_format: of the cache, see `generate.generate`.
+      new_tokens: tokens to write; the first comes with the prefill, the others are what decoding is timed by.
+
+    Raises:
+      ValueError: fewer than 2 new tokens, or more than fit behind the prompt; a folder that is no packed model.
+    """
+    if new_tokens < 2 or repeats < 1:
+        raise ValueError(
+            f"got {new_tokens} new tokens and {repeats} repeats, expected at least 2 tokens and 1 repeat"
+        )
+    began = time.perf_counter()
+    config, variables, *_ = storage.load_packed(folder)
+    config = text_config(config)
+    load_seconds = time.perf_counter() - began
+
+    steps = new_tokens - 1
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, prompt))
+    prefill, decode = _generation(config, variables, tokens, new_tokens, kv_format)
+    began = time.perf_counter()
+    prefill(0), decode(0)
+    first_seconds = time.perf_counter() - began
+    memory = {"peak_rss_bytes": _peak_rss(), "rss_anon_bytes": _rss_anon()}
+
+    length = prompt + new_tokens // 2
+    kernels = step_kernels(config, variables, steps, length, kv_format)
+    model_file = np.memmap(Path(folder) / storage.MODEL, np.uint8, mode="r")
+    read, peak = read_all(model_file), dot_peak()
+    others = {"kernels": kernels}
+    if read:
+        # As often as decoding reads the model, and next to it: on a shared machine only like is compared with like.
+        others["read"] = lambda round: [read.run(step) for step in range(steps)]
+    others |= {"peak": peak.run} if peak else {}
+    for call in others.values():
+        call(0)
+    took = interleaved({"prefill": prefill, "decode": decode, **others}, rounds=(repeats, repeats), warmup=0)
+
+    prefill_seconds, decode_seconds = took["prefill"].median, took["decode"].median
+    choices = chosen(config, variables)
+    ceiling = steps * read.amount / took["read"].median if read else None
+    macs_peak = peak.amount / took["peak"].median if peak else None
+    bytes_per_token = _bytes_per_token(config, variables, length, kv_format)
+    macs = prompt * sum(math.prod(shape) for path, shape in config.linear_shapes().items() if "/" in path)
+    return {
+        "prefill_tokens_per_second": prompt / prefill_seconds,
+        "decode_tokens_per_second": steps / decode_seconds,
+        "bytes_per_token": bytes_per_token,
+        "read_ceiling_gbytes_per_second": ceiling and ceiling / 1e9,
+        "ceiling_fraction": ceiling and bytes_per_token * steps / decode_seconds / ceiling,
+        "dot_peak_gmacs_per_second": macs_peak and macs_peak / 1e9,
+        "prefill_peak_fraction": macs_peak and macs / prefill_seconds / macs_peak,
+        "kernel_fraction": took["kernels"].median / decode_seconds,
+        "model_bytes": packing.sizes(variables).total,
+        **memory,
+        "load_seconds": load_seconds,
+        "compile_seconds": first_seconds - prefill_seconds - decode_seconds,
+        "head_format": _head_format(config, variables),
+        "kv_format": kv_format or config.dtype,
+        "implementation": choices[0].name if choices else None,
+        "isa": choices[0].isa if choices else None,
+        "threads": threads(),
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "prefill_seconds": took["prefill"]._asdict(),
+        "decode_seconds_per_token": (took["decode"] / steps)._asdict(),
+        "kernel_seconds_per_token": (took["kernels"] / steps)._asdict(),
+        "config": config.to_dict(),
+        "provenance": provenance(),
+    }
+
+
+def preset_config(
+    preset: str, recipe: str | None = None, head: str | None = None, ternary_format: str | None = None
+) -> ModelConfig:
+    """The config of a preset.
+
+    Args:
+      recipe: of its layers; None: the preset's own.
+      head: ModelConfig.head (float, int8, int4), or a recipe of a head that then is a matrix of its own; None:
+        the preset's head.
+      ternary_format: of the packed codes; None: the preset's own.
+
+    Raises:
+      ValueError: an unknown preset or recipe.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"got --preset {preset}, expected one of {', '.join(PRESETS)}")
+    asked: dict[str, Any] = {"precision": recipe, "ternary_format": ternary_format}
+    config = dataclasses.replace(
+        PRESETS[preset], **{name: value for name, value in asked.items() if value is not None}
+    )
+    if head is None:
+        return config
+    if head in HEADS:
+        return dataclasses.replace(config, head=head)
+    # In one go: a rule for the head needs a head.
+    rules: Any = (("lm_head", head), ("*", config.precision))
+    return dataclasses.replace(config, tie_embeddings=False, precision=rules)
+
+
+@contextlib.contextmanager
+def model_folder(config: ModelConfig | None, folder: Path | None, *, keep: bool = False) -> Iterator[Path]:
+    """The folder of the model to time: an existing one, or random weights written to it or to a temporary one.
+
+    Args:
+      keep: leave the temporary folder there, and say where.
+
+    Raises:
+      ValueError: neither config nor existing folder; or both, and they differ.
+      StorageError: see `random_model.write_random`.
+    """
+    if folder is not None and folder.exists():
+        there = storage.load_packed(folder, verify=False).config
+        if config is not None and config != there:
+            raise ValueError(
+                f"got {folder} of another preset, recipe or head; leave them out, or name a new folder"
+            )
+        yield folder
+        return
+    if config is None:
+        raise ValueError(
+            f"got no --preset, expected one of {', '.join(PRESETS)}, or --model with a packed model"
+        )
+    if folder is not None:
+        write_random(folder, config)
+        yield folder
+        return
+    temporary = Path(tempfile.mkdtemp(prefix="bitnet-bench-"))
+    try:
+        write_random(temporary / "model", config)
+        yield temporary / "model"
+    finally:
+        if keep:
+            print(f"the model is kept in {temporary / 'model'}", file=sys.stderr)
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures as lines to read."""
+
+    def number(name: str, unit: str, factor: float = 1.0) -> str:
+        return "not measured" if figures[name] is None else f"{figures[name] * factor:.2f} {unit}"
+
+    def share(name: str, limit: str, unit: str) -> str:
+        return (
+            "not measured"
+            if figures[name] is None
+            else f"{100 * figures[name]:.1f} % of {number(limit, unit)}"
+        )
+
+    step = {name: 1e3 * value for name, value in figures["decode_seconds_per_token"].items()}
+    lines = {
+        "prefill": number("prefill_tokens_per_second", f"tokens/s, {figures['prompt']} tokens"),
+        "  of the multiplier peak": share("prefill_peak_fraction", "dot_peak_gmacs_per_second", "GMAC/s"),
+        "decoding": number("decode_tokens_per_second", f"tokens/s, {figures['new_tokens']} tokens"),
+        "  a step": "{median:.3f} ms [p10 {p10:.3f}, p90 {p90:.3f}]".format(**step),
+        "  of the read ceiling": share("ceiling_fraction", "read_ceiling_gbytes_per_second", "GB/s"),
+        "  reads": f"{figures['bytes_per_token']:,} bytes a token",
+        "  its kernels alone": number("kernel_fraction", "% of it", 100),
+        "model": f"{figures['model_bytes']:,} bytes",
+        "  formats": f"head {figures['head_format']}, keys and values {figures['kv_format']}",
+        "memory at most": number("peak_rss_bytes", "MB, the mapped model included", 1e-6),
+        "  not of the model file": number("rss_anon_bytes", "MB", 1e-6),
+        "loading, compiling": f"{figures['load_seconds']:.2f} s, {figures['compile_seconds']:.2f} s",
+        "ran on": f"{figures['implementation']} ({figures['isa']}), {figures['threads']} threads of "
+        f"{figures['provenance']['processor']}",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
+
+
+def _generation(
+    config: ModelConfig, variables: Variables, tokens: np.ndarray, new_tokens: int, kv_format: str | None
+) -> tuple[Call, Call]:
+    """Two calls in turn: reading the prompt up to the first token, and writing all the others."""
+    running: list[Iterator[np.ndarray]] = []
+
+    def prefill(round: int) -> None:
+        running[:] = [
+            stream_tokens(
+                config,
+                variables,
+                tokens,
+                max_new_tokens=new_tokens,
+                kv_format=kv_format,
+                chunk=new_tokens,
+            )
+        ]
+        next(running[0])
+
+    def decode(round: int) -> None:
+        next(running[0])
+        running.clear()  # the cache is freed before the next is made
+
+    return prefill, decode
+
+
+def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_format: str | None) -> int:
+    """What a decode step has to read: all weights, of a table that is no head one row, and `length` positions."""
+    params: dict[str, Any] = flat(variables["params"])
+    embedding_is_head = config.tie_embeddings and config.head == "float"
+    looked_up = ["position_embed/embedding"] + ([] if embedding_is_head else ["embed/embedding"])
+    tables = [params[path] for path in looked_up if path in params]
+    unread = sum(table.nbytes - table.nbytes // len(table) for table in tables)
+    return packing.sizes(variables).total - unread + kv_bytes(config, length, kv_format)
+
+
+def _head_format(config: ModelConfig, variables: Variables) -> str:
+    packed = variables.get("packed", {}).get("lm_head")
+    if packed:
+        return packed["weight"].format
+    name, leaf = ("embed", "embedding") if config.tie_embeddings else ("lm_head", "weight")
+    return str(variables["params"][name][leaf].dtype)
+
+
+def _peak_rss() -> int:
+    """Bytes; ru_maxrss is in KiB but on macOS."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _rss_anon() -> int | None:
+    """Bytes of memory that no file backs: what is not the map of the model. None where the system does not tell."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+    return None

@@ -1,0 +1,85 @@
+"""A packed model of random weights, written straight to disk: any size, in the memory of a few MiB.
+
+For benchmarks, where only shapes and formats matter. Codes are uniform over what the format can hold, scales
+such that a product keeps the size of its input, matrices and embeddings normal, gains and learned scales 1,
+biases and shifts 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.packed import packing
+from bitnet_jax.packed.storage import save_packed
+from bitnet_jax.packed.tensor_file import Streamed
+from bitnet_jax.progress import progress_bar
+from bitnet_kernels import FORMATS, PackedArray
+from bitnet_kernels.random_packed import random_panels
+
+POOL = 1_048_573  # normal numbers that are really drawn; a prime, so that rows of a matrix differ
+
+
+def write_random(
+    folder: str | Path,
+    config: ModelConfig,
+    seed: int = 0,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Writes a folder that `storage.load_packed` reads: the model `config` with random weights.
+
+    Args:
+      progress: show a bar on stderr.
+
+    Raises:
+      StorageError: see `storage.save_packed`; among others, the disk has no room.
+    """
+    abstract = packing.abstract(config)
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _random(jax.tree_util.keystr(path), leaf, config.init_std, seed),
+        abstract,
+        is_leaf=lambda leaf: isinstance(leaf, PackedArray),
+    )
+    with progress_bar(
+        packing.sizes(abstract).total, unit="B", description=f"random weights to {folder}", show=progress
+    ) as bar:
+        save_packed(folder, variables, config, overwrite=overwrite, on_bytes=bar.update)
+
+
+def _random(path: str, leaf: Any, std: float, seed: int) -> Any:
+    """One leaf of the abstract model as random values; the seed of each is its own."""
+    own = zlib.crc32(path.encode(), seed)
+    if isinstance(leaf, PackedArray):
+        return _random_matrix(leaf, own)
+    if len(leaf.shape) >= 2:
+        return Streamed(leaf.shape, leaf.dtype, _normal(leaf, std, own))
+    return np.full(leaf.shape, 1 if "scale" in path else 0, leaf.dtype)
+
+
+def _random_matrix(leaf: PackedArray, seed: int) -> PackedArray:
+    chunks = random_panels(leaf.format, leaf.shape, leaf.groups, seed)
+    mean_square = np.mean(np.square(FORMATS[leaf.format].values, dtype=np.float64))
+    size = 1 / math.sqrt(leaf.shape[1] * mean_square)
+    scale = size * np.random.default_rng(seed).uniform(0.9, 1.1, leaf.scale.shape)
+    stream: Any = Streamed(
+        leaf.codes.shape, leaf.codes.dtype, chunks
+    )  # in the place of an array until written
+    return dataclasses.replace(leaf, codes=stream, scale=jnp.asarray(scale, jnp.float32))
+
+
+def _normal(leaf: jax.ShapeDtypeStruct, std: float, seed: int) -> Iterator[np.ndarray]:
+    size = math.prod(leaf.shape)
+    pool = np.random.default_rng(seed).normal(0, std, min(size, POOL)).astype(leaf.dtype)
+    for begin in range(0, size, POOL):
+        yield pool[: size - begin]

@@ -1,0 +1,140 @@
+"""The kernels of a decode step alone, in the order of the model: what a benchmark holds against the whole step.
+
+Products of packed or float matrices (together where the model runs them together, with the quantization of their
+input), attention over the cache, and the head; no norms, no rotation, no sampling. In the model's own order and on its
+own weights, because a kernel is as fast as the memory it reads from: the same matrices in another order, or a few of
+them again and again, would come from a cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from bitnet_jax.inference.cache import init_cache
+from bitnet_jax.nn.attention import KVCache
+from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.embedding import Embedding
+from bitnet_jax.quantization.precision import Precision
+from bitnet_kernels import PackedArray, cached_attention, packed_matmul, packed_matmuls
+
+Call = Callable[[int], Any]
+TOGETHER = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+def step_kernels(
+    config: ModelConfig, variables: Mapping[str, Any], steps: int, length: int, kv_format: str | None = None
+) -> Call:
+    """A call(round) that runs the kernels of `steps` decode steps with `length` positions in the cache.
+
+    Each kernel waits for the one before.
+    """
+    cache = init_cache(config, 1, length, kv_format).layers
+
+    @jax.jit
+    def run(variables: Mapping[str, Any], layers: Sequence[Any]) -> jax.Array:
+        params, packed = (flat(variables.get(name, {})) for name in ("params", "packed"))
+
+        def step(_: Any, wait: jax.Array) -> jax.Array:
+            for paths in _calls(config):
+                layer = (
+                    layers[int(paths[0].partition("/")[0].removeprefix("layers_"))]
+                    if "/" in paths[0]
+                    else None
+                )
+                if (
+                    paths[0].endswith("/o_proj")
+                    and isinstance(layer, KVCache)
+                    and config.attention == "softmax"
+                ):
+                    wait = _after(_attend(config, layer, wait))
+                wait = _after(_multiply(config, params, packed, paths, wait))
+            return wait
+
+        return jax.lax.fori_loop(0, steps, step, jnp.zeros((), jnp.float32))
+
+    return lambda round: run(variables, cache).block_until_ready()
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Path with slashes -> leaf."""
+    return {"/".join(path): leaf for path, leaf in flatten_dict(dict(tree)).items()}
+
+
+def _calls(config: ModelConfig) -> list[list[str]]:
+    """The paths of the linear layers, in order, those that run together as one; a tied float head at the end."""
+    calls: list[list[str]] = []
+    for path in config.linear_shapes():
+        folder, _, name = path.rpartition("/")
+        last = calls[-1][-1].rpartition("/") if calls else ("", "", "")
+        together = last[0] == folder and any({last[2], name} <= names for names in TOGETHER)
+        calls[-1].append(path) if together else calls.append([path])
+    if config.tie_embeddings and config.head == "float" and not config.num_classes:
+        calls.append(["embed"])
+    return calls
+
+
+def _after(y: jax.Array) -> jax.Array:
+    """Zero, known only when y is."""
+    return jnp.where(y.reshape(-1)[0] == math.pi, 1.0, 0.0)
+
+
+def _attend(config: ModelConfig, cache: KVCache, wait: jax.Array) -> jax.Array:
+    length = cache.k.shape[1]
+    return cached_attention(
+        jnp.ones((1, 1, config.num_heads, config.head_size), jnp.float32) + wait,
+        cache.k,
+        cache.v,
+        jnp.ones((1, 1, length), bool),
+        config.score_scale,
+        length=jnp.int32(length),
+        k_scale=cache.k_scale,
+        v_scale=cache.v_scale,
+    )
+
+
+def _multiply(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    packed: Mapping[str, Any],
+    paths: Sequence[str],
+    wait: jax.Array,
+) -> jax.Array:
+    """The products of layers that have one input: a number of each."""
+    if paths[0] == "embed":
+        return _attend_to(Embedding.of(config, config.vocab_size, "embed"), params["embed/embedding"], wait)
+    precisions = config.precisions()
+    weights = {path: packed.get(f"{path}/weight", params.get(f"{path}/weight")) for path in paths}
+    x = jnp.ones((1, weights[paths[0]].shape[1]), jnp.float32) + wait
+    fused = [
+        weight
+        for path, weight in weights.items()
+        if isinstance(weight, PackedArray) and precisions[path].quantizes_input_by_absmax
+    ]
+    ys = list(packed_matmuls(x, fused)) if fused else []
+    for path, weight in weights.items():
+        if not any(weight is other for other in fused):
+            ys.append(_product(config, path, precisions[path], weight, x))
+    return jnp.stack([y.reshape(-1)[0] for y in ys])
+
+
+def _product(config: ModelConfig, path: str, precision: Precision, weight: Any, x: jax.Array) -> jax.Array:
+    if path == "lm_head" and not precision.quantizes_weights:
+        return _attend_to(Embedding.head(config, precision), weight, x[0, 0] - 1)
+    if not isinstance(weight, PackedArray):
+        return jnp.einsum("mk,nk->mn", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    if precision.activation == "none":
+        return packed_matmul(x, weight, activation_bits=None)
+    bits = 1 if precision.input_is_signs else 8
+    return packed_matmul(x.astype(jnp.int8), weight, activation_bits=bits)
+
+
+def _attend_to(module: Embedding, table: jax.Array, wait: jax.Array) -> jax.Array:
+    x = jnp.ones((1, 1, table.shape[1]), jnp.float32) + wait
+    logits: Any = module.apply({"params": {module.parameter: table}}, x, method="attend")
+    return logits[0]

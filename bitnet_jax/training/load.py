@@ -1,0 +1,62 @@
+"""A run folder, read: settings, model, latent weights, tokenizer and classes of one of its checkpoints."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bitnet_jax.data import Classes, Tokenizer
+from bitnet_jax.models import Architecture, ModelConfig
+from bitnet_jax.training.checkpoints import Checkpoints
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.run_folder import RunError, RunFolder
+from bitnet_jax.training.task import abstract_variables
+
+
+class LoadedRun(NamedTuple):
+    config: RunConfig
+    model: Architecture
+    variables: dict[str, Any]  # latent parameters and, where the model has them, batch statistics
+    tokenizer: Tokenizer | None  # of a run on text
+    classes: Classes | None  # of a classifier
+
+
+def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
+    """A run of any task, of one checkpoint, the newest by default.
+
+    Raises:
+      RunError, CheckpointError: no run, no such checkpoint, a damaged file, or one that was changed after training.
+    """
+    folder = RunFolder(workdir)
+    config = folder.read_config()
+    tokenizer = None if config.task == "images" else folder.read_tokenizer()
+    model = config.image_model_config() if tokenizer is None else config.model_config(tokenizer.vocab_size)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        restored = checkpoints.restore(
+            abstract_variables(model), step=step, check=partial(folder.check_meta, config)
+        )
+    return LoadedRun(config, model, restored.variables, tokenizer, folder.read_classes())
+
+
+def load_run(
+    workdir: str | Path, step: int | None = None
+) -> tuple[RunConfig, ModelConfig, dict[str, Any], Tokenizer]:
+    """Settings, model, latent parameters and tokenizer of a run on text; else as `read_run`."""
+    folder = RunFolder(workdir)
+    if folder.read_config().task == "images":
+        raise RunError(f"{folder.path}: got a run on images, expected one on text; load_image_run reads it")
+    config, model, variables, tokenizer, _ = read_run(workdir, step)
+    assert isinstance(model, ModelConfig)
+    assert tokenizer is not None
+    return config, model, variables["params"], tokenizer
+
+
+def load_image_run(
+    workdir: str | Path, step: int | None = None
+) -> tuple[RunConfig, Architecture, dict[str, Any]]:
+    """Settings, model and variables (parameters, batch statistics) of a run on images; else as `read_run`."""
+    folder = RunFolder(workdir)
+    if (task := folder.read_config().task) != "images":
+        raise RunError(f"{folder.path}: got a run of task {task!r}, expected images")
+    return read_run(workdir, step)[:3]

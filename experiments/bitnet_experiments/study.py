@@ -1,0 +1,214 @@
+"""What a study is: a folder with a question, arms, seeds, and a file of results, one line per run.
+
+experiments/studies/<name>/study.py        the names that `load_study` reads, see experiments/README.md
+experiments/studies/<name>/results.jsonl   written by `bitnet-jax sweep <name>`
+experiments/studies/<name>/README.md       claim, method, tables (written by `bitnet-jax report <name>`), verdict
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.config_file import load_config_file
+from bitnet_jax.training.python_file import load_python_file
+
+STUDIES = Path(__file__).resolve().parents[1] / "studies"  # of the repository; a wheel carries none
+VERDICTS = ("reproduced", "partly", "not at this size", "open")
+
+Row = Mapping[str, Any]  # of results.jsonl
+Overrides = Mapping[str, Any]  # config fields, dotted -> values
+Run = Callable[
+    [str, int, Path, bool], dict[str, Any]
+]  # (arm, seed, workdir of the study, small) -> fields of the row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """The names defined in a `study.py`, in lower case, and its folder. See experiments/README.md.
+
+    Raises:
+      ValueError: an unknown verdict, no arms or seeds, or a baseline or small arm that is no arm.
+    """
+
+    folder: Path
+    question: str
+    source: str  # paper and where in it
+    paper_effect: str  # what it found, in words
+    verdict: str  # one of VERDICTS, judged by hand
+    arms: Mapping[str, Overrides]
+    seeds: tuple[int, ...]
+    metric: str  # the field of a row that the study is about; smaller is better
+    baseline: str  # the arm that the others are compared with, seed by seed
+    config: str | None = (
+        None  # name of an installed config, or a file with get_config(variant); None: `run` needs none
+    )
+    effect: str | Callable[[Study, Sequence[Row]], str] = (
+        ""  # the arm whose difference is the answer, or its text
+    )
+    common: Overrides = dataclasses.field(default_factory=dict)  # what all arms change in the base config
+    small: Overrides = dataclasses.field(
+        default_factory=dict
+    )  # with --small, behind the config's variant "small"
+    small_arms: tuple[str, ...] | None = None  # None: all
+    small_seeds: tuple[int, ...] | None = None  # None: the first two
+    run: Run | None = None  # None: train the arm
+    report: tuple[
+        Callable[[Study, Sequence[Row]], Any], ...
+    ] = ()  # each makes a Section; (): arms and curves
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise ValueError(
+                f"{self.name}: got verdict {self.verdict!r}, expected one of {', '.join(VERDICTS)}"
+            )
+        if not self.arms or not self.seeds:
+            raise ValueError(
+                f"{self.name}: got {len(self.arms)} arms and {len(self.seeds)} seeds, expected some"
+            )
+        for arm in (self.baseline, *(self.small_arms or ())):
+            if arm not in self.arms:
+                raise ValueError(f"{self.name}: got arm {arm!r}, expected one of {', '.join(self.arms)}")
+        if self.run is None and self.config is None:
+            raise ValueError(
+                f"{self.name}: got neither CONFIG nor run, expected what to train or how to measure"
+            )
+
+    def __reduce__(self) -> tuple[Callable[[Path], Study], tuple[Path]]:
+        return read_study, (self.folder,)  # another process reads it again
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results.jsonl"
+
+    def workdir(self, small: bool = False) -> Path:
+        """Where its runs are kept unless told otherwise, from the current folder."""
+        return Path("runs/studies") / (self.name + ("-small" if small else ""))
+
+    def runs(self, small: bool = False) -> dict[str, tuple[str, int]]:
+        """Name of the run -> (arm, seed); all arms of a seed, then the next seed."""
+        seeds = (self.small_seeds or self.seeds[:2]) if small else self.seeds
+        arms = (self.small_arms or tuple(self.arms)) if small else tuple(self.arms)
+        return {f"{arm}-seed{seed}": (arm, seed) for seed in seeds for arm in arms}
+
+    def overrides(self, arm: str, seed: int, small: bool = False) -> dict[str, Any]:
+        """What the run changes in the base config: seed, what all arms do, the small setting, the arm; last wins."""
+        return {"seed": seed, **self.common, **(self.small if small else {}), **self.arms[arm]}
+
+    def settings(self, arm: str, seed: int, small: bool = False) -> RunConfig:
+        """The whole config of a run.
+
+        Raises:
+          ValueError: the arm names a field that does not exist, or gives it a value it cannot have.
+        """
+        if self.config is None:
+            raise ValueError(f"{self.name}: it has no CONFIG to make settings from")
+        base = load_config_file(f"{self.config}{':small' if small else ''}").to_dict()
+        return RunConfig.from_dict(overridden(base, self.overrides(arm, seed, small)))
+
+
+def overridden(fields: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Nested dicts with the dotted names of `overrides` set. RunConfig says which names exist."""
+    result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+    for path, value in overrides.items():
+        section, _, field = path.rpartition(".")
+        if section:
+            result.setdefault(section, {})[field] = value
+        else:
+            result[field] = value
+    return result
+
+
+def product(*factors: Mapping[str, Overrides], join: str = "-") -> dict[str, dict[str, Any]]:
+    """Every combination of one arm from each factor: {"a-x": {**a, **x}, "a-y": ..., "b-x": ...}."""
+    combined = {}
+    for choice in itertools.product(*(factor.items() for factor in factors)):
+        overrides: dict[str, Any] = {}
+        for _, part in choice:
+            overrides |= part
+        combined[join.join(name for name, _ in choice)] = overrides
+    return combined
+
+
+def zip_(names: Sequence[str], **fields: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Arms that change several fields in step; `__` in a keyword stands for the dot.
+
+    zip_(["a", "b"], model__hidden_size=[32, 64]) == {"a": {"model.hidden_size": 32}, "b": {...: 64}}
+    """
+    for field, values in fields.items():
+        if len(values) != len(names):
+            raise ValueError(f"zip_: got {len(values)} values of {field}, expected {len(names)}, one per arm")
+    return {
+        name: {field.replace("__", "."): values[i] for field, values in fields.items()}
+        for i, name in enumerate(names)
+    }
+
+
+def study_names() -> list[str]:
+    return sorted(path.parent.name for path in STUDIES.glob("*/study.py"))
+
+
+def load_study(name: str) -> Study:
+    """The study of that name in experiments/studies, or in the folder of that path.
+
+    Raises:
+      ValueError: there is none (the error lists those there are), or see `read_study`.
+    """
+    if name in study_names():
+        return read_study(STUDIES / name)
+    if (Path(name) / "study.py").is_file():
+        return read_study(Path(name).resolve())
+    raise ValueError(f"got study {name!r}, expected a folder with study.py{_listed(study_names())}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" or one of {', '.join(names)}" if names else ""
+
+
+def read_study(folder: Path) -> Study:
+    """What `study.py` in a folder defines. The file is executed: read only studies whose source is trusted.
+
+    Raises:
+      ValueError: it raises something (the message says file and line), or a name in it is missing or unknown.
+    """
+    module = load_python_file(folder / "study.py")
+    fields = {field.name: field for field in dataclasses.fields(Study) if field.name not in ("folder", "run")}
+    given = {name.lower(): value for name, value in vars(module).items() if name.isupper() and name[0] != "_"}
+    missing = [name.upper() for name, field in fields.items() if _required(field) and name not in given]
+    unknown = [name.upper() for name in given if name not in fields]
+    if missing or unknown:
+        raise ValueError(
+            f"{folder.name}/study.py: misses {', '.join(missing) or 'nothing'} and has unknown "
+            f"{', '.join(unknown) or 'nothing'}; expected {', '.join(map(str.upper, fields))}; other constants "
+            "begin with an underscore"
+        )
+    return Study(folder=folder, run=getattr(module, "run", None), **given)
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows written so far. Raises ValueError: a line is not the JSON of a row, which names its run."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error}); remove the line") from error
+        if not isinstance(row, dict) or not {"run", "status"} <= row.keys():
+            raise ValueError(
+                f"{path}:{number}: got {line[:60]!r}, expected an object with run and status; remove the line"
+            )
+        rows.append(row)
+    return rows

@@ -1,0 +1,367 @@
+"""Precision values, recipes and the rules that give every linear one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_jax.quantization.activations import hadamard, top_k
+from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.recipes import RECIPES, resolve
+from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+
+BLOCK = ("attention/q_proj", "attention/k_proj", "attention/v_proj", "attention/o_proj")
+BLOCK += ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+PATHS = [f"layers_{i}/{name}" for i in range(2) for name in BLOCK] + ["lm_head"]
+
+DISTINCT = {precision for name in RECIPES for precision in resolve(name, PATHS).values()}
+QUANTIZED = sorted((p for p in DISTINCT if p.quantizes_weights), key=str)
+
+W = jnp.asarray(np.random.default_rng(0).standard_normal((8, 256)), jnp.float32) * 0.05
+X = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 256)), jnp.float32)
+
+
+def label(precision: Precision) -> str:
+    default = Precision()
+    fields = dataclasses.asdict(precision)
+    return "-".join(str(value) for name, value in fields.items() if value != getattr(default, name))
+
+
+# --- recipes
+
+
+PROMISED = """
+float32 bfloat16 int8 int4 int3 int2 bitnet bitnet_b158 bitnet_a48 bitnet_v2 binaryconnect bwn xnor bnn bit
+paretoq_1 paretoq_1.58 paretoq_2 paretoq_3 paretoq_4
+bitnet_b158_channel bitnet_b158_group64 bitnet_weight_only
+"""
+
+
+@pytest.mark.parametrize("name", PROMISED.split())
+def test_recipes_that_are_promised_exist(name: str) -> None:
+    assert len(resolve(name, PATHS)) == len(PATHS)
+
+
+@pytest.mark.parametrize("precision", QUANTIZED, ids=label)
+def test_every_recipe_quantizes_and_learns(precision: Precision) -> None:
+    """A layer in a jitted loss: finite, a gradient for every parameter, codes that can be packed."""
+    params = {"weight": W}
+    scale = precision.weight_scale_init(W)
+    if scale is not None:
+        params["weight_scale"] = scale
+    for name, (shape, value) in precision.activation_param_shapes(256).items():
+        params[name] = jnp.full(shape, value, jnp.float32)
+
+    @jax.jit
+    def loss_and_codes(params, x, key):
+        def loss(params, x):
+            w = precision.quantize_weight(params["weight"], params.get("weight_scale"), 0.5, key)
+            a = precision.quantize_activation(
+                x, params.get("activation_scale"), params.get("activation_shift"), 0.5, key
+            )
+            return jnp.sum((a.dequantize() @ w.dequantize().T - 1) ** 2), (w, a)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    (value, (w, a)), gradients = loss_and_codes(params, X, jax.random.key(0))
+    assert np.isfinite(value)
+    for gradient in jax.tree.leaves(gradients):
+        assert np.isfinite(gradient).all()
+        assert np.any(np.asarray(gradient) != 0)
+    if precision.packed_format == "binary":
+        assert set(np.unique(w.codes)) == {-1, 1}
+    if precision.packed_format == "ternary2":
+        assert set(np.unique(w.codes)) == {-1, 0, 1}
+    if precision.input_is_signs:
+        assert set(np.unique(a.codes)) == {-1, 1}
+    if precision.activation != "none":
+        np.testing.assert_array_equal(np.asarray(a.codes).astype(np.int8), a.codes)
+
+
+def test_formats_and_bits() -> None:
+    facts = {
+        name: RECIPES[name]
+        for name in ("bitnet", "bitnet_b158", "paretoq_1.58", "paretoq_3", "bfloat16", "xnor")
+    }
+    assert [p.packed_format for p in facts.values()] == [
+        "binary",
+        "ternary2",
+        "ternary2",
+        "int4",
+        None,
+        "binary",
+    ]
+    bits = [(p.weight_bits, p.activation_bits) for p in facts.values()]
+    ternary = math.log2(3)
+    assert bits == [(1, 8), (ternary, 8), (ternary, 32), (3, 32), (16, 16), (1, 1)]
+    assert RECIPES["bitnet_weight_only"].packed_format == "ternary2"  # weight-only recipes pack too
+    odd_codes = [Precision(weight=w, weight_options={"levels": "midrise"}) for w in ("int2", "int4", "int8")]
+    assert [p.packed_format for p in odd_codes] == ["int4", "int8", None]  # up to 3, 15 and 255
+    assert [name for name, p in RECIPES.items() if isinstance(p, Precision) and p.needs_key] == [
+        "binaryconnect_stochastic"
+    ]
+
+
+def test_recipe_details_that_papers_fix() -> None:
+    a48, v2 = resolve("bitnet_a48", PATHS), resolve("bitnet_v2", PATHS)
+    assert (a48["layers_0/attention/o_proj"].activation, a48["layers_0/attention/o_proj"].top_k) == (
+        "int8",
+        0.5,
+    )
+    assert a48["layers_1/mlp/down_proj"].activation == "int8"
+    assert {a48[f"layers_0/{name}"].activation for name in BLOCK[:3] + BLOCK[4:6]} == {"int4"}
+    assert {path for path, p in v2.items() if p.hadamard} == {
+        f"layers_{i}/{name}" for i in range(2) for name in ("attention/o_proj", "mlp/down_proj")
+    }
+    assert RECIPES["binaryconnect"].latent_clip == 1.0
+    relu = resolve("bit_relu", PATHS)
+    assert relu["layers_0/mlp/down_proj"].activation == "elastic_unsigned"
+    assert relu["layers_0/mlp/up_proj"].activation == "elastic_signed"
+
+
+# --- what a Precision does
+
+
+def test_rotation_and_sparsity_come_before_and_after_the_quantizer() -> None:
+    plain = ACTIVATION_QUANTIZERS["int8"]
+    rotated = Precision(weight="binary", activation="int8", hadamard=True).quantize_activation(X)
+    np.testing.assert_array_equal(rotated.codes, plain(hadamard(X)).codes)
+    sparse = Precision(weight="binary", activation="int8", top_k=0.5).quantize_activation(X)
+    np.testing.assert_array_equal(sparse.codes, top_k(plain(X).codes, 0.5, by=X))
+    assert np.mean(np.asarray(sparse.codes) == 0) >= 0.5
+    np.testing.assert_array_equal(sparse.scale, plain(X).scale)
+    odd = X[..., :96]
+    with pytest.raises(ValueError, match="got an axis of 96"):
+        Precision(weight="binary", activation="int8", hadamard=True).quantize_activation(odd)
+    blocks = Precision(weight="binary", activation="int8", hadamard="block").quantize_activation(odd)
+    np.testing.assert_array_equal(blocks.codes, plain(hadamard(odd, block=True)).codes)
+
+
+def test_options_reach_the_quantizers() -> None:
+    zero = jnp.zeros((2, 4))
+    assert Precision(weight="binary").quantize_weight(zero).codes.sum() == 8
+    assert Precision(weight="binary", weight_options={"zero": -1}).quantize_weight(zero).codes.sum() == -8
+    wide = Precision(weight="binary", activation="int8", activation_options={"peak": 128})
+    np.testing.assert_array_equal(wide.quantize_activation(jnp.asarray([[-1.0, 0.5]])).codes, [[-128, 64]])
+
+
+def test_scale_none_leaves_the_codes_unscaled() -> None:
+    q = Precision(weight="ternary_absmean", scale="none").quantize_weight(
+        jnp.asarray([[0.4, 0.6, -3.0, 0.5]])
+    )
+    np.testing.assert_array_equal(q.codes, [[0, 1, -1, 0]])
+    np.testing.assert_array_equal(q.scale, [[1]])
+
+
+@pytest.mark.parametrize("granularity", ["channel", 64])
+@pytest.mark.parametrize("weight", WEIGHT_QUANTIZERS)
+def test_learned_scale_starts_where_the_measured_one_is(weight: str, granularity) -> None:
+    measured = Precision(weight=weight, granularity=granularity)
+    learned = Precision(weight=weight, granularity=granularity, scale="learned")
+    assert measured.weight_scale_init(W) is None
+    start = learned.weight_scale_init(W)
+    q, reference = learned.quantize_weight(W, start), measured.quantize_weight(W)
+    unscaled = weight in ("binary_raw", "binary_stochastic")
+    assert start.shape == reference.scale.shape
+    assert start.shape == ((1, 1) if unscaled else {"channel": (8, 1), 64: (8, 4)}[granularity])
+    np.testing.assert_array_equal(q.codes, reference.codes)
+    np.testing.assert_array_equal(q.scale, reference.scale)
+
+
+def test_lsq_start() -> None:
+    precision = Precision(weight="int4", scale="learned", scale_init="lsq", granularity="channel")
+    start = 2 * np.abs(np.asarray(W)).mean(1, keepdims=True) / np.sqrt(7)
+    np.testing.assert_allclose(precision.weight_scale_init(W), start, rtol=1e-6)
+    np.testing.assert_array_equal(
+        precision.weight_scale_init(jnp.zeros((2, 4))), np.full((2, 1), 1e-5, np.float32)
+    )
+
+
+def test_learned_activation_parameters() -> None:
+    bit = RECIPES["bit"]
+    shapes = bit.activation_param_shapes(256)
+    assert {name: shape for name, (shape, _) in shapes.items()} == {
+        "activation_scale": (),
+        "activation_shift": (256,),
+    }
+    assert shapes["activation_shift"][1] == 0
+    # 2 mean|x| of a standard normal; X is a sample of 1536 of them (a standard error of 2 %).
+    assert shapes["activation_scale"][1] == pytest.approx(2 * math.sqrt(2 / math.pi))
+    np.testing.assert_allclose(bit.activation_scale_init(X), shapes["activation_scale"][1], rtol=0.06)
+    unsigned = resolve("bit_relu", PATHS)["layers_0/mlp/down_proj"]
+    np.testing.assert_allclose(unsigned.activation_scale_init(X), 2 * bit.activation_scale_init(X), rtol=1e-6)
+    lsq = RECIPES["lsq4"]
+    np.testing.assert_allclose(lsq.activation_scale_init(X), 2 * jnp.abs(X).mean() / math.sqrt(7), rtol=1e-6)
+    assert RECIPES["bitnet"].activation_param_shapes(256) == {}
+    assert RECIPES["bitnet"].activation_scale_init(X) is None
+
+
+def test_learned_scales_are_given_exactly_when_they_exist() -> None:
+    one = jnp.ones((1, 1))
+    with pytest.raises(ValueError, match="scale='learned': got no learned scale"):
+        RECIPES["paretoq_1"].quantize_weight(W)
+    with pytest.raises(ValueError, match="scale='analytic': got a learned scale"):
+        RECIPES["bitnet"].quantize_weight(W, one)
+    with pytest.raises(ValueError, match="activation_scale='analytic': got a learned scale"):
+        RECIPES["bitnet"].quantize_activation(X, jnp.float32(1))
+    with pytest.raises(ValueError, match="activation_scale='learned': got no learned scale"):
+        RECIPES["bit"].quantize_activation(X)
+    with pytest.raises(ValueError, match="has no codes"):
+        RECIPES["float32"].quantize_weight(W)
+
+
+# --- the value itself
+
+
+@pytest.mark.parametrize("precision", QUANTIZED, ids=label)
+def test_json_round_trip_and_hash(precision: Precision) -> None:
+    copy = Precision.from_dict(json.loads(json.dumps(dataclasses.asdict(precision))))
+    assert copy == precision
+    assert hash(copy) == hash(precision)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weight": "ternry_absmean"}, "weight: got 'ternry_absmean', .*did you mean 'ternary_absmean'"),
+        ({"activation": "int16", "weight": "int8"}, "activation: got 'int16', expected one of"),
+        ({"compute_dtype": "float16"}, "compute_dtype: got 'float16'"),
+        ({"scale": "fixed"}, "scale: got 'fixed'"),
+        ({"scale_init": "zero"}, "scale_init: got 'zero'"),
+        (
+            {"weight": "binary", "scale": "learned", "scale_init": "lsq"},
+            "scale_init='lsq': got weight='binary'",
+        ),
+        ({"weight": "ternary_absmean", "weight_ste": "tanh"}, "weight_ste: got 'tanh', expected .*clipped"),
+        (
+            {"weight": "binary", "activation": "int8", "activation_ste": "reste"},
+            "activation_ste: got 'reste'",
+        ),
+        ({"weight": "binary", "granularity": "row"}, "granularity: got 'row', .* or a positive group size"),
+        ({"weight": "binary", "granularity": 0}, "granularity: got 0"),
+        ({"weight": "binary", "granularity": True}, "granularity: got True"),
+        ({"weight": "binary", "hadamard": "yes"}, "hadamard: got 'yes', expected False, True or 'block'"),
+        ({"weight": "binary", "top_k": 0.0}, "top_k: got 0.0, expected a fraction"),
+        ({"activation": "int8"}, "activation: got 'int8' with weight='float', expected 'none'"),
+        (
+            {"weight": "binary", "activation": "elastic_signed"},
+            "needs activation_scale='learned', got 'analytic'",
+        ),
+        (
+            {"weight": "binary", "activation": "sign", "activation_scale": "learned"},
+            "got activation='sign', expected",
+        ),
+        ({"weight": "binary", "activation": "int8", "activation_shift": True}, "activation_shift: got"),
+        (
+            {"weight": "binary", "weight_options": {"zeros": 1}},
+            "weight_options: got 'zeros', .*did you mean 'zero'",
+        ),
+        ({"weight": "binary", "weight_options": {"ste": "tanh"}}, "weight_options: got 'ste'"),
+        (
+            {"weight": "binary", "activation_options": {"peak": 128}},
+            "activation_options: got 'peak', expected",
+        ),
+        ({"weight_options": {"zero": 1}}, "weight_options: got .* with weight='float', expected none"),
+        ({"wieght": "binary"}, "Precision field: got 'wieght', .*did you mean 'weight'"),
+    ],
+)
+def test_a_wrong_field_says_what_to_do(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Precision.from_dict(fields)
+
+
+# --- rules
+
+
+def test_a_recipe_name_means_all_linears_but_the_head() -> None:
+    resolved = resolve("bitnet", PATHS)
+    assert list(resolved) == PATHS
+    assert resolved.pop("lm_head") == RECIPES["float32"]
+    assert set(resolved.values()) == {RECIPES["bitnet"]}
+    assert resolve(RECIPES["bitnet"], PATHS) == resolve("bitnet", PATHS)
+    assert set(resolve("bitnet", PATHS[:-1]).values()) == {RECIPES["bitnet"]}
+    assert resolve("bitnet", [*PATHS[:-1], "classifier"])["classifier"] == RECIPES["float32"]
+
+
+def test_first_match_wins() -> None:
+    rules = (("layers_0/mlp/*", "int8"), ("layers_*/mlp/*", "int4"), ("*", "bitnet_b158"))
+    resolved = resolve(rules, PATHS)
+    assert resolved["layers_0/mlp/up_proj"] == RECIPES["int8"]
+    assert resolved["layers_1/mlp/up_proj"] == RECIPES["int4"]
+    assert resolved["layers_1/attention/q_proj"] == RECIPES["bitnet_b158"]
+    assert resolved["lm_head"] == RECIPES["float32"]
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "lm_*", "*head"])
+def test_the_head_is_quantized_when_a_pattern_names_it(pattern: str) -> None:
+    resolved = resolve((("*_proj", "bitnet"), (pattern, "int8")), PATHS)
+    assert resolved["lm_head"] == RECIPES["int8"]
+
+
+def test_a_recipe_of_rules_expands_inside_its_pattern() -> None:
+    resolved = resolve((("layers_0/*", "bitnet_a48"), ("*", "bitnet")), PATHS)
+    assert resolved["layers_0/attention/o_proj"].top_k == 0.5
+    assert resolved["layers_0/mlp/up_proj"].activation == "int4"
+    assert resolved["layers_1/attention/o_proj"] == RECIPES["bitnet"]
+
+
+def test_rules_may_come_from_json() -> None:
+    rules = json.loads(json.dumps([["*/mlp/*", dataclasses.asdict(RECIPES["paretoq_2"])], ["*", "bitnet"]]))
+    assert resolve(rules, PATHS)["layers_0/mlp/up_proj"] == RECIPES["paretoq_2"]
+
+
+def test_a_name_may_be_followed_by_fields_that_differ() -> None:
+    changed = resolve("bnn(activation_ste=approx_sign, latent_clip=None, activation_shift=True)", PATHS)
+    expected = dataclasses.replace(
+        RECIPES["bnn"], activation_ste="approx_sign", latent_clip=None, activation_shift=True
+    )
+    assert changed["layers_0/mlp/up_proj"] == expected
+    assert resolve("bitnet(granularity=64)", PATHS)["layers_0/mlp/up_proj"] == RECIPES["bitnet_group64"]
+    by_path = resolve("bitnet_a48(top_k=0.25)", PATHS)  # of whichever rule of the recipe holds there
+    assert by_path["layers_0/attention/o_proj"].top_k == by_path["layers_0/mlp/up_proj"].top_k == 0.25
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("bnn(", r"expected NAME or NAME\(field=value, field=value\)"),
+        ("bnn(activation=sign(x))", r"expected NAME or NAME\(field=value, field=value\)"),
+        ("bnn()", "got '', expected field=value"),
+        ("bnn(identity)", "got 'identity', expected field=value"),
+        ("bnn(activation_set=identity)", "did you mean 'activation_ste'"),
+        ("bitt(activation_ste=identity)", "did you mean 'bit'"),
+        ("bnn(activation_ste=approx)", "activation_ste: got 'approx'"),
+    ],
+)
+def test_differences_that_cannot_be_read(recipe: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(recipe, PATHS)
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(
+        ValueError, match="recipe: got 'bitnet_b1.58', expected one of .*did you mean 'bitnet_b158'"
+    ):
+        resolve("bitnet_b1.58", PATHS)
+
+
+def test_paths_that_no_rule_matches() -> None:
+    with pytest.raises(
+        ValueError, match=r"leave out .*layers_1/mlp/up_proj.*end the rules with \('\*', recipe\)"
+    ):
+        resolve((("*/attention/*", "bitnet"), ("layers_0/mlp/*", "bitnet")), PATHS)
+
+
+def test_patterns_that_never_win() -> None:
+    with pytest.raises(ValueError, match=r"decide no linear: got \['\*/ffn/\*'\]"):
+        resolve((("*/ffn/*", "int8"), ("*", "bitnet")), PATHS)
+    with pytest.raises(ValueError, match=r"decide no linear: got \['\*/mlp/\*'\].*before a wider one"):
+        resolve((("*", "bitnet"), ("*/mlp/*", "int8")), PATHS)
+    # The closing "*" of a complete list is a habit, not a mistake.
+    assert resolve((("layers_*", "bitnet"), ("*", "float32")), PATHS)["lm_head"] == RECIPES["float32"]

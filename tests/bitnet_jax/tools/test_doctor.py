@@ -1,0 +1,107 @@
+"""The doctor finds a healthy machine healthy, and every kind of broken kernel broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitnet_jax.cli import main as cli
+from bitnet_jax.models import PRESETS, ModelConfig
+from bitnet_jax.packed import packing
+from bitnet_jax.tools import doctor, kernel_checks
+from bitnet_jax.tools.kernel_checks import Check
+from bitnet_kernels import IMPLEMENTATIONS, cpu
+
+TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num_heads=2, max_length=16)
+
+
+def test_the_command_reports_every_implementation_and_exits_0(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "TOKENS", 2)
+    monkeypatch.setattr(kernel_checks, "SHAPES", ((2, 48, 256, 4),))
+    assert cli.main(["doctor", "--json", f"{tmp_path}/doctor.json"]) == 0
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    passed = {check["name"] for check in report["checks"] if check["passed"]}
+    for isa in cpu.available_isas():
+        kinds = ("products", "scaled products", "attention", "head", "tiny model")
+        assert {f"{kind}, cpu ({isa})" for kind in kinds} <= passed
+    assert {f"{kind}, reference" for kind in ("products", "scaled products", "attention", "head")} <= passed
+    assert report["healthy"] is True
+    assert report["choice"]["name"] in IMPLEMENTATIONS
+    out = capsys.readouterr().out
+    assert "healthy" in out
+    assert f"packed_matmul runs on {report['choice']['name']}" in out
+
+
+def test_a_wrong_kernel_is_reported_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [
+        Check("products, cpu (avx2)", False, "ternary2 m=1: 1 of 1 differ"),
+        Check("head, reference", True, ""),
+    ]
+    monkeypatch.setattr(doctor, "check_kernels", lambda: found)
+    monkeypatch.setattr(doctor, "_check_models", lambda: [])
+    assert cli.main(["doctor"]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert len(wrong) == 1
+    assert "products, cpu (avx2)" in wrong[0]
+    assert "1 of 1 differ" in wrong[0]
+
+
+def test_a_packed_model_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differs(*args: object, **kwargs: object) -> None:
+        raise packing.PackingError("layers_0/mlp/up_proj: code [0, 0] is 1 packed and -1 latent")
+
+    monkeypatch.setattr(packing, "prove", differs)
+    monkeypatch.setattr(doctor, "PRESETS", PRESETS | {"tiny": TINY})
+    checks = doctor._check_models()
+    assert {check.passed for check in checks} == {False}
+    assert "up_proj" in checks[0].detail
+    assert not doctor.healthy(checks)
+
+
+def test_a_missing_library_is_absent_with_its_reason_and_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available_isas", lambda: ())
+    monkeypatch.setattr(cpu, "unavailable", lambda: "_cpu.so was not built")
+    absent = doctor._absent()
+    assert [(check.name, check.passed, check.detail) for check in absent] == [
+        ("cpu", None, "_cpu.so was not built")
+    ]
+    assert doctor.healthy(absent)
+
+
+def test_absent_instruction_sets_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(cpu.available_isas()) <= set(doctor.INSTRUCTION_SETS), "an instruction set the doctor forgets"
+    monkeypatch.setattr(cpu, "available_isas", lambda: ("scalar",))
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    assert {"cpu (avx2)", "cpu (avx512vnni)"} <= {check.name for check in doctor._absent()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", doctor.INSTRUCTION_SETS)
+def test_the_doctor_passes_under_each_forced_instruction_set(isa: str) -> None:
+    if isa not in cpu.available_isas():
+        pytest.skip(f"this processor has no {isa}")
+    environment = os.environ | {cpu.ISA_VARIABLE: isa, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-m", "bitnet_jax.cli", "doctor"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{isa} forced by {cpu.ISA_VARIABLE}" in done.stdout
+
+
+def test_an_unknown_forced_instruction_set_is_a_user_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not cpu.available_isas():
+        pytest.skip(f"no C++ kernels: {cpu.unavailable()}")
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
+    assert cli.main(["doctor"]) == 2
+    assert "'sse9'" in capsys.readouterr().err
