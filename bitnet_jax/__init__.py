@@ -1,7 +1,9 @@
-"""Transformers with one-bit and few-bit weights in JAX: train, pack to bits, prove equal, generate.
+"""Transformers with binary, ternary and few-bit weights in JAX: train, pack to bits, prove equal, generate.
 
-Import what you need from the modules themselves (`from bitnet_jax.quantization.precision import Precision`): importing
-this package does no work and touches no device.
+The names below are imported when they are first used: importing this package does no work and touches no device.
 """
 
+import lazy_loader
+
 __version__ = "0.1.0"
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

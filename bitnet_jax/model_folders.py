@@ -18,11 +18,11 @@ from jaxtyping import Array
 
 from bitnet_jax.data import Classes
 from bitnet_jax.data.tokenizers import Tokenizer, from_json
-from bitnet_jax.inference.generate import greedy
+from bitnet_jax.inference.generation import greedy
 from bitnet_jax.interop import huggingface
-from bitnet_jax.models import config_fields, text_config
-from bitnet_jax.nn.config import Architecture, ModelConfig
+from bitnet_jax.models import Architecture, ModelConfig, config_fields, text_config
 from bitnet_jax.packed import packing, storage
+from bitnet_jax.packed.proof import Proof, prove
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 
@@ -35,7 +35,7 @@ Config = TypeVar("Config", bound=Architecture, covariant=True)
 class LoadedModel(NamedTuple, Generic[Config]):
     kind: str  # "run", "packed" or "hugging face"
     config: Config
-    variables: dict[str, Any]  # for build_model(config).apply
+    variables: dict[str, Any]  # for config.module().apply
     tokenizer: Tokenizer | None  # a run on text always has one
     classes: Classes | None = None  # of a classifier
 
@@ -139,7 +139,7 @@ def pack_run(
     head: str | None = None,
     ternary_format: str | None = None,
     overwrite: bool = False,
-) -> tuple[packing.Proof, packing.Sizes]:
+) -> tuple[Proof, packing.Sizes]:
     """Packs a run's checkpoint, proves the packed model equal to the latent one, and only then writes it.
 
     What was written is read back and its checksums compared. A classifier keeps its labels and what its inputs go
@@ -177,7 +177,7 @@ def pack_run(
     )
     variables = latent | packing.pack(latent["params"], config)
     inputs, new_tokens = _proof_inputs(config, tokens)
-    proof = packing.prove(config, latent, variables, inputs, greedy=greedy, new_tokens=new_tokens)
+    proof = prove(config, latent, variables, inputs, greedy=greedy, new_tokens=new_tokens)
     storage.save_packed(folder, variables, config, tokenizer, classes, overwrite=overwrite)
     storage.load_packed(folder, verify=True)
     return proof, packing.sizes(variables)

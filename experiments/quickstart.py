@@ -27,10 +27,10 @@ from bitnet_jax.data import Corpus, Tokenizer, load_corpus, read_documents, spli
 from bitnet_jax.data.bpe import train_bpe
 from bitnet_jax.evaluation.language import evaluate_text
 from bitnet_jax.evaluation.ngram import ngram_bits_per_byte
-from bitnet_jax.inference.generate import generate
+from bitnet_jax.inference.generation import generate
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.model_folders import pack_run
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import storage
 from bitnet_jax.tools.machine import chosen
 from bitnet_jax.tools.model_bench import bench_model, model_folder, preset_config

@@ -19,7 +19,7 @@ from bitnet_jax.evaluation.intervals import bootstrap, proportion
 from bitnet_jax.evaluation.language import token_nats
 from bitnet_jax.evaluation.result import Result
 from bitnet_jax.inference.programs import PROGRAMS
-from bitnet_jax.models import Architecture, build_model
+from bitnet_jax.models import Architecture
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ def _measure(
     config: Architecture, variables: Mapping[str, Any], batch: Mapping[str, Array]
 ) -> tuple[Float[Array, ""], Int[Array, "B"]]:
     mask: dict[str, Any] = {"mask": batch["mask"]} if "mask" in batch else {}
-    output: Any = build_model(config).apply(variables, batch["inputs"], **mask)
+    output: Any = config.module().apply(variables, batch["inputs"], **mask)
     logits, weights = output.logits, batch["weights"]
     return jnp.sum(weights * token_nats(logits, batch["targets"])), jnp.argmax(logits, axis=-1)
 
@@ -92,7 +92,7 @@ def _probabilities(
     config: Architecture, variables: Mapping[str, Any], batch: Mapping[str, Array]
 ) -> Float[Array, "B C"]:
     mask: dict[str, Any] = {"mask": batch["mask"]} if "mask" in batch else {}
-    output: Any = build_model(config).apply(variables, batch["inputs"], **mask)
+    output: Any = config.module().apply(variables, batch["inputs"], **mask)
     return jax.nn.softmax(output.logits, axis=-1)
 
 

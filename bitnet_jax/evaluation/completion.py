@@ -10,7 +10,7 @@ import numpy as np
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
 from bitnet_jax.evaluation.likelihood import TextModel, check_text_model
-from bitnet_jax.inference.generate import GREEDY, generate, left_pad
+from bitnet_jax.inference.generation import GREEDY, generate, left_pad
 from bitnet_jax.inference.limits import check_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.quantization.precision import Precision
 
 HEADS = ("lm_head", "classifier")

@@ -8,7 +8,7 @@ Both end at the model's max_length, so the number of sizes grows with its logari
 
 from __future__ import annotations
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 
 
 def bucket(size: int, smallest: int, parts: int) -> int:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Cache
 from bitnet_jax.nn.attention import KVCache
-from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 
 KV_FORMATS = ("float32", "bfloat16", "int8")

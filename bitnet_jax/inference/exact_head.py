@@ -19,7 +19,7 @@ import jax
 from jaxtyping import Array, Float
 
 from bitnet_jax.inference.sampling import SamplingConfig
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_kernels import PackedArray, TopLogits, exact_top_logits, head_bounds, pack

@@ -12,7 +12,7 @@ import numpy as np
 
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.tokenizers import Tokenizer
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 
 
 def warn_of_unknown_tokens(config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from bitnet_jax.data.tokenizers import Tokenizer
-from bitnet_jax.inference.generate import GREEDY, Variables, left_pad, stream_tokens
+from bitnet_jax.inference.generation import GREEDY, Variables, left_pad, stream_tokens
 from bitnet_jax.inference.limits import check_tokens, warn_of_unknown_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 
 
 def stream(

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int8, UInt8
 
 from bitnet_jax.interop.huggingface_config import Form, module_name, read_config
 from bitnet_jax.interop.safetensors_folder import open_tensors, read_json
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed.packing import TABLES
 from bitnet_jax.quantization.registry import WEIGHT_QUANTIZERS
 from bitnet_jax.quantization.scales import SMALLEST_SCALE

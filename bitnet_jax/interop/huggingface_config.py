@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 
 # What the library's config classes take an absent key for.
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from bitnet_jax.models.binary_cnn import BinaryCNN, BinaryCNNConfig
 from bitnet_jax.models.binary_mlp import BinaryMLP, BinaryMLPConfig
 from bitnet_jax.models.presets import PRESETS
-from bitnet_jax.models.transformer import Cache, Output, Transformer
+from bitnet_jax.models.transformer import Cache, ModelConfig, Output, Transformer
 from bitnet_jax.models.vision_transformer import VisionTransformer, VisionTransformerConfig
-from bitnet_jax.nn.config import Architecture, ModelConfig
+from bitnet_jax.nn.config import Architecture
 
 __all__ = [
     "ARCHITECTURES",
@@ -30,7 +28,6 @@ __all__ = [
     "Transformer",
     "VisionTransformer",
     "VisionTransformerConfig",
-    "build_model",
     "config_fields",
     "config_kind",
     "init_variables",
@@ -39,26 +36,17 @@ __all__ = [
 ]
 
 # What the field `architecture` of a run's model section, or of a packed model's config.json, may say.
-ARCHITECTURES: dict[str, tuple[type[Architecture], type[Any]]] = {
-    "transformer": (ModelConfig, Transformer),
-    "mlp": (BinaryMLPConfig, BinaryMLP),
-    "cnn": (BinaryCNNConfig, BinaryCNN),
-    "vision_transformer": (VisionTransformerConfig, VisionTransformer),
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "transformer": ModelConfig,
+    "mlp": BinaryMLPConfig,
+    "cnn": BinaryCNNConfig,
+    "vision_transformer": VisionTransformerConfig,
 }
-
-
-def build_model(config: Architecture) -> nn.Module:
-    """The module of a config."""
-    (module,) = [module for kind, module in ARCHITECTURES.values() if kind is type(config)]
-    return module(config)
 
 
 def init_variables(config: Architecture, key: PRNGKeyArray) -> dict[str, Any]:
     """Random parameters, and what else the model keeps in its first state, such as batch statistics."""
-    inputs: Array = jnp.zeros((1, 1), jnp.int32)
-    if size := getattr(config, "image_size", 0):
-        inputs = jnp.zeros((1, size, size, getattr(config, "channels", 1)), jnp.float32)
-    return dict(build_model(config).init(key, inputs))
+    return dict(config.module().init(key, config.example_input()))
 
 
 def config_kind(fields: Mapping[str, Any]) -> type[Architecture]:
@@ -70,7 +58,7 @@ def config_kind(fields: Mapping[str, Any]) -> type[Architecture]:
     name = fields.get("architecture", "transformer")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(f"model.architecture: got {name!r}, expected one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name][0]
+    return ARCHITECTURES[name]
 
 
 def model_config(fields: Mapping[str, Any]) -> Architecture:
@@ -98,6 +86,15 @@ def text_config(config: Architecture) -> ModelConfig:
 
 
 def config_fields(config: Architecture) -> dict[str, Any]:
-    """The inverse of `model_config`: `architecture` and the fields of the config, plain values for JSON."""
-    (name,) = [name for name, (kind, _) in ARCHITECTURES.items() if kind is type(config)]
-    return {"architecture": name, **config.to_dict()}
+    """The inverse of `model_config`: `architecture` and the fields of the config, plain values for JSON.
+
+    Raises:
+      ValueError: the class of the config has no name in ARCHITECTURES.
+    """
+    names = {kind: name for name, kind in ARCHITECTURES.items()}
+    if type(config) not in names:
+        raise ValueError(
+            f"got a {type(config).__name__}, which has no name that a file could hold; "
+            "add one to bitnet_jax.models.ARCHITECTURES"
+        )
+    return {"architecture": names[type(config)], **config.to_dict()}

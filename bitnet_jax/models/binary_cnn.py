@@ -77,6 +77,12 @@ class BinaryCNNConfig(Architecture):
                 shapes[f"conv_{stage}_{i}"] = (self.widths[stage], 9 * inputs)
         return shapes | {"classifier": (self.num_classes, self.widths[-1])}
 
+    def module(self) -> nn.Module:
+        return BinaryCNN(self)
+
+    def example_input(self) -> Array:
+        return jnp.zeros((1, self.image_size, self.image_size, self.channels), jnp.float32)
+
     def rules(self) -> Rules:
         return with_ends(self.precision, ("conv_0", self.first), ("classifier", self.last))
 

@@ -75,6 +75,12 @@ class BinaryMLPConfig(Architecture):
         shapes = {f"dense_{i}": (self.hidden_size, sizes[i]) for i in range(self.num_layers)}
         return shapes | {"classifier": (self.num_classes, self.hidden_size)}
 
+    def module(self) -> nn.Module:
+        return BinaryMLP(self)
+
+    def example_input(self) -> Array:
+        return jnp.zeros((1, self.image_size, self.image_size, self.channels), jnp.float32)
+
     def rules(self) -> Rules:
         return with_ends(self.precision, ("dense_0", self.first), ("classifier", self.last))
 

@@ -6,7 +6,7 @@ The sizes 125m ... 100b are the dummy models of bitnet.cpp (2410.16144); `2b4t` 
 
 from __future__ import annotations
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models.transformer import ModelConfig
 
 _DUMMY_SIZES = {  # hidden, ffn, layers, heads
     "125m": (768, 3072, 11, 12),

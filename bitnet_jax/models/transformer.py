@@ -7,6 +7,7 @@ a new one comes out.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax.nn.attention import Attention, KVCache, write_at
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.embedding import Embedding, QuantizedHead
 from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.linear_attention import LinearState
@@ -23,6 +24,14 @@ from bitnet_jax.nn.mlp import MLP
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.placement import split_over_batch
 from bitnet_jax.quantization.precision import Precision
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(TransformerShape):
+    """The config of a Transformer; all its fields are those of TransformerShape."""
+
+    def module(self) -> nn.Module:
+        return Transformer(self)
 
 
 @flax.struct.dataclass

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bitnet_jax.models.transformer import Output, blocks, classify
-from bitnet_jax.nn.config import ModelConfig, hashable, with_ends
+from bitnet_jax.models.transformer import ModelConfig, Output, blocks, classify
+from bitnet_jax.nn.config import hashable, with_ends
 from bitnet_jax.nn.conv import patches
 from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.nn.linear import BitLinear
@@ -52,6 +52,12 @@ class VisionTransformerConfig(ModelConfig):
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         patch = (self.hidden_size, self.patch_size**2 * self.channels)
         return {"patch_embed": patch} | super().linear_shapes()
+
+    def module(self) -> nn.Module:
+        return VisionTransformer(self)
+
+    def example_input(self) -> Array:
+        return jnp.zeros((1, self.image_size, self.image_size, self.channels), jnp.float32)
 
     def rules(self) -> Rules:
         return with_ends(self.precision, ("patch_embed", self.first))

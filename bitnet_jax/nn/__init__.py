@@ -1,0 +1,5 @@
+"""Flax modules, each one definition for training and for packed inference."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from bitnet_jax.nn import linear_attention
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.linear import BitLinear, apply_together
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
@@ -235,7 +235,7 @@ class Attention(nn.Module):
     Returns: y [B, T, D] and the cache after these tokens (None without a cache).
     """
 
-    config: ModelConfig
+    config: TransformerShape
     precisions: Mapping[str, Precision]
 
     @nn.compact

@@ -1,6 +1,7 @@
 """The shape of a model as one frozen value, shared by every module that is built from it.
 
-`Architecture` is what packing, training and statistics need of any model; `ModelConfig` is the Transformer's.
+`Architecture` is what packing, training and statistics need of any model; `TransformerShape` is what the modules of
+this package need of a Transformer. models.ModelConfig adds the module that is built from it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import functools
 import typing
 from collections.abc import Mapping
 from typing import Any, Self, cast
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
@@ -71,10 +76,22 @@ def hashable(rules: Rules) -> Rules:
 
 
 class Architecture:
-    """A frozen dataclass with the fields `precision` and `ternary_format`, whose linear layers have paths."""
+    """A frozen dataclass with the fields `precision` and `ternary_format`, whose linear layers have paths.
+
+    A model of your own subclasses it and defines `linear_shapes` and `module`, and `example_input` unless it reads
+    token ids.
+    """
 
     precision: Rules
     ternary_format: str
+
+    def module(self) -> nn.Module:
+        """The module of this config; what it returns has the field `logits`."""
+        raise NotImplementedError
+
+    def example_input(self) -> Array:
+        """The smallest input that `module` takes, of zeros: enough to give every parameter its shape."""
+        return jnp.zeros((1, 1), jnp.int32)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Path of every linear layer -> (outputs, inputs), in the order of the forward pass."""
@@ -170,7 +187,7 @@ def with_ends(precision: Rules, *ends: tuple[str, Recipe]) -> Rules:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(Architecture):
+class TransformerShape(Architecture):
     """A decoder language model, or an encoder classifier when `num_classes` > 0.
 
     Raises:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.linear import dense, quantized_matmul
 from bitnet_jax.nn.placement import whole_rows
 from bitnet_jax.quantization.precision import Precision
@@ -49,12 +49,12 @@ class Embedding(nn.Module):
     parameter: str = "embedding"
 
     @classmethod
-    def of(cls, config: ModelConfig, rows: int, name: str) -> Embedding:
+    def of(cls, config: TransformerShape, rows: int, name: str) -> Embedding:
         """The table as a model config describes it."""
         return cls(rows, config.hidden_size, config.embedding_dtype, config.dtype, config.init_std, name=name)
 
     @classmethod
-    def head(cls, config: ModelConfig, precision: Precision) -> Embedding:
+    def head(cls, config: TransformerShape, precision: Precision) -> Embedding:
         """A float head of its own, its rows under the name that every linear layer gives its matrix."""
         return cls(
             config.vocab_size,
@@ -101,7 +101,7 @@ class QuantizedHead(nn.Module):
     the forward pass. In a packed model they are the variable `weight` of the collection `packed`.
     """
 
-    config: ModelConfig
+    config: TransformerShape
 
     @nn.compact
     def __call__(

@@ -12,13 +12,14 @@ layer in float arithmetic and the packed layer in int32 arithmetic give the same
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.norms import Norm, projection_norm
 from bitnet_jax.nn.products import sums_of_products
 from bitnet_jax.quantization.precision import Precision
@@ -82,7 +83,7 @@ class BitLinear(nn.Module):
     init_std: float = 0.02
 
     @classmethod
-    def of(cls, config: ModelConfig, features: int, precision: Precision, name: str) -> BitLinear:
+    def of(cls, config: TransformerShape, features: int, precision: Precision, name: str) -> BitLinear:
         """The layer as a model config describes it; the heads stand behind the final norm and add none."""
         in_block = name not in ("lm_head", "classifier")
         return cls(
@@ -158,6 +159,24 @@ class BitLinear(nn.Module):
             return quantized_matmul(x_quantized, w_quantized, self.dtype, self.product)
         dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
         return dense(x_quantized.dequantize(), weight, dtype)
+
+
+def precisions_of(module: nn.Module, *inputs: Any, **arguments: Any) -> dict[str, Precision]:
+    """Path of every BitLinear in a module -> its Precision, in the order of the forward pass.
+
+    Args:
+      inputs, arguments: what the module is called with, arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+    """
+    found: dict[str, Precision] = {}
+
+    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, BitLinear) and context.method_name == "__call__":
+            found["/".join(context.module.path)] = context.module.precision
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(module.init, jax.random.key(0), *inputs, **arguments)
+    return found
 
 
 def apply_together(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.linear import BitLinear, apply_together
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.quantization.precision import Precision
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class MLP(nn.Module):
     """`down(norm(f(up x)))`, or `down(norm(f(gate x) * up x))` when gated; the norm only for placement "sub"."""
 
-    config: ModelConfig
+    config: TransformerShape
     precisions: Mapping[str, Precision]
 
     @nn.compact

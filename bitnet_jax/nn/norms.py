@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.quantization.scales import floats
 
 
@@ -47,12 +47,12 @@ class Norm(nn.Module):
         return y * jnp.expand_dims(scale.astype(y.dtype), range(x.ndim - 1))
 
 
-def block_norm(config: ModelConfig, name: str) -> Norm:
+def block_norm(config: TransformerShape, name: str) -> Norm:
     """The norm in front of a block, of the output head, or before an output projection (SubLN)."""
     return Norm(config.norm, config.norm_eps, config.norm_scale, name=name)
 
 
-def projection_norm(config: ModelConfig) -> Norm | None:
+def projection_norm(config: TransformerShape) -> Norm | None:
     """The norm that a linear layer applies to its own input, if any.
 
     Placement "inside" is BitNet's first form (2310.11453: no gain); `inside_norm` is the Hugging Face

@@ -1,31 +1,30 @@
-"""From latent weights to packed ones, and the proof that both are the same model.
+"""From latent weights to packed ones.
 
     check_packable  refuses a config whose layers could not be packed, before anything is trained
     pack        quantizes each latent weight as its layer would, packs the codes, drops the latent
     with_head   the packed model with another output head, made from its table
-    prove       latent against packed: same codes, same logits, same greedy text; raises at the first difference
+    abstract    the variables of a packed model as shapes
     sizes       what the packed model weighs, part by part
 
 A packed model is {"params": what stays float, "packed": path -> {"weight": PackedArray}}, the variables that
 `Transformer.apply` takes in place of {"params": ...}. Models with batch norm keep its statistics beside both, in
-{"batch_stats": ...}.
+{"batch_stats": ...}. That it is the latent model is shown by proof.prove.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, PyTree
 
-from bitnet_jax.models import build_model, init_variables
-from bitnet_jax.nn.config import Architecture, ModelConfig
+from bitnet_jax.models import Architecture, ModelConfig, init_variables
 from bitnet_jax.nn.embedding import rounded
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.registry import Quantized
@@ -34,22 +33,12 @@ from bitnet_kernels import pack as pack_codes
 from bitnet_kernels.packed import validate_scale
 
 Variables = Mapping[str, Any]
+Precisions = Mapping[str, Precision]  # by the path of each linear layer
 TABLES = ("embed/embedding", "position_embed/embedding", "lm_head/weight")
-LOGIT_TOLERANCE = 1e-5  # relative to the largest logit; both sides do the same float32 work behind exact sums
 
 
 class PackingError(ValueError):
     """A weight cannot be packed, or a packed model is not the model it was packed from."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Proof:
-    """What `prove` found; it is only ever returned when everything held."""
-
-    matrices: int  # packed matrices, each unpacked again to identical codes
-    max_relative_logit_error: float  # max |difference| / max |latent logit|
-    logits: int  # compared
-    tokens_identical: int  # greedy tokens, all of them identical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +60,61 @@ class Sizes:
         return self.packed / self.quantized_bfloat16 if self.quantized_bfloat16 else float("nan")
 
 
-def pack(params: Mapping[str, Any], config: Architecture) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A linear layer as packing sees it."""
+
+    precision: Precision
+    shape: tuple[int, int]
+    format: str | None  # of its packed codes; None: it keeps its latent weights
+    latent: str  # path of the latent weights
+    rounded_to: str = (
+        "float32"  # what they are rounded to before they are quantized: a table that is also looked up
+    )
+
+
+def layers(config: Architecture | Precisions, flat: Mapping[str, Any] | None = None) -> dict[str, Layer]:
+    """Every linear layer by its path.
+
+    Args:
+      config: of a model; or the Precision of each linear layer by path (nn.linear.precisions_of reads them off any
+        module), whose weights are [outputs, inputs] at `<path>/weight`.
+      flat: path -> parameter, for the shapes of a model without a config.
+
+    Raises:
+      PackingError: no matrix where a path says one is.
+    """
+    if isinstance(config, Mapping):
+        flat = flat or {}
+        for path in config:
+            weight = flat.get(f"{path}/weight")
+            if weight is None or weight.ndim != 2:
+                got = "none" if weight is None else f"{list(weight.shape)}"
+                raise PackingError(
+                    f"{path}/weight: got {got}, expected the matrix [outputs, inputs] of a BitLinear"
+                )
+        return {
+            path: Layer(precision, flat[f"{path}/weight"].shape, precision.packed_format, f"{path}/weight")
+            for path, precision in config.items()
+        }
+    formats, precisions = config.packed_formats(), config.precisions()
+    found = {}
+    for path, shape in config.linear_shapes().items():
+        integer_head = isinstance(config, ModelConfig) and path == "lm_head" and config.head != "float"
+        rounded_to = config.embedding_dtype if integer_head else "float32"  # type: ignore[attr-defined]
+        found[path] = Layer(precisions[path], shape, formats.get(path), latent_path(config, path), rounded_to)
+    return found
+
+
+def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
     """Packs every linear layer whose Precision has a packed form; the others keep their latent weights.
 
     Embeddings and a float head of a Transformer are stored in config.embedding_dtype, the rounding their forward
     pass does anyway.
+
+    Args:
+      params: latent parameters, nested or flat dicts of a flax module.
+      config: of the model; or, for any flax module with BitLinear layers, the Precision of each by path.
 
     Returns: {"params": ..., "packed": ...}.
 
@@ -83,28 +122,28 @@ def pack(params: Mapping[str, Any], config: Architecture) -> dict[str, Any]:
       PackingError: a weight is missing, has the wrong shape or holds NaN, or its packed form cannot hold its
         codes or scales. The message names the path.
     """
-    check_packable(config)
-    flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
-    formats, packed = config.packed_formats(), {}
-    for path, shape in config.linear_shapes().items():
-        name = latent_path(config, path)
-        weight = flat.get(name)
-        if weight is None or weight.shape != shape:
+    flat = flatten_dict(dict(params), sep="/")
+    linear, packed = layers(config, flat), {}
+    for path, layer in linear.items():
+        _check_packable(path, layer)
+    for path, layer in linear.items():
+        weight = flat.get(layer.latent)
+        if weight is None or weight.shape != layer.shape:
             got = "none" if weight is None else f"{list(weight.shape)}"
             raise PackingError(
-                f"{name}: got {got}, expected {list(shape)}; do params and config belong together?"
+                f"{layer.latent}: got {got}, expected {list(layer.shape)}; do params and config belong together?"
             )
-        if path not in formats:
+        if layer.format is None:
             continue
-        quantized = _quantize(config, flat, path)
+        codes = quantize(path, layer, flat)
         flat.pop(f"{path}/weight", None)  # a tied head leaves the embedding
         flat.pop(f"{path}/weight_scale", None)
-        packed[f"{path}/weight"] = _pack_one(path, quantized, formats[path])
+        packed[f"{path}/weight"] = _pack_one(path, codes, layer.format)
     if isinstance(config, ModelConfig):
         for path in TABLES:
             if path in flat:
                 flat[path] = flat[path].astype(config.embedding_dtype)
-    return {"params": _nested(flat), "packed": _nested(packed)}
+    return {"params": unflatten_dict(flat, sep="/"), "packed": unflatten_dict(packed, sep="/")}
 
 
 def check_packable(config: Architecture) -> None:
@@ -114,24 +153,29 @@ def check_packable(config: Architecture) -> None:
       PackingError: a group size that does not divide the inputs of a layer or is no multiple of 32, or more inputs
         to a scale than its format can add up.
     """
-    precisions, shapes = config.precisions(), config.linear_shapes()
-    for path, format in config.packed_formats().items():
-        granularity, (n, k) = precisions[path].granularity, shapes[path]
-        size = granularity if isinstance(granularity, int) else k
-        if k % size:
-            raise PackingError(
-                f"{path}: got granularity={granularity} for {k} inputs, expected a group size that divides {k}"
-            )
-        scale: Any = jax.ShapeDtypeStruct((1 if granularity == "tensor" else n, k // size), jnp.float32)
-        try:
-            validate_scale(scale, (n, k))
-        except ValueError as error:
-            raise PackingError(f"{path}: granularity={granularity!r} cannot be packed: {error}") from error
-        if size > (most := FORMATS[format].max_inputs):
-            raise PackingError(
-                f"{path}: got {size} inputs to a scale, expected at most {most} in the format {format}; choose "
-                "a smaller granularity"
-            )
+    for path, layer in layers(config).items():
+        _check_packable(path, layer)
+
+
+def _check_packable(path: str, layer: Layer) -> None:
+    if layer.format is None:
+        return
+    granularity, (n, k) = layer.precision.granularity, layer.shape
+    size = granularity if isinstance(granularity, int) else k
+    if k % size:
+        raise PackingError(
+            f"{path}: got granularity={granularity} for {k} inputs, expected a group size that divides {k}"
+        )
+    scale: Any = jax.ShapeDtypeStruct((1 if granularity == "tensor" else n, k // size), jnp.float32)
+    try:
+        validate_scale(scale, (n, k))
+    except ValueError as error:
+        raise PackingError(f"{path}: granularity={granularity!r} cannot be packed: {error}") from error
+    if size > (most := FORMATS[layer.format].max_inputs):
+        raise PackingError(
+            f"{path}: got {size} inputs to a scale, expected at most {most} in the format {layer.format}; choose "
+            "a smaller granularity"
+        )
 
 
 def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[ModelConfig, dict[str, Any]]:
@@ -151,8 +195,8 @@ def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[Mod
         )
     packed.pop("lm_head", None)
     if head != "float":
-        flat = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
-        packed["lm_head"] = {"weight": _pack_one("lm_head", _quantize(changed, flat, "lm_head"), head)}
+        codes = quantize("lm_head", layers(changed)["lm_head"], flatten_dict(params, sep="/"))
+        packed["lm_head"] = {"weight": _pack_one("lm_head", codes, head)}
         params.pop("lm_head", None)
     return changed, {"params": params, "packed": packed}
 
@@ -178,7 +222,7 @@ def abstract(config: Architecture) -> dict[str, Any]:
     kinds: dict[
         tuple[tuple[str, Precision], ...], int
     ] = {}  # a layer's precisions -> its place in the traced model
-    kind_of = [kinds.setdefault(layer, len(kinds)) for layer in _layers(config)]
+    kind_of = [kinds.setdefault(layer, len(kinds)) for layer in _layer_precisions(config)]
     float_head = dataclasses.replace(config, head="float")  # another one comes by `head`, not by a rule
     heads = [
         (path, value)
@@ -201,14 +245,14 @@ def abstract(config: Architecture) -> dict[str, Any]:
     return {collection: deepened(variables) for collection, variables in traced.items()}
 
 
-def _layers(config: ModelConfig) -> list[tuple[tuple[str, Precision], ...]]:
+def _layer_precisions(config: ModelConfig) -> list[tuple[tuple[str, Precision], ...]]:
     """The (path in the layer, Precision) pairs of each layer."""
-    layers: list[dict[str, Precision]] = [{} for _ in range(config.num_layers)]
+    found: list[dict[str, Precision]] = [{} for _ in range(config.num_layers)]
     for path, precision in config.precisions().items():
         layer, _, inside = path.partition("/")
         if layer.startswith("layers_"):
-            layers[int(layer.removeprefix("layers_"))][inside] = precision
-    return [tuple(layer.items()) for layer in layers]
+            found[int(layer.removeprefix("layers_"))][inside] = precision
+    return [tuple(layer.items()) for layer in found]
 
 
 def _trace(config: Architecture) -> dict[str, Any]:
@@ -217,10 +261,6 @@ def _trace(config: Architecture) -> dict[str, Any]:
         return variables | pack(variables["params"], config)
 
     return jax.eval_shape(packed)
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return unflatten_dict({tuple(path.split("/")): leaf for path, leaf in flat.items()})
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -234,13 +274,15 @@ def latent_path(config: Architecture, path: str) -> str:
     return "embed/embedding" if tied else f"{path}/weight"
 
 
-def _quantize(config: Architecture, flat: Mapping[str, Any], path: str) -> Quantized:
-    """Codes and scale as the latent layer at `path` computes them: the same function, also compiled."""
-    weight = flat[latent_path(config, path)]
-    if isinstance(config, ModelConfig) and path == "lm_head" and config.head != "float":
-        weight = rounded(weight, config.embedding_dtype)
+def quantize(path: str, layer: Layer, flat: Mapping[str, Any]) -> Quantized:
+    """Codes and scale as the latent layer computes them: the same function, also compiled.
+
+    Raises:
+      PackingError: the quantizer refuses its weights.
+    """
+    weight = rounded(flat[layer.latent], layer.rounded_to)
     try:
-        return _quantize_jitted(config.precisions()[path], weight, flat.get(f"{path}/weight_scale"))
+        return _quantize_jitted(layer.precision, weight, flat.get(f"{path}/weight_scale"))
     except ValueError as error:
         raise PackingError(f"{path}: {error}") from error
 
@@ -261,11 +303,12 @@ def _pack_one(path: str, quantized: Quantized, format: str) -> PackedArray:
     except ValueError as error:
         raise PackingError(f"{path}: {error}") from error
     if concrete:
-        _check_codes(path, packed, quantized)
+        check_codes(path, packed, quantized)
     return packed
 
 
-def _check_codes(path: str, packed: PackedArray, quantized: Quantized) -> None:
+def check_codes(path: str, packed: PackedArray, quantized: Quantized) -> None:
+    """Raises PackingError unless a packed matrix holds exactly these codes and scales."""
     codes, expected = np.asarray(unpack(packed)), np.asarray(quantized.codes)
     if codes.shape != expected.shape:
         raise PackingError(f"{path}: the packed matrix is {codes.shape}, the latent one {expected.shape}")
@@ -279,105 +322,9 @@ def _check_codes(path: str, packed: PackedArray, quantized: Quantized) -> None:
         raise PackingError(f"{path}: the packed scale differs from the latent one")
 
 
-def prove(
-    config: Architecture,
-    latent: Variables,
-    packed: Variables,
-    inputs: Int[Array | np.ndarray, "B T"] | Float[Array | np.ndarray, "B height width C"],
-    mask: Bool[Array | np.ndarray, "B T"] | None = None,
-    *,
-    greedy: Callable[..., Array | np.ndarray] | None = None,
-    new_tokens: int = 0,
-    tolerance: float = LOGIT_TOLERANCE,
-) -> Proof:
-    """Proves that `packed` is the model `latent`, or raises.
-
-    Args:
-      latent: {"params": latent parameters}, and "batch_stats" if the model has them.
-      packed: {"params": ..., "packed": ...}, made by `pack` or loaded from a file, and the same "batch_stats".
-      inputs, mask: prompts for the model, padded on the left, or images; their logits are compared.
-      greedy: (config, variables, tokens, mask, n) -> n greedy tokens [B, n], in practice
-        `inference.generate.greedy`; handed in, so that packing knows nothing of generation.
-      new_tokens: tokens to continue *each* prompt by.
-      tolerance: on the largest difference of logits, relative to the largest logit.
-
-    Raises:
-      PackingError: with the first path, position or token at which the two differ.
-      ValueError: new_tokens without a way to generate them.
-    """
-    if new_tokens and greedy is None:
-        raise ValueError(f"new_tokens={new_tokens} needs greedy=inference.generate.greedy")
-    matrices = _prove_codes(config, latent["params"], packed.get("packed", {}))
-    error, count = _prove_logits(config, latent, packed, inputs, mask, tolerance)
-    identical = 0
-    if new_tokens and greedy is not None:
-        ours = np.asarray(greedy(config, packed, inputs, mask, new_tokens))
-        theirs = np.asarray(greedy(config, latent, inputs, mask, new_tokens))
-        if (ours != theirs).any():
-            # By time first: later differences of a row follow from its first one.
-            position, row = np.argwhere((ours != theirs).T)[0]
-            raise PackingError(
-                f"greedy token {position} of prompt {row} is {ours[row, position]} packed and "
-                f"{theirs[row, position]} latent ({(ours == theirs).sum()} of {ours.size} tokens agree)"
-            )
-        identical = ours.size
-    return Proof(matrices, error, count, identical)
-
-
-def _prove_codes(config: Architecture, params: Mapping[str, Any], packed: Mapping[str, Any]) -> int:
-    flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
-    weights = {"/".join(path): leaf for path, leaf in flatten_dict(dict(packed)).items()}
-    formats = config.packed_formats()
-    expected = {f"{path}/weight" for path in formats}
-    if weights.keys() != expected:
-        differing = sorted(weights.keys() ^ expected)[0]
-        state = "missing from" if differing in expected else "unexpected in"
-        raise PackingError(
-            f"{differing} is {state} the packed model; its config asks for {len(expected)} in all"
-        )
-    for name, weight in weights.items():
-        path = name.removesuffix("/weight")
-        wanted = formats[path]
-        if weight.format != wanted:
-            raise PackingError(f"{path}: the packed format is {weight.format}, expected {wanted}")
-        _check_codes(path, weight, _quantize(config, flat, path))
-    return len(weights)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(config: Architecture, variables: Variables, inputs: Array, mask: Array | None) -> Array:
-    masked: dict[str, Any] = {} if mask is None else {"mask": mask}
-    output: Any = build_model(config).apply(variables, inputs, **masked)
-    return output.logits
-
-
-def _prove_logits(
-    config: Architecture, latent: Variables, packed: Variables, inputs: Any, mask: Any, tolerance: float
-) -> tuple[float, int]:
-    inputs = jnp.asarray(inputs)
-    mask = None if mask is None else jnp.asarray(mask, bool)
-    float_part = {name: part for name, part in latent.items() if name != "packed"}
-    theirs = np.asarray(_logits(config, float_part, inputs, mask))
-    ours = np.asarray(_logits(config, dict(packed), inputs, mask))
-    if not np.isfinite(theirs).all():
-        raise PackingError("the latent model gives NaN or infinite logits; nothing can be proved about it")
-    # A row of padding says nothing, and a language model has one logit vector per token.
-    if mask is not None and theirs.ndim == 3:
-        theirs, ours = theirs[np.asarray(mask)], ours[np.asarray(mask)]
-    difference = np.abs(ours - theirs)
-    error = float(difference.max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))
-    if not error <= tolerance:  # also when it is NaN
-        where = np.unravel_index(np.nanargmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)
-        raise PackingError(
-            f"logits differ by {error:.3g} of the largest, expected at most {tolerance:g}; the worst, at "
-            f"index {[int(i) for i in where]}, is {ours[where]:.8g} packed and {theirs[where]:.8g} latent"
-        )
-    return error, theirs.size
-
-
 def sizes(variables: Variables) -> Sizes:
     """Bytes by part of a packed, a latent (nothing packed) or an `abstract` model; statistics count as other."""
-    flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(variables["params"])).items()}
+    flat = flatten_dict(dict(variables["params"]), sep="/")
     nbytes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in flat.items()}
     statistics = jax.tree.leaves(variables.get("batch_stats", {}))
     weights = flatten_dict(dict(variables.get("packed", {}))).values()

@@ -29,8 +29,7 @@ from flax.traverse_util import flatten_dict
 import bitnet_jax
 from bitnet_jax.data import Classes, tokenizers
 from bitnet_jax.data.classes import CLASSES
-from bitnet_jax.models import config_fields, config_kind, model_config
-from bitnet_jax.nn.config import Architecture
+from bitnet_jax.models import Architecture, config_fields, config_kind, model_config
 from bitnet_jax.packed import packing, tensor_file
 from bitnet_jax.packed.tensor_file import RESTORE, StorageError, Streamed
 from bitnet_jax.packed.whole_folder import check_writable, clear_left_behind, synced_file, whole_folder
@@ -52,7 +51,7 @@ Tensors = Mapping[str, np.ndarray | Streamed]
 
 class PackedModel(NamedTuple):
     config: Architecture
-    variables: dict[str, Any]  # for build_model(config).apply
+    variables: dict[str, Any]  # for config.module().apply
     tokenizer: tokenizers.Tokenizer | None
     classes: Classes | None  # of a classifier
 

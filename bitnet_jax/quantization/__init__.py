@@ -1,1 +1,5 @@
 """Real numbers to few bits: straight-through estimators, scales, quantizers, precisions and recipes."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from bitnet_jax.inference.generate import greedy
+from bitnet_jax.inference.generation import greedy
 from bitnet_jax.models import PRESETS, Transformer
 from bitnet_jax.packed import packing
+from bitnet_jax.packed.proof import prove
 from bitnet_jax.tools.kernel_checks import Check, check_kernels, checked, instruction_set
 from bitnet_kernels import cpu
 
@@ -52,9 +53,9 @@ def _check_models() -> list[Check]:
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size, jnp.int32)
     latent = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)
 
-    def prove(new_tokens: int) -> str:
+    def check(new_tokens: int) -> str:
         packed = packing.pack(latent["params"], config)
-        proof = packing.prove(config, latent, packed, tokens, greedy=greedy, new_tokens=new_tokens)
+        proof = prove(config, latent, packed, tokens, greedy=greedy, new_tokens=new_tokens)
         written = f", {proof.tokens_identical} greedy tokens" if new_tokens else ""
         return f"packed equals latent: {proof.matrices} matrices, {proof.logits} logits{written}"
 
@@ -65,7 +66,7 @@ def _check_models() -> list[Check]:
         new_tokens = TOKENS if isa == in_use else 0
         with _forced(isa):
             label = f"tiny model, cpu ({isa})" if isa else "tiny model, reference"
-            checks.append(checked(label, functools.partial(prove, new_tokens)))
+            checks.append(checked(label, functools.partial(check, new_tokens)))
     return checks
 
 

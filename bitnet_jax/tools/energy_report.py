@@ -29,8 +29,8 @@ from bitnet_jax.evaluation.energy import (
 )
 from bitnet_jax.evaluation.meters import measure, open_meters
 from bitnet_jax.inference.cache import kv_bytes
-from bitnet_jax.inference.generate import generate
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.inference.generation import generate
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import packing
 from bitnet_jax.packed.storage import load_packed
 from bitnet_jax.tools.model_bench import model_folder, preset_config

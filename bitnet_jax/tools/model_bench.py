@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from bitnet_jax.inference.cache import kv_bytes
-from bitnet_jax.inference.generate import stream_tokens
-from bitnet_jax.models import PRESETS, text_config
-from bitnet_jax.nn.config import HEADS, ModelConfig
+from bitnet_jax.inference.generation import stream_tokens
+from bitnet_jax.models import PRESETS, ModelConfig, text_config
+from bitnet_jax.nn.config import HEADS
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.tools.machine import chosen
 from bitnet_jax.tools.random_model import write_random

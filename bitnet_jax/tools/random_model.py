@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import packing
 from bitnet_jax.packed.storage import save_packed
 from bitnet_jax.packed.tensor_file import Streamed

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from bitnet_jax.inference.cache import init_cache
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.nn.attention import KVCache
-from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.quantization.precision import Precision
 from bitnet_kernels import PackedArray, cached_attention, packed_matmul, packed_matmuls

@@ -1,18 +1,5 @@
-"""Training: from a run config to checkpoints, metrics and a result, in bits that repeat."""
+"""Training: from a run config to checkpoints, metrics and a result, bit-identical when repeated."""
 
-from bitnet_jax.training.checkpoints import CheckpointError
-from bitnet_jax.training.config import RunConfig
-from bitnet_jax.training.interrupt import Interrupted
-from bitnet_jax.training.load import load_image_run, load_run
-from bitnet_jax.training.loop import fit
-from bitnet_jax.training.run_folder import RunError
+import lazy_loader
 
-__all__ = [
-    "CheckpointError",
-    "Interrupted",
-    "RunConfig",
-    "RunError",
-    "fit",
-    "load_image_run",
-    "load_run",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

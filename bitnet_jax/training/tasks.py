@@ -20,7 +20,7 @@ from bitnet_jax.data import (
     whole_batches,
 )
 from bitnet_jax.evaluation.classifiers import score_classifier
-from bitnet_jax.models import Architecture, build_model, init_variables
+from bitnet_jax.models import Architecture, init_variables
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.distillation import distilled_loss, teach
 from bitnet_jax.training.task import Task, language_task, model_loss
@@ -72,7 +72,7 @@ def text_task(config: RunConfig) -> Task:
         return task
     teacher = teach(config.distillation, model)
     return task._replace(
-        loss=distilled_loss(build_model(model), config.distillation),
+        loss=distilled_loss(model.module(), config.distillation),
         train_batch=lambda step: teacher(task.train_batch(step)),
     )
 
@@ -97,7 +97,7 @@ def _classification(
 
     return Task(
         init=partial(init_variables, model),
-        loss=model_loss(build_model(model), config.training.z_loss),
+        loss=model_loss(model.module(), config.training.z_loss),
         train_batch=batches.batch,
         tokens=config.data.batch_size,
         evaluate=evaluate,

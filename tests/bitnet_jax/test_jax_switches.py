@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax.inference.generate import generate, left_pad
+from bitnet_jax.inference.generation import generate, left_pad
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing

@@ -82,7 +82,9 @@ def test_mistakes_are_named(study: Study, change: str, message: str) -> None:
 
 
 def test_unknown_studies_and_damaged_results_are_named(study: Study) -> None:
-    with pytest.raises(ValueError, match="got study 'nothing', expected one of .*ternary_penalty"):
+    with pytest.raises(
+        ValueError, match="got study 'nothing', expected a folder .* one of .*ternary_penalty"
+    ):
         load_study("nothing")
     study.results.write_text("not json\n{}\n")
     with pytest.raises(ValueError, match=r"results\.jsonl:1 is not JSON"):

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from bitnet_jax.inference.cache import init_cache
-from bitnet_jax.inference.generate import generate
+from bitnet_jax.inference.generation import generate
 from bitnet_jax.model_folders import load_text_model
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing

@@ -18,7 +18,7 @@ from bitnet_jax.evaluation.energy import joules, operations
 from bitnet_jax.evaluation.language import evaluate_text
 from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.tasks import run_task
-from bitnet_jax.inference.generate import greedy
+from bitnet_jax.inference.generation import greedy
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import packing
 from bitnet_jax.training.load import load_run

@@ -16,8 +16,9 @@ from bitnet_jax.cli import main as cli
 from bitnet_jax.data.image_files import read_images
 from bitnet_jax.data.images import drawn_digits, load_images, shrink
 from bitnet_jax.model_folders import load_model, pack_run
-from bitnet_jax.models import build_model, init_variables, model_config
+from bitnet_jax.models import init_variables, model_config
 from bitnet_jax.packed import packing, storage
+from bitnet_jax.packed.proof import prove
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import fit
 
@@ -83,10 +84,10 @@ def test_every_architecture_is_packed_saved_and_loaded_as_the_same_model(
     inputs = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
     if architecture == "transformer":
         inputs = np.arange(24).reshape(2, 12)
-    proof = packing.prove(config, latent, loaded.variables, inputs)
+    proof = prove(config, latent, loaded.variables, inputs)
     assert proof.matrices == len(config.packed_formats()) > 0
     assert proof.max_relative_logit_error <= 1e-5
-    build_model(config).apply(loaded.variables, inputs)
+    config.module().apply(loaded.variables, inputs)
 
 
 def test_pack_keeps_statistics_labels_and_normalisation(place: Path) -> None:

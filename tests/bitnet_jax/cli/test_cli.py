@@ -20,7 +20,7 @@ import pytest
 
 from bitnet_jax.cli import main as cli
 from bitnet_jax.data.tokenizers import CharTokenizer
-from bitnet_jax.inference.generate import generate
+from bitnet_jax.inference.generation import generate
 from bitnet_jax.model_folders import load_model
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing, storage

@@ -14,7 +14,7 @@ from bitnet_jax.evaluation import completion, summarization
 from bitnet_jax.evaluation.completion import complete, cut
 from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.summarization import CUE, rouge
-from bitnet_jax.inference.generate import generate
+from bitnet_jax.inference.generation import generate
 from bitnet_jax.models import ModelConfig, Transformer
 
 CONFIG = ModelConfig(

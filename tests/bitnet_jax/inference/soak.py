@@ -18,7 +18,7 @@ import numpy as np
 from bitnet_jax.data.tokenizers import ByteTokenizer
 from bitnet_jax.evaluation.completion import complete
 from bitnet_jax.evaluation.likelihood import Request, TextModel, score_requests
-from bitnet_jax.inference.generate import generate, stream_tokens
+from bitnet_jax.inference.generation import generate, stream_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing

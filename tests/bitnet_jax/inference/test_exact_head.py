@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.inference.exact_head import COLLECTION, with_exact_head
-from bitnet_jax.inference.generate import generate, left_pad, stream_tokens
+from bitnet_jax.inference.generation import generate, left_pad, stream_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing

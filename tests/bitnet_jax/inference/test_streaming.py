@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from bitnet_jax.inference import streaming
-from bitnet_jax.inference.generate import generate
+from bitnet_jax.inference.generation import generate
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.inference.streaming import cut_at_stop, stream
 from bitnet_jax.models import ModelConfig, Transformer

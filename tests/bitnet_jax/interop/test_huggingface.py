@@ -20,11 +20,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from bitnet_jax.inference.cache import init_cache
-from bitnet_jax.inference.generate import generate
+from bitnet_jax.inference.generation import generate
 from bitnet_jax.interop.huggingface import load, pack_weight, tensor_names, unpack_weight
 from bitnet_jax.interop.safetensors_folder import open_tensors
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Block, Transformer
-from bitnet_jax.nn.config import ModelConfig
 from bitnet_kernels import cpu, unpack
 
 FLOAT = ("bitnet_plain_bf16_untied", "bitnet_plain_fp32_tied", "llama_plain_fp32_untied")

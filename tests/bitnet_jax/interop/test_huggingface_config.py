@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from bitnet_jax.interop.huggingface import load
 from bitnet_jax.interop.huggingface_config import read_config
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 
 PACKED = "bitnet_autobit_packed_fp32_untied"
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}

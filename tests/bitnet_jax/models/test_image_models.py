@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bitnet_jax.models import BinaryCNNConfig, Transformer, build_model, model_config
+from bitnet_jax.models import Architecture, BinaryCNNConfig, ModelConfig, Transformer, model_config
 from bitnet_jax.models.binary_cnn import pooled
-from bitnet_jax.nn.config import Architecture, ModelConfig
 from bitnet_jax.packed import packing
+from bitnet_jax.packed.proof import prove
 
 IMAGE = {"image_size": 8, "num_classes": 5}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def config_of(architecture: str, **changes: Any) -> Architecture:
 @lru_cache
 def trained(config: Architecture) -> dict[str, Any]:
     """Variables with batch statistics that are not the initial ones, and latents larger than at first."""
-    model = build_model(config)
+    model = config.module()
     variables = jax.jit(model.init)(jax.random.key(1), IMAGES)
     observe = jax.jit(lambda v: model.apply(v, IMAGES, deterministic=False, mutable=["batch_stats"])[1])
     for _ in range(20 if "batch_stats" in variables else 0):
@@ -76,7 +76,7 @@ def test_packed_is_the_same_model(architecture: str, precision: str) -> None:
     latent = trained(config)
     statistics = {name: part for name, part in latent.items() if name == "batch_stats"}
     packed = packing.pack(latent["params"], config) | statistics
-    proof = packing.prove(config, latent, packed, IMAGES)
+    proof = prove(config, latent, packed, IMAGES)
     assert proof.matrices == len(config.packed_formats()) > 1
     assert proof.logits == 6 * 5
 
@@ -90,7 +90,7 @@ def test_packed_text_classifier_is_the_same_model() -> None:
     mask = jnp.arange(12)[None] < jnp.array([12, 3, 7, 1])[:, None]
     latent = {"params": jax.jit(Transformer(config).init)(jax.random.key(1), tokens)["params"]}
     packed = packing.pack(latent["params"], config)
-    assert packing.prove(config, latent, packed, tokens, mask).matrices == 6
+    assert prove(config, latent, packed, tokens, mask).matrices == 6
 
 
 def integer_products(config: Architecture, variables: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -98,7 +98,7 @@ def integer_products(config: Architecture, variables: dict[str, Any]) -> dict[st
 
     @jax.jit
     def run(variables: dict[str, Any]) -> dict[str, Any]:
-        _, seen = build_model(config).apply(
+        _, seen = config.module().apply(
             variables,
             IMAGES,
             capture_intermediates=lambda module, _: type(module).__name__ in ("BitLinear", "BitConv"),
@@ -141,7 +141,7 @@ def test_a_shortcut_carries_what_the_convolutions_do_not(shortcut: bool) -> None
         else leaf
         for name, leaf in variables["params"].items()
     }
-    output: Any = jax.jit(build_model(config).apply)(variables | {"params": params}, IMAGES)
+    output: Any = jax.jit(config.module().apply)(variables | {"params": params}, IMAGES)
     assert bool(np.ptp(output.logits, axis=0).max() > 1e-3) == shortcut
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Cache, Output, Transformer
 from bitnet_jax.nn.attention import KVCache
-from bitnet_jax.nn.config import ModelConfig
 from bitnet_jax.nn.linear_attention import zero_state
 
 V, H, K, h = 13, 4, 2, 4

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.nn import attention as at
 from bitnet_jax.nn.attention import Attention, KVCache, fake_quantized_kv, quantize_kv
-from bitnet_jax.nn.config import ATTENTION_LINEARS, ModelConfig
+from bitnet_jax.nn.config import ATTENTION_LINEARS
 from bitnet_jax.nn.linear_attention import zero_state
 
 B, T, H, K, h = 2, 6, 4, 2, 4

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bitnet_jax.nn.config import ModelConfig
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.quantization.precision import Precision
 

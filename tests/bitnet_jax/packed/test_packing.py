@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax.inference.generate import greedy, left_pad
+from bitnet_jax.inference.generation import greedy, left_pad
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_jax.nn import linear
 from bitnet_jax.packed import packing
 from bitnet_jax.packed.packing import PackingError
+from bitnet_jax.packed.proof import Proof, prove
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES, resolve
 from bitnet_kernels import PackedArray, packed_matmul, unpack
@@ -58,7 +59,7 @@ def greedy_without_cache(
     assert not mask[:, :count].any()
     generated = []
     for _ in range(count):
-        logits = packing._logits(config, variables, jnp.asarray(tokens), jnp.asarray(mask))
+        logits = proof._logits(config, variables, jnp.asarray(tokens), jnp.asarray(mask))
         generated.append(np.argmax(logits[:, -1], axis=-1).astype(np.int32))
         tokens = np.concatenate([tokens[:, 1:], generated[-1][:, None]], axis=1)
         mask = np.concatenate([mask[:, 1:], np.ones_like(mask[:, :1])], axis=1)
@@ -82,7 +83,7 @@ def test_all_packable_recipes_in_one_model_are_proved() -> None:
     params = init(config)
     tokens = np.pad(TOKENS, ((0, 0), (20, 0)))
     mask = np.pad(MASK, ((0, 0), (20, 0)))
-    proof = packing.prove(
+    proof = prove(
         config,
         {"params": params},
         pack(params, config),
@@ -104,15 +105,15 @@ def test_each_packable_recipe_alone_is_proved(recipe: str) -> None:
     config = ModelConfig(**SHAPE | {"hidden_size": 256, "ffn_size": 512}, precision=recipe)
     params = init(config)
     packed = pack(params, config)
-    proof = packing.prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=20)
+    proof = prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=20)
     assert proof.matrices == 7
     assert proof.tokens_identical == 60
 
 
 def test_ternary_is_equal_bit_for_bit_and_generates_the_same(ternary: Any) -> None:
     config, params, packed = ternary
-    proof = packing.prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=30)
-    assert proof == packing.Proof(
+    proof = prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=30)
+    assert proof == Proof(
         matrices=7, max_relative_logit_error=0.0, logits=int(MASK.sum()) * 29, tokens_identical=90
     )
 
@@ -133,7 +134,7 @@ def test_bfloat16_models_are_proved_too_and_only_packed_layers_lose_their_latent
     assert "weight" in params["layers_0"]["attention"]["q_proj"]  # the caller's parameters are untouched
     assert kept["embed"]["embedding"].dtype == kept["position_embed"]["embedding"].dtype == jnp.bfloat16
     assert kept["lm_head"]["weight"].dtype == jnp.bfloat16
-    assert packing.prove(config, {"params": params}, packed, TOKENS, MASK).matrices == 6
+    assert prove(config, {"params": params}, packed, TOKENS, MASK).matrices == 6
 
 
 def test_packed_codes_and_scales_are_the_formula(ternary: Any) -> None:
@@ -150,7 +151,7 @@ def test_a_classifier_is_packed_and_proved_by_its_logits() -> None:
     config = ModelConfig(**SHAPE, precision="bitnet", num_classes=3, causal=False)
     params = init(config)
     packed = pack(params, config)
-    proof = packing.prove(config, {"params": params}, packed, TOKENS, MASK)
+    proof = prove(config, {"params": params}, packed, TOKENS, MASK)
     assert (proof.logits, proof.tokens_identical) == (9, 0)
     assert proof.matrices == len(config.precisions()) - 1  # the classifier head stays float
 
@@ -243,20 +244,20 @@ def test_a_changed_weight_is_found(ternary: Any, mutation: str) -> None:
     config, params, packed = ternary
     mutated = with_first_weight(packed, **MUTATIONS[mutation](first_weight(packed)))
     with pytest.raises(PackingError, match="layers_0/attention/q_proj: (code|the packed scale)"):
-        packing.prove(config, {"params": params}, mutated, TOKENS, MASK)
+        prove(config, {"params": params}, mutated, TOKENS, MASK)
 
 
 def test_another_format_or_a_missing_matrix_is_found(ternary: Any) -> None:
     config, params, packed = ternary
     with pytest.raises(PackingError, match="format is binary, expected ternary2"):
-        packing.prove(config, {"params": params}, with_first_weight(packed, format="binary"), TOKENS)
+        prove(config, {"params": params}, with_first_weight(packed, format="binary"), TOKENS)
     del (missing := jax.tree.map(lambda leaf: leaf, packed))["packed"]["layers_0"]["mlp"]["up_proj"]
     with pytest.raises(PackingError, match="layers_0/mlp/up_proj/weight is missing"):
-        packing.prove(config, {"params": params}, missing, TOKENS)
+        prove(config, {"params": params}, missing, TOKENS)
     extra = jax.tree.map(lambda leaf: leaf, packed)
     extra["packed"]["layers_7"] = extra["packed"]["layers_0"]
     with pytest.raises(PackingError, match="layers_7/attention/k_proj/weight is unexpected"):
-        packing.prove(config, {"params": params}, extra, TOKENS)
+        prove(config, {"params": params}, extra, TOKENS)
 
 
 def test_a_changed_float_parameter_is_found_in_the_logits(ternary: Any) -> None:
@@ -264,14 +265,14 @@ def test_a_changed_float_parameter_is_found_in_the_logits(ternary: Any) -> None:
     changed = jax.tree.map(lambda leaf: leaf, packed)
     changed["params"]["final_norm"]["scale"] = changed["params"]["final_norm"]["scale"].at[3].multiply(1.01)
     with pytest.raises(PackingError, match=r"logits differ by .* at index"):
-        packing.prove(config, {"params": params}, changed, TOKENS, MASK)
+        prove(config, {"params": params}, changed, TOKENS, MASK)
     broken = jax.tree.map(lambda leaf: leaf, packed)
     broken["params"]["final_norm"]["scale"] = jnp.full(24, jnp.nan)
     with pytest.raises(PackingError, match="logits differ by nan"):
-        packing.prove(config, {"params": params}, broken, TOKENS, MASK)
+        prove(config, {"params": params}, broken, TOKENS, MASK)
     latent = {**params, "final_norm": broken["params"]["final_norm"]}
     with pytest.raises(PackingError, match="latent model gives NaN"):
-        packing.prove(config, {"params": latent}, packed, TOKENS, MASK)
+        prove(config, {"params": latent}, packed, TOKENS, MASK)
 
 
 def test_a_kernel_that_is_wrong_is_found_in_the_logits(ternary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +281,7 @@ def test_a_kernel_that_is_wrong_is_found_in_the_logits(ternary: Any, monkeypatch
     config = dataclasses.replace(config, max_length=50)
     monkeypatch.setattr(linear, "packed_matmul", lambda *a, **k: packed_matmul(*a, **k) * (1 + 2.0**-10))
     with pytest.raises(PackingError, match="logits differ"):
-        packing.prove(config, {"params": params}, packed, TOKENS, MASK)
+        prove(config, {"params": params}, packed, TOKENS, MASK)
 
 
 def test_the_first_differing_greedy_token_is_named(ternary: Any) -> None:
@@ -293,9 +294,9 @@ def test_the_first_differing_greedy_token_is_named(ternary: Any) -> None:
         return generated
 
     with pytest.raises(PackingError, match="greedy token 3 of prompt 2 is 22 packed and 21 latent .21 of 27"):
-        packing.prove(config, {"params": params}, packed, TOKENS, MASK, greedy=nearly, new_tokens=9)
+        prove(config, {"params": params}, packed, TOKENS, MASK, greedy=nearly, new_tokens=9)
     with pytest.raises(ValueError, match="needs greedy="):
-        packing.prove(config, {"params": params}, packed, TOKENS, MASK, new_tokens=9)
+        prove(config, {"params": params}, packed, TOKENS, MASK, new_tokens=9)
 
 
 @pytest.mark.parametrize(
@@ -334,10 +335,10 @@ def test_ternary_codes_five_in_a_byte_are_the_same_model(ternary: Any) -> None:
     repacked = pack(params, dense)
     weight = repacked["packed"]["layers_0"]["mlp"]["down_proj"]["weight"]
     assert weight.format == "ternary5"
-    proof = packing.prove(dense, {"params": params}, repacked, TOKENS, MASK, greedy=greedy, new_tokens=10)
+    proof = prove(dense, {"params": params}, repacked, TOKENS, MASK, greedy=greedy, new_tokens=10)
     assert proof.max_relative_logit_error == 0.0
     with pytest.raises(PackingError, match="the packed format is ternary2, expected ternary5"):
-        packing.prove(dense, {"params": params}, packed, TOKENS, MASK)
+        prove(dense, {"params": params}, packed, TOKENS, MASK)
 
 
 # The output head in integers.
@@ -355,7 +356,7 @@ def test_a_quantized_head_is_packed_and_proved(head: str, tied: bool) -> None:
     assert (weight.format, weight.shape) == (head, (29, 32))
     assert "lm_head" not in packed["params"]
     assert packed["params"]["embed"]["embedding"].dtype == jnp.bfloat16  # for look-ups
-    proof = packing.prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=20)
+    proof = prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=20)
     assert (proof.matrices, proof.tokens_identical) == (8, 60)
     assert packing.sizes(packed).total == sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
 
@@ -369,7 +370,7 @@ def test_a_quantized_head_is_packed_and_proved(head: str, tied: bool) -> None:
     changed = jax.tree.map(lambda leaf: leaf, packed)
     changed["packed"]["lm_head"]["weight"] = dataclasses.replace(weight, codes=weight.codes ^ 1)
     with pytest.raises(PackingError, match="lm_head: code"):
-        packing.prove(config, {"params": params}, changed, TOKENS, MASK)
+        prove(config, {"params": params}, changed, TOKENS, MASK)
 
 
 @pytest.mark.parametrize("tied", [True, False])

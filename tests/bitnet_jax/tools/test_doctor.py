@@ -59,7 +59,7 @@ def test_a_packed_model_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -
     def differs(*args: object, **kwargs: object) -> None:
         raise packing.PackingError("layers_0/mlp/up_proj: code [0, 0] is 1 packed and -1 latent")
 
-    monkeypatch.setattr(packing, "prove", differs)
+    monkeypatch.setattr(doctor, "prove", differs)
     monkeypatch.setattr(doctor, "PRESETS", PRESETS | {"tiny": TINY})
     checks = doctor._check_models()
     assert {check.passed for check in checks} == {False}

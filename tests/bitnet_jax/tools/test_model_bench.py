@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.cli import main as cli
-from bitnet_jax.inference.generate import stream_tokens
+from bitnet_jax.inference.generation import stream_tokens
 from bitnet_jax.models import PRESETS, ModelConfig
 from bitnet_jax.packed import packing
 from bitnet_jax.packed.storage import load_packed

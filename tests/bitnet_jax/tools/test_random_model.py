@@ -56,7 +56,7 @@ import sys
 from pathlib import Path
 import dataclasses
 import jax
-from bitnet_jax.inference.generate import generate
+from bitnet_jax.inference.generation import generate
 from bitnet_jax.models import PRESETS
 from bitnet_jax.tools.random_model import write_random
 from bitnet_jax.packed.storage import load_packed

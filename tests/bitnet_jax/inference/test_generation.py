@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax.inference import generate as generation
+from bitnet_jax.inference import generation as generation
 from bitnet_jax.inference.cache import init_cache
-from bitnet_jax.inference.generate import generate, left_pad, stream_tokens
+from bitnet_jax.inference.generation import generate, left_pad, stream_tokens
 from bitnet_jax.inference.programs import Programs
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer

@@ -31,8 +31,8 @@ from bitnet_jax.inference.buckets import cache_room, prompt_width
 from bitnet_jax.inference.cache import KV_FORMATS, init_cache, with_room
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.inference.sampling import Filters, SamplingConfig, next_token
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Cache, Transformer
-from bitnet_jax.nn.config import ModelConfig
 
 Variables = Mapping[str, Any]
 GREEDY = SamplingConfig()
@@ -116,7 +116,7 @@ def greedy(
     mask: Bool[Array | np.ndarray, "B T"] | None,
     max_new_tokens: int,
 ) -> Int[Array, "B N"]:
-    """The most likely continuation without end tokens, of any length: what `packing.prove` compares."""
+    """The most likely continuation without end tokens, of any length: what `prove` compares."""
     return _checked(config, variables, tokens, mask, max_new_tokens, GREEDY, None, (), None).finished().tokens
 
 

@@ -1,0 +1,144 @@
+"""The proof that a packed model is the latent one: same codes, same logits, same greedy text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Bool, Float, Int
+
+from bitnet_jax.models import Architecture
+from bitnet_jax.packed.packing import (
+    PackingError,
+    Precisions,
+    Variables,
+    check_codes,
+    layers,
+    quantize,
+)
+
+LOGIT_TOLERANCE = 1e-5  # relative to the largest logit; both sides do the same float32 work after exact sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What `prove` found; it is only ever returned when everything held."""
+
+    matrices: int  # packed matrices, each unpacked again to identical codes
+    max_relative_logit_error: float  # max |difference| / max |latent logit|
+    logits: int  # compared
+    tokens_identical: int  # greedy tokens, all of them identical
+
+
+def prove(
+    model: Architecture | nn.Module,
+    latent: Variables,
+    packed: Variables,
+    inputs: Int[Array | np.ndarray, "B T"] | Float[Array | np.ndarray, "B *shape"],
+    mask: Bool[Array | np.ndarray, "B T"] | None = None,
+    *,
+    precisions: Precisions | None = None,
+    greedy: Callable[..., Array | np.ndarray] | None = None,
+    new_tokens: int = 0,
+    tolerance: float = LOGIT_TOLERANCE,
+) -> Proof:
+    """Proves that `packed` is the model `latent`, or raises.
+
+    Args:
+      model: its config; or any flax module with BitLinear layers, which returns logits or something with the
+        field `logits`.
+      latent: {"params": latent parameters}, and "batch_stats" if the model has them.
+      packed: {"params": ..., "packed": ...}, made by `pack` or loaded from a file, and the same "batch_stats".
+      inputs, mask: prompts for the model, padded on the left, or images; their logits are compared.
+      precisions: of a module, the Precision of each linear layer by path, as handed to `pack`; a config knows them.
+      greedy: (config, variables, tokens, mask, n) -> n greedy tokens [B, n], in practice
+        `inference.generation.greedy`; handed in, so that packing knows nothing of generation.
+      new_tokens: tokens to continue *each* prompt by.
+      tolerance: on the largest difference of logits, relative to the largest logit.
+
+    Raises:
+      PackingError: with the first path, position or token at which the two differ.
+      ValueError: new_tokens without a way to generate them, or precisions missing or beside a config.
+    """
+    if new_tokens and greedy is None:
+        raise ValueError(f"new_tokens={new_tokens} needs greedy=inference.generation.greedy")
+    is_config = isinstance(model, Architecture)
+    if is_config == (precisions is not None):
+        got = "precisions beside a config" if is_config else "a module without precisions"
+        raise ValueError(f"got {got}, expected a config, or a module and the precisions of its linear layers")
+    described: Any = model if precisions is None else precisions
+    module: Any = model.module() if isinstance(model, Architecture) else model
+    matrices = _prove_codes(described, latent["params"], packed.get("packed", {}))
+    error, count = _prove_logits(module, latent, packed, inputs, mask, tolerance)
+    identical = 0
+    if new_tokens and greedy is not None:
+        ours = np.asarray(greedy(model, packed, inputs, mask, new_tokens))
+        theirs = np.asarray(greedy(model, latent, inputs, mask, new_tokens))
+        if (ours != theirs).any():
+            # By time first: later differences of a row follow from its first one.
+            position, row = np.argwhere((ours != theirs).T)[0]
+            raise PackingError(
+                f"greedy token {position} of prompt {row} is {ours[row, position]} packed and "
+                f"{theirs[row, position]} latent ({(ours == theirs).sum()} of {ours.size} tokens agree)"
+            )
+        identical = ours.size
+    return Proof(matrices, error, count, identical)
+
+
+def _prove_codes(
+    described: Architecture | Precisions, params: Mapping[str, Any], packed: Mapping[str, Any]
+) -> int:
+    flat, weights = flatten_dict(dict(params), sep="/"), flatten_dict(dict(packed), sep="/")
+    expected = {
+        f"{path}/weight": (path, layer) for path, layer in layers(described, flat).items() if layer.format
+    }
+    if weights.keys() != expected.keys():
+        differing = sorted(weights.keys() ^ expected.keys())[0]
+        state = "missing from" if differing in expected else "unexpected in"
+        raise PackingError(
+            f"{differing} is {state} the packed model; its config asks for {len(expected)} in all"
+        )
+    for name, weight in weights.items():
+        path, layer = expected[name]
+        if weight.format != layer.format:
+            raise PackingError(f"{path}: the packed format is {weight.format}, expected {layer.format}")
+        check_codes(path, weight, quantize(path, layer, flat))
+    return len(weights)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(module: nn.Module, variables: Variables, inputs: Array, mask: Array | None) -> Array:
+    masked: dict[str, Any] = {} if mask is None else {"mask": mask}
+    output: Any = module.apply(variables, inputs, **masked)
+    return getattr(output, "logits", output)
+
+
+def _prove_logits(
+    module: nn.Module, latent: Variables, packed: Variables, inputs: Any, mask: Any, tolerance: float
+) -> tuple[float, int]:
+    inputs = jnp.asarray(inputs)
+    mask = None if mask is None else jnp.asarray(mask, bool)
+    float_part = {name: part for name, part in latent.items() if name != "packed"}
+    theirs = np.asarray(_logits(module, float_part, inputs, mask))
+    ours = np.asarray(_logits(module, dict(packed), inputs, mask))
+    if not np.isfinite(theirs).all():
+        raise PackingError("the latent model gives NaN or infinite logits; nothing can be proved about it")
+    # A row of padding says nothing, and a language model has one logit vector per token.
+    if mask is not None and theirs.ndim == 3:
+        theirs, ours = theirs[np.asarray(mask)], ours[np.asarray(mask)]
+    difference = np.abs(ours - theirs)
+    error = float(difference.max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))
+    if not error <= tolerance:  # also when it is NaN
+        where = np.unravel_index(np.nanargmax(np.nan_to_num(difference, nan=np.inf)), difference.shape)
+        raise PackingError(
+            f"logits differ by {error:.3g} of the largest, expected at most {tolerance:g}; the worst, at "
+            f"index {[int(i) for i in where]}, is {ours[where]:.8g} packed and {theirs[where]:.8g} latent"
+        )
+    return error, theirs.size
