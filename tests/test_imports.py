@@ -53,6 +53,7 @@ TOUCH_KERNELS = {
     "nn.linear",
     "nn.attention",
     "nn.embedding",
+    "nn.head",
     "nn.batch_norm",
     "inference.exact_head",
     "packed",

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Cache
-from bitnet_jax.nn.attention import KVCache
+from bitnet_jax.nn.kv_cache import KVCache
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 
 KV_FORMATS = ("float32", "bfloat16", "int8")
@@ -19,7 +19,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
 
     Args:
       dtype: of keys and values, one of KV_FORMATS; None: the model's compute dtype, in which nothing is lost.
-        "int8" holds codes with a scale per token and head (`nn.attention.quantize_kv`). The state of linear
+        "int8" holds codes with a scale per token and head (`nn.kv_cache.quantize_kv`). The state of linear
         attention is float32 always, and does not grow with `length`.
 
     Raises:

@@ -15,9 +15,11 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bitnet_jax.nn.attention import Attention, KVCache, write_at
+from bitnet_jax.nn.attention import Attention
 from bitnet_jax.nn.config import TransformerShape
-from bitnet_jax.nn.embedding import Embedding, QuantizedHead
+from bitnet_jax.nn.embedding import Embedding
+from bitnet_jax.nn.head import next_token_logits
+from bitnet_jax.nn.kv_cache import KVCache, write_at
 from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.nn.mlp import MLP
@@ -205,17 +207,7 @@ class Transformer(nn.Module):
             return Output(classify(config, x, mask, progress), x)
         if read is not None:
             x = jnp.take_along_axis(x, read[:, None, None], axis=1)
-        if config.head != "float":
-            logits = QuantizedHead(config, name="lm_head")(
-                x, embed.table() if config.tie_embeddings else None
-            )
-        elif config.tie_embeddings:
-            logits = embed.attend(x)
-        elif (precision := config.precisions()["lm_head"]).quantizes_weights:
-            head = BitLinear.of(config, config.vocab_size, precision, "lm_head")
-            logits = head(x.astype(jnp.float32), progress)
-        else:
-            logits = Embedding.head(config, precision).attend(x)
+        logits = next_token_logits(config, embed, x, progress)
         if cache is not None:
             cache = Cache(layers, valid, length + T)
         return Output(logits, x, cache)

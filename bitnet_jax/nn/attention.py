@@ -18,62 +18,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax.nn import linear_attention
 from bitnet_jax.nn.config import TransformerShape
+from bitnet_jax.nn.kv_cache import KVCache, fake_quantized_kv, remembered, write
 from bitnet_jax.nn.linear import BitLinear, apply_together
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.rotary import rotate
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS
-from bitnet_jax.quantization.scales import absmax, floats
-from bitnet_jax.quantization.ste import straight_through
+from bitnet_jax.quantization.scales import floats
 from bitnet_kernels import cached_attention
 
 # Latent q and k outside [-1, 1] get no gradient, which bounds them (BNN, BiBERT).
 QK_STE = "clipped"
-
-
-class KVCache(NamedTuple):
-    """Keys (already rotated) and values of all positions; those not written yet are kept out by `visible`.
-
-    float32; bfloat16, as such or as its bits in uint16 (XLA's CPU converts all of a bfloat16 array to write a few
-    positions of it); or int8 codes with one scale per token and head, see `quantize_kv`.
-    """
-
-    k: Array  # [B, S, K, h]
-    v: Array  # [B, S, K, h]
-    k_scale: Float[Array, "B S K"] | None = None
-    v_scale: Float[Array, "B S K"] | None = None
-
-
-def quantize_kv(
-    x: Float[Array, "B T K h"], bits: int = 8
-) -> tuple[Int8[Array, "B T K h"], Float[Array, "B T K"]]:
-    """int8 codes up to q = 2^(bits-1) - 1 and the scale of each token and head: `scale = max|x| / q`,
-    `codes = round(x / scale)`.
-
-    codes * scale is within scale / 2 of x. Where all of x is 0 both are 0. Where x holds NaN or infinity, so does
-    the scale, and every value of that token and head is NaN.
-    """
-    x, q = floats("x", x).astype(jnp.float32), 2 ** (bits - 1) - 1
-    scale = absmax(x) / q
-    codes = jnp.clip(jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None]), -q, q)
-    return jnp.where(jnp.isfinite(scale)[..., None], codes, 0.0).astype(jnp.int8), scale
-
-
-def fake_quantized_kv(x: Float[Array, "B T K h"], bits: int) -> Float[Array, "B T K h"]:
-    """The values that `quantize_kv` stands for. Backward: g."""
-    codes, scale = quantize_kv(jax.lax.stop_gradient(x), bits)
-    value = (codes.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
-    return straight_through(value, (x,), (jnp.ones_like(x),))
 
 
 def dot_scores(
@@ -170,54 +134,6 @@ MIXING_WEIGHTS: dict[str, Callable[..., Array]] = {
     "binary_qk": binary_qk,
     "binary": binary,
 }
-
-
-def write_at(
-    old: Shaped[Array, "B S *rest"], new: Shaped[Array, "B T *rest"], length: Int[Array, "*rows"]
-) -> Shaped[Array, "B S *rest"]:
-    """`old` with `new` at [length, length + T) of axis 1; `length` is one place, or [B], a place for each row."""
-    if not length.ndim:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=1)
-    return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(old, new, length)
-
-
-def write(cache: KVCache, k: Array, v: Array, length: Int[Array, "*rows"]) -> KVCache:
-    """The cache with the keys and values [B, T, K, h] of new tokens at positions [length, length + T).
-
-    Raises:
-      ValueError: more tokens than the whole cache has room for. (`length` is traced: that they fit behind it is
-        the caller's duty.)
-    """
-    k, v = floats("k", k), floats("v", v)
-    T, S = k.shape[1], cache.k.shape[1]
-    if T > S:
-        raise ValueError(f"{T} tokens do not fit into a cache of {S} positions; make a longer cache")
-
-    def at_length(old: Array, new: Array) -> Array:
-        if old.dtype == jnp.uint16:
-            new = jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), jnp.uint16)
-        return write_at(old, new.astype(old.dtype), length)
-
-    if cache.k_scale is None or cache.v_scale is None:
-        return KVCache(at_length(cache.k, k), at_length(cache.v, v))
-    (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
-    return KVCache(
-        at_length(cache.k, k),
-        at_length(cache.v, v),
-        at_length(cache.k_scale, k_scale),
-        at_length(cache.v_scale, v_scale),
-    )
-
-
-def remembered(cache: KVCache) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
-    """The keys and values of a cache; codes become float32."""
-    if cache.k.dtype == jnp.uint16:
-        k, v = (jax.lax.bitcast_convert_type(x, jnp.bfloat16) for x in (cache.k, cache.v))
-        return k, v
-    if cache.k_scale is None or cache.v_scale is None:
-        return cache.k, cache.v
-    k, v = cache.k.astype(jnp.float32), cache.v.astype(jnp.float32)
-    return k * cache.k_scale[..., None], v * cache.v_scale[..., None]
 
 
 class Attention(nn.Module):

@@ -20,7 +20,6 @@ from jaxtyping import Array
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
 
-ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED_MLPS = ("silu_glu", "relu2_glu")
 HEADS = ("float", "int8", "int4")
 FLOAT32_MAX = 3.4028234e38  # what is computed with a setting is computed in float32

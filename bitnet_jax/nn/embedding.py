@@ -1,4 +1,4 @@
-"""Tables of vectors: look-ups by id, and the logits of an output head that is such a table or its codes."""
+"""Tables of vectors: look-ups by id, and the logits of an output head that is such a table."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.nn.config import TransformerShape
-from bitnet_jax.nn.linear import dense, quantized_matmul
+from bitnet_jax.nn.linear import dense
 from bitnet_jax.nn.placement import whole_rows
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import floats
-from bitnet_kernels import PackedArray, bfloat16_logits, bfloat16_rows, packed_matmul
+from bitnet_kernels import bfloat16_logits, bfloat16_rows
 from bitnet_kernels.dtypes import integers
 
 
@@ -92,32 +92,3 @@ class Embedding(nn.Module):
         else:
             logits = dense(rows, self.table(), self.dtype)
         return logits.reshape(*x.shape[:-1], self.rows)
-
-
-class QuantizedHead(nn.Module):
-    """Logits from integer codes of a table and of its input, with the Precision of nn.config.head_precision.
-
-    The table, rounded as ever, is that of the embedding (`tied`) or a parameter `weight`; its codes are made in
-    the forward pass. In a packed model they are the variable `weight` of the collection `packed`.
-    """
-
-    config: TransformerShape
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], tied: Float[Array, "V D"] | None = None
-    ) -> Float[Array, "B T V"]:
-        config, x = self.config, floats("x", x).astype(jnp.float32)
-        shape = (config.vocab_size, config.hidden_size)
-        if self.has_variable("packed", "weight"):
-            weight: PackedArray = self.get_variable("packed", "weight")
-            if weight.shape != shape:
-                raise ValueError(f"lm_head: packed weight is {weight.shape}, expected {shape}")
-            return packed_matmul(x, weight)
-        if tied is None:
-            init = nn.initializers.normal(config.init_std)
-            tied = rounded(self.param("weight", init, shape, jnp.float32), config.embedding_dtype)
-        precision = config.precisions()["lm_head"]
-        return quantized_matmul(
-            precision.quantize_activation(x), precision.quantize_weight(tied), product=config.head_product
-        )

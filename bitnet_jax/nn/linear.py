@@ -64,6 +64,14 @@ def _visible_nan(quantized: Quantized) -> Quantized:
     return quantized._replace(scale=jnp.where(lost, jnp.nan, quantized.scale))
 
 
+def packed_product(x: Quantized, w: PackedArray, precision: Precision) -> Float[Array, "*rows n"]:
+    """What `quantized_matmul` gives, of a packed matrix: the kernel that suits the codes of the input."""
+    if precision.activation == "none":
+        return packed_matmul(x.codes.astype(jnp.float32), w, activation_bits=None)
+    bits = 1 if precision.input_is_signs else 8
+    return rounded_product(packed_matmul(x.codes.astype(jnp.int8), w, activation_bits=bits), x.scale)
+
+
 class BitLinear(nn.Module):
     """`y = quantized(norm(x)) @ quantized(weight).T + bias`; parameters: weight [n, k] and what is learned.
 
@@ -145,11 +153,7 @@ class BitLinear(nn.Module):
         x_quantized = precision.quantize_activation(x, **learned, progress=progress, key=x_key)
 
         if packed is not None:
-            if precision.activation == "none":
-                return packed_matmul(x_quantized.codes.astype(jnp.float32), packed, activation_bits=None)
-            bits = 1 if precision.input_is_signs else 8
-            y = packed_matmul(x_quantized.codes.astype(jnp.int8), packed, activation_bits=bits)
-            return rounded_product(y, x_quantized.scale)
+            return packed_product(x_quantized, packed, precision)
         weight = self.param("weight", nn.initializers.normal(self.init_std), (self.features, k), jnp.float32)
         if precision.quantizes_weights:
             scale = None

@@ -229,7 +229,7 @@ def _to_verify(tensors: Mapping[str, np.ndarray], verify: bool | None) -> set[st
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {"/".join(path): leaf for path, leaf in flatten_dict(dict(tree)).items()}
+    return flatten_dict(dict(tree), sep="/")
 
 
 def _tensors(variables: Mapping[str, Any]) -> dict[str, Any]:

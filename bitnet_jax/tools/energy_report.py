@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from bitnet_jax.evaluation.energy import (
     BITS_PER_WEIGHT,
@@ -34,7 +35,6 @@ from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import packing
 from bitnet_jax.packed.storage import load_packed
 from bitnet_jax.tools.model_bench import model_folder, preset_config
-from bitnet_jax.tools.step_kernels import flat
 
 # Of a measurement: long against the milliseconds between updates of a counter.
 IDLE_SECONDS, WORK_SECONDS = 3.0, 10.0
@@ -139,9 +139,9 @@ def _bytes_by_format(config: ModelConfig) -> dict[str, int]:
         part = "embedding" if is_table else "head" if is_head else "linear" if path in linear else "other"
         sizes[f"{part} {format}"] = sizes.get(f"{part} {format}", 0) + nbytes
 
-    for path, weight in flat(abstract["packed"]).items():
+    for path, weight in flatten_dict(dict(abstract["packed"]), sep="/").items():
         count(path, weight.format, weight.nbytes)
-    for path, leaf in flat(abstract["params"]).items():
+    for path, leaf in flatten_dict(dict(abstract["params"]), sep="/").items():
         count(path, str(leaf.dtype), leaf.size * leaf.dtype.itemsize)
     return sizes
 

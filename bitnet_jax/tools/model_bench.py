@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from bitnet_jax.inference.cache import kv_bytes
 from bitnet_jax.inference.generation import stream_tokens
@@ -31,7 +32,7 @@ from bitnet_jax.nn.config import HEADS
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.tools.machine import chosen
 from bitnet_jax.tools.random_model import write_random
-from bitnet_jax.tools.step_kernels import Call, flat, step_kernels
+from bitnet_jax.tools.step_kernels import Call, step_kernels
 from bitnet_kernels.machine import dot_peak, provenance, read_all
 from bitnet_kernels.timing import interleaved, threads
 
@@ -245,7 +246,7 @@ def _generation(
 
 def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_format: str | None) -> int:
     """What a decode step has to read: all weights, of a table that is no head one row, and `length` positions."""
-    params: dict[str, Any] = flat(variables["params"])
+    params: dict[str, Any] = flatten_dict(dict(variables["params"]), sep="/")
     embedding_is_head = config.tie_embeddings and config.head == "float"
     looked_up = ["position_embed/embedding"] + ([] if embedding_is_head else ["embed/embedding"])
     tables = [params[path] for path in looked_up if path in params]

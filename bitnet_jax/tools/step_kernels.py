@@ -18,10 +18,12 @@ from flax.traverse_util import flatten_dict
 
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.models import ModelConfig
-from bitnet_jax.nn.attention import KVCache
 from bitnet_jax.nn.embedding import Embedding
+from bitnet_jax.nn.kv_cache import KVCache
+from bitnet_jax.nn.linear import packed_product
 from bitnet_jax.quantization.precision import Precision
-from bitnet_kernels import PackedArray, cached_attention, packed_matmul, packed_matmuls
+from bitnet_jax.quantization.scales import Quantized
+from bitnet_kernels import PackedArray, cached_attention, packed_matmuls
 
 Call = Callable[[int], Any]
 TOGETHER = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -38,7 +40,9 @@ def step_kernels(
 
     @jax.jit
     def run(variables: Mapping[str, Any], layers: Sequence[Any]) -> jax.Array:
-        params, packed = (flat(variables.get(name, {})) for name in ("params", "packed"))
+        params, packed = (
+            flatten_dict(dict(variables.get(name, {})), sep="/") for name in ("params", "packed")
+        )
 
         def step(_: Any, wait: jax.Array) -> jax.Array:
             for paths in _calls(config):
@@ -59,11 +63,6 @@ def step_kernels(
         return jax.lax.fori_loop(0, steps, step, jnp.zeros((), jnp.float32))
 
     return lambda round: run(variables, cache).block_until_ready()
-
-
-def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Path with slashes -> leaf."""
-    return {"/".join(path): leaf for path, leaf in flatten_dict(dict(tree)).items()}
 
 
 def _calls(config: ModelConfig) -> list[list[str]]:
@@ -128,10 +127,7 @@ def _product(config: ModelConfig, path: str, precision: Precision, weight: Any, 
         return _attend_to(Embedding.head(config, precision), weight, x[0, 0] - 1)
     if not isinstance(weight, PackedArray):
         return jnp.einsum("mk,nk->mn", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-    if precision.activation == "none":
-        return packed_matmul(x, weight, activation_bits=None)
-    bits = 1 if precision.input_is_signs else 8
-    return packed_matmul(x.astype(jnp.int8), weight, activation_bits=bits)
+    return packed_product(Quantized(x, jnp.ones((1, 1), jnp.float32)), weight, precision)
 
 
 def _attend_to(module: Embedding, table: jax.Array, wait: jax.Array) -> jax.Array:

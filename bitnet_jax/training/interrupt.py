@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish that the loop looks at between updates."""
+"""SIGINT and SIGTERM as a stop request that the training loop checks between updates."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ class Interrupted(SystemExit):
     """A signal stopped the run, its state is saved. Unless caught, the process ends with 128 + signal."""
 
 
-class StopWish:
-    """`signal` is None until one came."""
+class StopRequest:
+    """`signal` is None until a signal has arrived."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopWish]:
-    """While open, the first SIGINT or SIGTERM only sets the wish; the next acts as it would have without us.
+def stop_on_signals() -> Iterator[StopRequest]:
+    """While open, the first SIGINT or SIGTERM only sets the request; the next acts as it would have without this.
 
-    Python delivers signals to the main thread alone; in another thread the wish stays unset.
+    Python delivers signals to the main thread alone; in another thread the request stays unset.
     """
-    wish = StopWish()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield request
         return
     watched = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in watched}
@@ -38,12 +38,12 @@ def stop_on_signals() -> Iterator[StopWish]:
             signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
-        wish.signal = signal.Signals(number)
+        request.signal = signal.Signals(number)
         restore()
 
     for number in watched:
         signal.signal(number, note)
     try:
-        yield wish
+        yield request
     finally:
         restore()

@@ -1,18 +1,19 @@
-"""The host loop around the jitted step: resume, measure, checkpoint, stop in good order.
+"""The host loop around the jitted step: resume, evaluate, checkpoint, stop cleanly.
 
     result = fit(config, "runs/first")
 
-`fit` may be killed at any moment: started again with the same config and folder it goes on from the last
-whole checkpoint and ends in the same bits as a run that nobody disturbed.
+`fit` may be killed at any moment: started again with the same config and folder it resumes from the last complete
+checkpoint, and its result is bit-identical to an uninterrupted run.
 
-A run whose `training.steps` is raised, finished or not, goes on in the same way. What follows the total of updates
-(a schedule other than constant, the end of weight decay, annealed gradients) follows the new one from there on, so
-the run is not the one that began with that total; where nothing does, it ends in the same bits.
+A run whose `training.steps` is raised, finished or not, resumes in the same way. What depends on the total number of
+updates (a schedule other than constant, the end of weight decay, annealed gradients) follows the new total from there
+on, so the run differs from one that began with that total; where nothing depends on it, both are bit-identical.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import platform
 import sys
@@ -30,8 +31,8 @@ import bitnet_jax
 from bitnet_jax.progress import progress_bar
 from bitnet_jax.quantization.ste import ANNEALED
 from bitnet_jax.training.checkpoints import Checkpoints
-from bitnet_jax.training.config import RunConfig, TrainingConfig
-from bitnet_jax.training.interrupt import Interrupted, StopWish, stop_on_signals
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.interrupt import Interrupted, StopRequest, stop_on_signals
 from bitnet_jax.training.limits import check_trainable
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
 from bitnet_jax.training.optimizers import make_optimizer
@@ -118,7 +119,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
     shapes = jax.eval_shape(create, init_key)
     shardings = state_shardings(mesh, shapes)
     shapes = with_shardings(shapes, shardings)
-    # the key is an argument, for XLA would try to fold numbers drawn from a constant one
+    # The key is an argument: XLA would try to fold numbers drawn from a constant one.
     fresh = partial(jax.jit(create, out_shardings=shardings), init_key)
     update = make_train_step(
         task.loss,
@@ -129,16 +130,21 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         statistics_every=training.statistics_every,
         shardings=shardings,
     )
-    began, name = time.monotonic(), folder.path.absolute().name
 
+    def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        batch = jax.device_put(task.train_batch(step), batch_sharding(mesh))
+        advanced = update(state, batch, key)
+        return jax.block_until_ready(advanced) if must_wait(mesh) else advanced
+
+    began, name = time.monotonic(), folder.path.absolute().name
     with contextlib.ExitStack() as stack:
-        wish = stack.enter_context(stop_on_signals())
+        stop_request = stack.enter_context(stop_on_signals())
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, keep=training.keep_checkpoints, keep_best=training.keep_best)
         )
         state, meta = _start(fresh, shapes, checkpoints, task, folder, config)
-        first, extended = int(state.step), {EXTENDED_FROM: meta[EXTENDED_FROM]} if meta[EXTENDED_FROM] else {}
+        first = int(state.step)
         folder.result.unlink(missing_ok=True)  # of the shorter run
         folder.write_config(config, meta[EXTENDED_FROM])
         board = folder.path / "tensorboard" if training.tensorboard else None
@@ -147,53 +153,30 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             progress_bar(training.steps, unit="step", description=name, initial=first, show=progress)
         )
         recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
-
-        def seconds() -> float:
-            return meta["seconds"] + max(0.0, time.monotonic() - began)
-
-        def rest(step: int, state: TrainState, evaluates: bool, saves: bool) -> None:
-            values = task.evaluate(state.variables) if evaluates else None
-            if values is not None:
-                recorder.valid(step, values)
-            if saves:
-                log.flush()  # rows up to a checkpoint are on disk before it is
-                facts = {"config": config.to_dict(), "data": task.fingerprint, "data_position": step}
-                facts |= {"seconds": seconds(), "last": recorder.last, "files_crc32": folder.files_crc32()}
-                facts |= extended
-                loss = values["loss"] if values is not None else None
-                checkpoints.save(step, state.variables, state.opt_state, facts, loss)
-            recorder.pause()
-
-        def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-            batch = jax.device_put(task.train_batch(step), batch_sharding(mesh))
-            advanced = update(state, batch, key)
-            return jax.block_until_ready(advanced) if must_wait(mesh) else advanced
-
+        run = _Run(task, config, folder, checkpoints, log, recorder, stop_request, meta, began)
         if first == training.steps and not _evaluated(folder.metrics, first):
-            rest(first, state, True, False)  # the total was lowered to what is done
-        step, problem = _loop(state, first, advance, training, wish, recorder, rest)
+            run.evaluate_and_checkpoint(state, first, saves=False)  # the total was lowered to what is done
+        step, problem = run.updates(state, first, advance)
         checkpoints.wait()
         kept = max(checkpoints.steps(), default=0)
 
     if problem is not None:
         print(f"stopped: {problem}; the last good checkpoint is of step {kept}", file=sys.stderr)
     elif step < training.steps:
-        assert wish.signal is not None  # nothing else ends the loop early
-        print(
-            f"{wish.signal.name}: saved step {step} of {training.steps}; start again to go on",
-            file=sys.stderr,
-        )
-        raise Interrupted(128 + wish.signal)
+        signal = stop_request.signal
+        assert signal is not None  # nothing else ends the loop early
+        print(f"{signal.name}: saved step {step} of {training.steps}; start again to resume", file=sys.stderr)
+        raise Interrupted(128 + signal)
     return {
         "status": "finished" if problem is None else "diverged",
         "message": None if problem is None else str(problem),
         "step": step,
         "steps": training.steps,
-        **extended,
+        **run.extended,
         **recorder.last,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
-        "seconds": seconds(),
+        "seconds": run.seconds(),
         "seed": config.seed,
         "config_hash": config.hash(),
         "versions": {
@@ -204,6 +187,80 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         "device": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run while it trains: where its measurements and checkpoints go."""
+
+    task: Task
+    config: RunConfig
+    folder: RunFolder
+    checkpoints: Checkpoints
+    log: MetricsLog
+    recorder: Recorder
+    stop_request: StopRequest
+    meta: dict[str, Any]  # of the checkpoint it resumed from, see _start
+    began: float  # time.monotonic() of this process's start of the run
+
+    @property
+    def extended(self) -> dict[str, Any]:
+        earlier = self.meta[EXTENDED_FROM]
+        return {EXTENDED_FROM: earlier} if earlier else {}
+
+    def seconds(self) -> float:
+        """Of training, over all processes of the run."""
+        return self.meta["seconds"] + max(0.0, time.monotonic() - self.began)
+
+    def updates(
+        self, state: TrainState, step: int, advance: Callable[[TrainState, int], tuple[TrainState, Metrics]]
+    ) -> tuple[int, Diverged | None]:
+        """Updates until the last, a stop request or a divergence; returns the step reached and the divergence.
+
+        The device always has the next update to work on while the host reads the metrics of the one before it.
+        Only states known to be finite are evaluated and saved.
+        """
+        training, in_flight = self.config.training, None
+        try:
+            while step < training.steps:
+                state, metrics = advance(state, step)
+                step += 1
+                if in_flight is not None:
+                    self.recorder.update(*in_flight)
+                in_flight = (step, metrics)
+                stop, last = self.stop_request.signal is not None, step == training.steps
+                evaluates = last or step % training.eval_every == 0
+                saves = last or stop or step % training.checkpoint_every == 0
+                if evaluates or saves:
+                    self.recorder.update(*in_flight)
+                    in_flight = None
+                    self.evaluate_and_checkpoint(state, step, evaluates=evaluates, saves=saves)
+                if stop:
+                    break
+        except Diverged as problem:
+            return problem.step, problem
+        return step, None
+
+    def evaluate_and_checkpoint(
+        self, state: TrainState, step: int, *, evaluates: bool = True, saves: bool = True
+    ) -> None:
+        values = self.task.evaluate(state.variables) if evaluates else None
+        if values is not None:
+            self.recorder.valid(step, values)
+        if saves:
+            self.log.flush()  # rows up to a checkpoint are on disk before it is
+            meta = {
+                "config": self.config.to_dict(),
+                "data": self.task.fingerprint,
+                "data_position": step,
+                "seconds": self.seconds(),
+                "last": self.recorder.last,
+                "files_crc32": self.folder.files_crc32(),
+                **self.extended,
+            }
+            loss = values["loss"] if values is not None else None
+            self.checkpoints.save(step, state.variables, state.opt_state, meta, loss)
+        self.recorder.pause()
 
 
 def _start(
@@ -253,39 +310,3 @@ def _told_of_extension(config: RunConfig, task: Task, before: int, step: int) ->
 def _evaluated(metrics: Path, step: int) -> bool:
     rows = read_metrics(metrics) if metrics.exists() else ()
     return any(row["step"] == step and row.get("kind") == "valid" for row in rows)
-
-
-def _loop(
-    state: TrainState,
-    step: int,
-    advance: Callable[[TrainState, int], tuple[TrainState, Metrics]],
-    training: TrainingConfig,
-    wish: StopWish,
-    recorder: Recorder,
-    rest: Callable[[int, TrainState, bool, bool], None],
-) -> tuple[int, Diverged | None]:
-    """Updates until the last, a wish to stop or a divergence; returns the step reached and the divergence.
-
-    The device always has the next update to work on while the host reads the metrics of the one before it.
-    `rest(step, state, evaluates, saves)` is called only with states known to be finite.
-    """
-    in_flight = None
-    try:
-        while step < training.steps:
-            state, metrics = advance(state, step)
-            step += 1
-            if in_flight is not None:
-                recorder.update(*in_flight)
-            in_flight = (step, metrics)
-            stop, last = wish.signal is not None, step == training.steps
-            evaluates = last or step % training.eval_every == 0
-            saves = last or stop or step % training.checkpoint_every == 0
-            if evaluates or saves:
-                recorder.update(*in_flight)
-                in_flight = None
-                rest(step, state, evaluates, saves)
-            if stop:
-                break
-    except Diverged as problem:
-        return problem.step, problem
-    return step, None

@@ -40,24 +40,3 @@ def cross_entropy_sums(
         terms = terms + z_loss * jnp.square(log_z)
     correct = (jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets).astype(jnp.float32)
     return LossSums(jnp.sum(weights * terms), jnp.sum(weights * correct), jnp.sum(weights))
-
-
-def cross_entropy(
-    logits: Float[Array, "*batch V"],
-    targets: Int[Array, "*batch"],
-    weights: Float[Array, "*batch"] | None = None,
-    z_loss: float = 0.0,
-) -> Float[Array, ""]:
-    """The weighted mean of `cross_entropy_sums`; NaN when all weights are 0."""
-    sums = cross_entropy_sums(logits, targets, weights, z_loss)
-    return sums.loss / sums.weight
-
-
-def accuracy(
-    logits: Float[Array, "*batch V"],
-    targets: Int[Array, "*batch"],
-    weights: Float[Array, "*batch"] | None = None,
-) -> Float[Array, ""]:
-    """Weighted share of targets that the largest logit hits (the first one among equals)."""
-    sums = cross_entropy_sums(logits, targets, weights)
-    return sums.correct / sums.weight

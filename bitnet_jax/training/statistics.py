@@ -18,7 +18,7 @@ class Statistics(NamedTuple):
 
     zero_fraction: Float[Array, " layers"]  # codes equal to 0 after the update
     flip_rate: Float[Array, " layers"]  # codes that the update changed
-    clipped_share: Float[Array, layers]  # |w| > largest |code| * scale, or |w| >= latent_clip
+    clipped_share: Float[Array, " layers"]  # |w| > largest |code| * scale, or |w| >= latent_clip
     scale: Float[Array, " layers"]  # mean scale after the update
 
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Cache, Output, Transformer
-from bitnet_jax.nn.attention import KVCache
+from bitnet_jax.nn.kv_cache import KVCache
 from bitnet_jax.nn.linear_attention import zero_state
 
 V, H, K, h = 13, 4, 2, 4

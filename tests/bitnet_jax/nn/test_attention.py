@@ -12,8 +12,8 @@ import pytest
 
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.nn import attention as at
-from bitnet_jax.nn.attention import Attention, KVCache, fake_quantized_kv, quantize_kv
-from bitnet_jax.nn.config import ATTENTION_LINEARS
+from bitnet_jax.nn.attention import Attention
+from bitnet_jax.nn.kv_cache import KVCache, fake_quantized_kv, quantize_kv
 from bitnet_jax.nn.linear_attention import zero_state
 
 B, T, H, K, h = 2, 6, 4, 2, 4
@@ -208,7 +208,9 @@ def config(kind: str, **changes) -> ModelConfig:
 
 def module(config: ModelConfig) -> Attention:
     resolved = config.precisions()
-    return Attention(config, {n: resolved[f"layers_0/attention/{n}"] for n in ATTENTION_LINEARS})
+    return Attention(
+        config, {n: resolved[f"layers_0/attention/{n}"] for n in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    )
 
 
 @partial(jax.jit, static_argnums=0)

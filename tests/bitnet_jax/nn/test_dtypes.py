@@ -24,10 +24,11 @@ from bitnet_jax.models import (
     VisionTransformer,
     VisionTransformerConfig,
 )
-from bitnet_jax.nn import attention, linear_attention
+from bitnet_jax.nn import attention, kv_cache, linear_attention
 from bitnet_jax.nn.batch_norm import BatchNorm
 from bitnet_jax.nn.conv import BitConv
-from bitnet_jax.nn.embedding import Embedding, QuantizedHead
+from bitnet_jax.nn.embedding import Embedding
+from bitnet_jax.nn.head import QuantizedHead
 from bitnet_jax.nn.linear import BitLinear, dense
 from bitnet_jax.nn.mlp import MLP
 from bitnet_jax.nn.norms import NORMS, Norm
@@ -83,13 +84,13 @@ FLOAT_INPUTS: dict[str, tuple[Callable[[], Call], tuple[int, ...]]] = {
         (2, 3, 64),
     ),
     "rotate": (lambda: lambda x: rotate(x, POSITIONS, 1e4), HEADS),
-    "quantize_kv": (lambda: attention.quantize_kv, HEADS),
+    "quantize_kv": (lambda: kv_cache.quantize_kv, HEADS),
     "dot_scores q": (lambda: lambda q: attention.dot_scores(q, jnp.ones(HEADS), 1.0), HEADS),
     "dot_scores k": (lambda: lambda k: attention.dot_scores(jnp.ones(HEADS), k, 1.0), HEADS),
     "mix_values": (lambda: lambda v: attention.mix_values(jnp.ones((2, 4, 3, 3)), v), HEADS),
     "write": (
-        lambda: lambda k: attention.write(
-            attention.KVCache(jnp.zeros(HEADS), jnp.zeros(HEADS)), k, k, jnp.int32(0)
+        lambda: lambda k: kv_cache.write(
+            kv_cache.KVCache(jnp.zeros(HEADS), jnp.zeros(HEADS)), k, k, jnp.int32(0)
         ),
         HEADS,
     ),
