@@ -1,10 +1,18 @@
 // Binary matrices times many rows of x by look-up, for processors that shuffle 512 bits as fast as they multiply them.
-// Included like panel_fields.h, after panel_avx512vbmi.h and panel_matmul.h.
 //
 // The sums of all subsets of six inputs are a table of 64 int16 in two registers, and six bits of 32 rows of the matrix
 // look 32 of them up in one instruction: 192 products where vpdpbusd makes 64. A dword of a block is 32 bits of one row;
 // the low halves of those of two panels make a vector of 32 words, their high halves another. A word is three indices,
 // of 6, 5 and 5 bits, which shifts alone bring to the bottom: the instructions ignore the bits above.
+
+#ifndef BITNET_KERNELS_PANEL_LOOKUP_H_
+#define BITNET_KERNELS_PANEL_LOOKUP_H_
+
+#include "panel_avx512vbmi.h"
+#include "panel_matmul.h"
+
+namespace bitnet {
+namespace {
 
 struct Avx512Lookup : Avx512Vbmi {};
 
@@ -160,3 +168,8 @@ void matmul_lookup(const Problem& p, int64_t begin, int64_t end) {
     }
   }
 }
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_LOOKUP_H_

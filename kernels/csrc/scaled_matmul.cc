@@ -43,7 +43,7 @@ const float* neighbouring_scales(const Scales& s, int64_t groups, int64_t first,
 
 }  // namespace
 
-void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& s, float* out, int64_t begin,
+void scaled_matmul(const MatmulKernels& kernels, const Problem& p, const Scales& s, float* out, int64_t begin,
                    int64_t end) {
   // The same problem cut down to these panels and, where there are many rows of x, to some of them at a time.
   Problem part = p;

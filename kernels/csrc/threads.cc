@@ -239,7 +239,7 @@ int64_t thread_count() {
   return helpers == nullptr ? 1 : helpers->threads();
 }
 
-void parallel_for(int64_t items, const std::function<void(int64_t)>& body, const Weights& next) {
+void run_parallel(int64_t items, const std::function<void(int64_t)>& body, const Weights& next) {
   Pool* helpers = items > 1 ? pool() : nullptr;
   if (helpers != nullptr && helpers->threads() > 1 && helpers->run(items, body, next)) return;
   for (int64_t i = 0; i < items; ++i) body(i);
@@ -247,7 +247,7 @@ void parallel_for(int64_t items, const std::function<void(int64_t)>& body, const
 
 }  // namespace bitnet
 
-extern "C" void bitnet_kernels_set_thread_count(int64_t count) {
+extern "C" void bitnet_kernels_set_thread_count(int64_t count) noexcept {
   std::lock_guard<std::mutex> lock(bitnet::creation);
   bitnet::wanted.store(std::max<int64_t>(1, count));
   if (bitnet::Pool* old = bitnet::current.exchange(nullptr)) old->retire();

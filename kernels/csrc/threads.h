@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "compiler.h"
 #include "lookahead.h"
 
 namespace bitnet {
@@ -24,11 +25,16 @@ int64_t thread_count();
 // Runs body(0) .. body(items - 1). Each thread walks through its own run of neighbouring items, and when it is done
 // takes items from the end of another's. Until the next loop, helpers fetch the beginning of their share of `next`.
 // An exception of an item is thrown to the caller, the first one if there are several.
-void parallel_for(int64_t items, const std::function<void(int64_t)>& body, const Weights& next = Weights());
+void run_parallel(int64_t items, const std::function<void(int64_t)>& body, const Weights& next);
+
+template <typename Body>
+void parallel_for(int64_t items, const Body& body, const Weights& next = Weights()) {
+  run_parallel(items, std::cref(body), next);  // a reference: std::function allocates nothing for it
+}
 
 }  // namespace bitnet
 
 // For tests and measurements: loops that start from now on use this many threads (at least 1), or what the system gives.
-extern "C" void bitnet_kernels_set_thread_count(int64_t count);
+extern "C" BITNET_EXPORT void bitnet_kernels_set_thread_count(int64_t count) noexcept;
 
 #endif  // BITNET_KERNELS_THREADS_H_
