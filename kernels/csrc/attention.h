@@ -6,7 +6,7 @@
 //   scores    q.k in 4 lanes (channels i, i + 4, ..), each a chain of fused multiply-adds, then (0 + 2) + (1 + 3);
 //   chunk     p = exp(score - largest), sum of p in 16 lanes and a tree of halves, mix = a chain of p v over its keys;
 //   chunks    merged in order into (largest, sum, mix), each side scaled by exp(its largest - the larger one).
-// One chunk does not look at another, so they can be computed anywhere and merged later.
+// Chunks are independent of each other, so they can be computed by any thread and merged later.
 
 #ifndef BITNET_KERNELS_ATTENTION_H_
 #define BITNET_KERNELS_ATTENTION_H_
@@ -40,7 +40,8 @@ struct AttentionProblem {
   int64_t padded() const { return (head_size + kChannelStep - 1) / kChannelStep * kChannelStep; }
 };
 
-// The softmax state of some rows over the keys so far: the largest score (-inf: no key), the sum of p, the mix of values.
+// The softmax state of some rows over the keys so far: the largest score (-inf: no key), the sum of p, and the mix, the
+// sum of p times the values.
 struct Partial {
   float* largest;  // [rows]
   float* sum;      // [rows]

@@ -23,8 +23,9 @@ struct AttentionLoops {
   static constexpr int64_t kAhead = 32;  // prefetch distance in keys
   static constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
-  // exp(x) for x <= 0, relative error below 2^-23. Results below exp(-60) = 2^-86 become 0: they are
-  // negligible beside the weight of 1, and products with them would be slow subnormal numbers. Cephes' polynomial. NaN stays NaN: y - y is one then.
+  // exp(x) for x <= 0, relative error below 2^-23, by Cephes' polynomial. Results below exp(-60) = 2^-86 become 0: they
+  // are negligible beside the weight of 1, and products with them would be slow subnormal numbers. NaN stays NaN: y - y
+  // is NaN then.
   BITNET_INLINE static Vec exp(Vec x) {
     const Vec magic = Lanes::set1(12582912.0f);  // 1.5 * 2^23: the sum holds the rounded integer in its low bits
     const Vec t = Lanes::fma(x, Lanes::set1(1.44269504088896341f), magic);
@@ -229,8 +230,8 @@ struct AttentionLoops {
     }
   };
 
-  // Runs Work over the keys or values (`data`) that each tile of rows attends to, block by block: a block is used by all
-  // rows while it is in the first-level cache and the next one is prefetched.
+  // Runs Work over the keys or values (`data`) that each tile of rows attends to, block by block: all rows use a
+  // block while it is in the first-level cache and the next one is prefetched.
   template <KvType kType, typename Work>
   BITNET_TARGET static void for_blocks(const ChunkProblem& p, const void* data, const Partial& out) {
     constexpr int64_t K = Work::kKeys;

@@ -21,13 +21,13 @@ namespace ffi = xla::ffi;
 namespace bitnet {
 namespace {
 
-// Work below which one thread is as fast as two: a helper takes up to a microsecond to begin.
+// Work below which one thread is as fast as two: a helper takes up to a microsecond to start.
 constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one row of x
 constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several rows of x
-constexpr int64_t kFewRows = 8;                          // of x, with which a product waits for memory
-constexpr int64_t kItemBytes = 300 << 10;                // packed bytes of a piece of work, about, few rows of x
-constexpr int64_t kTableItems = 4;                       // pieces of a thread, where rows share tables: at least, of ...
-constexpr int64_t kMinPanels = 16, kMaxPanels = 112;  // ... so many panels
+constexpr int64_t kFewRows = 8;                          // rows of x up to which a product is limited by memory
+constexpr int64_t kItemBytes = 300 << 10;                // packed bytes of a work item, few rows of x, approximately
+constexpr int64_t kTableItems = 4;                       // least work items per thread where rows share tables ...
+constexpr int64_t kMinPanels = 16, kMaxPanels = 112;     // ... and the panels of such an item
 constexpr int64_t kSerialActivations = int64_t{1} << 15;  // elements of x
 
 using Bytes = ffi::Buffer<ffi::S8, 2>;
@@ -89,7 +89,7 @@ struct Rows {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a product is cut into items: so many rows of x times so many panels.
+// How a product is split into work items: `rows` rows of x times `panels` panels.
 struct Split {
   int64_t rows;
   int64_t panels = 4;  // of the tiles of several rows
@@ -102,7 +102,7 @@ struct Split {
                                       divide_up(kTableItems * thread_count(), divide_up(p.m, rows)));
       panels = std::max(kMinPanels, divide_up(p.panels(), 8 * pieces) * 8);
     } else if (p.m <= kFewRows) {
-      // As many pieces for every thread, of an even number of panels: they are multiplied in pairs.
+      // The same number of items for every thread, of an even number of panels: they are multiplied in pairs.
       const int64_t share = p.panels() * p.panel_bytes() / thread_count();
       const int64_t pieces = thread_count() * std::max<int64_t>(1, (share + kItemBytes / 2) / kItemBytes);
       panels = divide_up(p.panels(), 2 * pieces) * 2;
@@ -111,11 +111,11 @@ struct Split {
   }
 };
 
-// Multiplies some rows of x, of which `part` consists, with the panels [begin, end) of a matrix.
+// Multiplies the rows of x in `part`, which begin at `row`, with the panels [begin, end) of a matrix.
 using Work = std::function<void(size_t matrix, const Problem& part, int64_t row, int64_t begin, int64_t end)>;
 
-// Runs work over the panels of all matrices, in one parallel loop where the work deserves one. Without table_rows all rows
-// of x stay together.
+// Runs work over the panels of all matrices, in one parallel loop where there is enough work for one. Without table_rows
+// an item has all rows of x.
 void run(const std::vector<Problem>& problems, TableRows table_rows, const Work& work) {
   std::vector<Split> splits;
   int64_t items = 0, bytes = 0, products = 0;
@@ -276,7 +276,7 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
 BITNET_FFI_HANDLER(bitnet_kernels_integer_matmul, bitnet::integer_call,
                    ffi::Ffi::Bind()
                        .Arg<bitnet::Bytes>()  // x [m, k]
-                       .Arg<bitnet::Codes>()            // codes [panels, blocks, 64]
+                       .Arg<bitnet::Codes>()  // codes [panels, blocks, 64]
                        .Attr<int64_t>("format")
                        .Attr<std::string_view>("isa")
                        .Ret<bitnet::Sums>());  // y [groups, m, n]

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kItemBytes = 1 << 20;    // of the table, for few rows of x: long runs read faster
 constexpr int64_t kTileBytes = 256 << 10;  // of the table, for many rows of x: stays in L2 ...
-constexpr int64_t kTileXRows = 24;         // ... beside so many rows of x
+constexpr int64_t kTileXRows = 24;         // ... beside this number of rows of x
 constexpr int64_t kRowStep = 8;            // whole tiles of every instruction set
 constexpr int64_t kItemsPerThread = 4;
 
@@ -32,7 +32,7 @@ using Floats = ffi::Buffer<ffi::F32, 1>;
 using Norms = ffi::Buffer<ffi::F32, 2>;
 using Counts = ffi::Buffer<ffi::S32, 1>;
 
-// Runs rows(begin, end) over the n rows of a table, on all threads, in pieces of about item_bytes.
+// Runs rows(begin, end) over the n rows of a table, on all threads, in items of about item_bytes.
 template <typename Rows>
 void for_rows(int64_t n, int64_t row_bytes, int64_t item_bytes, Rows rows) {
   const int64_t wanted = std::min(item_bytes / row_bytes, n / (thread_count() * kItemsPerThread));

@@ -1,6 +1,5 @@
-// What a vector of 16 float32 can do, whatever the instruction family: the operations that attention_loops.h and
-// head_loops.h are written in. Included by float_lanes_<family>.h, which first defines BITNET_TARGET, the attribute that
-// lets a function use the family.
+// The operations on a vector of 16 float32 that attention_loops.h and head_loops.h are written in. Included by
+// float_lanes_<family>.h, which first defines BITNET_TARGET, the attribute that lets a function use the family.
 //
 // A Lanes struct has a type Vec and, on it:
 //

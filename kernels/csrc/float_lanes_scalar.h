@@ -1,4 +1,4 @@
-// 16 floats in plain C++: the lanes are a loop. std::fma rounds once by definition, whether it is an instruction or not.
+// 16 floats in plain C++: the lanes are a loop. std::fma rounds once by definition, with or without an instruction.
 // float_lanes.h lists the operations.
 
 #ifndef BITNET_KERNELS_FLOAT_LANES_SCALAR_H_

@@ -1,7 +1,7 @@
 // Logits of an output head whose weights are bfloat16, on raw pointers.
 //
 // Every instruction set gives the same bits for a row of x and a row of the table, whatever the number of rows of
-// either and whoever computes them. The order of the operations is fixed:
+// either and the thread that computes them. The order of the operations is fixed:
 //
 //   lane j of 16 sums the inputs j, j + 16, j + 32, ... in this order, each with one fused multiply-add that starts
 //   from zero; inputs are padded with zeros to a multiple of 16;

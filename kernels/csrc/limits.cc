@@ -11,7 +11,7 @@
 namespace bitnet {
 namespace {
 
-constexpr int64_t kReadBytes = int64_t{1} << 20;  // of one piece of reading, a multiple of 256
+constexpr int64_t kReadBytes = int64_t{1} << 20;  // of a work item, a multiple of 256
 constexpr std::chrono::microseconds kSpin{2};
 
 // Reads size bytes and returns their xor, so that the compiler keeps the loads. size is a multiple of 128. Two streams,

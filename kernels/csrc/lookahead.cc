@@ -8,7 +8,7 @@ namespace bitnet {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr size_t kMaxCalls = 1 << 14;  // of all models; then the memory starts anew
+constexpr size_t kMaxCalls = 1 << 14;  // remembered, of all models; then all are forgotten
 
 }  // namespace
 

@@ -20,7 +20,7 @@ template <int kSlots>
 struct Fields<Avx512Lookup, Format::kTernary5, kSlots> : Fields<Avx512Vbmi, Format::kTernary5, kSlots> {};
 
 constexpr int64_t kTableBlocks = 8;  // looked up before int16 may overflow: 256 inputs of -128
-constexpr int64_t kTableRows = 32;   // of x, whose tables of so many blocks, 128 KiB, stay in L2
+constexpr int64_t kTableRows = 32;   // rows of x whose tables of kTableBlocks blocks, 128 KiB, stay in L2
 constexpr int kPairs = 4;            // of panels, times ...
 constexpr int kLookupRows = 4;       // ... rows of x: the accumulators
 
@@ -71,7 +71,7 @@ void make_tables(const int8_t* x, int64_t blocks, __m512i (*tables)[2][4]) {
   }
 }
 
-// Indices of up to kPairs pairs of panels; those behind `end` are as good as any others.
+// Indices of up to kPairs pairs of panels; those behind `end` are arbitrary.
 void make_indices(const Problem& p, int64_t panel, int64_t end, int64_t g, int64_t b, int64_t blocks, Lookup& lookup) {
   for (int64_t pair = 0; panel + 2 * pair < end; ++pair) {
     const int64_t even = panel + 2 * pair, odd = std::min(even + 1, end - 1);
