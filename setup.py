@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("kernels/csrc")
 SOURCES, HEADERS = (sorted(str(path) for path in CSRC.glob(pattern)) for pattern in ("*.cc", "*.h"))
 # A product and a sum are two roundings, as in XLA's code: no fused multiply-add.
-FLAGS = ["-O3", "-std=c++17", "-g0", "-ffp-contract=off"]
+FLAGS = ["-O3", "-std=c++17", "-g0", "-ffp-contract=off", "-Wall", "-Wextra", "-fvisibility=hidden"]
 
 NOT_BUILT = """
 {line}
@@ -52,7 +52,7 @@ class BuildKernels(build_ext):
             return
         try:
             for extension in self.extensions:
-                extension.include_dirs.append(ffi_headers())
+                extension.extra_compile_args += ["-isystem", ffi_headers()]  # their warnings are not ours
             super().run()
         except Exception as error:  # a missing compiler shows as many exception types
             print(NOT_BUILT.format(error=error, line="*" * 100), file=sys.stderr)
@@ -74,10 +74,12 @@ class BuildKernels(build_ext):
                 depends=ext.depends,
             )
 
-        # setuptools compiles one source after the other. The large ones first, so that no processor waits at the end.
-        largest_first = sorted(ext.sources, key=lambda source: -os.path.getsize(source))
+        # setuptools compiles one source after the other. The slow ones first, so that no processor waits at the end.
+        slowest_first = sorted(
+            ext.sources, key=lambda source: ("integer_matmul" not in source, -os.path.getsize(source))
+        )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            ext.extra_objects = [path for paths in pool.map(compile_source, largest_first) for path in paths]
+            ext.extra_objects = [path for paths in pool.map(compile_source, slowest_first) for path in paths]
         ext.sources = []
         super().build_extension(ext)
 

@@ -21,20 +21,10 @@ from bitnet_jax.models import PRESETS, Transformer
 from bitnet_jax.packed import packing
 from bitnet_jax.packed.proof import prove
 from bitnet_jax.tools.kernel_checks import Check, check_kernels, checked, instruction_set
-from bitnet_kernels import cpu
+from bitnet_kernels import choose_implementation, cpu, pack, relayout
+from bitnet_kernels.packed import LAYOUTS
 
 RULES = (("layers_*/mlp/*", "bitnet"), ("*", "bitnet_b158"))
-INSTRUCTION_SETS = (
-    "scalar",
-    "avx2",
-    "avxvnni",
-    "avx512vnni",
-    "avx512vbmi",
-    "avx512lookup",
-    "amx",
-    "neon",
-    "i8mm",
-)
 TOKENS = 16  # greedy tokens of each of the two prompts
 
 
@@ -82,10 +72,21 @@ def _forced(isa: str | None) -> Iterator[None]:
 
 
 def _absent() -> list[Check]:
+    """What is not checked on this machine, and why."""
     if reason := cpu.unavailable():
-        return [Check("cpu", None, reason)]
-    lacking = [isa for isa in INSTRUCTION_SETS if isa not in cpu.available_isas()]
-    return [Check(f"cpu ({isa})", None, "this processor does not have it") for isa in lacking] + [
-        Check(platform, None, "no kernel of its own yet: XLA unpacks and multiplies")
-        for platform in ("gpu", "tpu")
-    ]
+        lacking = [Check("cpu", None, reason)]
+    else:
+        isas = [isa for isa in cpu.known_isas() if isa not in cpu.available_isas()]
+        lacking = [Check(f"cpu ({isa})", None, "this processor does not have it") for isa in isas]
+    return lacking + [Check(platform, None, _accelerator(platform)) for platform in ("gpu", "tpu")]
+
+
+def _accelerator(platform: str) -> str:
+    """What packed_matmul would run on a platform, for a ternary matrix in the layout of its kernels."""
+    w = pack(jnp.zeros((128, 512), jnp.int8), jnp.ones((1, 1)), "ternary2")
+    layout = next(name for name, where in LAYOUTS.items() if where == platform)
+    choice = choose_implementation(relayout(w, layout), platform)
+    if choice.name != platform:
+        return choice.reason
+    here = "" if jax.default_backend() == platform else f"no {platform} here; "
+    return f"{choice.reason}, not checked: {here}run pytest tests/kernels/test_on_device.py on one"

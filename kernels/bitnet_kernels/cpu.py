@@ -50,6 +50,7 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         built = library.bitnet_kernels_ffi_api_minor()
         targets = {name: jax.ffi.pycapsule(getattr(library, name)) for name in _TARGETS}
         library.bitnet_kernels_available_isas.restype = ctypes.c_char_p
+        library.bitnet_kernels_known_isas.restype = ctypes.c_char_p
         library.bitnet_kernels_read.restype = ctypes.c_uint64
         library.bitnet_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         library.bitnet_kernels_fork_join.argtypes = [ctypes.c_int64]
@@ -87,6 +88,12 @@ def available_isas() -> tuple[str, ...]:
     """The instruction sets that this processor and the library have, slowest first; () without a library."""
     library, _ = load()
     return tuple(library.bitnet_kernels_available_isas().decode().split(",")) if library else ()
+
+
+def known_isas() -> tuple[str, ...]:
+    """The instruction sets that the library was compiled with, slowest first; () without a library."""
+    library, _ = load()
+    return tuple(library.bitnet_kernels_known_isas().decode().split(",")) if library else ()
 
 
 def isa() -> str:
@@ -134,7 +141,7 @@ def warn_once(operation: str, obstacle: str) -> None:
 
 
 def set_thread_count(count: int) -> None:
-    """Runs the kernels on so many threads from now on; until then, on as many as there are processors.
+    """Sets the number of threads that the kernels run on from now on; the default is the number of processors.
 
     Raises RuntimeError without a library and ValueError for less than one thread. Results do not depend on it.
     """

@@ -1,4 +1,4 @@
-// Cuts a call of attention into pieces of work, prepares their rows, and merges what they found.
+// Splits a call of attention into work items, prepares their rows, and merges their partial results.
 
 #include "attention.h"
 
@@ -8,25 +8,20 @@
 #include <memory>
 #include <new>
 
-#include "isa.h"
 #include "threads.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace bitnet {
 namespace {
 
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
-// Rows of a block: their q, scores and mixes (256 KiB at 128 channels) and a block of keys stay in a second-level
-// cache, and a key that was converted serves all of them.
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+// Rows of a block: their q, scores and mixes (256 KiB at 128 channels) and a block of keys fit into a second-level
+// cache, and a key is converted once for all of them.
 constexpr int64_t kBlockRows = 128;
 constexpr std::align_val_t kCacheLine{64};
 
 int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// Floats that begin at a cache line.
+// Floats aligned to a cache line.
 struct Free {
   void operator()(float* floats) const { ::operator delete[](floats, kCacheLine); }
 };
@@ -36,7 +31,7 @@ Floats allocate(int64_t count) {
 }
 
 // The queries [token, token + tokens) of one sequence that read one kv head. A row is a query: all heads of the
-// group of a token, then the next token; rows of zeros that see nothing fill the last tile.
+// group of a token, then the next token; rows of zeros without any key fill the last tile.
 struct Block {
   int64_t sequence, kv_head, token, tokens, rows;
 };
@@ -57,24 +52,24 @@ struct Blocks {
   }
 };
 
-int64_t partial_floats(int64_t rows, int64_t padded) { return rows * padded + round_up(2 * rows, kLanes); }
+int64_t partial_floats(int64_t rows, int64_t padded) { return rows * padded + round_up(2 * rows, kChannelStep); }
 
 Partial partial_at(float* floats, int64_t rows, int64_t padded) {
   return {floats + rows * padded, floats + rows * padded + rows, floats};
 }
 
-// What a thread needs for a block, kept for the next one.
+// The buffers of a thread for a block, reused for the next one.
 struct Workspace {
   float *q, *scores, *keys, *k_scale, *v_scale, *hidden, *total, *chunk;
-  Sight* sight;
+  KeyRange* range;
 
   Workspace(int64_t rows, int64_t tokens, int64_t padded) {
     thread_local Floats floats;
     thread_local int64_t held = 0;
     const int64_t partial = partial_floats(rows, padded);
-    const int64_t sights = round_up(rows * sizeof(Sight) / sizeof(float), kLanes);
+    const int64_t ranges = round_up(rows * sizeof(KeyRange) / sizeof(float), kChannelStep);
     const int64_t sizes[] = {rows * padded, rows * kChunkKeys, kBlockKeys * padded, kChunkKeys, kChunkKeys,
-                             (tokens + 1) * kChunkKeys, partial, partial, sights};
+                             (tokens + 1) * kChunkKeys, partial, partial, ranges};
     int64_t needed = 0;
     for (int64_t size : sizes) needed += size;
     if (held < needed) {
@@ -88,7 +83,7 @@ struct Workspace {
       *places[i] = next;
       next += sizes[i];
     }
-    sight = reinterpret_cast<Sight*>(next);
+    range = reinterpret_cast<KeyRange*>(next);
   }
 };
 
@@ -113,15 +108,15 @@ class BlockWork {
   Partial part() { return partial_at(work_.chunk, block_.rows, p_.padded()); }
 
   static void clear(const Partial& partial, int64_t rows, int64_t padded) {
-    std::fill_n(partial.largest, rows, kNothing);
+    std::fill_n(partial.largest, rows, kNegInf);
     std::fill_n(partial.sum, rows, 0.0f);
     std::fill_n(partial.mix, rows * padded, 0.0f);
   }
 
-  // What the rows see of a chunk, into out; false if none of them sees anything of it.
-  bool look(int64_t chunk, const Partial& out) {
+  // The attention of the rows over one chunk, into out; false if none of them attends to a key of it.
+  bool attend_chunk(int64_t chunk, const Partial& out) {
     const int64_t first = chunk * kChunkKeys, keys = std::min(kChunkKeys, p_.length - first);
-    if (!find_sights(first, keys)) return false;
+    if (!find_key_ranges(first, keys)) return false;
     const int64_t stride = p_.kv_heads * p_.head_size, token = block_.sequence * p_.room + first;
     const int64_t bytes = p_.type == KvType::kFloat32 ? 4 : p_.type == KvType::kBfloat16 ? 2 : 1;
     const int64_t offset = (token * stride + block_.kv_head * p_.head_size) * bytes;
@@ -133,20 +128,20 @@ class BlockWork {
     }
     kernels_.chunk({p_.type, static_cast<const char*>(p_.k) + offset, static_cast<const char*>(p_.v) + offset, stride,
                     scaled ? work_.k_scale : nullptr, scaled ? work_.v_scale : nullptr, keys, p_.head_size,
-                    p_.padded(), block_.rows, work_.q, work_.sight, work_.scores, work_.keys},
+                    p_.padded(), block_.rows, work_.q, work_.range, work_.scores, work_.keys},
                    out);
     return true;
   }
 
   void merge(const Partial& into, const Partial& from) { kernels_.merge(into, from, block_.rows, p_.padded()); }
 
-  // out = mix * (1 / sum), or 0 for a query that saw no key.
+  // out = mix * (1 / sum), or 0 for a query without any key.
   void write(const Partial& total) const {
     for (int64_t row = 0; row < block_.tokens * p_.group(); ++row) {
       float* out = p_.out + query(row) * p_.head_size;
       const float* mix = total.mix + row * p_.padded();
-      const bool saw = total.largest[row] != kNothing;
-      for (int64_t d = 0; d < p_.head_size; ++d) out[d] = saw ? mix[d] / total.sum[row] : 0.0f;
+      const bool any = total.largest[row] != kNegInf;
+      for (int64_t d = 0; d < p_.head_size; ++d) out[d] = any ? mix[d] / total.sum[row] : 0.0f;
     }
   }
 
@@ -159,7 +154,7 @@ class BlockWork {
     return token * p_.heads + block_.kv_head * group + row % group;
   }
 
-  bool find_sights(int64_t first, int64_t keys) {
+  bool find_key_ranges(int64_t first, int64_t keys) {
     bool any = false;
     const int64_t group = p_.group();
     for (int64_t t = 0; t <= block_.tokens; ++t) {
@@ -177,7 +172,7 @@ class BlockWork {
       std::fill(hidden + seen, hidden + kChunkKeys, -1.0f);
       any = any || begin < end;
       const int64_t rows = t < block_.tokens ? (t + 1) * group : block_.rows;
-      for (int64_t row = t * group; row < rows; ++row) work_.sight[row] = {hidden, begin < end ? begin : keys, end};
+      for (int64_t row = t * group; row < rows; ++row) work_.range[row] = {hidden, begin < end ? begin : keys, end};
     }
     return any;
   }
@@ -188,29 +183,7 @@ class BlockWork {
   Workspace work_;
 };
 
-
-#if defined(__x86_64__)
-// Asked once: in a virtual machine cpuid takes microseconds.
-bool has_fma() {
-  uint32_t eax, ebx, ecx, edx;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 12);
-}
-#endif
-
 }  // namespace
-
-const AttentionKernels* find_attention(std::string_view isa) {
-  if (find_kernels(isa) == nullptr) return nullptr;
-  const auto begins = [&](std::string_view start) { return isa.substr(0, start.size()) == start; };
-#if defined(__x86_64__)
-  static const bool fma = has_fma();
-  if (begins("avx512") || begins("amx")) return &kAvx512Attention;
-  if (begins("avx") && fma) return &kAvx2Attention;
-#elif defined(__aarch64__)
-  if (!begins("scalar")) return &kNeonAttention;
-#endif
-  return &kScalarAttention;
-}
 
 void attend(const AttentionKernels& kernels, const AttentionProblem& p) {
   const Blocks blocks(p);
@@ -221,13 +194,13 @@ void attend(const AttentionKernels& kernels, const AttentionProblem& p) {
       const Partial total = work.total();
       BlockWork::clear(total, work.block().rows, padded);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        if (work.look(chunk, work.part())) work.merge(total, work.part());
+        if (work.attend_chunk(chunk, work.part())) work.merge(total, work.part());
       }
       work.write(total);
     });
     return;
   }
-  // Few queries and many keys: a chunk is a piece of work, and what it found is kept until all are there.
+  // Few queries and many keys: a chunk is a work item, and the partial results are kept until all are complete.
   const int64_t size = partial_floats(blocks.rows(blocks.tokens), padded);
   const Floats found = allocate(blocks.count * chunks * size);
   const auto partial = [&](const Block& block, int64_t i, int64_t chunk) {
@@ -237,7 +210,7 @@ void attend(const AttentionKernels& kernels, const AttentionProblem& p) {
     const int64_t i = item % blocks.count, chunk = item / blocks.count;
     BlockWork work(kernels, p, blocks, i);
     const Partial out = partial(work.block(), i, chunk);
-    if (!work.look(chunk, out)) std::fill_n(out.largest, work.block().rows, kNothing);
+    if (!work.attend_chunk(chunk, out)) std::fill_n(out.largest, work.block().rows, kNegInf);
   });
   parallel_for(blocks.count, [&](int64_t i) {
     BlockWork work(kernels, p, blocks, i);

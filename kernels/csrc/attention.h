@@ -6,18 +6,17 @@
 //   scores    q.k in 4 lanes (channels i, i + 4, ..), each a chain of fused multiply-adds, then (0 + 2) + (1 + 3);
 //   chunk     p = exp(score - largest), sum of p in 16 lanes and a tree of halves, mix = a chain of p v over its keys;
 //   chunks    merged in order into (largest, sum, mix), each side scaled by exp(its largest - the larger one).
-// One chunk does not look at another, so they can be computed anywhere and merged later.
+// Chunks are independent of each other, so they can be computed by any thread and merged later.
 
 #ifndef BITNET_KERNELS_ATTENTION_H_
 #define BITNET_KERNELS_ATTENTION_H_
 
 #include <cstdint>
-#include <string_view>
 
 namespace bitnet {
 
 constexpr int64_t kChunkKeys = 128;
-constexpr int64_t kLanes = 16;
+constexpr int64_t kChannelStep = 16;  // channels are padded to a multiple of it: whole vectors (float_lanes.h)
 constexpr int64_t kTileRows = 4;    // rows of q are padded to a multiple of it
 constexpr int64_t kBlockKeys = 64;  // values that are converted at once: 32 KiB at 128 channels
 
@@ -38,18 +37,19 @@ struct AttentionProblem {
   float* out;              // [batch, tokens, heads, head_size]
 
   int64_t group() const { return heads / kv_heads; }
-  int64_t padded() const { return (head_size + kLanes - 1) / kLanes * kLanes; }
+  int64_t padded() const { return (head_size + kChannelStep - 1) / kChannelStep * kChannelStep; }
 };
 
-// What some rows have seen of the keys so far: the largest score (-inf: no key), the sum of p, the mix of values.
+// The softmax state of some rows over the keys so far: the largest score (-inf: no key), the sum of p, and the mix, the
+// sum of p times the values.
 struct Partial {
   float* largest;  // [rows]
   float* sum;      // [rows]
   float* mix;      // [rows, padded]
 };
 
-// What a query can see of a chunk: nothing outside [begin, end), and inside it where hidden is 0.
-struct Sight {
+// The keys of a chunk that a query attends to: those of [begin, end) whose `hidden` is 0.
+struct KeyRange {
   const float* hidden;  // [kChunkKeys], 0 or -1
   int64_t begin, end;
 };
@@ -66,28 +66,16 @@ struct ChunkProblem {
   int64_t head_size, padded;
   int64_t rows;        // a multiple of kTileRows
   const float* q;      // [rows, padded], times the scale of the scores, zeros behind head_size
-  const Sight* sight;  // [rows]
+  const KeyRange* range;  // [rows]
   float* scores;       // [rows, kChunkKeys], overwritten
   float* block;        // [kBlockKeys, padded], overwritten
 };
 
-// One instruction set.
+// The loops of one instruction family.
 struct AttentionKernels {
-  const char* name;
   void (*chunk)(const ChunkProblem&, const Partial& out);
   void (*merge)(const Partial& into, const Partial& from, int64_t rows, int64_t padded);
 };
-
-extern const AttentionKernels kScalarAttention;
-#if defined(__x86_64__)
-extern const AttentionKernels kAvx2Attention;
-extern const AttentionKernels kAvx512Attention;
-#elif defined(__aarch64__)
-extern const AttentionKernels kNeonAttention;
-#endif
-
-// The loops that go with an instruction set of the matrix products (isa.h), or null where that is not available.
-const AttentionKernels* find_attention(std::string_view isa);
 
 // Writes out for all queries, on all threads.
 void attend(const AttentionKernels& kernels, const AttentionProblem& p);

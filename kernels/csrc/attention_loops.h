@@ -1,31 +1,31 @@
-// The loops of attention.h over Lanes, 16 floats of an instruction set. Included by attention_<name>.cc, which first
-// defines BITNET_TARGET, the attribute that lets a function use that instruction set.
+// The loops of attention.h, for any Lanes (float_lanes.h) with the tile shapes
 //
-// Lanes has a type Vec and: load, store, set1, add, sub, mul, fma (a b + c, one rounding), max (a > b ? a : b),
-// where_less (a < b ? x : y), load_bfloat16, load_int8, times_power (bits of y + bits of t << 23), first, sum_of,
-// max_of; transpose (of four vectors as 4 x 4 quarters). A Vec is kParts Parts, for tiles of scores that would not
-// fit into registers as Vecs: load_part, store_part, set1_part, repeat4 (four floats, over and over), fma_part,
-// sum4 (of quarters: see Score). kScoreRows rows are a tile of scores, kMixVectors vectors a tile of mixes.
+//   kScoreRows     rows of a tile of scores
+//   kMixVectors    vectors of a tile of weighted sums of values
+
+#ifndef BITNET_KERNELS_ATTENTION_LOOPS_H_
+#define BITNET_KERNELS_ATTENTION_LOOPS_H_
 
 #include <cstring>
 #include <limits>
 
 #include "attention.h"
-#include "integer_matmul.h"
-
-#define BITNET_INLINE BITNET_TARGET inline __attribute__((always_inline))
+#include "float_lanes.h"
 
 namespace bitnet {
 namespace {
 
-template <typename Lanes>
-struct Loops {
-  using Vec = typename Lanes::Vec;
-  static constexpr int64_t kAhead = 32;  // keys between one that is read and one that is asked for
-  static constexpr float kNothing = -std::numeric_limits<float>::infinity();
+static_assert(kChannelStep == kLanes);
 
-  // exp(x) for x <= 0, relative error below 2^-23. Less than exp(-60) = 2^-86 counts as 0: beside a weight of 1 it is
-  // nothing, and products with it would be slow subnormal numbers. Cephes' polynomial. NaN stays NaN: y - y is one then.
+template <typename Lanes>
+struct AttentionLoops {
+  using Vec = typename Lanes::Vec;
+  static constexpr int64_t kAhead = 32;  // prefetch distance in keys
+  static constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+
+  // exp(x) for x <= 0, relative error below 2^-23, by Cephes' polynomial. Results below exp(-60) = 2^-86 become 0: they
+  // are negligible beside the weight of 1, and products with them would be slow subnormal numbers. NaN stays NaN: y - y
+  // is NaN then.
   BITNET_INLINE static Vec exp(Vec x) {
     const Vec magic = Lanes::set1(12582912.0f);  // 1.5 * 2^23: the sum holds the rounded integer in its low bits
     const Vec t = Lanes::fma(x, Lanes::set1(1.44269504088896341f), magic);
@@ -39,8 +39,8 @@ struct Loops {
     y = Lanes::fma(y, r, Lanes::set1(1.6666665459e-1f));
     y = Lanes::fma(y, r, Lanes::set1(5.0000001201e-1f));
     y = Lanes::add(Lanes::fma(y, Lanes::mul(r, r), r), Lanes::set1(1.0f));
-    const Vec power = Lanes::add(Lanes::times_power(y, t), Lanes::sub(y, y));
-    return Lanes::where_less(x, Lanes::set1(-60.0f), Lanes::set1(0.0f), power);
+    const Vec power = Lanes::add(Lanes::add_to_exponent(y, t), Lanes::sub(y, y));
+    return Lanes::select_less(x, Lanes::set1(-60.0f), Lanes::set1(0.0f), power);
   }
 
   template <KvType kType>
@@ -81,19 +81,18 @@ struct Loops {
     for (const char* line = static_cast<const char*>(data); line < end; line += 64) __builtin_prefetch(line);
   }
 
-  // A few rows read the cache as fast as memory gives it: the values from where they lie, kAhead keys ahead. Many rows
-  // share converted blocks.
+  // Few rows are limited by memory: they read the values in place, kAhead keys ahead. Many rows share converted blocks.
   BITNET_INLINE static bool few_rows(const ChunkProblem& p) {
     return p.head_size == p.padded && p.rows <= 2 * kTileRows;
   }
 
-  // The keys of [first, last) that some row of a tile can see, as [begin, end).
+  // The keys of [first, last) that some row of a tile attends to, as [begin, end).
   BITNET_INLINE static void clip(const ChunkProblem& p, int64_t row, int64_t rows, int64_t first, int64_t last,
                                  int64_t& begin, int64_t& end) {
     begin = last, end = first;
     for (int64_t r = row; r < row + rows; ++r) {
-      if (p.sight[r].begin < begin) begin = p.sight[r].begin;
-      if (p.sight[r].end > end) end = p.sight[r].end;
+      if (p.range[r].begin < begin) begin = p.range[r].begin;
+      if (p.range[r].end > end) end = p.range[r].end;
     }
     begin = begin < first ? first : begin;
     end = end > last ? last : end;
@@ -179,7 +178,7 @@ struct Loops {
       }
     }
 
-    // V vectors of channels; asks for later values `ahead` elements away, if that is not 0.
+    // V vectors of channels; prefetches the values `ahead` elements away, if that is not 0.
     template <KvType kType, int V>
     BITNET_INLINE static void tile(const float* weights, const void* data, int64_t stride, int64_t ahead, int64_t keys,
                                    float* mix, int64_t padded) {
@@ -231,8 +230,8 @@ struct Loops {
     }
   };
 
-  // Work over the keys or values (`data`) that each tile of rows can see, block by block: a block serves all rows
-  // while it is in the first-level cache, and the next one is on its way.
+  // Runs Work over the keys or values (`data`) that each tile of rows attends to, block by block: all rows use a
+  // block while it is in the first-level cache and the next one is prefetched.
   template <KvType kType, typename Work>
   BITNET_TARGET static void for_blocks(const ChunkProblem& p, const void* data, const Partial& out) {
     constexpr int64_t K = Work::kKeys;
@@ -242,10 +241,10 @@ struct Loops {
       clip(p, 0, p.rows, first, last, begin, end);
       if (begin >= end) continue;
       Work::template convert<kType>(p, first, last);
-      int64_t asked = few_rows(p) ? last + K : last;
+      int64_t prefetched = few_rows(p) ? last + K : last;
       for (int64_t row = 0; row < p.rows; row += Work::kRows) {
-        for (; asked < last + K * (row + Work::kRows) / p.rows; ++asked) {
-          prefetch<kType>(element<kType>(data, asked * p.stride), p.head_size);
+        for (; prefetched < last + K * (row + Work::kRows) / p.rows; ++prefetched) {
+          prefetch<kType>(element<kType>(data, prefetched * p.stride), p.head_size);
         }
         clip(p, row, Work::kRows, first, last, begin, end);
         if (begin < end) Work::template rows<kType>(p, out, row, first, begin, end);
@@ -256,12 +255,12 @@ struct Loops {
   // scores = exp(scores - largest), times the scales of the values, and the largest and the sum of a row.
   //
   // The largest is a number whatever the scores are: a NaN among them reaches the sum through its own weight.
-  BITNET_TARGET static void weigh(const ChunkProblem& p, int64_t row, const Partial& out) {
-    const Sight& sight = p.sight[row];
+  BITNET_TARGET static void softmax_row(const ChunkProblem& p, int64_t row, const Partial& out) {
+    const KeyRange& range = p.range[row];
     float* scores = p.scores + row * kChunkKeys;
-    const Vec zero = Lanes::set1(0.0f), nothing = Lanes::set1(kNothing);
-    if (sight.begin >= sight.end) {
-      out.largest[row] = kNothing;
+    const Vec zero = Lanes::set1(0.0f), neg_inf = Lanes::set1(kNegInf);
+    if (range.begin >= range.end) {
+      out.largest[row] = kNegInf;
       out.sum[row] = 0.0f;
       for (int64_t i = 0; i < kChunkKeys; i += kLanes) Lanes::store(scores + i, zero);
       return;
@@ -270,7 +269,7 @@ struct Loops {
     for (int64_t i = 0; i < kChunkKeys; i += kLanes) {
       Vec s = Lanes::load(scores + i);
       if (p.k_scale != nullptr) s = Lanes::mul(s, Lanes::load(p.k_scale + i));
-      s = Lanes::where_less(Lanes::load(sight.hidden + i), zero, nothing, s);
+      s = Lanes::select_less(Lanes::load(range.hidden + i), zero, neg_inf, s);
       Lanes::store(scores + i, s);
       largest = Lanes::max(s, largest);  // in this order: the second where s is NaN
     }
@@ -289,7 +288,7 @@ struct Loops {
   template <KvType kType>
   BITNET_TARGET static void chunk_of(const ChunkProblem& p, const Partial& out) {
     for_blocks<kType, Score>(p, p.k, out);
-    for (int64_t row = 0; row < p.rows; ++row) weigh(p, row, out);
+    for (int64_t row = 0; row < p.rows; ++row) softmax_row(p, row, out);
     std::memset(out.mix, 0, sizeof(float) * p.rows * p.padded);
     for_blocks<kType, Mix>(p, p.v, out);
     for (int64_t row = 0; row < p.rows; ++row) {
@@ -309,11 +308,11 @@ struct Loops {
   // The mix of one row again, key by key without the hidden ones: their weight of 0 times NaN or infinity is NaN.
   template <KvType kType>
   BITNET_TARGET static void mix_visible(const ChunkProblem& p, int64_t row, const Partial& out) {
-    const Sight& sight = p.sight[row];
+    const KeyRange& range = p.range[row];
     for (int64_t d = 0; d < p.padded; d += kLanes) {
       Vec sum = Lanes::set1(0.0f);
-      for (int64_t key = sight.begin; key < sight.end; ++key) {
-        if (sight.hidden[key] != 0.0f) continue;
+      for (int64_t key = range.begin; key < range.end; ++key) {
+        if (range.hidden[key] != 0.0f) continue;
         const Vec value = channels<kType>(element<kType>(p.v, key * p.stride), d, p.head_size);
         sum = Lanes::fma(Lanes::set1(p.scores[row * kChunkKeys + key]), value, sum);
       }
@@ -329,14 +328,14 @@ struct Loops {
 
   BITNET_TARGET static void merge(const Partial& into, const Partial& from, int64_t rows, int64_t padded) {
     for (int64_t row = 0; row < rows; ++row) {
-      if (from.largest[row] == kNothing) continue;
+      if (from.largest[row] == kNegInf) continue;
       const float largest = into.largest[row] > from.largest[row] ? into.largest[row] : from.largest[row];
       const Vec a = exp(Lanes::set1(into.largest[row] - largest)), b = exp(Lanes::set1(from.largest[row] - largest));
       const Vec sum = Lanes::mul(Lanes::set1(from.sum[row]), b);
       into.sum[row] = Lanes::first(Lanes::fma(Lanes::set1(into.sum[row]), a, sum));
       into.largest[row] = largest;
       for (int64_t d = row * padded; d < (row + 1) * padded; d += kLanes) {
-        // A tile added 0 * v for keys that only its other rows see, which may turn -0 to +0: it is +0 always.
+        // A tile adds 0 * v for keys that only its other rows attend to, which may turn -0 to +0: make it +0 always.
         const Vec mix = Lanes::add(Lanes::mul(Lanes::load(from.mix + d), b), Lanes::set1(0.0f));
         Lanes::store(into.mix + d, Lanes::fma(Lanes::load(into.mix + d), a, mix));
       }
@@ -346,3 +345,5 @@ struct Loops {
 
 }  // namespace
 }  // namespace bitnet
+
+#endif  // BITNET_KERNELS_ATTENTION_LOOPS_H_

@@ -2,9 +2,8 @@
 
 #include <atomic>
 #include <cstdint>
-#include <string_view>
 
-#include "isa.h"
+#include "kernels.h"
 #include "threads.h"
 
 #if defined(__x86_64__)
@@ -32,10 +31,6 @@ namespace {
   for (int64_t i = 0; i < times; ++i) asm volatile(BITNET_TWELVE(line) : : : BITNET_CLOBBERED);      \
   asm volatile("vzeroupper" : : : BITNET_CLOBBERED)
 
-void repeat_zmm(int64_t times) { BITNET_REPEAT(times, BITNET_ZMM_DOT); }
-void repeat_ymm(int64_t times) { BITNET_REPEAT(times, BITNET_YMM_DOT); }
-void repeat_madd(int64_t times) { BITNET_REPEAT(times, BITNET_YMM_MADD); }
-
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -55,28 +50,43 @@ __attribute__((target("amx-tile,amx-int8"))) void repeat_tiles(int64_t times) {
   _tile_release();
 }
 
-#endif  // __x86_64__
+}  // namespace
 
-// Of one thread: the number of products; 0 where there is no such loop.
-int64_t repeat(std::string_view isa, int64_t times) {
-#if defined(__x86_64__)
-  if (isa == "avx2") return repeat_madd(times), 12 * 32 * times;
-  if (isa == "avxvnni") return repeat_ymm(times), 12 * 32 * times;
-  if (isa == "avx512vnni" || isa == "avx512vbmi" || isa == "avx512lookup") return repeat_zmm(times), 12 * 64 * times;
-  if (isa == "amx") return repeat_tiles(times), 4 * 16 * 16 * 64 * times;
-#endif
-  return 0;
+int64_t dot_peak_avx2(int64_t times);
+int64_t dot_peak_avxvnni(int64_t times);
+int64_t dot_peak_avx512vnni(int64_t times);
+int64_t dot_peak_amx(int64_t times);
+
+int64_t dot_peak_avx2(int64_t times) {
+  BITNET_REPEAT(times, BITNET_YMM_MADD);
+  return 12 * 32 * times;
+}
+int64_t dot_peak_avxvnni(int64_t times) {
+  BITNET_REPEAT(times, BITNET_YMM_DOT);
+  return 12 * 32 * times;
+}
+int64_t dot_peak_avx512vnni(int64_t times) {
+  BITNET_REPEAT(times, BITNET_ZMM_DOT);
+  return 12 * 64 * times;
+}
+int64_t dot_peak_amx(int64_t times) {
+  repeat_tiles(times);
+  return 4 * 16 * 16 * 64 * times;
 }
 
+#else
 }  // namespace
+#endif  // __x86_64__
+
 }  // namespace bitnet
 
-// Multiplies int8 in registers as the kernels of an instruction set do, times times over, on every thread, and returns
+// Multiplies int8 in registers as the kernels of an instruction set do, for `times` rounds on every thread, and returns
 // the number of products; 0 where the processor lacks the set or there is no such loop for it (scalar).
-extern "C" int64_t bitnet_kernels_dot_peak(const char* isa, int64_t times) {
+extern "C" BITNET_EXPORT int64_t bitnet_kernels_dot_peak(const char* isa, int64_t times) noexcept {
   using namespace bitnet;
-  if (find_kernels(isa) == nullptr) return 0;
+  const Kernels* kernels = find_kernels(isa);
+  if (kernels == nullptr || kernels->dot_peak == nullptr) return 0;
   std::atomic<int64_t> products{0};
-  parallel_for(thread_count(), [&](int64_t) { products += repeat(isa, times); });
+  parallel_for(thread_count(), [&](int64_t) { products += kernels->dot_peak(times); });
   return products;
 }

@@ -1,8 +1,9 @@
 // XLA custom calls of the packed products: checks of shapes and values, splitting over threads, bindings.
 
 #include <algorithm>
-#include <iterator>
 #include <cstring>
+#include <functional>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -10,7 +11,6 @@
 #include "activations.h"
 #include "ffi_errors.h"
 #include "integer_matmul.h"
-#include "isa.h"
 #include "scaled_matmul.h"
 #include "sign_matmul.h"
 #include "threads.h"
@@ -21,13 +21,13 @@ namespace ffi = xla::ffi;
 namespace bitnet {
 namespace {
 
-// Work below which one thread is as fast as two: a helper takes up to a microsecond to begin.
+// Work below which one thread is as fast as two: a helper takes up to a microsecond to start.
 constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one row of x
 constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several rows of x
-constexpr int64_t kFewRows = 8;                          // of x, with which a product waits for memory
-constexpr int64_t kItemBytes = 300 << 10;                // packed bytes of a piece of work, about, few rows of x
-constexpr int64_t kTableItems = 4;                       // pieces of a thread, where rows share tables: at least, of ...
-constexpr int64_t kLeastPanels = 16, kMostPanels = 112;  // ... so many panels
+constexpr int64_t kFewRows = 8;                          // rows of x up to which a product is limited by memory
+constexpr int64_t kItemBytes = 300 << 10;                // packed bytes of a work item, few rows of x, approximately
+constexpr int64_t kTableItems = 4;                       // least work items per thread where rows share tables ...
+constexpr int64_t kMinPanels = 16, kMaxPanels = 112;     // ... and the panels of such an item
 constexpr int64_t kSerialActivations = int64_t{1} << 15;  // elements of x
 
 using Bytes = ffi::Buffer<ffi::S8, 2>;
@@ -71,7 +71,7 @@ struct Rows {
   std::vector<int32_t> sums;
 
   // From codes [m, k], to which p.x and p.x_sums point afterwards, or to a padded copy.
-  void prepare(const int8_t* codes, int64_t k, const Kernels& kernels, Problem& p) {
+  void prepare(const int8_t* codes, int64_t k, const MatmulKernels& kernels, Problem& p) {
     const int64_t inputs = k / p.groups, padded_inputs = p.x_stride / p.groups;
     p.x = codes;
     if (padded_inputs != inputs) {
@@ -89,7 +89,7 @@ struct Rows {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a product is cut into items: so many rows of x times so many panels.
+// How a product is split into work items: `rows` rows of x times `panels` panels.
 struct Split {
   int64_t rows;
   int64_t panels = 4;  // of the tiles of several rows
@@ -98,11 +98,11 @@ struct Split {
   Split(const Problem& p, TableRows table_rows) : rows(p.m) {
     if (const int64_t together = table_rows == nullptr ? 0 : table_rows(p)) {
       rows = divide_up(p.m, 4 * divide_up(p.m, together)) * 4;
-      const int64_t pieces = std::max(divide_up(p.panels(), kMostPanels),
+      const int64_t pieces = std::max(divide_up(p.panels(), kMaxPanels),
                                       divide_up(kTableItems * thread_count(), divide_up(p.m, rows)));
-      panels = std::max(kLeastPanels, divide_up(p.panels(), 8 * pieces) * 8);
+      panels = std::max(kMinPanels, divide_up(p.panels(), 8 * pieces) * 8);
     } else if (p.m <= kFewRows) {
-      // As many pieces for every thread, of an even number of panels: they are multiplied in pairs.
+      // The same number of items for every thread, of an even number of panels: they are multiplied in pairs.
       const int64_t share = p.panels() * p.panel_bytes() / thread_count();
       const int64_t pieces = thread_count() * std::max<int64_t>(1, (share + kItemBytes / 2) / kItemBytes);
       panels = divide_up(p.panels(), 2 * pieces) * 2;
@@ -111,11 +111,11 @@ struct Split {
   }
 };
 
-// Multiplies some rows of x, of which `part` consists, with the panels [begin, end) of a matrix.
+// Multiplies the rows of x in `part`, which begin at `row`, with the panels [begin, end) of a matrix.
 using Work = std::function<void(size_t matrix, const Problem& part, int64_t row, int64_t begin, int64_t end)>;
 
-// Runs work over the panels of all matrices, in one parallel loop where the work deserves one. Without table_rows all rows
-// of x stay together.
+// Runs work over the panels of all matrices, in one parallel loop where there is enough work for one. Without table_rows
+// an item has all rows of x.
 void run(const std::vector<Problem>& problems, TableRows table_rows, const Work& work) {
   std::vector<Split> splits;
   int64_t items = 0, bytes = 0, products = 0;
@@ -157,14 +157,15 @@ ffi::Error integer_call(Bytes x, Codes w, int64_t format, std::string_view isa, 
   ffi::Error error = make_problem(m, k, w, format, y->dimensions()[0], y->dimensions()[2], p);
   if (error.failure()) return error;
   if (y->dimensions()[1] != m) return invalid("expected y[groups, " + std::to_string(m) + ", n]; got y" + dims(y->dimensions()));
-  const Kernels* kernels = find_kernels(isa);
-  if (kernels == nullptr) return unknown_isa(isa);
+  const Kernels* found = find_kernels(isa);
+  if (found == nullptr) return unknown_isa(isa);
   if (m == 0) return ffi::Error::Success();
+  const MatmulKernels& kernels = *found->integer;
   Rows rows;
-  rows.prepare(x.typed_data(), k, *kernels, p);
+  rows.prepare(x.typed_data(), k, kernels, p);
   p.y = y->typed_data();
   run(problems, nullptr, [&](size_t, const Problem& part, int64_t, int64_t begin, int64_t end) {
-    kernels->matmul(part, begin, end);
+    kernels.matmul(part, begin, end);
   });
   return ffi::Error::Success();
 }
@@ -195,7 +196,7 @@ struct Activations {
   }
 };
 
-// Rows of signs as words, in the shape that find_sign_kernels describes.
+// Rows of signs as words, in the form that sign_matmul.h describes.
 void prepare_signs(const int8_t* codes, int64_t k, Rows& rows, Problem& p) {
   const int64_t inputs = k / p.groups;
   rows.signs.assign(p.m * p.groups * p.group_blocks, 0);
@@ -246,9 +247,10 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
     return invalid("activation_bits=" + std::to_string(activation_bits) +
                    "; expected 8, or 1 for int8 signs and binary matrices");
   }
-  const Kernels* kernels = signs ? find_sign_kernels(isa) : find_kernels(isa);
-  if (kernels == nullptr) return unknown_isa(isa);
+  const Kernels* found = find_kernels(isa);
+  if (found == nullptr) return unknown_isa(isa);
   if (m == 0) return ffi::Error::Success();
+  const MatmulKernels& kernels = signs ? *found->sign : *found->integer;
 
   const Activations activations = Activations::of(x);
   std::vector<Rows> rows(count);
@@ -256,14 +258,14 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
     if (signs) {
       prepare_signs(activations.codes, k, rows[i], problems[i]);
     } else {
-      rows[i].prepare(activations.codes, k, *kernels, problems[i]);
+      rows[i].prepare(activations.codes, k, kernels, problems[i]);
     }
     scales[i].activation = activations.scales;
   }
-  run(problems, kernels->table_rows, [&](size_t i, const Problem& part, int64_t row, int64_t begin, int64_t end) {
+  run(problems, kernels.table_rows, [&](size_t i, const Problem& part, int64_t row, int64_t begin, int64_t end) {
     Scales of_part = scales[i];
     if (of_part.activation != nullptr) of_part.activation += row;
-    scaled_matmul(*kernels, part, of_part, outputs[i] + row * part.n, begin, end);
+    scaled_matmul(kernels, part, of_part, outputs[i] + row * part.n, begin, end);
   });
   return ffi::Error::Success();
 }
@@ -271,23 +273,23 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
 }  // namespace
 }  // namespace bitnet
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_integer_matmul, bitnet::guarded<bitnet::integer_call>,
-                              ffi::Ffi::Bind()
-                                  .Arg<bitnet::Bytes>()  // x [m, k]
-                                  .Arg<bitnet::Codes>()            // codes [panels, blocks, 64]
-                                  .Attr<int64_t>("format")
-                                  .Attr<std::string_view>("isa")
-                                  .Ret<bitnet::Sums>());  // y [groups, m, n]
+BITNET_FFI_HANDLER(bitnet_kernels_integer_matmul, bitnet::integer_call,
+                   ffi::Ffi::Bind()
+                       .Arg<bitnet::Bytes>()  // x [m, k]
+                       .Arg<bitnet::Codes>()  // codes [panels, blocks, 64]
+                       .Attr<int64_t>("format")
+                       .Attr<std::string_view>("isa")
+                       .Ret<bitnet::Sums>());  // y [groups, m, n]
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_scaled_matmul, bitnet::guarded<bitnet::scaled_call>,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()  // x [m, k], int8 codes or float32
-                                  .RemainingArgs()        // of each matrix codes [panels, blocks, 64], scale
-                                  .Attr<ffi::Span<const int64_t>>("formats")
-                                  .Attr<int64_t>("activation_bits")
-                                  .Attr<std::string_view>("isa")
-                                  .RemainingRets());  // of each matrix y [m, n]
+BITNET_FFI_HANDLER(bitnet_kernels_scaled_matmul, bitnet::scaled_call,
+                   ffi::Ffi::Bind()
+                       .Arg<ffi::AnyBuffer>()  // x [m, k], int8 codes or float32
+                       .RemainingArgs()        // of each matrix codes [panels, blocks, 64], scale
+                       .Attr<ffi::Span<const int64_t>>("formats")
+                       .Attr<int64_t>("activation_bits")
+                       .Attr<std::string_view>("isa")
+                       .RemainingRets());  // of each matrix y [m, n]
 
 // Headers newer than the runtime make registration fail and take XLA's whole CPU backend with it: Python compares
 // first.
-extern "C" int bitnet_kernels_ffi_api_minor() { return XLA_FFI_API_MINOR; }
+extern "C" BITNET_EXPORT int bitnet_kernels_ffi_api_minor() noexcept { return XLA_FFI_API_MINOR; }

@@ -6,7 +6,6 @@
 
 #include "attention.h"
 #include "ffi_errors.h"
-#include "isa.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -26,7 +25,7 @@ bool has_shape(ffi::AnyBuffer::Dimensions dims, std::initializer_list<int64_t> e
 ffi::Error attention_call(Queries q, ffi::AnyBuffer k, ffi::AnyBuffer v, Scales k_scale, Scales v_scale,
                           Visible visible, Length length, float scale, std::string_view isa,
                           ffi::Result<Queries> out) {
-  const AttentionKernels* kernels = find_attention(isa);
+  const Kernels* kernels = find_kernels(isa);
   if (kernels == nullptr) return unknown_isa(isa);
   AttentionProblem p{};
   const auto dims = q.dimensions();
@@ -57,22 +56,22 @@ ffi::Error attention_call(Queries q, ffi::AnyBuffer k, ffi::AnyBuffer v, Scales 
   p.k_scale = k_scale.typed_data(), p.v_scale = v_scale.typed_data();
   p.visible = reinterpret_cast<const uint8_t*>(visible.typed_data());
   p.out = out->typed_data();
-  attend(*kernels, p);
+  attend(kernels->floats->attention, p);
   return ffi::Error::Success();
 }
 
 }  // namespace
 }  // namespace bitnet
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_attention, bitnet::guarded<bitnet::attention_call>,
-                              ffi::Ffi::Bind()
-                                  .Arg<bitnet::Queries>()  // q [B, T, H, h]
-                                  .Arg<ffi::AnyBuffer>()   // k [B, S, K, h]
-                                  .Arg<ffi::AnyBuffer>()   // v [B, S, K, h]
-                                  .Arg<bitnet::Scales>()   // of k [B, S, K], [B, 0, K] if it has none
-                                  .Arg<bitnet::Scales>()   // of v
-                                  .Arg<bitnet::Visible>()  // [B, T, S]
-                                  .Arg<bitnet::Length>()   // positions written
-                                  .Attr<float>("scale")
-                                  .Attr<std::string_view>("isa")
-                                  .Ret<bitnet::Queries>());  // [B, T, H, h]
+BITNET_FFI_HANDLER(bitnet_kernels_attention, bitnet::attention_call,
+                   ffi::Ffi::Bind()
+                       .Arg<bitnet::Queries>()  // q [B, T, H, h]
+                       .Arg<ffi::AnyBuffer>()   // k [B, S, K, h]
+                       .Arg<ffi::AnyBuffer>()   // v [B, S, K, h]
+                       .Arg<bitnet::Scales>()   // of k [B, S, K], [B, 0, K] if it has none
+                       .Arg<bitnet::Scales>()   // of v
+                       .Arg<bitnet::Visible>()  // [B, T, S]
+                       .Arg<bitnet::Length>()   // positions written
+                       .Attr<float>("scale")
+                       .Attr<std::string_view>("isa")
+                       .Ret<bitnet::Queries>());  // [B, T, H, h]

@@ -1,15 +1,16 @@
-// What every custom call answers to arguments that do not fit, and to what goes wrong inside it.
+// Errors of custom calls: arguments that do not fit, and exceptions.
 
 #ifndef BITNET_KERNELS_FFI_ERRORS_H_
 #define BITNET_KERNELS_FFI_ERRORS_H_
 
+#include <cstdio>
 #include <exception>
 #include <new>
 #include <string>
 #include <string_view>
 #include <utility>
 
-#include "isa.h"
+#include "kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace bitnet {
@@ -28,26 +29,38 @@ inline std::string dims(xla::ffi::AnyBuffer::Dimensions dimensions) {
   return text + "]";
 }
 
-// A custom call that answers with an error where it would throw: an exception that reaches XLA ends the process.
-template <auto kCall>
-struct Guarded;
-
-template <typename... Arguments, xla::ffi::Error (*kCall)(Arguments...)>
-struct Guarded<kCall> {
-  static xla::ffi::Error call(Arguments... arguments) {
-    try {
-      return kCall(std::move(arguments)...);
-    } catch (const std::bad_alloc&) {
-      return {xla::ffi::ErrorCode::kResourceExhausted, "bitnet_kernels: out of memory"};
-    } catch (const std::exception& error) {
-      return xla::ffi::Error::Internal(std::string("bitnet_kernels: ") + error.what());
-    }
+// Runs a handler; an exception becomes an error of the call, because one that reaches XLA ends the process. Building
+// the error must not throw either, so its message is a plain character array.
+inline XLA_FFI_Error* guarded(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) noexcept {
+  char message[256] = "bitnet_kernels: out of memory";
+  XLA_FFI_Error_Create_Args args = {};
+  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
+  args.message = message;
+  args.errc = XLA_FFI_Error_Code_INTERNAL;
+  try {
+    return handler(frame);
+  } catch (const std::bad_alloc&) {
+    args.errc = XLA_FFI_Error_Code_RESOURCE_EXHAUSTED;
+  } catch (const std::exception& error) {
+    std::snprintf(message, sizeof(message), "bitnet_kernels: %s", error.what());
+  } catch (...) {
+    std::snprintf(message, sizeof(message), "bitnet_kernels: unknown exception");
   }
-};
-
-template <auto kCall>
-constexpr auto guarded = &Guarded<kCall>::call;
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
 
 }  // namespace bitnet
+
+// Defines the exported symbol of a custom call. Like XLA_FFI_DEFINE_HANDLER_SYMBOL, with everything guarded: the call,
+// the decoding of its arguments, and the construction of the handler.
+#define BITNET_FFI_HANDLER(name, call, ...)                                                 \
+  static XLA_FFI_Error* name##_unguarded(XLA_FFI_CallFrame* frame) {                         \
+    static auto* handler = (__VA_ARGS__).To(call).release();                                 \
+    return handler->Call(frame);                                                             \
+  }                                                                                          \
+  extern "C" BITNET_EXPORT XLA_FFI_Error* name(XLA_FFI_CallFrame* frame) noexcept;           \
+  extern "C" XLA_FFI_Error* name(XLA_FFI_CallFrame* frame) noexcept {                        \
+    return bitnet::guarded(name##_unguarded, frame);                                         \
+  }
 
 #endif  // BITNET_KERNELS_FFI_ERRORS_H_

@@ -9,7 +9,6 @@
 #include "float_mode.h"
 #include "head.h"
 #include "head_exact.h"
-#include "isa.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -20,7 +19,7 @@ namespace {
 
 constexpr int64_t kItemBytes = 1 << 20;    // of the table, for few rows of x: long runs read faster
 constexpr int64_t kTileBytes = 256 << 10;  // of the table, for many rows of x: stays in L2 ...
-constexpr int64_t kTileXRows = 24;         // ... beside so many rows of x
+constexpr int64_t kTileXRows = 24;         // ... beside this number of rows of x
 constexpr int64_t kRowStep = 8;            // whole tiles of every instruction set
 constexpr int64_t kItemsPerThread = 4;
 
@@ -33,7 +32,7 @@ using Floats = ffi::Buffer<ffi::F32, 1>;
 using Norms = ffi::Buffer<ffi::F32, 2>;
 using Counts = ffi::Buffer<ffi::S32, 1>;
 
-// Runs rows(begin, end) over the n rows of a table, on all threads, in pieces of about item_bytes.
+// Runs rows(begin, end) over the n rows of a table, on all threads, in items of about item_bytes.
 template <typename Rows>
 void for_rows(int64_t n, int64_t row_bytes, int64_t item_bytes, Rows rows) {
   const int64_t wanted = std::min(item_bytes / row_bytes, n / (thread_count() * kItemsPerThread));
@@ -42,11 +41,6 @@ void for_rows(int64_t n, int64_t row_bytes, int64_t item_bytes, Rows rows) {
     const FloatMode ieee(FloatMode::kIeee);
     rows(item * grain, std::min(n, (item + 1) * grain));
   });
-}
-
-// The loop of an instruction set that this processor has, or nullptr.
-HeadRows available_head_rows(std::string_view isa) {
-  return find_kernels(isa) == nullptr ? nullptr : find_head_rows(isa);
 }
 
 // Fills a problem from the buffers of a call, or says what does not fit.
@@ -65,8 +59,9 @@ ffi::Error logits_call(Inputs x, Table table, std::string_view isa, ffi::Result<
   HeadProblem p;
   const ffi::Error error = make_problem(x, table, *y, p);
   if (error.failure()) return error;
-  const HeadRows head_rows = available_head_rows(isa);
-  if (head_rows == nullptr) return unknown_isa(isa);
+  const Kernels* kernels = find_kernels(isa);
+  if (kernels == nullptr) return unknown_isa(isa);
+  const HeadRows head_rows = kernels->floats->head_rows;
   const bool few = p.m < kRowStep;
   for_rows(p.n, 2 * p.k, few ? kItemBytes : kTileBytes, [=](int64_t begin, int64_t end) {
     HeadProblem part = p;
@@ -101,8 +96,9 @@ ffi::Error exact_call(Inputs x, Table table, Digits digits, Floats x_scale, Sums
     return invalid("k=" + std::to_string(k) + ", top=" + std::to_string(top) + "; expected k of at most " +
                    std::to_string(kMaxExactInputs) + " and a top of at least 1");
   }
-  const HeadRows head_rows = available_head_rows(isa);
-  if (head_rows == nullptr) return unknown_isa(isa);
+  const Kernels* kernels = find_kernels(isa);
+  if (kernels == nullptr) return unknown_isa(isa);
+  const HeadRows head_rows = kernels->floats->head_rows;
   p.digits = digits.typed_data();
   p.x_scale = x_scale.typed_data();
   p.sums = sums.typed_data();
@@ -116,23 +112,23 @@ ffi::Error exact_call(Inputs x, Table table, Digits digits, Floats x_scale, Sums
 }  // namespace
 }  // namespace bitnet
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_bfloat16_logits, bitnet::guarded<bitnet::logits_call>,
-                              ffi::Ffi::Bind()
-                                  .Arg<bitnet::Inputs>()  // x [m, k]
-                                  .Arg<bitnet::Table>()   // table [n, k]
-                                  .Attr<std::string_view>("isa")
-                                  .Ret<bitnet::Logits>());  // y [m, n]
+BITNET_FFI_HANDLER(bitnet_kernels_bfloat16_logits, bitnet::logits_call,
+                   ffi::Ffi::Bind()
+                       .Arg<bitnet::Inputs>()  // x [m, k]
+                       .Arg<bitnet::Table>()   // table [n, k]
+                       .Attr<std::string_view>("isa")
+                       .Ret<bitnet::Logits>());  // y [m, n]
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_exact_top_logits, bitnet::guarded<bitnet::exact_call>,
-                              ffi::Ffi::Bind()
-                                  .Arg<bitnet::Inputs>()  // x [m, k]
-                                  .Arg<bitnet::Table>()   // table [n, k]
-                                  .Arg<bitnet::Digits>()  // digits [2 m, k]
-                                  .Arg<bitnet::Floats>()  // x_scale [m]
-                                  .Arg<bitnet::Sums>()    // sums [2 m, n]
-                                  .Arg<bitnet::Floats>()  // w_scale [n]
-                                  .Arg<bitnet::Norms>()   // norms [2, n]
-                                  .Attr<int64_t>("top")
-                                  .Attr<std::string_view>("isa")
-                                  .Ret<bitnet::Logits>()    // y [m, n]
-                                  .Ret<bitnet::Counts>());  // candidates [m]
+BITNET_FFI_HANDLER(bitnet_kernels_exact_top_logits, bitnet::exact_call,
+                   ffi::Ffi::Bind()
+                       .Arg<bitnet::Inputs>()  // x [m, k]
+                       .Arg<bitnet::Table>()   // table [n, k]
+                       .Arg<bitnet::Digits>()  // digits [2 m, k]
+                       .Arg<bitnet::Floats>()  // x_scale [m]
+                       .Arg<bitnet::Sums>()    // sums [2 m, n]
+                       .Arg<bitnet::Floats>()  // w_scale [n]
+                       .Arg<bitnet::Norms>()   // norms [2, n]
+                       .Attr<int64_t>("top")
+                       .Attr<std::string_view>("isa")
+                       .Ret<bitnet::Logits>()    // y [m, n]
+                       .Ret<bitnet::Counts>());  // candidates [m]

@@ -42,8 +42,8 @@ ffi::Error lookup_call(Table table, Indices indices, ffi::Result<Rows> rows) {
 }  // namespace
 }  // namespace bitnet
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_kernels_lookup, bitnet::guarded<bitnet::lookup_call>,
-                              ffi::Ffi::Bind()
-                                  .Arg<bitnet::Table>()    // table [n, k]
-                                  .Arg<bitnet::Indices>()  // [m]
-                                  .Ret<bitnet::Rows>());   // [m, k]
+BITNET_FFI_HANDLER(bitnet_kernels_lookup, bitnet::lookup_call,
+                   ffi::Ffi::Bind()
+                       .Arg<bitnet::Table>()    // table [n, k]
+                       .Arg<bitnet::Indices>()  // [m]
+                       .Ret<bitnet::Rows>());   // [m, k]

@@ -1,5 +1,5 @@
-// How a thread rounds. XLA's threads flush denormal numbers to zero and other threads do not, so whoever computes for
-// a caller takes over its mode, or sets the one it needs.
+// The rounding mode of a thread. XLA's threads flush denormal numbers to zero and other threads do not, so a helper
+// that computes for a caller takes over its mode, or sets the one it needs.
 
 #ifndef BITNET_KERNELS_FLOAT_MODE_H_
 #define BITNET_KERNELS_FLOAT_MODE_H_

@@ -1,7 +1,7 @@
 // Logits of an output head whose weights are bfloat16, on raw pointers.
 //
 // Every instruction set gives the same bits for a row of x and a row of the table, whatever the number of rows of
-// either and whoever computes them. The order of the operations is fixed:
+// either and the thread that computes them. The order of the operations is fixed:
 //
 //   lane j of 16 sums the inputs j, j + 16, j + 32, ... in this order, each with one fused multiply-add that starts
 //   from zero; inputs are padded with zeros to a multiple of 16;
@@ -13,7 +13,6 @@
 #define BITNET_KERNELS_HEAD_H_
 
 #include <cstdint>
-#include <string_view>
 
 namespace bitnet {
 
@@ -32,20 +31,9 @@ struct HeadProblem {
   float* output(int64_t x_row, int64_t table_row) const { return y + x_row * n + table_row; }
 };
 
-// Writes y for all rows of x and the rows [begin, end) of the table. Any thread, no allocation. The caller holds an
+// Writes y for all rows of x and the rows [begin, end) of the table. Any thread, no allocation. The caller has set
 // FloatMode::kIeee (float_mode.h): flushing of denormal numbers would differ between threads.
 using HeadRows = void (*)(const HeadProblem&, int64_t begin, int64_t end);
-
-HeadRows head_rows_scalar();
-#if defined(__x86_64__)
-HeadRows head_rows_avx2();
-HeadRows head_rows_avx512();
-#elif defined(__aarch64__)
-HeadRows head_rows_neon();
-#endif
-
-// The loop for an instruction set of the integer kernels (isa.h), or nullptr for an unknown name.
-HeadRows find_head_rows(std::string_view isa);
 
 }  // namespace bitnet
 

@@ -13,7 +13,7 @@
 namespace bitnet {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 4096;  // of the table, a piece of work
+constexpr int64_t kRowsAtOnce = 4096;  // rows of the table in a work item
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kUp = 1 + 1e-9;  // more than the roundings of a double sum of kMaxExactInputs terms
 

@@ -14,13 +14,6 @@
 #include <algorithm>
 #include <cstdint>
 
-// Before a loop over accumulators: they stay in registers only where the loop is unrolled whole.
-#if defined(__clang__)
-#define BITNET_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define BITNET_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 namespace bitnet {
 
 constexpr int64_t kPanelRows = 16;
@@ -91,30 +84,16 @@ using Matmul = void (*)(const Problem&, int64_t begin, int64_t end);
 // The sum of x[0 .. count).
 using Sum = int32_t (*)(const int8_t* x, int64_t count);
 
-// How many rows of x have tables that are made of them for one call: to be multiplied with as many panels as can be. 0
-// where a product needs none.
+// The rows of x whose look-up tables are built together for one call, to be multiplied with as many panels as possible;
+// 0 where a product uses no tables.
 using TableRows = int64_t (*)(const Problem&);
 
-// One instruction set: a name and its loops.
-struct Kernels {
-  const char* isa;
+// The loops of one instruction set; defined in integer_matmul_<name>.cc and sign_matmul.cc, listed in kernels.cc.
+struct MatmulKernels {
   Matmul matmul;
   Sum sum;
-  TableRows table_rows = nullptr;  // where no product needs any
+  TableRows table_rows;  // null where no product uses tables
 };
-
-extern const Kernels kScalarKernels;
-#if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvxVnniKernels;
-extern const Kernels kAvx512VnniKernels;
-extern const Kernels kAvx512VbmiKernels;
-extern const Kernels kAvx512LookupKernels;
-extern const Kernels kAmxKernels;
-#elif defined(__aarch64__)
-extern const Kernels kNeonKernels;
-extern const Kernels kI8mmKernels;
-#endif
 
 }  // namespace bitnet
 

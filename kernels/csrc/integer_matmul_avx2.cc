@@ -10,24 +10,20 @@
 #include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #else
 #pragma GCC target("avx2")
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 says so of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false positives of gcc 12 in its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-namespace bitnet {
-namespace {
-
-#include "panel_fields.h"
 #include "panel_avx2.h"
 #include "panel_matmul.h"
 
-}  // namespace
+namespace bitnet {
 
-const Kernels kAvx2Kernels = {"avx2", matmul<Avx2>, sum};
+extern const MatmulKernels kAvx2Integer;
+const MatmulKernels kAvx2Integer = {matmul<Avx2>, sum, nullptr};
 
 }  // namespace bitnet
 

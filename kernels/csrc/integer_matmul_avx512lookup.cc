@@ -14,22 +14,16 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 says so of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false positives of gcc 12 in its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-namespace bitnet {
-namespace {
-
-#include "panel_fields.h"
-#include "panel_avx512.h"
-#include "panel_avx512vbmi.h"
-#include "panel_matmul.h"
 #include "panel_lookup.h"
 
-}  // namespace
+namespace bitnet {
 
-const Kernels kAvx512LookupKernels = {"avx512lookup", matmul_lookup, sum, table_rows};
+extern const MatmulKernels kAvx512LookupInteger;
+const MatmulKernels kAvx512LookupInteger = {matmul_lookup, sum, table_rows};
 
 }  // namespace bitnet
 

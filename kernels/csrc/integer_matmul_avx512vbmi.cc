@@ -14,21 +14,17 @@
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi")
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 says so of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false positives of gcc 12 in its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-namespace bitnet {
-namespace {
-
-#include "panel_fields.h"
-#include "panel_avx512.h"
 #include "panel_avx512vbmi.h"
 #include "panel_matmul.h"
 
-}  // namespace
+namespace bitnet {
 
-const Kernels kAvx512VbmiKernels = {"avx512vbmi", matmul<Avx512Vbmi>, sum};
+extern const MatmulKernels kAvx512VbmiInteger;
+const MatmulKernels kAvx512VbmiInteger = {matmul<Avx512Vbmi>, sum, nullptr};
 
 }  // namespace bitnet
 

@@ -10,24 +10,20 @@
 #include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni")
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 says so of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false positives of gcc 12 in its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-namespace bitnet {
-namespace {
-
-#include "panel_fields.h"
 #include "panel_avx512.h"
 #include "panel_matmul.h"
 
-}  // namespace
+namespace bitnet {
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", matmul<Avx512Vnni>, sum};
+extern const MatmulKernels kAvx512VnniInteger;
+const MatmulKernels kAvx512VnniInteger = {matmul<Avx512Vnni>, sum, nullptr};
 
 }  // namespace bitnet
 

@@ -10,25 +10,20 @@
 #include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx2,avxvnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,avxvnni"))), apply_to = function)
 #else
 #pragma GCC target("avx2,avxvnni")
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 says so of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false positives of gcc 12 in its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-namespace bitnet {
-namespace {
-
-#include "panel_fields.h"
-#include "panel_avx2.h"
 #include "panel_avxvnni.h"
 #include "panel_matmul.h"
 
-}  // namespace
+namespace bitnet {
 
-const Kernels kAvxVnniKernels = {"avxvnni", matmul<AvxVnni>, sum};
+extern const MatmulKernels kAvxVnniInteger;
+const MatmulKernels kAvxVnniInteger = {matmul<AvxVnni>, sum, nullptr};
 
 }  // namespace bitnet
 

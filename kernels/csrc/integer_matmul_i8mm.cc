@@ -15,17 +15,13 @@
 #pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
 #endif
 
-namespace bitnet {
-namespace {
-
-#include "panel_fields.h"
-#include "panel_neon.h"
 #include "panel_i8mm.h"
 #include "panel_matmul.h"
 
-}  // namespace
+namespace bitnet {
 
-const Kernels kI8mmKernels = {"i8mm", matmul<NeonI8mm>, sum};
+extern const MatmulKernels kI8mmInteger;
+const MatmulKernels kI8mmInteger = {matmul<NeonI8mm>, sum, nullptr};
 
 }  // namespace bitnet
 

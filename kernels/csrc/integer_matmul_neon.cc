@@ -15,16 +15,13 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 
-namespace bitnet {
-namespace {
-
-#include "panel_fields.h"
 #include "panel_neon.h"
 #include "panel_matmul.h"
 
-}  // namespace
+namespace bitnet {
 
-const Kernels kNeonKernels = {"neon", matmul<NeonDot>, sum};
+extern const MatmulKernels kNeonInteger;
+const MatmulKernels kNeonInteger = {matmul<NeonDot>, sum, nullptr};
 
 }  // namespace bitnet
 

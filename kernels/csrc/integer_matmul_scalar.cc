@@ -70,6 +70,7 @@ int32_t sum(const int8_t* x, int64_t count) {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", matmul, sum};
+extern const MatmulKernels kScalarInteger;
+const MatmulKernels kScalarInteger = {matmul, sum, nullptr};
 
 }  // namespace bitnet

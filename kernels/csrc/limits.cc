@@ -5,12 +5,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "compiler.h"
 #include "threads.h"
 
 namespace bitnet {
 namespace {
 
-constexpr int64_t kReadBytes = int64_t{1} << 20;  // of one piece of reading, a multiple of 256
+constexpr int64_t kReadBytes = int64_t{1} << 20;  // of a work item, a multiple of 256
 constexpr std::chrono::microseconds kSpin{2};
 
 // Reads size bytes and returns their xor, so that the compiler keeps the loads. size is a multiple of 128. Two streams,
@@ -40,7 +41,7 @@ uint64_t read(const uint8_t* data, int64_t size) {
 }  // namespace bitnet
 
 // Reads size bytes, a multiple of 256, once with all threads.
-extern "C" uint64_t bitnet_kernels_read(const uint8_t* data, int64_t size) {
+extern "C" BITNET_EXPORT uint64_t bitnet_kernels_read(const uint8_t* data, int64_t size) noexcept {
   using namespace bitnet;
   std::atomic<uint64_t> result{0};
   parallel_for((size + kReadBytes - 1) / kReadBytes, [&](int64_t i) {
@@ -50,9 +51,9 @@ extern "C" uint64_t bitnet_kernels_read(const uint8_t* data, int64_t size) {
   return result;
 }
 
-// Runs so many parallel loops in which each thread has two microseconds to spin: an instant loop would be over before
-// the helpers have come, and tell nothing.
-extern "C" void bitnet_kernels_fork_join(int64_t loops) {
+// Runs parallel loops in which each thread spins for two microseconds: an empty loop would be over before the helpers
+// have joined it, and would measure nothing.
+extern "C" BITNET_EXPORT void bitnet_kernels_fork_join(int64_t loops) noexcept {
   using namespace bitnet;
   using Clock = std::chrono::steady_clock;
   for (int64_t loop = 0; loop < loops; ++loop) {

@@ -11,9 +11,9 @@ namespace bitnet {
 
 // The matrices of a call, as runs of bytes in the order in which its items take them.
 struct Weights {
-  static constexpr int kMost = 4;  // of one call; of more, the first are fetched
-  const uint8_t* data[kMost] = {};
-  int64_t bytes[kMost] = {};
+  static constexpr int kMaxMatrices = 4;  // of one call; of more, the first are fetched
+  const uint8_t* data[kMaxMatrices] = {};
+  int64_t bytes[kMaxMatrices] = {};
 
   void add(const uint8_t* matrix, int64_t size);
   int64_t total() const;

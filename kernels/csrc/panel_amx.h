@@ -1,7 +1,15 @@
 // AMX: a tile register holds 16 rows of 64 bytes. tdpbsud multiplies 16 rows of x by 64 inputs with the same inputs of
 // 16 rows of the matrix, four products to an int32 of a 16 x 16 tile of sums. An unpacked panel, [input / 4][row][4],
-// is its second operand as it stands. Few rows of x are left to AVX-512. Included like panel_fields.h, after
-// panel_avx512vbmi.h and panel_matmul.h.
+// is its second operand without any conversion. Few rows of x are left to AVX-512.
+
+#ifndef BITNET_KERNELS_PANEL_AMX_H_
+#define BITNET_KERNELS_PANEL_AMX_H_
+
+#include "panel_avx512vbmi.h"
+#include "panel_matmul.h"
+
+namespace bitnet {
+namespace {
 
 struct Amx : Avx512Vbmi {
   static constexpr int kTilePanels = 2;
@@ -127,3 +135,8 @@ void matmul_amx(const Problem& p, int64_t begin, int64_t end) {
     case Format::kInt8: return many_rows_amx<Format::kInt8>(p, begin, end);
   }
 }
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_AMX_H_

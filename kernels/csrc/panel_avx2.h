@@ -1,5 +1,15 @@
 // AVX2: vpmaddubsw multiplies 32 unsigned fields with 32 signed activations and adds pairs to 16 int16, exactly for all
-// fields but those of int8. The int16 sums are widened before they can overflow. Included like panel_fields.h.
+// fields but those of int8. The int16 sums are widened before they can overflow.
+
+#ifndef BITNET_KERNELS_PANEL_AVX2_H_
+#define BITNET_KERNELS_PANEL_AVX2_H_
+
+#include <immintrin.h>
+
+#include "panel_fields.h"
+
+namespace bitnet {
+namespace {
 
 struct Avx2 {
   using Bytes = __m256i;
@@ -73,3 +83,8 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), sums);
   }
 };
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_AVX2_H_

@@ -1,5 +1,15 @@
 // AVX-512 with VNNI: vpdpbusd multiplies 64 unsigned fields with 64 signed activations and adds groups of four to
-// 16 int32 lanes, exactly for every int8 value. Included like panel_fields.h.
+// 16 int32 lanes, exactly for every int8 value.
+
+#ifndef BITNET_KERNELS_PANEL_AVX512_H_
+#define BITNET_KERNELS_PANEL_AVX512_H_
+
+#include <immintrin.h>
+
+#include "panel_fields.h"
+
+namespace bitnet {
+namespace {
 
 struct Avx512Vnni {
   using Bytes = __m512i;
@@ -64,3 +74,8 @@ struct Avx512Vnni {
   static BITNET_INLINE Sums load_sums(const int32_t* source) { return _mm512_loadu_si512(source); }
   static BITNET_INLINE void store(int32_t* target, Sums sums) { _mm512_storeu_si512(target, sums); }
 };
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_AVX512_H_

@@ -1,4 +1,12 @@
-// AVX-512 with VNNI and VBMI. Included like panel_fields.h, after panel_avx512.h.
+// AVX-512 with VNNI and VBMI.
+
+#ifndef BITNET_KERNELS_PANEL_AVX512VBMI_H_
+#define BITNET_KERNELS_PANEL_AVX512VBMI_H_
+
+#include "panel_avx512.h"
+
+namespace bitnet {
+namespace {
 
 struct Avx512Vbmi : Avx512Vnni {};
 
@@ -38,3 +46,8 @@ struct Fields<Avx512Vbmi, Format::kTernary5, kSlots> {
     }
   }
 };
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_AVX512VBMI_H_

@@ -1,5 +1,12 @@
-// AVX2 with AVX-VNNI: vpdpbusd in its VEX form adds groups of four products to int32. Included like panel_fields.h,
-// after panel_avx2.h.
+// AVX2 with AVX-VNNI: vpdpbusd in its VEX form adds groups of four products to int32.
+
+#ifndef BITNET_KERNELS_PANEL_AVXVNNI_H_
+#define BITNET_KERNELS_PANEL_AVXVNNI_H_
+
+#include "panel_avx2.h"
+
+namespace bitnet {
+namespace {
 
 struct AvxVnni : Avx2 {
   static constexpr int slots(Format format, int rows) {
@@ -17,3 +24,8 @@ struct AvxVnni : Avx2 {
     return sums;
   }
 };
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_AVXVNNI_H_

@@ -1,7 +1,19 @@
 // The fields of a block of a packed matrix, for the kernels of panel_matmul.h.
 //
-// A file of one instruction set includes it under the target options of that set, in an anonymous namespace, after the
-// headers that it needs: hence no include guard and no includes.
+// The panel_*.h headers are compiled for the instruction set of the file that includes them, integer_matmul_<name>.cc.
+// That file includes every standard header before it selects the target, so that no inline function of the standard
+// library is compiled for it: the linker may keep that copy for the whole library.
+
+#ifndef BITNET_KERNELS_PANEL_FIELDS_H_
+#define BITNET_KERNELS_PANEL_FIELDS_H_
+
+#include <cstring>
+#include <type_traits>
+
+#include "integer_matmul.h"
+
+namespace bitnet {
+namespace {
 
 #define BITNET_INLINE inline BITNET_INLINE_BODY
 #define BITNET_INLINE_BODY __attribute__((always_inline))
@@ -75,3 +87,8 @@ struct Fields<Isa, Format::kTernary5, kSlots> {
     return Isa::look_up(kDigits, Isa::bit_and(digit, Isa::splat(15)));
   }
 };
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_FIELDS_H_

@@ -1,5 +1,12 @@
-// NEON with the instructions of i8mm: usdot multiplies unsigned fields, as they are, with signed activations. Included
-// like panel_fields.h, after panel_neon.h.
+// NEON with i8mm: usdot multiplies unsigned fields, unmodified, with signed activations.
+
+#ifndef BITNET_KERNELS_PANEL_I8MM_H_
+#define BITNET_KERNELS_PANEL_I8MM_H_
+
+#include "panel_neon.h"
+
+namespace bitnet {
+namespace {
 
 struct NeonI8mm : NeonDot {
   static constexpr int slots(Format format, int rows) {
@@ -12,3 +19,8 @@ struct NeonI8mm : NeonDot {
     return vusdotq_s32(sums, fields, vreinterpretq_s8_u8(x));
   }
 };
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_I8MM_H_

@@ -1,10 +1,18 @@
 // Binary matrices times many rows of x by look-up, for processors that shuffle 512 bits as fast as they multiply them.
-// Included like panel_fields.h, after panel_avx512vbmi.h and panel_matmul.h.
 //
 // The sums of all subsets of six inputs are a table of 64 int16 in two registers, and six bits of 32 rows of the matrix
 // look 32 of them up in one instruction: 192 products where vpdpbusd makes 64. A dword of a block is 32 bits of one row;
 // the low halves of those of two panels make a vector of 32 words, their high halves another. A word is three indices,
 // of 6, 5 and 5 bits, which shifts alone bring to the bottom: the instructions ignore the bits above.
+
+#ifndef BITNET_KERNELS_PANEL_LOOKUP_H_
+#define BITNET_KERNELS_PANEL_LOOKUP_H_
+
+#include "panel_avx512vbmi.h"
+#include "panel_matmul.h"
+
+namespace bitnet {
+namespace {
 
 struct Avx512Lookup : Avx512Vbmi {};
 
@@ -12,7 +20,7 @@ template <int kSlots>
 struct Fields<Avx512Lookup, Format::kTernary5, kSlots> : Fields<Avx512Vbmi, Format::kTernary5, kSlots> {};
 
 constexpr int64_t kTableBlocks = 8;  // looked up before int16 may overflow: 256 inputs of -128
-constexpr int64_t kTableRows = 32;   // of x, whose tables of so many blocks, 128 KiB, stay in L2
+constexpr int64_t kTableRows = 32;   // rows of x whose tables of kTableBlocks blocks, 128 KiB, stay in L2
 constexpr int kPairs = 4;            // of panels, times ...
 constexpr int kLookupRows = 4;       // ... rows of x: the accumulators
 
@@ -63,7 +71,7 @@ void make_tables(const int8_t* x, int64_t blocks, __m512i (*tables)[2][4]) {
   }
 }
 
-// Indices of up to kPairs pairs of panels; those behind `end` are as good as any others.
+// Indices of up to kPairs pairs of panels; those behind `end` are arbitrary.
 void make_indices(const Problem& p, int64_t panel, int64_t end, int64_t g, int64_t b, int64_t blocks, Lookup& lookup) {
   for (int64_t pair = 0; panel + 2 * pair < end; ++pair) {
     const int64_t even = panel + 2 * pair, odd = std::min(even + 1, end - 1);
@@ -160,3 +168,8 @@ void matmul_lookup(const Problem& p, int64_t begin, int64_t end) {
     }
   }
 }
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_LOOKUP_H_

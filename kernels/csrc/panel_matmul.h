@@ -1,6 +1,6 @@
 // The algorithms of every instruction set with vectors: few rows of x, many rows of x.
 //
-// Included like panel_fields.h, after it. An instruction set is a struct Isa with
+// An instruction set is a struct Isa with
 //
 //   Bytes, Sums             vectors of packed bytes or fields; of int32, a lane for each row of the matrix
 //   kLanes                  rows of the matrix in a vector
@@ -14,6 +14,14 @@
 //   dot<format>(partial, fields, x)    a partial sum with four products more in each lane
 //   finish<format>(partial)            a partial sum as Sums
 //   zero, fill, add, divide<scale> (exact), load_sums, store    on Sums
+
+#ifndef BITNET_KERNELS_PANEL_MATMUL_H_
+#define BITNET_KERNELS_PANEL_MATMUL_H_
+
+#include "panel_fields.h"
+
+namespace bitnet {
+namespace {
 
 // How far ahead of each stream lines are fetched into L1. From DRAM much hangs on it: the instructions of a block fill
 // the window in which a processor sees its own next loads. Tuned on a Xeon; 2 and 4 KiB, or into L2, were no better.
@@ -228,3 +236,8 @@ int32_t sum(const int8_t* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) total += x[i];
   return total;
 }
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_MATMUL_H_

@@ -1,5 +1,15 @@
 // NEON with the dot product instructions: sdot multiplies 16 signed bytes with 16 signed activations and adds groups of
-// four to 4 int32 lanes. Fields stay below 128, or are made signed. Included like panel_fields.h.
+// four to 4 int32 lanes. Fields stay below 128, or are made signed.
+
+#ifndef BITNET_KERNELS_PANEL_NEON_H_
+#define BITNET_KERNELS_PANEL_NEON_H_
+
+#include <arm_neon.h>
+
+#include "panel_fields.h"
+
+namespace bitnet {
+namespace {
 
 struct NeonDot {
   using Bytes = uint8x16_t;
@@ -58,3 +68,8 @@ struct NeonDot {
   static BITNET_INLINE Sums load_sums(const int32_t* source) { return vld1q_s32(source); }
   static BITNET_INLINE void store(int32_t* target, Sums sums) { vst1q_s32(target, sums); }
 };
+
+}  // namespace
+}  // namespace bitnet
+
+#endif  // BITNET_KERNELS_PANEL_NEON_H_

@@ -25,8 +25,8 @@ void rescale(const int32_t* sums, const float* scales, int64_t groups, int64_t s
   for (int64_t r = 0; r < n; ++r) y[r] *= activation;
 }
 
-// The scales of matrix rows [first, first + n) as [groups, n], so that rows are neighbours: where they lie, or copied to
-// `copy`, read in the order of memory: of a head with many groups they are megabytes.
+// The scales of matrix rows [first, first + n) as [groups, n], so that rows are neighbours: in place, or copied to
+// `copy` in memory order, because the scales of a head with many groups are megabytes.
 const float* neighbouring_scales(const Scales& s, int64_t groups, int64_t first, int64_t n, std::vector<float>& copy) {
   if (s.stride == 1) return s.matrix + first;
   copy.resize(groups * n);
@@ -43,7 +43,7 @@ const float* neighbouring_scales(const Scales& s, int64_t groups, int64_t first,
 
 }  // namespace
 
-void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& s, float* out, int64_t begin,
+void scaled_matmul(const MatmulKernels& kernels, const Problem& p, const Scales& s, float* out, int64_t begin,
                    int64_t end) {
   // The same problem cut down to these panels and, where there are many rows of x, to some of them at a time.
   Problem part = p;

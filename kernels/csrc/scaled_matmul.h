@@ -16,7 +16,7 @@ struct Scales {
 // Writes out[m, n] = (sum over groups g, in order, of float(y[g, m, n]) * matrix[n, g]) * activation[m], every product
 // and sum rounded: the same bits as rescale of bitnet_kernels/reference.py. For the matrix panels [begin, end); p.y is
 // not used.
-void scaled_matmul(const Kernels& kernels, const Problem& p, const Scales& scales, float* out, int64_t begin,
+void scaled_matmul(const MatmulKernels& kernels, const Problem& p, const Scales& scales, float* out, int64_t begin,
                    int64_t end);
 
 }  // namespace bitnet

@@ -2,21 +2,20 @@
 
 #include <cstring>
 
-#include "isa.h"
+#include "integer_matmul.h"
 
 #if defined(__x86_64__)
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 says so of its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false positives of gcc 12 in its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
 namespace bitnet {
 namespace {
 
-constexpr int kMostRows = 4;  // of x that share a block of weights
+constexpr int kMaxRows = 4;  // rows of x that share a block of weights
 
 const uint32_t* words(const Problem& p, int64_t row, int64_t group) {
   return reinterpret_cast<const uint32_t*>(p.x + row * p.x_stride) + group * p.group_blocks;
@@ -30,16 +29,16 @@ void write(const Problem& p, int64_t group, int64_t row, int64_t panel, const in
   for (int64_t r = 0; r < p.panel_rows(panel); ++r) y[r] = p.x_sum(row, group) - 2 * counts[r];
 }
 
-template <Count kOne, Count kMost>
+template <Count kOneRow, Count kAllRows>
 void matmul(const Problem& p, int64_t begin, int64_t end) {
-  int32_t counts[kMostRows][kPanelRows];
-  const uint32_t* x[kMostRows];
+  int32_t counts[kMaxRows][kPanelRows];
+  const uint32_t* x[kMaxRows];
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int64_t g = 0; g < p.groups; ++g) {
       for (int64_t row = 0; row < p.m;) {
-        const int64_t rows = p.m - row < kMostRows ? 1 : kMostRows;
+        const int64_t rows = p.m - row < kMaxRows ? 1 : kMaxRows;
         for (int64_t i = 0; i < rows; ++i) x[i] = words(p, row + i, g);
-        (rows == 1 ? kOne : kMost)(p.block(panel, g, 0), x, p.group_blocks, counts);
+        (rows == 1 ? kOneRow : kAllRows)(p.block(panel, g, 0), x, p.group_blocks, counts);
         for (int64_t i = 0; i < rows; ++i) write(p, g, row + i, panel, counts[i]);
         row += rows;
       }
@@ -113,30 +112,17 @@ POPCNT void count_popcnt(const uint8_t* w, const uint32_t* const* x, int64_t blo
   for (int i = 0; i < kRows; ++i) _mm512_storeu_si512(counts[i], sums[i]);
 }
 
-bool has_vpopcntdq() {
-  uint32_t eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 14) != 0;
-}
-
-constexpr Kernels kAvx2 = {"avx2", matmul<count_avx2<1>, count_avx2<kMostRows>>, nullptr};
-constexpr Kernels kPopcnt = {"avx512vpopcntdq", matmul<count_popcnt<1>, count_popcnt<kMostRows>>, nullptr};
-
 #endif  // __x86_64__
-
-constexpr Kernels kScalar = {"scalar", matmul<count_scalar<1>, count_scalar<kMostRows>>, nullptr};
 
 }  // namespace
 
-const Kernels* find_sign_kernels(std::string_view isa) {
-  if (find_kernels(isa) == nullptr) return nullptr;
+extern const MatmulKernels kScalarSign;
+const MatmulKernels kScalarSign = {matmul<count_scalar<1>, count_scalar<kMaxRows>>, nullptr, nullptr};
 #if defined(__x86_64__)
-  static const bool popcnt = has_vpopcntdq();  // asked once: in a virtual machine cpuid takes microseconds
-  const auto begins = [&](std::string_view start) { return isa.substr(0, start.size()) == start; };
-  if ((begins("avx512") || begins("amx")) && popcnt) return &kPopcnt;
-  if (begins("avx") || begins("amx")) return &kAvx2;
+extern const MatmulKernels kAvx2Sign, kAvx512Sign;
+const MatmulKernels kAvx2Sign = {matmul<count_avx2<1>, count_avx2<kMaxRows>>, nullptr, nullptr};
+const MatmulKernels kAvx512Sign = {matmul<count_popcnt<1>, count_popcnt<kMaxRows>>, nullptr, nullptr};
 #endif
-  return &kScalar;
-}
 
 void pack_signs(const int8_t* x, int64_t count, uint32_t* words) {
   for (int64_t b = 0; 32 * b < count; ++b) {

@@ -7,15 +7,11 @@
 #define BITNET_KERNELS_SIGN_MATMUL_H_
 
 #include <cstdint>
-#include <string_view>
-
-#include "integer_matmul.h"
 
 namespace bitnet {
 
-// Kernels whose problem has, in place of int8 activations, words of 32 signs: x_stride is 4 bytes a block, and x_sums
-// hold the number of inputs of a group, the largest sum there can be. nullptr for an instruction set that is absent.
-const Kernels* find_sign_kernels(std::string_view isa);
+// The sign kernels of the table (kernels.h) take a Problem with words of 32 signs in place of int8 activations:
+// x_stride is 4 bytes a block, and x_sums is the number of inputs of a group, the largest possible sum.
 
 // The words of one group of signs: bit 8 j + s of word b is set where x[32 b + 4 s + j] > 0. Writes ceil(count / 32).
 void pack_signs(const int8_t* x, int64_t count, uint32_t* words);

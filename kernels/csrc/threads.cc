@@ -20,9 +20,9 @@ namespace bitnet {
 namespace {
 
 constexpr int kPauses = 2000;  // of a helper without work, some tens of microseconds, before it begins to yield
-constexpr int kYields = 200;   // before it sleeps: an idle process must not keep a processor busy
-constexpr int64_t kAheadBytes = 256 << 10;  // fetched for the next loop, a part of L2 ...
-constexpr int64_t kAheadStep = 1 << 10;     // ... with a look for that loop in between
+constexpr int kYields = 200;   // then before it sleeps: an idle process must not keep a processor busy
+constexpr int64_t kAheadBytes = 256 << 10;  // prefetched for the next loop, a part of L2 ...
+constexpr int64_t kAheadStep = 1 << 10;     // ... in steps, between which a helper checks for that loop
 
 void pause() {
 #if defined(__x86_64__)
@@ -71,8 +71,8 @@ class Run {
 
 class Pool {
  public:
-  // With fewer threads where the system does not give that many. Helpers look at threads_ once a loop is open, which is
-  // after the constructor.
+  // Has fewer threads where the system refuses some. Helpers read threads_ only once a loop is open, which is after the
+  // constructor.
   explicit Pool(int64_t wanted) : runs_(wanted) {
     while (threads_ < wanted && start_helper(threads_)) ++threads_;
   }
@@ -102,7 +102,7 @@ class Pool {
       spins < kPauses ? pause() : std::this_thread::yield();
     }
     loop_.store(loop_.load(std::memory_order_relaxed) + 1);  // even: closed
-    // A helper that saw the loop open may still look for items; afterwards nobody touches body.
+    // A helper that saw the loop open may still look for items; afterwards no thread uses body.
     for (int spins = 0; inside_.load() > 0; ++spins) spins < kPauses ? pause() : std::this_thread::yield();
     if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
     return true;
@@ -150,7 +150,7 @@ class Pool {
       const uint64_t loop = wait_for_other_than(seen);
       Weights next;
       inside_.fetch_add(1);
-      // Entered before looking again: the caller closes the loop before it looks who is inside.
+      // Counted before loop_ is read again: the caller closes the loop before it reads the count.
       if (loop % 2 == 1 && loop_.load() == loop) {
         work(self);
         next = next_;
@@ -196,16 +196,16 @@ class Pool {
   std::exception_ptr failure_;                     // the first of the loop
   alignas(64) std::atomic<uint64_t> loop_{0};      // number of the loop, odd while it is open
   alignas(64) std::atomic<int64_t> done_{0};       // items
-  alignas(64) std::atomic<int64_t> inside_{0};     // helpers that look at the loop
+  alignas(64) std::atomic<int64_t> inside_{0};     // helpers that may use the loop
   std::atomic<bool> retired_{false};
   std::atomic<int64_t> sleepers_{0};
   std::mutex sleep_;
   std::condition_variable wake_;
 };
 
-// Pools are never deleted: detached helpers may look at them until the process ends.
+// Pools are never deleted: detached helpers may use them until the process ends.
 std::atomic<Pool*> current{nullptr};
-std::atomic<int64_t> wanted{0};  // threads; 0: as many as processors
+std::atomic<int64_t> wanted{0};  // threads; 0: the number of processors
 std::mutex creation;
 
 // Null where there is no memory for one: the caller is alone then.
@@ -239,7 +239,7 @@ int64_t thread_count() {
   return helpers == nullptr ? 1 : helpers->threads();
 }
 
-void parallel_for(int64_t items, const std::function<void(int64_t)>& body, const Weights& next) {
+void run_parallel(int64_t items, const std::function<void(int64_t)>& body, const Weights& next) {
   Pool* helpers = items > 1 ? pool() : nullptr;
   if (helpers != nullptr && helpers->threads() > 1 && helpers->run(items, body, next)) return;
   for (int64_t i = 0; i < items; ++i) body(i);
@@ -247,7 +247,7 @@ void parallel_for(int64_t items, const std::function<void(int64_t)>& body, const
 
 }  // namespace bitnet
 
-extern "C" void bitnet_kernels_set_thread_count(int64_t count) {
+extern "C" void bitnet_kernels_set_thread_count(int64_t count) noexcept {
   std::lock_guard<std::mutex> lock(bitnet::creation);
   bitnet::wanted.store(std::max<int64_t>(1, count));
   if (bitnet::Pool* old = bitnet::current.exchange(nullptr)) old->retire();

@@ -1,5 +1,5 @@
-// Integer and sign products of every instruction set of this processor against plain loops, on buffers of exactly the right size and on two threads:
-// run by itself, under the sanitizers (test_sanitizers.py) and in emulated processors (test_emulated.py). Prints a line
+// Integer and sign products of every instruction set of this processor against plain loops, on buffers of exactly the
+// right size and on two threads: run by itself, under the sanitizers (test_sanitizers.py) and in emulated processors (test_emulated.py). Prints a line
 // for each instruction set; the exit status tells whether all outputs were right.
 
 #include <cstdio>
@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "isa.h"
+#include "kernels.h"
 #include "sign_matmul.h"
 
 using namespace bitnet;
@@ -62,7 +62,7 @@ Case make_case(Format format, int64_t m, const Shape& shape, bool extreme, std::
 
 // Outputs of the two halves of the panels, on two threads, that are not those of plain loops over c.x and c.codes.
 // p: c.p, or the same product with activations in another form.
-int64_t wrong_outputs(const Kernels& kernels, const Case& c, Problem p) {
+int64_t wrong_outputs(const MatmulKernels& kernels, const Case& c, Problem p) {
   const int64_t inputs = p.group_inputs(), middle = (p.panels() + 1) / 2;
   std::vector<int32_t> y(p.groups * p.m * p.n);
   p.y = y.data();
@@ -85,7 +85,7 @@ int64_t wrong_outputs(const Kernels& kernels, const Case& c, Problem p) {
   return wrong;
 }
 
-int64_t wrong_outputs(const Kernels& kernels, const Case& c) {
+int64_t wrong_outputs(const MatmulKernels& kernels, const Case& c) {
   Problem p = c.p;
   std::vector<int32_t> x_sums(p.m * p.groups);
   for (size_t i = 0; i < x_sums.size(); ++i) x_sums[i] = kernels.sum(p.x + i * p.group_inputs(), p.group_inputs());
@@ -94,7 +94,7 @@ int64_t wrong_outputs(const Kernels& kernels, const Case& c) {
 }
 
 // The same for a binary matrix and the signs of c.x, which are packed into words.
-int64_t wrong_sign_outputs(const Kernels& kernels, Case& c, int64_t used) {
+int64_t wrong_sign_outputs(const MatmulKernels& kernels, Case& c, int64_t used) {
   Problem p = c.p;
   std::vector<uint32_t> words(p.m * p.groups * p.group_blocks);
   std::vector<int32_t> inputs(p.m * p.groups, static_cast<int32_t>(used));
@@ -118,7 +118,7 @@ int main() {
   int64_t all_wrong = 0;
   std::istringstream names(bitnet_kernels_available_isas());
   for (std::string isa; std::getline(names, isa, ',');) {
-    const Kernels& kernels = *find_kernels(isa);
+    const MatmulKernels& kernels = *find_kernels(isa)->integer;
     std::mt19937 random(1);
     int64_t wrong = 0, cases = 0;
     for (Format format : kFormats) {
@@ -134,7 +134,7 @@ int main() {
         ++cases;
       }
     }
-    const Kernels& sign_kernels = *find_sign_kernels(isa);
+    const MatmulKernels& sign_kernels = *find_kernels(isa)->sign;
     for (const Shape& shape : shapes) {
       for (int64_t m = 1; m <= 9; ++m, ++cases) {
         Case c = make_case(Format::kBinary, m, shape, false, random);

@@ -17,7 +17,7 @@
 #include "float_mode.h"
 #include "head.h"
 #include "head_exact.h"
-#include "isa.h"
+#include "kernels.h"
 #include "threads.h"
 
 using namespace bitnet;
@@ -155,7 +155,7 @@ int64_t far_outputs(const Cache& c, const std::vector<float>& out) {
 int64_t wrong_attention(const AttentionKernels& kernels, const Sizes& sizes, KvType type) {
   source.seed(7);  // every instruction set meets the same numbers
   Cache c = make_cache(sizes, type);
-  const std::vector<float> scalar = attend(kScalarAttention, c), out = attend(kernels, c);
+  const std::vector<float> scalar = attend(find_kernels("scalar")->floats->attention, c), out = attend(kernels, c);
   return far_outputs(c, scalar) + differing(out, scalar);
 }
 
@@ -260,7 +260,7 @@ int64_t wrong_largest(const Head& head, HeadRows rows, const std::vector<float>&
 int64_t wrong_head(HeadRows rows, int64_t m, int64_t n, int64_t k) {
   source.seed(11);
   const Head head(m, n, k);
-  const std::vector<float> scalar = head.logits(head_rows_scalar()), y = head.logits(rows);
+  const std::vector<float> scalar = head.logits(find_kernels("scalar")->floats->head_rows), y = head.logits(rows);
   return far_logits(head, scalar) + differing(y, scalar) + wrong_largest(head, rows, scalar, 3);
 }
 
@@ -276,17 +276,16 @@ int main() {
   int64_t all_wrong = 0;
   std::istringstream names(bitnet_kernels_available_isas());
   for (std::string isa; std::getline(names, isa, ',');) {
-    const AttentionKernels* attention = find_attention(isa);
-    const HeadRows rows = find_head_rows(isa);
-    int64_t wrong = (attention == nullptr) + (rows == nullptr), cases = 0;
+    const FloatKernels& kernels = *find_kernels(isa)->floats;
+    int64_t wrong = 0, cases = 0;
     for (const Sizes& sizes : caches) {
       for (KvType type : {KvType::kFloat32, KvType::kBfloat16, KvType::kInt8}) {
-        if (attention != nullptr) wrong += wrong_attention(*attention, sizes, type);
+        wrong += wrong_attention(kernels.attention, sizes, type);
         ++cases;
       }
     }
     for (const auto& [m, n, k] : heads) {
-      if (rows != nullptr) wrong += wrong_head(rows, m, n, k);
+      wrong += wrong_head(kernels.head_rows, m, n, k);
       ++cases;
     }
     std::printf("%s: %d cases, %d wrong\n", isa.c_str(), static_cast<int>(cases), static_cast<int>(wrong));

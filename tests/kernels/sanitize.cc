@@ -3,15 +3,17 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <sstream>
+#include <string>
 #include <vector>
 
-#include "isa.h"
+#include "kernels.h"
 #include "scaled_matmul.h"
 #include "threads.h"
 
 using namespace bitnet;
 
-int64_t wrong_outputs(const Kernels& kernels, Format format, int64_t m, int64_t n, int64_t k, int64_t groups) {
+int64_t wrong_outputs(const MatmulKernels& kernels, Format format, int64_t m, int64_t n, int64_t k, int64_t groups) {
   Problem p = {format, m, n, groups, 0, nullptr, 0, nullptr, nullptr, nullptr};
   p.group_blocks = (k / groups + p.block_inputs() - 1) / p.block_inputs();
   p.x_stride = groups * p.group_inputs();
@@ -70,13 +72,13 @@ int main() {
   bitnet_kernels_set_thread_count(4);
   const int64_t shapes[][3] = {{1, 1, 1}, {3, 31, 1}, {37, 100, 1}, {65, 1100, 1}, {100, 640, 20}, {33, 96, 3}};
   int64_t wrong = 0, cases = 0;
-  for (const char* isa : {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "avx512lookup", "amx"}) {
-    const Kernels* kernels = find_kernels(isa);
-    if (kernels == nullptr) continue;
+  std::istringstream names(bitnet_kernels_available_isas());
+  for (std::string isa; std::getline(names, isa, ',');) {
+    const Kernels& kernels = *find_kernels(isa);
     for (const auto& [n, k, groups] : shapes) {
       for (Format format : kFormats) {
         for (int64_t m : {1, 2, 3, 4, 5, 6, 13}) {
-          wrong += wrong_outputs(*kernels, format, m, n, k, groups);
+          wrong += wrong_outputs(*kernels.integer, format, m, n, k, groups);
           ++cases;
         }
       }

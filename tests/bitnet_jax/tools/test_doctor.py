@@ -15,7 +15,7 @@ from bitnet_jax.models import PRESETS, ModelConfig
 from bitnet_jax.packed import packing
 from bitnet_jax.tools import doctor, kernel_checks
 from bitnet_jax.tools.kernel_checks import Check
-from bitnet_kernels import IMPLEMENTATIONS, cpu
+from bitnet_kernels import IMPLEMENTATIONS, cpu, pallas_gpu
 
 TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num_heads=2, max_length=16)
 
@@ -71,21 +71,29 @@ def test_a_missing_library_is_absent_with_its_reason_and_healthy(monkeypatch: py
     monkeypatch.setattr(cpu, "available_isas", lambda: ())
     monkeypatch.setattr(cpu, "unavailable", lambda: "_cpu.so was not built")
     absent = doctor._absent()
-    assert [(check.name, check.passed, check.detail) for check in absent] == [
-        ("cpu", None, "_cpu.so was not built")
-    ]
+    assert [(check.name, check.passed) for check in absent] == [("cpu", None), ("gpu", None), ("tpu", None)]
+    assert absent[0].detail == "_cpu.so was not built"
     assert doctor.healthy(absent)
 
 
 def test_absent_instruction_sets_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(cpu.available_isas()) <= set(doctor.INSTRUCTION_SETS), "an instruction set the doctor forgets"
     monkeypatch.setattr(cpu, "available_isas", lambda: ("scalar",))
+    monkeypatch.setattr(cpu, "known_isas", lambda: ("scalar", "avx2", "amx"))
     monkeypatch.setattr(cpu, "unavailable", lambda: None)
-    assert {"cpu (avx2)", "cpu (avx512vnni)"} <= {check.name for check in doctor._absent()}
+    assert [check.name for check in doctor._absent()] == ["cpu (avx2)", "cpu (amx)", "gpu", "tpu"]
+
+
+def test_accelerators_are_reported_as_packed_matmul_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    details = {check.name: check.detail for check in doctor._absent()}
+    assert details["tpu"].startswith("Pallas kernel for layout column, not checked: no tpu here")
+    monkeypatch.setattr(pallas_gpu, "obstacle", lambda w: "the GPU kernel needs jax 99")
+    assert doctor._accelerator("gpu") == "XLA unpacks and multiplies: the GPU kernel needs jax 99"
+    monkeypatch.setattr(pallas_gpu, "obstacle", lambda w: None)
+    assert doctor._accelerator("gpu").startswith("Pallas kernel for layout plane, not checked: no gpu here")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", doctor.INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", cpu.known_isas())
 def test_the_doctor_passes_under_each_forced_instruction_set(isa: str) -> None:
     if isa not in cpu.available_isas():
         pytest.skip(f"this processor has no {isa}")

@@ -1,12 +1,15 @@
-// NEON: a vector is four registers of four lanes.
+// 16 floats with NEON, which every aarch64 processor has: four registers of four lanes.
+// float_lanes.h lists the operations.
 
-#if defined(__aarch64__)
+#ifndef BITNET_KERNELS_FLOAT_LANES_NEON_H_
+#define BITNET_KERNELS_FLOAT_LANES_NEON_H_
 
 #include <arm_neon.h>
 
-#define BITNET_TARGET
+#include <cstdint>
 
-#include "attention_loops.h"
+#define BITNET_TARGET
+#include "float_lanes.h"
 
 namespace bitnet {
 namespace {
@@ -16,7 +19,7 @@ struct NeonLanes {
     float32x4_t part[4];
   };
   using Part = float32x4_t;
-  static constexpr int kParts = 4, kScoreRows = 4, kMixVectors = 1;
+  static constexpr int kParts = 4;
 
   template <typename F>
   BITNET_INLINE static Vec each(F f) {
@@ -49,7 +52,7 @@ struct NeonLanes {
   BITNET_INLINE static Vec max(Vec a, Vec b) {
     return each([&](int i) { return max(a.part[i], b.part[i]); });
   }
-  BITNET_INLINE static Vec where_less(Vec a, Vec b, Vec x, Vec y) {
+  BITNET_INLINE static Vec select_less(Vec a, Vec b, Vec x, Vec y) {
     return each([&](int i) { return vbslq_f32(vcltq_f32(a.part[i], b.part[i]), x.part[i], y.part[i]); });
   }
   BITNET_INLINE static Vec load_bfloat16(const uint16_t* x) {
@@ -61,7 +64,7 @@ struct NeonLanes {
     return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves[0]))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(halves[0]))),
              vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves[1]))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(halves[1])))}};
   }
-  BITNET_INLINE static Vec times_power(Vec y, Vec t) {
+  BITNET_INLINE static Vec add_to_exponent(Vec y, Vec t) {
     return each([&](int i) {
       const uint32x4_t power = vshlq_n_u32(vreinterpretq_u32_f32(t.part[i]), 23);
       return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(y.part[i]), power));
@@ -98,9 +101,6 @@ struct NeonLanes {
 };
 
 }  // namespace
-
-const AttentionKernels kNeonAttention = {"neon", Loops<NeonLanes>::chunk, Loops<NeonLanes>::merge};
-
 }  // namespace bitnet
 
-#endif  // __aarch64__
+#endif  // BITNET_KERNELS_FLOAT_LANES_NEON_H_

@@ -1,12 +1,20 @@
-// AVX-512: a vector is a register.
+// 16 floats with AVX-512 F: one register.
+// float_lanes.h lists the operations.
 
-#if defined(__x86_64__)
+#ifndef BITNET_KERNELS_FLOAT_LANES_AVX512_H_
+#define BITNET_KERNELS_FLOAT_LANES_AVX512_H_
 
 #include <immintrin.h>
 
-#define BITNET_TARGET __attribute__((target("avx512f")))
+#include <cstdint>
 
-#include "attention_loops.h"
+#define BITNET_TARGET __attribute__((target("avx512f")))
+#include "float_lanes.h"
+
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false positives of gcc 12 in its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 namespace bitnet {
 namespace {
@@ -14,7 +22,7 @@ namespace {
 struct Avx512Lanes {
   using Vec = __m512;
   using Part = __m512;
-  static constexpr int kParts = 1, kScoreRows = 4, kMixVectors = 4;
+  static constexpr int kParts = 1;
 
   BITNET_INLINE static Vec load(const float* x) { return _mm512_loadu_ps(x); }
   BITNET_INLINE static void store(float* x, Vec a) { _mm512_storeu_ps(x, a); }
@@ -24,7 +32,7 @@ struct Avx512Lanes {
   BITNET_INLINE static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   BITNET_INLINE static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   BITNET_INLINE static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-  BITNET_INLINE static Vec where_less(Vec a, Vec b, Vec x, Vec y) {
+  BITNET_INLINE static Vec select_less(Vec a, Vec b, Vec x, Vec y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
   }
   BITNET_INLINE static Vec load_bfloat16(const uint16_t* x) {
@@ -35,7 +43,7 @@ struct Avx512Lanes {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
   }
-  BITNET_INLINE static Vec times_power(Vec y, Vec t) {
+  BITNET_INLINE static Vec add_to_exponent(Vec y, Vec t) {
     const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), power));
   }
@@ -78,9 +86,6 @@ struct Avx512Lanes {
 };
 
 }  // namespace
-
-const AttentionKernels kAvx512Attention = {"avx512", Loops<Avx512Lanes>::chunk, Loops<Avx512Lanes>::merge};
-
 }  // namespace bitnet
 
-#endif  // __x86_64__
+#endif  // BITNET_KERNELS_FLOAT_LANES_AVX512_H_

@@ -1,12 +1,20 @@
-// AVX2 with FMA: a vector is two registers, lanes 0-7 and 8-15.
+// 16 floats with AVX2 and FMA: two registers, lanes 0-7 and 8-15.
+// float_lanes.h lists the operations.
 
-#if defined(__x86_64__)
+#ifndef BITNET_KERNELS_FLOAT_LANES_AVX2_H_
+#define BITNET_KERNELS_FLOAT_LANES_AVX2_H_
 
 #include <immintrin.h>
 
-#define BITNET_TARGET __attribute__((target("avx2,fma")))
+#include <cstdint>
 
-#include "attention_loops.h"
+#define BITNET_TARGET __attribute__((target("avx2,fma")))
+#include "float_lanes.h"
+
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false positives of gcc 12 in its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 namespace bitnet {
 namespace {
@@ -16,7 +24,7 @@ struct Avx2Lanes {
     __m256 low, high;
   };
   using Part = __m256;
-  static constexpr int kParts = 2, kScoreRows = 2, kMixVectors = 1;  // 8 sums, for there are 16 registers
+  static constexpr int kParts = 2;
 
   BITNET_INLINE static Vec load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
   BITNET_INLINE static void store(float* x, Vec a) { _mm256_storeu_ps(x, a.low), _mm256_storeu_ps(x + 8, a.high); }
@@ -28,7 +36,7 @@ struct Avx2Lanes {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
   BITNET_INLINE static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
-  BITNET_INLINE static Vec where_less(Vec a, Vec b, Vec x, Vec y) {
+  BITNET_INLINE static Vec select_less(Vec a, Vec b, Vec x, Vec y) {
     return {_mm256_blendv_ps(y.low, x.low, _mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ)),
             _mm256_blendv_ps(y.high, x.high, _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ))};
   }
@@ -42,12 +50,12 @@ struct Avx2Lanes {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
   }
   BITNET_INLINE static Vec load_int8(const int8_t* x) { return {widen(x), widen(x + 8)}; }
-  BITNET_INLINE static __m256 times_power(__m256 y, __m256 t) {
+  BITNET_INLINE static __m256 add_to_exponent(__m256 y, __m256 t) {
     const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power));
   }
-  BITNET_INLINE static Vec times_power(Vec y, Vec t) {
-    return {times_power(y.low, t.low), times_power(y.high, t.high)};
+  BITNET_INLINE static Vec add_to_exponent(Vec y, Vec t) {
+    return {add_to_exponent(y.low, t.low), add_to_exponent(y.high, t.high)};
   }
   BITNET_INLINE static float first(Vec a) { return _mm256_cvtss_f32(a.low); }
 
@@ -87,9 +95,6 @@ struct Avx2Lanes {
 };
 
 }  // namespace
-
-const AttentionKernels kAvx2Attention = {"avx2", Loops<Avx2Lanes>::chunk, Loops<Avx2Lanes>::merge};
-
 }  // namespace bitnet
 
-#endif  // __x86_64__
+#endif  // BITNET_KERNELS_FLOAT_LANES_AVX2_H_
