@@ -37,7 +37,7 @@ from bitnet_jax.tools.model_bench import bench_model, model_folder, preset_confi
 from bitnet_jax.training.load import load_run
 from bitnet_jax.training.loop import fit
 from bitnet_jax.training.metrics import read_metrics
-from bitnet_jax.training.run_folder import write_whole
+from bitnet_jax.training.run_folder import write_atomic
 from experiments import quickstart_report
 
 RECIPES = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}
@@ -71,12 +71,12 @@ def prepare(config: Any, workdir: Path) -> None:
         # A part of the library is more than the models see in their short training.
         documents = read_documents("stdlib").documents[::EVERY]
         records = [json.dumps({"title": document.name, "text": document.text}) for document in documents]
-        write_whole(text, "\n".join(records) + "\n")
+        write_atomic(text, "\n".join(records) + "\n")
     if not tokenizer.exists():
         say(f"learning {config.model.vocab_size} tokens from the text")
         documents = read_documents(str(text)).documents
         train, _ = split_documents(documents, config.data.split, config.data.valid_fraction)
-        write_whole(tokenizer, train_bpe(train, config.model.vocab_size).to_json())
+        write_atomic(tokenizer, train_bpe(train, config.model.vocab_size).to_json())
 
 
 def held_out_score(config: Any, model: ModelConfig, variables: Any, corpus: Corpus) -> float:

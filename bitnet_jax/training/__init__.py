@@ -1,4 +1,4 @@
-"""Training: from a run config to checkpoints, metrics and a result, bit-identical when repeated."""
+"""Training: from a run config to checkpoints, metrics and a bit-reproducible result."""
 
 import lazy_loader
 

@@ -1,10 +1,10 @@
-"""Checkpoints through Orbax: whole or not there, checked by checksum, the newest good one wins.
+"""Atomic, checksummed checkpoints on top of Orbax; restoring uses the newest intact one.
 
     <folder>/<step>/{variables, optimizer, meta}
 
-Orbax writes to a temporary name and renames, so a killed process leaves no half checkpoint. It does not
-notice a flipped bit in the stored arrays, so `meta` also holds a CRC-32 of every array. Saving runs in the
-background; its errors appear at the next `save`, `wait` or `close`.
+Orbax writes under a temporary name and renames, so a killed process leaves no partial checkpoint. It does not
+detect flipped bits in the stored arrays, so `meta` also holds a CRC-32 of every array. Saving runs in the
+background; its errors are raised by the next `save`, `wait` or `close`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message is one line."""
+    """A checkpoint could not be written or read. The message is a single line."""
 
 
 class Restored(NamedTuple):
@@ -40,7 +40,7 @@ class Restored(NamedTuple):
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the finished checkpoints in a folder, oldest first; none where it does not exist."""
+    """Steps of the finished checkpoints in a folder, oldest first; empty if the folder does not exist."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -49,13 +49,13 @@ class Checkpoints:
     """The checkpoints of one run. Use as a context manager, or call `close`.
 
     Args:
-      folder: made if missing (not with read_only).
-      keep: how many of the newest stay. At least 2: the last one must outlive the writing of the next.
-      keep_best: the one with the lowest `loss` given to `save` stays too.
-      read_only: for looking into a run that may be going on; changes nothing on disk.
+      folder: created if missing, except with read_only.
+      keep: number of newest checkpoints to keep. At least 2, so that one survives while the next is written.
+      keep_best: also keep the checkpoint with the lowest `loss` passed to `save`.
+      read_only: never modify the folder; safe while the run is still training.
 
     Raises:
-      CheckpointError: the folder cannot be made, or (read_only) does not exist.
+      CheckpointError: the folder cannot be created, or (read_only) does not exist.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, keep_best: bool = False, read_only: bool = False):
@@ -73,13 +73,11 @@ class Checkpoints:
             get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         policies = [newest, best] if keep_best else [newest]
-        _quieten_orbax()
+        _silence_orbax_logging()
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=1,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=_loss
-            if keep_best
-            else None,  # without it Orbax does not write the metric beside the step
+            best_fn=_loss if keep_best else None,  # without it Orbax does not write the metric
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
@@ -88,7 +86,7 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
-            raise CheckpointError(f"cannot make {self.folder}: {error.strerror or error}") from error
+            raise CheckpointError(f"cannot create {self.folder}: {error.strerror or error}") from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -98,7 +96,7 @@ class Checkpoints:
             self.close()
         except CheckpointError:
             if error is None:
-                raise  # an error that is already on its way matters more
+                raise  # do not mask an exception that is already propagating
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, oldest first."""
@@ -112,13 +110,13 @@ class Checkpoints:
         meta: Mapping[str, Any],
         loss: float | None = None,
     ) -> None:
-        """Start writing both trees and `meta` (JSON); the caller may donate the arrays at once.
+        """Start writing both trees and `meta` (JSON); the caller may donate the arrays right after the call.
 
         Raises:
-          CheckpointError: the disk is full or may not be written, now or in the save before.
+          CheckpointError: this save or the previous one failed: disk full, no write permission, ...
         """
         self.wait()
-        # A real copy: on CPU a host view shares the buffer, and the next update could not reuse it in place.
+        # An actual copy: on CPU a host view shares the buffer, and the next update could not reuse it in place.
         trees = {
             name: jax.tree.map(lambda x: np.array(x, copy=True), _flat(tree))
             for name, tree in (("variables", variables), ("optimizer", opt_state))
@@ -133,10 +131,10 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Until the save under way is on disk.
+        """Block until the pending save is on disk.
 
         Raises:
-          CheckpointError: it failed; nothing of it is left behind.
+          CheckpointError: the save failed; its partial files have been removed.
         """
         self._guard(self._manager.wait_until_finished)
 
@@ -150,8 +148,8 @@ class Checkpoints:
             for path in self.folder.glob(TEMPORARY):
                 shutil.rmtree(path, ignore_errors=True)
             raise CheckpointError(
-                f"cannot save a checkpoint in {self.folder}: {_one_line(error)}; make room or fix rights, "
-                f"then start again: it goes on from step {max(self.steps(), default=0)}"
+                f"cannot save a checkpoint in {self.folder}: {_one_line(error)}; free disk space or fix permissions, "
+                f"then start again to resume from step {max(self.steps(), default=0)}"
             ) from error
 
     def restore(
@@ -161,16 +159,16 @@ class Checkpoints:
         step: int | None = None,
         check: Callable[[Mapping[str, Any]], None] = lambda meta: None,
     ) -> Restored:
-        """Read one checkpoint and compare every checksum.
+        """Read one checkpoint and verify every checksum.
 
         Args:
-          variables, opt_state: trees of arrays or ShapeDtypeStructs that say structure, shapes and shardings;
-            without opt_state the optimizer's part is not read.
-          step: None takes the newest.
-          check: is given `meta` before any array is read; raises if the checkpoint is not the one that is meant.
+          variables, opt_state: trees of arrays or ShapeDtypeStructs that give structure, shapes and shardings;
+            without opt_state the optimizer state is not read.
+          step: None means the newest.
+          check: called with `meta` before any array is read; raises if the checkpoint is not the expected one.
 
         Raises:
-          CheckpointError: there is none (at this step), or it is damaged or of another model.
+          CheckpointError: no checkpoint (at this step), or it is damaged or belongs to another model.
         """
         steps = self.steps()
         if step is None and steps:
@@ -207,18 +205,18 @@ class Checkpoints:
         except Exception as error:  # a damaged file can surface as nearly any exception
             raise CheckpointError(f"{self.folder / str(step)} cannot be used: {_one_line(error)}") from error
 
-    def restore_latest_whole(
+    def restore_latest_intact(
         self,
         variables: PyTree,
         opt_state: PyTree,
         check: Callable[[Mapping[str, Any]], None] = lambda meta: None,
     ) -> Restored | None:
-        """The newest whole checkpoint, None if there are none; damaged newer ones are reported, set aside.
+        """The newest intact checkpoint, or None without any; damaged newer ones are logged and moved away.
 
-        What `check` raises (see `restore`) passes through: such a checkpoint is not damaged.
+        Exceptions from `check` (see `restore`) propagate: such a checkpoint is not damaged.
 
         Raises:
-          CheckpointError: there are checkpoints, and all are damaged.
+          CheckpointError: every checkpoint is damaged.
         """
         damaged = []
         while self.steps():
@@ -226,23 +224,23 @@ class Checkpoints:
                 return self.restore(variables, opt_state, check=check)
             except CheckpointError as error:
                 step = self.steps()[-1]
-                aside = self._set_aside(step)
-                logger.warning("%s. It is moved to %s; trying the checkpoint before it.", error, aside)
+                moved_to = self._move_to_damaged(step)
+                logger.warning("%s. Moved it to %s; trying the previous checkpoint.", error, moved_to)
                 damaged.append(step)
         if damaged:
             raise CheckpointError(
-                f"{self.folder}: all checkpoints (steps {sorted(damaged)}) are damaged; they are in "
-                f"{self.folder.parent / 'damaged'}. Start in an empty folder, or put a good copy back"
+                f"{self.folder}: all checkpoints (steps {sorted(damaged)}) are damaged; they were moved to "
+                f"{self.folder.parent / 'damaged'}. Start in an empty folder, or restore an intact copy"
             )
         return None
 
-    def _set_aside(self, step: int) -> Path:
-        aside = self.folder.parent / "damaged" / str(step)
-        aside.parent.mkdir(exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.folder / str(step)).rename(aside)
+    def _move_to_damaged(self, step: int) -> Path:
+        target = self.folder.parent / "damaged" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        (self.folder / str(step)).rename(target)
         self._manager.reload()
-        return aside
+        return target
 
 
 def _loss(metrics: Mapping[str, float]) -> float:
@@ -250,7 +248,7 @@ def _loss(metrics: Mapping[str, float]) -> float:
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:
-    """Leaves by dotted path: Orbax then needs to know none of optax's state classes."""
+    """Leaves by dotted path, so that Orbax does not depend on optax's state classes."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -279,13 +277,13 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _quieten_orbax() -> None:
-    """Orbax logs tracebacks of errors that it also raises; `_guard` and `restore` tell those in one line."""
+def _silence_orbax_logging() -> None:
+    """Orbax logs tracebacks of errors that it also raises; `_guard` and `restore` report those in one line."""
     absl = logging.getLogger("absl")
-    if not any(isinstance(known, _NotFromOrbax) for known in absl.filters):
-        absl.addFilter(_NotFromOrbax())
+    if not any(isinstance(existing, _ExcludeOrbax) for existing in absl.filters):
+        absl.addFilter(_ExcludeOrbax())
 
 
-class _NotFromOrbax(logging.Filter):
+class _ExcludeOrbax(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname

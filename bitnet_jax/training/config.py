@@ -1,4 +1,4 @@
-"""The settings of a run: sections of frozen dataclasses that fail loudly on unknown names and wrong types."""
+"""Run settings: frozen dataclasses, one per section, that reject unknown names and wrong types."""
 
 from __future__ import annotations
 
@@ -20,26 +20,22 @@ from bitnet_jax.training.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Section `data`: which text or images, and which batches. Names and paths are checked by what reads them."""
+    """Section `data`: the dataset and its batches. Names and paths are validated by their readers."""
 
-    # language: the running Python's standard library, a path, or hf:NAME (see data/text.py); images: drawn or the
-    # folder of MNIST's files (data/images.py); text_classification: keywords or JSON lines (data/labelled_text.py)
+    # language: stdlib (the running Python's standard library), a path, or hf:NAME (see data/text.py); images: drawn
+    # or a folder of MNIST files (data/images.py); text_classification: keywords or JSON lines (data/labelled_text.py)
     source: str = "stdlib"
-    root: str | None = (
-        None  # folder that relative paths are below; None: working directory, then $BITNET_JAX_DATA
-    )
+    root: str | None = None  # base folder of relative paths; None: working directory, then $BITNET_JAX_DATA
     tokenizer: str = "byte"  # byte, char, or the path of a tokenizer.json
     split: str = "document"  # what is held out: document, tail or record (see split_documents)
     valid_fraction: float = 0.05
     valid_source: str | None = None  # hold out all of this source instead
-    length: int = 128  # T, tokens of a training sequence
-    image_size: int | None = None  # images: shrink to so many rows and columns
-    limit: int | None = None  # images, text_classification: train on so many examples only
-    batch_size: int = 16  # B, sequences or images of one update (all micro-batches together)
-    sampling: str = "epoch"  # epoch: every window once, shuffled, then again; windows: random places
-    skip_bad_files: bool = (
-        False  # of a folder of text: leave out files that cannot be read, else they are an error
-    )
+    length: int = 128  # T, tokens per training sequence
+    image_size: int | None = None  # images: downsample to this height and width
+    limit: int | None = None  # images, text_classification: maximum number of training examples
+    batch_size: int = 16  # B, sequences or images per update (all micro-batches together)
+    sampling: str = "epoch"  # epoch: reshuffled passes over all windows; windows: random positions
+    skip_bad_files: bool = False  # folders of text: skip unreadable files instead of raising an error
 
     def __post_init__(self) -> None:
         for name in ("length", "image_size", "limit", "batch_size"):
@@ -54,15 +50,15 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Section `training`: how long, and what is measured and kept on the way."""
+    """Section `training`: duration, logging, evaluation and checkpointing."""
 
     steps: int = 1000  # updates
     accumulate: int = 1  # micro-batches per update; divides data.batch_size
     z_loss: float = 0.0  # weight of (log Z)^2 in the loss
     max_loss: float | None = None  # a loss above it counts as divergence, as NaN does; None: only NaN and inf
-    log_every: int = 50  # updates between two rows with per-layer statistics, and of the progress line
-    statistics_every: int = 1  # updates between two measurements of the codes (flips, zeros, clips); 0: never
-    eval_every: int = 250  # updates between two evaluations on held-out text; the end has one in any case
+    log_every: int = 50  # updates between rows with per-layer statistics and throughput
+    statistics_every: int = 1  # updates between measurements of the codes (flips, zeros, clips); 0: never
+    eval_every: int = 250  # updates between evaluations on held-out data; the last update is always evaluated
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     keep_best: bool = False  # also keep the checkpoint with the lowest held-out loss
@@ -79,7 +75,7 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Section `evaluation`: the held-out measurement during training."""
+    """Section `evaluation`: evaluation on held-out data during training."""
 
     batches: int | None = 20  # from the start of the held-out data; None: all of them
     batch_size: int = 16
@@ -93,13 +89,13 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """Section `distillation`: what a text classifier learns from another one. See training/distillation.py."""
+    """Section `distillation`: training a text classifier from a teacher. See training/distillation.py."""
 
-    teacher: str | None = None  # folder of its run; None: no teacher
+    teacher: str | None = None  # run folder of the teacher; None: no distillation
     labels: float = 0.0  # weight of the cross entropy with the true classes
     logits: float = 1.0  # weight of the cross entropy with the teacher's probabilities
-    temperature: float = 1.0  # both sides' logits are divided by it
-    relations: float = 0.0  # weight of the distance of the similarities among queries, keys and values
+    temperature: float = 1.0  # divides the logits of student and teacher
+    relations: float = 0.0  # weight of the distance between the Q, K and V similarity matrices
 
     def __post_init__(self) -> None:
         for name in ("labels", "logits", "relations"):
@@ -109,8 +105,8 @@ class DistillationConfig:
             raise ValueError(f"distillation.temperature: got {self.temperature}, expected a positive number")
 
 
-# Settings under which a run may go on although it began with others. All but training.steps only say what is measured,
-# kept and shown on the way: the updates are the same. What training.steps changes, see `loop.fit`.
+# Settings that may change when a run resumes. All but training.steps affect only what is measured, kept and shown:
+# the updates are the same. For the effect of training.steps see `loop.fit`.
 MAY_CHANGE = frozenset(
     f"training.{name}"
     for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
@@ -122,10 +118,10 @@ TASK_NAMES = ("language", "images", "text_classification")
 class RunConfig:
     """One run. `model` holds fields of ModelConfig; vocab_size and max_length default to what the data needs.
 
-    For the task images it holds `architecture` and the fields of that architecture's config.
+    For task images, `model` holds `architecture` and the fields of that architecture's config.
 
     Raises:
-      ValueError: an unknown field or section (named, with the nearest valid one), a wrong type or value.
+      ValueError: an unknown field or section (the message suggests close matches), or a wrong type or value.
     """
 
     seed: int = 0
@@ -146,14 +142,16 @@ class RunConfig:
             "image_size": ("images",),
             "skip_bad_files": ("language",),
         }
-        for name, tasks in used_by.items():  # it would be passed over in silence
+        for name, tasks in used_by.items():  # otherwise it would be silently ignored
             value = getattr(self.data, name)
             if self.task not in tasks and value not in (None, False):
                 raise ValueError(
-                    f"data.{name}: got {value} for task {self.task!r}, which has no such setting; take it out"
+                    f"data.{name}: got {value} for task {self.task!r}, which has no such setting; remove it"
                 )
         if self.distillation.teacher is not None and self.task != "text_classification":
-            raise ValueError(f"distillation.teacher: got one for task {self.task!r}, which learns from none")
+            raise ValueError(
+                f"distillation.teacher: got a teacher for task {self.task!r}, expected task text_classification"
+            )
         if self.data.batch_size % self.training.accumulate:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} is not a multiple of "
@@ -165,19 +163,19 @@ class RunConfig:
                 f"{self.data.batch_size // self.training.accumulate} sequences of a micro-batch "
                 f"(data.batch_size / training.accumulate); change one of them"
             )
-        if self.task == "images":  # a bad field fails here, before any work
+        if self.task == "images":  # validate the model's fields before any work
             self.image_model_config()
         else:
             self.model_config(vocab_size=self.model.get("vocab_size", 256))
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        """The model for a tokenizer of `vocab_size`; max_length is data.length unless `model` says more.
+        """The model for a tokenizer of `vocab_size`; max_length defaults to data.length.
 
         A language model's trained_length is data.length.
 
         Raises:
-          ValueError: model.vocab_size or model.max_length is too small for the data, a field is wrong, or the model
-            is none for the task.
+          ValueError: model.vocab_size or model.max_length is too small for the data, a field is invalid, or the
+            model does not fit the task.
         """
         if self.model.get("architecture", "transformer") != "transformer":
             raise ValueError(
@@ -188,8 +186,8 @@ class RunConfig:
         fields.pop("architecture", None)
         if "trained_length" in self.model:
             raise ValueError(
-                f"model.trained_length: got {self.model['trained_length']!r}, expected no such setting of a run: it "
-                f"is data.length ({self.data.length}); take it out"
+                f"model.trained_length: got {self.model['trained_length']!r}, expected it to be unset: a run always "
+                f"uses data.length ({self.data.length}); remove it"
             )
         if self.task == "language":
             fields["trained_length"] = self.data.length
@@ -202,12 +200,12 @@ class RunConfig:
         for name, least in (("vocab_size", vocab_size), ("max_length", self.data.length)):
             if getattr(config, name) < least:
                 raise ValueError(
-                    f"model.{name}: got {getattr(config, name)}, the data needs at least {least}"
+                    f"model.{name}: got {getattr(config, name)}, expected at least {least} for this data"
                 )
         return config
 
     def image_model_config(self) -> Architecture:
-        """The model for images. Raises ValueError: a field of it is wrong, or it reads no images."""
+        """The model for images. Raises ValueError: a field is invalid, or the model does not take images."""
         if self.model.get("architecture", "transformer") == "transformer":
             raise ValueError(
                 "model.architecture: got transformer for task 'images', expected mlp, cnn or vision_transformer"
@@ -244,7 +242,7 @@ class RunConfig:
         return cls(seed=seed, task=task, model=_plain(fields["model"]), **built)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, lists and scalars, equal to what JSON gives back."""
+        """Plain nested dicts, lists and scalars that survive a JSON round trip."""
         return _plain(dataclasses.asdict(self))
 
     def to_json(self) -> str:
@@ -262,9 +260,9 @@ class RunConfig:
         return cls.from_dict(fields)
 
     def hash(self) -> str:
-        """12 hex digits that name these settings but for the mesh, the same in every process."""
+        """12 hex digits that identify these settings except the mesh; stable across processes."""
         canonical = RunConfig.from_dict(self.to_dict())  # 1 and 1.0 in a float field are the same setting
-        settings = json.dumps(_what_is_computed(canonical), indent=2, sort_keys=True) + "\n"
+        settings = json.dumps(_hashed_fields(canonical), indent=2, sort_keys=True) + "\n"
         return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
@@ -274,8 +272,8 @@ def data_config(fields: Mapping[str, Any]) -> DataConfig:
 
 
 def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) -> list[str]:
-    """`section.field: value in a, value in b` for every setting that differs, but for the mesh and `ignored`."""
-    flat_a, flat_b = _flatten(_what_is_computed(a)), _flatten(_what_is_computed(b))
+    """`section.field: value in a, value in b` for every setting that differs, except the mesh and `ignored`."""
+    flat_a, flat_b = _flatten(_hashed_fields(a)), _flatten(_hashed_fields(b))
     names = sorted((flat_a.keys() | flat_b.keys()) - set(ignored))
     return [
         f"{name}: {flat_a.get(name, 'not set')!r}, {flat_b.get(name, 'not set')!r}"
@@ -284,10 +282,12 @@ def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) 
     ]
 
 
-def _what_is_computed(config: RunConfig) -> dict[str, Any]:
+def _hashed_fields(config: RunConfig) -> dict[str, Any]:
     fields = config.to_dict()
-    del fields["mesh"]  # where it is computed
-    if not fields["data"]["skip_bad_files"]:  # younger than runs and results, whose names must stay
+    del fields["mesh"]  # only where the run is computed
+    if not fields["data"][
+        "skip_bad_files"
+    ]:  # added later: hashes of existing runs and results must not change
         del fields["data"]["skip_bad_files"]
     return fields
 
@@ -319,7 +319,7 @@ def _is_a(value: Any, expected: Any) -> bool:
     if isinstance(expected, types.UnionType):
         return any(_is_a(value, kind) for kind in typing.get_args(expected))
     if expected is float:
-        largest = sys.float_info.max  # neither NaN, infinity nor an integer that is no float
+        largest = sys.float_info.max  # excludes NaN, infinities and integers too large for a float
         return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) <= largest
     return isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
 

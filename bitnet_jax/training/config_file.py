@@ -1,11 +1,11 @@
-"""A run's settings from a Python file, with overrides from the command line.
+"""Run settings from a Python file, with overrides from the command line.
 
     config = load_config_file("byte_lm:small", ["--config.training.steps=20"])
 
-The file's `get_config(variant="...")` returns an `ml_collections.ConfigDict`. A config file is executed Python:
-load only files whose source is trusted. Overrides are read by ml_collections' own flag parser, without absl's
-global flags: an override names a field that exists and keeps its type. Every error is one line. The configs that
-have a name are the files of the installed package `bitnet_experiments.configs`.
+The file's `get_config(variant="...")` returns an `ml_collections.ConfigDict`. A config file is executed as Python:
+load only trusted files. Overrides are parsed by ml_collections' flag parser, without absl's global flags: an
+override must name an existing field and keep its type. Every error is one line. Named configs are the files of the
+installed package `bitnet_experiments.configs`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bitnet_jax.training.python_file import load_python_file, one_line_errors
 def named_configs() -> dict[str, Path]:
     """Name -> file of every installed config.
 
-    The package is found, not imported: its files are data here.
+    The package is located without importing it.
 
     Raises:
       FileNotFoundError: the package is not installed.
@@ -33,8 +33,8 @@ def named_configs() -> dict[str, Path]:
     spec = importlib.util.find_spec("bitnet_experiments")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            "got no package bitnet_experiments, which holds the configs that have a name; "
-            "install bitnet_jax again, or pass a FILE.py"
+            "got no package bitnet_experiments, which holds the named configs; "
+            "reinstall bitnet_jax, or pass a FILE.py"
         )
     (package,) = spec.submodule_search_locations
     files = (Path(package) / "configs").glob("[!_]*.py")
@@ -45,20 +45,20 @@ def named_config(name: str) -> Path:
     """The file of an installed config.
 
     Raises:
-      FileNotFoundError: there is none of that name; the error lists the nearest.
+      FileNotFoundError: no config of that name; the message lists close matches.
     """
     configs = named_configs()
     if name not in configs:
         nearest = difflib.get_close_matches(name, configs) or configs
         raise FileNotFoundError(
             f"got config {name!r}, expected FILE.py[:VARIANT] or a name such as {', '.join(nearest)}; "
-            "`bitnet-jax init --list` shows them all"
+            "`bitnet-jax init --list` lists all names"
         )
     return configs[name]
 
 
-def _located(spec: str) -> tuple[Path, str | None]:
-    """The file that a spec means, which exists, and the variant, if it names one."""
+def _resolve_spec(spec: str) -> tuple[Path, str | None]:
+    """The existing file of a spec, and its variant or None."""
     path, colon, variant = spec.partition(".py:")
     file = Path(f"{path}.py" if colon else spec)
     if file.exists() and not file.is_dir():
@@ -67,27 +67,27 @@ def _located(spec: str) -> tuple[Path, str | None]:
         name, colon, variant = spec.partition(":")
         return named_config(name), variant if colon else None
     nearest = difflib.get_close_matches(file.stem, named_configs())
-    by_name = f"; installed configs go by name, without .py: {', '.join(nearest)}" if nearest else ""
+    by_name = f"; refer to installed configs by name, without .py: {', '.join(nearest)}" if nearest else ""
     raise FileNotFoundError(
         f"got config {spec!r}, expected FILE.py or FILE.py:variant; there is no file {file}{by_name}"
     )
 
 
 def load_config_file(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The ConfigDict that a file returns, overrides applied.
+    """The ConfigDict returned by a file, with overrides applied.
 
     Args:
       spec: a file, `path/to/file.py` or `path/to/file.py:variant`, or an installed config, `name` or `name:variant`.
       overrides: each `--config.section.field=value`.
     Raises:
       FileNotFoundError: no such file, or no config of that name.
-      ValueError: the file or its get_config raises (the message says file and line), no ConfigDict comes out of
-        it, or an override names an unknown field or does not read as the field's type.
+      ValueError: the file or its get_config raises (the message gives file and line), get_config does not return
+        a ConfigDict, or an override names an unknown field or cannot be parsed as the field's type.
     """
-    file, variant = _located(spec)
+    file, variant = _resolve_spec(spec)
     get_config = getattr(load_python_file(file), "get_config", None)
     if not callable(get_config):
-        raise ValueError(f"got {file} without get_config, expected it to define get_config(variant=...)")
+        raise ValueError(f"got {file} without get_config; define get_config(variant=...) in it")
     with one_line_errors(file):
         config = get_config() if variant is None else get_config(variant)
     if not isinstance(config, ConfigDict):
@@ -96,7 +96,7 @@ def load_config_file(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         )
     for override in overrides:
         _check_path(config, override)
-    return _overridden(config, overrides)
+    return _apply_overrides(config, overrides)
 
 
 def _check_path(config: ConfigDict, override: str) -> None:
@@ -105,25 +105,25 @@ def _check_path(config: ConfigDict, override: str) -> None:
     if not name.startswith("--config."):
         raise ValueError(f"got {override}, expected overrides of the form --config.section.field=value")
     path = "config"
-    known: Any = config
+    node: Any = config
     for part in name.removeprefix("--config.").split("."):
         field = part.partition("[")[0]  # sizes[0]=... sets one item of a list
-        fields = list(known) if isinstance(known, ConfigDict) else []
+        fields = list(node) if isinstance(node, ConfigDict) else []
         if field not in fields:
             near = difflib.get_close_matches(field, fields, n=3) or fields
             raise ValueError(
                 f"got {override}: {path} has no field {field!r}, expected one of {', '.join(near) or 'none'}"
             )
-        path, known = f"{path}.{field}", known.get(field)
+        path, node = f"{path}.{field}", node.get(field)
 
 
-def _overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+def _apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     arguments = ["config", *overrides]
     parser = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=parser, sys_argv=arguments)
         parser(arguments)
-    # Of the flags, and what ml_collections lets through of a value that it cannot read or place.
+    # ml_collections does not wrap every error of a value that it cannot parse or assign.
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError, SyntaxError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(

@@ -1,11 +1,11 @@
-"""A classifier that learns from another one: its probabilities, and how its queries, keys and values lie.
+"""Distillation of classifiers: matching the teacher's probabilities and its Q, K, V similarity matrices.
 
-A teacher is a function from batches to batches: it adds what it makes of the inputs, and the loss of the student
-reads it there.
+A teacher is a function from batches to batches: it adds its outputs to the batch, where the student's loss
+reads them.
 
     logits      sum_i w_i sum_c -softmax(t_i / T)_c log softmax(s_i / T)_c              (soft cross entropy)
-    relations   per layer and for each of Q, K, V: |S / |S| - S' / |S'||, S = X X^T over the real tokens of a head
-                (direction matching, BiBERT 2203.06390: a binary layer can match directions, not sizes)
+    relations   per layer and for each of Q, K, V: |S / |S| - S' / |S'||, S = X X^T over the unpadded tokens of a
+                head (direction matching, BiBERT 2203.06390: a binary layer can match directions, not magnitudes)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Relations = Float[Array, "B layers 3 H T T"]
 def soft_cross_entropy(
     student: Float[Array, "B C"], teacher: Float[Array, "B C"], temperature: float = 1.0
 ) -> Float[Array, " B"]:
-    """`-sum_c softmax(teacher / T)_c log softmax(student / T)_c` of each example, in float32."""
+    """`-sum_c softmax(teacher / T)_c log softmax(student / T)_c` per example, in float32."""
     p = jax.nn.softmax(teacher.astype(jnp.float32) / temperature, axis=-1)
     return -jnp.sum(p * jax.nn.log_softmax(student.astype(jnp.float32) / temperature, axis=-1), axis=-1)
 
@@ -39,7 +39,7 @@ def soft_cross_entropy(
 def relations(intermediates: Mapping[str, Any], mask: Bool[Array, "B T"]) -> Relations:
     """`X X^T` of the queries, keys and values of every layer and head, divided by its Frobenius norm.
 
-    Padding counts as zero. `intermediates` are what Attention keeps under "qkv"; kv heads that serve several query
+    Padding counts as zero. `intermediates` holds what Attention sows under "qkv"; kv heads shared by several query
     heads are repeated.
     """
     layers, real = [], mask.astype(jnp.float32)[:, None, :, None, None]
@@ -48,15 +48,15 @@ def relations(intermediates: Mapping[str, Any], mask: Bool[Array, "B T"]) -> Rel
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
         x = jnp.stack([q, k, v], axis=1).astype(jnp.float32) * real
         products = jnp.einsum("bxthc,bxshc->bxhts", x, x)
-        size = jnp.sqrt(jnp.sum(jnp.square(products), axis=(-2, -1), keepdims=True))
-        layers.append(products / jnp.maximum(size, 1e-6))
+        norm = jnp.sqrt(jnp.sum(jnp.square(products), axis=(-2, -1), keepdims=True))
+        layers.append(products / jnp.maximum(norm, 1e-6))
     return jnp.stack(layers, axis=1)
 
 
 def relation_distance(student: Relations, teacher: Relations) -> Float[Array, " B"]:
-    """The Frobenius distance of both, summed over layers and Q, K, V, averaged over heads."""
+    """Frobenius distance, summed over layers and Q, K, V, averaged over heads."""
     squares = jnp.sum(jnp.square(student - teacher), axis=(-2, -1))
-    return jnp.sum(jnp.mean(jnp.sqrt(squares + 1e-12), axis=-1), axis=(1, 2))  # no infinite slope at 0
+    return jnp.sum(jnp.mean(jnp.sqrt(squares + 1e-12), axis=-1), axis=(1, 2))  # finite gradient at 0
 
 
 def distilled_loss(model: nn.Module, config: DistillationConfig) -> LossFunction:
@@ -83,17 +83,17 @@ def distilled_loss(model: nn.Module, config: DistillationConfig) -> LossFunction
     return loss
 
 
-def teach(config: DistillationConfig, student: ModelConfig) -> Callable[[Batch], dict[str, Any]]:
-    """The teacher of a run folder: batch -> the same with `teacher`: logits and, if they weigh, relations.
+def make_teacher(config: DistillationConfig, student: ModelConfig) -> Callable[[Batch], dict[str, Any]]:
+    """The teacher of a run folder: adds `teacher` to a batch: logits and, if their weight is not 0, relations.
 
     Raises:
       RunError, CheckpointError: no such run.
-      ValueError: its classes, tokens, layers or heads are not the student's.
+      ValueError: its classes, vocabulary, layers or heads differ from the student's.
     """
     assert config.teacher is not None
     _, teacher, params, _ = load_run(config.teacher)
-    same = ("vocab_size", "num_classes") + (("num_layers", "num_heads") if config.relations else ())
-    for name in same:
+    shared = ("vocab_size", "num_classes") + (("num_layers", "num_heads") if config.relations else ())
+    for name in shared:
         if getattr(teacher, name) != getattr(student, name):
             raise ValueError(
                 f"distillation.teacher: got model.{name}={getattr(teacher, name)} in {config.teacher}, expected "
@@ -102,10 +102,10 @@ def teach(config: DistillationConfig, student: ModelConfig) -> Callable[[Batch],
     model = Transformer(teacher)
 
     @jax.jit
-    def knowledge(params: PyTree, inputs: Array, mask: Array) -> dict[str, Array]:
+    def outputs(params: PyTree, inputs: Array, mask: Array) -> dict[str, Array]:
         batch = {"inputs": inputs, "mask": mask}
         output, state = forward(model, {"params": params}, batch, None, 1.0, ("intermediates",))
-        known = {"logits": output.logits}
-        return known | ({"relations": relations(state["intermediates"], mask)} if config.relations else {})
+        logits = {"logits": output.logits}
+        return logits | ({"relations": relations(state["intermediates"], mask)} if config.relations else {})
 
-    return lambda batch: {**batch, "teacher": knowledge(params, batch["inputs"], batch["mask"])}
+    return lambda batch: {**batch, "teacher": outputs(params, batch["inputs"], batch["mask"])}

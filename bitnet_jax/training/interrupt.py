@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupted(SystemExit):
-    """A signal stopped the run, its state is saved. Unless caught, the process ends with 128 + signal."""
+    """A signal stopped the run after its state was saved. If uncaught, the exit status is 128 + signal."""
 
 
 class StopRequest:
@@ -22,9 +22,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """While open, the first SIGINT or SIGTERM only sets the request; the next acts as it would have without this.
+    """Within the context, the first SIGINT or SIGTERM only sets the request; the next is handled as before.
 
-    Python delivers signals to the main thread alone; in another thread the request stays unset.
+    Python delivers signals only to the main thread; in any other thread the request stays unset.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""What can be known before any work: that a model can be packed, and that its training is not hopelessly large."""
+"""Checks before any work: the model can be packed, and training can fit in memory."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ from bitnet_jax.models import Architecture, ModelConfig
 from bitnet_jax.packed.packing import check_packable
 from bitnet_jax.training.config import RunConfig
 
-STATE_BYTES = 16  # of a parameter in training: float32 weight, gradient and the two moments of Adam
+STATE_BYTES = 16  # per parameter in training: float32 weight, gradient and the two moments of Adam
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def check_trainable(config: RunConfig) -> None:
-    """Cheap checks of a run, made before its data are read or its model is built.
+    """Cheap checks of a run before its data is read or its model is built.
 
     Raises:
-      ValueError: the model has a matrix that could not be packed after training, or training takes more memory
-        than there is.
+      ValueError: a matrix could not be packed after training, or training needs more memory than available.
     """
     model = _model(config)
     check_packable(model)
-    needed, there = least_bytes(config), memory_bytes(config)
-    if needed > there:
+    needed, available = min_training_bytes(config), memory_bytes(config)
+    if needed > available:
         raise ValueError(
-            f"config: got {parameters(model):,} parameters and batches of {config.data.batch_size:,}, which take at "
-            f"least {needed / 1e9:,.1f} GB to train ({STATE_BYTES} bytes a parameter), expected at most the memory, "
-            f"{there / 1e9:,.1f} GB; choose a smaller model, data.batch_size or evaluation.batch_size"
+            f"config: got {parameters(model):,} parameters and batches of {config.data.batch_size:,}, which need at "
+            f"least {needed / 1e9:,.1f} GB to train ({STATE_BYTES} bytes per parameter), expected at most the "
+            f"available {available / 1e9:,.1f} GB; choose a smaller model, data.batch_size or evaluation.batch_size"
         )
 
 
-def least_bytes(config: RunConfig) -> int:
-    """A lower bound of the bytes that training holds at once: parameters with their optimizer, a batch, logits.
+def min_training_bytes(config: RunConfig) -> int:
+    """A lower bound on peak memory in training: parameters, gradients, optimizer state, a batch and its logits.
 
-    What blocks keep for the gradient is not counted; most runs take several times as much.
+    Activations saved for the backward pass are not counted; most runs need several times as much.
     """
     model, data = _model(config), config.data
     if config.task == "images":
@@ -46,12 +45,12 @@ def least_bytes(config: RunConfig) -> int:
         assert isinstance(model, ModelConfig)
         inputs = 8 * data.length  # tokens and targets
         outputs = 4 * data.length * (model.vocab_size if config.task == "language" else model.hidden_size)
-    at_once = max(_micro_batch(config), config.evaluation.batch_size)
-    return STATE_BYTES * parameters(model) + data.batch_size * inputs + at_once * outputs
+    rows = max(_micro_batch(config), config.evaluation.batch_size)
+    return STATE_BYTES * parameters(model) + data.batch_size * inputs + rows * outputs
 
 
 def parameters(model: Architecture) -> int:
-    """Numbers in the matrices and tables of a model; gains and biases are not counted."""
+    """Number of parameters in the matrices and embedding tables of a model, without gains and biases."""
     count = sum(n * k for n, k in model.linear_shapes().values())
     if isinstance(model, ModelConfig):
         count += model.vocab_size * model.hidden_size
@@ -60,7 +59,7 @@ def parameters(model: Architecture) -> int:
 
 
 def memory_bytes(config: RunConfig) -> int:
-    """Of the devices of the run's mesh together; on a CPU that of the machine or, if smaller, of its cgroup."""
+    """Total memory of the devices in the run's mesh; on CPU that of the machine or, if smaller, its cgroup."""
     mesh = config.mesh
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]

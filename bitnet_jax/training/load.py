@@ -1,4 +1,4 @@
-"""A run folder, read: settings, model, latent weights, tokenizer and classes of one of its checkpoints."""
+"""Loading a checkpoint of a run: settings, model, latent weights, tokenizer and classes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from bitnet_jax.training.task import abstract_variables
 class LoadedRun(NamedTuple):
     config: RunConfig
     model: Architecture
-    variables: dict[str, Any]  # latent parameters and, where the model has them, batch statistics
-    tokenizer: Tokenizer | None  # of a run on text
-    classes: Classes | None  # of a classifier
+    variables: dict[str, Any]  # latent parameters and, if the model has them, batch statistics
+    tokenizer: Tokenizer | None  # only for runs on text
+    classes: Classes | None  # only for classifiers
 
 
 def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
-    """A run of any task, of one checkpoint, the newest by default.
+    """One checkpoint (default: the newest) of a run of any task.
 
     Raises:
-      RunError, CheckpointError: no run, no such checkpoint, a damaged file, or one that was changed after training.
+      RunError, CheckpointError: no run, no such checkpoint, or a file that is damaged or was changed after training.
     """
     folder = RunFolder(workdir)
     config = folder.read_config()
@@ -42,10 +42,10 @@ def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
 def load_run(
     workdir: str | Path, step: int | None = None
 ) -> tuple[RunConfig, ModelConfig, dict[str, Any], Tokenizer]:
-    """Settings, model, latent parameters and tokenizer of a run on text; else as `read_run`."""
+    """Settings, model, latent parameters and tokenizer of a run on text; otherwise like `read_run`."""
     folder = RunFolder(workdir)
     if folder.read_config().task == "images":
-        raise RunError(f"{folder.path}: got a run on images, expected one on text; load_image_run reads it")
+        raise RunError(f"{folder.path}: got a run on images, expected one on text; use load_image_run")
     config, model, variables, tokenizer, _ = read_run(workdir, step)
     assert isinstance(model, ModelConfig)
     assert tokenizer is not None
@@ -55,7 +55,7 @@ def load_run(
 def load_image_run(
     workdir: str | Path, step: int | None = None
 ) -> tuple[RunConfig, Architecture, dict[str, Any]]:
-    """Settings, model and variables (parameters, batch statistics) of a run on images; else as `read_run`."""
+    """Settings, model and variables (parameters, batch statistics) of a run on images; otherwise like `read_run`."""
     folder = RunFolder(workdir)
     if (task := folder.read_config().task) != "images":
         raise RunError(f"{folder.path}: got a run of task {task!r}, expected images")

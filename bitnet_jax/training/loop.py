@@ -5,9 +5,9 @@
 `fit` may be killed at any moment: started again with the same config and folder it resumes from the last complete
 checkpoint, and its result is bit-identical to an uninterrupted run.
 
-A run whose `training.steps` is raised, finished or not, resumes in the same way. What depends on the total number of
-updates (a schedule other than constant, the end of weight decay, annealed gradients) follows the new total from there
-on, so the run differs from one that began with that total; where nothing depends on it, both are bit-identical.
+A run whose `training.steps` is raised, finished or not, resumes in the same way. Anything that depends on the total
+number of updates (a schedule other than constant, the end of weight decay, annealed gradients) follows the new total
+from then on, so the run differs from one started with that total; if nothing depends on it, both are bit-identical.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ def fit(
     overwrite: bool = False,
     task: Callable[[RunConfig], Task] | None = None,
 ) -> dict[str, Any]:
-    """Train the model of `config` on its task in `workdir`, going on with the run that it holds, if any.
+    """Train the model of `config` on its task in `workdir`, resuming the run in that folder, if any.
 
     Args:
-      progress: show a bar on stderr, or a line now and then where that is no terminal.
-      overwrite: train from the start; the run that the folder holds is removed once the data were read.
-      task: makes the problem, in place of the function that `config.task` names.
+      progress: show a progress bar on stderr, or occasional lines if it is not a terminal.
+      overwrite: train from scratch; the existing run is removed once the data has been read.
+      task: builds the task, in place of the function named by `config.task`.
 
     Returns:
-      What `result.json` holds: status ("finished" or "diverged"), step, newest train and valid measurements,
-      parameters, tokens, seconds, config_hash, versions, and extended_from (earlier totals of updates) where
-      training.steps was changed. A run that is over is not trained again.
+      The content of `result.json`: status ("finished" or "diverged"), step, newest train and valid measurements,
+      parameters, tokens, seconds, config_hash, versions, and extended_from (earlier values of training.steps) if
+      training.steps was changed. A completed run is not trained again.
 
     Raises:
-      ValueError, FileNotFoundError: a wrong config, a model that cannot be trained here or packed, data that
-        cannot be used, or too few devices for the mesh. The folder is left as it was.
-      RunError, CheckpointError: the folder holds another run, cannot be written, or only damaged checkpoints.
-      Interrupted: SIGINT or SIGTERM came; the run is saved and can go on.
+      ValueError, FileNotFoundError: an invalid config, a model that cannot be trained here or packed, unusable data,
+        or too few devices for the mesh. The folder is left unchanged.
+      RunError, CheckpointError: the folder holds another run or only damaged checkpoints, or cannot be written.
+      Interrupted: SIGINT or SIGTERM was received; the run is saved and can be resumed.
     """
     if not isinstance(config, RunConfig):
         config = RunConfig.from_dict(config)
@@ -92,7 +92,7 @@ def fit(
 
 
 def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = True) -> dict[str, Any]:
-    """`fit` for any task. The caller holds `folder.training(config)`, which gave no result."""
+    """`fit` for any task. The caller must be inside `folder.training(config)`, which yielded no result."""
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
     if task.classes is not None:
@@ -101,8 +101,8 @@ def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = Tru
         result = _train(task, config, folder, progress)
     except OSError as error:
         raise RunError(
-            f"cannot write in {folder.path}: {error.strerror or error}; make room or fix rights and start "
-            "again: the run goes on from its last checkpoint"
+            f"cannot write in {folder.path}: {error.strerror or error}; free disk space or fix permissions, then "
+            "start again to resume from the last checkpoint"
         ) from error
     folder.write_result(result)
     return result
@@ -119,7 +119,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
     shapes = jax.eval_shape(create, init_key)
     shardings = state_shardings(mesh, shapes)
     shapes = with_shardings(shapes, shardings)
-    # The key is an argument: XLA would try to fold numbers drawn from a constant one.
+    # The key is an argument: with a constant key XLA would try to constant-fold the random numbers.
     fresh = partial(jax.jit(create, out_shardings=shardings), init_key)
     update = make_train_step(
         task.loss,
@@ -145,7 +145,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         )
         state, meta = _start(fresh, shapes, checkpoints, task, folder, config)
         first = int(state.step)
-        folder.result.unlink(missing_ok=True)  # of the shorter run
+        folder.result.unlink(missing_ok=True)  # left from the shorter run
         folder.write_config(config, meta[EXTENDED_FROM])
         board = folder.path / "tensorboard" if training.tensorboard else None
         log = stack.enter_context(MetricsLog(folder.metrics, resume_step=first, tensorboard=board))
@@ -155,13 +155,13 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
         run = _Run(task, config, folder, checkpoints, log, recorder, stop_request, meta, began)
         if first == training.steps and not _evaluated(folder.metrics, first):
-            run.evaluate_and_checkpoint(state, first, saves=False)  # the total was lowered to what is done
+            run.evaluate_and_checkpoint(state, first, saves=False)  # steps was lowered to the step reached
         step, problem = run.updates(state, first, advance)
         checkpoints.wait()
         kept = max(checkpoints.steps(), default=0)
 
     if problem is not None:
-        print(f"stopped: {problem}; the last good checkpoint is of step {kept}", file=sys.stderr)
+        print(f"stopped: {problem}; the last good checkpoint is at step {kept}", file=sys.stderr)
     elif step < training.steps:
         signal = stop_request.signal
         assert signal is not None  # nothing else ends the loop early
@@ -191,7 +191,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A run while it trains: where its measurements and checkpoints go."""
+    """The resources of a run in training: task, folder, checkpoints and logs."""
 
     task: Task
     config: RunConfig
@@ -201,7 +201,7 @@ class _Run:
     recorder: Recorder
     stop_request: StopRequest
     meta: dict[str, Any]  # of the checkpoint it resumed from, see _start
-    began: float  # time.monotonic() of this process's start of the run
+    began: float  # time.monotonic() when this process started the run
 
     @property
     def extended(self) -> dict[str, Any]:
@@ -209,16 +209,16 @@ class _Run:
         return {EXTENDED_FROM: earlier} if earlier else {}
 
     def seconds(self) -> float:
-        """Of training, over all processes of the run."""
+        """Training time over all processes of the run."""
         return self.meta["seconds"] + max(0.0, time.monotonic() - self.began)
 
     def updates(
         self, state: TrainState, step: int, advance: Callable[[TrainState, int], tuple[TrainState, Metrics]]
     ) -> tuple[int, Diverged | None]:
-        """Updates until the last, a stop request or a divergence; returns the step reached and the divergence.
+        """Train until the last update, a stop request or divergence; returns the step reached and the divergence.
 
-        The device always has the next update to work on while the host reads the metrics of the one before it.
-        Only states known to be finite are evaluated and saved.
+        The next update is dispatched before the host reads the metrics of the previous one, so the device never
+        idles. Only states known to be finite are evaluated and saved.
         """
         training, in_flight = self.config.training, None
         try:
@@ -271,40 +271,40 @@ def _start(
     folder: RunFolder,
     config: RunConfig,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, and what the checkpoint knew besides: seconds spent, last rows, earlier totals."""
+    """The state to start from, and the checkpoint's meta: seconds spent, last rows, earlier totals."""
     check = partial(folder.check_meta, config)
-    restored = checkpoints.restore_latest_whole(shapes.variables, shapes.opt_state, check)
+    restored = checkpoints.restore_latest_intact(shapes.variables, shapes.opt_state, check)
     if restored is None:
         return fresh(), {"seconds": 0.0, "last": {}, EXTENDED_FROM: []}
     if restored.meta["data"] != task.fingerprint:
         raise RunError(
-            f"{folder.path}: the training data are not the ones this run began with (checksum "
-            f"{task.fingerprint:08x}, was {restored.meta['data']:08x}); bring it back or use another folder"
+            f"{folder.path}: got training data with checksum {task.fingerprint:08x}, expected "
+            f"{restored.meta['data']:08x}, the data this run began with; restore it or use another folder"
         )
     earlier, before = restored.meta.get(EXTENDED_FROM, []), restored.meta["config"]["training"]["steps"]
     if before != config.training.steps:
         earlier = [*earlier, before]
-        print(_told_of_extension(config, task, before, restored.step), file=sys.stderr)
+        print(_extension_notice(config, task, before, restored.step), file=sys.stderr)
     step = jax.device_put(jnp.int32(restored.step), shapes.step.sharding)
     model_state = {name: part for name, part in restored.variables.items() if name != "params"}
     state = TrainState(step, restored.variables["params"], restored.opt_state, model_state)
     return state, restored.meta | {EXTENDED_FROM: earlier}
 
 
-def _told_of_extension(config: RunConfig, task: Task, before: int, step: int) -> str:
-    """One line: from where a run with another total of updates goes on, and what that makes of it."""
+def _extension_notice(config: RunConfig, task: Task, before: int, step: int) -> str:
+    """One line: where a run with a changed training.steps resumes, and whether that changes its updates."""
     steps, optimizer = config.training.steps, config.optimizer
     stes = {ste for p in task.precisions.values() for ste in (p.weight_ste, p.activation_ste)}
     follows = [f"schedule={optimizer.schedule!r}"] if optimizer.schedule != "constant" else []
     if optimizer.weight_decay and optimizer.weight_decay_until < 1:
         follows.append(f"weight_decay_until={optimizer.weight_decay_until}")
     follows += [f"the gradient {ste!r}" for ste in sorted(stes & ANNEALED)]
-    what = (
-        f"from here on {', '.join(follows)} as computed for {steps}: not the run that began with {steps}"
+    effect = (
+        f"with {', '.join(follows)} computed for {steps} from here on; differs from a run started with {steps}"
         if follows
-        else f"the same run as one that began with {steps}"
+        else f"bit-identical to a run started with {steps}"
     )
-    return f"training.steps: {before} before, {steps} now; going on from step {step}, {what}"
+    return f"training.steps: {before} before, {steps} now; resuming from step {step}, {effect}"
 
 
 def _evaluated(metrics: Path, step: int) -> bool:

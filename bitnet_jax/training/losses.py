@@ -1,4 +1,4 @@
-"""What a loss is averaged over, in one place: every term with weight w counts w / (sum of weights)."""
+"""Weighted cross entropy as sums, so that micro-batches can be accumulated before dividing by the weight."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 
 class LossSums(NamedTuple):
-    """Weighted sums over targets. Sums of micro-batches add up to the big batch's; means do not."""
+    """Weighted sums over targets. Unlike means, sums over micro-batches add up to those of the full batch."""
 
     loss: Float[Array, ""]
-    correct: Float[Array, ""]  # weight of the targets that the largest logit hits
+    correct: Float[Array, ""]  # total weight of the targets that have the largest logit
     weight: Float[Array, ""]
 
 
@@ -28,7 +28,7 @@ def cross_entropy_sums(
     Args:
       logits: unnormalized log probabilities of tokens or classes.
       targets: ids in [0, V).
-      weights: 0 leaves a target out (padding); default all 1.
+      weights: 0 ignores a target (padding); default all 1.
       z_loss: pulls log Z to 0 (PaLM, 2204.02311, uses 1e-4).
     """
     logits = logits.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The metrics of a run: one JSON object a line, each with the number of updates done when it was measured."""
+"""The metrics of a run: one JSON object per line, each with the number of updates at which it was measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitnet_jax.optional_packages import missing_package
 
 
 def finite_json(value: Any) -> Any:
-    """The value with NaN and infinities as the strings "nan", "inf", "-inf": JSON has no such numbers."""
+    """Replace NaN and infinities, which JSON lacks, by the strings "nan", "inf", "-inf"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -25,7 +25,7 @@ def finite_json(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics file; a line that a killed process left unfinished is skipped."""
+    """The rows of a metrics file, skipping lines left incomplete by a killed process."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
@@ -39,14 +39,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 class MetricsLog:
     """Appends rows to `path`. Use as a context manager, or call `close`.
 
-    Rows after `resume_step` are dropped first: the run measures them again. Rows reach the disk at `flush`.
+    Rows after `resume_step` are dropped first, since the run measures them again. Rows are on disk after `flush`.
 
     Args:
-      tensorboard: a folder for scalars in TensorBoard's format too (optional package tensorboardX).
+      tensorboard: folder in which scalars are also written in TensorBoard format (optional package tensorboardX).
 
     Raises:
       OSError: the file cannot be written.
-      ValueError: tensorboard is asked for and tensorboardX is not installed.
+      ValueError: tensorboard is given but tensorboardX is not installed.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0, tensorboard: Path | None = None):
@@ -62,7 +62,7 @@ class MetricsLog:
         self.close()
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Append `values` measured after `step` updates; `kind` says by what ("train", "valid")."""
+        """Append `values` measured after `step` updates; `kind` is "train" or "valid"."""
         self._file.write(_line({"step": step, "kind": kind, **values}))
         if self._board is not None:
             for name, value in values.items():

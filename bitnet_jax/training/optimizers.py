@@ -1,4 +1,4 @@
-"""AdamW with the schedules of the low-bit papers, and what each parameter is to it.
+"""AdamW with the schedules of the low-bit papers, and the labels that select its settings per parameter.
 
 `t` counts updates from 0, `T` is their total. Every schedule is multiplied by the same linear warm-up
 `min(1, (t + 1) / W)`.
@@ -24,7 +24,7 @@ class OptimizerConfig:
     """Section `optimizer` of a run config.
 
     Raises:
-      ValueError: an unknown schedule or a number out of its range.
+      ValueError: an unknown schedule or a number out of range.
     """
 
     schedule: str = "cosine"
@@ -32,7 +32,7 @@ class OptimizerConfig:
     second_learning_rate: float | None = (
         None  # two_stage: the second stage's virtual peak; None: 2/3 of the first
     )
-    stage_switch: float = 0.5  # two_stage: share of training after which the second line holds
+    stage_switch: float = 0.5  # two_stage: share of training after which the second stage begins
     decay_share: float = 0.2  # wsd: share of training spent in the final linear decay
     final_factor: float = 0.0  # linear, cosine, wsd: last learning rate as a factor of the peak
     warmup_steps: int = 0
@@ -91,16 +91,16 @@ def cosine(t: Float[Array, ""], T: int, config: OptimizerConfig) -> Float[Array,
 
 
 def wsd(t: Float[Array, ""], T: int, config: OptimizerConfig) -> Float[Array, ""]:
-    """Warm-up, stable, decay: `peak`, over the last `decay_share * T` updates linear to `final * peak`."""
+    """Warm-up, stable, decay: `peak`, then linear to `final * peak` over the last `decay_share * T` updates."""
     decay = max(config.decay_share * T, 1.0)
     p = jnp.clip((t - (T - decay)) / decay, 0.0, 1.0)
     return config.learning_rate * (1 - (1 - config.final_factor) * p)
 
 
 def two_stage(t: Float[Array, ""], T: int, config: OptimizerConfig) -> Float[Array, ""]:
-    """`peak1 * (1 - t/T)` until `t = switch * T`, from there `peak2 * (1 - t/T)`.
+    """`peak1 * (1 - t/T)` until `t = switch * T`, then `peak2 * (1 - t/T)`.
 
-    Both lines run from their peak at 0 to zero at T, so with the switch at one half the second stage starts
+    Both lines go from their peak at t = 0 to zero at T, so with the switch at one half the second stage starts
     at half of `peak2` (The Era of 1-bit LLMs: Training Tips, Code and FAQ, section on the schedule).
     """
     second = config.second_learning_rate
@@ -134,7 +134,7 @@ def weight_decay(step: Int[Array, ""] | int, T: int, config: OptimizerConfig) ->
     return jnp.where(t < config.weight_decay_until * T, config.weight_decay, 0.0)
 
 
-# The last part of a parameter's path says what the parameter is.
+# Label by the last component of a parameter's path.
 LABELS = {
     "weight": "weight",
     "embedding": "embedding",
@@ -148,10 +148,10 @@ LABELS = {
 
 
 def label_parameters(params: Mapping[str, Any]) -> PyTree[str]:
-    """The same tree, leaves `weight`, `embedding`, `norm`, `bias` or `quantizer` (learned scales, shifts).
+    """The tree with leaves `weight`, `embedding`, `norm`, `bias` or `quantizer` (learned scales, shifts).
 
     Raises:
-      ValueError: a parameter whose name is in no label.
+      ValueError: a parameter whose name has no label.
     """
 
     def label(path: tuple[Any, ...], leaf: Array) -> str:
@@ -167,7 +167,7 @@ def label_parameters(params: Mapping[str, Any]) -> PyTree[str]:
 
 
 class Optimizer(NamedTuple):
-    """A gradient transformation with its two schedules, kept apart so that they can be logged."""
+    """A gradient transformation and its two schedules, exposed so that they can be logged."""
 
     init: Callable[[PyTree], PyTree]
     update: Callable[..., tuple[PyTree, PyTree]]  # (gradients, state, params, step) -> (updates, state)
@@ -178,8 +178,8 @@ class Optimizer(NamedTuple):
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     """AdamW: `update = -lr(t) * factor * (adam(clipped gradient) + wd(t) * parameter)`.
 
-    `wd` acts on weights (and embeddings, by option); norms, biases and learned scales have none. `factor` is
-    1 but for learned scales and shifts.
+    `wd` applies to weights (and, optionally, embeddings), not to norms, biases and learned scales. `factor` is 1
+    except for learned scales and shifts.
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     adam = optax.chain(clip, optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon))
@@ -200,7 +200,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
             factor = config.scale_learning_rate_factor if label == "quantizer" else 1.0
             return -lr * factor * (u + wd * p) if label in decayed else -lr * factor * u
 
-        # optax computes `decay ** count` with an int32 count, which strict dtype promotion would refuse.
+        # optax computes `decay ** count` with an int32 count, which strict dtype promotion rejects.
         with jax.numpy_dtype_promotion("standard"):
             directions, state = adam.update(gradients, state)
         return jax.tree.map(scaled, directions, params, label_parameters(params)), state
@@ -209,7 +209,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
 
 
 def clip_latents(params: dict[str, Any], precisions: Mapping[str, Precision]) -> dict[str, Any]:
-    """Latent weights back into [-c, c] where `Precision.latent_clip` is c (BinaryConnect, 1511.00363)."""
+    """Clip latent weights to [-c, c] where `Precision.latent_clip` is c (BinaryConnect, 1511.00363)."""
     clips = {f"{path}/weight": p.latent_clip for path, p in precisions.items() if p.latent_clip is not None}
 
     def clip(path: tuple[Any, ...], leaf: Array) -> Array:

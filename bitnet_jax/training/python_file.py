@@ -1,6 +1,6 @@
-"""A Python file given by the user (a config, a study), executed; its errors in one line with file and line.
+"""Executing a Python file given by the user (a config, a study), with one-line errors that give file and line.
 
-The file is a program: executing it runs whatever it says, with the rights of the user. Load only trusted files.
+The file runs with the user's permissions. Load only trusted files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-LARGEST_BYTES = 2**20  # of a file of settings; anything larger is something else
+LARGEST_BYTES = 2**20  # no settings file is larger than this
 
 
 def load_python_file(file: Path) -> types.ModuleType:
@@ -20,8 +20,8 @@ def load_python_file(file: Path) -> types.ModuleType:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a directory, pipe or device, a file beyond LARGEST_BYTES, or whatever the file raises, in one
-        line that begins with `file:line`.
+      ValueError: a directory, pipe or device, a file larger than LARGEST_BYTES, or any error raised by the file, as
+        one line that begins with `file:line`.
     """
     if not file.exists():
         raise FileNotFoundError(f"got {file}, expected a Python file; there is no such file")
@@ -39,7 +39,7 @@ def load_python_file(file: Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def one_line_errors(file: Path) -> Iterator[None]:
-    """Whatever code of `file` raises inside becomes a ValueError `file:line: type: message` in one line."""
+    """Convert any exception raised by code of `file` to a one-line ValueError `file:line: type: message`."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -51,6 +51,6 @@ def one_line_errors(file: Path) -> Iterator[None]:
 
 
 def _line(file: Path, error: BaseException) -> int | None:
-    """The innermost line of `file` that was being executed."""
+    """Line number of the innermost frame in `file`."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame.lineno for frame in reversed(frames) if frame.filename == str(file)), None)

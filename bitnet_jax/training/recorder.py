@@ -1,4 +1,4 @@
-"""From the metrics of an update, still on the device, to rows of the log and the progress line."""
+"""Turns the metrics of an update, still on the device, into log rows and progress output."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bitnet_jax.training.metrics import MetricsLog
 from bitnet_jax.training.statistics import Statistics
 from bitnet_jax.training.step import Metrics
 
-REFRESH_SECONDS = 0.5  # of the progress line
+REFRESH_SECONDS = 0.5  # minimum time between two changes of the progress line
 
 
 class Diverged(ArithmeticError):
-    """The update that made `step` had a loss or gradient that is not finite, or a loss above max_loss."""
+    """The update that led to `step` had a non-finite loss or gradient, or a loss above max_loss."""
 
     def __init__(self, step: int, message: str):
         super().__init__(message)
@@ -31,8 +31,8 @@ class Recorder:
 
     Args:
       paths: names of the layers in `metrics["statistics"]`.
-      tokens: targets of one update.
-      last: newest rows by kind, from before an interruption.
+      tokens: targets per update.
+      last: newest row of each kind, from before an interruption.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Recorder:
         self._shown = -math.inf
 
     def update(self, step: int, metrics: Metrics) -> None:
-        """Waits for the metrics of the update that made `step`.
+        """Wait for the metrics of the update that led to `step`, and record them.
 
         Raises:
           Diverged: they are not finite, or the loss is above training.max_loss.
@@ -87,17 +87,17 @@ class Recorder:
         self.last["valid"] = dict(values)
 
     def pause(self) -> None:
-        """Leave the time until the next update (an evaluation, a save) out of the speed."""
+        """Exclude the time until the next update (an evaluation, a save) from the speed."""
         self._before = None
 
     def speed(self) -> float | None:
-        """Tokens per second of the updates since the last row that has it; None: none was timed."""
+        """Tokens per second since the last row that reports it; None: no update was timed."""
         return self._busy_updates * self.tokens / self._busy_seconds if self._busy_seconds else None
 
     def _time(self) -> None:
         now = time.monotonic()
         if self._before is not None:
-            # Not below zero: a virtual machine that is moved may turn the clock back.
+            # Clamped at zero: the clock may go backwards when a virtual machine is migrated.
             self._busy_seconds += max(0.0, now - self._before)
             self._busy_updates += 1
         self._before = now

@@ -1,14 +1,14 @@
-"""The folder of one run: what is in it, written so that a reader never sees half a file.
+"""The folder of one run: its files, each written atomically.
 
 config.json      the RunConfig, and the earlier totals of an extended run; see RunFolder.result_under
-tokenizer.json   the tokenizer that its tokens mean
-classes.json     of a classifier: labels, and how its inputs are made (data/classes.py)
-checkpoints/     see checkpoints.py (and damaged/, where bad ones were set aside)
+tokenizer.json   the tokenizer the model was trained with
+classes.json     classifiers only: labels and input preprocessing (data/classes.py)
+checkpoints/     see checkpoints.py (damaged ones are moved to damaged/)
 metrics.jsonl    see metrics.py
-result.json      status, last measurements and cost; there once the run is over
+result.json      status, last measurements and cost; written when the run ends
 
-While there is neither a finished checkpoint nor a result, the folder is as good as new: a start with other
-settings replaces what is in it.
+Without a finished checkpoint or a result the folder counts as empty: starting with other settings replaces its
+files.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from bitnet_jax.training.checkpoints import TEMPORARY, saved_steps
 from bitnet_jax.training.config import MAY_CHANGE, RunConfig, differing_fields
 from bitnet_jax.training.metrics import finite_json
 
-LARGEST_JSON = 2**24  # bytes of config.json and result.json; written ones have some thousands
+LARGEST_JSON = 2**24  # bytes of config.json and result.json; normally a few thousand
 
-# Settings of config.json that may differ from those a checkpoint was written under: how long a run goes on, what
-# is measured on the way, and where the data lie. No other one leaves the meaning of its weights alone.
+# Settings of config.json that may differ from those of a checkpoint: the duration of the run, its measurements and
+# the location of the data. Changing any other one would change what the weights mean.
 MAY_DIFFER = ("training.", "evaluation.", "data.root:")
 
 
 class RunError(RuntimeError):
-    """A run cannot start, go on or be read; the message is one line that says what to do."""
+    """A run cannot be started, resumed or read. The message is one line that says what to do."""
 
 
 class RunFolder:
-    """Paths and whole-file reads and writes; holds no state."""
+    """The paths of a run, with atomic reads and writes; stateless."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -57,67 +57,67 @@ class RunFolder:
 
     @property
     def written(self) -> list[Path]:
-        """All that a run may write, in the order in which `overwrite` removes it."""
+        """Everything a run may write, in the order in which `overwrite` removes it."""
         files = [self.result, self.config, self.tokenizer, self.classes, self.metrics]
         folders = [self.checkpoints, self.damaged, self.tensorboard]
         return [*files, *(file.with_name(f"{file.name}.tmp") for file in files), *folders]
 
     def trained(self) -> bool:
-        """Whether there is a finished checkpoint, whole or set aside, or a result."""
+        """Whether there is a finished checkpoint, intact or damaged, or a result."""
         return bool(saved_steps(self.checkpoints) or saved_steps(self.damaged)) or self.result.exists()
 
     def result_under(self, config: RunConfig) -> dict[str, Any] | None:
-        """The result if the run is over under `config`; None if it has to be trained, from the start or on.
+        """The result if the run is complete under `config`; None if it must be trained or resumed.
 
-        A run goes on under the settings it began with, but for those in `config.MAY_CHANGE`. With training.steps
-        raised it goes on from its last checkpoint, also when it was finished.
+        A run resumes only under the settings it began with, except those in `config.MAY_CHANGE`. With training.steps
+        raised, even a finished run resumes from its last checkpoint.
 
         Raises:
           RunError: the folder holds a run with other settings, one that has done more than training.steps
             updates, or a damaged one.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"cannot make the run folder {self.path}: Not a directory")
+            raise RunError(f"cannot create the run folder {self.path}: Not a directory")
         if not self.trained():
             return None
         if not self.config.exists():
             raise RunError(
-                f"{self.path}: checkpoints without config.json; put it back, overwrite or use another folder"
+                f"{self.path}: got checkpoints without config.json; restore it, overwrite or use another folder"
             )
         saved, result, steps = self.read_config(), self.read_result(), config.training.steps
         if differing := differing_fields(saved, config, ignored=MAY_CHANGE):
             raise RunError(
-                f"{self.path} holds a run with other settings ({'; '.join(differing)}; saved, then given); give "
-                "it the same config, overwrite or use another folder"
+                f"{self.path} holds a run with other settings ({'; '.join(differing)}; saved, then given); use "
+                "the same config, overwrite or use another folder"
             )
         if result is not None and result["status"] != "finished":
             if steps != saved.training.steps:
                 raise RunError(
                     f"training.steps: got {steps}, but the run in {self.path} {result['status']} at step "
-                    f"{result['step']} and cannot go on; overwrite or use another folder"
+                    f"{result['step']} and cannot be resumed; overwrite or use another folder"
                 )
             return result
         done = max(saved_steps(self.checkpoints), default=0)
         if steps < done:
             raise RunError(
                 f"training.steps: got {steps}, expected at least the {done} that the run in {self.path} has "
-                "done; overwrite or use another folder"
+                "completed; overwrite or use another folder"
             )
         if result is not None and result["steps"] == steps:
             return result
         if not done:
             raise RunError(
-                f"{self.path}: no checkpoint to go on from (damaged ones are in {self.damaged}); put a good copy "
-                "back, overwrite or use another folder"
+                f"{self.path}: no checkpoint to resume from (damaged ones are in {self.damaged}); restore an intact "
+                "copy, overwrite or use another folder"
             )
         return None
 
     def check_overwritable(self) -> None:
-        """Raises RunError unless the folder is missing or holds only what a run writes."""
+        """Raise RunError unless the folder is missing or holds only files of a run."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
-            raise RunError(f"got {self.path}, which is no folder, expected that of a run to overwrite")
+            raise RunError(f"got {self.path}, which is not a folder, expected a run folder to overwrite")
         others = {*self.path.iterdir()} - {*self.written, self.lock}
         if self.checkpoints.is_dir():
             others |= {path for path in self.checkpoints.iterdir() if not path.name.isdigit()}
@@ -125,34 +125,34 @@ class RunFolder:
         if others:
             names = sorted(str(path.relative_to(self.path)) for path in others)
             raise RunError(
-                f"got {self.path} with {', '.join(names[:5])}, which no run writes, expected the folder of a run "
-                "to overwrite; use another folder"
+                f"got {self.path} with {', '.join(names[:5])}, which no run writes, expected a run folder to "
+                "overwrite; use another folder"
             )
         if self.config.exists():
             self.read_config()
 
     @contextlib.contextmanager
     def training(self, config: RunConfig, *, overwrite: bool = False) -> Iterator[dict[str, Any] | None]:
-        """Makes the folder and keeps other processes out while training; gives `result_under(config)`.
+        """Create the folder and hold an exclusive lock on it; yields `result_under(config)`.
 
         Args:
-          overwrite: first remove the run that the folder holds, whatever its settings.
+          overwrite: first remove the existing run, whatever its settings.
 
         Raises:
-          RunError: see `result_under` (`check_overwritable` with overwrite), another process at work, or a folder
-            that cannot be written.
+          RunError: see `result_under` (with overwrite: `check_overwritable`), another process holds the lock, or the
+            folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self.lock.open("w")
         except OSError as error:
-            raise RunError(f"cannot make the run folder {self.path}: {error.strerror or error}") from error
+            raise RunError(f"cannot create the run folder {self.path}: {error.strerror or error}") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RunError(
-                    f"{self.path}: another process is training in it; wait or use another"
+                    f"{self.path}: another process is training in it; wait or use another folder"
                 ) from error
             if overwrite:
                 self.check_overwritable()
@@ -170,9 +170,9 @@ class RunFolder:
             raise RunError(f"cannot remove {error.filename}: {error.strerror or error}") from error
 
     def read_config(self) -> RunConfig:
-        """Raises: RunError: not the folder of a run, or its config.json is damaged."""
+        """Raises: RunError: not a run folder, or its config.json is damaged."""
         if not self.config.exists():
-            raise RunError(f"{self.path}: no config.json; expected the folder of a training run")
+            raise RunError(f"{self.path}: got no config.json, expected the folder of a training run")
         fields = _read_object(self.config)
         fields.pop(EXTENDED_FROM, None)
         try:
@@ -181,17 +181,17 @@ class RunFolder:
             raise RunError(f"{self.config} cannot be read: {error}") from error
 
     def write_config(self, config: RunConfig, extended_from: Sequence[int] = ()) -> None:
-        """The settings, and the totals of updates under which parts of an extended run were trained."""
+        """Write the settings, and for an extended run its earlier values of training.steps."""
         fields = config.to_dict() | ({EXTENDED_FROM: list(extended_from)} if extended_from else {})
-        write_whole(self.config, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        write_atomic(self.config, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Keeps the one that is there once something was trained with it."""
+        """Write the tokenizer unless something was already trained with an existing one."""
         if not (self.tokenizer.exists() and self.trained()):
-            write_whole(self.tokenizer, tokenizer.to_json())
+            write_atomic(self.tokenizer, tokenizer.to_json())
 
     def read_tokenizer(self) -> Tokenizer:
-        """Raises: RunError: there is no tokenizer.json, or it is damaged."""
+        """Raises: RunError: tokenizer.json is missing or damaged."""
         try:
             _check_regular(self.tokenizer)
             return from_json(self.tokenizer.read_text(encoding="utf-8"))
@@ -199,12 +199,12 @@ class RunFolder:
             raise RunError(f"{self.tokenizer} cannot be read: {error}") from error
 
     def write_classes(self, classes: Classes) -> None:
-        """Keeps those that are there once something was trained with them."""
+        """Write the classes unless something was already trained with existing ones."""
         if not (self.classes.exists() and self.trained()):
-            write_whole(self.classes, classes.to_json())
+            write_atomic(self.classes, classes.to_json())
 
     def read_classes(self) -> Classes | None:
-        """None: no classifier, or trained before such a file was written. Raises: RunError: it is damaged."""
+        """None: not a classifier, or trained by a version without this file. Raises: RunError: it is damaged."""
         if not self.classes.exists():
             return None
         try:
@@ -214,7 +214,7 @@ class RunFolder:
             raise RunError(f"{self.classes} cannot be read: {error}") from error
 
     def files_crc32(self) -> dict[str, int]:
-        """CRC-32 of the files that say what the weights mean, for the `meta` of a checkpoint."""
+        """CRC-32 of the files that define the model's inputs and outputs, for the `meta` of a checkpoint."""
         try:
             return {
                 path.name: zlib.crc32(path.read_bytes())
@@ -225,45 +225,43 @@ class RunFolder:
             raise RunError(f"{self.path}: cannot read its files: {error.strerror or error}") from error
 
     def check_meta(self, config: RunConfig, meta: Mapping[str, Any]) -> None:
-        """Compares config.json and the other files of the folder with what a checkpoint was written under.
+        """Check that config.json and the other files match those a checkpoint was written with.
 
         Raises:
-          RunError: a setting but those in MAY_DIFFER, or a file, was changed since; the message names it.
+          RunError: a setting not in MAY_DIFFER, or a file, was changed since; the message names it.
         """
         try:
             trained = RunConfig.from_dict(meta["config"])
         except (KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{self.path}: its checkpoint holds settings that cannot be read: {error}"
-            ) from error
+            raise RunError(f"{self.path}: the checkpoint's settings cannot be read: {error}") from error
         differing = [entry for entry in differing_fields(trained, config) if not entry.startswith(MAY_DIFFER)]
         if differing:
             raise RunError(
                 f"{self.config} was changed after training ({'; '.join(differing)}; trained with, now in the file); "
-                "put the trained values back"
+                "restore the trained values"
             )
-        now, then = self.files_crc32(), meta.get("files_crc32", {})  # older checkpoints hold none
+        now, then = self.files_crc32(), meta.get("files_crc32", {})  # missing in older checkpoints
         changed = [name for name in then if now.get(name) != then[name]]
         if changed:
             raise RunError(
-                f"{self.path / changed[0]} was changed or removed after training: it has the checksum "
+                f"{self.path / changed[0]} was changed or removed after training: got the checksum "
                 f"{now.get(changed[0])}, expected {then[changed[0]]}; restore it"
             )
 
     def read_result(self) -> dict[str, Any] | None:
-        """None while the run is not over. Raises: RunError: result.json is damaged."""
+        """None while the run is incomplete. Raises: RunError: result.json is damaged."""
         if not self.result.exists():
             return None
-        result = _read_object(self.result, "; remove it to finish the run anew")
+        result = _read_object(self.result, "; remove it to finish the run again")
         if missing := {"status", "step", "steps"} - result.keys():
             raise RunError(
                 f"{self.result} cannot be read: it lacks {', '.join(sorted(missing))}; remove it to finish the "
-                "run anew"
+                "run again"
             )
         return result
 
     def write_result(self, result: dict[str, Any]) -> None:
-        write_whole(self.result, json.dumps(finite_json(result), indent=2, allow_nan=False) + "\n")
+        write_atomic(self.result, json.dumps(finite_json(result), indent=2, allow_nan=False) + "\n")
 
 
 EXTENDED_FROM = "extended_from"  # in config.json, in result.json and in the meta of checkpoints
@@ -287,8 +285,8 @@ def _read_object(path: Path, advice: str = "") -> dict[str, Any]:
     return value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file appears under its name only once it is complete on disk; on failure nothing is left behind."""
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file atomically: it is complete on disk or absent, also after a failure."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -299,5 +297,5 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}; make room or fix permissions"
+            f"cannot write {path}: {error.strerror or error}; free disk space or fix permissions"
         ) from error

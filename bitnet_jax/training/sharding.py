@@ -1,13 +1,13 @@
-"""One run on several devices: the mesh, and which part of a state or batch lies where.
+"""One run on several devices: the mesh, and the shardings of state and batch.
 
-Arrays stay whole to the program: it says what is computed, a sharding says where, and XLA inserts the
-communication. So scales and statistics of a matrix are those of the whole matrix, whatever it is split into.
+The program is written for global arrays; shardings place them, and XLA inserts the communication. So scales and
+statistics of a matrix are those of the global matrix, however it is sharded.
 
-    data     copies of everything, each with its part of the batch
-    fsdp     parts of the batch too; parameters and optimizer state are split and gathered where they are used
-    tensor   parts of every layer: outputs of q, k, v, gate, up and the heads, inputs of o and down
+    data     replicates the model; splits the batch
+    fsdp     splits the batch too; parameters and optimizer state are sharded and gathered where they are used
+    tensor   splits every layer: outputs of q, k, v, gate, up and the heads, inputs of o and down
 
-One process with all its devices; several processes are not supported.
+A single process with all its devices; multi-process runs are not supported.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from jaxtyping import PyTree
 
 from bitnet_jax.nn.placement import AXES, BATCH_AXES, FSDP, TENSOR
 
-# Their inputs are what a layer split by outputs made, so that only their sums cross devices (1909.08053).
+# Their inputs are outputs of layers split by outputs, so only their partial sums cross devices (1909.08053).
 SPLIT_BY_INPUTS = ("o_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Section `mesh`: devices along each axis. It says where a run is computed, not what: a run may go on with
-    another one.
+    """Section `mesh`: devices along each axis. It does not affect what is computed, so it may change on resume.
 
     Raises:
-      ValueError: an axis without a device.
+      ValueError: an axis with fewer than one device.
     """
 
     data: int = 1
@@ -47,32 +46,32 @@ class MeshConfig:
 
     @property
     def batch_parts(self) -> int:
-        """Into how many parts a batch is split."""
+        """Number of parts a batch is split into."""
         return self.data * self.fsdp
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The first devices (of all there are, by default) as a mesh with the axes data, fsdp and tensor.
+    """The first devices (default: of all devices) as a mesh with the axes data, fsdp and tensor.
 
     Raises:
-      ValueError: fewer devices than the config asks for.
+      ValueError: fewer devices than the config requires.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.astuple(config)
     if (needed := math.prod(sizes)) > len(devices):
         raise ValueError(
             f"mesh: got data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}, which is {needed} devices, "
-            f"expected at most the {len(devices)} there are ({devices[0].platform}); ask for fewer, or try it with "
+            f"expected at most the {len(devices)} available ({devices[0].platform}); use fewer, or try it with "
             f"JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
 
 
 def partition_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-    """How a parameter, or an optimizer moment of it, is split: only matrices are, and only by what divides them.
+    """The partitioning of a parameter or its optimizer moments: matrices only, along axes that divide evenly.
 
     Args:
-      path: names joined by "/", the last two of them `<linear or table>/<parameter>`; others do not matter.
+      path: names joined by "/", ending in `<linear or table>/<parameter>`; the rest is ignored.
       sizes: devices along each axis of the mesh.
     """
     if len(shape) != 2:
@@ -87,7 +86,7 @@ def partition_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) ->
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """The sharding of every leaf of a TrainState (of arrays or shapes).
 
-    `partition_spec` looks at the end of a path only, so optimizer moments lie where their parameters do.
+    `partition_spec` depends only on the end of a path, so optimizer moments are sharded like their parameters.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -98,12 +97,12 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every array of a batch: the first axis over data and fsdp."""
+    """The sharding of every array of a batch: first axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """ShapeDtypeStructs that also say where their arrays lie, as restoring and compiling ahead want them."""
+    """ShapeDtypeStructs with shardings, for restoring and ahead-of-time compilation."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -112,9 +111,9 @@ def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
 
 
 def must_wait(mesh: Mesh) -> bool:
-    """Whether each update must be over before the next is given to the devices.
+    """Whether each update must finish before the next is dispatched.
 
-    Updates that overlap on the virtual devices of a CPU wait for each other forever: seen in jax 0.10.2 and
-    0.11.2, where `jax_cpu_enable_async_dispatch=False` did not help.
+    Overlapping updates on the virtual devices of a CPU deadlock: seen in jax 0.10.2 and 0.11.2, where
+    `jax_cpu_enable_async_dispatch=False` did not help.
     """
     return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"

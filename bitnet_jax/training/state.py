@@ -1,4 +1,4 @@
-"""Everything that one update reads and writes."""
+"""The training state: everything an update reads and writes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from bitnet_jax.training.optimizers import Optimizer
 
 @flax.struct.dataclass
 class TrainState:
-    """Latent float32 parameters with their optimizer state after `step` updates, and what else the model keeps.
+    """Latent float32 parameters, optimizer state and other model state after `step` updates.
 
-    There is no random key and no data position in it: both follow from `step` and the run's seed.
+    It holds no random key and no data position: both follow from `step` and the run's seed.
     """
 
     step: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
-    model_state: dict[str, PyTree] = flax.struct.field(default_factory=dict)  # batch statistics, or nothing
+    model_state: dict[str, PyTree] = flax.struct.field(default_factory=dict)  # batch statistics, or empty
 
     @classmethod
     def create(cls, variables: Mapping[str, PyTree], optimizer: Optimizer) -> TrainState:
-        """From the variables of a model: "params", which are optimized, and collections that are only replaced."""
+        """From model variables: "params", which is optimized, and collections that are only carried along."""
         model_state = {name: part for name, part in variables.items() if name != "params"}
         params = variables["params"]
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), model_state)

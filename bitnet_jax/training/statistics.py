@@ -1,4 +1,4 @@
-"""What an update does to the codes of quantized weights, from the latents alone: no forward pass."""
+"""How an update changes the codes of quantized weights, computed from the latents without a forward pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def statistics(
     precisions: Mapping[str, Precision],
     progress: Float[Array, ""] | float = 1.0,
 ) -> Statistics:
-    """Compares the codes of two parameter trees. Stochastic quantizers act in their deterministic form."""
+    """Compare the codes of two parameter trees. Stochastic quantizers use their deterministic form."""
     rows = []
     for path in quantized_paths(precisions):
         precision = precisions[path]
@@ -57,7 +57,7 @@ def statistics(
 
 
 def no_statistics(precisions: Mapping[str, Precision]) -> Statistics:
-    """-1 everywhere: not measured at this update. (NaN would stop whoever runs under jax_debug_nans.)"""
+    """-1 everywhere: not measured at this update. (NaN would raise under jax_debug_nans.)"""
     return Statistics(*[jnp.full((len(quantized_paths(precisions)),), -1.0, jnp.float32)] * 4)
 
 

@@ -18,9 +18,9 @@ from bitnet_jax.training.statistics import no_statistics, statistics
 
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch
 Metrics = dict[str, Any]
-ModelState = dict[str, PyTree]  # the collections beside "params", such as batch statistics
+ModelState = dict[str, PyTree]  # the collections other than "params", such as batch statistics
 # (variables, batch, key or None for a deterministic pass, progress in [0, 1]) -> sums over the batch, and the
-# collections beside "params" as the batch leaves them
+# updated collections other than "params"
 LossFunction = Callable[
     [Mapping[str, PyTree], Batch, PRNGKeyArray | None, Float[Array, ""] | float], tuple[LossSums, ModelState]
 ]
@@ -37,21 +37,21 @@ def make_train_step(
     statistics_every: int = 1,
     shardings: TrainState | None = None,
 ) -> TrainStep:
-    """The jitted update. The state given to it is donated: its arrays are gone afterwards.
+    """The jitted update. Its state argument is donated and must not be used afterwards.
 
-    All randomness of an update follows from (key, state.step), so a resumed run repeats an uninterrupted one.
+    All randomness of an update follows from (key, state.step), so a resumed run matches an uninterrupted one.
 
     Args:
-      loss: weighted sums, not means: gradients of micro-batches then add up to those of the big batch. Its model
-        state passes from one micro-batch to the next.
+      loss: weighted sums, not means, so that gradients of micro-batches add up to those of the full batch. Its model
+        state is passed from one micro-batch to the next.
       precisions: linear path -> Precision, for latent clipping and statistics of the codes.
-      accumulate: micro-batches, taken in order from the batch's first axis.
-      statistics_every: measure codes at every so many updates, the metrics hold -1 in between; 0: never.
-      shardings: of the state that comes out, normally those of the one that goes in (sharding.state_shardings).
+      accumulate: number of micro-batches, taken in order from the batch's first axis.
+      statistics_every: updates between measurements of the codes, with -1 in the metrics in between; 0: never.
+      shardings: of the returned state, normally those of the input state (sharding.state_shardings).
 
     Returns:
-      A function whose metrics are the scalars loss, accuracy, grad_norm, update_norm, learning_rate,
-      weight_decay, finite (False when loss or a norm is NaN or infinite), and `statistics` (see Statistics).
+      A function whose metrics are the scalars loss, accuracy, grad_norm, update_norm, learning_rate, weight_decay
+      and finite (False if the loss or a norm is NaN or infinite), and `statistics` (see Statistics).
     """
     precisions = precisions or {}
 
@@ -70,9 +70,9 @@ def make_train_step(
         if accumulate == 1:
             return gradient(params, state.model_state, batch, key, progress)
 
-        def add(total: PyTree, numbered: tuple[Array, Batch]) -> tuple[PyTree, None]:
+        def add(total: PyTree, indexed: tuple[Array, Batch]) -> tuple[PyTree, None]:
             gradients, (sums, model_state) = total
-            index, micro_batch = numbered
+            index, micro_batch = indexed
             part, (part_sums, model_state) = gradient(
                 params, model_state, micro_batch, jax.random.fold_in(key, index), progress
             )
@@ -113,5 +113,5 @@ def make_train_step(
             )
         return TrainState(state.step + 1, params, opt_state, model_state), metrics
 
-    placed = None if shardings is None else (shardings, shardings.step)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=placed)
+    out_shardings = None if shardings is None else (shardings, shardings.step)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)

@@ -1,4 +1,4 @@
-"""What the loop needs to know of a problem, and how a run config becomes one."""
+"""The task interface of the training loop, and the language modelling task of a run config."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from bitnet_jax.training.step import Batch, LossFunction, ModelState
 
 
 class Task(NamedTuple):
-    """A problem as pure functions and batches; the loop sees no model and no text."""
+    """A task as pure functions and batches; the loop is independent of model and data."""
 
-    init: Callable[[PRNGKeyArray], Mapping[str, PyTree]]  # key -> variables: "params", and what else it keeps
+    init: Callable[[PRNGKeyArray], Mapping[str, PyTree]]  # key -> variables: "params" and other collections
     loss: LossFunction
     train_batch: Callable[[int], Batch]  # number of updates done -> batch of the next one
-    tokens: int  # targets of a training batch
-    evaluate: Callable[[Mapping[str, PyTree]], dict[str, float]]  # variables -> measurements, one is "loss"
+    tokens: int  # targets per training batch
+    evaluate: Callable[[Mapping[str, PyTree]], dict[str, float]]  # variables -> metrics, including "loss"
     precisions: Mapping[str, Precision]
-    tokenizer: Tokenizer | None  # None: the data are no text
-    fingerprint: int  # of the training data: a run must not go on with others
-    classes: Classes | None = None  # of a classifier
+    tokenizer: Tokenizer | None  # None: the data is not text
+    fingerprint: int  # of the training data: a run must not resume on other data
+    classes: Classes | None = None  # only for classifiers
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
-    """Cross entropy of `targets` given `inputs`; a batch may have `mask` (inputs), `weights` (targets).
+    """Cross entropy of `targets` given `inputs`; a batch may have `mask` (inputs) and `weights` (targets).
 
-    A key switches dropout, stochastic quantizers and the statistics of the batch on.
+    Passing a key enables dropout, stochastic quantizers and batch statistics.
     """
 
     def loss(
@@ -61,7 +61,7 @@ def forward(
     progress: Float[Array, ""] | float,
     mutable: tuple[str, ...],
 ) -> tuple[Any, ModelState]:
-    """What a model makes of a batch, and the collections among `mutable` that it has or makes."""
+    """The model's output on a batch, and its collections named in `mutable`."""
     rngs = {} if key is None else dict(zip(("dropout", "stochastic"), jax.random.split(key), strict=True))
     masked: dict[str, Any] = {} if batch.get("mask") is None else {"mask": batch["mask"]}
     output, state = model.apply(
@@ -77,7 +77,7 @@ def forward(
 
 
 def abstract_variables(config: Architecture) -> dict[str, Any]:
-    """The tree of `init_variables` as shapes and dtypes, without computing it."""
+    """Shapes and dtypes of `init_variables`, without computing it."""
     return jax.eval_shape(lambda key: init_variables(config, key), jax.random.key(0))
 
 
@@ -85,7 +85,7 @@ def language_task(config: RunConfig) -> Task:
     """Next-token prediction on the run's text.
 
     Raises:
-      DataError (a ValueError): the text cannot be used.
+      DataError (a ValueError): the text is unusable.
       ValueError: the model does not fit the data.
     """
     corpus = load_corpus(
@@ -121,7 +121,7 @@ def language_task(config: RunConfig) -> Task:
         train_batch=batches.batch,
         tokens=config.data.batch_size * length,
         evaluate=evaluate_variables,
-        # A tied head has no latents of its own: what happens to its codes happens to the embedding.
+        # A tied head shares its latents with the embedding.
         precisions={
             path: precision
             for path, precision in model_config.precisions().items()

@@ -1,4 +1,4 @@
-"""The tasks of a run config by name, and the two that are classification: of images and of texts."""
+"""The tasks of a run config by name, and the classification tasks: images and texts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from bitnet_jax.data import (
 from bitnet_jax.evaluation.classifiers import score_classifier
 from bitnet_jax.models import Architecture, init_variables
 from bitnet_jax.training.config import RunConfig
-from bitnet_jax.training.distillation import distilled_loss, teach
+from bitnet_jax.training.distillation import distilled_loss, make_teacher
 from bitnet_jax.training.task import Task, language_task, model_loss
 
 
 def image_task(config: RunConfig) -> Task:
-    """Classes of images.
+    """Image classification.
 
     Raises:
-      DataError (a ValueError): the images cannot be used.
+      DataError (a ValueError): the images are unusable.
       ValueError: the model does not fit the data.
     """
     data, model = config.data, config.image_model_config()
@@ -38,8 +38,8 @@ def image_task(config: RunConfig) -> Task:
     expected = tuple(getattr(model, name) for name in ("image_size", "image_size", "channels"))
     if sets.train.images.shape[1:] != expected:
         raise ValueError(
-            f"the model takes images of {expected}, the data have {sets.train.images.shape[1:]}; change "
-            "model.image_size and model.channels, or data.image_size"
+            f"got images of {sets.train.images.shape[1:]}, expected the model's {expected}; change model.image_size "
+            "and model.channels, or data.image_size"
         )
     train, valid = ({"inputs": part.images, "targets": part.labels} for part in (sets.train, sets.valid))
     classes = Classes("images", tuple(range(sets.classes)), pixels=sets.pixels, data=dataclasses.asdict(data))
@@ -47,12 +47,12 @@ def image_task(config: RunConfig) -> Task:
 
 
 def text_task(config: RunConfig) -> Task:
-    """Classes of texts, learned from labels or from another classifier (section `distillation`).
+    """Text classification, from labels or a teacher (section `distillation`).
 
     Raises:
-      DataError (a ValueError): the texts cannot be used.
-      ValueError: the model, or the teacher, does not fit.
-      RunError, CheckpointError: there is no teacher.
+      DataError (a ValueError): the texts are unusable.
+      ValueError: the model or the teacher does not fit.
+      RunError, CheckpointError: the teacher cannot be read.
     """
     data = config.data
     texts = load_labelled_text(
@@ -70,7 +70,7 @@ def text_task(config: RunConfig) -> Task:
     task = _classification(config, model, texts.train, texts.valid, classes, texts.tokenizer)
     if config.distillation.teacher is None:
         return task
-    teacher = teach(config.distillation, model)
+    teacher = make_teacher(config.distillation, model)
     return task._replace(
         loss=distilled_loss(model.module(), config.distillation),
         train_batch=lambda step: teacher(task.train_batch(step)),
@@ -87,7 +87,9 @@ def _classification(
 ) -> Task:
     got = model.num_classes  # type: ignore[attr-defined]  # every classifier's config has it
     if got != len(classes.names):
-        raise ValueError(f"model.num_classes: got {got}, the data have {len(classes.names)} classes")
+        raise ValueError(
+            f"model.num_classes: got {got}, expected the {len(classes.names)} classes of the data"
+        )
     batches = ExampleBatches(train, config.data.batch_size, config.seed)
     held_out = config.evaluation
     valid_batches = list(itertools.islice(whole_batches(valid, held_out.batch_size), held_out.batches))

@@ -26,7 +26,7 @@ from bitnet_experiments.provenance import provenance
 from bitnet_experiments.runs import locked, train
 from bitnet_experiments.study import Study, read_results
 from bitnet_jax.optional_packages import missing_package
-from bitnet_jax.training.run_folder import write_whole
+from bitnet_jax.training.run_folder import write_atomic
 
 Row = dict[str, Any]
 
@@ -71,7 +71,7 @@ def claim(one: Assignment) -> Row | None:
         row = run_one(study, name, workdir, small)
         with locked(locks / "results"):
             others = [other for other in read_results(results) if other["run"] != name]
-            write_whole(results, "".join(json.dumps(_json(r)) + "\n" for r in (*others, row)))
+            write_atomic(results, "".join(json.dumps(_json(r)) + "\n" for r in (*others, row)))
     return row
 
 

@@ -119,7 +119,7 @@ except Exception as error:
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": roots}, capture_output=True, text=True
     )
     assert done.stdout.startswith(("CheckpointError", "RunError"))
-    assert "make room" in done.stdout
+    assert "free disk space" in done.stdout
     assert done.stdout.count("\n") == 1
     assert not list((disk / "run" / "checkpoints").iterdir())
     (disk / "filler").unlink()

@@ -79,7 +79,8 @@ def test_a_finished_run_is_extended_or_overwritten(
     told = capsys.readouterr()
     assert told.err.count("\n") == 1
     assert (
-        "1 before, 2 now; going on from step 1, from here on schedule='cosine' as computed for 2" in told.err
+        "1 before, 2 now; resuming from step 1, with schedule='cosine' computed for 2 from here on"
+        in told.err
     )
     assert json.loads(told.out)["extended_from"] == [1]
     assert cli.main([*train, "--config.training.steps=1"]) == 2

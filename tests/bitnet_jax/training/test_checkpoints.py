@@ -113,7 +113,7 @@ def test_no_folder_to_read_and_no_folder_to_make(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         Checkpoints(tmp_path / "absent", read_only=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot make .*: Not a directory"):
+    with pytest.raises(CheckpointError, match="cannot create .*: Not a directory"):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
@@ -154,10 +154,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
         ):
             checkpoints.restore(*shapes())
         assert "\n" not in str(error.value)
-        restored = checkpoints.restore_latest_whole(*shapes())
+        restored = checkpoints.restore_latest_intact(*shapes())
         assert restored is not None
         assert bits(restored.variables) == bits(params_at(1))
-        assert "trying the checkpoint before it" in caplog.text
+        assert "trying the previous checkpoint" in caplog.text
         assert (two.parent / "damaged" / "2").is_dir()
         save(checkpoints, 2)  # the step can be saved again
         checkpoints.wait()
@@ -172,9 +172,9 @@ def test_nothing_whole_left_is_an_error_and_nothing_saved_is_a_fresh_start(two: 
         Checkpoints(two) as checkpoints,
         pytest.raises(CheckpointError, match=r"all checkpoints \(steps \[1, 2\]\)"),
     ):
-        checkpoints.restore_latest_whole(*shapes())
+        checkpoints.restore_latest_intact(*shapes())
     with Checkpoints(tmp_path / "new") as checkpoints:
-        assert checkpoints.restore_latest_whole(*shapes()) is None
+        assert checkpoints.restore_latest_intact(*shapes()) is None
 
 
 @pytest.mark.usefixtures("orbax_litter")
@@ -219,6 +219,6 @@ def test_a_full_disk_is_one_line_and_leaves_only_whole_checkpoints(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     error, left = done.stdout.splitlines()
     assert error.startswith("cannot save a checkpoint in")
-    assert error.endswith("make room or fix rights, then start again: it goes on from step 1")
+    assert error.endswith("free disk space or fix permissions, then start again to resume from step 1")
     assert left == "['1']"
     assert "Traceback" not in done.stderr

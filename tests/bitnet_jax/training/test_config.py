@@ -69,7 +69,7 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ({"model": MODEL | {"max_length": 8}, "data": {"length": 9}}, "max_length: got 8.*at least 9"),
         (
             {"model": MODEL | {"trained_length": 8}},
-            "trained_length: got 8, expected no such setting of a run",
+            "trained_length: got 8, expected it to be unset",
         ),
         ({"model": MODEL, "data": {"lenght": 3}}, "data.lenght is not a field; did you mean length"),
         ({"model": MODEL, "training": {"zzz": 3}}, "training.zzz is not a field; expected one of steps"),
@@ -136,7 +136,10 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ({"model": MODEL, "task": "text_classification"}, "model.num_classes: got 0 for task"),
         ({"model": MODEL, "task": "images"}, "got transformer for task 'images', expected mlp, cnn or"),
         ({"model": MODEL | {"architecture": "mlp"}}, "got 'mlp' for task 'language', expected transformer"),
-        ({"model": MODEL, "distillation": {"teacher": "x"}}, "distillation.teacher: got one for task 'lang"),
+        (
+            {"model": MODEL, "distillation": {"teacher": "x"}},
+            "distillation.teacher: got a teacher for task 'lang",
+        ),
     ],
 )
 def test_wrong_settings_are_named(fields: dict[str, Any], message: str) -> None:
@@ -165,7 +168,7 @@ def test_leaving_out_bad_files_is_a_setting_and_the_older_runs_keep_their_names(
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
     config = RunConfig.from_dict({"model": MODEL | {"vocab_size": 100}})
-    with pytest.raises(ValueError, match="vocab_size: got 100, the data needs at least 256"):
+    with pytest.raises(ValueError, match="vocab_size: got 100, expected at least 256"):
         config.model_config(256)
 
 

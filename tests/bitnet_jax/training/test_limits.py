@@ -28,7 +28,7 @@ def no_data(config: RunConfig) -> Any:
     [
         (
             {"model": {"hidden_size": 2**20, "ffn_size": 2**20}},
-            "GB to train .16 bytes a parameter., expected at most",
+            "GB to train .16 bytes per parameter., expected at most",
         ),
         ({"model": {"num_layers": 4096, "hidden_size": 8192, "ffn_size": 2**15}}, "GB to train"),
         ({"model": {"vocab_size": 2**31 - 1, "hidden_size": 4096}}, "GB to train"),

@@ -168,7 +168,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert (result["status"], result["step"]) == ("diverged", last + 1)
     assert f"update {last + 1} gave loss nan" in result["message"]
     kept = 2 * (last // 2)
-    assert f"the last good checkpoint is of step {kept}" in capsys.readouterr().err
+    assert f"the last good checkpoint is at step {kept}" in capsys.readouterr().err
     assert all(np.isfinite(np.frombuffer(b, np.float32)).all() for b in final_bits(toy, config, tmp_path)[2:])
     assert json.loads((tmp_path / "result.json").read_text())["train"]["loss"] == "nan"
     assert rows(tmp_path)[-1]["loss"] == "nan"
@@ -182,7 +182,7 @@ def test_divergence_before_the_first_checkpoint_and_by_the_limit(
     result = run(toy, run_config(training=dict(max_loss=0.1)), tmp_path)
     assert (result["status"], result["step"]) == ("diverged", 1)
     assert "a loss up to 0.1" in result["message"]
-    assert "checkpoint is of step 0" in capsys.readouterr().err
+    assert "checkpoint is at step 0" in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_is_kept(toy: Task, tmp_path: Path, run_config: Config) -> None:
@@ -204,7 +204,7 @@ def test_a_damaged_newest_checkpoint_costs_some_updates_and_no_bits(
     (tmp_path / "run" / "result.json").unlink()
     (tmp_path / "run" / "checkpoints" / "6" / "meta" / "metadata").write_text("damaged")
     run(toy, config, tmp_path / "run")
-    assert "trying the checkpoint before it" in caplog.text
+    assert "trying the previous checkpoint" in caplog.text
     assert final_bits(toy, config, tmp_path / "run") == final_bits(toy, config, tmp_path / "whole")
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
@@ -214,13 +214,13 @@ def test_another_config_or_another_text_is_refused(toy: Task, tmp_path: Path, ru
     with pytest.raises(RunError, match=r"other settings \(optimizer.beta2: 0.95, 0.9; saved, then given\)"):
         run(toy, run_config(optimizer=dict(beta2=0.9)), tmp_path)
     (tmp_path / "result.json").unlink()
-    with pytest.raises(RunError, match="not the ones this run began with"):
+    with pytest.raises(RunError, match="the data this run began with"):
         run(toy._replace(fingerprint=2), run_config(), tmp_path)
 
 
 def test_folders_that_cannot_be_used(toy: Task, tmp_path: Path, run_config: Config) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot make the run folder .*: Not a directory"):
+    with pytest.raises(RunError, match="cannot create the run folder .*: Not a directory"):
         run(toy, run_config(), tmp_path / "file" / "run")
 
     (tmp_path / "odd" / "checkpoints" / "2").mkdir(parents=True)
@@ -285,7 +285,7 @@ def test_an_extended_run_with_a_constant_schedule_is_the_longer_one_bit_for_bit(
     capsys.readouterr()
     result = run(toy, last, tmp_path / "run")
     step = 4 if interrupted else 6
-    told = f"training.steps: 6 before, 12 now; going on from step {step}, the same run as one that began with 12\n"
+    told = f"training.steps: 6 before, 12 now; resuming from step {step}, bit-identical to a run started with 12\n"
     assert capsys.readouterr().err == told
     assert final_bits(toy, last, tmp_path / "run") == final_bits(toy, last, tmp_path / "whole")
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
@@ -308,8 +308,9 @@ def test_an_extended_run_says_what_follows_the_new_total(
         config = run_config(optimizer=until, training=dict(steps=steps))
         assert run(annealed, config, tmp_path)["extended_from"] == before
     assert capsys.readouterr().err.splitlines() == [
-        f"training.steps: {before} before, {steps} now; going on from step {before}, from here on schedule='linear', "
-        f"weight_decay_until=0.5, the gradient 'tanh' as computed for {steps}: not the run that began with {steps}"
+        f"training.steps: {before} before, {steps} now; resuming from step {before}, with schedule='linear', "
+        f"weight_decay_until=0.5, the gradient 'tanh' computed for {steps} from here on; differs from a run started "
+        f"with {steps}"
         for before, steps in ((4, 6), (6, 8))
     ]
     rates = [row["learning_rate"] for row in rows(tmp_path) if row["kind"] == "train"]
@@ -361,7 +362,7 @@ def test_a_diverged_run_cannot_be_extended(toy: Task, tmp_path: Path, run_config
     bad = with_weight(toy, 3, np.nan)
     assert run(bad, run_config(), tmp_path)["status"] == "diverged"
     assert run(bad, run_config(), tmp_path) == json.loads((tmp_path / "result.json").read_text())
-    with pytest.raises(RunError, match=r"got 9, but the run in .* diverged at step 4 and cannot go on"):
+    with pytest.raises(RunError, match=r"got 9, but the run in .* diverged at step 4 and cannot be resumed"):
         run(bad, run_config(training=dict(steps=9)), tmp_path)
 
 
@@ -388,7 +389,7 @@ def test_overwriting_starts_anew(toy: Task, tmp_path: Path, run_config: Config) 
 
 
 def test_runs_that_cannot_be_read(toy: Task, tmp_path: Path, run_config: Config) -> None:
-    with pytest.raises(RunError, match=r"no config.json; expected the folder of a training run"):
+    with pytest.raises(RunError, match=r"no config.json, expected the folder of a training run"):
         load_run(tmp_path)
     (tmp_path / "config.json").write_text(run_config().to_json())
     with pytest.raises(RunError, match=r"tokenizer.json cannot be read"):
@@ -408,7 +409,9 @@ def test_a_disk_that_refuses_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bitnet_jax.training.metrics.MetricsLog.flush", full)
-    with pytest.raises(RunError, match="cannot write in .*: No space left on device; make room") as error:
+    with pytest.raises(
+        RunError, match="cannot write in .*: No space left on device; free disk space"
+    ) as error:
         run(toy, run_config(), tmp_path / "a")
     assert "\n" not in str(error.value)
 

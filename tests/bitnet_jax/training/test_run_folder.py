@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_jax.training import RunConfig, RunError
-from bitnet_jax.training.run_folder import LARGEST_JSON, RunFolder, write_whole
+from bitnet_jax.training.run_folder import LARGEST_JSON, RunFolder, write_atomic
 
 Config = Callable[..., RunConfig]
 
@@ -69,7 +69,7 @@ def test_a_folder_whose_checkpoints_are_all_set_aside_is_not_new(tmp_path: Path,
     folder = trained(tmp_path, run_config())
     (tmp_path / "damaged").mkdir()
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "damaged" / "2")
-    with pytest.raises(RunError, match="no checkpoint to go on from .*damaged"):
+    with pytest.raises(RunError, match="no checkpoint to resume from .*damaged"):
         folder.result_under(run_config())
     with pytest.raises(RunError, match="other settings"):
         folder.result_under(run_config(seed=1))
@@ -106,9 +106,9 @@ def test_folders_with_other_things_are_not_overwritten(
 
 
 def test_a_config_that_is_no_run_config_is_not_overwritten(tmp_path: Path) -> None:
-    write_whole(tmp_path / "config.json", '{"model_type": "llama"}')
+    write_atomic(tmp_path / "config.json", '{"model_type": "llama"}')
     with pytest.raises(RunError, match=r"config.json cannot be read: config.model_type is not a section"):
         RunFolder(tmp_path).check_overwritable()
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="which is no folder"):
+    with pytest.raises(RunError, match="which is not a folder"):
         RunFolder(tmp_path / "file").check_overwritable()

@@ -87,8 +87,8 @@ def test_batch_statistics_reach_the_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"data": {"image_size": 16}}, r"takes images of \(8, 8, 1\), the data have \(16, 16, 1\)"),
-        ({"model": {"num_classes": 9}}, "model.num_classes: got 9, the data have 10 classes"),
+        ({"data": {"image_size": 16}}, r"got images of \(16, 16, 1\), expected the model's \(8, 8, 1\)"),
+        ({"model": {"num_classes": 9}}, "model.num_classes: got 9, expected the 10 classes"),
         ({"model": {"architecture": "transformer"}}, "got transformer for task"),
     ],
 )
@@ -152,5 +152,5 @@ def test_runs_of_the_wrong_kind_are_named(tmp_path: Path, texts: str) -> None:
     (tmp_path / "config.json").write_text(image_config().to_json())
     with pytest.raises(RunError, match="got a run on images, expected one on text"):
         load_run(tmp_path)
-    with pytest.raises(ValueError, match="model.num_classes: got 3, the data have 2"):
+    with pytest.raises(ValueError, match="model.num_classes: got 3, expected the 2 classes"):
         fit(text_config(texts, model={"num_classes": 3}), tmp_path / "three", progress=False)
