@@ -11,7 +11,6 @@ and asks for its extra parameters, all float32, so:
     p.weight_scale_init(w)        -> first learned weight scale [#n, G], or None if it has none
     p.activation_param_shapes(k)  -> {"activation_scale": ((), 1.6), "activation_shift": ((k,), 0.0)}, only
                                      the entries that exist; the values suit inputs of unit variance
-    p.activation_scale_init(x)    -> the same scale measured on a first batch (BiT, LSQ), or None
 """
 
 from __future__ import annotations
@@ -266,25 +265,12 @@ class Precision:
     def activation_param_shapes(self, k: int) -> dict[str, tuple[tuple[int, ...], float]]:
         """Learned activation parameters of a layer with k inputs: name -> (shape, first value)."""
         declared: dict[str, tuple[tuple[int, ...], float]] = {}
-        first_scale = self._first_activation_scale
-        if first_scale is not None:
+        first_scale = self.activation_quantizer.first_scale
+        if self.activation_scale == "learned" and first_scale is not None:
             declared["activation_scale"] = ((), first_scale * UNIT_NORMAL_MEAN)
         if self.activation_shift:
             declared["activation_shift"] = ((k,), 0.0)
         return declared
-
-    def activation_scale_init(self, x: Float[Array, "... k"]) -> Float[Array, ""] | None:
-        """First value of the learned activation scale measured on a batch, None if it is not learned."""
-        first_scale = self._first_activation_scale
-        if first_scale is None:
-            return None
-        size = jnp.mean(jnp.abs(x.astype(jnp.float32))) * first_scale
-        return jnp.maximum(jax.lax.stop_gradient(size), SMALLEST_SCALE)
-
-    @property
-    def _first_activation_scale(self) -> float | None:
-        """In units of mean|x|; None: no scale is learned."""
-        return self.activation_quantizer.first_scale if self.activation_scale == "learned" else None
 
 
 def _check_support(setting: str, field: str, name: str, able: Iterable[str]) -> None:

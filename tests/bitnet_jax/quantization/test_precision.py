@@ -197,15 +197,12 @@ def test_learned_activation_parameters() -> None:
         "activation_shift": (256,),
     }
     assert shapes["activation_shift"][1] == 0
-    # 2 mean|x| of a standard normal; X is a sample of 1536 of them (a standard error of 2 %).
-    assert shapes["activation_scale"][1] == pytest.approx(2 * math.sqrt(2 / math.pi))
-    np.testing.assert_allclose(bit.activation_scale_init(X), shapes["activation_scale"][1], rtol=0.06)
+    mean = math.sqrt(2 / math.pi)  # of |x|, x a standard normal
     unsigned = resolve("bit_relu", PATHS)["layers_0/mlp/down_proj"]
-    np.testing.assert_allclose(unsigned.activation_scale_init(X), 2 * bit.activation_scale_init(X), rtol=1e-6)
-    lsq = RECIPES["lsq4"]
-    np.testing.assert_allclose(lsq.activation_scale_init(X), 2 * jnp.abs(X).mean() / math.sqrt(7), rtol=1e-6)
+    firsts = {precision: factor * mean for precision, factor in ((bit, 2), (unsigned, 4))}
+    for precision, first in (firsts | {RECIPES["lsq4"]: 2 / math.sqrt(7) * mean}).items():
+        assert precision.activation_param_shapes(256)["activation_scale"] == ((), pytest.approx(first))
     assert RECIPES["bitnet"].activation_param_shapes(256) == {}
-    assert RECIPES["bitnet"].activation_scale_init(X) is None
 
 
 def test_learned_scales_are_given_exactly_when_they_exist() -> None:
