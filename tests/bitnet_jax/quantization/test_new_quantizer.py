@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from bitnet_jax.evaluation.energy import operations
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.nn.linear import BitLinear
-from bitnet_jax.packed.packing import pack, prove
+from bitnet_jax.packed.packing import pack
+from bitnet_jax.packed.proof import prove
 from bitnet_jax.quantization.arguments import DEFAULT, Arguments
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.records import ROUNDING_STES, ActivationQuantizer, WeightQuantizer
