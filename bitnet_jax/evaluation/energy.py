@@ -61,7 +61,6 @@ _ATTENTION_PRODUCTS: dict[str, tuple[str, str]] = {
     "binary_qk": ("signs", "floats"),
     "binary": ("signs", "picked"),
 }
-_UNIT_SCALED = ("binary_raw", "binary_stochastic")  # weight quantizers whose scale is 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +125,14 @@ def _product(
 ) -> list[Operations]:
     """`count` vectors of k inputs times a matrix [n, k]."""
     macs = count * n * k * (1 - zeros)
-    if not precision.quantizes_weights:
+    quantizer = precision.weight_quantizer
+    if quantizer is None:
         return [Operations(part, floats, macs, macs)]
     integers = precision.activation != "none"
     adds_only = precision.packed_format in ("binary", "ternary2")
     product = Operations(part, "int8" if integers else floats, macs, 0 if adds_only else macs)
     inputs = count * k if precision.activation_bits > 1 and integers else 0  # a sign needs no product
-    unit = precision.scale == "none" or (precision.scale == "analytic" and precision.weight in _UNIT_SCALED)
+    unit = precision.scale == "none" or (precision.scale == "analytic" and quantizer.unit_scale)
     rescaled = inputs or not unit
     groups = k // precision.granularity if isinstance(precision.granularity, int) else 1
     outputs = count * n * groups if rescaled else 0

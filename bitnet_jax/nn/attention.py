@@ -31,6 +31,7 @@ from bitnet_jax.nn.linear import BitLinear, apply_together
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.rotary import rotate
+from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS
 from bitnet_jax.quantization.scales import floats
@@ -105,8 +106,8 @@ def binary_qk(
     The means run over the channels of one token and head. The paper's also run over the tokens, which in a
     causal model would let a token see the magnitude of later ones.
     """
-    code = partial(ACTIVATION_QUANTIZERS["sign_absmean"], ste=QK_STE, progress=progress)
-    return softmax(code(q).dequantize(), code(k).dequantize(), visible, scale)
+    code, args = ACTIVATION_QUANTIZERS["sign_absmean"], Arguments(ste=QK_STE, progress=progress)
+    return softmax(code(q, args).dequantize(), code(k, args).dequantize(), visible, scale)
 
 
 def binary(
@@ -122,9 +123,10 @@ def binary(
 
     The values stay real: with P in {0, a} they are selected and added, never multiplied.
     """
-    code = partial(ACTIVATION_QUANTIZERS["sign"], ste=QK_STE, progress=progress)
-    p = softmax(code(q).codes, code(k).codes, visible, scale)
-    return ACTIVATION_QUANTIZERS["elastic_unsigned"](p, scale=probability_scale).dequantize()
+    code, args = ACTIVATION_QUANTIZERS["sign"], Arguments(ste=QK_STE, progress=progress)
+    p = softmax(code(q, args).codes, code(k, args).codes, visible, scale)
+    elastic = Arguments(ste="clipped", scale=probability_scale)
+    return ACTIVATION_QUANTIZERS["elastic_unsigned"](p, elastic).dequantize()
 
 
 # Kind of attention -> mixing weights P of (q, k, visible, scale, progress). "linear" never forms P.

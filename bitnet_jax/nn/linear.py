@@ -23,8 +23,7 @@ from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.norms import Norm, projection_norm
 from bitnet_jax.nn.products import sums_of_products
 from bitnet_jax.quantization.precision import Precision
-from bitnet_jax.quantization.registry import Quantized
-from bitnet_jax.quantization.scales import floats
+from bitnet_jax.quantization.scales import Quantized, floats
 from bitnet_kernels import PackedArray, packed_matmul, packed_matmuls
 from bitnet_kernels.reference import rescale, rounded_product
 
@@ -133,6 +132,15 @@ class BitLinear(nn.Module):
             y = y + jnp.expand_dims(bias, range(y.ndim - 1))
         return y.astype(x.dtype)
 
+    def _keys(self) -> tuple[Array | None, Array | None]:
+        """For the codes of the input and of the weights; None where they are not drawn at random."""
+        x_quantizer, w_quantizer = self.precision.activation_quantizer, self.precision.weight_quantizer
+        draws_x, draws_w = x_quantizer.random, w_quantizer is not None and w_quantizer.random
+        if not (draws_x or draws_w) or not self.has_rng("stochastic"):
+            return None, None
+        x_key, w_key = jax.random.split(self.make_rng("stochastic"))
+        return x_key if draws_x else None, w_key if draws_w else None
+
     def _product(
         self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float
     ) -> Float[Array, "*rows n"]:
@@ -148,8 +156,7 @@ class BitLinear(nn.Module):
             )
             for name, (shape, value) in precision.activation_param_shapes(k).items()
         }
-        key = self.make_rng("stochastic") if self.has_rng("stochastic") else None
-        x_key, w_key = (None, None) if key is None else jax.random.split(key)
+        x_key, w_key = self._keys()
         x_quantized = precision.quantize_activation(x, **learned, progress=progress, key=x_key)
 
         if packed is not None:

@@ -27,7 +27,7 @@ from jaxtyping import Array, PyTree
 from bitnet_jax.models import Architecture, ModelConfig, init_variables
 from bitnet_jax.nn.embedding import rounded
 from bitnet_jax.quantization.precision import Precision
-from bitnet_jax.quantization.registry import Quantized
+from bitnet_jax.quantization.scales import Quantized
 from bitnet_kernels import FORMATS, PackedArray, for_platform, unpack
 from bitnet_kernels import pack as pack_codes
 from bitnet_kernels.packed import validate_scale

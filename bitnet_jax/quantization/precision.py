@@ -11,64 +11,32 @@ and asks for its extra parameters, all float32, so:
     p.weight_scale_init(w)        -> first learned weight scale [#n, G], or None if it has none
     p.activation_param_shapes(k)  -> {"activation_scale": ((), 1.6), "activation_shift": ((k,), 0.0)}, only
                                      the entries that exist; the values suit inputs of unit variance
-    p.activation_scale_init(x)    -> the same scale measured on a first batch (BiT, LSQ), or None
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from bitnet_jax.quantization.activations import TOP_K_STES
-from bitnet_jax.quantization.registry import (
-    ACTIVATION_QUANTIZERS,
-    WEIGHT_QUANTIZERS,
-    Quantized,
-    hadamard,
-    top_k,
+from bitnet_jax.quantization.arguments import Arguments
+from bitnet_jax.quantization.input_transforms import TOP_K_STES, hadamard, top_k
+from bitnet_jax.quantization.names import check_name
+from bitnet_jax.quantization.records import (
+    ROUNDING_STES,
+    ActivationQuantizer,
+    PackedFormat,
+    WeightQuantizer,
 )
-from bitnet_jax.quantization.scales import SMALLEST_SCALE, Granularity, absmax, measure
-from bitnet_jax.quantization.ste import STES, Progress
+from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
+from bitnet_jax.quantization.scales import SMALLEST_SCALE, Granularity, Quantized, measure
+from bitnet_jax.quantization.ste import Progress
 
-# name -> (bits a weight carries, packed format of its codes)
-PackedFormat = Literal["binary", "ternary2", "int4", "int8"]
-WEIGHT_FORMATS: dict[str, tuple[float, PackedFormat | None]] = {
-    "binary": (1, "binary"),
-    "binary_centred": (1, "binary"),
-    "binary_raw": (1, "binary"),
-    "binary_stochastic": (1, "binary"),
-    "bwn": (1, "binary"),
-    "zero_one": (1, "ternary2"),
-    "ternary_absmean": (math.log2(3), "ternary2"),
-    "ternary_absmedian": (math.log2(3), "ternary2"),
-    "ternary_twn": (math.log2(3), "ternary2"),
-    "seq_ternary": (math.log2(3), "ternary2"),
-    "seq_int2": (2, "int4"),
-    "int2": (2, "int4"),
-    "int3": (3, "int4"),
-    "int4": (4, "int4"),
-    "int8": (8, "int8"),
-}
-ACTIVATION_BITS: dict[str, float] = {
-    "int8": 8,
-    "int4": 4,
-    "int2": 2,
-    "sign": 1,
-    "sign_absmean": 1,
-    "boolean": 1,
-    "elastic_signed": 1,
-    "elastic_unsigned": 1,
-}
-SHIFTED = ("sign", "sign_absmean", "boolean", "elastic_signed", "elastic_unsigned")
-ROUNDING = ("none", "int8", "int4", "int2")  # these know only the STEs identity and clipped
 UNIT_NORMAL_MEAN = math.sqrt(2 / math.pi)  # mean |x| of a standard normal input
 
 
@@ -104,51 +72,65 @@ class Precision:
             pairs = value.items() if isinstance(value, Mapping) else value
             object.__setattr__(self, field, tuple(sorted((str(name), option) for name, option in pairs)))
         check_name("weight", self.weight, ("float", *WEIGHT_QUANTIZERS))
-        check_name("activation", self.activation, tuple(ACTIVATION_QUANTIZERS))
+        check_name("activation", self.activation, ACTIVATION_QUANTIZERS)
         check_name("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         check_name("scale", self.scale, ("analytic", "learned", "none"))
         check_name("scale_init", self.scale_init, ("analytic", "lsq"))
         check_name("activation_scale", self.activation_scale, ("analytic", "learned"))
-        check_name("weight_ste", self.weight_ste, _stes(self.packed_format == "binary"))
-        check_name("activation_ste", self.activation_ste, _stes(self.activation not in ROUNDING))
-        if (
-            not isinstance(self.granularity, int)
-            or isinstance(self.granularity, bool)
-            or self.granularity < 1
-        ):
-            check_name("granularity", self.granularity, ("tensor", "channel"), " or a positive group size")
+        size = self.granularity
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            check_name("granularity", size, ("tensor", "channel"), " or a positive group size")
         if self.hadamard not in (False, True, "block"):
             raise ValueError(f"hadamard: got {self.hadamard!r}, expected False, True or 'block'")
         if not 0 < self.top_k <= 1:
             raise ValueError(f"top_k: got {self.top_k}, expected a fraction in (0, 1]")
         check_name("top_k_ste", self.top_k_ste, TOP_K_STES)
-        if self.weight == "float" and self.activation != "none":
-            raise ValueError(
-                f"activation: got {self.activation!r} with weight='float', expected 'none'; "
-                "choose a weight quantizer"
-            )
-        if self.activation.startswith("elastic") and self.activation_scale != "learned":
+        self._check_weight()
+        self._check_activation()
+
+    def _check_weight(self) -> None:
+        quantizer = self.weight_quantizer
+        check_name("weight_ste", self.weight_ste, quantizer.stes if quantizer else ROUNDING_STES)
+        if quantizer is None:
+            if self.activation != "none":
+                raise ValueError(
+                    f"activation: got {self.activation!r} with weight='float', expected 'none'; "
+                    "choose a weight quantizer"
+                )
+            if self.weight_options:
+                raise ValueError(
+                    f"weight_options: got {self.weight_options} with weight='float', expected none"
+                )
+        else:
+            for name, _ in self.weight_options:
+                check_name("weight_options", name, quantizer.options)
+            if "granularity" not in quantizer.uses and self.granularity != "tensor":
+                raise ValueError(
+                    f"granularity: got {self.granularity!r} with weight={self.weight!r}, whose scale is 1, "
+                    "expected 'tensor'"
+                )
+        if self.scale != "analytic" and quantizer is not None:
+            scaled = [name for name, record in WEIGHT_QUANTIZERS.items() if "scale" in record.uses]
+            _check_support(f"scale={self.scale!r}", "weight", self.weight, scaled)
+        if self.scale_init == "lsq":
+            by_lsq = [name for name, record in WEIGHT_QUANTIZERS.items() if record.lsq_code]
+            _check_support("scale_init='lsq'", "weight", self.weight, by_lsq)
+
+    def _check_activation(self) -> None:
+        quantizer = self.activation_quantizer
+        check_name("activation_ste", self.activation_ste, quantizer.stes)
+        for name, _ in self.activation_options:
+            check_name("activation_options", name, quantizer.options)
+        if not quantizer.measures_scale and self.activation_scale != "learned":
             raise ValueError(
                 f"activation={self.activation!r} needs activation_scale='learned', got 'analytic'"
             )
-        if self.activation_scale == "learned" and self.activation not in LEARNED_ACTIVATIONS:
-            raise ValueError(
-                f"activation_scale='learned': got activation={self.activation!r}, "
-                f"expected one of {sorted(LEARNED_ACTIVATIONS)}"
-            )
-        if self.scale_init == "lsq" and self.weight not in ("int8", "int4", "int3"):
-            raise ValueError(
-                f"scale_init='lsq': got weight={self.weight!r}, expected 'int8', 'int4' or 'int3'"
-            )
-        if self.weight == "float" and self.weight_options:
-            raise ValueError(f"weight_options: got {self.weight_options} with weight='float', expected none")
-        if self.quantizes_weights:
-            _check_options("weight_options", self.weight_options, WEIGHT_QUANTIZERS[self.weight])
-        _check_options("activation_options", self.activation_options, ACTIVATION_QUANTIZERS[self.activation])
-        if self.activation_shift and self.activation not in SHIFTED:
-            raise ValueError(
-                f"activation_shift: got activation={self.activation!r}, expected one of {sorted(SHIFTED)}"
-            )
+        if self.activation_scale == "learned":
+            scaled = [name for name, record in ACTIVATION_QUANTIZERS.items() if "scale" in record.uses]
+            _check_support("activation_scale='learned'", "activation", self.activation, scaled)
+        if self.activation_shift:
+            shifted = [name for name, record in ACTIVATION_QUANTIZERS.items() if "shift" in record.uses]
+            _check_support("activation_shift", "activation", self.activation, shifted)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Precision:
@@ -159,18 +141,24 @@ class Precision:
         return cls(**values)
 
     @property
+    def weight_quantizer(self) -> WeightQuantizer | None:
+        """The record of the weight quantizer; None: weights are floats."""
+        return WEIGHT_QUANTIZERS[self.weight] if self.quantizes_weights else None
+
+    @property
+    def activation_quantizer(self) -> ActivationQuantizer:
+        """The record of the activation quantizer."""
+        return ACTIVATION_QUANTIZERS[self.activation]
+
+    @property
     def quantizes_weights(self) -> bool:
         return self.weight != "float"
 
     @property
     def packed_format(self) -> PackedFormat | None:
         """The packed form of the weight codes, whatever the activations are; None if there is none."""
-        if not self.quantizes_weights:
-            return None
-        bits, format = WEIGHT_FORMATS[self.weight]
-        if ("levels", "midrise") in self.weight_options and bits >= 4:  # codes of twice the range
-            return "int8" if bits == 4 else None
-        return format
+        quantizer = self.weight_quantizer
+        return None if quantizer is None else quantizer.packed_format_with(dict(self.weight_options))
 
     @property
     def codes_fit_int8(self) -> bool:
@@ -187,21 +175,18 @@ class Precision:
     @property
     def input_is_signs(self) -> bool:
         """True where every code of the input is -1 or 1."""
-        return self.activation in ("sign", "sign_absmean", "elastic_signed") and self.top_k == 1
+        return self.activation_quantizer.signs and self.top_k == 1
 
     @property
     def weight_bits(self) -> float:
         """Information per weight: 1, log2(3), ..., without the scales."""
-        return WEIGHT_FORMATS[self.weight][0] if self.quantizes_weights else self._float_bits
+        quantizer = self.weight_quantizer
+        return self._float_bits if quantizer is None else quantizer.bits
 
     @property
     def activation_bits(self) -> float:
-        return ACTIVATION_BITS.get(self.activation, self._float_bits)
-
-    @property
-    def needs_key(self) -> bool:
-        """True if training draws random codes; without a key the quantizer is its deterministic self."""
-        return self.weight == "binary_stochastic"
+        bits = self.activation_quantizer.bits
+        return self._float_bits if bits is None else bits
 
     @property
     def _float_bits(self) -> float:
@@ -214,26 +199,24 @@ class Precision:
         progress: Progress = 1.0,
         key: PRNGKeyArray | None = None,
     ) -> Quantized:
-        """Codes and scale of latent weights; `scale` is the learned one, given exactly if there is one."""
-        if not self.quantizes_weights:
+        """Codes and scale of latent weights.
+
+        Args:
+          scale: the learned one, given exactly if there is one.
+          key: for a quantizer that draws its codes; without one they are its deterministic ones.
+        Raises:
+          ValueError: an argument is missing, or given and not used.
+        """
+        quantizer = self.weight_quantizer
+        if quantizer is None:
             raise ValueError("weight='float' has no codes; check quantizes_weights first")
-        if (scale is not None) != (self.scale == "learned"):
-            raise ValueError(
-                f"scale={self.scale!r}: got {'a' if scale is not None else 'no'} learned scale, "
-                "expected the other"
-            )
+        _check_given(f"scale={self.scale!r}", "learned scale", scale, self.scale == "learned")
         if self.scale == "none":
             scale = jnp.ones((1, 1), jnp.float32)
-        options = dict(self.weight_options)
-        return WEIGHT_QUANTIZERS[self.weight](
-            w,
-            granularity=self.granularity,
-            ste=self.weight_ste,
-            scale=scale,
-            progress=progress,
-            key=key,
-            **options,
+        args = Arguments(
+            granularity=self.granularity, ste=self.weight_ste, scale=scale, progress=progress, key=key
         )
+        return quantizer(w, args, **dict(self.weight_options))
 
     def quantize_activation(
         self,
@@ -243,88 +226,60 @@ class Precision:
         progress: Progress = 1.0,
         key: PRNGKeyArray | None = None,
     ) -> Quantized:
-        """Codes and scale of an input: rotate, quantize, keep the codes of each token's top_k largest |x|."""
-        if (scale is not None) != (self.activation_scale == "learned"):
-            raise ValueError(
-                f"activation_scale={self.activation_scale!r}: got "
-                f"{'a' if scale is not None else 'no'} learned scale, expected the other"
-            )
+        """Codes and scale of an input: rotate, quantize, keep the codes of each token's top_k largest |x|.
+
+        Args:
+          scale, shift: the learned ones, given exactly if there are any.
+          key: for a quantizer that draws its codes; without one they are its deterministic ones.
+        Raises:
+          ValueError: an argument is missing, or given and not used.
+        """
+        learned = self.activation_scale == "learned"
+        _check_given(f"activation_scale={self.activation_scale!r}", "learned scale", scale, learned)
+        _check_given(
+            f"activation_shift={self.activation_shift}", "learned shift", shift, self.activation_shift
+        )
         x = x.astype(jnp.float32)
         if self.hadamard:
             x = hadamard(x, block=self.hadamard == "block")
-        quantized = ACTIVATION_QUANTIZERS[self.activation](
-            x,
-            ste=self.activation_ste,
-            scale=scale,
-            shift=shift,
-            progress=progress,
-            key=key,
-            **dict(self.activation_options),
-        )
+        args = Arguments(ste=self.activation_ste, scale=scale, shift=shift, progress=progress, key=key)
+        quantized = self.activation_quantizer(x, args, **dict(self.activation_options))
         if self.top_k < 1:
             quantized = quantized._replace(codes=top_k(quantized.codes, self.top_k, by=x, ste=self.top_k_ste))
         return quantized
 
     def weight_scale_init(self, w: Float[Array, "n k"]) -> Float[Array, "#n G"] | None:
         """First value of the learned weight scale for latents w, None if scales are not learned."""
-        if self.scale != "learned":
+        quantizer = self.weight_quantizer
+        if self.scale != "learned" or quantizer is None:
             return None
         w = jax.lax.stop_gradient(w.astype(jnp.float32))
-        if self.scale_init == "lsq":
-            q_max = 2 ** (int(self.weight_bits) - 1) - 1
-            size = measure(jnp.mean, jnp.abs(w), self.granularity) * (2 / math.sqrt(q_max))
-        elif self.weight.startswith("seq"):
-            size = measure(absmax, w, self.granularity)
+        if self.scale_init == "lsq" and quantizer.lsq_code:
+            size = measure(jnp.mean, jnp.abs(w), self.granularity) * (2 / math.sqrt(quantizer.lsq_code))
+        elif callable(quantizer.first_scale):
+            size = quantizer.first_scale(w, self.granularity)
         else:
-            analytic = dataclasses.replace(self, scale="analytic")
-            size = analytic.quantize_weight(w).scale
+            size = dataclasses.replace(self, scale="analytic").quantize_weight(w).scale
         return jnp.maximum(size, SMALLEST_SCALE)
 
     def activation_param_shapes(self, k: int) -> dict[str, tuple[tuple[int, ...], float]]:
         """Learned activation parameters of a layer with k inputs: name -> (shape, first value)."""
         declared: dict[str, tuple[tuple[int, ...], float]] = {}
-        if self.activation_scale == "learned":
-            declared["activation_scale"] = ((), LEARNED_ACTIVATIONS[self.activation] * UNIT_NORMAL_MEAN)
+        first_scale = self.activation_quantizer.first_scale
+        if self.activation_scale == "learned" and first_scale is not None:
+            declared["activation_scale"] = ((), first_scale * UNIT_NORMAL_MEAN)
         if self.activation_shift:
             declared["activation_shift"] = ((k,), 0.0)
         return declared
 
-    def activation_scale_init(self, x: Float[Array, "... k"]) -> Float[Array, ""] | None:
-        """First value of the learned activation scale measured on a batch, None if it is not learned."""
-        if self.activation_scale != "learned":
-            return None
-        size = jnp.mean(jnp.abs(x.astype(jnp.float32))) * LEARNED_ACTIVATIONS[self.activation]
-        return jnp.maximum(jax.lax.stop_gradient(size), SMALLEST_SCALE)
+
+def _check_support(setting: str, field: str, name: str, able: Iterable[str]) -> None:
+    """ValueError unless the quantizer called `name` is among those that are able to do what a setting says."""
+    if name not in able:
+        raise ValueError(f"{setting}: got {field}={name!r}, expected one of {sorted(able)}")
 
 
-# Learnable activation quantizers: first scale in units of mean|x|. BiT: 2 or 4; LSQ: 2 / sqrt(Qp).
-LEARNED_ACTIVATIONS = {
-    "elastic_signed": 2.0,
-    "elastic_unsigned": 4.0,
-    "int8": 2 / math.sqrt(127),
-    "int4": 2 / math.sqrt(7),
-    "int2": 1.0,
-}
-
-
-def _stes(is_sign: bool) -> tuple[str, ...]:
-    return tuple(STES) if is_sign else ("identity", "clipped")
-
-
-# What every quantizer is called with; anything else in its signature is an option.
-CALLED_WITH = ("w", "x", "granularity", "ste", "scale", "shift", "progress", "key")
-
-
-def _check_options(
-    what: str, options: tuple[tuple[str, Any], ...], quantizer: Callable[..., Quantized]
-) -> None:
-    allowed = [name for name in inspect.signature(quantizer).parameters if name not in CALLED_WITH]
-    for name, _ in options:
-        check_name(what, name, allowed)
-
-
-def check_name(what: str, got: Any, allowed: Sequence[str], also: str = "") -> None:
-    if got not in allowed:
-        near = difflib.get_close_matches(str(got), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what}: got {got!r}, expected one of {sorted(allowed)}{also}{hint}")
+def _check_given(setting: str, what: str, value: Array | None, expected: bool) -> None:
+    if (value is not None) != expected:
+        got, wanted = ("no", "one") if expected else ("a", "none")
+        raise ValueError(f"{setting}: got {got} {what}, expected {wanted}")

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bitnet_jax.quantization.precision import Precision, check_name
+from bitnet_jax.quantization.names import check_name
+from bitnet_jax.quantization.precision import Precision
 
 Recipe = str | Precision | Mapping[str, Any]  # a name in RECIPES, a value, or the value as a dict (from JSON)
 Rules = Recipe | Sequence[tuple[str, Recipe]]

@@ -1,11 +1,11 @@
-"""Quantizers by name: pure functions from real arrays to `Quantized(codes, scale)`.
+"""Every quantizer by name: a pure function from a real array to `Quantized(codes, scale)`, and its record.
 
-Weights:      f(w [n, k], *, granularity, ste, scale, progress, key, ...) -> codes [n, k], scale [#n, G]
-Activations:  f(x [..., k], *, ste, scale, shift, progress, key, ...)     -> codes [..., k], scale [..., 1]
+Weights:      f(w [n, k],   args, *, options) -> codes [n, k],   scale [#n, G]
+Activations:  f(x [..., k], args, *, options) -> codes [..., k], scale [..., 1]
 
-`scale=None` measures the scale and passes it no gradient; an array is a learned scale with the gradient of
-LSQ and its 1/sqrt(N Qp) factor. Further keyword arguments are the details on which papers and codes disagree;
-the defaults follow the released 2B-4T checkpoint for ternary and int8, the paper for BitNet's binary.
+`args` (arguments.py) is what all are told. `args.scale=None` measures the scale and passes it no gradient; an array
+is a learned scale with the gradient of LSQ and its 1/sqrt(N Qp) factor. Options are the details on which papers and
+codes disagree; their defaults follow the released 2B-4T checkpoint for ternary and int8, the paper for BitNet's binary.
 
 Everything is computed in float32 whatever the input dtype; codes and scale are float32. Gradients come from
 autodiff through codes * scale, and STEs (ste.py) say what a step's derivative is.
@@ -19,41 +19,98 @@ Subnormal numbers are zeros wherever the backend flushes them, as XLA's CPU does
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
-from bitnet_jax.quantization import activations, weights
-from bitnet_jax.quantization.activations import hadamard, top_k
-from bitnet_jax.quantization.scales import Quantized
+from bitnet_jax.quantization import activations, binary_weights, multilevel_weights
+from bitnet_jax.quantization.records import (
+    ROUNDING_STES,
+    SIGN_STES,
+    ActivationQuantizer,
+    Options,
+    PackedFormat,
+    WeightQuantizer,
+)
+from bitnet_jax.quantization.scales import absmax, measure
 
-__all__ = ["ACTIVATION_QUANTIZERS", "WEIGHT_QUANTIZERS", "Quantized", "hadamard", "top_k"]
+_binary = partial(WeightQuantizer, bits=1, packed_format="binary", stes=SIGN_STES)
+_ternary = partial(WeightQuantizer, bits=math.log2(3), packed_format="ternary2", stes=ROUNDING_STES)
+_stretched = partial(
+    WeightQuantizer,
+    function=multilevel_weights.stretched_elastic,
+    stes=ROUNDING_STES,
+    first_scale=lambda w, granularity: measure(absmax, w, granularity),  # alpha, not the step
+)
 
-WEIGHT_QUANTIZERS: dict[str, Callable[..., Quantized]] = {
-    "binary": weights.binary,
-    "binary_centred": weights.binary_centred,
-    "binary_raw": weights.binary_raw,
-    "binary_stochastic": weights.binary_stochastic,
-    "bwn": weights.bwn,
-    "zero_one": weights.zero_one,
-    "ternary_absmean": weights.ternary_absmean,
-    "ternary_absmedian": weights.ternary_absmedian,
-    "ternary_twn": weights.ternary_twn,
-    "seq_ternary": partial(weights.stretched_elastic, levels=3),
-    "seq_int2": partial(weights.stretched_elastic, levels=4),
-    "int2": partial(weights.integer, bits=2, levels="midrise", statistic="absmean"),
-    "int3": partial(weights.integer, bits=3),
-    "int4": partial(weights.integer, bits=4),
-    "int8": partial(weights.integer, bits=8),
+
+def _integer_format(bits: int) -> Callable[[Options], PackedFormat | None]:
+    """The smallest integer format that holds the b-bit grid; the mid-rise one goes up to 2^b - 1."""
+
+    def packed_format(options: Options) -> PackedFormat | None:
+        size = 2 ** (bits if options.get("levels") == "midrise" else bits - 1)
+        return "int4" if size <= 8 else "int8" if size <= 128 else None
+
+    return packed_format
+
+
+def _integer(bits: int) -> WeightQuantizer:
+    return WeightQuantizer(
+        function=multilevel_weights.integer,
+        fixed={"bits": bits},
+        bits=bits,
+        packed_format=_integer_format(bits),
+        stes=ROUNDING_STES,
+        lsq_code=2 ** (bits - 1) - 1,
+    )
+
+
+WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {
+    "binary": _binary(function=binary_weights.binary),
+    "binary_centred": _binary(function=binary_weights.binary_centred),
+    "binary_raw": _binary(function=binary_weights.binary_raw, unit_scale=True),
+    "binary_stochastic": _binary(function=binary_weights.binary_stochastic, unit_scale=True, random=True),
+    "bwn": _binary(function=binary_weights.bwn),
+    "zero_one": WeightQuantizer(
+        function=binary_weights.zero_one, bits=1, packed_format="ternary2", stes=ROUNDING_STES
+    ),
+    "ternary_absmean": _ternary(function=multilevel_weights.ternary_absmean),
+    "ternary_absmedian": _ternary(function=multilevel_weights.ternary_absmedian),
+    "ternary_twn": _ternary(function=multilevel_weights.ternary_twn),
+    "seq_ternary": _stretched(fixed={"levels": 3}, bits=math.log2(3), packed_format="ternary2"),
+    "seq_int2": _stretched(fixed={"levels": 4}, bits=2, packed_format="int4"),
+    "int2": WeightQuantizer(
+        function=multilevel_weights.int2, bits=2, packed_format="int4", stes=ROUNDING_STES
+    ),
+    "int3": _integer(3),
+    "int4": _integer(4),
+    "int8": _integer(8),
 }
 
-ACTIVATION_QUANTIZERS: dict[str, Callable[..., Quantized]] = {
-    "none": activations.unquantized,
-    "int8": activations.int8,
-    "int4": activations.int4,
-    "int2": activations.int2,
-    "sign": activations.sign,
-    "sign_absmean": activations.sign_absmean,
-    "boolean": activations.boolean,
-    "elastic_signed": activations.elastic_signed,
-    "elastic_unsigned": activations.elastic_unsigned,
+_sign = partial(ActivationQuantizer, bits=1, stes=SIGN_STES, has_threshold=True)
+
+# First scales: LSQ's 2 / sqrt(Qp), BiT's 2 and 4.
+ACTIVATION_QUANTIZERS: dict[str, ActivationQuantizer] = {
+    "none": ActivationQuantizer(function=activations.unquantized, bits=None, stes=ROUNDING_STES),
+    "int8": ActivationQuantizer(
+        function=activations.int8, bits=8, stes=ROUNDING_STES, first_scale=2 / math.sqrt(127)
+    ),
+    "int4": ActivationQuantizer(
+        function=activations.int4, bits=4, stes=ROUNDING_STES, first_scale=2 / math.sqrt(7)
+    ),
+    "int2": ActivationQuantizer(function=activations.int2, bits=2, stes=ROUNDING_STES, first_scale=1.0),
+    "sign": _sign(function=activations.sign, signs=True),
+    "sign_absmean": _sign(function=activations.sign_absmean, signs=True),
+    "boolean": _sign(function=activations.boolean),
+    "elastic_signed": _sign(
+        function=activations.elastic_signed, signs=True, first_scale=2.0, measures_scale=False
+    ),
+    "elastic_unsigned": ActivationQuantizer(
+        function=activations.elastic_unsigned,
+        bits=1,
+        stes=ROUNDING_STES,
+        has_threshold=True,
+        first_scale=4.0,
+        measures_scale=False,
+    ),
 }

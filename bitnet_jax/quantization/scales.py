@@ -57,6 +57,11 @@ def floats(name: str, x: Array) -> Array:
     return array
 
 
+def as_float32(x: Array) -> Float[Array, "..."]:
+    """What a quantizer computes with. ValueError: x has none of FLOATS as its dtype."""
+    return floats("input of a quantizer", x).astype(jnp.float32)
+
+
 def absmax(
     x: Float[Array, "..."], axis: int | tuple[int, ...] | None = -1, keepdims: bool = False
 ) -> Float[Array, "..."]:
@@ -133,6 +138,16 @@ def learned(scale: Float[Array, "..."], count: int, q_max: float) -> Float[Array
     """
     factor = jnp.full_like(scale, 1 / (count * q_max) ** 0.5)
     return ste_lib.straight_through(jnp.maximum(scale, SMALLEST_SCALE), (scale,), (factor,))
+
+
+def shared_count(w: Float[Array, "... n k"], scale: Float[Array, "... #n G"], count: str) -> int:
+    """`count` of `learned`: the weights per scale ("shared", LSQ) or of the whole matrix ("matrix", ParetoQ)."""
+    matrix = w.shape[-1] * w.shape[-2]
+    if count == "matrix":
+        return matrix
+    if count == "shared":
+        return matrix // (scale.shape[-1] * scale.shape[-2])
+    raise ValueError(f"count: got {count!r}, expected 'shared' or 'matrix'")
 
 
 def nearest(low: int, high: int) -> Callable[[Array], Array]:

@@ -193,10 +193,3 @@ def stochastic_sign(
     value = jnp.where(uniform < jnp.clip((stopped + 1) / 2, 0, 1), 1, -1).astype(z.dtype)
     value = jnp.where(jnp.isnan(stopped), stopped, value)
     return straight_through(value, (z,), (surrogate(ste, z, progress),))
-
-
-def stochastic_round(z: Float[Array, "..."], key: PRNGKeyArray) -> Float[Array, "..."]:
-    """Forward: floor(z + u), u uniform in [0, 1), so the mean is z. Backward: g."""
-    stopped = jax.lax.stop_gradient(z)
-    value = jnp.floor(stopped + jax.random.uniform(key, z.shape, z.dtype))
-    return straight_through(value, (z,), (_one(z),))

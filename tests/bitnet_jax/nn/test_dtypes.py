@@ -33,7 +33,9 @@ from bitnet_jax.nn.linear import BitLinear, dense
 from bitnet_jax.nn.mlp import MLP
 from bitnet_jax.nn.norms import NORMS, Norm
 from bitnet_jax.nn.rotary import rotate
+from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.recipes import RECIPES
+from bitnet_jax.quantization.records import ActivationQuantizer
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -53,6 +55,11 @@ def module(layer: nn.Module, shape: tuple[int, ...], dtype: str = "float32", **o
     """layer of one array; its parameters come from an input of the right dtype."""
     variables = jax.jit(lambda key: layer.init(key, jnp.ones(shape, dtype), **options))(jax.random.key(0))
     return lambda x: layer.apply(variables, x, **options)
+
+
+def with_scale(quantizer: ActivationQuantizer) -> Arguments:
+    """A learned scale, if the quantizer can have one."""
+    return Arguments(scale=jnp.float32(1.0) if "scale" in quantizer.uses else None)
 
 
 def head(table: jax.Array) -> Call:
@@ -111,7 +118,7 @@ FLOAT_INPUTS: dict[str, tuple[Callable[[], Call], tuple[int, ...]]] = {
         f"weights {name}": (lambda q=q: lambda w: q(w), ROWS) for name, q in WEIGHT_QUANTIZERS.items()
     },
     **{
-        f"activations {name}": (lambda q=q: lambda x: q(x, scale=jnp.float32(1.0)), ROWS)
+        f"activations {name}": (lambda q=q: lambda x: q(x, with_scale(q)), ROWS)
         for name, q in ACTIVATION_QUANTIZERS.items()
     },
 }  # fmt: skip

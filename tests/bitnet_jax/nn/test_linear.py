@@ -10,7 +10,7 @@ import pytest
 from bitnet_jax.nn.linear import BitLinear, quantized_matmul
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
-from bitnet_jax.quantization.registry import Quantized
+from bitnet_jax.quantization.scales import Quantized
 from bitnet_kernels import pack
 
 N, K = 48, 256

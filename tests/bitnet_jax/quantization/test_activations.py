@@ -1,4 +1,4 @@
-"""Activation quantizers: both formulas, edge tokens, learned ranges, rotation and sparsity."""
+"""Activation quantizers: both formulas, edge tokens, learned ranges."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from bitnet_jax.quantization import activations as quantizers
-from bitnet_jax.quantization.activations import hadamard, top_k
+from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS
+from bitnet_jax.quantization.ste import surrogate
 
 LEARNED = ("int8", "int4", "int2", "elastic_signed", "elastic_unsigned")
-MEASURED = tuple(name for name in ACTIVATION_QUANTIZERS if not name.startswith("elastic"))
+MEASURED = tuple(name for name, record in ACTIVATION_QUANTIZERS.items() if record.measures_scale)
 X = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
 
 
-def quantize(name: str, **options):
+def quantize(name: str, **settings):
     """The quantizer, with a learned scale where it cannot do without."""
-    if name.startswith("elastic"):
-        options = {"scale": jnp.float32(0.75)} | options
-    return partial(ACTIVATION_QUANTIZERS[name], **options)
+    if name not in MEASURED:
+        settings = {"scale": jnp.float32(0.75)} | settings
+    return partial(ACTIVATION_QUANTIZERS[name], args=Arguments(**settings))
 
 
 def pull(function, x, g):
@@ -93,8 +91,6 @@ def test_backward_formula(name: str, ste: str) -> None:
 @pytest.mark.parametrize("name", ["sign", "sign_absmean", "boolean", "elastic_signed"])
 @pytest.mark.parametrize("ste", ["approx_sign", "tanh"])
 def test_sign_like_quantizers_take_every_ste(name: str, ste: str) -> None:
-    from bitnet_jax.quantization.ste import surrogate
-
     q = quantize(name)(jnp.asarray(X))
     z = X / 0.75 if name == "elastic_signed" else X
     slope = np.asarray(surrogate(ste, jnp.asarray(z), 0.7))
@@ -198,15 +194,15 @@ def test_int4_clips_where_the_paper_says() -> None:
 # --- learned ranges
 
 
-def gradients(name: str, x: np.ndarray, scale: float, g: np.ndarray, shift=None, **options):
-    def dequantized(x, scale, shift):
-        return ACTIVATION_QUANTIZERS[name](x, scale=scale, shift=shift, **options).dequantize()
+def gradients(name: str, x: np.ndarray, scale: float, g: np.ndarray, shift=None):
+    """To x, to the learned scale, and to the shift if there is one."""
 
-    shift = jnp.zeros(x.shape[-1]) if shift is None else shift
-    return [
-        np.asarray(a)
-        for a in jax.vjp(dequantized, jnp.asarray(x), jnp.float32(scale), shift)[1](jnp.asarray(g))
-    ]
+    def dequantized(x, *learned):
+        settings = dict(zip(("scale", "shift"), learned, strict=False))
+        return quantize(name, **settings, ste="clipped")(x).dequantize()
+
+    learned = (jnp.float32(scale),) if shift is None else (jnp.float32(scale), shift)
+    return [np.asarray(a) for a in jax.vjp(dequantized, jnp.asarray(x), *learned)[1](jnp.asarray(g))]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +215,7 @@ def test_lsq_gradients(name: str, low: int, high: int, q_max: int) -> None:
     assert 0 < inside.sum() < inside.size
     codes = np.clip(2 * np.floor(z / 2) + 1, -3, 3) if name == "int2" else np.clip(np.round(z), low, high)
     g = np.random.default_rng(4).standard_normal(X.shape).astype(np.float32)
-    to_x, to_scale, _ = gradients(name, X, scale, g, ste="clipped")
+    to_x, to_scale = gradients(name, X, scale, g)
     np.testing.assert_allclose(to_x, g * inside, rtol=1e-6)
     wanted = (g * np.where(inside, codes - z, codes)).sum() / np.sqrt(8 * q_max)
     np.testing.assert_allclose(to_scale, wanted, rtol=1e-4, atol=1e-5)  # z near 127 carries an error of 1e-5
@@ -251,9 +247,9 @@ def test_elastic_unsigned_gradients() -> None:
 
 def test_elastic_edges() -> None:
     x = jnp.asarray([[0.0, -0.0, 0.25, 0.250001, 0.5, 0.75, -1.0, jnp.inf]])
-    q = quantizers.elastic_unsigned(x, scale=jnp.float32(0.5))
+    q = quantizers.elastic_unsigned(x, Arguments(scale=jnp.float32(0.5)))
     np.testing.assert_array_equal(q.codes, [[0, 0, 0, 1, 1, 1, 0, 1]])  # half of the scale rounds to 0
-    to_x, _, _ = gradients("elastic_unsigned", np.asarray(x), 0.5, np.ones((1, 8), np.float32))
+    to_x, _ = gradients("elastic_unsigned", np.asarray(x), 0.5, np.ones((1, 8), np.float32))
     np.testing.assert_array_equal(to_x, [[1, 1, 1, 1, 1, 0, 0, 0]])  # both end points pass the gradient
 
 
@@ -261,7 +257,7 @@ def test_elastic_edges() -> None:
 def test_elastic_scale_gradient_by_finite_differences(name: str) -> None:
     """Where no code changes and the window is closed, the elastic gradient is the true derivative."""
     x, eps = np.float32([[3.0, 4, 5, 9]]) * (1 if name == "elastic_unsigned" else -1), 1e-2
-    loss = lambda scale: ACTIVATION_QUANTIZERS[name](jnp.asarray(x), scale=scale).dequantize().sum()  # noqa: E731
+    loss = lambda scale: quantize(name, scale=scale)(jnp.asarray(x)).dequantize().sum()  # noqa: E731
     numerical = (loss(jnp.float32(1 + eps)) - loss(jnp.float32(1 - eps))) / (2 * eps)
     got = jax.grad(loss)(jnp.float32(1.0)) * np.sqrt(4)  # without the 1/sqrt(N)
     np.testing.assert_allclose(got, numerical, rtol=1e-4)  # float32 difference quotient
@@ -275,86 +271,10 @@ def test_elastic_without_a_scale() -> None:
 @pytest.mark.parametrize("name", ["sign", "sign_absmean", "boolean"])
 def test_learned_threshold(name: str) -> None:
     shift = jnp.full(8, 0.5)
-    q = ACTIVATION_QUANTIZERS[name](jnp.asarray(X), shift=shift)
+    q = quantize(name, shift=shift)(jnp.asarray(X))
     np.testing.assert_array_equal(q.codes > 0, X > 0.5)
-    to_shift = jax.grad(
-        lambda b: ACTIVATION_QUANTIZERS[name](jnp.asarray(X), shift=b, ste="identity").codes.sum()
-    )(shift)
+    to_shift = jax.grad(lambda b: quantize(name, shift=b)(jnp.asarray(X)).codes.sum())(shift)
     np.testing.assert_array_equal(to_shift, np.full(8, -5.0))
-
-
-# --- rotation and sparsity
-
-
-def test_hadamard_matrix() -> None:
-    h2 = np.array([[1, 1], [1, -1]]) / np.sqrt(2)
-    h8 = np.kron(h2, np.kron(h2, h2))
-    np.testing.assert_allclose(hadamard(jnp.eye(8)), h8, rtol=1e-6)
-    np.testing.assert_allclose(hadamard(jnp.asarray(X)), X @ h8, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(hadamard(jnp.asarray([[3.0]])), [[3.0]])
-
-
-def test_hadamard_is_its_own_inverse_and_gradient() -> None:
-    x = jnp.asarray(np.random.default_rng(7).standard_normal((2, 3, 64)), jnp.float32)
-    y = hadamard(x)
-    np.testing.assert_allclose(hadamard(y), x, atol=2e-6)  # 12 additions deep, values up to 4
-    np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-6)
-    g = jnp.roll(x, 1, axis=-1)
-    np.testing.assert_allclose(jax.vjp(hadamard, x)[1](g)[0], hadamard(g), atol=2e-6)
-    np.testing.assert_array_equal(jax.jit(jax.vmap(hadamard))(x), y)
-
-
-def test_hadamard_spreads_an_outlier() -> None:
-    x = jnp.zeros((1, 64)).at[0, 5].set(8.0)
-    np.testing.assert_allclose(jnp.abs(hadamard(x)), np.ones((1, 64)), rtol=1e-6)
-
-
-def test_hadamard_of_other_widths() -> None:
-    x = jnp.arange(24.0).reshape(2, 12)
-    with pytest.raises(ValueError, match="got an axis of 12, expected a power of two; .*blocks of 4"):
-        hadamard(x)
-    blocks = hadamard(x.reshape(2, 3, 4)).reshape(2, 12)
-    np.testing.assert_array_equal(hadamard(x, block=True), blocks)
-
-
-def test_top_k_keeps_the_largest_and_passes_all_gradients() -> None:
-    x = jnp.asarray([[0.1, -5.0, 2.0, 3.0], [4.0, 0.0, -0.5, 1.0]])
-    np.testing.assert_array_equal(top_k(x, 0.5), [[0, -5, 0, 3], [4, 0, 0, 1]])
-    np.testing.assert_array_equal(top_k(x, 0.1), [[0, -5, 0, 0], [4, 0, 0, 0]])  # at least one
-    np.testing.assert_array_equal(top_k(x, 1.0), x)
-    by = jnp.asarray([[1.0, 0, 0, 2], [0, 1, 2, 0]])
-    np.testing.assert_array_equal(top_k(x, 0.5, by=by), np.float32([[0.1, 0, 0, 3], [0, 0, -0.5, 0]]))
-    g = jnp.arange(8.0).reshape(2, 4)
-    np.testing.assert_array_equal(jax.vjp(lambda x: top_k(x, 0.25), x)[1](g)[0], g)
-    masked = jax.vjp(lambda x: top_k(x, 0.25, ste="masked"), x)[1](g)[0]
-    np.testing.assert_array_equal(masked, [[0, 1, 0, 0], [4, 0, 0, 0]])
-    with pytest.raises(ValueError, match="STE of top_k: got 'none', expected one of identity, masked"):
-        top_k(x, 0.25, ste="none")
-
-
-@settings(deadline=None)
-@given(
-    # Few shapes and fractions, for each of them compiles.
-    x=arrays(np.float32, st.sampled_from([(1, 1), (3, 2), (2, 9), (3, 40)]), elements=st.floats(width=32)),
-    fraction=st.sampled_from([0.01, 0.34, 0.5, 0.75, 1.0]),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
-)
-def test_top_k_finds_the_threshold_a_sort_finds(x: np.ndarray, fraction: float, dtype: str) -> None:
-    values = jnp.asarray(x).astype(dtype)
-    size = np.abs(np.asarray(values, np.float32))
-    keep = max(1, round(fraction * x.shape[-1]))
-    threshold = np.sort(size, axis=-1)[:, -keep, None]
-    expected = np.where(size < threshold, 0, np.asarray(values, np.float32))
-    got = jax.jit(top_k, static_argnums=1)(values, fraction)  # its loop would compile again in every call
-    np.testing.assert_array_equal(np.asarray(got, np.float32), expected)
-
-
-def test_top_k_ties_nan_and_bad_fractions() -> None:
-    np.testing.assert_array_equal(top_k(jnp.asarray([[1.0, -1, 1, 0.5]]), 0.25), [[1, -1, 1, 0]])
-    assert np.isnan(top_k(jnp.asarray([[1.0, jnp.nan, 2, 3]]), 0.5)[0, 1])
-    for fraction in (0.0, 1.5, -0.5):
-        with pytest.raises(ValueError, match="top_k fraction: got .*, expected 0 < fraction <= 1"):
-            top_k(jnp.asarray(X), fraction)
 
 
 # --- transformations and dtypes
@@ -365,7 +285,8 @@ def test_top_k_ties_nan_and_bad_fractions() -> None:
 )
 def test_same_bits_compiled_mapped_and_from_bfloat16(name: str, scale: float | None) -> None:
     x = jnp.asarray(np.random.default_rng(8).standard_normal((2, 3, 100)), jnp.bfloat16)
-    function = partial(ACTIVATION_QUANTIZERS[name], scale=None if scale is None else jnp.float32(scale))
+    args = Arguments(scale=None if scale is None else jnp.float32(scale))
+    function = partial(ACTIVATION_QUANTIZERS[name], args=args)
     q = function(x)
     assert q.codes.dtype == q.scale.dtype == jnp.float32
     assert q.scale.shape == (2, 3, 1)

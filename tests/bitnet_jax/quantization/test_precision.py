@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax.quantization.activations import hadamard, top_k
+from bitnet_jax.quantization.input_transforms import hadamard, top_k
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES, resolve
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
@@ -31,6 +31,11 @@ def label(precision: Precision) -> str:
     default = Precision()
     fields = dataclasses.asdict(precision)
     return "-".join(str(value) for name, value in fields.items() if value != getattr(default, name))
+
+
+def draws(precision: Precision) -> bool:
+    """Its weight quantizer draws random codes."""
+    return precision.weight_quantizer is not None and precision.weight_quantizer.random
 
 
 # --- recipes
@@ -61,9 +66,10 @@ def test_every_recipe_quantizes_and_learns(precision: Precision) -> None:
     @jax.jit
     def loss_and_codes(params, x, key):
         def loss(params, x):
-            w = precision.quantize_weight(params["weight"], params.get("weight_scale"), 0.5, key)
+            w_key = key if draws(precision) else None
+            w = precision.quantize_weight(params["weight"], params.get("weight_scale"), 0.5, w_key)
             a = precision.quantize_activation(
-                x, params.get("activation_scale"), params.get("activation_shift"), 0.5, key
+                x, params.get("activation_scale"), params.get("activation_shift"), 0.5
             )
             return jnp.sum((a.dequantize() @ w.dequantize().T - 1) ** 2), (w, a)
 
@@ -103,9 +109,8 @@ def test_formats_and_bits() -> None:
     assert RECIPES["bitnet_weight_only"].packed_format == "ternary2"  # weight-only recipes pack too
     odd_codes = [Precision(weight=w, weight_options={"levels": "midrise"}) for w in ("int2", "int4", "int8")]
     assert [p.packed_format for p in odd_codes] == ["int4", "int8", None]  # up to 3, 15 and 255
-    assert [name for name, p in RECIPES.items() if isinstance(p, Precision) and p.needs_key] == [
-        "binaryconnect_stochastic"
-    ]
+    random = [name for name, p in RECIPES.items() if isinstance(p, Precision) and draws(p)]
+    assert random == ["binaryconnect_stochastic"]
 
 
 def test_recipe_details_that_papers_fix() -> None:
@@ -162,12 +167,13 @@ def test_scale_none_leaves_the_codes_unscaled() -> None:
 @pytest.mark.parametrize("granularity", ["channel", 64])
 @pytest.mark.parametrize("weight", WEIGHT_QUANTIZERS)
 def test_learned_scale_starts_where_the_measured_one_is(weight: str, granularity) -> None:
-    measured = Precision(weight=weight, granularity=granularity)
-    learned = Precision(weight=weight, granularity=granularity, scale="learned")
+    unscaled = WEIGHT_QUANTIZERS[weight].unit_scale
+    given = "tensor" if unscaled else granularity
+    measured = Precision(weight=weight, granularity=given)
+    learned = Precision(weight=weight, granularity=given, scale="learned")
     assert measured.weight_scale_init(W) is None
     start = learned.weight_scale_init(W)
     q, reference = learned.quantize_weight(W, start), measured.quantize_weight(W)
-    unscaled = weight in ("binary_raw", "binary_stochastic")
     assert start.shape == reference.scale.shape
     assert start.shape == ((1, 1) if unscaled else {"channel": (8, 1), 64: (8, 4)}[granularity])
     np.testing.assert_array_equal(q.codes, reference.codes)
@@ -191,15 +197,12 @@ def test_learned_activation_parameters() -> None:
         "activation_shift": (256,),
     }
     assert shapes["activation_shift"][1] == 0
-    # 2 mean|x| of a standard normal; X is a sample of 1536 of them (a standard error of 2 %).
-    assert shapes["activation_scale"][1] == pytest.approx(2 * math.sqrt(2 / math.pi))
-    np.testing.assert_allclose(bit.activation_scale_init(X), shapes["activation_scale"][1], rtol=0.06)
+    mean = math.sqrt(2 / math.pi)  # of |x|, x a standard normal
     unsigned = resolve("bit_relu", PATHS)["layers_0/mlp/down_proj"]
-    np.testing.assert_allclose(unsigned.activation_scale_init(X), 2 * bit.activation_scale_init(X), rtol=1e-6)
-    lsq = RECIPES["lsq4"]
-    np.testing.assert_allclose(lsq.activation_scale_init(X), 2 * jnp.abs(X).mean() / math.sqrt(7), rtol=1e-6)
+    firsts = {precision: factor * mean for precision, factor in ((bit, 2), (unsigned, 4))}
+    for precision, first in (firsts | {RECIPES["lsq4"]: 2 / math.sqrt(7) * mean}).items():
+        assert precision.activation_param_shapes(256)["activation_scale"] == ((), pytest.approx(first))
     assert RECIPES["bitnet"].activation_param_shapes(256) == {}
-    assert RECIPES["bitnet"].activation_scale_init(X) is None
 
 
 def test_learned_scales_are_given_exactly_when_they_exist() -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
 
 ternary, int8 = WEIGHT_QUANTIZERS["ternary_absmean"], ACTIVATION_QUANTIZERS["int8"]
@@ -96,10 +97,12 @@ def test_integer_products_reproduce_the_offline_layer(vectors) -> None:
 def test_nan_stays_visible_whatever_the_shape(name: str, shape: tuple[int, ...]) -> None:
     """XLA's maximum on CPUs forgets NaN where it splits a reduction, which it does for some shapes."""
     if name in ACTIVATION_QUANTIZERS:
-        scale = jnp.float32(0.75) if name.startswith("elastic") else None
-        quantize = partial(ACTIVATION_QUANTIZERS[name], scale=scale)
+        record = ACTIVATION_QUANTIZERS[name]
+        args = Arguments(scale=None if record.measures_scale else jnp.float32(0.75))
     else:
-        quantize = partial(WEIGHT_QUANTIZERS[name], granularity="channel")
+        record = WEIGHT_QUANTIZERS[name]
+        args = Arguments(granularity="channel" if "granularity" in record.uses else "tensor")
+    quantize = partial(record, args=args)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     at = tuple(size // 2 for size in shape)
     bad = x.copy()

@@ -187,18 +187,6 @@ def test_stochastic_sign_backward(name: str) -> None:
     np.testing.assert_array_equal(got, g * expected_slope(name, finite, 1.0).astype(np.float32))
 
 
-def test_stochastic_round_is_unbiased_and_passes_the_gradient() -> None:
-    z = jnp.asarray([-1.25, -1, 0, 0.1, 2.5], jnp.float32)
-    samples = 20_000
-    draws = ste.stochastic_round(jnp.broadcast_to(z, (samples, z.size)), jax.random.key(2))
-    assert np.all((draws == jnp.floor(z)[None]) | (draws == jnp.floor(z)[None] + 1))
-    fraction = np.asarray(z) - np.floor(z)
-    deviation = np.sqrt(fraction * (1 - fraction) / samples)
-    assert np.all(np.abs(draws.mean(0) - z) <= 5 * deviation + 1e-6)  # 1e-6: rounding of the mean
-    g = np.arange(5, dtype=np.float32)
-    np.testing.assert_array_equal(backward(lambda z: ste.stochastic_round(z, jax.random.key(3)), z, g), g)
-
-
 def test_straight_through_sums_over_broadcast_inputs_and_ignores_value_and_slopes() -> None:
     value = jnp.arange(6.0).reshape(2, 3)
     row, whole = jnp.ones((2, 1)), jnp.ones((2, 3))

@@ -1,0 +1,23 @@
+"""The one check of a name against the names that exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_name(what: str, got: Any, allowed: Iterable[str], also: str = "") -> None:
+    """Nothing if `got` is one of `allowed`.
+
+    Args:
+      what: the setting that holds the name, for the message.
+      also: what else is allowed and has no name, such as " or a positive group size".
+    Raises:
+      ValueError: another name or no string; the message lists the names and the nearest one.
+    """
+    allowed = list(allowed)
+    if got not in allowed:
+        near = difflib.get_close_matches(str(got), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what}: got {got!r}, expected one of {sorted(allowed)}{also}{hint}")
