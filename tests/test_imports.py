@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -175,6 +176,20 @@ def test_nothing_imports_experiments_and_they_reach_the_kernels_through_bitnet_j
         if name.split(".")[0] in roots and not (module in commands and name.startswith("bitnet_experiments"))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+LONGEST, MEDIAN = 450, 130  # lines of a file
+
+
+def test_files_are_short() -> None:
+    folders = (*SOURCES.values(), ROOT / "kernels" / "csrc", ROOT / "tests", ROOT / "docs")
+    files = {
+        file for folder in folders for suffix in ("py", "cc", "h") for file in folder.rglob(f"*.{suffix}")
+    }
+    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert len(lengths) > 300
+    assert [f"{file}: {length}" for file, length in lengths.items() if length > LONGEST] == []
+    assert statistics.median(lengths.values()) <= MEDIAN
 
 
 def graph() -> dict[str, set[str]]:

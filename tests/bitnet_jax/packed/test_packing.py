@@ -17,6 +17,7 @@ from bitnet_jax.nn import linear
 from bitnet_jax.packed import packing
 from bitnet_jax.packed.packing import PackingError
 from bitnet_jax.packed.proof import Proof, prove
+from bitnet_jax.packed.proof import _logits as module_logits
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES, resolve
 from bitnet_kernels import PackedArray, packed_matmul, unpack
@@ -59,7 +60,7 @@ def greedy_without_cache(
     assert not mask[:, :count].any()
     generated = []
     for _ in range(count):
-        logits = proof._logits(config, variables, jnp.asarray(tokens), jnp.asarray(mask))
+        logits = module_logits(config.module(), variables, jnp.asarray(tokens), jnp.asarray(mask))
         generated.append(np.argmax(logits[:, -1], axis=-1).astype(np.int32))
         tokens = np.concatenate([tokens[:, 1:], generated[-1][:, None]], axis=1)
         mask = np.concatenate([mask[:, 1:], np.ones_like(mask[:, :1])], axis=1)
