@@ -1,4 +1,4 @@
-"""Text and images as batches: deterministic, shuffled, any batch by its step alone. Knows no model."""
+"""Text and images as deterministic, shuffled batches with random access by step. Independent of any model."""
 
 from bitnet_jax.data.batches import ExampleBatches, TokenBatches, consecutive_batches, whole_batches
 from bitnet_jax.data.classes import Classes

@@ -1,10 +1,10 @@
-"""Batches of a token stream or of labelled examples, any of them by its step alone: resuming needs no more.
+"""Batches of a token stream or of labelled examples. A batch depends only on its step, so resuming needs no state.
 
-A stream of N tokens has N - 1 predictions: input i is token i, its target token i + 1. A window of length T
-holds T of them. B batch, T tokens of a window.
+A stream of N tokens has N - 1 predictions: input i is token i, its target is token i + 1. A window of length T
+holds T of them. Shapes: B batch size, T window length.
 
-The order comes from raw Philox words, keyed by (seed, epoch or step). NumPy promises these words to stay the
-same from version to version; it does not promise that of `Generator.permutation`.
+The order comes from raw Philox words, keyed by (seed, epoch or step). NumPy guarantees these words to be stable
+across versions; it gives no such guarantee for `Generator.permutation`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SAMPLINGS = ("epoch", "windows")
 class TokenBatches:
     """Batches for training: `batch(step)` -> {"inputs": int32 [B, T], "targets": int32 [B, T]}.
 
-    sampling `epoch`: consecutive windows that overlap nowhere, in a new random order every epoch. The order
-      is one endless sequence of which batch(step) is the part [step * B, (step + 1) * B): every window comes
-      once per epoch, and a batch may hold the end of one epoch and the start of the next.
-    sampling `windows`: B independent random places per step, as nanoGPT draws them.
+    sampling `epoch`: consecutive non-overlapping windows, reshuffled every epoch. The epochs form one infinite
+      sequence, of which batch(step) is the slice [step * B, (step + 1) * B): every window occurs once per epoch,
+      and a batch may span the end of one epoch and the start of the next.
+    sampling `windows`: B independent random positions per step, as in nanoGPT.
     """
 
     tokens: np.ndarray  # int [N]
@@ -44,25 +44,25 @@ class TokenBatches:
         if len(self.tokens) < needed:
             raise DataError(
                 f"got a text of {len(self.tokens)} tokens, expected at least {needed} for one batch of "
-                f"{self.batch_size} x {self.length}; use more text or a smaller data.batch_size or length"
+                f"{self.batch_size} x {self.length}; use more text or a smaller data.batch_size or data.length"
             )
 
     @property
     def windows(self) -> int:
-        """How many windows an epoch has."""
+        """Number of windows per epoch."""
         return (len(self.tokens) - 1) // self.length
 
     def epoch(self, step: int) -> float:
-        """How often the text was gone through before this step."""
+        """Number of passes over the text before this step."""
         return step * self.batch_size * self.length / (len(self.tokens) - 1)
 
     def starts(self, step: int) -> np.ndarray:
-        """Where the windows of a step begin in the stream, int64 [B]."""
+        """Start positions in the stream of the windows of a step, int64 [B]."""
         _check(step=step)
         if self.sampling == "windows":
-            places = len(self.tokens) - self.length
-            return (_random_words(self.seed, step, self.batch_size) % np.uint64(places)).astype(np.int64)
-        return _epoch_part(self.seed, step, self.batch_size, self.windows) * self.length
+            positions = len(self.tokens) - self.length
+            return (_random_words(self.seed, step, self.batch_size) % np.uint64(positions)).astype(np.int64)
+        return _epoch_slice(self.seed, step, self.batch_size, self.windows) * self.length
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         return _cut(self.tokens, self.starts(step), self.length)
@@ -72,10 +72,10 @@ class TokenBatches:
 class ExampleBatches:
     """Batches of examples for training: `batch(step)` -> the same names, arrays [B, ...].
 
-    The order is that of TokenBatches' `epoch`: every example once, shuffled, then again.
+    The order is that of TokenBatches with sampling `epoch`: reshuffled passes over all examples.
     """
 
-    examples: Mapping[str, np.ndarray]  # arrays with one first axis, the examples
+    examples: Mapping[str, np.ndarray]  # arrays whose first axis is the examples, all of the same length
     batch_size: int  # B
     seed: int = 0
 
@@ -83,7 +83,7 @@ class ExampleBatches:
         _check(batch_size=self.batch_size, seed=self.seed)
         sizes = {name: len(array) for name, array in self.examples.items()}
         if len(set(sizes.values())) != 1 or self.count < 1:
-            raise DataError(f"got examples {sizes}, expected as many of each, at least one")
+            raise DataError(f"got examples {sizes}, expected the same number of each, at least one")
 
     @property
     def count(self) -> int:
@@ -91,12 +91,12 @@ class ExampleBatches:
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         _check(step=step)
-        chosen = _epoch_part(self.seed, step, self.batch_size, self.count)
+        chosen = _epoch_slice(self.seed, step, self.batch_size, self.count)
         return {name: array[chosen] for name, array in self.examples.items()}
 
 
 def whole_batches(examples: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All examples in order, B at a time; `weights` float32 [B] is 0 for the zeros that fill up the last batch."""
+    """All examples in order, B at a time; the last batch is zero-padded, with `weights` float32 [B] 0 for padding."""
     _check(batch_size=batch_size)
     count = len(next(iter(examples.values()), ()))
     for first in range(0, count, batch_size):
@@ -110,11 +110,11 @@ def whole_batches(examples: Mapping[str, np.ndarray], batch_size: int) -> Iterat
 
 
 def _check(**numbers: int) -> None:
-    """Lengths and sizes are at least 1, a step at least 0, a seed fits 64 bits."""
+    """Raise DataError unless lengths and sizes are at least 1, a step at least 0, and a seed fits 64 bits."""
     for name, value in numbers.items():
         if name == "seed":
             if not 0 <= value < 2**64:
-                raise DataError(f"seed: got {value}, expected 0 to 2**64 - 1; choose another")
+                raise DataError(f"seed: got {value}, expected 0 to 2**64 - 1")
         elif name == "step":
             if value < 0:
                 raise DataError(f"step: got {value}, expected 0 or more")
@@ -131,17 +131,16 @@ def consecutive_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches that score every token after the first exactly once, in order.
 
-    Windows begin every `stride` tokens (default: `length`, no overlap). `scored` marks the targets that no
-    window before has scored: with a stride below the length each of them has at least length - stride tokens
-    in front, the first window's excepted. What fills up the last window and the last batch is 0 and not
-    scored.
+    Windows begin every `stride` tokens (default: `length`, no overlap). `scored` marks the targets not scored by an
+    earlier window: with a stride below the length, each of them has at least length - stride tokens of context,
+    except in the first window. The last window and the last batch are zero-padded; padding is not scored.
 
     Args:
       token_bytes: int [N], bytes of text that each token stands for, see streams.py.
 
     Yields:
-      {"inputs": int32 [B, T], "targets": int32 [B, T], "scored": bool [B, T]}, and where token_bytes are given
-      "target_bytes": int32 [B, T], those of each target.
+      {"inputs": int32 [B, T], "targets": int32 [B, T], "scored": bool [B, T]}, and with token_bytes also
+      "target_bytes": int32 [B, T], the bytes of each target.
     """
     stride = length if stride is None else stride
     if length < 1 or batch_size < 1 or not 1 <= stride <= length:
@@ -155,7 +154,9 @@ def consecutive_batches(
             f"got a text of {len(tokens)} tokens, expected at least 2 to predict one; use more text"
         )
     if token_bytes is not None and len(token_bytes) != len(tokens):
-        raise DataError(f"got {len(tokens)} tokens and the bytes of {len(token_bytes)}, expected as many")
+        raise DataError(
+            f"token_bytes: got {len(token_bytes)}, expected one for each of the {len(tokens)} tokens"
+        )
     windows = 1 + max(0, -(-(predictions - length) // stride))
     padded_windows = -(-windows // batch_size) * batch_size
     padded, padded_bytes = np.zeros((2, (padded_windows - 1) * stride + length + 1), np.int32)
@@ -164,9 +165,9 @@ def consecutive_batches(
         padded_bytes[: len(tokens)] = token_bytes
     for first in range(0, padded_windows, batch_size):
         window = np.arange(first, first + batch_size)[:, None]
-        target = window * stride + 1 + np.arange(length)[None, :]  # place of each target in the stream
-        fresh = (window == 0) | (target > (window - 1) * stride + length)
-        batch = _cut(padded, window[:, 0] * stride, length) | {"scored": fresh & (target <= predictions)}
+        target = window * stride + 1 + np.arange(length)[None, :]  # position of each target in the stream
+        unscored = (window == 0) | (target > (window - 1) * stride + length)
+        batch = _cut(padded, window[:, 0] * stride, length) | {"scored": unscored & (target <= predictions)}
         yield batch if token_bytes is None else batch | {"target_bytes": padded_bytes[target]}
 
 
@@ -176,18 +177,16 @@ def _cut(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, np.nd
 
 
 def _random_words(seed: int, counter: int, count: int) -> np.ndarray:
-    """uint64 [count] that depend on nothing but the arguments."""
+    """uint64 [count], a pure function of the arguments."""
     return np.random.Philox(key=np.array([seed, counter], np.uint64)).random_raw(count)
 
 
-def _epoch_part(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
-    """int64 [B]: part `step` of the endless sequence of shuffled epochs of `count` things."""
+def _epoch_slice(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+    """int64 [B]: slice `step` of the infinite sequence of shuffled epochs over `count` items."""
     index = range(step * batch_size, (step + 1) * batch_size)
     return np.array([_epoch_order(seed, i // count, count)[i % count] for i in index], np.int64)
 
 
-@functools.lru_cache(
-    maxsize=4
-)  # a batch looks at one or two epochs, training and evaluation at one corpus each
+@functools.lru_cache(maxsize=4)  # a batch spans at most two epochs; room for a training and an evaluation set
 def _epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
     return np.argsort(_random_words(seed, epoch, windows), kind="stable")

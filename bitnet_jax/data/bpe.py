@@ -1,4 +1,4 @@
-"""Byte-level BPE (GPT-2's form of 1508.07909): a vocabulary of byte sequences, learned from text."""
+"""Training of byte-level BPE tokenizers (GPT-2's variant of 1508.07909)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from bitnet_jax.optional_packages import missing_package
 
 
 def train_bpe(documents: Iterable[Document], vocab_size: int) -> JsonTokenizer:
-    """A byte-level BPE tokenizer of `vocab_size` tokens without special ones; any text can be encoded.
+    """A byte-level BPE tokenizer of `vocab_size` tokens without special tokens; it can encode any text.
 
     Raises:
-      DataError: fewer than 257 tokens asked for (256 are the bytes), a text too small for that many, or the package
-        tokenizers is not installed.
+      DataError: vocab_size is below 257 (256 are the bytes), the text is too small for it, or the package tokenizers
+        is not installed.
     """
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,5 +31,7 @@ def train_bpe(documents: Iterable[Document], vocab_size: int) -> JsonTokenizer:
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     if (got := tokenizer.get_vocab_size()) != vocab_size:
-        raise DataError(f"vocab_size: got {vocab_size}, the text has only {got} tokens; use more text")
+        raise DataError(
+            f"vocab_size: got {vocab_size}, expected at most the {got} tokens of this text; use more text"
+        )
     return JsonTokenizer(tokenizer.to_str())

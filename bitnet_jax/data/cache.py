@@ -1,10 +1,10 @@
-"""Arrays that took long to make, kept on disk under a key of all they were made from.
+"""A disk cache of arrays that are expensive to compute, keyed by a hash of their inputs.
 
-They are below $BITNET_JAX_CACHE, else $XDG_CACHE_HOME/bitnet_jax or ~/.cache/bitnet_jax; `off` keeps nothing.
-An entry is written whole or not at all, and read only if the checksum at its end is right; a damaged one is made
-again. The entries that were not used for longest are removed where all of them exceed MOST_BYTES.
+The cache is in $BITNET_JAX_CACHE, else $XDG_CACHE_HOME/bitnet_jax or ~/.cache/bitnet_jax; `off` disables it.
+Entries are written atomically and read only if their checksum matches; damaged ones are recomputed. The least
+recently used entries are removed while the total exceeds MAX_BYTES.
 
-    entry: one line of JSON (name -> dtype and length), the arrays one after another, BLAKE2b of all that (16 bytes)
+    entry: one line of JSON (name -> dtype and length), the arrays in sequence, BLAKE2b of both (16 bytes)
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 from bitnet_jax.data.errors import one_line
 
 CACHE_VARIABLE = "BITNET_JAX_CACHE"
-MOST_BYTES = 1 << 32
+MAX_BYTES = 1 << 32
 DIGEST = 16
 SUFFIX = ".arrays"
 
 
 def cache_folder() -> Path | None:
-    """Where arrays are kept; None: nowhere."""
+    """The cache folder, or None if the cache is off."""
     named = os.environ.get(CACHE_VARIABLE)
     if named == "off":
         return None
@@ -37,12 +37,12 @@ def cache_folder() -> Path | None:
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path.home() / ".cache") / "bitnet_jax"
-    except RuntimeError:  # no home folder
+    except RuntimeError:  # no home directory
         return None
 
 
 def read_arrays(key: str) -> dict[str, np.ndarray] | None:
-    """The arrays [N] kept under a key; None: there are none, or they are damaged."""
+    """The arrays [N] cached under a key; None if missing or damaged."""
     folder = cache_folder()
     if folder is None:
         return None
@@ -51,25 +51,25 @@ def read_arrays(key: str) -> dict[str, np.ndarray] | None:
         if not path.is_file():
             return None
         content = path.read_bytes()
-        os.utime(path)  # used just now
+        os.utime(path)  # mark as recently used
     except OSError:
         return None
     body, digest = content[:-DIGEST], content[-DIGEST:]
     if hashlib.blake2b(body, digest_size=DIGEST).digest() != digest:
-        warnings.warn(f"{path} is damaged; its content is made again", stacklevel=2)
+        warnings.warn(f"{path} is damaged and is recomputed", stacklevel=2)
         return None
     head, _, _ = body.partition(b"\n")
-    arrays, place = {}, len(head) + 1
+    arrays, offset = {}, len(head) + 1
     for name, (dtype, length) in json.loads(head).items():
-        arrays[name] = np.frombuffer(body, dtype, length, place)
-        place += arrays[name].nbytes
+        arrays[name] = np.frombuffer(body, dtype, length, offset)
+        offset += arrays[name].nbytes
     return arrays
 
 
 def write_arrays(key: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Keeps arrays [N] under a key. A folder that cannot be written to is a UserWarning, no error."""
+    """Cache arrays [N] under a key. If the folder cannot be written, warn instead of raising."""
     folder = cache_folder()
-    if folder is None or sum(array.nbytes for array in arrays.values()) > MOST_BYTES:
+    if folder is None or sum(array.nbytes for array in arrays.values()) > MAX_BYTES:
         return
     head = (
         json.dumps({name: (array.dtype.str, len(array)) for name, array in arrays.items()}).encode() + b"\n"
@@ -90,23 +90,23 @@ def write_arrays(key: str, arrays: Mapping[str, np.ndarray]) -> None:
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
-        _shrink(folder)
+        _evict(folder)
     except OSError as error:
         warnings.warn(
-            f"{folder}: cannot keep tokens for the next start ({one_line(error)}); make room, or set "
-            f"{CACHE_VARIABLE} to another folder or to off",
+            f"{folder}: cannot cache tokens ({one_line(error)}); free disk space, or set {CACHE_VARIABLE} to another "
+            "folder or to off",
             stacklevel=2,
         )
 
 
-def _shrink(folder: Path) -> None:
-    """Removes the entries that were not used for longest, until the others have MOST_BYTES or less."""
+def _evict(folder: Path) -> None:
+    """Remove the least recently used entries until the rest is at most MAX_BYTES."""
     entries = sorted(
         ((path, path.stat()) for path in folder.glob("*" + SUFFIX)), key=lambda e: e[1].st_mtime_ns
     )
     total = sum(status.st_size for _, status in entries)
     for path, status in entries:
-        if total <= MOST_BYTES:
+        if total <= MAX_BYTES:
             return
         path.unlink(missing_ok=True)
         total -= status.st_size

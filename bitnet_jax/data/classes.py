@@ -1,6 +1,6 @@
-"""What the outputs of a classifier mean and how its inputs were made: a file that travels with its weights.
+"""Labels and input preprocessing of a classifier, stored next to its weights.
 
-classes.json   in the folder of a run (written by training) and in a packed folder (copied by `pack`)
+classes.json   in a run folder (written by training) and in a packed folder (copied by `pack`)
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ CLASSES = "classes.json"
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Labels in the order of the logits, and what an input must go through before the model sees it."""
+    """Labels in the order of the logits, and the preprocessing of inputs."""
 
     task: str  # "images" or "text_classification"
     names: tuple[int | str, ...]
-    pixels: Pixels | None = None  # of images
-    length: int | None = None  # tokens of a text; longer texts are truncated
+    pixels: Pixels | None = None  # only for images
+    length: int | None = None  # only for texts: tokens, longer texts are truncated
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # section `data` of the run
 
     def __post_init__(self) -> None:
         names_fit = self.names and all(type(name) in (int, str) for name in self.names)
         if not names_fit or len(set(self.names)) != len(self.names):
             raise DataError(
-                f"names: got {str(self.names)[:80]}, expected different numbers or words, at least one"
+                f"names: got {str(self.names)[:80]}, expected distinct integers or strings, at least one"
             )
         if (self.task, self.pixels is None, self.length is None) not in (
             ("images", False, True),
@@ -52,13 +52,13 @@ class Classes:
         """The inverse of `to_json`.
 
         Raises:
-          DataError: it is no such file, or damaged.
+          DataError: another kind of file, or damaged.
         """
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{CLASSES}: got damaged JSON ({one_line(error)}), expected what training wrote"
+                f"{CLASSES}: got damaged JSON ({one_line(error)}), expected the file written by training"
             ) from error
         known = {field.name for field in dataclasses.fields(cls)}
         if (
@@ -68,7 +68,7 @@ class Classes:
             or not isinstance(fields["data"], dict)
         ):
             raise DataError(
-                f"{CLASSES}: got other fields, expected {', '.join(sorted(known))} as training wrote them"
+                f"{CLASSES}: got other fields, expected {', '.join(sorted(known))} as written by training"
             )
         try:
             pixels = None if fields["pixels"] is None else _pixels(fields["pixels"])
@@ -78,7 +78,7 @@ class Classes:
 
 
 def _pixels(values: Any) -> Pixels:
-    """From what JSON makes of the tuple: [mean, deviation, [height, width]]."""
+    """Parse the JSON form of Pixels: [mean, deviation, [height, width]]."""
     numbers = values[:2] if isinstance(values, list) and len(values) == 3 else []
     size = values[2] if numbers else None
     if (

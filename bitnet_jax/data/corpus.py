@@ -1,4 +1,4 @@
-"""One call from the `data` section of a config to token streams: read, split, tokenize, join (streams.py)."""
+"""From the `data` section of a config to token streams in one call: read, split, tokenize, join (streams.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Two token streams and what they were made of."""
+    """Training and held-out token streams, their tokenizer and their sizes."""
 
     tokenizer: Tokenizer
     train: np.ndarray  # int32 [N]
@@ -28,7 +28,7 @@ class Corpus:
     valid_documents: int
     train_bytes: int  # of UTF-8 text
     valid_bytes: int  # the sum of valid_token_bytes
-    skipped: tuple[str, ...]  # files left out, see Documents
+    skipped: tuple[str, ...]  # skipped files, see Documents
 
     def summary(self) -> dict[str, int | str]:
         """Figures for a log or a result file."""
@@ -60,15 +60,14 @@ def load_corpus(
 
     Args:
       source: see bitnet_jax.data.text.
-      tokenizer: `byte`, `char` (the symbols of the whole text), the path of a `tokenizer.json`, or a
-      tokenizer.
+      tokenizer: `byte`, `char` (the characters of the whole text), the path of a `tokenizer.json`, or a tokenizer.
       split: `document`, `tail` or `record`, see `split_documents`.
       valid_fraction: share to hold out.
-      valid_source: hold out all of this source instead; `split` and `valid_fraction` are then not looked at.
+      valid_source: hold out all of this source instead, ignoring `split` and `valid_fraction`.
       root, skip_bad_files, allow_download: see `read_documents`.
 
     Raises:
-      DataError: a source or the tokenizer cannot be read, nothing is on one side of the split, or a text cannot be
+      DataError: a source or the tokenizer cannot be read, one side of the split is empty, or a text cannot be
         encoded.
     """
     read = partial(read_documents, root=root, skip_bad_files=skip_bad_files, allow_download=allow_download)
@@ -96,7 +95,7 @@ def load_corpus(
 def load_tokenizer(
     name: str, documents: Sequence[Document] = (), root: str | os.PathLike[str] | None = None
 ) -> Tokenizer:
-    """`byte`, `char` (made from the documents; NUL separates them where there are several), or a path."""
+    """`byte`, `char` (fitted to the documents; NUL separates them if there are several), or a path."""
     if name == "byte":
         return ByteTokenizer()
     if name == "char":

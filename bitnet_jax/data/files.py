@@ -1,10 +1,10 @@
-"""Files of others, read with care: regular files only, within stated limits, with errors of one line.
+"""Safe reading of untrusted files: regular files only, within limits, with one-line errors.
 
-    unpacked bytes of a .gz file   64 MiB and 200 times the packed bytes read so far: text packs 3 to 20 times, a
-                                   bomb 1000 times. $BITNET_JAX_MAX_FILE_BYTES sets another limit in place of it.
-    bytes of a line                64 MiB, or $BITNET_JAX_MAX_LINE_BYTES: of files of lines, a plain text may be one
+    unpacked bytes of a .gz file   64 MiB plus 200 times the packed bytes read so far: text compresses 3 to 20 times,
+                                   a zip bomb 1000 times. $BITNET_JAX_MAX_FILE_BYTES replaces this limit.
+    bytes of a line                64 MiB, or $BITNET_JAX_MAX_LINE_BYTES; applies to files read by line only
 
-Until a limit is reached memory does not depend on what a file pretends to hold.
+Memory use never depends on the size that a file claims to have.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK = 1 << 20
 
 
 def check_regular(path: Path) -> None:
-    """Raises DataError for a pipe, a device or a socket, which is never opened: reading could block for ever."""
+    """Raise DataError unless the path is a regular file; reading a pipe, device or socket could block forever."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -39,14 +39,14 @@ def check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISDIR: "a folder", stat.S_ISSOCK: "a socket"}
         kind = next((name for test, name in kinds.items() if test(mode)), "a device")
-        raise DataError(f"{path}: got {kind}, expected a regular file; copy what it gives into one")
+        raise DataError(f"{path}: got {kind}, expected a regular file; copy its content into one")
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """The content in blocks of up to BLOCK bytes, unpacked where the name ends in .gz.
+    """The content in blocks of up to BLOCK bytes, unpacked if the name ends in .gz.
 
     Raises:
-      DataError: no regular file, unreadable, damaged, or beyond the limit.
+      DataError: not a regular file, unreadable, damaged, or beyond the limit.
     """
     check_regular(path)
     packed, unpacked = path.suffix == ".gz", 0
@@ -60,14 +60,14 @@ def read_blocks(path: Path) -> Iterator[bytes]:
                 allowed = UNPACKED_BYTES + UNPACKED_RATIO * raw.tell() if limit is None else limit
                 if packed and unpacked > allowed:
                     raise DataError(
-                        f"{path}: got more than {allowed} bytes out of {raw.tell()} packed ones, expected a file that "
-                        f"unpacks to less; if it is sound, set {FILE_VARIABLE} to the bytes it may unpack to"
+                        f"{path}: got more than {allowed} bytes unpacked from {raw.tell()}, expected fewer; if the "
+                        f"file is trusted, set {FILE_VARIABLE} to a larger number"
                     )
                 yield block
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}: got damaged gzip data ({one_line(error)}) behind {unpacked} unpacked bytes, expected a whole .gz "
-            "file; copy it again"
+            f"{path}: got damaged gzip data ({one_line(error)}) after {unpacked} unpacked bytes, expected a complete "
+            ".gz file; copy it again"
         ) from error
     except OSError as error:
         raise DataError(
@@ -76,20 +76,20 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
 
 def read_file(path: Path, limit: int | None = None) -> bytes:
-    """The whole content, unpacked where the name ends in .gz. Raises DataError, also beyond `limit` bytes."""
+    """The whole content, unpacked if the name ends in .gz. Raises DataError, also beyond `limit` bytes."""
     blocks, size = [], 0
     for block in read_blocks(path):
         blocks.append(block)
         size += len(block)
         if limit is not None and size > limit:
             raise DataError(
-                f"{path}: got more than {limit} bytes, expected fewer; is this the file you mean?"
+                f"{path}: got more than {limit} bytes, expected fewer; check that this is the right file"
             )
     return b"".join(blocks)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines with their ends, one after the other. Raises DataError, see `read_blocks`."""
+    """(line number from 1, line with its newline) pairs. Raises DataError, see `read_blocks`."""
     longest = _limit(LINE_VARIABLE) or LINE_BYTES
     number, pieces, size = 1, list[bytes](), 0
     for block in read_blocks(path):
@@ -101,8 +101,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         size += len(rest)
         if size > longest:
             raise DataError(
-                f"{path}:{number}: got a line of more than {longest} bytes, expected shorter ones; if it is sound, set "
-                f"{LINE_VARIABLE} to the bytes a line may have"
+                f"{path}:{number}: got a line of more than {longest} bytes, expected a shorter one; if the file is "
+                f"trusted, set {LINE_VARIABLE} to a larger number"
             )
     if size:
         yield number, b"".join(pieces)
@@ -120,21 +120,21 @@ def _limit(variable: str) -> int | None:
 
 
 def decode(content: bytes, where: str) -> str:
-    """UTF-8 text. Raises DataError with the place of the first byte that is none."""
+    """UTF-8 text. Raises DataError with the offset of the first invalid byte."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: got byte 0x{content[error.start]:02x} at offset {error.start}, expected UTF-8 text; "
-            "convert the file (iconv -t UTF-8) or take it out"
+            "convert the file (iconv -t UTF-8) or remove it"
         ) from error
 
 
 def parse_json(text: str, where: str, expected: str) -> Any:
-    """The value of a JSON text. Raises DataError: damaged, nested too deep, or a number of too many digits."""
+    """Parse JSON. Raises DataError: damaged, nested too deeply, or a number with too many digits."""
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{where}: got damaged JSON ({one_line(error)}), expected {expected}") from error
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         raise DataError(f"{where}: got JSON that cannot be read ({one_line(error)})") from error

@@ -1,9 +1,9 @@
-"""Labelled images: MNIST's idx files, and drawn digits that need no file.
+"""Labelled images: MNIST's idx files, and synthetic digits that need no files.
 
 A source of images is one of
 
-    drawn      digits of seven segments, drawn here: present everywhere, and not quite trivial
-    FOLDER     {train,t10k}-images-idx3-ubyte[.gz] and {train,t10k}-labels-idx1-ubyte[.gz], as MNIST comes
+    drawn      synthetic seven-segment digits: always available, and not quite trivial
+    FOLDER     {train,t10k}-images-idx3-ubyte[.gz] and {train,t10k}-labels-idx1-ubyte[.gz], the files of MNIST
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.files import BLOCK, read_blocks
 from bitnet_jax.data.text import resolve_path
 
-IDX_UINT8 = 0x08  # the only element type of the image sets
-DRAWN_EXAMPLES = (4000, 1000)  # to train on, held out
+IDX_UINT8 = 0x08  # the only element type that MNIST uses
+DRAWN_EXAMPLES = (4000, 1000)  # training, held out
 DRAWN_SIZE = 16
 
 
@@ -31,11 +31,11 @@ class LabelledImages(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """How pixels from 0 to 255 become inputs of a model: (pixel - mean) / deviation, after shrinking."""
+    """Normalisation of pixels from 0 to 255: (pixel - mean) / deviation, after downsampling."""
 
     mean: float
     deviation: float
-    size: tuple[int, int]  # height and width of the images of the source, before they were shrunk
+    size: tuple[int, int]  # height and width of the source images, before downsampling
 
 
 class ImageSets(NamedTuple):
@@ -53,17 +53,17 @@ def load_images(
     root: str | os.PathLike[str] | None = None,
     pixels: Pixels | None = None,
 ) -> ImageSets:
-    """Both parts of a source (see the module docstring), pixels shifted and scaled alike.
+    """Training and held-out images of a source (see the module docstring), normalised alike.
 
     Args:
-      size: rows and columns to shrink to by averaging areas; None: as they are.
-      limit: train on so many images only, the first ones.
-      root: folder that a relative path is meant below, see `resolve_path`.
-      pixels: mean and deviation of the images that a model was trained on; None: measured here, so that over all
-        pixels of the training images the mean is 0 and the standard deviation 1.
+      size: height and width to downsample to by area averaging; None: keep the size.
+      limit: use only the first `limit` training images.
+      root: base folder of a relative path, see `resolve_path`.
+      pixels: normalisation of a trained model; None: computed here, so that the pixels of the training images have
+        mean 0 and standard deviation 1.
 
     Raises:
-      DataError: a file is missing, damaged or of another kind; the two parts do not fit each other.
+      DataError: a file is missing, damaged or of another kind; the two parts have different sizes.
     """
     if source == "drawn":
         train, valid = drawn_digits(DRAWN_EXAMPLES[0], seed=0), drawn_digits(DRAWN_EXAMPLES[1], seed=1)
@@ -73,7 +73,7 @@ def load_images(
     if train.images.shape[1:] != valid.images.shape[1:]:
         raise DataError(
             f"{source}: got training images of {train.images.shape[1:3]} pixels and held-out ones of "
-            f"{valid.images.shape[1:3]}, expected one size"
+            f"{valid.images.shape[1:3]}, expected the same size"
         )
     if limit is not None:
         if not 1 <= limit <= len(train.labels):
@@ -98,7 +98,7 @@ def load_images(
 
 
 def normalised(images: np.ndarray, pixels: Pixels) -> np.ndarray:
-    """float32 images from 0 to 255 as a model takes them."""
+    """Images from 0 to 255 to float32 model inputs."""
     return ((images - np.float64(pixels.mean)) / np.float64(pixels.deviation)).astype(np.float32)
 
 
@@ -107,7 +107,7 @@ def _read_pair(folder: Path, part: str) -> LabelledImages:
     labels = read_idx(_one_of(folder, f"{part}-labels-idx1-ubyte"), axes=1)
     if len(images) != len(labels) or not len(images):
         raise DataError(
-            f"{folder}: got {len(images)} {part} images and {len(labels)} labels, expected as many, at least one"
+            f"{folder}: got {len(images)} {part} images and {len(labels)} labels, expected the same number, at least 1"
         )
     return LabelledImages(images[..., None], labels.astype(np.int32))
 
@@ -122,12 +122,12 @@ def _one_of(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path, axes: int) -> np.ndarray:
-    """The uint8 array of an idx file with so many axes, unpacked where the name ends in .gz.
+    """The uint8 array of an idx file with `axes` axes, unpacked if the name ends in .gz.
 
     Format: two zero bytes, the type, the number of axes, each axis as a big-endian uint32, then the elements.
 
     Raises:
-      DataError: not such a file, damaged, or its size is not what its header says.
+      DataError: not such a file, damaged, or its size does not match its header.
     """
     content, expected, shape = bytearray(), 0, tuple[int, ...]()
     header = 4 + 4 * axes
@@ -136,7 +136,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
         if not shape and len(content) >= header:
             shape = _idx_shape(path, bytes(content[:header]), axes)
             expected = math.prod(shape)
-        # More than it says: how much more does not matter, but a damaged file is to be called so.
+        # Stop once the file is clearly longer than its header says; one more block still detects damage.
         if shape and len(content) > header + expected + BLOCK:
             break
     if not shape:
@@ -145,7 +145,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     if len(content) != expected:
         got = f"{len(content)} bytes or more" if len(content) > expected else f"{len(content)} bytes"
         raise DataError(
-            f"{path}: got {got} behind the header, expected the {expected} of a "
+            f"{path}: got {got} after the header, expected the {expected} of a "
             f"{' x '.join(map(str, shape))} array; copy the file again"
         )
     return np.frombuffer(content, np.uint8).reshape(shape)
@@ -154,46 +154,46 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
 def _idx_shape(path: Path, header: bytes, axes: int) -> tuple[int, ...]:
     if header[:4] != bytes((0, 0, IDX_UINT8, axes)) or len(header) < 4 + 4 * axes:
         raise DataError(
-            f"{path}: got a file that begins {header[:4].hex(' ')!r}, expected the idx file of a uint8 "
+            f"{path}: got a file that begins with {header[:4].hex(' ')!r}, expected the idx file of a uint8 "
             f"array with {axes} axes, 00 00 08 {axes:02x}"
         )
     return struct.unpack(f">{axes}I", header[4:])
 
 
 def shrink(images: np.ndarray, size: int) -> np.ndarray:
-    """float32 [N, height, width, C] to size x size pixels, each the mean of the area that it covers."""
+    """Downsample float32 [N, height, width, C] to size x size pixels by area averaging."""
     if not 1 <= size <= min(images.shape[1:3]):
         raise DataError(
             f"data.image_size: got {size}, expected 1 to the {min(images.shape[1:3])} pixels of the images"
         )
     count, height, width, channels = images.shape
     rows, columns = _coverage(height, size), _coverage(width, size)
-    areas = np.kron(rows, columns)  # one large product is several times as fast as one by one
+    areas = np.kron(rows, columns)  # one large matrix product is several times faster than many small ones
     flat = images.transpose(0, 3, 1, 2).reshape(count * channels, height * width).astype(np.float32)
     return (flat @ areas.T).reshape(count, channels, size, size).transpose(0, 2, 3, 1)
 
 
 def _coverage(old: int, new: int) -> np.ndarray:
-    """float32 [new, old]: the share of each new pixel that an old one covers."""
+    """float32 [new, old]: the share of each new pixel covered by each old pixel."""
     edges = np.arange(new + 1)[:, None] * (old / new)
     pixels = np.arange(old)[None]
     overlap = np.minimum(edges[1:], pixels + 1.0) - np.maximum(edges[:-1], pixels)
     return (np.clip(overlap, 0, None) * (new / old)).astype(np.float32)
 
 
-# Segments of a digit: top, upper left, upper right, middle, lower left, lower right, bottom.
+# Segments of each digit; a to g: top, upper left, upper right, middle, lower left, lower right, bottom.
 SEGMENTS = ("abcefg", "cf", "acdeg", "acdfg", "bcdf", "abdfg", "abdefg", "acf", "abcdefg", "abcdfg")
 
 
 def drawn_digits(count: int, seed: int, size: int = DRAWN_SIZE) -> LabelledImages:
-    """Digits of seven segments at random places, widths, heights, slants and brightness, in noise.
+    """Seven-segment digits with random position, width, height, slant and brightness, plus noise.
 
     Returns: images float32 [count, size, size, 1] from 0 to 255, labels int32 [count].
     """
     rng = np.random.Generator(np.random.Philox(seed))
     labels = rng.integers(0, 10, count).astype(np.int32)
     images = np.zeros((count, size, size), np.float32)
-    along = np.linspace(0, 1, 2 * size)[None]  # a stroke, from its beginning to its end
+    along = np.linspace(0, 1, 2 * size)[None]  # position along a stroke
     for image, label in zip(images, labels, strict=True):
         height, width = rng.integers(8, 11), rng.integers(4, 7)
         top, left = ((size - extent) // 2 + rng.integers(-1, 2) for extent in (height, width))

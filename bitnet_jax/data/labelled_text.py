@@ -1,9 +1,9 @@
-"""Labelled texts for a classifier: JSON lines, and a source that every Python brings along.
+"""Labelled texts for a classifier: JSON lines, and a source built from the standard library.
 
 A source is one of
 
-    keywords               lines of the standard library; the class is the keyword that began the line, cut off
-    FILE.jsonl[.gz]        one example a line: {"text": ..., "label": a number or a word}
+    keywords               lines of the standard library; the class is the leading keyword, removed from the text
+    FILE.jsonl[.gz]        one example per line: {"text": ..., "label": an integer or a string}
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bitnet_jax.data.text import Document, checked_text, json_lines, resolve_pat
 from bitnet_jax.data.tokenizers import Tokenizer
 
 KEYWORDS = ("class", "def", "for", "if", "raise", "return")
-KEYWORD_EXAMPLES = 500  # of each class
+KEYWORD_EXAMPLES = 500  # per class
 
 
 class Example(NamedTuple):
@@ -31,7 +31,7 @@ class Example(NamedTuple):
 
 
 class LabelledText(NamedTuple):
-    """Token ids of both parts, cut or filled up to one length; `mask` is False where filled."""
+    """Token ids of both parts, truncated or padded to one length; `mask` is False for padding."""
 
     tokenizer: Tokenizer
     classes: tuple[int | str, ...]  # label of each class
@@ -53,11 +53,11 @@ def load_labelled_text(
     """Read, split, tokenize.
 
     Args:
-      length: T; longer texts are cut behind it.
-      tokenizer: see `load_corpus`; or a tokenizer.
+      length: T; longer texts are truncated.
+      tokenizer: a name, see `load_corpus`, or a tokenizer.
       valid_source: hold out all of it; None: the share `valid_fraction` of `source`, chosen by a hash of the text.
-      limit: train on so many examples only, the first ones; where there are fewer, on all.
-      root: folder that relative paths are meant below, see `resolve_path`.
+      limit: use at most the first `limit` training examples.
+      root: base folder of relative paths, see `resolve_path`.
       classes: the labels of a trained model, in its order; None: the sorted labels of the training part.
 
     Raises:
@@ -83,12 +83,12 @@ def load_labelled_text(
     if classes is None:
         kinds = {type(example.label) for example in train}
         if len(kinds) > 1:
-            raise DataError(f"{source}: got labels that are numbers and words, expected one of these")
+            raise DataError(f"{source}: got both integer and string labels, expected one type")
         classes = sorted({example.label for example in train})
     for part, of_part in (("training", train), ("held-out", valid)):
-        strange = sorted({str(example.label) for example in of_part if example.label not in classes})
-        if strange:
-            raise DataError(f"{source}: got {part} labels {strange[:8]} that no training text has")
+        unknown = sorted({str(example.label) for example in of_part if example.label not in classes})
+        if unknown:
+            raise DataError(f"{source}: got {part} labels {unknown[:8]} that no training text has")
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer, [Document("", example.text) for example in train], root)
     parts = (_encode(part, classes, tokenizer, length) for part in (train, valid))
@@ -104,7 +104,7 @@ def _encode(
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
-    """What a classifier reads: inputs int32 [N, length] and mask bool [N, length], False where filled up."""
+    """Inputs of a classifier: inputs int32 [N, length] and mask bool [N, length], False for padding."""
     inputs = np.zeros((len(texts), length), np.int32)
     mask = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts):
@@ -114,12 +114,12 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> dic
 
 
 def read_examples(source: str, root: str | os.PathLike[str] | None = None) -> list[Example]:
-    """All examples of a source (see the module docstring), in its order. Raises DataError."""
+    """All examples of a source (see the module docstring), in order. Raises DataError."""
     if source == "keywords":
         return _keyword_examples()
     path = resolve_path(source, root)
     if not path.name.removesuffix(".gz").endswith(".jsonl"):
-        raise DataError(f"{path}: got this name, expected FILE.jsonl or FILE.jsonl.gz; correct data.source")
+        raise DataError(f"got {path}, expected FILE.jsonl or FILE.jsonl.gz; correct data.source")
     return [_example(record, where) for where, record in json_lines(path)]
 
 
@@ -128,13 +128,13 @@ def _example(record: Any, where: str) -> Example:
     label = record.get("label") if isinstance(record, dict) else None
     if not isinstance(text, str) or not text or not isinstance(label, int | str) or isinstance(label, bool):
         raise DataError(
-            f'{where}: got no text or no label, expected {{"text": "...", "label": a number or a word}}'
+            f'{where}: got no text or no label, expected {{"text": "...", "label": an integer or a string}}'
         )
     return Example(checked_text(text, where), label)
 
 
 def _keyword_examples() -> list[Example]:
-    """KEYWORD_EXAMPLES different lines of each keyword, in the order of a hash."""
+    """KEYWORD_EXAMPLES distinct lines per keyword, ordered by a hash."""
     root = standard_library.folder()
     lines: dict[str, set[str]] = {keyword: set() for keyword in KEYWORDS}
     for path in standard_library.source_files(root):
@@ -145,7 +145,7 @@ def _keyword_examples() -> list[Example]:
     few = {keyword: len(found) for keyword, found in lines.items() if len(found) < KEYWORD_EXAMPLES}
     if few:
         raise DataError(f"{root}: got only {few} lines, expected {KEYWORD_EXAMPLES} of each keyword")
-    # By another hash than the one that holds out: its smallest values must not all be chosen.
+    # Not the hash of the held-out split: taking its smallest values would bias the split.
     order = {
         Example(text, keyword): unit_hash(f"{keyword} {text}") for keyword in lines for text in lines[keyword]
     }

@@ -1,4 +1,4 @@
-"""Records of an evaluation set: a JSON object a line, with the fields that its task asks for."""
+"""Records of an evaluation set: one JSON object per line, with the fields its task requires."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.text import checked_text, json_lines, resolve_path
 
-SHORT = reprlib.Repr()  # a record may nest deeper than repr can follow
+SHORT = reprlib.Repr()  # a record may be nested too deeply for repr
 SHORT.maxstring = SHORT.maxother = 80
-STRINGS = list[str]  # as the type of a field: a list of strings, at least one
+STRINGS = list[str]  # field type: a non-empty list of strings
 
 
 def read_records(
@@ -23,22 +23,22 @@ def read_records(
     root: str | os.PathLike[str] | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The records of a .jsonl or .jsonl.gz file; other fields than the named ones are left out.
+    """The records of a .jsonl or .jsonl.gz file, restricted to `fields`.
 
     Args:
-      path: resolved as data.text.resolve_path does: below root, else the current folder or $BITNET_JAX_DATA.
+      path: resolved by data.text.resolve_path: below root, else the current folder or $BITNET_JAX_DATA.
       fields: name -> type: str, int, STRINGS, or a union of them.
-      limit: so many records, spread evenly over the file, for files are often sorted.
+      limit: number of records, spread evenly over the file because files are often sorted.
 
     Raises:
-      DataError: no file, no record, or one that is damaged or lacks a field (the message says which line).
+      DataError: no file, no record, or one that is damaged or lacks a field (the message names the line).
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit: got {limit}, expected at least 1 record")
     file = resolve_path(path, root)
     records = [_checked(record, fields, where) for where, record in json_lines(file)]
     if not records:
-        raise DataError(f"{file}: got no record, expected one JSON object a line; check the file")
+        raise DataError(f"{file}: got no record, expected one JSON object per line; check the file")
     if limit is not None and limit < len(records):
         records = [records[i] for i in np.arange(limit) * len(records) // limit]
     return records

@@ -1,8 +1,8 @@
 """The default corpus: the source text of the running Python's standard library.
 
-Real text (code, prose in docstrings, tables), about 10 MB, present on every machine without a download. What
-differs from machine to machine under one Python version is left out: installed packages, the record of how
-this interpreter was built, and the test folders, which some distributions strip.
+Real text (code, prose in docstrings, tables), about 10 MB, available on every machine without a download. Files
+that vary between machines with the same Python version are excluded: installed packages, the build configuration of
+the interpreter, and the test folders, which some distributions strip.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")  # generated when this interpr
 
 
 def folder() -> Path:
-    """Where the running interpreter keeps its standard library."""
+    """The standard library folder of the running interpreter."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def source_files(root: Path) -> list[Path]:
-    """The .py files that make the corpus, sorted by their path below `root`."""
+    """The .py files of the corpus, sorted by their path relative to `root`."""
     found = []
     for parent, folders, names in os.walk(root):
         folders[:] = [

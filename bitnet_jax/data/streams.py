@@ -1,21 +1,20 @@
-"""Documents to token streams, and the bytes of text that each token stands for.
+"""Token streams of documents, and the number of text bytes each token stands for.
 
-A stream is what the model sees of several documents, separated by the tokenizer's `eos_id` (s):
+A stream concatenates documents, separated by the tokenizer's `eos_id` (s):
 
     s document s document s ... document s
 
-It begins with s, so the first token of a text is predicted too, and ends with one, so that the model learns
-when to stop. A tokenizer without `eos_id` joins the documents directly; the first token of the stream is then
-given.
+It begins with s, so that the first token of a text is predicted too, and ends with s, so that the model learns
+when to stop. Without an `eos_id`, documents are joined directly and the first token of the stream is not predicted.
 
-Bytes are those of the documents themselves, never of decoded tokens: a tokenizer may strip a space, and a window
-may end inside a character. A token stands for the text from where the one before it ends to where it ends itself, the
-last token of a document also for what is left of it; a separator stands for nothing. So the bytes of a stream add up
-to those of its documents, and any cut of it into windows counts each of them once. (A document without a
-single token, of blanks that a tokenizer drops, counts at the separator behind it.)
+Bytes are counted in the documents, never in decoded tokens: a tokenizer may strip a space, and a window may end
+inside a character. A token stands for the text from the end of the previous token to its own end, the last token of
+a document also for the remaining text; a separator stands for nothing. So the bytes of a stream add up to those of
+its documents, and any partition into windows counts each byte once. (The bytes of a document without tokens, such
+as whitespace that the tokenizer drops, are counted at the following separator.)
 
-Documents are encoded in batches of bounded size, long ones in pieces where the tokenizer allows it. What a
-tokenizer of a file makes of a large text takes long, and is kept for the next start, see cache.py.
+Documents are encoded in batches of bounded size, long ones in pieces if the tokenizer allows it. Encoding a large
+text with a tokenizer.json is slow, so the result is cached on disk, see cache.py.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from bitnet_jax.data.text import Document, text_bytes
 from bitnet_jax.data.tokenizers import JsonTokenizer, Tokenizer
 from bitnet_jax.progress import progress_bar
 
-BATCH_CHARACTERS = 1 << 20  # of a batch of documents, at most, unless it is one piece that cannot be cut
-PIECE_CHARACTERS = 1 << 17  # of a document, from which on it is cut where that changes nothing
-WORD_END = re.compile(r"[^\W\d_][ \n]")  # a letter, and what ends its word
-WORD_ENDS_TRIED, AROUND_CUT = 50, 200  # places looked at for a cut; characters on each side that are compared
-CACHED_BYTES = 1 << 20  # of text, from which on tokens are kept on disk
-LAYOUT = "bitnet_jax.tokens.1"  # of what is kept; to be changed whenever the same text gives other arrays
+BATCH_CHARACTERS = 1 << 20  # maximum batch size, unless the batch is a single piece that cannot be cut
+PIECE_CHARACTERS = 1 << 17  # longer documents are cut where that does not change the tokens
+WORD_END = re.compile(r"[^\W\d_][ \n]")  # a letter and the character that ends its word
+WORD_ENDS_TRIED, AROUND_CUT = 50, 200  # candidate positions of a cut; characters compared on each side
+CACHED_BYTES = 1 << 20  # minimum size of a text whose tokens are cached
+LAYOUT = "bitnet_jax.tokens.1"  # cache version; change it whenever the same text gives different arrays
 
 
 class MeasuredStream(NamedTuple):
@@ -62,25 +61,23 @@ def _stream(documents: Sequence[Document], tokenizer: Tokenizer, measured: bool)
     key = None
     if isinstance(tokenizer, JsonTokenizer) and total >= CACHED_BYTES:
         key = _key(documents, tokenizer, measured)
-        if (kept := read_arrays(key)) is not None:
-            return {name: array.astype(np.int32) for name, array in kept.items()}
+        if (cached := read_arrays(key)) is not None:
+            return {name: array.astype(np.int32) for name, array in cached.items()}
     separator = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
-    narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32  # half the memory until all is done
+    narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32  # halves the memory of intermediates
     tokens, sizes = [separator.astype(narrow)], [np.zeros(len(separator), np.int32)]
-    without_token = (
-        0  # bytes of what no token stands for: they are those of the next one, or of the separator
-    )
+    pending_bytes = 0  # of pieces without tokens; counted at the next token or separator
     with progress_bar(total, unit="B", description="tokenizing", delay=1.0) as progress:
         for batch in _batches(documents, tokenizer):
             for piece, (ids, token_bytes) in zip(batch, _encoded(batch, tokenizer, measured), strict=True):
-                behind = separator if piece.ends_document else separator[:0]
-                tokens.append(np.concatenate([ids, behind]).astype(narrow))
+                end = separator if piece.ends_document else separator[:0]
+                tokens.append(np.concatenate([ids, end]).astype(narrow))
                 if measured:
-                    row = np.concatenate([token_bytes, np.zeros(len(behind), np.int32)])
-                    without_token += 0 if len(ids) else len(piece.text.encode())
+                    row = np.concatenate([token_bytes, np.zeros(len(end), np.int32)])
+                    pending_bytes += 0 if len(ids) else len(piece.text.encode())
                     if len(row):
-                        row[0] += without_token
-                        without_token = 0
+                        row[0] += pending_bytes
+                        pending_bytes = 0
                     sizes.append(row)
                 progress.update(len(piece.text.encode()))
     arrays = {"tokens": np.concatenate(tokens)}
@@ -98,7 +95,7 @@ class _Piece(NamedTuple):
 
 
 def _batches(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
-    """All documents, long ones in pieces, in batches of BATCH_CHARACTERS or one piece."""
+    """All documents, long ones in pieces, in batches of at most BATCH_CHARACTERS or a single piece."""
     batch, size = list[_Piece](), 0
     for document in documents:
         for piece in _pieces(document, tokenizer):
@@ -112,10 +109,10 @@ def _batches(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[li
 
 
 def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[_Piece]:
-    """A document, cut where the tokens stay the same: between a letter and a blank or line end.
+    """The pieces of a document, cut between a letter and a space or newline so that the tokens do not change.
 
-    A word ends there for every tokenizer that splits texts into words first (`splits_words`); and it is done only if
-    the tokens of the text around the cut are those of its two sides.
+    Every tokenizer with `splits_words` ends a word there; in addition, the tokens of the text around the cut must
+    equal those of its two sides encoded separately.
     """
     name, text, _ = document
     start = 0
@@ -133,27 +130,27 @@ def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[_Piece]:
 
 
 def _cut(text: str, begin: int, tokenizer: Tokenizer) -> int | None:
-    """The first place from `begin` on at which a text can be cut; None: none among the nearest ends of words."""
+    """The first valid cut from `begin` on; None if none of the next WORD_ENDS_TRIED word ends is one."""
     for word_end in itertools.islice(WORD_END.finditer(text, begin), WORD_ENDS_TRIED):
-        place = word_end.start() + 1
-        left, right = text[max(0, place - AROUND_CUT) : place], text[place : place + AROUND_CUT]
+        cut = word_end.start() + 1
+        left, right = text[max(0, cut - AROUND_CUT) : cut], text[cut : cut + AROUND_CUT]
         parts = np.concatenate(tokenizer.encode_batch([left, right]))
         if np.array_equal(tokenizer.encode(left + right), parts):
-            return place
+            return cut
     return None
 
 
 def _encoded(
     batch: Sequence[_Piece], tokenizer: Tokenizer, measured: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids of each piece and the bytes of each of them; none of these where they are not asked for."""
+    """Ids of each piece and the bytes of each id; empty unless `measured`."""
     texts = [piece.text for piece in batch]
     try:
         if measured:
             return tokenizer.encode_measured(texts)
         return [(ids, np.zeros(0, np.int32)) for ids in tokenizer.encode_batch(texts)]
     except DataError:
-        for piece in batch:  # which one it is
+        for piece in batch:  # find the piece at fault
             try:
                 tokenizer.encode(piece.text)
             except DataError as error:
@@ -162,7 +159,7 @@ def _encoded(
 
 
 def _key(documents: Sequence[Document], tokenizer: JsonTokenizer, measured: bool) -> str:
-    """Hash of all that the arrays depend on: the texts and their borders, the tokenizer and its library."""
+    """Hash of everything the arrays depend on: texts, document boundaries, tokenizer and library version."""
     digest = hashlib.blake2b(digest_size=20)
     for part in (LAYOUT, str(measured), tokenizer.library_version, tokenizer.to_json()):
         digest.update(f"{len(part)}:".encode() + part.encode())

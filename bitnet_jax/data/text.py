@@ -1,16 +1,15 @@
-"""From a source to documents, and from documents to a training and a held-out part.
+"""Reading documents from a source, and splitting them into a training and a held-out part.
 
 A source is one of
 
     stdlib               the running Python's standard library (see standard_library.py)
-    FILE.txt[.gz]        one document; any name without a known ending is read like this
-    FILE.jsonl[.gz]      one document a line: {"text": ..., "title"?: ..., "split"?: ...}
-    FOLDER               every file below it that is not hidden, in sorted order
-    hf:NAME[:CONFIG]     a Hugging Face dataset with a `text` column (needs the package `datasets`, and leave to
-                         download, see `read_documents`)
+    FILE.txt[.gz]        one document; also any file with an unknown extension
+    FILE.jsonl[.gz]      one document per line: {"text": ..., "title"?: ..., "split"?: ...}
+    FOLDER               every non-hidden file below it, in sorted order
+    hf:NAME[:CONFIG]     a Hugging Face dataset with a `text` column (needs the package `datasets`, and permission
+                         to download, see `read_documents`)
 
-Everything is UTF-8, and everything is deterministic: the same files give the same documents in the same
-order.
+All text is UTF-8. Reading is deterministic: the same files give the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ ROOT_VARIABLE = "BITNET_JAX_DATA"
 SPLITS = ("document", "tail", "record")
 HELD_OUT_NAMES = ("valid", "validation", "dev")
 DOWNLOAD_VARIABLE = "BITNET_JAX_ALLOW_DOWNLOAD"
-MOST_NAMED = 5  # bad files of a folder whose faults an error tells
+MAX_LISTED = 5  # bad files of a folder that an error describes
 
 
 class Document(NamedTuple):
     name: str
     text: str
-    split: str | None = None  # what the record says of itself
+    split: str | None = None  # the record's own `split` field
 
 
 class Documents(NamedTuple):
-    """What a source holds. Documents without text are left out."""
+    """The non-empty documents of a source."""
 
     documents: tuple[Document, ...]
-    # Files left out: of the standard library those that are not UTF-8; of a folder, where asked for, bad ones.
+    # Skipped files: in the standard library those that are not UTF-8; in a folder bad ones, with skip_bad_files.
     skipped: tuple[str, ...] = ()
 
 
@@ -64,15 +63,14 @@ def read_documents(
 
     Args:
       source: what to read.
-      root: folder that a relative path is meant below; default: the current folder, then $BITNET_JAX_DATA.
-      skip_bad_files: leave out the files of a folder that cannot be read, with a UserWarning; False: an error that
-        names them.
-      allow_download: may `hf:` reach the network; None: as $BITNET_JAX_ALLOW_DOWNLOAD says, only if it is 1. A
-        config written by somebody else does not decide it.
+      root: base folder of a relative path; default: the current folder, then $BITNET_JAX_DATA.
+      skip_bad_files: skip unreadable files of a folder with a UserWarning; False: raise an error that names them.
+      allow_download: whether `hf:` may use the network; None: only if $BITNET_JAX_ALLOW_DOWNLOAD is 1. Not a config
+        setting, since configs may come from third parties.
 
     Raises:
-      DataError: the path is missing, no text is in it, a file is damaged, beyond a limit of files.py or not UTF-8,
-        or a download is not allowed.
+      DataError: the path is missing or holds no text, a file is damaged, beyond a limit of files.py or not UTF-8, or
+        the download is not allowed.
     """
     skipped: list[str] = []
     if source == "stdlib":
@@ -81,7 +79,7 @@ def read_documents(
         allowed = os.environ.get(DOWNLOAD_VARIABLE) == "1" if allow_download is None else allow_download
         if not allowed:
             raise DataError(
-                f"source {source!r}: got a data set that is downloaded, expected that to be allowed; pass "
+                f"source {source!r}: got a data set that must be downloaded, expected permission to download; pass "
                 f"--allow-download (in Python allow_download=True) or set {DOWNLOAD_VARIABLE}=1"
             )
         found = list(_hugging_face(source.removeprefix("hf:")))
@@ -91,20 +89,18 @@ def read_documents(
         found = list(_file_documents(path, path.name))
     documents = tuple(document for document in found if document.text)
     if not documents:
-        raise DataError(
-            f"{source}: got no text, expected at least one document that is not empty; check the source"
-        )
+        raise DataError(f"{source}: got no text, expected at least one non-empty document; check the source")
     return Documents(documents, tuple(skipped))
 
 
 def resolve_path(path: str, root: str | os.PathLike[str] | None = None) -> Path:
-    """The existing absolute path that is meant. Raises DataError with every place looked at."""
+    """The absolute path of an existing file or folder. Raises DataError that lists every path tried."""
     if root is not None:
-        places = [Path(root)]
+        bases = [Path(root)]
     else:
-        outside = os.environ.get(ROOT_VARIABLE)
-        places = [Path.cwd()] + ([Path(outside)] if outside else [])
-    candidates = list(dict.fromkeys((place / path).absolute() for place in places))
+        data_root = os.environ.get(ROOT_VARIABLE)
+        bases = [Path.cwd()] + ([Path(data_root)] if data_root else [])
+    candidates = list(dict.fromkeys((base / path).absolute() for base in bases))
     try:
         for candidate in candidates:
             if candidate.exists():
@@ -113,9 +109,9 @@ def resolve_path(path: str, root: str | os.PathLike[str] | None = None) -> Path:
         raise DataError(
             f"{path!r}: got a path that cannot be looked up ({one_line(error)}); correct it"
         ) from error
-    looked = " or ".join(map(str, candidates))
+    tried = " or ".join(map(str, candidates))
     raise DataError(
-        f"got no file or folder at {looked}; expected an existing path (relative ones are below data.root, "
+        f"got no file or folder at {tried}; expected an existing path (relative ones are below data.root, "
         f"else the current folder or ${ROOT_VARIABLE}), source stdlib or hf:NAME, tokenizer byte or char; "
         "correct it"
     )
@@ -128,12 +124,11 @@ def split_documents(
 
     Args:
       documents: in the order of the source.
-      split: `document`: whole documents are held out by a hash of their text, so equal documents fall on one
-        side and adding a document moves no other. `tail`: the last characters of the whole text (nanoGPT's
-        rule: the first int(N * (1 - fraction)) of N train), cutting a document in two where the border falls
-        into it. `record`: as each record's own `split` says: `train`, or one of valid, validation, dev;
-        others are left out.
-      valid_fraction: share of the documents (`document`, expected) or of the characters (`tail`); not
+      split: `document`: hold out whole documents by a hash of their text, so that equal documents are on the same
+        side and adding a document moves no other. `tail`: hold out the last characters of the whole text (as
+        nanoGPT: the first int(N * (1 - fraction)) of N are for training), splitting the document at the boundary.
+        `record`: use each record's `split` field: `train`, or one of valid, validation, dev; others are ignored.
+      valid_fraction: share of the documents (`document`, in expectation) or of the characters (`tail`); unused by
         `record`.
     """
     if split not in SPLITS:
@@ -163,7 +158,7 @@ def split_documents(
 
 
 def unit_hash(text: str) -> float:
-    """A number in [0, 1) from the content alone: the same on every machine and under every Python."""
+    """A hash of the text in [0, 1), the same on every machine and Python version."""
     digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
@@ -171,11 +166,11 @@ def unit_hash(text: str) -> float:
 def _split_tail(
     documents: Sequence[Document], fraction: float
 ) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    border = int(sum(len(document.text) for document in documents) * (1 - fraction))
+    boundary = int(sum(len(document.text) for document in documents) * (1 - fraction))
     train, valid = [], []
     for document in documents:
-        head, tail = document.text[: max(border, 0)], document.text[max(border, 0) :]
-        border -= len(document.text)
+        head, tail = document.text[: max(boundary, 0)], document.text[max(boundary, 0) :]
+        boundary -= len(document.text)
         if head:
             train.append(document._replace(text=head))
         if tail:
@@ -194,7 +189,7 @@ def _standard_library(skipped: list[str]) -> Iterator[Document]:
 
 
 def _folder_documents(folder: Path, skip_bad_files: bool, skipped: list[str]) -> Iterator[Document]:
-    """Of every file; a bad one is left out and named in `skipped`, or else all of them are named in one error."""
+    """The documents of every file. Bad files are added to `skipped`, or else reported in one error."""
     bad: dict[str, str] = {}
     files = list(_files_below(folder))
     for path in files:
@@ -207,16 +202,16 @@ def _folder_documents(folder: Path, skip_bad_files: bool, skipped: list[str]) ->
             yield from documents
     if not bad:
         return
-    reasons = [reason.removeprefix(f"{folder}/") for reason in bad.values()][:MOST_NAMED]
-    more = f", and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+    reasons = [reason.removeprefix(f"{folder}/") for reason in bad.values()][:MAX_LISTED]
+    more = f", and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
     if not skip_bad_files:
         raise DataError(
-            f"{folder}: got {len(bad)} bad files among {len(files)}: {' | '.join(reasons)}{more}; mend them or take "
-            "them out, or leave them out with data.skip_bad_files=True (--skip-bad-files)"
+            f"{folder}: got {len(bad)} bad files among {len(files)}: {' | '.join(reasons)}{more}; repair or remove "
+            "them, or skip them with data.skip_bad_files=True (--skip-bad-files)"
         )
     skipped += bad
     warnings.warn(
-        f"{folder}: left out {len(bad)} bad files of {len(files)}: {' | '.join(reasons)}{more}", stacklevel=3
+        f"{folder}: skipped {len(bad)} bad files of {len(files)}: {' | '.join(reasons)}{more}", stacklevel=3
     )
 
 
@@ -225,7 +220,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent, name)
-            # What is neither a file nor a folder (a pipe, a device) is reported as bad, a broken link as before.
+            # Pipes and devices are yielded, to be reported as bad files; broken links are ignored.
             if not name.startswith(".") and path.exists():
                 yield path
 
@@ -243,11 +238,11 @@ def _file_documents(path: Path, name: str) -> Iterator[Document]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(`path:number`, value) of every line that is not blank. Raises DataError where one is damaged."""
+    """(`path:number`, value) of every non-blank line. Raises DataError for a damaged one."""
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         if line.strip():
-            yield where, parse_json(decode(line, where), where, "one object a line")
+            yield where, parse_json(decode(line, where), where, "one object per line")
 
 
 def _document(record: Any, where: str, name: str) -> Document:
@@ -263,13 +258,13 @@ def _document(record: Any, where: str, name: str) -> Document:
 
 
 def checked_text(text: str, where: str) -> str:
-    """The text itself; raises DataError where it has half a surrogate pair, which no UTF-8 file can hold."""
+    """The text unchanged. Raises DataError for a lone surrogate, which cannot be encoded in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: got the lone surrogate {text[error.start]!a} at character {error.start}, "
-            "expected text that UTF-8 can write; repair it"
+            "expected text that can be encoded in UTF-8; repair it"
         ) from error
     return text
 
@@ -282,7 +277,7 @@ def _hugging_face(name: str) -> Iterator[Document]:
     path, _, config = name.partition(":")
     try:
         loaded = datasets.load_dataset(path, config or None)
-    except Exception as error:  # every backend of that library has errors of its own
+    except Exception as error:  # each backend of the library raises its own exceptions
         raise DataError(
             f"source 'hf:{name}': could not be loaded ({one_line(error)}); check the name and the network"
         ) from error

@@ -1,7 +1,7 @@
-"""Text to token ids and back: bytes, characters, or a `tokenizer.json` of the tokenizers library.
+"""Tokenizers: bytes, characters, or a `tokenizer.json` of the tokenizers library.
 
-Three classes with the same methods (`Tokenizer` lists them). `to_json` and `from_json` carry a tokenizer
-through the `tokenizer.json` of a packed model; for JsonTokenizer that is the library's own file.
+Three implementations of the protocol `Tokenizer`. `to_json` and `from_json` serialize a tokenizer as the
+`tokenizer.json` of a run or packed model; for JsonTokenizer that is the library's own format.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from bitnet_jax.optional_packages import missing_package
 
 Ids = Sequence[int] | np.ndarray
 
-# Names under which published tokenizers keep "the document ends here", the first one present is taken.
+# End-of-document tokens of published tokenizers; the first one present is used.
 END_TOKENS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
 class Decoder(Protocol):
-    """Decodes a stream: the pieces joined are `decode` of all ids, and no piece ends inside a character."""
+    """Streaming decoder: the concatenated pieces equal `decode` of all ids, and no piece ends inside a character."""
 
     def push(self, ids: Ids) -> str: ...
 
@@ -44,26 +44,26 @@ class Tokenizer(Protocol):
         """The id that separates documents and ends a generation."""
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [T]; nothing is added in front or behind."""
+        """int32 [T], without added special tokens."""
 
     def decode(self, ids: Ids) -> str: ...
 
     def decoder(self) -> Decoder: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, perhaps by several threads."""
+        """`encode` of each text, possibly in several threads."""
 
     def encode_measured(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`encode` of each text, and int32 [T]: bytes of its UTF-8 text that each token stands for.
+        """`encode` of each text, and int32 [T]: the number of its UTF-8 bytes that each token stands for.
 
-        They add up to the bytes of the text, whatever the tokenizer strips or replaces, unless there is no token.
+        They add up to the bytes of the text, whatever the tokenizer strips or replaces, unless it has no tokens.
         """
 
     def to_json(self) -> str: ...
 
 
 class ByteTokenizer:
-    """Token = byte of the UTF-8 text. Byte 0 separates documents, for it does not occur in text."""
+    """One token per byte of the UTF-8 text. Byte 0, which does not occur in text, separates documents."""
 
     kind = "byte"
     vocab_size = 256
@@ -73,7 +73,7 @@ class ByteTokenizer:
         return np.frombuffer(checked_text(text, "text").encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Ids) -> str:
-        """Bytes that are no UTF-8 become U+FFFD."""
+        """Invalid UTF-8 is replaced by U+FFFD."""
         return _as_bytes(ids).decode(errors="replace")
 
     def decoder(self) -> Decoder:
@@ -105,13 +105,12 @@ class _ByteDecoder:
 
 
 class CharTokenizer:
-    """Token = character of a fixed alphabet.
+    """One token per character of a fixed alphabet.
 
     Args:
       symbols: the alphabet; id = index.
-      unknown: the symbol that stands for every character outside the alphabet; None: such a character is an
-      error.
-      separator: the symbol that separates documents; None: documents follow each other directly.
+      unknown: the symbol that replaces characters outside the alphabet; None: such a character is an error.
+      separator: the symbol that separates documents; None: no separator.
     """
 
     kind = "char"
@@ -119,8 +118,8 @@ class CharTokenizer:
     def __init__(self, symbols: str, unknown: str | None = None, separator: str | None = None) -> None:
         if not symbols or len(set(symbols)) != len(symbols):
             raise DataError(
-                f"symbols: got {len(symbols)}, {len(set(symbols))} of them different; expected at least one, "
-                "each once"
+                f"symbols: got {len(symbols)}, {len(set(symbols))} of them distinct; expected at least one, "
+                "without duplicates"
             )
         for name, symbol in (("unknown", unknown), ("separator", separator)):
             if symbol is not None and (len(symbol) != 1 or symbol not in symbols):
@@ -135,7 +134,7 @@ class CharTokenizer:
     def fit(
         cls, texts: Iterable[str], unknown: str | None = None, separator: str | None = None
     ) -> CharTokenizer:
-        """The sorted symbols of the texts, and the two special ones."""
+        """An alphabet of the sorted characters of the texts and the given special symbols."""
         symbols = {unknown, separator} - {None}
         for text in texts:
             symbols |= set(text)
@@ -151,15 +150,15 @@ class CharTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         codes = _code_points(checked_text(text, "text"))
-        place = np.searchsorted(self._codes, codes, sorter=self._order)
-        ids = self._order[np.minimum(place, len(self.symbols) - 1)]
+        index = np.searchsorted(self._codes, codes, sorter=self._order)
+        ids = self._order[np.minimum(index, len(self.symbols) - 1)]
         outside = self._codes[ids] != codes
         if outside.any():
             if self.unknown is None:
                 first = int(np.argmax(outside))
                 raise DataError(
-                    f"got the character {text[first]!r} at {first}, expected one of the {self.vocab_size} "
-                    "symbols the tokenizer was made from; leave it out, or make one with an `unknown` symbol"
+                    f"got the character {text[first]!r} at {first}, expected one of the tokenizer's "
+                    f"{self.vocab_size} symbols; remove it, or use a tokenizer with an `unknown` symbol"
                 )
             ids = np.where(outside, self.symbols.index(self.unknown), ids)
         return ids.astype(np.int32)
@@ -186,7 +185,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _character_bytes(text: str) -> np.ndarray:
-    """int32 [characters]: bytes of each in UTF-8."""
+    """int32 [characters]: UTF-8 bytes of each character."""
     codes = _code_points(text)
     return 1 + np.searchsorted([0x80, 0x800, 0x10000], codes, side="right").astype(np.int32)
 
@@ -205,15 +204,15 @@ class _CharDecoder:
 class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library (an optional package).
 
-    `encode` adds no special tokens, but a special token's name inside the text is that token; `decode` leaves
-    special tokens out. `eos_id` is the first of END_TOKENS in the vocabulary, or None.
+    `encode` adds no special tokens, but a special token spelled out in the text is encoded as that token; `decode`
+    drops special tokens. `eos_id` is the first of END_TOKENS in the vocabulary, or None.
     """
 
     kind = "json"
 
     def __init__(self, text: str) -> None:
         self._tokenizer, self.library_version = _library_tokenizer(text)
-        self._tokenizer.no_padding()  # a file may ask to cut or to fill up every text it is given
+        self._tokenizer.no_padding()  # a file may request padding and truncation of every text
         self._tokenizer.no_truncation()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
@@ -239,7 +238,7 @@ class JsonTokenizer:
 
     @property
     def splits_words(self) -> bool:
-        """Are texts split into words, each encoded by itself, and nothing about the whole text normalized before?"""
+        """Whether words are encoded independently: texts are split into words and not normalized as a whole."""
         local = type(self._tokenizer.model).__name__ in ("BPE", "WordPiece", "WordLevel")
         return local and self._tokenizer.pre_tokenizer is not None and self._tokenizer.normalizer is None
 
@@ -265,11 +264,11 @@ class JsonTokenizer:
 
 
 def _bytes_up_to(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """int32 [T]: bytes of text from the end of the token before to the end of each, at last to the end of the text.
+    """int32 [T]: bytes from the end of the previous token to the end of each; the last extends to the end of the text.
 
     Args:
-      offsets: of each token, first and last + 1 of its characters; tokens may share a character, skip some, or
-        (a prefix that the tokenizer put in front) have none.
+      offsets: character range (start, end) of each token; tokens may share characters, skip some, or have none (a
+        prefix added by the tokenizer).
     """
     if not offsets:
         return np.zeros(0, np.int32)
@@ -292,24 +291,23 @@ def _library_tokenizer(text: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _library_errors(got: str) -> Iterator[None]:
-    """Turns whatever the tokenizers library raises into a DataError."""
+    """Convert any exception of the tokenizers library to a DataError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic inside the library is no Exception
+    except BaseException as error:  # a Rust panic in the library is not an Exception
         raise DataError(
-            f"tokenizer.json: got {got} ({one_line(error)}), expected a whole file that this version of "
-            "the library knows; save it again, or install a newer version"
+            f"tokenizer.json: got {got} ({one_line(error)}), expected a complete file supported by this version "
+            "of the library; save it again, or install a newer version"
         ) from error
 
 
 class _JsonDecoder:
-    """Decodes the last finished piece and what follows it, and gives out the difference.
+    """Decodes the previous piece with and without the new ids, and returns the difference.
 
-    Decoders of the library may treat the first token of a text in a special way (drop its space), so new ids
-    are decoded behind the piece before them. A text that ends in U+FFFD may end inside a character: it is
-    held back.
+    The library may treat the first token of a text specially (drop its space), so new ids are decoded after the
+    previous piece. A text that ends in U+FFFD may end inside a character and is held back.
     """
 
     def __init__(self, tokenizer: JsonTokenizer) -> None:
@@ -322,9 +320,7 @@ class _JsonDecoder:
         piece = self._piece()
         if piece.endswith("\ufffd"):
             return ""
-        if (
-            piece
-        ):  # ids without text (special tokens) stay, so that something stands in front of the next ones
+        if piece:  # ids without text (special tokens) are kept as context of the next ones
             self._before, self._held = self._held, []
         return piece
 
@@ -344,14 +340,14 @@ def _checked_ids(ids: Ids, vocab_size: int) -> np.ndarray:
     if array.size and not (array.min() >= 0 and array.max() < vocab_size):
         wrong = array[(array < 0) | (array >= vocab_size)][0]
         raise DataError(
-            f"ids: got {wrong}, expected 0 to {vocab_size - 1}; is this the model's own tokenizer?"
+            f"ids: got {wrong}, expected 0 to {vocab_size - 1}; use the tokenizer the model was trained with"
         )
     return array
 
 
 def from_json(text: str) -> Tokenizer:
-    """The tokenizer that `to_json` wrote, or that a `tokenizer.json` of the tokenizers library describes."""
-    content = parse_json(text, "tokenizer.json", "a whole file; save the tokenizer again")
+    """The tokenizer of a file written by `to_json`, or of a `tokenizer.json` of the tokenizers library."""
+    content = parse_json(text, "tokenizer.json", "a complete file; save the tokenizer again")
     if not isinstance(content, dict):
         raise DataError(
             f"tokenizer.json: got {type(content).__name__}, expected an object; save the tokenizer again"

@@ -312,7 +312,7 @@ def test_eval_leaves_bad_files_out_only_if_asked(
         assert cli.main([*command, "--skip-bad-files"]) == 0
     output = capsys.readouterr()
     assert output.err.startswith("warning: ")
-    assert "left out 1 bad files of 2: bad.txt" in output.err
+    assert "skipped 1 bad files of 2: bad.txt" in output.err
     assert f"{13 * 9} bytes of" in output.out
 
 

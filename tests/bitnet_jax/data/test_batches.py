@@ -161,7 +161,7 @@ def test_whole_batches_hold_every_example_once() -> None:
     ("examples", "batch_size", "message"),
     [
         (EXAMPLES, 0, "batch_size: got 0, expected at least 1"),
-        ({"inputs": np.zeros((2, 1)), "targets": np.zeros(3)}, 1, "expected as many of each"),
+        ({"inputs": np.zeros((2, 1)), "targets": np.zeros(3)}, 1, "expected the same number of each"),
         ({"inputs": np.zeros((0, 1)), "targets": np.zeros(0)}, 1, "at least one"),
     ],
 )

@@ -53,7 +53,7 @@ def test_what_was_not_used_for_longest_goes_first(folder: Path, monkeypatch: pyt
         write_arrays(f"key{i}", array)
         os.utime(folder / f"key{i}.arrays", (i, i))
     assert read_arrays("key0") is not None  # used just now
-    monkeypatch.setattr(cache, "MOST_BYTES", 3 * (folder / "key0.arrays").stat().st_size)
+    monkeypatch.setattr(cache, "MAX_BYTES", 3 * (folder / "key0.arrays").stat().st_size)
     write_arrays("key3", array)
     assert sorted(path.name[:4] for path in folder.iterdir()) == ["key0", "key2", "key3"]
     write_arrays("huge", {"a": np.zeros(10_000, np.uint8)})
@@ -65,7 +65,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot keep tokens for the next start"):
+    with pytest.warns(UserWarning, match="cannot cache tokens"):
         write_arrays("key", ARRAYS)
     assert read_arrays("key") is None
 

@@ -51,13 +51,13 @@ def test_four_files_become_two_normalized_parts(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda raw: raw[:-1], r"got 719 bytes behind the header, expected the 720 of a 30 x 6 x 4 array"),
-        (lambda raw: raw + b"x", "got 721 bytes or more behind the header"),
+        (lambda raw: raw[:-1], r"got 719 bytes after the header, expected the 720 of a 30 x 6 x 4 array"),
+        (lambda raw: raw + b"x", "got 721 bytes or more after the header"),
         (lambda raw: raw[:9], "expected the idx file of a uint8 array with 3 axes"),
-        (lambda raw: b"\0\0\x0d" + raw[3:], "begins '00 00 0d 03'"),
-        (lambda raw: b"\0\0\x08\x01" + raw[4:], "begins '00 00 08 01'"),
+        (lambda raw: b"\0\0\x0d" + raw[3:], "begins with '00 00 0d 03'"),
+        (lambda raw: b"\0\0\x08\x01" + raw[4:], "begins with '00 00 08 01'"),
         (lambda raw: raw[:4] + b"\xff\xff\xff\xff" + raw[8:], "expected the 103079215080"),
-        (lambda raw: b"", "begins ''"),
+        (lambda raw: b"", "begins with ''"),
     ],
 )
 def test_damaged_idx_files(folder: Path, damage: object, message: str) -> None:

@@ -69,7 +69,10 @@ def test_keywords_of_the_standard_library() -> None:
             [{"text": "a", "label": 1}],
             "1 texts to train on and 0 held out|0 texts to train on and 1 held out",
         ),
-        ([{"text": f"t{i}", "label": "x" if i % 2 else 1} for i in range(40)], "numbers and words"),
+        (
+            [{"text": f"t{i}", "label": "x" if i % 2 else 1} for i in range(40)],
+            "both integer and string labels",
+        ),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path: Path, rows: list[object], message: str) -> None:

@@ -166,7 +166,7 @@ def test_documents_that_cannot_be_encoded_are_named() -> None:
     for stream in (token_stream, measured_stream):
         with pytest.raises(DataError, match="b: got the character 'c' at 0"):
             stream(documents, CharTokenizer("ab"))
-    with pytest.raises(DataError, match="got 3 tokens and the bytes of 2"):
+    with pytest.raises(DataError, match="token_bytes: got 2, expected one for each of the 3 tokens"):
         next(consecutive_batches(np.arange(3), 2, 1, None, np.arange(2)))
 
 
@@ -276,7 +276,7 @@ def test_small_texts_and_damaged_entries_are_tokenized_again(
         whole[:40] + b"\0" + whole[41:],
     ):
         entry.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="is damaged; its content is made again"):
+        with pytest.warns(UserWarning, match="is damaged and is recomputed"):
             again = measured_stream(documents, byte_level())
         np.testing.assert_array_equal(again.tokens, first.tokens)
         assert entry.read_bytes() == whole

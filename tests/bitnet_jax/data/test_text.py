@@ -133,7 +133,7 @@ def test_empty_file_and_empty_folder(tmp_path: Path) -> None:
     for source in (tmp_path / "empty.txt", tmp_path):
         message = one_line_error(source)
         assert str(source) in message
-        assert "not empty" in message
+        assert "non-empty" in message
 
 
 def test_wrong_encoding_names_file_byte_and_offset(tmp_path: Path) -> None:
@@ -209,8 +209,8 @@ def test_damaged_gzip_names_file_and_place(tmp_path: Path) -> None:
         message = one_line_error(tmp_path / name)
         assert f"{tmp_path / name}:" in message
         assert "got damaged" in message
-    assert "behind 0 unpacked bytes" in one_line_error(tmp_path / "no_gzip.jsonl.gz")
-    assert f"behind {len(content)} unpacked bytes" in one_line_error(tmp_path / "checksum.jsonl.gz")
+    assert "after 0 unpacked bytes" in one_line_error(tmp_path / "no_gzip.jsonl.gz")
+    assert f"after {len(content)} unpacked bytes" in one_line_error(tmp_path / "checksum.jsonl.gz")
 
 
 VALID_RECORDS = gzip.compress(b'{"text": "a"}\n{"text": "b", "title": "t", "split": "train"}\n' * 5)
@@ -258,7 +258,7 @@ def test_all_bad_files_of_a_folder_are_named_and_left_out_only_if_asked(tmp_path
     assert "got 2 bad files among 3: b.txt: got byte 0xe9 at offset 3" in message
     assert "deep/c.jsonl:2: got damaged JSON" in message
     assert "data.skip_bad_files=True (--skip-bad-files)" in message
-    with pytest.warns(UserWarning, match=r"left out 2 bad files of 3: b.txt: .*deep/c.jsonl:2") as warned:
+    with pytest.warns(UserWarning, match=r"skipped 2 bad files of 3: b.txt: .*deep/c.jsonl:2") as warned:
         documents, skipped = read_documents(str(tmp_path), skip_bad_files=True)
     assert len(warned) == 1
     assert [document.name for document in documents] == ["a.txt"]  # nothing of a file that is partly bad

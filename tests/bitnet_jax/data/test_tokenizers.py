@@ -153,7 +153,9 @@ def test_a_character_counts_with_its_first_token() -> None:
 
 
 def test_a_symbol_outside_the_alphabet() -> None:
-    with pytest.raises(DataError, match="got the character 'z' at 2, expected one of the 3 symbols"):
+    with pytest.raises(
+        DataError, match="got the character 'z' at 2, expected one of the tokenizer's 3 symbols"
+    ):
         CharTokenizer("abc").encode("abz")
     known = CharTokenizer("cab?", unknown="?")
     assert known.encode("a\U0001f600bz").tolist() == [1, 3, 2, 3]
@@ -164,7 +166,7 @@ def test_a_symbol_outside_the_alphabet() -> None:
     ("arguments", "expected"),
     [
         (("",), "symbols: got 0"),
-        (("aa",), "2, 1 of them different"),
+        (("aa",), "2, 1 of them distinct"),
         (("ab", "c"), "unknown: got 'c'"),
         (("ab", None, "ab"), "separator: got 'ab'"),
         (("a\ud800",), "lone surrogate"),
@@ -240,7 +242,7 @@ def test_a_text_the_library_fails_on() -> None:
         ('{"kind": "char", "symbols": "ab"}', "got kind 'char'"),
         ('{"kind": "char", "symbols": ["a"], "unknown": null, "separator": null}', "got kind 'char'"),
         ('{"kind": "char", "symbols": "ab", "unknown": 1, "separator": null}', "got kind 'char'"),
-        ('{"kind": "char", "symbols": "aa", "unknown": null, "separator": null}', "1 of them different"),
+        ('{"kind": "char", "symbols": "aa", "unknown": null, "separator": null}', "1 of them distinct"),
         ('{"kind": {}}', "got kind {}"),
     ],
 )
