@@ -142,7 +142,7 @@ def test_an_architecture_of_the_users_own_needs_no_entry_anywhere(trained: dict[
 
 def test_what_a_file_could_not_name_is_refused_before_writing(trained: dict[str, Any], tmp_path: Any) -> None:
     config = MixerConfig()
-    with pytest.raises(ValueError, match="got a MixerConfig, which has no name that a file could hold"):
+    with pytest.raises(ValueError, match="got a MixerConfig, expected a config class with a registered name"):
         bitnet_jax.save_packed(tmp_path / "packed", pack(trained, config), config)
     assert list(tmp_path.iterdir()) == []
 
