@@ -224,7 +224,7 @@ def test_info_shows_classes_and_architecture(place: Path, capsys: pytest.Capture
         (["pack", "{place}/images", "{place}/again", "--head", "int8"], "got an image model (mlp)"),
         (["pack", "{place}/images", "{place}/images-packed"], "expected a new folder, or --overwrite"),
         (["pack", "{place}/images", "{place}/texts.jsonl/x"], "Not a directory"),
-        (["pack", "{place}/images", "{place}/texts", "--overwrite"], "no packed model and will not be overwritten"),
+        (["pack", "{place}/images", "{place}/texts", "--overwrite"], "not a packed model and will not be overwritten"),
         (["pack", "{place}/images-packed", "{place}/again"], "the folder of a packed model"),
         (["pack", "{place}/nowhere", "{place}/again"], "there is no such folder"),
         (["pack", "{place}/images", "{place}/again", "--json", "{place}"], "which is a folder"),

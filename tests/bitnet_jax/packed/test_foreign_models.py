@@ -106,7 +106,7 @@ def test_a_module_needs_its_precisions_and_a_config_has_them(trained: dict[str, 
     packed = pack(trained, PRECISIONS)
     with pytest.raises(ValueError, match="got a module without precisions"):
         prove(Mixer(), {"params": trained}, packed, IMAGES)
-    with pytest.raises(ValueError, match="got precisions beside a config"):
+    with pytest.raises(ValueError, match="got a config and precisions"):
         prove(MixerConfig(), {"params": trained}, packed, IMAGES, precisions=PRECISIONS)
 
 
