@@ -213,7 +213,7 @@ def test_info_shows_classes_and_architecture(place: Path, capsys: pytest.Capture
         (["predict", "{place}/images-packed", "/dev/zero"], "no such file"),
         (["predict", "{place}/images-packed", "{place}"], "no such file"),
         (["predict", "{place}/texts-packed", ""], "at least one token"),
-        (["predict", "{place}/texts-packed", "a", "--file", "{place}/lines.txt"], "expected one of the two"),
+        (["predict", "{place}/texts-packed", "a", "--file", "{place}/lines.txt"], "expected only one of them"),
         (["predict", "{place}/texts-packed", "--file", "{place}/latin.txt"], "latin.txt:1: got bytes"),
         (["predict", "{place}/texts-packed", "a", "--batch-size", "0"], "expected at least 1"),
         (["generate", "{place}/images-packed", "--prompt", "a"], "got an image model (mlp)"),

@@ -377,7 +377,7 @@ def test_info_names_recipe_format_and_layout_of_each_matrix(
         (["eval", "{place}/nowhere"], "there is no such folder"),
         (["info", "{place}"], "expected checkpoints/"),
         (["info", "{place}/packed", "--step", "3"], "expected no step"),
-        (["info", "{place}/packed", "--json", "{place}/nowhere/x.json"], "folder that exists"),
+        (["info", "{place}/packed", "--json", "{place}/nowhere/x.json"], "in an existing folder"),
         (["pack", "{place}/run", "{place}/packed"], "packed, which exists"),
         (["pack", "{place}/packed", "{place}/again"], "packed"),
         (["pack", "{place}/run", "{place}/again", "--step", "77"], "77"),
