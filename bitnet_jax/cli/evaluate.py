@@ -60,9 +60,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the task files (default: $BITNET_JAX_DATA)",
     )
-    command.add_argument(
-        "--quiet", action="store_true", help="do not show progress"
-    )
+    command.add_argument("--quiet", action="store_true", help="do not show progress")
     command.add_argument(
         "--source",
         help="for language: stdlib, a file, a folder, or hf:NAME; for classification: as data.source of a run",

@@ -41,9 +41,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train from scratch: removes the run in the folder; refuses a folder that contains anything else",
     )
-    command.add_argument(
-        "--quiet", action="store_true", help="do not show progress"
-    )
+    command.add_argument("--quiet", action="store_true", help="do not show progress")
     command.usage = "%(prog)s --config CONFIG --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
 
 
