@@ -3,8 +3,8 @@
     generate        all tokens in one call: the loop never returns to Python
     stream_tokens   the same tokens in chunks, as they are generated
 
-Both run the same two functions, `_prefill` and `_advance`, and the random key of a token is folded in from its
-position, so a seed gives the same text either way.
+Both run the same two functions, `_prefill` and `_advance`, and fold the position of a token into its random key, so a
+seed gives the same text either way.
 
 Prompts start at position 0 of the cache and are padded on the right to one of a few widths (buckets.py); generated
 tokens overwrite the padding, which is always masked. One compiled loop serves all lengths with the same cache room.

@@ -119,7 +119,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(
-        StorageError, match=r"got 10,000 bytes free on its disk, expected \d\d,\d{3} at least"
+        StorageError, match=r"got 10,000 bytes free on its disk, expected at least \d\d,\d{3}"
     ):
         save_packed(tmp_path / "deep" / "model", variables, CONFIG)
     assert not list(tmp_path.iterdir())
