@@ -1,12 +1,12 @@
-"""How close inference comes to what this machine can do: every figure of the study cpu_limits, and its tables.
+"""Inference speed relative to the limits of this machine: all figures and tables of the study cpu_limits.
 
     python -m experiments.cpu_limits                   measure what is missing here, write the tables (half an hour)
-    python -m experiments.cpu_limits --only 2b_ternary measure this again
-    python -m experiments.cpu_limits --report          the tables alone, from the results that are there
+    python -m experiments.cpu_limits --only 2b_ternary repeat this measurement
+    python -m experiments.cpu_limits --report          only the tables, from existing results
 
-Each measurement is a command of its own, run alone, whose figures go to results/<machine>/<name>.json of the study; a
-machine is called by its fastest instruction set. The tables in report.md are made of these files. Run it on a machine
-that does nothing else.
+Each measurement is a separate command, run alone, whose figures are written to results/<machine>/<name>.json of the
+study; a machine is named after its fastest instruction set. The tables in report.md are made from these files. Run it
+on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ KERNELS = ("-m", "bitnet_kernels.bench", "--working-set", "512", "--seconds")
 TWO_B = ("--preset", "2b4t", "--generate", "64", "--repeats", "7", "--prompt", "512")
 SHORT = (*TWO_B[:-1], "16")  # as engines time decoding
 LARGE = ("--prompt", "16", "--generate", "9", "--repeats", "3", "--head", "int4")
-VNNI = "avx512vbmi"  # products by dot products alone; the fastest instruction set where this one is absent
+VNNI = (
+    "avx512vbmi"  # products by dot-product instructions only; if absent, the fastest instruction set is used
+)
 
-# Weights of a product that is held against the read ceiling: with fewer, a call costs more than reading.
+# Minimum weights of a product compared with the read ceiling: with fewer, call overhead exceeds reading.
 SMALLEST = 2560 * 2560
 
-# The fastest engines that others measured on 2 threads of a Zen 4: tokens/s, GB/s that could be read, share of the VNNI
-# dot peak in reading a prompt of 512. ik_llama.cpp, IQ2_BN repacked (6-bit head) and Q1_0_G128.
+# The fastest engines in third-party measurements on 2 threads of a Zen 4: tokens/s, read ceiling in GB/s, fraction of
+# the VNNI dot peak in prefill of 512 tokens. ik_llama.cpp, IQ2_BN repacked (6-bit head) and Q1_0_G128.
 TERNARY_PEER, BINARY_PEER = (34.0, 32.0, 0.53), (24.3, 32.0, 0.19)
 
-# name -> (words behind python, instruction set or None for the fastest)
+# name -> (arguments of python, instruction set or None for the fastest)
 COMMANDS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "kernels": ((*KERNELS, "0.6", "--suite", "all"), None),
     "kernels_vnni": ((*KERNELS, "2", "--suite", "prefill"), VNNI),
@@ -78,7 +80,7 @@ def load() -> dict[str, dict[str, Any]]:
 
 
 def measure(name: str) -> None:
-    """Runs one command; its figures appear whole or not at all."""
+    """Runs one command; its figures are written atomically."""
     words, isa = COMMANDS[name]
     folder = RESULTS / machine()
     target, temporary = folder / f"{name}.json", folder / f".{name}.json"
@@ -92,7 +94,7 @@ def measure(name: str) -> None:
 
 
 def report(machines: dict[str, dict[str, Any]]) -> str:
-    """The tables in Markdown, of what was measured: machine -> name -> figures."""
+    """The tables in Markdown, from machine -> name -> figures."""
     lines = [
         "# What was measured",
         "",
@@ -112,7 +114,7 @@ def report(machines: dict[str, dict[str, Any]]) -> str:
 
 
 def bars(results: dict[str, Any]) -> list[tuple[str, str, str, list[float]]]:
-    """What was asked for, at least and at best, and what was measured: a part, two bars, figures of one machine."""
+    """Rows (part, required minimum, aim, measured figures) for one machine."""
     rows, summary = results["kernels"]["rows"], results["kernels"]["summary"]
 
     def products(name: str, rows: Sequence[dict[str, Any]], format: str, m: int) -> list[float]:
@@ -250,7 +252,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", choices=sorted(COMMANDS), help="measure these, also again")
+    parser.add_argument(
+        "--only", nargs="*", choices=sorted(COMMANDS), help="measure these, again if necessary"
+    )
     parser.add_argument("--report", action="store_true", help="measure nothing")
     options = parser.parse_args()
     if not options.report:

@@ -1,10 +1,10 @@
-"""The whole path in one command: train, pack, prove equal, generate, report.
+"""The complete workflow in one command: train, pack, prove equal, generate, report.
 
     make quickstart        or        python -m experiments.quickstart --workdir runs/quickstart
 
 Trains a small language model on the text of Python's standard library three times (float, ternary and binary weights),
-packs the weights to bits, proves that the packed model is the same model, lets it write text through the packed
-kernels, and times decoding at the size of a 125M model. Interrupt it whenever you like: the next call goes on.
+packs the weights to bits, proves that the packed model is equal, generates text with the packed kernels, and times
+decoding of a 125M model. It can be interrupted at any time: the next call resumes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SAMPLING = SamplingConfig(temperature=0.6, top_p=0.95)
 PROOF_TOKENS = 2048
 TEXT, TOKENIZER = "text.jsonl", "tokenizer.json"
 EVERY = 3  # use every third document of the standard library
-PRESET = "125m"  # whose speed is measured, with random weights: that of the small models would mean little
+PRESET = "125m"  # the model whose speed is measured, with random weights; the trained ones are too small
 
 
 def say(text: str) -> None:
@@ -54,7 +54,7 @@ def say(text: str) -> None:
 
 
 def sample(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> str:
-    """The prompt and what follows it, as long as the sequences that the model was trained with."""
+    """The prompt and its continuation, in total as long as a training sequence."""
     prompt = tokenizer.encode(PROMPT)
     new_tokens = config.known_length - len(prompt)
     text = generate(
@@ -64,11 +64,11 @@ def sample(config: ModelConfig, variables: Any, tokenizer: Tokenizer) -> str:
 
 
 def prepare(config: Any, workdir: Path) -> None:
-    """Writes the text and a tokenizer learned from its training part into `workdir`, unless they are there."""
+    """Writes the text and a tokenizer trained on its training split into `workdir`, unless they exist."""
     text, tokenizer = workdir / TEXT, workdir / TOKENIZER
     workdir.mkdir(parents=True, exist_ok=True)
     if not text.exists():
-        # A part of the library is more than the models see in their short training.
+        # A part of the library is already more than the models see in their short training.
         documents = read_documents("stdlib").documents[::EVERY]
         records = [json.dumps({"title": document.name, "text": document.text}) for document in documents]
         write_atomic(text, "\n".join(records) + "\n")
@@ -80,7 +80,7 @@ def prepare(config: Any, workdir: Path) -> None:
 
 
 def held_out_score(config: Any, model: ModelConfig, variables: Any, corpus: Corpus) -> float:
-    """Bits per byte over the windows that training evaluates: the curve ends where the table begins."""
+    """Bits per byte over the windows that training evaluates, so that the curves and the table agree."""
     held_out = config.evaluation.batches * config.evaluation.batch_size * config.data.length
     return evaluate_text(
         model, variables, corpus.valid, corpus.valid_token_bytes, max_tokens=held_out
@@ -88,18 +88,18 @@ def held_out_score(config: Any, model: ModelConfig, variables: Any, corpus: Corp
 
 
 def trigram_bits_per_byte(config: Any, corpus: Corpus) -> float:
-    """What counting byte trigrams of the training text achieves on the text that the models are measured on."""
+    """Bits per byte of a byte trigram model of the training text, on the text the models are evaluated on."""
     held_out = config.evaluation.batches * config.evaluation.batch_size * config.data.length
     data = config.data
     text = load_corpus(data.source, split=data.split, valid_fraction=data.valid_fraction)
-    # Both streams hold the same documents, in tokens of different sizes: cut where the same text ends.
+    # Both streams contain the same documents with different tokens: cut at the same position of the text.
     text_bytes = int(corpus.valid_token_bytes[: held_out + 1].sum())
     end = int(np.searchsorted(np.cumsum(text.valid_token_bytes), text_bytes)) + 1
     return ngram_bits_per_byte(text.train, text.valid[:end], int(text.valid_token_bytes[2:end].sum()))
 
 
 def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dict[str, Any]:
-    """Train one precision (or find it trained), pack it, prove it, measure it. Returns its row of the report."""
+    """Trains one precision (unless done already), packs it, proves it, measures it. Returns its row of the report."""
     config = quickstart_config.get_config(variant, RECIPES[name], workdir / TEXT, workdir / TOKENIZER)
     result = fit(config, workdir / name / "run")
     if result["status"] != "finished":
@@ -139,7 +139,7 @@ def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dic
 
 
 def summarize(rows: dict[str, dict[str, Any]], trigram: float, began: float) -> dict[str, Any]:
-    """What machines read; the report for people is made from the same figures."""
+    """The machine-readable summary; the report is made from the same figures."""
     return {
         "bits_per_byte": {name: row["bits_per_byte"] for name, row in rows.items()},
         "trigram_bits_per_byte": trigram,
@@ -169,8 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--short", action="store_true", help="a tenth of the training, for automatic checks")
-    parser.add_argument("--fresh", action="store_true", help="forget what the folder holds and start again")
+    parser.add_argument("--short", action="store_true", help="much shorter training, for automatic checks")
+    parser.add_argument("--fresh", action="store_true", help="delete the contents of the folder first")
     args = parser.parse_args(argv)
     began, variant = time.monotonic(), "short" if args.short else "base"
     workdir = args.workdir / "short" if args.short else args.workdir
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         data.source, tokenizer=data.tokenizer, split=data.split, valid_fraction=data.valid_fraction
     )
     say(
-        f"text: {corpus.train_bytes:,} bytes of the standard library to learn from, {corpus.valid_bytes:,} held out"
+        f"text: {corpus.train_bytes:,} bytes of the standard library for training, {corpus.valid_bytes:,} held out"
     )
     trigram = trigram_bits_per_byte(config, corpus)
     rows = {}

@@ -1,4 +1,4 @@
-"""The page a newcomer reads after `make quickstart`: a table, two pictures, a text of each model."""
+"""The report of `make quickstart`: a table, two figures, and a generated text of each model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no window; before pyplot is imported
+matplotlib.use("Agg")  # headless; must precede the import of pyplot
 import matplotlib.pyplot as plt
 
 
 def write(folder: Path, summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
-    """Writes summary.json, report.md and the figures into `folder`, each whole or not at all."""
+    """Writes summary.json, report.md and the figures into `folder`, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     _loss_curves(folder / "loss_curves.png", summary, rows)
     _quality_and_size(folder / "quality_and_size.png", summary, rows)
@@ -36,7 +36,7 @@ def _report(summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
         f"Packed and trained form are **{equal}**: equal codes in every matrix, and at least "
         f"{summary['tokens_identical']:,} greedy tokens of each precision identical.",
         "",
-        "| weights | bits per byte, held out | model file | of it packed matrices in bf16 | training "
+        "| weights | bits per byte, held out | model file | its matrices in bf16 | training "
         f"| tokens/s at {summary['preset']} | file at {summary['preset']} |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
@@ -51,13 +51,13 @@ def _report(summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     lines += [
         "",
         f"Each model has {first['parameters']:,} parameters and saw {first['training_tokens']:,} tokens (byte-level "
-        "BPE) of the source text of Python's standard library. Bits per byte are of the same held-out windows in the "
-        "table and in the curves; the trigram (add 0.1) is counted on all of the training text and measured on the "
-        "same held-out text. The file also holds the embedding (bfloat16) and the norms, which dominate a model this "
-        "small. One seed: nothing follows about the order of ternary and binary.",
+        "BPE) of the source text of Python's standard library. The table and the curves use the same held-out windows; "
+        "the trigram (add 0.1) is counted on all of the training text and measured on the same held-out text. The "
+        "file also contains the embedding (bfloat16) and the norms, which dominate a model this small. With one seed, "
+        "the ranking of ternary and binary is not significant.",
         "",
-        f"Speed is that of decoding one text with random weights of the shape {summary['preset']}; "
-        "`bitnet-jax bench --preset 2b4t` measures a 2B one. "
+        f"Speed is measured by decoding one text with random weights of the shape {summary['preset']}; "
+        "`bitnet-jax bench --preset 2b4t` measures a 2B model. "
         f"Packed matrices ran on `{summary['implementation']}` with `{summary['isa']}` code. Measured "
         f"on {summary['hardware']}; Python {summary['python']}, jax {summary['jax']}.",
         "",
@@ -66,8 +66,8 @@ def _report(summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
         "",
     ]
     for name, row in rows.items():
-        lines += [f"## What the {name} model writes", "", "```python", row["sample"].rstrip(), "```", ""]
-    lines += [f"All of it took {summary['seconds'] / 60:.1f} minutes.", ""]
+        lines += [f"## Text of the {name} model", "", "```python", row["sample"].rstrip(), "```", ""]
+    lines += [f"Total time: {summary['seconds'] / 60:.1f} minutes.", ""]
     return "\n".join(lines)
 
 
@@ -80,7 +80,7 @@ def _loss_curves(path: Path, summary: dict[str, Any], rows: dict[str, dict[str, 
         steps, bits = ([point[key] for point in row["curve"]] for key in ("step", "bits_per_byte"))
         axes.plot(steps, bits, color=COLOURS[name], marker="o", markersize=3, label=f"{name} {bits[-1]:.2f}")
     _trigram(axes, summary)
-    axes.set(xlabel="update", ylabel="bits per byte, held out", title="Learning with fewer bits")
+    axes.set(xlabel="update", ylabel="bits per byte, held out", title="Training with fewer bits")
     axes.legend(frameon=False)
     _save(figure, path)
 
@@ -99,7 +99,7 @@ def _quality_and_size(path: Path, summary: dict[str, Any], rows: dict[str, dict[
     axes.margins(x=0.2, y=0.3)
     axes.set_xticks([])
     axes.minorticks_off()
-    axes.set(xlabel="model file (log scale)", ylabel="bits per byte, held out", title="What the bits buy")
+    axes.set(xlabel="model file (log scale)", ylabel="bits per byte, held out", title="Quality against size")
     _save(figure, path)
 
 

@@ -1,12 +1,12 @@
-"""Compiles for TPUs without one: a sharded training step and a sharded step of generation, for 64 chips each.
+"""Ahead-of-time compilation for TPUs: a sharded training step and a sharded decode step, for 64 chips each.
 
-    make tpu-compile                                          an environment with libtpu, then all of it (30 minutes)
-    python -m experiments.tpu_compile --only train-v5p decode-v5p      these again, where libtpu is installed
-    python -m experiments.tpu_compile --report                the table alone, from results.json
+    make tpu-compile                                          an environment with libtpu, then all cases (30 minutes)
+    python -m experiments.tpu_compile --only train-v5p decode-v5p      repeat these; requires libtpu
+    python -m experiments.tpu_compile --report                only the table, from results.json
 
-XLA's compiler for TPUs is the library libtpu and needs no chip. What it tells: that the program compiles, the memory
-of each device (an out-of-memory error is a result too), and which collectives the partitioner inserted. What it does
-not tell: whether the program is right, and how fast it is.
+XLA's TPU compiler is the library libtpu and needs no chip. It shows that the program compiles, the memory per device
+(an out-of-memory error is also a result), and the collectives that the partitioner inserted. It does not show whether
+the program is correct or how fast it is.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ STUDY = Path(__file__).parent / "studies" / "tpu_compile"
 RESULTS = STUDY / "results.json"
 MARKS = ("<!-- table:begin -->", "<!-- table:end -->")
 
-# libtpu else looks for a machine with TPUs around it, for seconds and with warnings, and lets one process in at a time.
+# Otherwise libtpu searches for a TPU host, which takes seconds and prints warnings, and allows one process at a time.
 TOPOLOGY_ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Of XLA, from -1 to 1. The usual 0 takes several times as long for layers that are not scanned.
+# XLA's optimization effort, from -1 to 1. The default 0 takes several times as long for layers that are not scanned.
 EFFORT = -1.0
 RECIPE = "bitnet_b158"
-STEPS = 1000  # of the schedule of the training step
+STEPS = 1000  # of the learning rate schedule
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a jitted function and its arguments as shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is compiled, for which chips; `length` is that of a sequence, or of the cache."""
+    """A program to compile and its target; `length` is that of a sequence, or of the cache."""
 
     what: str
     chips: str  # a topology name of libtpu
@@ -74,7 +74,7 @@ class Case:
     batch: int
     length: int = 2048
     preset: str = "7b"
-    layers: int | None = None  # None: all that the preset has
+    layers: int | None = None  # None: as in the preset
 
     def model(self) -> ModelConfig:
         preset = PRESETS[self.preset]
@@ -101,7 +101,7 @@ def devices_of(chips: str) -> Sequence[Any]:
 
 
 def mesh_of(chips: str, sizes: MeshConfig) -> Mesh:
-    """All chips of a topology; neighbours on the mesh are neighbours on the torus as far as that can be."""
+    """A mesh over all chips of a topology; mesh neighbors are torus neighbors where possible."""
     devices = mesh_utils.create_device_mesh(
         dataclasses.astuple(sizes), devices_of(chips), allow_split_physical_axes=True
     )
@@ -109,7 +109,7 @@ def mesh_of(chips: str, sizes: MeshConfig) -> Mesh:
 
 
 def training_step(case: Case, mesh: Mesh) -> Program:
-    """One update as `bitnet_jax.training.loop` makes it."""
+    """One training update, as in `bitnet_jax.training.loop`."""
     config, optimizer = case.model(), make_optimizer(OptimizerConfig(), STEPS)
 
     def create(key: jax.Array) -> TrainState:
@@ -135,11 +135,11 @@ def training_step(case: Case, mesh: Mesh) -> Program:
 
 
 def decode_step(case: Case, mesh: Mesh) -> Program:
-    """One token for every sequence, packed weights, a bfloat16 cache of case.length positions; greedy."""
+    """One greedy decode step with packed weights and a bfloat16 cache of case.length positions."""
     config = case.model()
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        # The codes of a matrix are an array [panels of outputs, blocks of inputs, bytes], split as the matrix is.
+        # Codes are an array [panels of outputs, blocks of inputs, bytes], sharded like the matrix.
         *parents, last = (
             str(part) for part in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         )
@@ -173,7 +173,7 @@ PROGRAMS: dict[str, Callable[[Case, Mesh], Program]] = {"train": training_step, 
 
 
 def compiled(program: Program) -> dict[str, Any]:
-    """How compiling for TPUs went: status ("compiled", "out of memory" or "refused"), seconds, and what came out."""
+    """Compiles for TPUs: status ("compiled", "out of memory" or "refused"), seconds, memory and collectives."""
     function, arguments = program
     began = time.perf_counter()
     lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))  # type: ignore[attr-defined]
@@ -208,9 +208,9 @@ ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> dict[str, dict[str, dict[str, int]]]:
-    """Of the text of a compiled program: operation -> element type -> how many, and bytes of the largest result.
+    """Collectives in the text of a compiled program: operation -> element type -> count, bytes of the largest result.
 
-    An operation in a loop (XLA makes rings of permutes of a gather and a product) counts once.
+    An operation in a loop counts once (XLA turns a gather and a product into a ring of permutes).
     """
     found: dict[str, dict[str, dict[str, int]]] = {}
     for match in COLLECTIVE.finditer(hlo):
@@ -239,7 +239,7 @@ def versions() -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown; sizes in GiB a device."""
+    """The results as a Markdown table; sizes in GiB per device."""
     lines = [
         "| case | mesh | layers | batch x length | result | arguments | temporaries | collectives | compile s |",
         "|---|---|--:|--:|---|--:|--:|---|--:|",
@@ -262,7 +262,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def report(results: dict[str, dict[str, Any]]) -> None:
-    """Puts the table between the marks of the study's README."""
+    """Writes the table between the markers of the study's README."""
     readme = STUDY / "README.md"
     before, _, rest = readme.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
@@ -279,7 +279,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not options.report:
         os.environ.update(TOPOLOGY_ALONE)
-        jax.config.update("jax_platforms", "cpu")  # with libtpu installed JAX would try to start a TPU
+        jax.config.update("jax_platforms", "cpu")  # otherwise JAX with libtpu would try to initialize a TPU
         jax.config.update("jax_exec_time_optimization_effort", EFFORT)
         for name in options.only:
             results[name] = compile_case(CASES[name])

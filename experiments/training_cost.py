@@ -1,12 +1,12 @@
-"""What a step of training costs: fake quantization against float, and int8 products against bfloat16.
+"""The cost of a training step: fake quantization against float, and int8 products against bfloat16.
 
     python -m experiments.training_cost --json cost.json                               # recipes, on any machine
     python -m experiments.training_cost --preset 700m --statistics-every 0 --json products.json         # on a GPU
 
-One jitted update (loss, gradient, AdamW, statistics of the codes) on random tokens. Without --preset the recipes are
-compared on the quickstart's byte-level model; with it, on a model of that size, the types of the products: float32,
-bfloat16, and fake quantization with products in bfloat16, in int8, and in int8 with int8 gradients to the inputs.
-Every round times one step of each, on one state that all share, so that the ratios are of one machine state.
+One jitted update (loss, gradient, AdamW, statistics of the codes) on random tokens. Without --preset, recipes are
+compared on the quickstart's byte-level model; with it, product types on a model of that size: float32, bfloat16, and
+fake quantization with products in bfloat16, in int8, and in int8 with int8 gradients of the inputs. Every round times
+one step of each variant, all sharing one training state, so that the ratios are measured under the same conditions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bitnet_jax.training.task import init_variables, model_loss
 
 CONFIG = "quickstart"
 BYTES = 256  # vocabulary
-# name -> fields of the model; the first is what the others are compared with
+# name -> fields of the model; the first is the baseline
 RECIPES = {recipe: {"precision": recipe} for recipe in ("float32", "bitnet_b158", "bitnet")}
 _TERNARY = {"precision": "bitnet_b158", "dtype": "bfloat16"}
 PRODUCTS = {
@@ -58,8 +58,8 @@ def measure(
     rounds: int,
     statistics_every: int = 1,
 ) -> dict[str, Any]:
-    """Milliseconds of a step, tokens per second and the cost against the first variant, as medians with p10 and
-    p90; and the bytes of memory that a compiled step needs beside its arguments, kept activations among them."""
+    """Milliseconds per step, tokens per second and the cost relative to the first variant, as medians with p10 and
+    p90; and the temporary memory of a compiled step in bytes, which includes saved activations."""
     optimizer = make_optimizer(quickstart().optimizer, total_steps=quickstart().training.steps)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch_size, length + 1)).astype(np.int32)
     arguments = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, jax.random.key(1)
@@ -105,7 +105,7 @@ def measure(
 
 
 def _temporary_bytes(step: jax.stages.Compiled) -> int | None:
-    memory = step.memory_analysis()  # None where the backend does not tell
+    memory = step.memory_analysis()  # None if the backend does not report it
     return None if memory is None else memory.temp_size_in_bytes
 
 
@@ -118,10 +118,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, help="compare types of products on a model of this size")
-    parser.add_argument("--batch-size", type=int, help="sequences of a step (default 8; without --preset 16)")
-    parser.add_argument("--length", type=int, help="tokens of each (default 512; without --preset 64)")
-    parser.add_argument("--rounds", type=int, default=40, help="timed steps of each variant (default 40)")
+    parser.add_argument("--preset", choices=PRESETS, help="compare product types on a model of this size")
+    parser.add_argument("--batch-size", type=int, help="sequences per step (default 8; without --preset 16)")
+    parser.add_argument("--length", type=int, help="tokens per sequence (default 512; without --preset 64)")
+    parser.add_argument("--rounds", type=int, default=40, help="timed steps per variant (default 40)")
     parser.add_argument(
         "--statistics-every",
         type=int,
@@ -149,7 +149,7 @@ def main() -> None:
         took, speed = figures["milliseconds"][name]["median"], figures["tokens_per_second"][name]["median"]
         low, high = 100 * cost["p10"], 100 * cost["p90"]
         print(
-            f"{name:24s} {took:8.1f} ms a step, {speed:9.0f} tokens/s, {100 * cost['median']:+5.1f} % "
+            f"{name:24s} {took:8.1f} ms per step, {speed:9.0f} tokens/s, {100 * cost['median']:+5.1f} % "
             f"[{low:+.1f}, {high:+.1f}]"
         )
     if options.json:

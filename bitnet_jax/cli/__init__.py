@@ -1,1 +1,1 @@
-"""The `bitnet-jax` command: main.py, and one module for each command."""
+"""The `bitnet-jax` command: main.py, and one module per sub-command."""

@@ -1,8 +1,8 @@
-"""Time a model of a known shape with random weights: prefill, decoding, memory, against the machine's limits.
+"""Benchmark a packed model, by default with random weights: prefill, decoding, memory, against the machine's limits.
 
-The weights are written to a temporary folder, or to --model, and read back; a --model that exists is timed as
-it is. Ratios (of the read ceiling, of the multiplier peak, kernels to whole step) come from measurements in
-turn; figures in tokens per second move with what else the machine does.
+Random weights are written to a temporary folder, or to --model, and read back; an existing --model is timed as it is.
+Ratios (to the read ceiling, to the multiplier peak, of kernels to the whole step) come from interleaved measurements;
+tokens per second vary with the load of the machine.
 
 example:
   bitnet-jax bench --preset 2b4t --recipe bitnet_b158 --prompt 512 --generate 64 --threads 2 --json bench.json
@@ -23,21 +23,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--head",
         metavar="NAME",
-        help="float, int8 or int4: form of the output head; or a recipe of one that is a matrix of its own",
+        help="format of the output head: float, int8 or int4; or a recipe, for an untied head",
     )
     ternary_format_argument(command)
     kv_format_argument(command)
     command.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="time this; made first if it does not exist"
+        "--model", type=Path, metavar="FOLDER", help="the packed model to time; created if it does not exist"
     )
     command.add_argument(
         "--keep", action="store_true", help="do not remove the temporary folder of the weights"
     )
     command.add_argument(
-        "--prompt", type=int, default=512, metavar="N", help="tokens to read (default %(default)s)"
+        "--prompt", type=int, default=512, metavar="N", help="prompt tokens (default %(default)s)"
     )
     command.add_argument(
-        "--generate", type=int, default=64, metavar="N", help="tokens to write (default %(default)s)"
+        "--generate", type=int, default=64, metavar="N", help="tokens to generate (default %(default)s)"
     )
     command.add_argument("--threads", type=int, metavar="N", help="use the first N processors (default: all)")
     command.add_argument(
@@ -47,7 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
-        _use_threads(args.threads)  # before JAX starts its own
+        _use_threads(args.threads)  # before JAX starts its threads
     from bitnet_jax.tools import model_bench
 
     config = None
@@ -67,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _use_threads(count: int) -> None:
-    """Restricts the process to the first `count` processors that it may use."""
+    """Restricts the process to the first `count` of its processors."""
     if not hasattr(os, "sched_setaffinity"):
-        raise ValueError(f"got --threads {count}, expected none: this system cannot restrict a process")
+        raise ValueError(
+            f"got --threads {count}, which this operating system does not support; omit the option"
+        )
     allowed = sorted(os.sched_getaffinity(0))
     if not 1 <= count <= len(allowed):
-        raise ValueError(f"got --threads {count}, expected 1 to {len(allowed)}, the processors there are")
+        raise ValueError(f"got --threads {count}, expected 1 to {len(allowed)}, the number of processors")
     os.sched_setaffinity(0, allowed[:count])

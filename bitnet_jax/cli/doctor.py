@@ -1,6 +1,6 @@
 """Check every kernel on this machine against NumPy, and a tiny packed model against the latent one.
 
-Exit code 0: all that is present is right; 1: something is wrong.
+Exit code 0: every check passed; 1: a check failed.
 
 example:
   bitnet-jax doctor                     BITNET_KERNELS_ISA=avx2 bitnet-jax doctor
@@ -15,7 +15,7 @@ from bitnet_jax.cli.shared import write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """This command has no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""Count operations, joules and bytes of a model by arithmetic; with --measure, joules by the machine's meters.
+"""Compute operations, joules and bytes of a model; with --measure, also read joules from the machine's meters.
 
-The energy model is BitNet's (2310.11453): every token attends to all others of the text, the output head is
-told apart. --measure generates text and reads RAPL (processors) and NVML (GPUs, optional package
-nvidia-ml-py) meanwhile.
+The energy model is that of BitNet (2310.11453): every token attends to all tokens of the text, and the output head is
+listed separately. --measure generates text while reading RAPL (processors) and NVML (GPUs, optional package
+nvidia-ml-py).
 
 example:
   bitnet-jax energy --preset 2b4t --length 512 --json energy.json
@@ -24,25 +24,32 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config", metavar="CONFIG", help="or the model of NAME[:VARIANT] or FILE.py[:VARIANT]"
     )
-    command.add_argument("--recipe", metavar="NAME", help="of a preset: precision of its layers")
-    command.add_argument("--head", metavar="NAME", help="of a preset: form of its output head, see bench")
+    command.add_argument("--recipe", metavar="NAME", help="with --preset: precision of the layers")
+    command.add_argument(
+        "--head", metavar="NAME", help="with --preset: format of the output head, as in `bench`"
+    )
     ternary_format_argument(command)
     kv_format_argument(command)
     command.add_argument(
         "--length", type=int, default=512, metavar="N", help="tokens of the text (default %(default)s)"
     )
     command.add_argument(
-        "--floats", choices=("float16", "float32"), default="float16", help="what a float counts as"
+        "--floats",
+        choices=("float16", "float32"),
+        default="float16",
+        help="type that float operations are counted as (default %(default)s)",
     )
     command.add_argument(
         "--zeros",
         action="append",
         default=[],
         metavar="PATTERN=SHARE",
-        help="share of zeros among the inputs of these layers, which cost nothing; repeatable",
+        help="fraction of zeros in the inputs of matching layers, which cost nothing; repeatable",
     )
-    command.add_argument("--measure", action="store_true", help="generate, and read the machine's meters")
-    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    command.add_argument(
+        "--measure", action="store_true", help="generate text and read the machine's energy meters"
+    )
+    command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.folder is not None:
         if args.preset or args.config or args.recipe or args.head or args.ternary_format:
             raise ValueError(
-                "got FOLDER beside --preset, --config or what changes them, expected one of these"
+                "got FOLDER with --preset, --config or one of their options, expected only one of them"
             )
         model = load_text_model(args.folder, step=args.step)
         config, variables = model.config, model.variables
@@ -74,14 +81,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _zero_shares(words: Sequence[str]) -> dict[str, float]:
+def _zero_shares(values: Sequence[str]) -> dict[str, float]:
     shares = {}
-    for word in words:
-        pattern, _, share = word.partition("=")
+    for value in values:
+        pattern, _, share = value.partition("=")
         try:
             shares[pattern] = float(share)
         except ValueError as error:
             raise ValueError(
-                f"got --zeros {word}, expected PATTERN=SHARE, such as '*down_proj=0.8'"
+                f"got --zeros {value}, expected PATTERN=SHARE, such as '*down_proj=0.8'"
             ) from error
     return shares

@@ -1,16 +1,16 @@
-"""Measure bits per byte and perplexity on held-out text, or what a model scores in named tasks.
+"""Measure bits per byte and perplexity on held-out text, or scores on benchmark tasks.
 
-The task `language`, which is the default, measures held-out text: without --source that of a run's own data,
-for other folders of the standard library. The others read files below $BITNET_JAX_DATA or --data-root:
+The default task `language` measures held-out text: that of --source, or of a run's own data, or of Python's standard
+library. Other tasks read files below $BITNET_JAX_DATA or --data-root:
 
   choices           arc_challenge arc_easy hellaswag openbookqa piqa social_iqa winogrande
   language          blimp (minimal pairs), lambada (last words)
   classes           sst2 trec banking77 cola sms_spam
   summaries         scitldr (optional package rouge-score)
 
-A classifier (num_classes) measures held-out examples of its own data, or those of --source: JSON lines, or a folder
-of MNIST's files. One of texts can also do the tasks of classes. Each figure has a 95 % interval over its examples.
---harness runs tasks of lm-evaluation-harness instead, with its data (optional package lm-eval).
+A classifier (num_classes) is measured on held-out examples of its own data, or of --source: JSON lines, or a folder
+of MNIST files. A text classifier can also run the tasks listed as classes. Each figure has a 95 % interval over its
+examples. --harness runs tasks of lm-evaluation-harness instead, with its data (optional package lm-eval).
 
 example:
   bitnet-jax eval runs/first-packed --source texts/ --split all --stride 32 --json figures.json
@@ -40,61 +40,61 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="what to measure (default: language, or classification for a classifier)",
     )
     command.add_argument(
-        "--harness", metavar="NAME[,NAME...]", help="tasks of lm-evaluation-harness, in place of --tasks"
+        "--harness", metavar="NAME[,NAME...]", help="tasks of lm-evaluation-harness, instead of --tasks"
     )
     command.add_argument(
         "--include-path",
         type=Path,
         metavar="DIR",
-        help="of --harness: a folder with .yaml files of more tasks",
+        help="for --harness: a folder with .yaml files of more tasks",
     )
     command.add_argument(
         "--limit",
         type=int,
         metavar="N",
-        help="N records of each file, spread over it (--harness: the first N)",
+        help="use N evenly spaced records of each file (--harness: the first N)",
     )
     command.add_argument(
         "--data-root",
         type=Path,
         metavar="DIR",
-        help="where the files of tasks are (default: $BITNET_JAX_DATA)",
+        help="folder of the task files (default: $BITNET_JAX_DATA)",
     )
-    command.add_argument(
-        "--quiet", action="store_true", help="no progress bar, or lines where there is no terminal"
-    )
+    command.add_argument("--quiet", action="store_true", help="do not show progress")
     command.add_argument(
         "--source",
-        help="of language: stdlib, a file, a folder, or hf:NAME; of classification: as data.source of a run",
+        help="for language: stdlib, a file, a folder, or hf:NAME; for classification: as data.source of a run",
     )
     command.add_argument(
-        "--split", choices=("document", "tail", "record", "all"), help="what is held out; all: no part"
+        "--split",
+        choices=("document", "tail", "record", "all"),
+        help="how text is held out; all: use all text",
     )
     command.add_argument(
-        "--valid-fraction", type=float, metavar="X", help="share of the text that is held out"
+        "--valid-fraction", type=float, metavar="X", help="fraction of the text that is held out"
     )
     command.add_argument(
         "--length",
         type=int,
         metavar="T",
-        help="of language: tokens of a window (default: those of a training sequence; where that is unknown, the "
-        "model's longest)",
+        help="for language: tokens per window (default: the training sequence length; if unknown, the model's "
+        "maximum)",
     )
     command.add_argument(
         "--stride",
         type=int,
         metavar="N",
-        help="of language: a window every N tokens, each token scored once and with T - N or more in front "
-        "(default: T, windows side by side)",
+        help="for language: a window every N tokens; each token is scored once, with at least T - N tokens of context "
+        "(default: T, adjacent windows)",
     )
     command.add_argument("--max-tokens", type=int, metavar="N", help="score only the first N tokens")
     command.add_argument(
         "--skip-bad-files",
         action="store_true",
-        help="of language: leave out files of a folder that cannot be read",
+        help="for language: skip files of a folder that cannot be read",
     )
     allow_download_argument(command)
-    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,9 +119,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     config = text_config(model.config)
     if model.tokenizer is None:
-        raise ValueError(
-            f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"
-        )
+        raise ValueError(f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it")
     text_model = TextModel(config, model.variables, model.tokenizer)
     how = {"limit": args.limit, "progress": not args.quiet}
     if args.harness:
@@ -142,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             figures[name] = run_task(text_model, name, root=args.data_root, **how)
             print("\n".join(describe(name, figures[name])))
-        # After each task: the next one may take hours.
+        # Written after each task: the next one may take hours.
         write_json(args.json, figures["language"] if names == ["language"] else figures)
     return 0
 
@@ -194,7 +192,7 @@ def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 
 def _classification_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    """Of held-out examples, with the labels, the cut and the normalisation that the model was trained with."""
+    """Figures on held-out examples, with the labels, truncation and normalization used in training."""
     from bitnet_jax.data import whole_batches
     from bitnet_jax.evaluation.classifiers import score_classifier
 
@@ -204,7 +202,7 @@ def _classification_figures(args: argparse.Namespace, model: Any) -> dict[str, A
         )
     if model.classes is None:
         raise ValueError(
-            f"got {args.folder} without classes.json, which says what its classes are; train and pack it again"
+            f"got {args.folder} without classes.json, which names its classes; train and pack it again"
         )
     began = time.perf_counter()
     examples, source = _held_out_examples(args, model)
@@ -231,7 +229,7 @@ def _held_out_examples(args: argparse.Namespace, model: Any) -> tuple[dict[str, 
     if classes.task == "images":
         if args.split is not None:
             raise ValueError(
-                f"got --split {args.split}, expected none: sources of images say what is held out"
+                f"got --split {args.split}, expected none: image sources define what is held out"
             )
         held_out = load_images(data.source, size=data.image_size, root=data.root, pixels=classes.pixels).valid
         expected = tuple(getattr(model.config, name) for name in ("image_size", "image_size", "channels"))
@@ -242,7 +240,9 @@ def _held_out_examples(args: argparse.Namespace, model: Any) -> tuple[dict[str, 
             )
         return {"inputs": held_out.images, "targets": held_out.labels}, data.source
     if args.split not in (None, "all"):
-        raise ValueError(f"got --split {args.split}, expected all or none: texts are held out by a hash")
+        raise ValueError(
+            f"got --split {args.split}, expected all or none: labelled texts are held out by hash"
+        )
     texts = load_labelled_text(
         data.source,
         length=classes.length,

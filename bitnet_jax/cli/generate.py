@@ -1,7 +1,7 @@
-"""Continue a prompt, printing the text as it comes.
+"""Continue a prompt, printing the text as it is generated.
 
-The prompt comes from --prompt, --file or standard input, in UTF-8 whatever the locale. With the same --seed the same
-text comes out.
+The prompt is read from --prompt, --file or standard input, as UTF-8 whatever the locale. The same --seed gives the
+same text.
 
 example:
   bitnet-jax generate runs/first-packed --prompt "def " --temperature 0.8 --top-p 0.95 --seed 1
@@ -30,15 +30,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help="at most N new tokens (default 200, or what is left of the length the model was trained with)",
+        help="at most N new tokens (default 200, or what remains of the trained sequence length)",
     )
     command.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    command.add_argument("--top-k", type=int, metavar="K", help="choose among the K most likely tokens")
+    command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... with total probability P")
     command.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="... that make up probability P"
-    )
-    command.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="... at least P times the likeliest"
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="... at least P times as likely as the most likely",
     )
     command.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less"
@@ -47,14 +49,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--exact-head",
         action="store_true",
-        help="read an int8 copy of a bfloat16 head and re-score its best rows: the same text, faster; greedy or "
+        help="search an int8 copy of a bfloat16 head and re-score its best rows: the same text, faster; greedy or "
         "with --top-k, without --repetition-penalty",
     )
     command.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable"
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; repeatable"
     )
     kv_format_argument(command)
-    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,15 +78,13 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     model = load_text_model(args.folder, step=args.step)
     if model.tokenizer is None:
-        raise ValueError(
-            f"got {args.folder} without tokenizer.json, expected one that turns text into tokens; add it"
-        )
+        raise ValueError(f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it")
     variables = with_exact_head(model.config, model.variables) if args.exact_head else model.variables
     used = len(model.tokenizer.encode(prompt))
-    # A prompt that is itself beyond the trained length gets what room there is, and a warning.
+    # A prompt longer than the trained length may use the model's maximum, with a warning.
     room = max(model.config.known_length - used, 0) or model.config.max_length - used
     began = time.perf_counter()
-    came: list[tuple[float, int]] = []  # (seconds, tokens) of each chunk
+    chunks: list[tuple[float, int]] = []  # (seconds, tokens) of each chunk
     pieces = stream(
         model.config,
         variables,
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         key=jax.random.key(args.seed),
         stop=[utf8(word, "--stop") for word in args.stop],
         kv_format=args.kv_format,
-        on_tokens=lambda count: came.append((time.perf_counter() - began, count)),
+        on_tokens=lambda count: chunks.append((time.perf_counter() - began, count)),
     )
     text = ""
     for piece in pieces:
@@ -105,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
     figures = {
         "prompt": prompt,
         "text": text,
-        "tokens": sum(count for _, count in came),
-        "seconds": came[-1][0],
-        "tokens_per_second": _settled_speed(came),
+        "tokens": sum(count for _, count in chunks),
+        "seconds": chunks[-1][0],
+        "tokens_per_second": _steady_speed(chunks),
         "ran_on": [choice._asdict() for choice in chosen(model.config, model.variables)],
     }
     write_json(args.json, figures)
@@ -126,15 +126,15 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _lines(text: str) -> str:
-    """With "\\n" at the end of each line, as text files are read."""
+    """With "\\n" line endings, as text files are read."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _settled_speed(came: Sequence[tuple[float, int]]) -> float | None:
-    """Tokens per second after the first two chunks, which waited for the compiler (prompt, then loop)."""
-    if len(came) < 3:
+def _steady_speed(chunks: Sequence[tuple[float, int]]) -> float | None:
+    """Tokens per second after the first two chunks, which include compilation (of prefill, then of the loop)."""
+    if len(chunks) < 3:
         return None
-    return sum(count for _, count in came[2:]) / (came[-1][0] - came[1][0])
+    return sum(count for _, count in chunks[2:]) / (chunks[-1][0] - chunks[1][0])
 
 
 def _describe_generation(figures: dict[str, Any]) -> str:
@@ -142,7 +142,7 @@ def _describe_generation(figures: dict[str, Any]) -> str:
     ran_on = [f"{choice['name']} ({choice['isa']})" for choice in figures["ran_on"] if choice["isa"]]
     ran_on += [f"{choice['name']}: {choice['reason']}" for choice in figures["ran_on"] if not choice["isa"]]
     return (
-        f"[{figures['tokens']} tokens in {figures['seconds']:.2f} s with compilation, "
+        f"[{figures['tokens']} tokens in {figures['seconds']:.2f} s including compilation, "
         f"{'too few to time' if speed is None else f'{speed:.1f} tokens/s after it'}; "
         f"{'packed weights on ' + ', '.join(ran_on) if ran_on else 'latent weights on XLA'}]"
     )

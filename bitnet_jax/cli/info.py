@@ -1,7 +1,7 @@
-"""Show what a folder holds: config, recipe of each layer, size of each part, packed formats.
+"""Show the contents of a model folder: config, recipe of each layer, size of each part, packed formats.
 
-The small files and the smallest tensors of a packed model, up to 256 MiB of them, are compared with their checksums
-always; the largest matrices of a larger model only with --verify.
+The small files and the smallest tensors of a packed model, up to 256 MiB in total, are always compared with their
+checksums; the largest matrices of a larger model only with --verify.
 
 example:
   bitnet-jax info runs/first-packed --verify
@@ -20,9 +20,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
     )
-    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
     command.add_argument(
-        "--verify", action="store_true", help="read all of a packed model, compare checksums"
+        "--verify", action="store_true", help="compare all tensors of a packed model with their checksums"
     )
 
 

@@ -1,6 +1,6 @@
-"""The `bitnet-jax` command: parsing, errors and exit codes. Each command is a module beside this one.
+"""The `bitnet-jax` command: parsing, errors and exit codes. Each sub-command is a module in this package.
 
-Exit codes: 0 done, 1 a check failed or a bug, 2 wrong input (one line says what), 130 Ctrl-C.
+Exit codes: 0 success, 1 a failed check or a bug, 2 invalid input (with a one-line message), 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ from bitnet_jax.cli import (
 from bitnet_jax.cli.shared import check_json_target
 
 OURS = ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
-AGAIN_SECONDS = 0.01  # until a Ctrl-C that a callback swallowed is sent again: the callback is over by then
+AGAIN_SECONDS = (
+    0.01  # delay before a Ctrl-C swallowed by a callback is sent again: the callback has returned by then
+)
 
-# Each module has `add_arguments(parser)`, `run(args) -> exit code` and its --help as docstring. Their imports are
-# inside `run`, so that --help is instant.
+# Each module has `add_arguments(parser)`, `run(args) -> exit code`, and its --help text as docstring. Heavy imports
+# are inside `run`, so that --help is fast.
 COMMANDS: dict[str, ModuleType] = {
     "init": init,
     "train": train,
@@ -58,11 +60,11 @@ COMMANDS: dict[str, ModuleType] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a sub-command; the exit code."""
+    """Runs a sub-command and returns the exit code."""
     _write_utf8()
     parser = build_parser()
-    overrides, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    args, unknown = parser.parse_known_args(words)
+    overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    args, unknown = parser.parse_known_args(others)
     args.overrides = overrides
     if args.run is not train.run:
         unknown += overrides
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"got {' '.join(unknown)}, expected the options of `bitnet-jax {args.command} --help`")
 
     def run() -> int:
-        # Before the work, not after it.
+        # Fail before the work, not after it.
         check_json_target(args.json)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -80,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides among the words of a command line, each `--config.a.b=value`, and the other words.
+    """Splits command-line arguments into overrides, each as `--config.a.b=value`, and the others.
 
-    The value may be the next word: `--config.a.b value`. An override without one is left to the config's parser.
+    The value may be the next argument: `--config.a.b value`. An override without a value is left to the config parser.
     """
     overrides, others = [], []
     rest = list(words)
@@ -98,17 +100,17 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def exit_code(run: Callable[[], int], *, debug: bool = False) -> int:
-    """What `run` returns, or the exit code of what it raises; wrong input is told in one line on stderr.
+    """The return value of `run`, or the exit code for its exception; user errors are one line on stderr.
 
     Args:
-      debug: raise the errors of wrong input as well, to see their traceback.
+      debug: raise user errors too, to show their traceback.
     """
     try:
-        with _no_interrupt_is_lost():
+        with _resend_lost_interrupt():
             return run()
     except KeyboardInterrupt:
         return _interrupted()
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -126,10 +128,10 @@ def _interrupted() -> int:
 
 
 @contextlib.contextmanager
-def _no_interrupt_is_lost() -> Iterator[None]:
-    """Sends a Ctrl-C again that came within a callback whose exceptions Python prints and drops.
+def _resend_lost_interrupt() -> Iterator[None]:
+    """Sends a Ctrl-C again if it was raised in a callback whose exceptions Python prints and drops.
 
-    JAX has such a callback in every garbage collection, which is where an import or a trace spends much of its time.
+    JAX has such a callback in every garbage collection, where an import or a trace spends much of its time.
     """
     before = sys.unraisablehook
 
@@ -149,7 +151,7 @@ def _no_interrupt_is_lost() -> Iterator[None]:
 
 
 def _write_utf8() -> None:
-    """Any text can be printed: UTF-8 where the locale knows ASCII alone (LC_ALL=C), else what it lacks as "?"."""
+    """Makes any text printable: UTF-8 in an ASCII locale (LC_ALL=C); "?" for characters that other locales lack."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             name = codecs.lookup(stream.encoding).name
@@ -167,21 +169,19 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """One line for people; where in the source a warning was raised says nothing to them."""
+    """Prints a warning as one line, without the source location, which does not help a user."""
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _is_user_error(error: Exception) -> bool:
-    """What input can cause: values and files, and every error class that we define."""
+    """Errors caused by input: ValueError, OSError, and every error class of our own packages."""
     return isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OURS
 
 
 def _one_line(error: Exception) -> str:
     text = str(error)
-    if (
-        isinstance(error, OSError) and error.filename is not None
-    ):  # "[Errno 13] Permission denied: 'x'" otherwise
-        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"  # instead of "[Errno 13] Permission denied: 'x'"
     return " ".join(text.split()) or type(error).__name__
 
 

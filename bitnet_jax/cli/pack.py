@@ -1,7 +1,7 @@
-"""Pack a run's weights to bits, after proving that the packed model is the same model.
+"""Pack a run's weights to bits, after proving that the packed model is equal.
 
-Runs of every task: language models, and classifiers of texts and of images. Nothing is written if a code, a greedy
-token, or a logit beyond 1e-5 of the largest differs.
+Works for runs of every task: language models, text classifiers and image classifiers. Nothing is written if a code
+or a greedy token differs, or a logit differs by more than 1e-5 of the largest.
 
 example:
   bitnet-jax pack runs/first runs/first-packed
@@ -28,11 +28,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--head",
         choices=("float", "int8", "int4"),
-        help="store the output head so; int8 and int4 are smaller, faster and not quite the head that was "
-        "trained (default: as the run's config says)",
+        help="format of the output head; int8 and int4 are smaller and faster but approximate the trained head "
+        "(default: as in the run's config)",
     )
     ternary_format_argument(command)
-    command.add_argument("--overwrite", action="store_true", help="replace a packed model that is there")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing packed model")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     if not proof.matrices:
-        print("warning: no matrix of this model has a packed form; it is stored as it is", file=sys.stderr)
+        print("warning: no matrix of this model has a packed format; it is stored unpacked", file=sys.stderr)
     figures = {"proof": dataclasses.asdict(proof), "bytes": size_figures(sizes), "folder": str(args.folder)}
     write_json(args.json, figures)
     print(

@@ -1,10 +1,10 @@
-"""Classify texts or images with a classifier: the most likely label of each input, and its probability.
+"""Classify texts or images: the most likely label of each input, and its probability.
 
-A classifier of texts takes TEXT arguments, one of images takes files: .npy or .npz arrays of pixels from 0 to 255,
-MNIST's idx files, and .png, .pgm and what else Pillow reads (optional package pillow). Without INPUT every
-line of --file or of the standard input is one. Inputs go through what the training data went through: texts are cut
-to its length, images shrunk and normalised by its mean and deviation. A line of output is label, probability and
-input, separated by tabs.
+The inputs of a text classifier are texts; those of an image classifier are files: .npy or .npz arrays of pixels from 0
+to 255, MNIST idx files, or .png, .pgm and other formats that Pillow reads (optional package pillow). Without INPUT,
+each line of --file or of standard input is an input. Inputs are processed as the training data was: texts are cut to
+its length, images are shrunk to its size and normalized by its mean and deviation. Output lines are label, probability
+and input, separated by tabs.
 
 example:
   bitnet-jax predict runs/text-packed "return a value" --json answers.json
@@ -28,37 +28,37 @@ from bitnet_jax.cli.shared import write_json
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="MODEL", help="a run or a packed model of a classifier")
     command.add_argument("inputs", nargs="*", metavar="INPUT", help="a text, or a file with images")
-    command.add_argument("--file", type=Path, metavar="FILE", help="read an input from each of its lines")
+    command.add_argument("--file", type=Path, metavar="FILE", help="read one input per line from FILE")
     command.add_argument(
         "--format",
         choices=("text", "jsonl"),
         default="text",
-        help="jsonl: a JSON object a line, with the probability of every label (default %(default)s)",
+        help="jsonl: one JSON object per line, with the probability of every label (default %(default)s)",
     )
     command.add_argument(
-        "--resize", action="store_true", help="shrink images that have another size than the training data"
+        "--resize", action="store_true", help="shrink images to the size of the training data"
     )
     command.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="inputs at once (default %(default)s)"
+        "--batch-size", type=int, default=64, metavar="N", help="inputs per batch (default %(default)s)"
     )
-    command.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
 
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.model_folders import load_model
 
     if args.inputs and args.file is not None:
-        raise ValueError("got INPUT beside --file, expected one of the two")
+        raise ValueError("got INPUT with --file, expected only one of them")
     if args.batch_size < 1:
         raise ValueError(f"got --batch-size {args.batch_size}, expected at least 1")
     model = load_model(args.folder, step=args.step)
     if not getattr(model.config, "num_classes", 0):
         raise ValueError(
-            f"got {args.folder}, a language model, expected a classifier; `generate` continues texts"
+            f"got {args.folder}, a language model, expected a classifier; use `generate` to continue text"
         )
     if model.classes is None:
         raise ValueError(
-            f"got {args.folder} without classes.json, which says what its classes are; train and pack it again"
+            f"got {args.folder} without classes.json, which names its classes; train and pack it again"
         )
     answer = _image_answers if model.classes.task == "images" else _text_answers
     inputs = iter(args.inputs) if args.inputs else _lines(args.file)
@@ -77,7 +77,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _lines(path: Path | None) -> Iterator[str]:
-    """The lines of a file or of the standard input, without their ends."""
+    """The lines of a file or of standard input, without line endings."""
     from bitnet_jax.data.text import read_lines
 
     numbered = enumerate(sys.stdin.buffer, 1) if path is None else read_lines(path)
@@ -87,10 +87,10 @@ def _lines(path: Path | None) -> Iterator[str]:
             text = line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{where}:{number}: got bytes that are no UTF-8, expected UTF-8; convert it"
+                f"{where}:{number}: got bytes that are not UTF-8, expected UTF-8; convert it"
             ) from error
         if not text:
-            raise ValueError(f"{where}:{number}: got an empty line, expected an input; take it out")
+            raise ValueError(f"{where}:{number}: got an empty line, expected an input; remove it")
         yield text
 
 

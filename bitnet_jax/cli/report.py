@@ -1,8 +1,8 @@
-"""Rebuild the tables, figures and page of a study from its results alone.
+"""Rebuild the tables, figures and HTML page of a study from its results.
 
-Tables go between the marker comments of the study's README, figures and report.html (the README as one self-contained
-page) beside it. --all does so for every study with results, and rewrites the table of all studies in
-experiments/README.md.
+Tables are written between the marker comments of the study's README; figures and report.html (the README as one
+self-contained page) next to it. --all does this for every study with results, and rewrites the table of all studies
+in experiments/README.md.
 
 example:
   bitnet-jax report ternary_penalty
@@ -22,13 +22,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "study", nargs="?", metavar="STUDY", help="a name in experiments/studies, or a folder with study.py"
     )
-    command.add_argument("--all", action="store_true", help="every study, and the table of them")
-    command.add_argument("--workdir", type=Path, help="report a small sweep kept there, into that folder")
+    command.add_argument(
+        "--all", action="store_true", help="report every study, and the table of all studies"
+    )
+    command.add_argument(
+        "--workdir", type=Path, help="report the small sweep in this folder, into this folder"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.all == (args.study is not None):
-        raise ValueError(f"got {'STUDY beside --all' if args.all else 'no STUDY'}, expected STUDY or --all")
+        raise ValueError(f"got {'STUDY with --all' if args.all else 'no STUDY'}, expected STUDY or --all")
     from bitnet_experiments.report import report, report_all
     from bitnet_experiments.study import load_study
 

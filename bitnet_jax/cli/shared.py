@@ -1,4 +1,4 @@
-"""Arguments and figures that several commands share."""
+"""Arguments and output shared by several commands."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 
 def check_json_target(path: Path | None) -> None:
-    """Raises OSError unless the file can be written: to be asked before the work whose figures go there."""
+    """Raises OSError unless the file can be written; called before the work whose figures go there."""
     if path is None:
         return
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"got --json {path}, expected a file in a folder that exists")
+        raise FileNotFoundError(f"got --json {path}, expected a file in an existing folder")
     if path.is_dir():
-        raise IsADirectoryError(f"got --json {path}, which is a folder; expected the name of a file in it")
+        raise IsADirectoryError(f"got --json {path}, which is a folder; expected a file name")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise PermissionError(f"got --json {path}, which cannot be written; expected a place that can")
+        raise PermissionError(f"got --json {path}, which is not writable; expected a writable file")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
@@ -33,8 +33,7 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
 def utf8(text: str | bytes, where: str) -> str:
     """The text of an argument or a file, as UTF-8 whatever the locale.
 
-    Python decodes arguments by the locale; bytes that are no text in it, such as all but ASCII under LC_ALL=C, come as
-    lone surrogates.
+    Python decodes arguments by the locale; undecodable bytes (all but ASCII under LC_ALL=C) become lone surrogates.
 
     Raises:
       ValueError: bytes that are not UTF-8.
@@ -53,7 +52,7 @@ def ternary_format_argument(command: argparse.ArgumentParser) -> None:
         "--ternary-format",
         choices=("ternary2", "ternary5"),
         help="store ternary codes in two bits each, or five in a byte: a fifth less to read, more to decode "
-        "(default: as the config says, ternary2)",
+        "(default: as in the config; ternary2)",
     )
 
 
@@ -61,7 +60,7 @@ def kv_format_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--kv-format",
         choices=("float32", "bfloat16", "int8"),
-        help="of remembered keys and values (default: the model's own dtype); int8 reads a quarter of float32",
+        help="format of the KV cache (default: the model's dtype); int8 reads a quarter of float32",
     )
 
 
@@ -69,7 +68,7 @@ def allow_download_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-download",
         action="store_true",
-        help="let a source hf:NAME be downloaded; a config alone cannot (also: BITNET_JAX_ALLOW_DOWNLOAD=1)",
+        help="allow downloads of hf:NAME sources, which a config alone cannot (also: BITNET_JAX_ALLOW_DOWNLOAD=1)",
     )
 
 

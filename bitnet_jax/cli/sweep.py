@@ -1,11 +1,11 @@
-"""Do every run of a study; a second start continues where the first stopped.
+"""Execute all runs of a study; a second start resumes where the first stopped.
 
 STUDY is a name in experiments/studies, or a folder with study.py. The full setting adds rows to the study's
 results.jsonl; --small (the same question on two cores in minutes) to results.jsonl in its workdir. A run that fails
-or diverges is a row too and does not stop the others. The next start repeats failed runs whose settings were
-corrected, and with --retry-failed the others too.
+or diverges is recorded as a row and does not stop the others. The next start repeats failed runs whose settings have
+changed, and with --retry-failed the others too.
 
-A study and its config are executed Python files: run only those whose source is trusted.
+A study and its config are Python files that are executed: use only trusted ones.
 
 example:
   bitnet-jax sweep ternary_penalty --small
@@ -27,8 +27,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "study", metavar="STUDY", help="a name in experiments/studies, or a folder with study.py"
     )
-    command.add_argument("--small", action="store_true", help="the same question, shrunk for two cores")
-    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side (default 1)")
+    command.add_argument("--small", action="store_true", help="the same question, scaled down for two cores")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel runs (default 1)")
     command.add_argument(
         "--executor",
         choices=EXECUTORS,
@@ -43,10 +43,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a parameter of submitit's executor",
     )
     command.add_argument(
-        "--retry-failed", action="store_true", help="also the failed runs whose settings are unchanged"
+        "--retry-failed", action="store_true", help="also repeat failed runs whose settings are unchanged"
     )
     command.add_argument(
-        "--workdir", type=Path, help="where runs are kept (default runs/studies/STUDY[-small])"
+        "--workdir", type=Path, help="folder of the runs (default runs/studies/STUDY[-small])"
     )
 
 

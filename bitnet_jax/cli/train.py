@@ -1,18 +1,18 @@
-"""Train a model from a config file, or go on with the run that the folder holds.
+"""Train a model from a config file, or resume the run in the folder.
 
-The config file is executed Python: use only files whose source is trusted. Its fields are overridden by
---config.SECTION.FIELD=VALUE (or with a space in place of the equals sign).
+The config file is Python that is executed: use only trusted files. Override its fields with
+--config.SECTION.FIELD=VALUE (or with a space instead of the equals sign).
 
-A run goes on under the settings it began with. These may change: training.log_every, eval_every, checkpoint_every,
-keep_checkpoints and tensorboard, the mesh, and training.steps. With more steps a finished run goes on from its last
-checkpoint; a schedule other than constant then follows the new total from there, which is told on stderr and kept as
-extended_from in result.json. A start that ends before its first checkpoint binds nobody: correct it and start again.
+A run resumes with its original settings. Only these may change: training.log_every, eval_every, checkpoint_every,
+keep_checkpoints and tensorboard, the mesh, and training.steps. With more steps, a finished run continues from its last
+checkpoint; a schedule other than constant then follows the new total from there, which is reported on stderr and
+recorded as extended_from in result.json. A run without a checkpoint yet can be started again with any settings.
 
 example:
   bitnet-jax train --config byte_lm:small --workdir runs/first \
       --config.training.steps=200 --config.model.precision=bitnet
   bitnet-jax train --config byte_lm:small --workdir runs/first \
-      --config.training.steps=400 --config.model.precision=bitnet     # goes on from step 200
+      --config.training.steps=400 --config.model.precision=bitnet     # continues from step 200
 """
 
 from __future__ import annotations
@@ -39,11 +39,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--overwrite",
         action="store_true",
-        help="train from the start; removes the run that the folder holds, refuses a folder with anything else in it",
+        help="train from scratch: removes the run in the folder; refuses a folder that contains anything else",
     )
-    command.add_argument(
-        "--quiet", action="store_true", help="no progress bar, or lines where there is no terminal"
-    )
+    command.add_argument("--quiet", action="store_true", help="do not show progress")
     command.usage = "%(prog)s --config CONFIG --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
 
 

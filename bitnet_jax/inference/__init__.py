@@ -1,4 +1,4 @@
-"""Using a model, latent or packed: the cache, the choice of the next token, generation, and streamed text."""
+"""Inference with latent or packed models: KV cache, sampling, generation and streamed text."""
 
 import lazy_loader
 

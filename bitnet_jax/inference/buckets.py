@@ -1,9 +1,9 @@
-"""The few sizes that prompts and caches are padded to, so that any lengths need few compiled programs.
+"""Bucket sizes that prompts and caches are padded to, so that few programs serve all lengths.
 
-    prompt_width    16, 32, ..., 128, then four sizes in an octave: at most a quarter of the prompt is padding
-    cache_room      64, 128, 192, 256, then two sizes in an octave: at most a third of the cache is never written
+    prompt_width    16, 32, ..., 128, then four sizes per octave: at most a quarter of the prompt is padding
+    cache_room      64, 128, 192, 256, then two sizes per octave: at most a third of the cache is never written
 
-Both end at the model's max_length, so the number of sizes grows with its logarithm.
+Both are capped at the model's max_length, so the number of sizes is logarithmic in it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def bucket(size: int, smallest: int, parts: int) -> int:
 
 
 def prompt_width(config: ModelConfig, tokens: int) -> int:
-    """Tokens that a prompt of `tokens` tokens is padded to."""
+    """The padded length of a prompt of `tokens` tokens."""
     return min(bucket(tokens, smallest=16, parts=4), config.max_length)
 
 
 def cache_room(config: ModelConfig, positions: int) -> int:
-    """Positions of a cache that has to hold `positions`; no fewer than `prompt_width`."""
+    """The capacity of a cache that must hold `positions`; at least `prompt_width`."""
     return min(bucket(positions, smallest=64, parts=2), config.max_length)

@@ -1,4 +1,4 @@
-"""The cache of generation: empty, and with more room."""
+"""The cache used in generation: creating it, growing it, and its size in bytes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ KV_FORMATS = ("float32", "bfloat16", "int8")
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
-    """A cache with room for `length` positions of `batch` sequences, none of them written.
+    """An empty cache with room for `length` positions of `batch` sequences.
 
     Args:
-      dtype: of keys and values, one of KV_FORMATS; None: the model's compute dtype, in which nothing is lost.
-        "int8" holds codes with a scale per token and head (`nn.kv_cache.quantize_kv`). The state of linear
-        attention is float32 always, and does not grow with `length`.
+      dtype: of keys and values, one of KV_FORMATS; None: the model's compute dtype, which is lossless. "int8" stores
+        codes with a scale per token and head (`nn.kv_cache.quantize_kv`). The state of linear attention is always
+        float32 and does not grow with `length`.
 
     Raises:
-      ValueError: an unknown dtype, or the model is not a causal language model; it has no use for a cache.
+      ValueError: an unknown dtype, or the model is not a causal language model.
     """
     if not config.causal or config.num_classes:
         raise ValueError(
@@ -39,7 +39,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
         if config.attention == "linear":
             return zero_state(batch, config.num_heads, config.head_size)
         shape = (batch, length, config.kv_heads, config.head_size)
-        # Two arrays, not one twice: a cache is donated, and a buffer can be donated once.
+        # Two separate arrays: the cache is donated, and a buffer can be donated only once.
         stored = "uint16" if dtype == "bfloat16" else dtype  # as bits, see KVCache
         keys, values = jnp.zeros(shape, stored), jnp.zeros(shape, stored)
         if dtype != "int8":
@@ -54,7 +54,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
 
 
 def with_room(cache: Cache, length: int) -> Cache:
-    """The same cache with room for `length` positions, at least as many as it has."""
+    """The same cache with room for `length` positions, which must not be less than its current room."""
 
     def longer(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
@@ -66,6 +66,6 @@ def with_room(cache: Cache, length: int) -> Cache:
 
 
 def kv_bytes(config: ModelConfig, length: int, dtype: str | None = None) -> int:
-    """Bytes of what one sequence of `length` positions keeps in a cache; arguments as in `init_cache`."""
+    """Cache bytes of one sequence of `length` positions; arguments as in `init_cache`."""
     layers = jax.eval_shape(lambda: init_cache(config, 1, length, dtype)).layers
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))

@@ -1,11 +1,11 @@
-"""Generation with the bfloat16 head at the price of an int8 one: the same tokens, half the bytes read.
+"""Generation with a bfloat16 head at the cost of an int8 one: the same tokens, half the bytes read.
 
     variables = with_exact_head(config, variables)
-    generate(config, variables, ...)             # as before, bit for bit
+    generate(config, variables, ...)             # output is bit-identical
 
-An int8 copy of the head finds the few rows that may hold the k largest logits, with a proof that no other does
-(bitnet_kernels/head_exact.py); only those are multiplied in bfloat16. It serves what looks at the k largest
-logits alone: greedy (k = 1) and sampling with top_k, with any temperature, top_p and min_p behind it. Sampling
+An int8 copy of the head selects the few rows that can hold the k largest logits, with a proof that no other row can
+(bitnet_kernels/head_exact.py); only those are multiplied in bfloat16. This works where only the k largest logits
+matter: greedy decoding (k = 1), and sampling with top_k followed by any temperature, top_p and min_p. Sampling
 without top_k needs every logit, and a repetition penalty changes their order: both are refused.
 """
 
@@ -24,7 +24,7 @@ from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_kernels import PackedArray, TopLogits, exact_top_logits, head_bounds, pack
 
-COLLECTION = "exact_head"  # the key of variables under which an ExactHead stands beside "params"
+COLLECTION = "exact_head"  # the key of an ExactHead in the variables, next to "params"
 
 
 @flax.struct.dataclass
@@ -39,21 +39,21 @@ class ExactHead:
 
 
 def with_exact_head(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The same variables with an int8 copy of the head beside them, a byte for each of its weights.
+    """The variables plus an int8 copy of the head, one byte per weight.
 
     Raises:
-      ValueError: the model has no head that is stored in bfloat16.
+      ValueError: the model has no head stored in bfloat16.
     """
     if config.head != "float":
         raise ValueError(
-            f"the model has head={config.head!r}, whose logits no bfloat16 head gives; expected 'float'"
+            f"got a model with head={config.head!r}, expected 'float': an exact head computes bfloat16 logits"
         )
     name, leaf = ("embed", "embedding") if config.tie_embeddings else ("lm_head", "weight")
     table = variables["params"].get(name, {}).get(leaf)
     if table is None or str(table.dtype) != "bfloat16":
         stored = "none" if table is None else str(table.dtype)
         raise ValueError(
-            f"an exact head needs one that is stored in bfloat16, got {name}/{leaf}: {stored}; "
+            f"got {name}/{leaf}: {stored}, expected a head stored in bfloat16; "
             "pack a model with embedding_dtype='bfloat16'"
         )
     weight = quantized_copy(table)
@@ -62,29 +62,29 @@ def with_exact_head(config: ModelConfig, variables: Mapping[str, Any]) -> dict[s
 
 @jax.jit
 def quantized_copy(table: Float[Array, "V D"]) -> PackedArray:
-    """The table in int8 with a scale for every row, |largest| / 127."""
+    """The table in int8 with one scale per row, absmax / 127."""
     precision = RECIPES["int8"]
     assert isinstance(precision, Precision)
     quantized = precision.quantize_weight(table)
     return pack(quantized.codes.astype("int8"), quantized.scale, "int8")
 
 
-def looked_at(sampling: SamplingConfig) -> int:
-    """k: how many of the largest logits decide the next token.
+def logits_needed(sampling: SamplingConfig) -> int:
+    """k: the number of largest logits that determine the next token.
 
     Raises:
-      ValueError: all of them do.
+      ValueError: sampling needs all logits.
     """
     if sampling.repetition_penalty != 1:
         raise ValueError(
-            f"an exact head knows the largest logits only, and repetition_penalty={sampling.repetition_penalty} "
-            "needs all; expected 1"
+            f"got repetition_penalty={sampling.repetition_penalty}, expected 1: an exact head computes only the "
+            "largest logits, and the penalty needs all of them"
         )
     if sampling.temperature == 0:
         return 1
     if sampling.top_k is None:
         raise ValueError(
-            f"an exact head knows the largest logits only; with temperature={sampling.temperature} expected "
-            "top_k, how many to choose from"
+            f"got temperature={sampling.temperature} without top_k, expected top_k: an exact head computes only the "
+            "largest logits"
         )
     return sampling.top_k

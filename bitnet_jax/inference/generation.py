@@ -1,17 +1,17 @@
-"""Generation: one prefill of the prompt, then one jitted loop over the cache; latent and packed models alike.
+"""Generation for latent and packed models: a prefill of the prompt, then one jitted decode loop over the cache.
 
     generate        all tokens in one call: the loop never returns to Python
-    stream_tokens   the same tokens in chunks, as they come
+    stream_tokens   the same tokens in chunks, as they are generated
 
-Both run the same two functions, `_prefill` and `_advance`, and the random key of a token is folded from its
-position, so a seed gives the same text either way.
+Both run the same two functions, `_prefill` and `_advance`, and fold the position of a token into its random key, so a
+seed gives the same text either way.
 
-Prompts are laid at the beginning of the cache, each followed by its own text, and filled up behind it to one of a few
-widths (buckets.py). Nothing looks at what fills up, and one loop serves all lengths with the same room in the cache.
-The products of packed layers are exact and so do not depend on the other rows of a batch; what XLA compiles between
-them (norms) may round differently for another batch size. Programs are those of
-programs.py: for a ModelConfig and batch size one per width of the prompt and one per room, whatever the lengths, end
-tokens and numbers of sampling.
+Prompts start at position 0 of the cache and are padded on the right to one of a few widths (buckets.py); generated
+tokens overwrite the padding, which is always masked. One compiled loop serves all lengths with the same cache room.
+The products of packed layers are exact, so they do not depend on the other rows of a batch; the operations that XLA
+compiles between them (norms) may round differently for another batch size. Programs are cached in programs.py: per
+ModelConfig and batch size, one for each prompt width and one for each cache room, independent of lengths, end tokens
+and sampling parameters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GREEDY = SamplingConfig()
 
 
 class Generation(NamedTuple):
-    """N is max_new_tokens. Row b holds `lengths[b]` tokens, an end token included; zeros follow."""
+    """N is max_new_tokens. Row b holds `lengths[b]` tokens, including an end token, then zeros."""
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
@@ -50,18 +50,18 @@ class State:
     """Generation after `step` tokens; the last one is chosen but not yet in the cache."""
 
     cache: Cache
-    tokens: Int[Array, "B S"]  # as many as the cache has room for
+    tokens: Int[Array, "B S"]  # S is the room of the cache
     lengths: Int[Array, "B"]
     step: Int[Array, ""]
-    done: Bool[Array, "B"]  # rows that have met an end token
-    seen: Bool[Array, "B V"] | None  # tokens of prompt and text, kept where repetition is penalized
+    done: Bool[Array, "B"]  # rows that have reached an end token
+    seen: Bool[Array, "B V"] | None  # tokens of prompt and text; None without a repetition penalty
 
 
 def left_pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of several prompts -> tokens int32 [B, T], mask bool [B, T] (True: a real token).
 
     Raises:
-      ValueError: no prompt, or an empty one.
+      ValueError: no prompts, or an empty one.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or not min(lengths):
@@ -88,21 +88,21 @@ def generate(
     """Continues a batch of prompts.
 
     Args:
-      variables: {"params": ...}, with "packed" beside it for a packed model, and an exact head where
-        exact_head.with_exact_head put one.
+      variables: {"params": ...}, plus "packed" for a packed model, and optionally the exact head added by
+        exact_head.with_exact_head.
       tokens, mask: prompts, padded on the left (`left_pad`); no mask: all tokens are real.
-      max_new_tokens: N; the loop ends earlier once every row has met an end token.
+      max_new_tokens: N; the loop ends earlier once every row has reached an end token.
       key: jax.random.key(seed); needed unless sampling is greedy.
       eos_ids: tokens that end a row.
       kv_format: of the cache, "float32", "bfloat16" or "int8"; None: config.dtype.
 
     Raises:
       ValueError: before any computation, if prompt and new tokens do not fit into config.max_length, if the
-        prompts are empty, not padded on the left or hold ids outside the vocabulary, if a key is missing, if
-        sampling needs more logits than an exact head knows, or for an unknown kv_format.
+        prompts are empty, not padded on the left or contain ids outside the vocabulary, if a key is missing, if
+        sampling needs more logits than an exact head computes, or for an unknown kv_format.
 
     Warns:
-      UserWarning: prompt and new tokens exceed the length that the model was trained with.
+      UserWarning: prompt and new tokens exceed the length the model was trained with.
     """
     run = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, eos_ids, kv_format)
     run.warn_beyond_training()
@@ -116,7 +116,7 @@ def greedy(
     mask: Bool[Array | np.ndarray, "B T"] | None,
     max_new_tokens: int,
 ) -> Int[Array, "B N"]:
-    """The most likely continuation without end tokens, of any length: what `prove` compares."""
+    """The greedy continuation without end tokens, of any length: what `prove` compares."""
     return _checked(config, variables, tokens, mask, max_new_tokens, GREEDY, None, (), None).finished().tokens
 
 
@@ -136,7 +136,7 @@ def stream_tokens(
     """The tokens of `generate` as arrays [B, <= chunk], the first one (of length 1) right after the prefill.
 
     The cache is donated from chunk to chunk and so never copied. Arguments and errors: see `generate`; they
-    are checked when this is called, not when the first token is asked for.
+    are checked when this is called, not when the first token is requested.
     """
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, expected at least 1 token")
@@ -145,16 +145,16 @@ def stream_tokens(
 
     def chunks() -> Iterator[np.ndarray]:
         state = run.start()
-        given = 0
+        emitted = 0
         while True:
             step = int(state.step)
-            # A copy, cut here: the buffer itself is donated to the next chunk.
-            yield np.asarray(state.tokens)[:, given:step].copy()
+            # A copy: the buffer itself is donated to the next chunk.
+            yield np.asarray(state.tokens)[:, emitted:step].copy()
             if step == max_new_tokens or np.asarray(state.done).all():
                 return
-            if given == 0:
+            if emitted == 0:
                 state = run.grown(state)
-            given = step
+            emitted = step
             state = run.advance(state, min(step + chunk, max_new_tokens))
 
     return chunks()
@@ -162,24 +162,22 @@ def stream_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A checked request as arguments of the jitted functions."""
+    """A validated request as arguments of the jitted functions."""
 
     config: ModelConfig
     variables: Variables
-    tokens: (
-        np.ndarray
-    )  # int32 [B, T], each prompt at the beginning of its row, T one of the widths of buckets.py
+    tokens: np.ndarray  # int32 [B, T], padded on the right; T is a prompt_width
     lengths: np.ndarray  # int32 [B], of the prompts
     filters: Filters
     key: PRNGKeyArray
     eos: np.ndarray  # int32 [E]
     kv_format: str | None
-    room: int  # positions that prompt and text need, as one of the rooms of buckets.py
+    room: int  # positions for prompt and text; a cache_room
     max_new_tokens: int
 
     @property
     def shapes(self) -> tuple[Any, ...]:
-        """What besides a width or room decides what is compiled."""
+        """What determines the compiled program besides width and room."""
         exact = exact_head.COLLECTION in self.variables, "packed" in self.variables
         return len(self.tokens), len(self.eos), jax.tree.structure(self.filters), exact
 
@@ -192,7 +190,7 @@ class _Run:
         state = self.start()
         if self.max_new_tokens > 1:
             state = self.advance(self.grown(state), self.max_new_tokens)
-        # Cut here: the device, and jnp.asarray too, would compile a program for every length.
+        # Sliced on the host: on the device, or with jnp.asarray, every length would compile a program.
         tokens = np.asarray(state.tokens)[:, : self.max_new_tokens].copy()
         return Generation(jax.device_put(tokens), state.lengths)
 
@@ -202,7 +200,7 @@ class _Run:
         return program(self.variables, self.filters, self.eos, self.tokens, self.lengths, self.key)
 
     def grown(self, state: State) -> State:
-        """The state with room for the whole text; that of a prompt is made for the prompt alone."""
+        """The state with room for the whole text; prefill allocates room for the prompt only."""
         room = state.tokens.shape[1]
         if room == self.room:
             return state
@@ -226,7 +224,7 @@ def _checked(
     eos_ids: Sequence[int],
     kv_format: str | None,
 ) -> _Run:
-    """The request; everything a user can get wrong is refused here."""
+    """Validates a request; all user errors are raised here."""
     if not config.causal or config.num_classes:
         raise ValueError(
             "generation needs a causal language model, "
@@ -238,7 +236,7 @@ def _checked(
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise ValueError(
             f"tokens lie in [{tokens.min()}, {tokens.max()}], expected ids in [0, {config.vocab_size}): "
-            "is the tokenizer the model's own?"
+            "does the tokenizer belong to the model?"
         )
     mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask)
     if mask.shape != tokens.shape or mask.dtype != bool:
@@ -253,7 +251,7 @@ def _checked(
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones need {longest + max_new_tokens} "
             f"positions, the model has max_length={config.max_length}; "
-            "shorten the prompt or ask for fewer tokens"
+            "shorten the prompt or request fewer tokens"
         )
     if kv_format not in (None, *KV_FORMATS):
         raise ValueError(f"kv_format: got {kv_format!r}, expected None or one of {', '.join(KV_FORMATS)}")
@@ -262,7 +260,7 @@ def _checked(
             raise ValueError(f"temperature={sampling.temperature} needs a key; pass jax.random.key(seed)")
         key = jax.random.key(0)
     if exact_head.COLLECTION in variables:
-        exact_head.looked_at(sampling)
+        exact_head.logits_needed(sampling)
     rows = np.zeros((len(tokens), prompt_width(config, longest)), np.int32)
     for row, prompt, length in zip(rows, tokens, lengths, strict=True):
         row[:length] = prompt[len(prompt) - length :]
@@ -283,7 +281,7 @@ def _checked(
 
 
 def _ids(tokens: Sequence[int]) -> np.ndarray:
-    """int32, filled up with -1, which is no token, so that few sizes occur."""
+    """int32, padded with -1 (not a token) to a multiple of 8, so that few sizes are compiled."""
     ids = np.asarray(tokens, np.int32).reshape(-1)
     return np.pad(ids, (0, -len(ids) % 8), constant_values=-1)
 
@@ -297,10 +295,10 @@ def _forward(
     mask: Array | None = None,
     read: Array | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits behind one of the tokens [B, T] of each row, as far as sampling looks, and the cache with all tokens.
+    """Next-token logits at one position of each row, and the cache with all tokens [B, T] appended.
 
     Args:
-      read: which one, [B]; None: T is 1.
+      read: the position, [B]; None: T is 1.
     """
     model = {name: leaves for name, leaves in variables.items() if name != exact_head.COLLECTION}
     output: Any = Transformer(config).apply(model, tokens, mask=mask, cache=cache, read=read)
@@ -308,7 +306,9 @@ def _forward(
     if head is None:
         return output.logits[:, 0], output.cache
     k = 1 if filters.temperature is None else filters.top_k
-    return head.top_logits(output.hidden[:, 0], k).logits, output.cache  # the other logits are never computed
+    return head.top_logits(
+        output.hidden[:, 0], k
+    ).logits, output.cache  # output.logits is unused, so never computed
 
 
 def _choose(
@@ -346,12 +346,12 @@ def _prefill(
     mask = jnp.arange(T, dtype=jnp.int32)[None] < lengths[:, None]
     cache = init_cache(config, B, room, kv_format)
     logits, cache = _forward(config, variables, filters, tokens, cache, mask, read=lengths - 1)
-    # Each row goes on behind its prompt, over what filled it up.
+    # Each row continues after its prompt and overwrites the padding.
     cache = dataclasses.replace(cache, length=lengths if B > 1 else lengths[0])
     seen = None
     if filters.repetition_penalty is not None:
         rows = jnp.arange(B)[:, None]
-        # max, not set: a token may stand at a real place and at one that is filled up.
+        # max, not set: the padding token may also occur in the prompt.
         seen = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens].max(mask)
     state = State(
         cache=cache,
@@ -378,7 +378,7 @@ def _advance(
     key: PRNGKeyArray,
     until: Int[Array, ""] | int,
 ) -> State:
-    """Generates until `until` tokens are there or every row is done."""
+    """Generates until there are `until` tokens or every row is done."""
 
     def unfinished(state: State) -> Bool[Array, ""]:
         return (state.step < until) & ~jnp.all(state.done)

@@ -1,7 +1,8 @@
-"""What a model knows nothing of: tokens outside its vocabulary, and sequences longer than those of its training.
+"""Limits of a model: tokens outside its vocabulary, and sequences longer than those it was trained with.
 
-A tokenizer with more tokens than the model is usable for every text without the others; a model continues beyond its
-trained length, badly. Both are a warning; a token that the model lacks is an error where it occurs.
+A tokenizer with more tokens than the model is usable for texts that avoid the extra ones, and a model can run beyond
+its trained length, though with worse predictions. Both give a warning; an out-of-vocabulary token in a text is an
+error.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from bitnet_jax.models import ModelConfig
 
 
 def warn_of_unknown_tokens(config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """A UserWarning where the tokenizer has more tokens than the model."""
+    """Warns (UserWarning) if the tokenizer has more tokens than the model."""
     if tokenizer.vocab_size > config.vocab_size:
         warnings.warn(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: a text with one of the "
-            "others is refused; is the tokenizer the model's own?",
+            "extra tokens is refused; does the tokenizer belong to the model?",
             stacklevel=3,
         )
 
 
 def check_tokens(config: ModelConfig, tokenizer: Tokenizer, ids: np.ndarray, where: str) -> None:
-    """Raises DataError, which names the token, if `ids` holds one outside the model's vocabulary."""
+    """Raises DataError, naming the token, if `ids` contains one outside the model's vocabulary."""
     unknown = ids[ids >= config.vocab_size]
     if unknown.size:
-        name = tokenizer.decode(unknown[:1])  # nothing for a special token
+        name = tokenizer.decode(unknown[:1])  # empty for a special token
         raise DataError(
             f"{where}: got the token {name!r} with the id {unknown[0]}, expected ids below {config.vocab_size}, the "
             "model's vocabulary; leave it out, or use the tokenizer the model was trained with"
@@ -37,10 +38,10 @@ def check_tokens(config: ModelConfig, tokenizer: Tokenizer, ids: np.ndarray, whe
 
 
 def warn_beyond_training(config: ModelConfig, length: int, remedy: str, stacklevel: int = 2) -> None:
-    """A UserWarning where sequences of `length` tokens are longer than those that the model was trained with."""
+    """Warns (UserWarning) if sequences of `length` tokens are longer than those the model was trained with."""
     if length > config.known_length:
         warnings.warn(
-            f"got sequences of {length} tokens, the model was trained with {config.known_length}: beyond them it "
-            f"predicts worse than it can; {remedy}",
+            f"got sequences of {length} tokens, the model was trained with {config.known_length}: beyond that its "
+            f"predictions degrade; {remedy}",
             stacklevel=stacklevel + 1,
         )

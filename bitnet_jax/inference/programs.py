@@ -1,11 +1,11 @@
-"""Compiled programs, bounded: a process that meets ever new models and shapes keeps the most recently used ones.
+"""A bounded LRU cache of compiled programs, for processes that serve many models and shapes.
 
     program = PROGRAMS.of(function, config, shapes=tokens.shape)    # jax.jit(partial(function, config))
     program(variables, tokens)
 
-`jax.jit` at module level keeps an executable for every combination of static arguments and shapes it has seen, and
-each takes some hundred memory maps, of which a process has a limited number (Linux: vm.max_map_count). Here every
-combination has a jitted function of its own, and the executable goes with it. Programs that users jit are not touched.
+A module-level `jax.jit` keeps an executable for every combination of static arguments and shapes it has seen, and
+each uses a few hundred memory maps, which are limited per process (Linux: vm.max_map_count). Here every combination
+has its own jitted function, and evicting it frees the executable. Programs that users jit are not affected.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 
-MOST_PROGRAMS = (
-    128  # at 100 to 300 memory maps each; a model of 4096 positions has some 50 for one batch size
-)
+# At 100 to 300 memory maps each; a model of 4096 positions has about 50 programs per batch size.
+MOST_PROGRAMS = 128
 
 
 class Programs:
@@ -44,11 +43,11 @@ class Programs:
         """`function(*static, ...)`, jitted in the remaining arguments.
 
         Args:
-          function: defined once, at module level: it is part of the key.
+          function: a module-level function; it is part of the key.
           static: its first arguments.
-          shapes: whatever else decides what is compiled: all shapes and tree structures that vary between calls
-            with the same static arguments.
-          donate: places of donated buffers among the remaining arguments.
+          shapes: whatever else determines the compiled program: all shapes and tree structures that vary between
+            calls with the same static arguments.
+          donate: positions of donated buffers among the remaining arguments.
         """
         key = (function, static, shapes)
         with self._lock:

@@ -1,12 +1,12 @@
-"""From logits to the next token: filters that are pure functions on logits [B, V], and their order.
+"""Sampling: filters as pure functions on logits [B, V], and the choice of the next token.
 
-A filter returns logits of the same shape in which a removed token is -inf; at least one token always stays.
+A filter returns logits of the same shape with removed tokens set to -inf; at least one token always remains.
 `next_token` applies them in this order:
 
     repetition penalty -> top-k -> temperature -> top-p -> min-p -> one categorical draw per row
 
-Other people's code has the temperature in front of top-k, which keeps the same k tokens but for rounding: the
-temperature may make two logits equal that are not. Top-k first looks at the k largest logits and no others.
+Other libraries apply the temperature before top-k, which keeps the same k tokens up to rounding (dividing by the
+temperature may make two logits equal). With top-k first, only the k largest logits are needed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-LOWEST_TEMPERATURE = 1e-5  # float32 logits divided by less may leave nothing but infinities
+LOWEST_TEMPERATURE = 1e-5  # dividing float32 logits by less may overflow all of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is chosen. The default is greedy; None or the neutral number switches a filter off.
+    """How the next token is chosen. The default is greedy; None or the neutral value disables a filter.
 
     Raises:
       ValueError: a value outside its range.
     """
 
-    temperature: float = 0.0  # 0: greedy, the filters below then change nothing; 1: the model's distribution
+    temperature: float = (
+        0.0  # 0: greedy, top_k, top_p and min_p then have no effect; 1: the model's distribution
+    )
     top_k: int | None = None  # keep the k most likely tokens
     top_p: float = 1.0  # keep the most likely tokens that together reach this probability
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the most likely one
@@ -59,10 +61,10 @@ class SamplingConfig:
             )
 
     def filters(self) -> Filters:
-        """The filters that are on."""
+        """The enabled filters."""
 
         def number(value: float, off: float) -> np.float32 | None:
-            # Neither the number nor its reciprocal, which XLA may multiply by, is flushed to zero.
+            # Clipped so that neither the number nor its reciprocal, which XLA may multiply by, is flushed to zero.
             tiny = np.finfo(np.float32).tiny
             return None if value == off else np.float32(np.clip(value, tiny, 0.5 / tiny))
 
@@ -85,7 +87,7 @@ Number = np.float32 | Float[Array, ""]
 class Filters:
     """A SamplingConfig as an argument of jitted functions; None: that filter is off (temperature: greedy).
 
-    A program is compiled for the filters that are on and for top_k, and runs with any numbers of the others.
+    A program is compiled for a set of enabled filters and a value of top_k; the other values are traced.
     """
 
     temperature: Number | None
@@ -100,7 +102,7 @@ def penalize_repetition(
 ) -> Float[Array, "B V"]:
     """Logits of seen tokens: `l / penalty` where l > 0, `l * penalty` elsewhere (CTRL, 1909.05858).
 
-    What is finite stays finite, whatever the penalty: infinite logits would leave no distribution.
+    Finite logits stay finite for any penalty: infinite ones would not define a distribution.
     """
     limits = jnp.finfo(logits.dtype)
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -114,7 +116,7 @@ def apply_temperature(logits: Float[Array, "B V"], temperature: float | Number) 
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """The k largest logits; of equal ones those with the lower ids, so that k = 1 is greedy."""
+    """The k largest logits; ties keep the lower ids, so that k = 1 is greedy."""
     B, V = logits.shape
     _, kept = jax.lax.top_k(logits, min(k, V))
     keep = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], kept].set(True)
@@ -122,27 +124,27 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 
 
 def keep_top_p(logits: Float[Array, "B V"], p: float | Number) -> Float[Array, "B V"]:
-    """The fewest most likely tokens with total probability of at least p (nucleus sampling, 1904.09751)."""
+    """The smallest set of most likely tokens with total probability at least p (nucleus sampling, 1904.09751)."""
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    before = jnp.cumsum(probability[:, :-1], axis=-1)  # of all more likely tokens; none before the first
+    before = jnp.cumsum(probability[:, :-1], axis=-1)  # total probability of all more likely tokens
     keep_sorted = jnp.pad(before < p, ((0, 0), (1, 0)), constant_values=True)
     keep = jnp.zeros(logits.shape, bool).at[jnp.arange(logits.shape[0])[:, None], order].set(keep_sorted)
     return jnp.where(keep, logits, -jnp.inf)
 
 
 def keep_min_p(logits: Float[Array, "B V"], p: float | Number) -> Float[Array, "B V"]:
-    """Tokens with probability of at least `p * max probability` (2407.01082)."""
+    """Tokens with probability at least `p * max probability` (2407.01082)."""
     return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p), logits, -jnp.inf)
 
 
 def filtered_logits(
     logits: Float[Array, "B V"], filters: Filters, seen: Bool[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
-    """The logits of the distribution that `next_token` draws from; greedy takes their maximum.
+    """The logits of the distribution that `next_token` samples from; greedy takes their argmax.
 
     Args:
-      seen: tokens of the prompt and the text so far; needed where repetition is penalized.
+      seen: tokens of the prompt and the text so far; required with a repetition penalty.
     """
     if filters.repetition_penalty is not None:
         if seen is None:
@@ -161,8 +163,9 @@ def filtered_logits(
 
 
 def most_likely(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
-    """`argmax(logits)`: of equal ones the lowest id, of NaN the first. Two passes that XLA's CPU vectorizes, which
-    it does not with the pairs of an argmax."""
+    """`argmax(logits)`: the lowest id of equal logits, the first NaN if any.
+
+    In two passes, which XLA vectorizes on CPUs; it does not vectorize argmax."""
     largest = jnp.max(logits, axis=-1, keepdims=True)
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where((logits == largest) | jnp.isnan(logits), ids[None], ids.size), axis=-1)
@@ -174,7 +177,7 @@ def next_token(
     filters: Filters,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, "B"]:
-    """One token per row. Each row draws with its own key and so does not depend on the size of the batch."""
+    """One token per row. Each row has its own key, so its draw does not depend on the batch size."""
     logits = filtered_logits(logits.astype(jnp.float32), filters, seen)
     if filters.temperature is None:
         return most_likely(logits)

@@ -1,4 +1,4 @@
-"""Text as it is generated: ids to characters as soon as they are whole, cut at the first stop string."""
+"""Streaming text: token ids are decoded as soon as characters are complete, and cut at the first stop string."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def stream(
 
     Args:
       eos_ids: tokens that end the text; None: the tokenizer's own, if it has one.
-      stop: the text ends in front of the first of these, wherever chunks or tokens are cut.
-      on_tokens: is told the number of new tokens whenever some have come, before their text.
-      The others: see `generate.generate` and `generate.stream_tokens`.
+      stop: the text ends before the first of these, wherever the chunk or token boundaries are.
+      on_tokens: called with the number of new tokens in each chunk, before their text is yielded.
+      Others: see `generation.generate` and `generation.stream_tokens`.
 
     Raises:
-      ValueError: see `generate.generate`; also a prompt with a token outside the model's vocabulary, an empty
-        prompt or empty stop string. All of it when this is called, before anything is computed.
+      ValueError: see `generation.generate`; also a prompt with a token outside the model's vocabulary, an empty
+        prompt or an empty stop string. Raised by this call, before anything is computed.
 
     Warns:
       UserWarning: the tokenizer has more tokens than the model; prompt and text exceed the trained length.
     """
     warn_of_unknown_tokens(config, tokenizer)
     if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop: got {stop!r}, expected a list of strings that are not empty")
+        raise ValueError(f"stop: got {stop!r}, expected a list of non-empty strings")
     ids = tokenizer.encode(prompt)
     if not len(ids):
         raise ValueError(f"the prompt {prompt!r} has no tokens; begin with at least one, such as a newline")
@@ -84,12 +84,12 @@ def _decoded(chunks: Iterator[np.ndarray], tokenizer: Tokenizer, eos_ids: frozen
 
 
 def cut_at_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """The joined text up to the first stop string; an end that may yet become one is held back."""
+    """The joined text up to the first stop string; a suffix that may become one is held back."""
     held = ""
     for piece in pieces:
         held += piece
         first, pending = _first_stop(held, stop), len(held) - _length_of_possible_stop(held, stop)
-        if first <= pending:  # else a stop string that begins earlier may still become whole
+        if first <= pending:  # otherwise a stop string that begins earlier may still be completed
             if first:
                 yield held[:first]
             if first < len(held):
@@ -103,11 +103,11 @@ def cut_at_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int:
-    """Where the first stop string begins; the length of the text if it has none."""
+    """Index of the first stop string; the length of the text if there is none."""
     return min((place for place in (text.find(s) for s in stop) if place >= 0), default=len(text))
 
 
 def _length_of_possible_stop(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
+    """Length of the longest suffix of `text` that is a prefix of a stop string."""
     lengths = range(max(map(len, stop), default=1) - 1, 0, -1)
     return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop) and n <= len(text)), 0)

@@ -1,4 +1,4 @@
-"""Other people's formats, read and written."""
+"""Reading and writing third-party formats."""
 
 import lazy_loader
 

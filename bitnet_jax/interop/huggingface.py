@@ -1,6 +1,6 @@
-"""BitNet and Llama checkpoints in Hugging Face form -> (ModelConfig, variables).
+"""BitNet and Llama checkpoints in Hugging Face format -> (ModelConfig, variables).
 
-Forms (`quantization_config` of config.json):
+Storage forms (`quantization_config` of config.json):
 
 | linear_class | mode | stored for a projection | its output |
 |---|---|---|---|
@@ -9,9 +9,8 @@ Forms (`quantization_config` of config.json):
 | autobitlinear | offline | ternary T (packed or floats), `weight_scale` | int8(x) T^T **times** the scale |
 | bitlinear | offline | ternary T (packed), `weight_scale` | int8(x) T^T **divided by** the scale |
 
-Keys that quantization_config does not name mean what the library takes them for: bitlinear, offline.
-Tensors are [outputs, inputs] there as here, and rotary embedding pairs the halves of a head in both, so
-nothing is permuted.
+Absent keys of quantization_config have the library's defaults: bitlinear, offline. Both libraries store tensors as
+[outputs, inputs] and pair the two halves of a head in rotary embeddings, so nothing is permuted.
 """
 
 from __future__ import annotations
@@ -41,23 +40,23 @@ _EMBEDDING = "model.embed_tokens.weight"
 def load(
     folder: str | Path, *, packed: bool = True, dtype: str = "float32"
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Read a model folder: `config.json` and `model.safetensors` (or its shards and their index).
+    """Reads a model folder: `config.json` and `model.safetensors` (or its shards and their index).
 
     Args:
       folder: of a model with model_type "bitnet" or "llama".
-      packed: what offline (already ternary) projections become. True: PackedArrays in the collection
-        `packed`, with exactly the stored codes and scale. False: latent weights in `params`, so that training
-        can go on; their quantizer gives back the stored codes exactly and the scale to float32 rounding.
-        Plain and online checkpoints hold float weights, which become `params` in either case.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32, an exact cast of what is stored,
-        but for the embedding and head of a packed model, which stay in bfloat16 where they are stored so.
+      packed: how to load offline (already ternary) projections. True: as PackedArrays in the collection `packed`,
+        with exactly the stored codes and scale. False: as latent weights in `params`, for further training; they
+        quantize to exactly the stored codes, and to the scale up to float32 rounding. Float weights (plain and online
+        checkpoints) become `params` in either case.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters are cast (exactly) to float32, except that the
+        embedding and head of a packed model stay in bfloat16 if they are stored in it.
 
     Returns:
       the config and `{"params": ...}` or `{"params": ..., "packed": ...}` for `Transformer(config).apply`.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing.
-      ValueError: damaged files (StorageError), or a kind of model that is not supported.
+      ValueError: damaged files (StorageError), or an unsupported model.
     """
     folder = Path(folder)
     tensors = open_tensors(folder)
@@ -97,7 +96,7 @@ def load(
 
 
 def tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our parameter path -> (Hugging Face tensor name, shape of the unpacked tensor)."""
+    """Parameter path -> (Hugging Face tensor name, shape of the unpacked tensor)."""
     D, F, A = config.hidden_size, config.ffn_size, config.num_heads * config.head_size
     names: dict[str, tuple[str, tuple[int, ...]]] = {
         "embed/embedding": (_EMBEDDING, (config.vocab_size, D)),
@@ -122,10 +121,10 @@ def unpack_weight(packed: UInt8[np.ndarray, "rows k"]) -> Int8[np.ndarray, "n k"
     """Bytes of a Hugging Face ternary weight -> codes in {-1, 0, 1}, n = 4 rows.
 
     Byte [r, c] holds `code + 1` of the outputs r, r + rows, r + 2 rows, r + 3 rows of the input column c, two
-    bits each, the lowest bits first: rows are interleaved by quarter of the matrix.
+    bits each, lowest bits first: each byte combines one row from each quarter of the matrix.
 
     Raises:
-      ValueError: a byte holds the bit pair 3, which means nothing.
+      ValueError: a byte contains the invalid bit pair 3.
     """
     fields = np.concatenate([(packed >> (2 * i)) & 3 for i in range(_CODES_PER_BYTE)], axis=0)
     if (fields == 3).any():
@@ -139,7 +138,7 @@ def unpack_weight(packed: UInt8[np.ndarray, "rows k"]) -> Int8[np.ndarray, "n k"
 def pack_weight(weight: Float[Array, "n k"]) -> tuple[UInt8[np.ndarray, "n/4 k"], np.float32]:
     """A latent weight -> (its ternary codes in the layout of `unpack_weight`, mean abs of the weight).
 
-    The scale is what an autobitlinear checkpoint stores as `weight_scale` (bitlinear: its reciprocal).
+    An autobitlinear checkpoint stores this scale as `weight_scale` (bitlinear: its reciprocal).
 
     Raises:
       ValueError: the number of outputs is not a multiple of 4.
@@ -155,7 +154,7 @@ def pack_weight(weight: Float[Array, "n k"]) -> tuple[UInt8[np.ndarray, "n/4 k"]
 
 
 def _check_names(folder: Path, tensors: dict[str, np.ndarray], wanted: set[str], config: ModelConfig) -> None:
-    # Old Llama checkpoints store the rotary frequencies; they follow from rope_theta.
+    # Old Llama checkpoints store the rotary frequencies, which follow from rope_theta.
     found = {name for name in tensors if not name.endswith(".rotary_emb.inv_freq")}
     if config.tie_embeddings and {"lm_head.weight", _EMBEDDING} <= found:
         found.remove("lm_head.weight")
@@ -167,7 +166,7 @@ def _check_names(folder: Path, tensors: dict[str, np.ndarray], wanted: set[str],
     missing, extra = sorted(wanted - found), sorted(found - wanted)
     if missing or extra:
         raise ValueError(
-            f"{folder}: the tensors do not fit config.json: {len(missing)} missing"
+            f"{folder}: the tensors do not match config.json: {len(missing)} missing"
             + (f" (first {missing[0]})" if missing else "")
             + f", {len(extra)} unexpected"
             + (f" (first {extra[0]})" if extra else "")
@@ -176,7 +175,7 @@ def _check_names(folder: Path, tensors: dict[str, np.ndarray], wanted: set[str],
 
 
 def _float32(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The values cast up to float32, which is exact for every float dtype of these files."""
+    """The values cast to float32, which is exact for every float dtype of these files."""
     if tensor.dtype == np.uint8 or tensor.shape != shape:
         raise ValueError(
             f"got {tensor.dtype}{list(tensor.shape)}, expected floats {list(shape)}; "
@@ -189,7 +188,7 @@ def _float32(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _codes(tensor: np.ndarray, shape: tuple[int, ...], form: Form) -> np.ndarray:
-    """int8 codes [n, k] from packed bytes [n/4, k] or, as the library saves a loaded model, floats [n, k]."""
+    """int8 codes [n, k] from packed bytes [n/4, k] or from floats [n, k], as the library saves a loaded model."""
     n, k = shape
     if tensor.dtype == np.uint8 and tensor.shape == (n / _CODES_PER_BYTE, k):
         return unpack_weight(tensor)
@@ -213,7 +212,7 @@ def _scale(tensor: np.ndarray, form: Form) -> np.float32:
     if tensor.size != 1:
         raise ValueError(f"weight_scale has shape {list(tensor.shape)}, expected one value")
     value = _float32(tensor, tensor.shape).reshape(())
-    # The reciprocal of a smaller number overflows float32; no real scale is near.
+    # The reciprocal of a smaller number overflows float32; real scales are far larger.
     if not value > 1e-37:
         raise ValueError(f"weight_scale is {value}, expected a positive number")
     return np.float32(value if form.scale_multiplies else 1 / value)
@@ -224,9 +223,9 @@ def _packed_array(codes: np.ndarray, scale: np.float32) -> PackedArray:
 
 
 def _latent(codes: np.ndarray, scale: np.float32) -> np.ndarray:
-    """Float weights W = T scale / f, with f the share of non-zero codes, so that mean abs W = scale.
+    """Float weights W = T scale / f, with f the fraction of nonzero codes, so that mean abs W = scale.
 
-    Ternary absmean then divides by `scale` and rounds T / f, |T / f| >= 1, clipped: T again.
+    Ternary absmean divides W by `scale`, then rounds and clips T / f, which gives T since 1 / f >= 1.
     """
     share = np.count_nonzero(codes) / codes.size
     if share and scale < SMALLEST_SCALE:

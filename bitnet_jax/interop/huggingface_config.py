@@ -1,4 +1,4 @@
-"""config.json of a BitNet or Llama checkpoint -> ModelConfig, and the form its projections are stored in."""
+"""config.json of a BitNet or Llama checkpoint -> ModelConfig, and how its projections are stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from bitnet_jax.models import ModelConfig
 
-# What the library's config classes take an absent key for.
+# The defaults of the library's config classes.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "bitnet": {
         "vocab_size": 128_256,
@@ -55,15 +55,15 @@ class Form:
 
 
 def read_config(content: dict[str, Any], tensor_count: int, dtype: str) -> tuple[ModelConfig, Form]:
-    """The model that config.json describes.
+    """The model described by config.json.
 
     Args:
       content: the parsed config.json.
-      tensor_count: tensors in the folder; more layers than that cannot be, whatever config.json says.
+      tensor_count: tensors in the folder, an upper bound on the number of layers.
       dtype: compute dtype.
 
     Raises:
-      ValueError: an unsupported kind of model, or values out of range.
+      ValueError: an unsupported model, or values out of range.
     """
     model_type = content.get("model_type", "bitnet")
     if not isinstance(model_type, str) or model_type not in _DEFAULTS:
@@ -123,18 +123,18 @@ def module_name(path: str) -> str:
 
 
 def _rules(config: ModelConfig, form: Form) -> str | tuple[tuple[str, str], ...]:
-    """Ternary projections with int8 activations; the head and what is not converted stay float."""
+    """Ternary projections with int8 activations; the head and unconverted modules stay float."""
     names = {path: module_name(path) for path in config.linear_shapes() if path != "lm_head"}
     floats: set[str] = set()
     for entry in form.not_converted:
-        # The library's test is "starts with, matches as a regular expression, or ends with"; older versions
-        # looked for the text anywhere in the name. Only entries on which these agree are accepted.
+        # The library tests "starts with, matches as a regular expression, or ends with"; older versions tested
+        # for a substring. Only entries on which all of these agree are accepted.
         matched = {p for p, name in names.items() if name.startswith(entry) or name.endswith(entry)}
         anywhere = {p for p, name in names.items() if entry in name}
         if re.search(r"[^\w.]", entry) or matched != anywhere:
             raise ValueError(
-                f"config.json: modules_to_not_convert holds {entry!r}, which library versions read "
-                "differently; write whole module names, such as model.layers.0.mlp.down_proj"
+                f"config.json: modules_to_not_convert holds {entry!r}, which library versions interpret "
+                "differently; write full module names, such as model.layers.0.mlp.down_proj"
             )
         floats |= matched
     if not floats:
@@ -146,7 +146,7 @@ def _rules(config: ModelConfig, form: Form) -> str | tuple[tuple[str, str], ...]
 
 
 def _form(content: Any) -> Form:
-    """The quantization_config; the defaults are those of the library's class."""
+    """The parsed quantization_config, with the library's defaults."""
     if content is None:
         return Form()
     if not isinstance(content, dict):
@@ -191,7 +191,7 @@ def _form(content: Any) -> Form:
 
 
 def _rope_theta(content: dict[str, Any], default: float) -> float:
-    """The base, spelled `rope_theta` or inside `rope_parameters` (older: `rope_scaling`) beside a type."""
+    """The rotary base: `rope_theta`, at the top level or inside `rope_parameters` (older: `rope_scaling`)."""
     found = {}
     if "rope_theta" in content:
         found["rope_theta"] = _positive(content.get, "rope_theta")
@@ -211,7 +211,7 @@ def _rope_theta(content: dict[str, Any], default: float) -> float:
         if "rope_theta" in parameters:
             found[key] = _positive(parameters.get, "rope_theta")
     if len(set(found.values())) > 1:
-        raise ValueError(f"config.json: rope_theta is given twice and differs: {found}")
+        raise ValueError(f"config.json: rope_theta is given more than once, with different values: {found}")
     return next(iter(found.values()), default)
 
 

@@ -1,4 +1,4 @@
-"""A model folder of other people: its JSON and its safetensors, one file or shards with an index.
+"""Third-party model folders: JSON files, and safetensors in one file or in shards with an index.
 
 Only `*.json` and `*.safetensors` are ever opened; pickled weights (`*.bin`, `*.pt`) are refused.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from bitnet_jax.packed.tensor_file import StorageError, parse_json
 from bitnet_jax.packed.tensor_file import read as read_tensors
 
-_JSON_LIMIT = 1 << 26  # 64 MiB: far above any config or index, far below what would hurt
+_JSON_LIMIT = 1 << 26  # 64 MiB: far more than any real config or index
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      StorageError: too large, not UTF-8, not JSON, a name twice, or not an object.
+      StorageError: too large, not UTF-8, not JSON, a repeated key, or not an object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face model folder")
@@ -31,12 +31,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+    """Every tensor of `model.safetensors`, or of the shards listed in `model.safetensors.index.json`.
 
-    Returns: read-only views of memory maps; no value has been read yet.
+    Returns: read-only views of memory maps; no values are read yet.
 
     Raises:
-      FileNotFoundError: the folder holds neither.
+      FileNotFoundError: the folder contains neither.
       StorageError: a file is damaged, or the index and the shards disagree.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -51,7 +51,7 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     if not isinstance(shard_of, dict) or not shard_of:
         raise StorageError(f"{index}: weight_map is missing or empty, expected tensor name -> file name")
     for name, file in shard_of.items():
-        # A plain file name only: an index must not reach outside its folder.
+        # Only plain file names: an index must not refer to files outside its folder.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise StorageError(f"{index}: {name} is in {file!r}, expected the name of a .safetensors file")
         if not (folder / file).is_file():

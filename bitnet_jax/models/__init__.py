@@ -1,4 +1,4 @@
-"""Models, each one definition for training and for packed inference."""
+"""Models: one definition each for training and packed inference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
     "text_config",
 ]
 
-# What the field `architecture` of a run's model section, or of a packed model's config.json, may say.
+# The values of the field `architecture` in the model section of a run or the config.json of a packed model.
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "transformer": ModelConfig,
     "mlp": BinaryMLPConfig,
@@ -45,12 +45,12 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
 
 
 def init_variables(config: Architecture, key: PRNGKeyArray) -> dict[str, Any]:
-    """Random parameters, and what else the model keeps in its first state, such as batch statistics."""
+    """Randomly initialized variables: parameters and any other collections, such as batch statistics."""
     return dict(config.module().init(key, config.example_input()))
 
 
 def config_kind(fields: Mapping[str, Any]) -> type[Architecture]:
-    """The config class that the field `architecture` names; without one it is a transformer.
+    """The config class named by the field `architecture` (default "transformer").
 
     Raises:
       ValueError: an unknown architecture.
@@ -62,39 +62,39 @@ def config_kind(fields: Mapping[str, Any]) -> type[Architecture]:
 
 
 def model_config(fields: Mapping[str, Any]) -> Architecture:
-    """The config of the kind that `architecture` names, from its other fields.
+    """The config of the class named by `architecture`, from the other fields.
 
     Raises:
-      ValueError: an unknown architecture, or an unknown, missing or wrong field.
+      ValueError: an unknown architecture, or an unknown, missing or invalid field.
     """
     kind = config_kind(fields)
     return kind.from_dict({name: value for name, value in fields.items() if name != "architecture"})
 
 
 def text_config(config: Architecture) -> ModelConfig:
-    """The config itself, which must be that of a Transformer on text.
+    """The config itself, checked to be that of a text Transformer.
 
     Raises:
-      ValueError: it is that of a model of images.
+      ValueError: it belongs to an image model.
     """
     if type(config) is not ModelConfig:
         raise ValueError(
-            f"got a model of images ({config_fields(config)['architecture']}), expected a Transformer that reads text; "
-            "`bitnet-jax predict` and `eval` take models of images"
+            f"got an image model ({config_fields(config)['architecture']}), expected a Transformer that reads text; "
+            "`bitnet-jax predict` and `eval` accept image models"
         )
     return config
 
 
 def config_fields(config: Architecture) -> dict[str, Any]:
-    """The inverse of `model_config`: `architecture` and the fields of the config, plain values for JSON.
+    """The inverse of `model_config`: `architecture` and the fields of the config, as plain JSON values.
 
     Raises:
-      ValueError: the class of the config has no name in ARCHITECTURES.
+      ValueError: the config class is not in ARCHITECTURES.
     """
     names = {kind: name for name, kind in ARCHITECTURES.items()}
     if type(config) not in names:
         raise ValueError(
-            f"got a {type(config).__name__}, which has no name that a file could hold; "
-            "add one to bitnet_jax.models.ARCHITECTURES"
+            f"got a {type(config).__name__}, expected a config class with a registered name; "
+            "add it to bitnet_jax.models.ARCHITECTURES"
         )
     return {"architecture": names[type(config)], **config.to_dict()}

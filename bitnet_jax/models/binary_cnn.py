@@ -1,11 +1,11 @@
-"""The convolutional network of XNOR-Net and Bi-Real Net, small.
+"""A small convolutional network in the style of XNOR-Net and Bi-Real Net.
 
     conv_0 -> stages of binary convolutions -> mean over the pixels -> classifier
 
-A convolution reads clipped inputs and is followed by batch norm; the last one of a stage is pooled in between, where
-its sums are still whole numbers and not signs (XNOR-Net's order: pooling signs would nearly always give +1). With
-`shortcut` every convolution but the first is added to what it read (Bi-Real Net, 1808.00278): the real-valued sums
-flow on beside the signs. A shortcut that meets more channels repeats its own, one that meets pooling averages.
+A convolution reads clipped inputs and is followed by batch norm. The last one of a stage is max-pooled before the
+norm, while its outputs are still integer sums (XNOR-Net's order: max-pooling signs would nearly always give +1). With
+`shortcut`, the input of every convolution but the first is added to its output (Bi-Real Net, 1808.00278), so that
+real-valued sums bypass the signs. A shortcut is tiled where the channels grow and average-pooled where a stage ends.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from bitnet_jax.quantization.recipes import Recipe, Rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BinaryCNNConfig(Architecture):
-    """`widths` are the channels of conv_0 and of each stage; stage s has conv_s_0 ... of 3 x 3 pixels.
+    """`widths` are the channels of conv_0 and of each stage; stage s has 3 x 3 convolutions conv_s_0, conv_s_1, ...
 
     Raises:
-      ValueError: an unknown choice, a size that is no positive integer, an image that is pooled away, or a
+      ValueError: an unknown choice, a size that is not a positive integer, an image too small for the stages, or a
         shortcut between widths that do not divide each other.
     """
 
@@ -38,12 +38,12 @@ class BinaryCNNConfig(Architecture):
     channels: int = 1
     num_classes: int
     widths: tuple[int, ...] = (16, 32, 64)
-    convolutions: int = 1  # of a stage
+    convolutions: int = 1  # per stage
     shortcut: bool = False
     activation: str = "hardtanh"
     init_std: float = 0.05
     precision: Rules = "xnor"
-    first: Recipe = "float32"  # of conv_0: its input are pixels
+    first: Recipe = "float32"  # of conv_0, whose input is pixels
     last: Recipe = "float32"  # of the classifier
     ternary_format: str = "ternary2"
 
@@ -62,7 +62,7 @@ class BinaryCNNConfig(Architecture):
         if self.image_size < 2 ** (len(widths) - 1):
             raise ValueError(
                 f"model.image_size: got {self.image_size}, expected at least {2 ** (len(widths) - 1)} "
-                f"for {len(widths) - 1} stages, each of which halves it"
+                f"for {len(widths) - 1} stages, which halve it each"
             )
         object.__setattr__(self, "widths", widths)
         for name in ("precision", "first", "last"):
@@ -88,13 +88,13 @@ class BinaryCNNConfig(Architecture):
 
 
 def pooled(x: Float[Array, "B height width C"], kind: str) -> Float[Array, "B height/2 width/2 C"]:
-    """The largest ("max") or the mean of each 2 x 2 pixels; an odd last row or column is left out."""
+    """2 x 2 pooling by "max" or "mean"; an odd last row or column is dropped."""
     B, height, width, C = x.shape
-    whole = x[:, : height // 2 * 2, : width // 2 * 2]
-    squares = whole.reshape(B, height // 2, 2, width // 2, 2, C)
+    even = x[:, : height // 2 * 2, : width // 2 * 2]
+    squares = even.reshape(B, height // 2, 2, width // 2, 2, C)
     if kind == "mean":
         return squares.mean(axis=(2, 4))
-    # The maximum alone forgets NaN, see bitnet_kernels.reference.absmax.
+    # The maximum alone may drop NaN, see bitnet_kernels.reference.absmax.
     return jnp.where(jnp.isnan(squares).any(axis=(2, 4)), jnp.nan, squares.max(axis=(2, 4)))
 
 
@@ -125,8 +125,8 @@ class BinaryCNN(nn.Module):
                 pools = i == config.convolutions - 1
                 y = convolution(f"conv_{stage}_{i}", activation(x), pools)
                 if config.shortcut:
-                    kept = pooled(x, "mean") if pools else x
-                    y = y + jnp.tile(kept, (1, 1, 1, y.shape[-1] // kept.shape[-1]))
+                    shortcut = pooled(x, "mean") if pools else x
+                    y = y + jnp.tile(shortcut, (1, 1, 1, y.shape[-1] // shortcut.shape[-1]))
                 x = y
         hidden = jnp.mean(activation(x), axis=(1, 2))
         head = BitLinear(

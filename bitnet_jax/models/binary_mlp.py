@@ -1,7 +1,7 @@
-"""The multilayer perceptron of the first binary networks: product, norm, clipping, and again.
+"""The multilayer perceptron of the first binary networks.
 
-BinaryConnect (1511.00363) binarizes its weights, BNN (1602.02830) what is multiplied by them too. Which of them a
-model is, its recipe says; the layout here is the same, so that precisions can be compared.
+BinaryConnect (1511.00363) binarizes the weights, BNN (1602.02830) the activations too. The recipe selects between
+them; the layout is the same, so that precisions can be compared.
 
     norm="batch"     x -> quantize -> product -> batch norm -> activation      BinaryConnect, BNN
     norm="rmsnorm"   x -> norm without gain -> quantize -> product -> activation      BitNetMCU
@@ -25,7 +25,7 @@ from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.norms import Norm
 from bitnet_jax.quantization.recipes import Recipe, Rules
 
-# hardtanh leaves the sign that follows it, and its gradient in a window of +-1, as they are. With "none" the
+# hardtanh does not change the sign taken after it, nor its straight-through gradient within +-1. With "none" the
 # quantizer is the only nonlinearity.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "hardtanh": jax.nn.hard_tanh,
@@ -40,7 +40,7 @@ class BinaryMLPConfig(Architecture):
     """Layers dense_0 ... dense_{num_layers - 1} of hidden_size units, then `classifier`.
 
     Raises:
-      ValueError: a field holds an unknown choice or no positive integer.
+      ValueError: a field is an unknown choice or not a positive integer.
     """
 
     image_size: int  # rows and columns of pixels
@@ -52,7 +52,7 @@ class BinaryMLPConfig(Architecture):
     activation: str = "hardtanh"
     init_std: float = 0.05
     precision: Rules = "bnn"
-    first: Recipe = "float32"  # of dense_0: its input are pixels
+    first: Recipe = "float32"  # of dense_0, whose input is pixels
     last: Recipe = "float32"  # of the classifier
     ternary_format: str = "ternary2"
 

@@ -1,7 +1,7 @@
 """Named model sizes.
 
 The sizes 125m ... 100b are the dummy models of bitnet.cpp (2410.16144); `2b4t` is BitNet b1.58 2B-4T
-(2504.12285 and its released checkpoint); `tiny` is for tests and first steps.
+(2504.12285 and its released checkpoint); `tiny` is for tests and demos.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The one Transformer: a decoder language model or an encoder classifier, latent or packed.
+"""The Transformer: a decoder language model or an encoder classifier, latent or packed.
 
-The same module trains (collection `params` alone: latent weights, fake quantization) and infers
-(collection `packed` beside it: packed weights, integer kernels). State is explicit: a `Cache` goes in and
-a new one comes out.
+The same module is used for training (only the collection `params`: latent weights, fake quantization) and for
+inference (with the collection `packed`: packed weights, integer kernels). State is explicit: a call takes a `Cache`
+and returns the updated one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bitnet_jax.quantization.precision import Precision
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(TransformerShape):
-    """The config of a Transformer; all its fields are those of TransformerShape."""
+    """The config of a Transformer; see TransformerShape for its fields."""
 
     def module(self) -> nn.Module:
         return Transformer(self)
@@ -38,8 +38,8 @@ class ModelConfig(TransformerShape):
 
 @flax.struct.dataclass
 class Cache:
-    """What generation remembers. S is the room for positions, `length` how many are written: one number for all
-    rows, or [B]. What lies behind is not valid, and the next tokens overwrite it."""
+    """The state of generation. S is the number of positions allocated, `length` the number written: a scalar for all
+    rows, or [B]. Positions from `length` on are not valid and are overwritten by the next tokens."""
 
     layers: tuple[KVCache | LinearState, ...]
     valid: Bool[Array, "B S"]  # True where a real token (not padding) was written
@@ -49,7 +49,7 @@ class Cache:
 @flax.struct.dataclass
 class Output:
     logits: Float[Array, "B T V"] | Float[Array, "B C"]  # float32; [B, C] for a classifier
-    hidden: Float[Array, "B T D"]  # behind the final norm: what the head multiplies
+    hidden: Float[Array, "B T D"]  # after the final norm: the input of the head
     cache: Cache | None = None
 
 
@@ -111,7 +111,7 @@ def blocks(
     progress: Float[Array, ""] | float,
     deterministic: bool,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-    """All blocks and the final norm, as submodules of the module that calls; the state of each block's cache."""
+    """All blocks and the final norm, as submodules of the calling module; also returns the new cache of each block."""
     block = nn.remat(Block) if config.remat and cache is None else Block
     precisions = config.precisions()
     layers: list[Any] = []
@@ -168,10 +168,10 @@ class Transformer(nn.Module):
           tokens: ids in [0, vocab_size).
           positions: of the tokens; default: real tokens counted from 0, so left padding does not shift them.
           mask: True for real tokens, False for padding; default all real.
-          cache: continue after what it holds; the tokens must fit into its room (the caller's duty).
-          progress: share of training done, in [0, 1]; only annealed gradient estimators look at it.
-          deterministic: False switches dropout on (needs an rng named "dropout").
-          read: logits and hidden of a language model for this token of each row alone, T = 1 there.
+          cache: continue after its contents; the caller must make sure that the tokens fit.
+          progress: fraction of training done, in [0, 1]; only used by annealed gradient estimators.
+          deterministic: False enables dropout (needs an rng named "dropout").
+          read: return logits and hidden of a language model for this token of each row only (T = 1 in the output).
         """
         config, (B, T) = self.config, tokens.shape
         if mask is None:

@@ -1,4 +1,4 @@
-"""An image as a sequence of patches for the blocks of the Transformer (ViT, 2010.11929), classified by their mean."""
+"""A vision transformer (ViT, 2010.11929): the Transformer's blocks over image patches, with mean pooling."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from bitnet_jax.quantization.recipes import Recipe, Rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionTransformerConfig(ModelConfig):
-    """The fields of ModelConfig that speak of blocks, and the image. Those of tokens keep their defaults.
+    """The image and the block fields of ModelConfig. Its token fields keep their defaults.
 
     Linear layers are those of the blocks, `patch_embed` [D, patch_size^2 channels] and `classifier`.
 
     Raises:
-      ValueError: a field holds an unknown choice, or sizes that do not fit each other.
+      ValueError: a field is an unknown choice, or sizes are inconsistent.
     """
 
     image_size: int
     channels: int = 1
     patch_size: int
-    first: Recipe = "float32"  # of patch_embed: its input are pixels
+    first: Recipe = "float32"  # of patch_embed, whose input is pixels
 
     vocab_size: int = 1
     max_length: int = 1  # set to the number of patches

@@ -1,4 +1,4 @@
-"""Latent weights to packed ones, the proof that they agree, and packed models on disk."""
+"""Packing latent weights, proving that the packed model is equal, and storing packed models."""
 
 import lazy_loader
 

@@ -1,14 +1,14 @@
-"""From latent weights to packed ones.
+"""Packing latent weights.
 
-    check_packable  refuses a config whose layers could not be packed, before anything is trained
-    pack        quantizes each latent weight as its layer would, packs the codes, drops the latent
-    with_head   the packed model with another output head, made from its table
-    abstract    the variables of a packed model as shapes
-    sizes       what the packed model weighs, part by part
+    check_packable  refuses a config whose layers cannot be packed, before training
+    pack            quantizes each latent weight as its layer does, packs the codes, drops the latent weight
+    with_head       the packed model with another output head, made from its table
+    abstract        the variables of a packed model as shapes
+    sizes           bytes of the packed model, by part
 
-A packed model is {"params": what stays float, "packed": path -> {"weight": PackedArray}}, the variables that
-`Transformer.apply` takes in place of {"params": ...}. Models with batch norm keep its statistics beside both, in
-{"batch_stats": ...}. That it is the latent model is shown by proof.prove.
+A packed model is {"params": float parameters, "packed": path -> {"weight": PackedArray}}, which `Transformer.apply`
+accepts in place of {"params": ...}; models with batch norm also have {"batch_stats": ...}. proof.prove checks that it
+is equal to the latent model.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ TABLES = ("embed/embedding", "position_embed/embedding", "lm_head/weight")
 
 
 class PackingError(ValueError):
-    """A weight cannot be packed, or a packed model is not the model it was packed from."""
+    """A weight cannot be packed, or a packed model differs from the model it was packed from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model; `quantized_bfloat16` is what the packed matrices would take in bfloat16."""
+    """Bytes of a model; `quantized_bfloat16` is the size of the packed matrices if stored in bfloat16."""
 
     packed: int
-    embeddings: int  # and the float head, where it is a table of its own
+    embeddings: int  # including an untied float head
     other: int
     quantized_bfloat16: int
 
@@ -56,33 +56,31 @@ class Sizes:
 
     @property
     def packed_ratio(self) -> float:
-        """Packed bytes of the quantized matrices over their bfloat16 bytes; NaN where nothing is packed."""
+        """Packed bytes of the quantized matrices over their bfloat16 bytes; NaN if nothing is packed."""
         return self.packed / self.quantized_bfloat16 if self.quantized_bfloat16 else float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A linear layer as packing sees it."""
+    """A linear layer to be packed."""
 
     precision: Precision
     shape: tuple[int, int]
     format: str | None  # of its packed codes; None: it keeps its latent weights
     latent: str  # path of the latent weights
-    rounded_to: str = (
-        "float32"  # what they are rounded to before they are quantized: a table that is also looked up
-    )
+    rounded_to: str = "float32"  # dtype they are rounded to first: embedding_dtype for an integer head
 
 
 def layers(config: Architecture | Precisions, flat: Mapping[str, Any] | None = None) -> dict[str, Layer]:
     """Every linear layer by its path.
 
     Args:
-      config: of a model; or the Precision of each linear layer by path (nn.linear.precisions_of reads them off any
-        module), whose weights are [outputs, inputs] at `<path>/weight`.
+      config: of a model; or the Precision of each linear layer by path (nn.linear.precisions_of collects them from
+        any module), with weights [outputs, inputs] at `<path>/weight`.
       flat: path -> parameter, for the shapes of a model without a config.
 
     Raises:
-      PackingError: no matrix where a path says one is.
+      PackingError: there is no matrix at one of the paths.
     """
     if isinstance(config, Mapping):
         flat = flat or {}
@@ -107,10 +105,10 @@ def layers(config: Architecture | Precisions, flat: Mapping[str, Any] | None = N
 
 
 def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
-    """Packs every linear layer whose Precision has a packed form; the others keep their latent weights.
+    """Packs every linear layer whose Precision has a packed format; the others keep their latent weights.
 
-    Embeddings and a float head of a Transformer are stored in config.embedding_dtype, the rounding their forward
-    pass does anyway.
+    Embeddings and a float head of a Transformer are stored in config.embedding_dtype, to which their forward pass
+    rounds them anyway.
 
     Args:
       params: latent parameters, nested or flat dicts of a flax module.
@@ -119,7 +117,7 @@ def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
     Returns: {"params": ..., "packed": ...}.
 
     Raises:
-      PackingError: a weight is missing, has the wrong shape or holds NaN, or its packed form cannot hold its
+      PackingError: a weight is missing, has the wrong shape or contains NaN, or its packed format cannot hold its
         codes or scales. The message names the path.
     """
     flat = flatten_dict(dict(params), sep="/")
@@ -147,11 +145,11 @@ def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
 
 
 def check_packable(config: Architecture) -> None:
-    """Whether `pack` could store the scales and inputs of every linear layer, known from shapes alone.
+    """Checks, from shapes alone, that `pack` can store the scales and inputs of every linear layer.
 
     Raises:
-      PackingError: a group size that does not divide the inputs of a layer or is no multiple of 32, or more inputs
-        to a scale than its format can add up.
+      PackingError: a group size that does not divide the inputs of a layer or is not a multiple of 32, or more inputs
+        per scale than its format can accumulate.
     """
     for path, layer in layers(config).items():
         _check_packable(path, layer)
@@ -173,7 +171,7 @@ def _check_packable(path: str, layer: Layer) -> None:
         raise PackingError(f"{path}: granularity={granularity!r} cannot be packed: {error}") from error
     if size > (most := FORMATS[layer.format].max_inputs):
         raise PackingError(
-            f"{path}: got {size} inputs to a scale, expected at most {most} in the format {layer.format}; choose "
+            f"{path}: got {size} inputs per scale, expected at most {most} in the format {layer.format}; choose "
             "a smaller granularity"
         )
 
@@ -182,8 +180,8 @@ def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[Mod
     """A packed model with another head ("float", "int8" or "int4"), made from its table; the rest is shared.
 
     Raises:
-      PackingError: the table is gone: it was not tied, and packing kept its codes alone.
-      ValueError: ModelConfig cannot have this head.
+      PackingError: the table is not available: it was not tied, and packing kept only its codes.
+      ValueError: ModelConfig does not allow this head.
     """
     changed = dataclasses.replace(config, head=head)
     params, packed = dict(variables["params"]), dict(variables.get("packed", {}))
@@ -191,7 +189,7 @@ def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[Mod
         return config, {**variables, "params": params, "packed": packed}
     if not config.tie_embeddings and config.head != "float":
         raise PackingError(
-            f"lm_head/weight: got {config.head} codes, expected the table itself; pack the latent model again"
+            f"lm_head/weight: got {config.head} codes, expected the float table; pack the latent model again"
         )
     packed.pop("lm_head", None)
     if head != "float":
@@ -202,7 +200,7 @@ def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[Mod
 
 
 def for_this_platform(variables: Variables) -> dict[str, Any]:
-    """Packed matrices in the layout of the kernels at hand; on a CPU they stay as they are."""
+    """Converts packed matrices to the layout of this platform's kernels; on a CPU they are unchanged."""
     return jax.tree.map(
         lambda leaf: for_platform(leaf) if isinstance(leaf, PackedArray) else leaf,
         dict(variables),
@@ -214,20 +212,19 @@ def for_this_platform(variables: Variables) -> dict[str, Any]:
 def abstract(config: Architecture) -> dict[str, Any]:
     """The variables of a packed model, batch statistics included, as shapes and dtypes; nothing is computed.
 
-    Layers of a Transformer with the same precisions have the same shapes, so one of each kind is traced, however
-    deep the model.
+    Layers of a Transformer with the same precisions have the same shapes, so one of each kind is traced, whatever
+    the depth.
     """
     if not isinstance(config, ModelConfig):
         return _trace(config)
-    kinds: dict[
-        tuple[tuple[str, Precision], ...], int
-    ] = {}  # a layer's precisions -> its place in the traced model
+    # Precisions of a layer -> its index in the traced model.
+    kinds: dict[tuple[tuple[str, Precision], ...], int] = {}
     kind_of = [kinds.setdefault(layer, len(kinds)) for layer in _layer_precisions(config)]
-    float_head = dataclasses.replace(config, head="float")  # another one comes by `head`, not by a rule
+    float_head = dataclasses.replace(config, head="float")  # other heads are set by `head`, not by a rule
     heads = [
         (path, value)
         for path, value in float_head.precisions().items()
-        if not path.startswith("layers_") and path != "patch_embed"  # which has a field, `first`
+        if not path.startswith("layers_") and path != "patch_embed"  # set by the field `first`
     ]
     rules = [(f"layers_{i}/{path}", value) for layer, i in kinds.items() for path, value in layer]
     traced = _trace(dataclasses.replace(config, num_layers=len(kinds), precision=(*rules, *heads)))
@@ -237,8 +234,7 @@ def abstract(config: Architecture) -> dict[str, Any]:
         layers = {
             f"layers_{i}": variables[f"layers_{kind}"]
             for i, kind in enumerate(kind_of)
-            if f"layers_{kind}"
-            in variables  # a collection has no entry for a layer without any of its arrays
+            if f"layers_{kind}" in variables  # a layer may have no arrays in a collection
         }
         return outside | layers
 
@@ -269,16 +265,16 @@ def _quantize_jitted(precision: Precision, weight: Array, scale: Array | None) -
 
 
 def latent_path(config: Architecture, path: str) -> str:
-    """Where the latent weights of the linear layer at `path` are."""
+    """The path of the latent weights of the linear layer at `path`."""
     tied = isinstance(config, ModelConfig) and path == "lm_head" and config.tie_embeddings
     return "embed/embedding" if tied else f"{path}/weight"
 
 
 def quantize(path: str, layer: Layer, flat: Mapping[str, Any]) -> Quantized:
-    """Codes and scale as the latent layer computes them: the same function, also compiled.
+    """Codes and scale as the latent layer computes them: by the same function, also jitted.
 
     Raises:
-      PackingError: the quantizer refuses its weights.
+      PackingError: the quantizer rejects the weights.
     """
     weight = rounded(flat[layer.latent], layer.rounded_to)
     try:
@@ -291,12 +287,14 @@ def _pack_one(path: str, quantized: Quantized, format: str) -> PackedArray:
     values = FORMATS[format].values
     concrete = not isinstance(quantized.codes, jax.core.Tracer)
     if concrete and not np.isfinite(np.asarray(quantized.scale)).all():
-        raise PackingError(f"{path}: the weights or scales hold NaN or infinity; pack an earlier checkpoint")
-    # Looked at as floats: a cast to int8 would turn NaN or 0.5 into a code.
+        raise PackingError(
+            f"{path}: the weights or scales contain NaN or infinity; pack an earlier checkpoint"
+        )
+    # Checked as floats: a cast to int8 would turn NaN or 0.5 into a code.
     if concrete and not np.isin(np.asarray(quantized.codes), values).all():
         raise PackingError(
-            f"{path}: the quantizer gave codes {np.unique(np.asarray(quantized.codes))[:5]}, "
-            f"the format {format} holds only {list(values)}"
+            f"{path}: got codes {np.unique(np.asarray(quantized.codes))[:5]} from the quantizer, "
+            f"expected only {list(values)} in the format {format}"
         )
     try:
         packed = pack_codes(quantized.codes.astype(jnp.int8), quantized.scale, format)
@@ -308,7 +306,7 @@ def _pack_one(path: str, quantized: Quantized, format: str) -> PackedArray:
 
 
 def check_codes(path: str, packed: PackedArray, quantized: Quantized) -> None:
-    """Raises PackingError unless a packed matrix holds exactly these codes and scales."""
+    """Raises PackingError unless a packed matrix has exactly these codes and scales."""
     codes, expected = np.asarray(unpack(packed)), np.asarray(quantized.codes)
     if codes.shape != expected.shape:
         raise PackingError(f"{path}: the packed matrix is {codes.shape}, the latent one {expected.shape}")
@@ -323,7 +321,7 @@ def check_codes(path: str, packed: PackedArray, quantized: Quantized) -> None:
 
 
 def sizes(variables: Variables) -> Sizes:
-    """Bytes by part of a packed, a latent (nothing packed) or an `abstract` model; statistics count as other."""
+    """Bytes by part of a packed, latent or `abstract` model; batch statistics count as other."""
     flat = flatten_dict(dict(variables["params"]), sep="/")
     nbytes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in flat.items()}
     statistics = jax.tree.leaves(variables.get("batch_stats", {}))

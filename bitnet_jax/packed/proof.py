@@ -1,4 +1,4 @@
-"""The proof that a packed model is the latent one: same codes, same logits, same greedy text."""
+"""The proof that a packed model equals the latent one: same codes, same logits, same greedy tokens."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from bitnet_jax.packed.packing import (
     quantize,
 )
 
-LOGIT_TOLERANCE = 1e-5  # relative to the largest logit; both sides do the same float32 work after exact sums
+LOGIT_TOLERANCE = 1e-5  # relative to the largest logit; both do the same float32 operations after exact sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """What `prove` found; it is only ever returned when everything held."""
+    """The result of `prove`, which is only returned if all checks passed."""
 
-    matrices: int  # packed matrices, each unpacked again to identical codes
+    matrices: int  # packed matrices, each of which unpacked to identical codes
     max_relative_logit_error: float  # max |difference| / max |latent logit|
     logits: int  # compared
     tokens_identical: int  # greedy tokens, all of them identical
@@ -49,29 +49,29 @@ def prove(
     new_tokens: int = 0,
     tolerance: float = LOGIT_TOLERANCE,
 ) -> Proof:
-    """Proves that `packed` is the model `latent`, or raises.
+    """Proves that `packed` equals `latent`, or raises.
 
     Args:
-      model: its config; or any flax module with BitLinear layers, which returns logits or something with the
-        field `logits`.
+      model: its config; or any flax module with BitLinear layers that returns logits or an object with the field
+        `logits`.
       latent: {"params": latent parameters}, and "batch_stats" if the model has them.
       packed: {"params": ..., "packed": ...}, made by `pack` or loaded from a file, and the same "batch_stats".
       inputs, mask: prompts for the model, padded on the left, or images; their logits are compared.
-      precisions: of a module, the Precision of each linear layer by path, as handed to `pack`; a config knows them.
+      precisions: for a module, the Precision of each linear layer by path, as passed to `pack`; None for a config.
       greedy: (config, variables, tokens, mask, n) -> n greedy tokens [B, n], in practice
-        `inference.generation.greedy`; handed in, so that packing knows nothing of generation.
-      new_tokens: tokens to continue *each* prompt by.
+        `inference.generation.greedy`; an argument, so that packing does not depend on generation.
+      new_tokens: tokens to generate for *each* prompt.
       tolerance: on the largest difference of logits, relative to the largest logit.
 
     Raises:
       PackingError: with the first path, position or token at which the two differ.
-      ValueError: new_tokens without a way to generate them, or precisions missing or beside a config.
+      ValueError: new_tokens without `greedy`, a module without precisions, or a config with them.
     """
     if new_tokens and greedy is None:
         raise ValueError(f"new_tokens={new_tokens} needs greedy=inference.generation.greedy")
     is_config = isinstance(model, Architecture)
     if is_config == (precisions is not None):
-        got = "precisions beside a config" if is_config else "a module without precisions"
+        got = "a config and precisions" if is_config else "a module without precisions"
         raise ValueError(f"got {got}, expected a config, or a module and the precisions of its linear layers")
     described: Any = model if precisions is None else precisions
     module: Any = model.module() if isinstance(model, Architecture) else model
@@ -82,7 +82,7 @@ def prove(
         ours = np.asarray(greedy(model, packed, inputs, mask, new_tokens))
         theirs = np.asarray(greedy(model, latent, inputs, mask, new_tokens))
         if (ours != theirs).any():
-            # By time first: later differences of a row follow from its first one.
+            # Ordered by position: later differences in a row follow from its first one.
             position, row = np.argwhere((ours != theirs).T)[0]
             raise PackingError(
                 f"greedy token {position} of prompt {row} is {ours[row, position]} packed and "
@@ -103,7 +103,7 @@ def _prove_codes(
         differing = sorted(weights.keys() ^ expected.keys())[0]
         state = "missing from" if differing in expected else "unexpected in"
         raise PackingError(
-            f"{differing} is {state} the packed model; its config asks for {len(expected)} in all"
+            f"{differing} is {state} the packed model; its config describes {len(expected)} matrices"
         )
     for name, weight in weights.items():
         path, layer = expected[name]
@@ -129,8 +129,10 @@ def _prove_logits(
     theirs = np.asarray(_logits(module, float_part, inputs, mask))
     ours = np.asarray(_logits(module, dict(packed), inputs, mask))
     if not np.isfinite(theirs).all():
-        raise PackingError("the latent model gives NaN or infinite logits; nothing can be proved about it")
-    # A row of padding says nothing, and a language model has one logit vector per token.
+        raise PackingError(
+            "got NaN or infinite logits from the latent model, expected finite ones to compare"
+        )
+    # Padding is not compared; only a language model has a logit vector per token.
     if mask is not None and theirs.ndim == 3:
         theirs, ours = theirs[np.asarray(mask)], ours[np.asarray(mask)]
     difference = np.abs(ours - theirs)

@@ -1,11 +1,11 @@
-"""A packed model on disk: a folder of a few files, written whole or not at all, loaded by one memory map.
+"""A packed model on disk: a folder of a few files, written atomically and loaded by one memory map.
 
-    model.safetensors   every tensor, 64-byte aligned (tensor_file.py), and in its metadata what follows
-    config.json         `architecture` and the fields of its config; without the first it is a transformer
-    tokenizer.json      the tokenizer, where there is one
-    classes.json        of a classifier: labels, and how its inputs are made (data/classes.py)
+    model.safetensors   every tensor, 64-byte aligned (tensor_file.py), and the metadata below
+    config.json         `architecture` (default: transformer) and the fields of its config
+    tokenizer.json      the tokenizer, if any
+    classes.json        for a classifier: labels and input preprocessing (data/classes.py)
 
-Metadata (strings, as the format demands): `format` and `version` of this page, `bitnet_jax` the version that
+Metadata (strings, as the format requires): `format` and `version` of this layout, `bitnet_jax` the version that
 wrote it, and three JSON tables: `packed` path -> {format, layout, shape}, `crc32` of every tensor (by
 tensor_file.py), and `files_crc32` of the other files. Tensors are named `params/<path>`, `packed/<path>/codes`,
 `packed/<path>/scale` and `batch_stats/<path>`.
@@ -40,10 +40,10 @@ __all__ = ["PackedModel", "StorageError", "check_target", "load_packed", "save_p
 FORMAT, VERSION = "bitnet_jax.packed", "1"
 MODEL, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 COLLECTIONS = ("params", "packed", "batch_stats")
-VERIFIED_BYTES = 1 << 28  # of tensors, whose contents are read and verified whenever a model is loaded
-# Bytes of the small files, far above any real one.
+VERIFIED_BYTES = 1 << 28  # tensor bytes whose checksums are verified whenever a model is loaded
+# Maximum bytes of the small files, far above any real one.
 LIMITS = {CONFIG: 1 << 20, CLASSES: 1 << 24, TOKENIZER: 1 << 28}
-# Fields that no tensor bounds: nothing of such a size is allocated for the model itself.
+# Fields not bounded by the tensors: loading the model allocates nothing of their size.
 UNBOUNDED = ("max_length", "trained_length", "image_size")
 
 Tensors = Mapping[str, np.ndarray | Streamed]
@@ -68,17 +68,17 @@ def save_packed(
 ) -> None:
     """Writes a packed model (or one of float recipes, whose "packed" is empty) as a folder.
 
-    Everything goes to a hidden sibling first and is renamed when it is safely on disk (whole_folder.py), so a
-    reader sees the old folder or the new one.
+    Everything is written to a hidden sibling folder first, which is renamed once it is safely on disk
+    (whole_folder.py), so a reader sees either the old folder or the new one.
 
     Args:
-      variables: arrays, or `tensor_file.Streamed` where one would not fit into memory; nobody looks at the
-        contents of those but the writer.
-      on_bytes: is told the bytes of each piece that was written, for a progress bar.
+      variables: arrays, or `tensor_file.Streamed` for arrays that do not fit into memory; the contents of these are
+        not validated.
+      on_bytes: called with the number of bytes of each piece written, for a progress bar.
 
     Raises:
-      StorageError: the folder exists (without overwrite) or holds other things than a packed model (with it);
-        the variables are not those of config; or the operating system refuses (no space, no permission).
+      StorageError: the folder exists (without overwrite) or contains anything but a packed model (with it); the
+        variables do not match config; or an operating system error (no space, no permission).
     """
     folder = Path(folder)
     check_target(folder, overwrite)
@@ -96,12 +96,12 @@ def save_packed(
     _check_tensors(tensors, expected, f"{folder}: the variables")
     if _packed_metadata(variables["packed"]) != _packed_metadata(expected["packed"]):
         raise StorageError(
-            f"{folder}: packed formats, layouts or shapes are not those of the config; pack it again"
+            f"{folder}: packed formats, layouts or shapes do not match the config; pack it again"
         )
 
     texts = {CONFIG: json.dumps(config_fields(config), indent=2) + "\n"}
     if model_config(json.loads(texts[CONFIG])) != config:
-        raise StorageError(f"{folder}: the config changes on a trip through JSON; use plain values in it")
+        raise StorageError(f"{folder}: the config changes in a JSON round trip; use plain values in it")
     if tokenizer is not None:
         texts[TOKENIZER] = tokenizer.to_json()
     if classes is not None:
@@ -125,23 +125,23 @@ def save_packed(
 
 
 def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
-    """Maps a folder that `save_packed` wrote.
+    """Memory-maps a folder written by `save_packed`.
 
-    On a CPU the arrays are views of the file: nothing is copied, pages come in when they are first used and
-    can be dropped again. Never donate them, and never change the file in place (save_packed does not).
+    On a CPU the arrays are views of the file: nothing is copied, and pages are loaded on first use and can be
+    evicted. Never donate them, and never change the file in place (save_packed does not).
 
-    Always checked: the small files by their checksums; names, shapes, dtypes and sizes of all tensors; that scales
-    are finite.
+    Always checked: checksums of the small files; names, shapes, dtypes and sizes of all tensors; that scales are
+    finite.
 
     Args:
-      verify: of which tensors the contents are read once and compared with their checksums. True: all. None: the
-        smallest ones, as far as VERIFIED_BYTES reach (0.15 s of processor time, by several threads): a model of up to
-        so many bytes is verified whole, of a larger one everything but its largest matrices, which are verified
-        where that is asked for (`bitnet-jax info --verify`) and after they were packed. False: none. In a model that
-        is verified whole, codes that no packer writes are refused too.
+      verify: which tensors are read once and compared with their checksums. True: all. None: the smallest ones, up
+        to VERIFIED_BYTES in total (0.15 s of processor time, in several threads): a model up to that size is verified
+        completely, a larger one except for its largest matrices, which are verified after packing and on request
+        (`bitnet-jax info --verify`). False: none. In a completely verified model, codes that no packer writes are
+        refused too.
 
     Raises:
-      StorageError: a file is missing, damaged, truncated, of a newer version, or does not fit the others.
+      StorageError: a file is missing, damaged, truncated, of a newer version, or inconsistent with the others.
     """
     folder = Path(folder)
     path = folder / MODEL
@@ -163,13 +163,13 @@ def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
     config = _config(tensor_file.parse_json(contents[CONFIG], folder / CONFIG), tensors, folder / CONFIG)
     try:
         expected = packing.abstract(config)
-    except Exception as error:  # a hostile config may fail anywhere in the model; it must only fail clearly
+    except Exception as error:  # an invalid config may fail anywhere in the model
         raise StorageError(
-            f"{folder / CONFIG}: it describes no model ({_one_line(error)}); {RESTORE}"
+            f"{folder / CONFIG}: got a config that describes no model ({_one_line(error)}); {RESTORE}"
         ) from error
     _check_tensors(tensors, expected, str(path))
     if tables["packed"] != _packed_metadata(expected["packed"]):
-        raise StorageError(f"{path}: packed formats, layouts or shapes are not those of {CONFIG}; {RESTORE}")
+        raise StorageError(f"{path}: packed formats, layouts or shapes do not match {CONFIG}; {RESTORE}")
     verified = _to_verify(tensors, verify)
     listed = {name: tables["crc32"].get(name) for name in tensors}
     _check_crc32(listed | _crc32(tensors, verified), tables["crc32"], path)
@@ -182,7 +182,7 @@ def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
     for name, weight in _flatten(variables["packed"]).items():
         try:
             if not np.isfinite(tensors[f"packed/{name}/scale"]).all():
-                raise ValueError("scale holds NaN or infinity; expected finite values")
+                raise ValueError("scale contains NaN or infinity; expected finite values")
             validate(weight, contents=len(verified) == len(tensors))
         except ValueError as error:
             raise StorageError(f"{path}: {name}: {error}; {RESTORE}") from error
@@ -207,7 +207,7 @@ def _check_classes(classes: Classes, config: Architecture, folder: Path) -> None
     if outputs != len(classes.names) or (classes.task == "images") != hasattr(config, "image_size"):
         raise StorageError(
             f"{folder / CLASSES}: got {len(classes.names)} classes of task {classes.task}, the config has {outputs}; "
-            "do both belong to one model?"
+            "do both belong to the same model?"
         )
 
 
@@ -216,7 +216,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _to_verify(tensors: Mapping[str, np.ndarray], verify: bool | None) -> set[str]:
-    """Names of the tensors whose contents are compared, see `load_packed`."""
+    """Names of the tensors whose checksums are verified, see `load_packed`."""
     if verify is not None:
         return set(tensors) if verify else set()
     chosen, room = set(), VERIFIED_BYTES
@@ -252,7 +252,7 @@ def _packed_metadata(packed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _crc32(tensors: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, int]:
-    """Checksums of these tensors, the largest first, by threads: zlib lets go of the interpreter's lock."""
+    """Checksums of these tensors, largest first, in threads: zlib releases the GIL."""
 
     def checksum(name: str) -> tuple[str, int]:
         return name, zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
@@ -268,12 +268,12 @@ def _check_crc32(got: Mapping[str, Any], expected: Mapping[str, Any], where: Pat
         name = differing[0]
         raise StorageError(
             f"{where}: {name} has the checksum {got.get(name)}, expected {expected.get(name)} "
-            f"({len(differing)} of {len(expected)} differ): it was changed or damaged; {RESTORE}"
+            f"({len(differing)} of {len(expected)} differ): the file was changed or damaged; {RESTORE}"
         )
 
 
 def _check_tensors(tensors: Tensors, expected: Mapping[str, Any], where: str) -> None:
-    """Every tensor that the config asks for, with its shape and dtype, and no other."""
+    """Checks that the tensors have exactly the names, shapes and dtypes that the config implies."""
     wanted = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _tensors(expected).items()}
     got = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
     differing = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
@@ -283,14 +283,16 @@ def _check_tensors(tensors: Tensors, expected: Mapping[str, Any], where: str) ->
             f"{t[name][1]}{list(t[name][0])}" if name in t else "no such tensor" for t in (got, wanted)
         )
         raise StorageError(
-            f"{where}: {name[:120]}: got {has}, expected by the config {needs} "
-            f"({len(differing)} of {len(wanted)} differ); do both belong to one model?"
+            f"{where}: {name[:120]}: got {has}, the config expects {needs} "
+            f"({len(differing)} of {len(wanted)} differ); do both belong to the same model?"
         )
 
 
 def _config(fields: dict[str, Any], tensors: Tensors, path: Path) -> Architecture:
-    """The config, after its sizes were held against the file: a lie must not cost time or memory."""
-    limit = 8 * sum(tensor.nbytes for tensor in tensors.values())  # a dimension has a bit or more in the file
+    """The config, with its sizes first checked against the file, so that wrong ones cost no time or memory."""
+    limit = 8 * sum(
+        tensor.nbytes for tensor in tensors.values()
+    )  # a dimension takes at least one bit in the file
     counts = ("num_layers", "convolutions")
     try:
         for field in dataclasses.fields(config_kind(fields)):  # type: ignore[arg-type]
@@ -300,9 +302,9 @@ def _config(fields: dict[str, Any], tensors: Tensors, path: Path) -> Architectur
             if len(several) > len(tensors) + 1 or any(
                 type(n) is int and not 0 <= n <= bound for n in several
             ):
-                raise ValueError(f"{field.name}={str(value)[:40]}, the file has room for {bound}")
+                raise ValueError(f"{field.name}: got {str(value)[:40]}, the file has room for {bound}")
         return model_config(fields)
-    except Exception as error:  # wrong types fail in many ways; the message is one line either way
+    except Exception as error:  # wrong types can raise any error
         raise StorageError(f"{path}: {_one_line(error)}; {RESTORE}") from error
 
 
@@ -315,8 +317,8 @@ def _names_in_leaf_order(variables: Mapping[str, Any]) -> list[str]:
 def _read(path: Path) -> bytes:
     limit = LIMITS[path.name]
     try:
-        if path.exists() and not path.is_file():  # a pipe would never end
-            raise StorageError(f"{path}: got no regular file, expected one; {RESTORE}")
+        if path.exists() and not path.is_file():  # reading a pipe would block
+            raise StorageError(f"{path}: got something other than a regular file; {RESTORE}")
         with path.open("rb") as file:
             content = file.read(limit + 1)
     except OSError as error:
@@ -329,21 +331,21 @@ def _read(path: Path) -> bytes:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Can a packed model be written there? To be asked before the work; `save_packed` asks again.
+    """Checks, before any work, that a packed model can be written to `folder`; `save_packed` checks again.
 
     Raises:
-      StorageError: the folder exists (without overwrite), holds other things than a packed model (with it), or the
-        folder it would be in cannot be written to.
+      StorageError: the folder exists (without overwrite), contains anything but a packed model (with it), or its
+        parent folder is not writable.
     """
     clear_left_behind(folder)
     if folder.exists() or folder.is_symlink():
         if not overwrite:
             raise StorageError(f"{folder} exists; choose another folder or pass overwrite=True")
-        # Overwriting removes the folder: be sure that it is one of ours.
+        # Overwriting removes the folder: make sure that it is a packed model.
         is_folder = folder.is_dir() and not folder.is_symlink()
         names = {entry.name for entry in folder.iterdir()} if is_folder else set()
         if not {MODEL, CONFIG} <= names <= {MODEL, CONFIG, TOKENIZER, CLASSES}:
             raise StorageError(
-                f"{folder} is no packed model and will not be overwritten; choose another folder"
+                f"{folder} is not a packed model and will not be overwritten; choose another folder"
             )
     check_writable(folder)

@@ -1,18 +1,18 @@
-"""A safetensors file whose tensors all start at multiples of 64 bytes: written in one pass, read by one map.
+"""A safetensors file whose tensors all start at multiples of 64 bytes: written in one pass, read by one memory map.
 
     8 bytes   length of the header, little endian
     header    JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__": str -> str;
-              spaces behind it, so that the data starts at a multiple of 64
-    data      the tensors, one after the other without holes, as the format demands
+              padded with spaces, so that the data starts at a multiple of 64
+    data      the tensors, contiguous, as the format requires
 
-What would leave the next tensor unaligned is followed by a uint8 tensor `__pad.N` of zeros, so any
-safetensors reader can read the file. Alignment is what lets `jax.device_put` take a view of the map without a
-copy. The entry `crc32` of the metadata, a JSON table, has the checksum of every tensor but the pads.
+A tensor that would leave the next one unaligned is followed by a uint8 tensor `__pad.N` of zeros, so any safetensors
+reader can read the file. Alignment lets `jax.device_put` use a view of the map without a copy. The metadata entry
+`crc32`, a JSON table, has the checksum of every tensor except the pads.
 
-A tensor may be `Streamed`: made piece by piece while it is written, so that a file may be larger than memory.
+A tensor may be `Streamed`: produced in chunks while it is written, so that a file may be larger than memory.
 
-Reading trusts nothing: every number of the header is checked against the file before it is used. Files of
-other people, which align nothing, are read by the same code with `aligned=False`.
+Reading trusts nothing: every number in the header is checked against the file before it is used. Third-party files,
+which are not aligned, are read with `aligned=False`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-ALIGNMENT = 64  # bytes: a cache line, an AVX-512 vector, and what XLA asks of a buffer it takes over
+ALIGNMENT = 64  # bytes: a cache line, an AVX-512 vector, and what XLA requires of a buffer it adopts
 PAD = "__pad."
-PIECE_BYTES = 4 << 20  # checksum, then write, while a piece is in the cache
+PIECE_BYTES = 4 << 20  # small enough to be in cache for both the checksum and the write
 MAX_HEADER_BYTES = 100_000_000  # the limit of the official readers
 DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
@@ -43,9 +43,9 @@ RESTORE = "restore the file or make it again"
 
 
 class StorageError(ValueError):
-    """A model file or folder is damaged, incomplete or not ours, or cannot be written.
+    """A model file or folder is damaged, incomplete or of another kind, or cannot be written.
 
-    The message is one printable line of at most MESSAGE_LIMIT characters, whatever a damaged file put into it.
+    The message is one printable line of at most MESSAGE_LIMIT characters, whatever a damaged file contains.
     """
 
     def __init__(self, message: str) -> None:
@@ -54,7 +54,7 @@ class StorageError(ValueError):
 
 
 class TensorFile(NamedTuple):
-    """Tensors are read-only views of the memory map, pads left out; nothing of them has been read yet."""
+    """Tensors are read-only views of the memory map, without pads; their contents are not read yet."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
@@ -62,7 +62,7 @@ class TensorFile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """A tensor that nobody holds whole: `chunks`, iterated once, gives its elements in C order."""
+    """A tensor that is never in memory as a whole: `chunks`, iterated once, yields its elements in C order."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -82,12 +82,12 @@ def write(
     """Writes all tensors in the given order, and `metadata` with the entry `crc32` added.
 
     Args:
-      file: empty, and one that can seek: the header, which holds the checksums, is written last.
-      on_bytes: is told the bytes of each piece that was written, for a progress bar.
+      file: empty and seekable: the header, which contains the checksums, is written last.
+      on_bytes: called with the number of bytes of each piece written, for a progress bar.
 
     Raises:
-      StorageError: a tensor has a dtype outside DTYPES, no elements, or a name that is reserved; or the chunks
-        of a streamed one are not what its shape and dtype say.
+      StorageError: a tensor has a dtype outside DTYPES, no elements, or a reserved name; or the chunks of a streamed
+        one do not match its shape and dtype.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, Any] = {}
@@ -101,15 +101,15 @@ def write(
         begin, end = end, end + tensor.nbytes
         offsets = {"shape": list(tensor.shape), "data_offsets": [begin, end]}
         entries[name] = {"dtype": names[tensor.dtype], **offsets}
-        if hole := -end % ALIGNMENT:
-            begin, end = end, end + hole
-            entries[f"{PAD}{len(entries)}"] = {"dtype": "U8", "shape": [hole], "data_offsets": [begin, end]}
+        if pad := -end % ALIGNMENT:
+            begin, end = end, end + pad
+            entries[f"{PAD}{len(entries)}"] = {"dtype": "U8", "shape": [pad], "data_offsets": [begin, end]}
 
     def header(crc32: Mapping[str, int]) -> bytes:
-        told = {**metadata, "crc32": json.dumps(crc32)}
-        return json.dumps({"__metadata__": told, **entries}, separators=(",", ":")).encode()
+        strings = {**metadata, "crc32": json.dumps(crc32)}
+        return json.dumps({"__metadata__": strings, **entries}, separators=(",", ":")).encode()
 
-    # Room for the longest checksums; the real ones are known when the data is written.
+    # Reserve room for the longest checksums; the real ones are known after the data is written.
     length = len(header(dict.fromkeys(tensors, 2**32 - 1)))
     length += -(8 + length) % ALIGNMENT
     file.write(length.to_bytes(8, "little") + b" " * length)
@@ -126,7 +126,7 @@ def write(
 
 
 def _pieces(name: str, tensor: np.ndarray | Streamed) -> Iterator[memoryview]:
-    """The bytes of a tensor, some MiB at a time."""
+    """The bytes of a tensor, PIECE_BYTES at a time."""
     count = 0
     for chunk in tensor.chunks if isinstance(tensor, Streamed) else (tensor,):
         if chunk.dtype != tensor.dtype:
@@ -137,14 +137,14 @@ def _pieces(name: str, tensor: np.ndarray | Streamed) -> Iterator[memoryview]:
         for begin in range(0, len(content), PIECE_BYTES):
             yield content[begin : begin + PIECE_BYTES]
     if count != tensor.nbytes:
-        raise StorageError(f"{name}: its chunks have {count} bytes, expected {tensor.nbytes}")
+        raise StorageError(f"{name}: got chunks of {count} bytes in total, expected {tensor.nbytes}")
 
 
 def read(path: Path, *, aligned: bool = True) -> TensorFile:
-    """Maps a file that `write` made or, with aligned=False, any safetensors file.
+    """Memory-maps a file made by `write` or, with aligned=False, any safetensors file.
 
     Raises:
-      StorageError: the file cannot be read, is truncated, or its header does not describe exactly its bytes.
+      StorageError: the file cannot be read, is truncated, or its header does not describe its bytes exactly.
     """
     try:
         size = path.stat().st_size
@@ -153,7 +153,7 @@ def read(path: Path, *, aligned: bool = True) -> TensorFile:
         data = np.memmap(path, np.uint8, mode="r")
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror}); {RESTORE}") from error
-    size = data.size  # of what was mapped, should the file have changed in between
+    size = data.size  # the size that was mapped: the file may have changed since stat
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise StorageError(
@@ -179,7 +179,7 @@ def read(path: Path, *, aligned: bool = True) -> TensorFile:
         if begin != end or stop - begin != nbytes or (aligned and begin % ALIGNMENT and not is_pad):
             rule = f", a multiple of {ALIGNMENT}" if aligned else ""
             raise StorageError(
-                f"{path}: {name[:80]} of {entry['dtype']}{shape} lies at [{begin}, {stop}), "
+                f"{path}: {name[:80]} of {entry['dtype']}{shape} is at [{begin}, {stop}), "
                 f"expected {nbytes} bytes from {end}{rule}; {RESTORE}"
             )
         if stop > available:
@@ -203,7 +203,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     """A JSON object without repeated keys and without NaN.
 
     Raises:
-      StorageError: it is anything else.
+      StorageError: anything else.
     """
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _checked_entries(header: dict[str, Any], path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of the header, each with a known dtype, a shape and offsets that are natural numbers."""
+    """The entries of the header, each checked to have a known dtype, a positive shape and non-negative offsets."""
 
     def naturals(value: Any, lowest: int) -> bool:
         return isinstance(value, list) and all(type(number) is int and number >= lowest for number in value)
@@ -241,7 +241,7 @@ def _checked_entries(header: dict[str, Any], path: Path) -> list[tuple[str, dict
             or len(entry["data_offsets"]) != 2
         ):
             raise StorageError(
-                f"{path}: tensor {name[:80]!r} is described by {str(entry)[:120]}, expected a dtype out of "
+                f"{path}: tensor {name[:80]!r} is described by {str(entry)[:120]}, expected a dtype in "
                 f"{', '.join(DTYPES)}, a shape and two data_offsets; {RESTORE}"
             )
     return list(header.items())

@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all."""
+"""Atomic folder writes: the folder is complete or absent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import BinaryIO
 
 from bitnet_jax.packed.tensor_file import StorageError
 
-YOUNG_SECONDS = 60.0  # an empty folder may belong to a writer that is about to lock it
+YOUNG_SECONDS = 60.0  # an empty folder younger than this may belong to a writer that is about to lock it
 
 
 @contextlib.contextmanager
 def synced_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file whose bytes are on disk when the body is done."""
+    """A new file, fsynced when the body completes."""
     with path.open("xb") as file:
         yield file
         file.flush()
@@ -28,7 +28,7 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the names inside a folder durable, as fsync does for the bytes of a file."""
+    """Makes the directory entries of a folder durable, as fsync does for the contents of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,37 +37,37 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises StorageError unless `folder` can be made: the nearest folder above it that exists may be written to."""
-    there = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise StorageError(f"{folder} cannot be written (Not a directory: {there}); choose another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
+    """Raises StorageError unless `folder` can be created: its nearest existing parent must be writable."""
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise StorageError(f"{folder} cannot be written (Not a directory: {parent}); choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise StorageError(
-            f"{folder} cannot be written: {there} is read-only or belongs to another user; choose another folder"
+            f"{folder} cannot be written: {parent} is read-only or belongs to another user; choose another folder"
         )
 
 
 def clear_left_behind(folder: Path) -> None:
-    """Removes what killed writers of `folder` left; gives back the old folder of one killed between two renames."""
+    """Removes leftovers of killed writers of `folder`; restores the old folder if one was killed between renames."""
     name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{12}}(\.old)?")
     try:
         found = [path for path in folder.parent.iterdir() if name.fullmatch(path.name)]
     except OSError:
-        return  # no such folder, or none of ours to tidy up
-    begun = [path for path in found if path.suffix != ".old" and _abandoned(path)]
+        return  # missing or unreadable: nothing to clean up
+    abandoned = [path for path in found if path.suffix != ".old" and _abandoned(path)]
     for old in (path for path in found if path.suffix == ".old"):
-        if old.with_suffix("") in begun or not old.with_suffix("").exists():
+        if old.with_suffix("") in abandoned or not old.with_suffix("").exists():
             if folder.exists():
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):
                     old.rename(folder)
-    for path in begun:
+    for path in abandoned:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _abandoned(path: Path) -> bool:
-    """Nobody holds the lock of this folder, which its writer takes as soon as it has made it."""
+    """Whether no process holds the lock of this folder, which its writer takes right after creating it."""
     try:
         if time.time() - path.stat().st_mtime < YOUNG_SECONDS and not any(path.iterdir()):
             return False
@@ -79,7 +79,7 @@ def _abandoned(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which dies with its process. Raises OSError: another process holds it."""
+    """Holds the lock of a folder, which is released with the process. Raises OSError: another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,30 +89,29 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_room(folder: Path, nbytes: int) -> None:
-    there = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(there).free
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise StorageError(
-            f"{folder} cannot be written: got {free:,} bytes free on its disk, expected {nbytes:,} at least; "
-            "make room, or choose a folder on another disk"
+            f"{folder} cannot be written: got {free:,} bytes free on its disk, expected at least {nbytes:,}; "
+            "free some space, or choose a folder on another disk"
         )
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
-    """A hidden sibling to write into; it takes the name `folder` if the body succeeds and vanishes if not.
+    """A hidden sibling to write into; it is renamed to `folder` if the body succeeds and removed if it fails.
 
-    On any failure what was begun is removed. Only a process killed outright leaves its hidden sibling
-    `.<name>.<random>`; in the instant between the two renames of an overwrite the old folder is such a sibling
-    too, `.<name>.<random>.old`. `clear_left_behind` tidies up after it.
+    Only a process killed outright leaves its hidden sibling `.<name>.<random>` and, if killed between the two renames
+    of an overwrite, the old folder as `.<name>.<random>.old`. `clear_left_behind` cleans up after it.
 
     Args:
-      nbytes: what will be written; too full a disk is refused before it is filled.
-      overwrite: take the place of a folder that is there; else one that came to be meanwhile stays.
+      nbytes: bytes to be written; checked against the free disk space first.
+      overwrite: replace an existing folder; otherwise a folder created in the meantime is kept.
 
     Raises:
-      StorageError: the disk has no room for nbytes, another process made the folder meanwhile, or the operating
-        system refuses anything.
+      StorageError: not enough disk space, another process created the folder in the meantime, or any operating
+        system error.
     """
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}"
     old = temporary.with_name(f"{temporary.name}.old")
@@ -127,7 +126,7 @@ def whole_folder(folder: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path
             if folder.exists():
                 if not overwrite:
                     raise StorageError(
-                        f"{folder} was made by another process meanwhile; choose another folder"
+                        f"{folder} was created by another process in the meantime; choose another folder"
                     )
                 folder.rename(old)
             temporary.rename(folder)
@@ -137,14 +136,14 @@ def whole_folder(folder: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path
         shutil.rmtree(folder if renamed else temporary, ignore_errors=True)
         if old.exists() and not folder.exists():
             old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)  # another process took the name between the two renames
+        shutil.rmtree(old, ignore_errors=True)  # if another process took the name between the two renames
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
             raise StorageError(
                 f"{folder} cannot be written ({error.strerror or error}); nothing was left behind; "
-                "make room, or choose a folder you may write to"
+                "free some space, or choose a writable folder"
             ) from error
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""What this machine can run, checked bit for bit: every implementation and instruction set.
+"""Checks every implementation and instruction set of this machine.
 
     bitnet-jax doctor
 
-The reference and every compiled kernel are held to plain NumPy (kernel_checks.py), and a tiny packed model, under
-each instruction set, to the latent model it was packed from.
+The reference and every compiled kernel are compared with plain NumPy (kernel_checks.py), and a tiny packed model,
+under each instruction set, with the latent model it was packed from.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENS = 16  # greedy tokens of each of the two prompts
 
 
 def diagnose() -> list[Check]:
-    """All checks on this machine, in order. Never raises for a finding; a finding is a Check."""
+    """All checks on this machine, in order. A failure is returned as a Check, not raised."""
     return [*check_kernels(), *_check_models(), *_absent()]
 
 
@@ -46,13 +46,13 @@ def _check_models() -> list[Check]:
     def check(new_tokens: int) -> str:
         packed = packing.pack(latent["params"], config)
         proof = prove(config, latent, packed, tokens, greedy=greedy, new_tokens=new_tokens)
-        written = f", {proof.tokens_identical} greedy tokens" if new_tokens else ""
-        return f"packed equals latent: {proof.matrices} matrices, {proof.logits} logits{written}"
+        generated = f", {proof.tokens_identical} greedy tokens" if new_tokens else ""
+        return f"packed equals latent: {proof.matrices} matrices, {proof.logits} logits{generated}"
 
     in_use = cpu.isa() if cpu.available_isas() else None
     checks = []
     for isa in cpu.available_isas() or (None,):
-        # Generating compiles for seconds, so only what would be used here writes text as well.
+        # Generation takes seconds to compile, so it is checked only for the instruction set in use.
         new_tokens = TOKENS if isa == in_use else 0
         with _forced(isa):
             label = f"tiny model, cpu ({isa})" if isa else "tiny model, reference"
@@ -62,7 +62,7 @@ def _check_models() -> list[Check]:
 
 @contextlib.contextmanager
 def _forced(isa: str | None) -> Iterator[None]:
-    """Everything traced inside uses one instruction set, whatever is compiled before or after."""
+    """Everything traced inside uses this instruction set; compiled functions are not shared with the outside."""
     with instruction_set(isa):
         jax.clear_caches()
         try:
@@ -77,7 +77,7 @@ def _absent() -> list[Check]:
         lacking = [Check("cpu", None, reason)]
     else:
         isas = [isa for isa in cpu.known_isas() if isa not in cpu.available_isas()]
-        lacking = [Check(f"cpu ({isa})", None, "this processor does not have it") for isa in isas]
+        lacking = [Check(f"cpu ({isa})", None, "not supported by this processor") for isa in isas]
     return lacking + [Check(platform, None, _accelerator(platform)) for platform in ("gpu", "tpu")]
 
 

@@ -1,8 +1,8 @@
-"""What a model costs: operations, joules and bytes by arithmetic, and joules by the meters of the machine.
+"""The cost of a model: computed operations, joules and bytes, and joules measured by the machine's meters.
 
     print(table(energy_figures(PRESETS["2b4t"], length=512)))
 
-The arithmetic is that of evaluation/energy.py, the meters are those of evaluation/meters.py.
+Computed by evaluation/energy.py, measured by evaluation/meters.py.
 """
 
 from __future__ import annotations
@@ -36,32 +36,34 @@ from bitnet_jax.packed import packing
 from bitnet_jax.packed.storage import load_packed
 from bitnet_jax.tools.model_bench import model_folder, preset_config
 
-# Of a measurement: long against the milliseconds between updates of a counter.
+# Duration of a measurement: long compared with the milliseconds between counter updates.
 IDLE_SECONDS, WORK_SECONDS = 3.0, 10.0
 
 
 def chosen_config(
     preset: str | None, file: str | None, recipe: str | None, head: str | None, ternary_format: str | None
 ) -> ModelConfig:
-    """The config of a preset, or of the section `model` of a run's config file.
+    """The config of a preset, or of the `model` section of a run's config file.
 
     Raises:
-      ValueError: neither or both, an option that belongs to presets, or no vocabulary size.
+      ValueError: neither or both, a preset option with a config file, or no vocabulary size.
     """
     if (preset is None) == (file is None):
         raise ValueError("expected one of FOLDER, --preset NAME and --config NAME or FILE.py")
     if preset is not None:
         return preset_config(preset, recipe, head, ternary_format)
     if recipe or head or ternary_format:
-        raise ValueError("got --recipe, --head or --ternary-format beside --config; the file says them")
+        raise ValueError(
+            "got --recipe, --head or --ternary-format with --config; set them in the config file"
+        )
     from bitnet_jax.training.config import RunConfig
-    from bitnet_jax.training.config_file import load_config_file  # flag parsing, which presets do without
+    from bitnet_jax.training.config_file import load_config_file  # flag parsing, not needed for presets
 
     run = RunConfig.from_dict(load_config_file(str(file)))
     if "vocab_size" not in run.model and run.data.tokenizer != "byte":
         raise ValueError(
-            f"got {file} without model.vocab_size and the tokenizer {run.data.tokenizer!r}; expected one of them "
-            "to say how many tokens there are; set model.vocab_size"
+            f"got {file} without model.vocab_size and with tokenizer {run.data.tokenizer!r}, whose size is unknown; "
+            "set model.vocab_size"
         )
     return run.model_config(run.model.get("vocab_size", 256))
 
@@ -74,7 +76,7 @@ def energy_figures(
     kv_format: str | None = None,
     zeros: Zeros | None = None,
 ) -> dict[str, Any]:
-    """Everything that arithmetic says of a model of this shape; a text has `length` tokens.
+    """The computed figures of a model of this shape for a text of `length` tokens.
 
     Raises:
       ValueError: see `evaluation.energy.operations`.
@@ -129,7 +131,7 @@ def _joules(
 
 
 def _bytes_by_format(config: ModelConfig) -> dict[str, int]:
-    """Bytes of the packed model by what is stored and how, such as "linear ternary2" or "embedding bfloat16"."""
+    """Bytes of the packed model by part and format, such as "linear ternary2" or "embedding bfloat16"."""
     abstract, linear = packing.abstract(config), {f"{path}/weight" for path in config.linear_shapes()}
     sizes: dict[str, int] = {}
 
@@ -149,15 +151,15 @@ def _bytes_by_format(config: ModelConfig) -> dict[str, int]:
 def measured_figures(
     config: ModelConfig, variables: Mapping[str, Any] | None, *, prompt: int = 16, new_tokens: int = 64
 ) -> dict[str, Any]:
-    """Joules per generated token by every meter of the machine, idle power beside it; or why there is none.
+    """Joules per generated token and idle power for every meter of the machine; or why there is no meter.
 
-    The same generation, of a random prompt, is repeated for WORK_SECONDS after one that compiles.
+    Generation from a random prompt is repeated for WORK_SECONDS, after one call for compilation.
 
     Args:
       variables: None: random weights of this shape, written to a temporary folder.
 
     Raises:
-      ValueError: prompt and tokens do not fit into the model.
+      ValueError: prompt and tokens exceed the model's max_length.
     """
     meters, absent = open_meters()
     if not meters:
@@ -197,7 +199,7 @@ def measured_figures(
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """The figures as lines to read."""
+    """The figures as text."""
     length, size = figures["length"], figures["bytes"]
     lines = [f"operations of {length} tokens, floats counted as {figures['floats']}:"]
     for row in figures["operations"]:
@@ -208,7 +210,7 @@ def table(figures: Mapping[str, Any]) -> str:
     for process, energy in figures["joules"].items():
         lines.append(
             f"  {process:5} {energy['total']:.4g} (products {energy['multiply']:.4g}, adds {energy['add']:.4g}), "
-            f"{energy['per_token']:.3g} a token; with the head {energy['total_with_head']:.4g}; "
+            f"{energy['per_token']:.3g} per token; with the head {energy['total_with_head']:.4g}; "
             f"{energy['floats_over_this']:.2f} times less than in floats"
         )
     lines.append(f"memory: {size['weights_total']:,d} bytes of weights")
@@ -220,13 +222,13 @@ def table(figures: Mapping[str, Any]) -> str:
 def _measured_lines(measured: Mapping[str, Any] | None) -> list[str]:
     if measured is None:
         meters, absent = open_meters()
-        return [f"measured, {meter.name}: there; ask with --measure" for meter in meters] + _absent_lines(
+        return [f"measured, {meter.name}: available with --measure" for meter in meters] + _absent_lines(
             absent
         )
     lines = _absent_lines(measured["absent"])
     for name, cost in measured.get("joules_per_token", {}).items():
         lines.append(
-            f"measured, {name}: {cost:.3g} joules a token of {measured['tokens']} in {measured['seconds']:.1f} s "
+            f"measured, {name}: {cost:.3g} joules per token ({measured['tokens']} in {measured['seconds']:.1f} s) "
             f"({measured['watts'][name]:.1f} W, idle {measured['idle_watts'][name]:.1f} W)"
         )
     return lines

@@ -1,12 +1,12 @@
-"""Every kernel of this machine, by implementation and instruction set, against NumPy. The doctor's first part.
+"""Checks of every kernel of this machine, by implementation and instruction set, against NumPy; used by the doctor.
 
-products          integer sums of every format, exactly
-scaled products   the same with scales, of int8 codes, of floats that are quantized on the way and, in bits, of
-                  signs: exactly, in float32
-attention         over a cache of every format: within float32 rounding of float64, and the C++ loops of every
-                  instruction set to the bit
-head              bfloat16 logits: within the bound that head.py states, and to the bit as above; the largest
-                  logits by way of an int8 copy are these very logits
+products          integer sums of every format, exact
+scaled products   the same with scales, for int8 codes, for floats quantized on the fly and for packed signs: exact,
+                  in float32
+attention         over a cache of every format: within float32 rounding of float64, and bit-identical C++ loops for
+                  every instruction set
+head              bfloat16 logits: within the bound stated in head.py, and bit-identical as above; the largest logits
+                  found through an int8 copy are bit-identical to these
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from bitnet_kernels import (
     reference_attention,
 )
 
-# m rows, n outputs, k inputs, G groups: one of everything, odd sizes, whole blocks, groups, and a prefill.
+# m rows, n outputs, k inputs, G groups: one of everything, odd sizes, full blocks, groups, and a prefill.
 SHAPES = ((1, 1, 1, 1), (1, 16, 64, 1), (3, 17, 65, 1), (2, 48, 256, 4), (7, 100, 1000, 1), (64, 256, 512, 2))
 # B, T, H, K, h, S and written positions: one query of one key, groups of heads and odd sizes, several chunks of keys.
 ATTENTIONS = ((1, 1, 1, 1, 8, 1, 1), (2, 3, 6, 3, 20, 150, 149), (1, 1, 4, 1, 128, 300, 280))
 HEADS = ((1, 1, 1), (1, 37, 16), (7, 70, 33), (2, 1000, 160))  # m rows of x, n of the table, k inputs
 TOP = 3  # of the exact head
-# Scores, weights and mixes are float32 sums of at most 300 terms of size 1: 300 roundings of 2^-24 at the very most.
+# Scores, weights and outputs are float32 sums of at most 300 terms of size 1: at most 300 roundings of 2^-24.
 ATTENTION_TOLERANCE = 2e-5
 
 
@@ -55,7 +55,7 @@ class Check:
 
 
 def checked(name: str, work: Callable[[], str]) -> Check:
-    """Runs one check; whatever a kernel does wrong, also an exception, is a finding and not the end."""
+    """Runs one check; any exception is reported as a failed check."""
     try:
         return Check(name, True, work())
     except Exception as error:
@@ -63,7 +63,7 @@ def checked(name: str, work: Callable[[], str]) -> Check:
 
 
 def check_kernels() -> list[Check]:
-    """All kinds of kernels, each on the reference and on every instruction set."""
+    """All kinds of kernels, each with the reference and with every instruction set."""
     kinds = {
         "products": _products,
         "scaled products": _scaled_products,
@@ -80,7 +80,7 @@ def check_kernels() -> list[Check]:
 
 @contextlib.contextmanager
 def instruction_set(isa: str | None) -> Iterator[None]:
-    """Whatever is traced inside uses it (None: the one in use)."""
+    """Whatever is traced inside uses this instruction set (None: no change)."""
     before = os.environ.get(cpu.ISA_VARIABLE)
     if isa is not None:
         os.environ[cpu.ISA_VARIABLE] = isa
@@ -116,7 +116,7 @@ def _sums(x: np.ndarray, codes: np.ndarray, groups: int) -> np.ndarray:
 
 
 def _scaled(sums: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """float32 [m, n]: groups times their scales, each product and sum rounded, in order."""
+    """float32 [m, n]: groups times their scales, with every product and sum rounded, in order."""
     products = sums.astype(np.float32) * scale.T[:, None, :]
     return functools.reduce(np.add, products)
 
@@ -137,7 +137,7 @@ def _products(isa: str | None) -> str:
 
 
 def _scaled_products(isa: str | None) -> str:
-    """The formats of a shape together, as the layers that share an input are multiplied."""
+    """Multiplies all formats of a shape in one call, as layers that share an input are."""
     random, count = np.random.default_rng(1), 0
     by_cpu = functools.partial(cpu.scaled_matmuls, isa_name=isa)
 
@@ -196,15 +196,15 @@ def _attention(isa: str | None) -> str:
                     f"{kind} B={B} T={T} H={H} K={K} h={h}: off by {error:.2g}, expected {ATTENTION_TOLERANCE:g}"
                 )
             count += 1
-    return f"{count} within {ATTENTION_TOLERANCE:g}" + (", bits of the scalar loops" if isa else "")
+    return f"{count} within {ATTENTION_TOLERANCE:g}" + (", bit-identical to the scalar loops" if isa else "")
 
 
 def _stored(k: np.ndarray, v: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Keys, values and their scales as a cache of that kind holds them; scales of no positions for floats."""
+    """Keys, values and their scales as stored in a cache of that kind; the scales are empty for floats."""
     if kind != "int8":
-        nothing = np.zeros((k.shape[0], 0, k.shape[2]), np.float32)
+        empty = np.zeros((k.shape[0], 0, k.shape[2]), np.float32)
         dtype = ml_dtypes.bfloat16 if kind == "bfloat16" else np.float32
-        return k.astype(dtype), v.astype(dtype), nothing, nothing
+        return k.astype(dtype), v.astype(dtype), empty, empty
     scales = [np.abs(x).max(axis=-1) / np.float32(127) for x in (k, v)]
     codes = [np.round(x / scale[..., None]).astype(np.int8) for x, scale in zip((k, v), scales, strict=True)]
     return codes[0], codes[1], scales[0], scales[1]
@@ -253,13 +253,11 @@ def _heads(isa: str | None) -> str:
         bound = additions * 2.0**-24 * (np.abs(exact_x) @ np.abs(wide).T)
         wrong = ~(np.abs(logits - exact_x @ wide.T) <= bound)
         if wrong.any():
-            raise ValueError(
-                f"{what}: {wrong.sum()} of {wrong.size} logits are beyond the bound of their rounding"
-            )
+            raise ValueError(f"{what}: {wrong.sum()} of {wrong.size} logits exceed the rounding error bound")
         if isa:
             _check_exact_head(what, isa, rows, weights, logits)
     return f"{len(HEADS)} within rounding" + (
-        ", bits of the scalar loops; their largest exact" if isa else ""
+        ", bit-identical to the scalar loops; the largest exact" if isa else ""
     )
 
 

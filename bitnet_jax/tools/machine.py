@@ -1,4 +1,4 @@
-"""What runs here: versions, hardware, and which kernel is chosen for a matrix or a model."""
+"""This machine: versions, hardware, and the kernel chosen for a matrix or a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bitnet_kernels.machine import commit, processor
 
 
 def chosen(config: ModelConfig, variables: Mapping[str, Any]) -> list[Choice]:
-    """What the packed layers of a model run on here: the different choices, those of most matrices first."""
+    """The kernels that the packed layers of a model run on here, without duplicates, most frequent first."""
     counts: dict[Choice, int] = {}
     for path, precision in config.precisions().items():
         weight: Any = variables.get("packed", {})
@@ -34,7 +34,7 @@ def chosen(config: ModelConfig, variables: Mapping[str, Any]) -> list[Choice]:
 
 
 def machine() -> dict[str, Any]:
-    """Versions and hardware, for the head of a report."""
+    """Versions and hardware, for the header of a report."""
     return {
         "bitnet_jax": bitnet_jax.__version__,
         "commit": commit(),
@@ -47,12 +47,12 @@ def machine() -> dict[str, Any]:
 
 
 def available_instruction_sets() -> tuple[str, ...]:
-    """Those of this machine, slowest first; one of them in BITNET_KERNELS_ISA is an order."""
+    """The instruction sets of this machine, slowest first; BITNET_KERNELS_ISA selects one of them."""
     return cpu.available_isas()
 
 
 def choice_here() -> Choice:
-    """What packed_matmul takes for an ordinary matrix on this machine."""
+    """The kernel that packed_matmul uses for a typical matrix on this machine."""
     return choose_implementation(
         pack(jnp.ones((16, 64), jnp.int8), jnp.ones((1, 1), jnp.float32), "ternary2")
     )

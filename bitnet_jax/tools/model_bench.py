@@ -1,11 +1,11 @@
-"""How fast a packed model reads a prompt and writes, held against what the machine can do in the same minutes.
+"""Prefill and decode speed of a packed model, compared with the limits of the machine measured at the same time.
 
     figures = bench_model(folder, prompt=512, new_tokens=64, repeats=5)
 
-Timed in turn, `repeats` times over, are: the prefill of the prompt; the decoding of all further tokens in one
-compiled loop; each kind of matrix product that a decode step consists of, alone, over the model's own weights; a
-loop that reads the model's file from the same pages; and a loop that only multiplies. Compilation is timed apart.
-Memory is looked at after the first generation, before anything that only the benchmark needs.
+Timed in turn, `repeats` times: the prefill of the prompt; the decoding of all further tokens in one compiled loop;
+the kernels of a decode step alone, over the model's own weights; a loop that reads the model's file from the same
+pages; and a loop that only multiplies. Compilation is timed separately. Memory is measured after the first
+generation, before any allocation that only the benchmark needs.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ Variables = Mapping[str, Any]
 def bench_model(
     folder: str | Path, *, prompt: int, new_tokens: int, repeats: int = 5, kv_format: str | None = None
 ) -> dict[str, Any]:
-    """The figures of a packed model, of which commands.bench shows a table; None where nothing can measure one.
+    """The figures of a packed model, shown by `table`; None for those that cannot be measured here.
 
     Args:
-      prompt: random tokens to read.
-      kv_format: of the cache, see `generate.generate`.
-      new_tokens: tokens to write; the first comes with the prefill, the others are what decoding is timed by.
+      prompt: number of random prompt tokens.
+      kv_format: of the cache, see `generation.generate`.
+      new_tokens: tokens to generate; the first comes with the prefill, decoding is timed over the others.
 
     Raises:
-      ValueError: fewer than 2 new tokens, or more than fit behind the prompt; a folder that is no packed model.
+      ValueError: fewer than 2 new tokens, or more than fit after the prompt; a folder that is not a packed model.
     """
     if new_tokens < 2 or repeats < 1:
         raise ValueError(
@@ -75,7 +75,7 @@ def bench_model(
     read, peak = read_all(model_file), dot_peak()
     others = {"kernels": kernels}
     if read:
-        # As often as decoding reads the model, and next to it: on a shared machine only like is compared with like.
+        # As many times as decoding reads the model, and next to it in time: comparable even on a shared machine.
         others["read"] = lambda round: [read.run(step) for step in range(steps)]
     others |= {"peak": peak.run} if peak else {}
     for call in others.values():
@@ -124,8 +124,7 @@ def preset_config(
 
     Args:
       recipe: of its layers; None: the preset's own.
-      head: ModelConfig.head (float, int8, int4), or a recipe of a head that then is a matrix of its own; None:
-        the preset's head.
+      head: ModelConfig.head (float, int8, int4), or a recipe for an untied head; None: the preset's head.
       ternary_format: of the packed codes; None: the preset's own.
 
     Raises:
@@ -133,15 +132,15 @@ def preset_config(
     """
     if preset not in PRESETS:
         raise ValueError(f"got --preset {preset}, expected one of {', '.join(PRESETS)}")
-    asked: dict[str, Any] = {"precision": recipe, "ternary_format": ternary_format}
+    changes: dict[str, Any] = {"precision": recipe, "ternary_format": ternary_format}
     config = dataclasses.replace(
-        PRESETS[preset], **{name: value for name, value in asked.items() if value is not None}
+        PRESETS[preset], **{name: value for name, value in changes.items() if value is not None}
     )
     if head is None:
         return config
     if head in HEADS:
         return dataclasses.replace(config, head=head)
-    # In one go: a rule for the head needs a head.
+    # In one replace: a rule for lm_head is only valid with an untied head.
     rules: Any = (("lm_head", head), ("*", config.precision))
     return dataclasses.replace(config, tie_embeddings=False, precision=rules)
 
@@ -151,17 +150,17 @@ def model_folder(config: ModelConfig | None, folder: Path | None, *, keep: bool 
     """The folder of the model to time: an existing one, or random weights written to it or to a temporary one.
 
     Args:
-      keep: leave the temporary folder there, and say where.
+      keep: keep the temporary folder and print its path.
 
     Raises:
       ValueError: neither config nor existing folder; or both, and they differ.
       StorageError: see `random_model.write_random`.
     """
     if folder is not None and folder.exists():
-        there = storage.load_packed(folder, verify=False).config
-        if config is not None and config != there:
+        stored = storage.load_packed(folder, verify=False).config
+        if config is not None and config != stored:
             raise ValueError(
-                f"got {folder} of another preset, recipe or head; leave them out, or name a new folder"
+                f"got {folder} of another preset, recipe or head; omit these options, or choose a new folder"
             )
         yield folder
         return
@@ -185,7 +184,7 @@ def model_folder(config: ModelConfig | None, folder: Path | None, *, keep: bool 
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """The figures as lines to read."""
+    """The figures as text."""
 
     def number(name: str, unit: str, factor: float = 1.0) -> str:
         return "not measured" if figures[name] is None else f"{figures[name] * factor:.2f} {unit}"
@@ -202,13 +201,13 @@ def table(figures: Mapping[str, Any]) -> str:
         "prefill": number("prefill_tokens_per_second", f"tokens/s, {figures['prompt']} tokens"),
         "  of the multiplier peak": share("prefill_peak_fraction", "dot_peak_gmacs_per_second", "GMAC/s"),
         "decoding": number("decode_tokens_per_second", f"tokens/s, {figures['new_tokens']} tokens"),
-        "  a step": "{median:.3f} ms [p10 {p10:.3f}, p90 {p90:.3f}]".format(**step),
+        "  per step": "{median:.3f} ms [p10 {p10:.3f}, p90 {p90:.3f}]".format(**step),
         "  of the read ceiling": share("ceiling_fraction", "read_ceiling_gbytes_per_second", "GB/s"),
-        "  reads": f"{figures['bytes_per_token']:,} bytes a token",
+        "  reads": f"{figures['bytes_per_token']:,} bytes per token",
         "  its kernels alone": number("kernel_fraction", "% of it", 100),
         "model": f"{figures['model_bytes']:,} bytes",
         "  formats": f"head {figures['head_format']}, keys and values {figures['kv_format']}",
-        "memory at most": number("peak_rss_bytes", "MB, the mapped model included", 1e-6),
+        "peak memory": number("peak_rss_bytes", "MB, including the mapped model", 1e-6),
         "  not of the model file": number("rss_anon_bytes", "MB", 1e-6),
         "loading, compiling": f"{figures['load_seconds']:.2f} s, {figures['compile_seconds']:.2f} s",
         "ran on": f"{figures['implementation']} ({figures['isa']}), {figures['threads']} threads of "
@@ -221,7 +220,7 @@ def table(figures: Mapping[str, Any]) -> str:
 def _generation(
     config: ModelConfig, variables: Variables, tokens: np.ndarray, new_tokens: int, kv_format: str | None
 ) -> tuple[Call, Call]:
-    """Two calls in turn: reading the prompt up to the first token, and writing all the others."""
+    """Two alternating calls: prefill up to the first token, and decoding of all the others."""
     running: list[Iterator[np.ndarray]] = []
 
     def prefill(round: int) -> None:
@@ -239,13 +238,13 @@ def _generation(
 
     def decode(round: int) -> None:
         next(running[0])
-        running.clear()  # the cache is freed before the next is made
+        running.clear()  # frees the cache before the next one is created
 
     return prefill, decode
 
 
 def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_format: str | None) -> int:
-    """What a decode step has to read: all weights, of a table that is no head one row, and `length` positions."""
+    """Bytes a decode step reads: all weights (one row of a table that is only looked up) and `length` positions."""
     params: dict[str, Any] = flatten_dict(dict(variables["params"]), sep="/")
     embedding_is_head = config.tie_embeddings and config.head == "float"
     looked_up = ["position_embed/embedding"] + ([] if embedding_is_head else ["embed/embedding"])
@@ -263,12 +262,12 @@ def _head_format(config: ModelConfig, variables: Variables) -> str:
 
 
 def _peak_rss() -> int:
-    """Bytes; ru_maxrss is in KiB but on macOS."""
+    """Bytes; ru_maxrss is in KiB except on macOS."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _rss_anon() -> int | None:
-    """Bytes of memory that no file backs: what is not the map of the model. None where the system does not tell."""
+    """Bytes of anonymous memory, which excludes the mapped model. None if the system does not report it."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.partition("RssAnon:")[2].split()[0])

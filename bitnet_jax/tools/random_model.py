@@ -1,8 +1,8 @@
-"""A packed model of random weights, written straight to disk: any size, in the memory of a few MiB.
+"""A packed model with random weights of any size, streamed to disk with a few MiB of memory.
 
-For benchmarks, where only shapes and formats matter. Codes are uniform over what the format can hold, scales
-such that a product keeps the size of its input, matrices and embeddings normal, gains and learned scales 1,
-biases and shifts 0.
+For benchmarks, where only shapes and formats matter. Codes are uniform over the values of the format, scales preserve
+the magnitude of a layer's input, float matrices and embeddings are normal, gains and learned scales 1, biases and
+shifts 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bitnet_jax.progress import progress_bar
 from bitnet_kernels import FORMATS, PackedArray
 from bitnet_kernels.random_packed import random_panels
 
-POOL = 1_048_573  # normal numbers that are really drawn; a prime, so that rows of a matrix differ
+POOL = 1_048_573  # normal numbers drawn, then repeated; a prime, so that the rows of a matrix differ
 
 
 def write_random(
@@ -37,13 +37,13 @@ def write_random(
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Writes a folder that `storage.load_packed` reads: the model `config` with random weights.
+    """Writes a packed model `config` with random weights, to be read by `storage.load_packed`.
 
     Args:
-      progress: show a bar on stderr.
+      progress: show a progress bar on stderr.
 
     Raises:
-      StorageError: see `storage.save_packed`; among others, the disk has no room.
+      StorageError: see `storage.save_packed`; for example not enough disk space.
     """
     abstract = packing.abstract(config)
     variables = jax.tree_util.tree_map_with_path(
@@ -58,12 +58,12 @@ def write_random(
 
 
 def _random(path: str, leaf: Any, std: float, seed: int) -> Any:
-    """One leaf of the abstract model as random values; the seed of each is its own."""
-    own = zlib.crc32(path.encode(), seed)
+    """Random values for one leaf of the abstract model, with a seed derived from its path."""
+    leaf_seed = zlib.crc32(path.encode(), seed)
     if isinstance(leaf, PackedArray):
-        return _random_matrix(leaf, own)
+        return _random_matrix(leaf, leaf_seed)
     if len(leaf.shape) >= 2:
-        return Streamed(leaf.shape, leaf.dtype, _normal(leaf, std, own))
+        return Streamed(leaf.shape, leaf.dtype, _normal(leaf, std, leaf_seed))
     return np.full(leaf.shape, 1 if "scale" in path else 0, leaf.dtype)
 
 
@@ -74,7 +74,7 @@ def _random_matrix(leaf: PackedArray, seed: int) -> PackedArray:
     scale = size * np.random.default_rng(seed).uniform(0.9, 1.1, leaf.scale.shape)
     stream: Any = Streamed(
         leaf.codes.shape, leaf.codes.dtype, chunks
-    )  # in the place of an array until written
+    )  # stands in for the array until written
     return dataclasses.replace(leaf, codes=stream, scale=jnp.asarray(scale, jnp.float32))
 
 

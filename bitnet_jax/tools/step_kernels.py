@@ -1,9 +1,8 @@
-"""The kernels of a decode step alone, in the order of the model: what a benchmark holds against the whole step.
+"""The kernels of a decode step alone, which a benchmark compares with the whole step.
 
-Products of packed or float matrices (together where the model runs them together, with the quantization of their
-input), attention over the cache, and the head; no norms, no rotation, no sampling. In the model's own order and on its
-own weights, because a kernel is as fast as the memory it reads from: the same matrices in another order, or a few of
-them again and again, would come from a cache.
+Products of packed or float matrices (fused where the model fuses them, with the quantization of their input), attention
+over the cache, and the head; no norms, rotary embeddings or sampling. They run in the model's order and on its own
+weights, because kernels are bound by memory: a few matrices used repeatedly would be read from a processor cache.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def step_kernels(
 ) -> Call:
     """A call(round) that runs the kernels of `steps` decode steps with `length` positions in the cache.
 
-    Each kernel waits for the one before.
+    Each kernel depends on the result of the previous one.
     """
     cache = init_cache(config, 1, length, kv_format).layers
 
@@ -66,7 +65,7 @@ def step_kernels(
 
 
 def _calls(config: ModelConfig) -> list[list[str]]:
-    """The paths of the linear layers, in order, those that run together as one; a tied float head at the end."""
+    """Paths of the linear layers in order, with fused ones in one list; a tied float head at the end."""
     calls: list[list[str]] = []
     for path in config.linear_shapes():
         folder, _, name = path.rpartition("/")
@@ -79,7 +78,7 @@ def _calls(config: ModelConfig) -> list[list[str]]:
 
 
 def _after(y: jax.Array) -> jax.Array:
-    """Zero, known only when y is."""
+    """Zero, with a data dependency on y."""
     return jnp.where(y.reshape(-1)[0] == math.pi, 1.0, 0.0)
 
 
@@ -104,7 +103,7 @@ def _multiply(
     paths: Sequence[str],
     wait: jax.Array,
 ) -> jax.Array:
-    """The products of layers that have one input: a number of each."""
+    """The products of layers that share an input; one element of each output."""
     if paths[0] == "embed":
         return _attend_to(Embedding.of(config, config.vocab_size, "embed"), params["embed/embedding"], wait)
     precisions = config.precisions()

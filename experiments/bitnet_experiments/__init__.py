@@ -1,1 +1,1 @@
-"""What experiments are made of and installs with bitnet_jax: the configs of their runs."""
+"""Experiments on top of bitnet_jax: run configs, studies, sweeps and reports."""

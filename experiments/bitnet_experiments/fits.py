@@ -1,13 +1,13 @@
-"""Scaling laws and how sure they are: fits from many starts, bootstrap intervals, extrapolation.
+"""Scaling laws and their uncertainty: multi-start fits, bootstrap intervals, extrapolation.
 
     power      L(N)    = a N^-b + c                          BitNet (2310.11453), Spectra (2407.12327)
     chinchilla L(N, D) = E + A / N^alpha + B / D^beta        Hoffmann et al. (2203.15556)
     precision  L(N, P) = E + A / N_eff^alpha                 Scaling Laws for Precision (2411.04330), at one D
                N_eff   = N (1 - exp(-P / gamma))             weight bits P; they found gamma = 2.6745
 
-Fits minimise the Huber loss of log residuals, which outliers and the range of L do not dominate, as Hoffmann et al.
-do. Positive constants are searched as their logarithms. N, D and L only need to be positive; sizes in millions give
-better conditioned constants than sizes in ones.
+As in Hoffmann et al., fits minimize the Huber loss of log residuals, which is robust to outliers and to the range of
+L. Constants are positive and fitted as logarithms. N, D and L only need to be positive; the fit is better conditioned
+with sizes in millions than in units.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import scipy.optimize
 from numpy.typing import ArrayLike, NDArray
 
 Values = NDArray[np.float64]
-HUBER_DELTA = 1e-3  # of Hoffmann et al.: residuals below it count squared, above it linearly
+HUBER_DELTA = 1e-3  # as in Hoffmann et al.: quadratic below, linear above
 
 
 def power(x: Sequence[Values], a: float, b: float, c: float) -> Values:
@@ -44,7 +44,7 @@ def precision(x: Sequence[Values], E: float, A: float, alpha: float, gamma: floa
 
 
 class Law(NamedTuple):
-    """A formula L(x, *constants), its constants' names, and the box its starts are drawn from (logarithmic)."""
+    """A formula L(x, *constants), and the names of its constants with the ranges of their (log-uniform) starts."""
 
     formula: Callable[..., Values]
     boxes: Mapping[str, tuple[float, float]]
@@ -63,7 +63,7 @@ LAWS = {
 
 
 class Fit(NamedTuple):
-    """Constants by name; `loss` is the mean Huber loss of the log residuals, `error` their largest size."""
+    """Constants by name; `loss` is the mean Huber loss of the log residuals, `error` the largest absolute one."""
 
     law: str
     constants: dict[str, float]
@@ -83,11 +83,11 @@ def fit(
     seed: int = 0,
     near: Fit | None = None,
 ) -> Fit:
-    """The constants of a law for losses L [n] at x (one array [n] a variable).
+    """Fits the constants of a law to losses L [n] at x (one array [n] per variable).
 
     Args:
-      starts: random starts within the law's boxes; the best end wins.
-      near: start from these constants alone instead.
+      starts: number of random starts within the law's boxes; the best fit is returned.
+      near: use these constants as the only start instead.
 
     Raises:
       ValueError: an unknown law, numbers that are not positive, or fewer points than constants.
@@ -97,7 +97,7 @@ def fit(
     formula, boxes = LAWS[law]
     columns, losses = [np.asarray(v, float) for v in x], np.asarray(L, float)
     if not all(np.all(np.isfinite(v) & (v > 0)) for v in (*columns, losses)):
-        raise ValueError(f"{law}: got sizes or losses that are not positive numbers; leave those runs out")
+        raise ValueError(f"{law}: got sizes or losses that are not positive numbers; exclude those runs")
     if losses.size < len(boxes):
         raise ValueError(f"{law}: got {losses.size} points for {len(boxes)} constants; measure more sizes")
     target = np.log(losses)
@@ -112,7 +112,7 @@ def fit(
         begins = [np.log([near.constants[name] for name in boxes])]
     else:
         begins = list(np.random.default_rng(seed).uniform(low, high, (starts, len(boxes))))
-    # A wide bound keeps logarithms finite where the data do not determine a constant (c = 0 is log c = -inf).
+    # Wide bounds keep logarithms finite if the data does not determine a constant (c = 0 is log c = -inf).
     bounds = (np.minimum(low, -30.0), np.maximum(high, 60.0))
     ends = [
         scipy.optimize.least_squares(
@@ -128,30 +128,30 @@ def fit(
 def bootstrap(
     law: str, x: Sequence[ArrayLike], L: ArrayLike, *, draws: int = 200, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95 % interval of every constant: percentiles over refits of points drawn with replacement.
+    """95 % intervals of the constants: percentiles over refits to points resampled with replacement.
 
-    Draws with fewer different points than constants are drawn again: no law can be fitted to them.
+    Samples with fewer distinct points than constants are redrawn: the law cannot be fitted to them.
     """
     columns, losses = [np.asarray(v, float) for v in x], np.asarray(L, float)
     best, generator = fit(law, columns, losses, seed=seed), np.random.default_rng(seed)
     needed = len(LAWS[law].boxes)
-    found: list[dict[str, float]] = []
-    while len(found) < draws:
+    refits: list[dict[str, float]] = []
+    while len(refits) < draws:
         chosen = generator.integers(0, losses.size, losses.size)
-        places = np.stack([column[chosen] for column in columns], 1)
-        if len(np.unique(places, axis=0)) >= min(needed, len(np.unique(np.stack(columns, 1), axis=0))):
-            found.append(fit(law, [c[chosen] for c in columns], losses[chosen], near=best).constants)
+        sample = np.stack([column[chosen] for column in columns], 1)
+        if len(np.unique(sample, axis=0)) >= min(needed, len(np.unique(np.stack(columns, 1), axis=0))):
+            refits.append(fit(law, [c[chosen] for c in columns], losses[chosen], near=best).constants)
     return {
         name: (
-            float(np.percentile([constants[name] for constants in found], 2.5)),
-            float(np.percentile([constants[name] for constants in found], 97.5)),
+            float(np.percentile([constants[name] for constants in refits], 2.5)),
+            float(np.percentile([constants[name] for constants in refits], 97.5)),
         )
         for name in best.constants
     }
 
 
 def held_out_error(law: str, x: Sequence[ArrayLike], L: ArrayLike, largest: float | None = None) -> float:
-    """Relative error of the mean loss at the largest N (x[0]), predicted from all smaller ones.
+    """Relative error of the mean loss at the largest N (x[0]), predicted by a fit to all smaller ones.
 
     Raises:
       ValueError: too few points remain to fit the law.

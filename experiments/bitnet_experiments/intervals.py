@@ -1,4 +1,4 @@
-"""What a handful of seeds can say: Student-t intervals, paired differences, and what would have been seen."""
+"""Statistics over a few seeds: Student-t intervals, paired differences, and detectable differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import scipy.stats
 
 
 class Interval(NamedTuple):
-    """Mean and half width of the 95 % Student-t interval over values; one value has none, half is NaN."""
+    """Mean and half-width of the 95 % Student-t interval; the half-width of a single value is NaN."""
 
     mean: float
     half: float
@@ -34,15 +34,15 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(values: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
-    """values - base for every seed that both have: what the seed does to both drops out."""
+    """values - base for every common seed, which cancels effects of the seed on both."""
     return [values[seed] - base[seed] for seed in values if seed in base]
 
 
 def detectable(differences: Sequence[float], power: float = 0.8, level: float = 0.05) -> float:
     """The smallest true mean difference that a two-sided paired t-test would have found with this power.
 
-    Solves P(|T| > t(1 - level / 2, n - 1)) = power for the noncentrality d sqrt(n) / s of T, with the spread
-    s of these differences taken as the true one. NaN below two differences.
+    Solves P(|T| > t(1 - level / 2, n - 1)) = power for the noncentrality d sqrt(n) / s of T, taking the sample
+    deviation s of these differences as the true one. NaN for fewer than two differences.
     """
     n = len(differences)
     if n < 2:
@@ -50,9 +50,9 @@ def detectable(differences: Sequence[float], power: float = 0.8, level: float = 
     critical = scipy.stats.t.ppf(1 - level / 2, n - 1)
 
     def missing(noncentrality: float) -> float:
-        # A significant difference of the wrong sign is left out: at such powers it has no weight.
+        # Significant differences of the wrong sign are ignored: negligible at such powers.
         return float(scipy.stats.nct.sf(critical, n - 1, noncentrality)) - power
 
-    # With two differences the answer is about 16, with more it is less; scipy's tails are NaN far beyond.
+    # About 16 for two differences, and less for more; scipy's tails are NaN for much larger values.
     noncentrality = scipy.optimize.brentq(missing, 0.0, 40.0)
     return float(noncentrality * np.std(differences, ddof=1) / math.sqrt(n))

@@ -1,4 +1,4 @@
-"""What a figure was measured with."""
+"""Provenance of measurements."""
 
 from __future__ import annotations
 

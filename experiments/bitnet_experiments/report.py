@@ -1,7 +1,7 @@
-"""Tables, figures and a page of a study, rebuilt from its results alone.
+"""Tables, figures and an HTML page of a study, rebuilt from its results.
 
-Writes what the study's REPORT lists: tables between the marker comments of its README, figures beside it, and
-report.html, the README as one self-contained page.
+Writes the sections listed in the study's REPORT: tables between the marker comments of its README, figures next to it,
+and report.html, the README as one self-contained page.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def command(study: Study) -> str:
 
 
 def sections(study: Study, rows: Sequence[Row]) -> list[Section]:
-    """Of the study's own arms; rows of arms that it no longer has are left out."""
+    """The study's sections; rows of arms that it no longer has are ignored."""
     rows = [row for row in rows if row["arm"] in study.arms]
     return [make(study, rows) for make in study.report or (arms_table(), curves())]
 
 
 def text_of(study: Study, rows: Sequence[Row], parts: Sequence[Section]) -> str:
-    """Markdown of the sections, the command under each table, and what the rows were measured with."""
+    """Markdown of the sections, with the command below each table, and the provenance of the rows."""
     blocks = []
     for part in parts:
         if part.markdown:
@@ -53,7 +53,7 @@ def draw(part: Section, folder: Path) -> None:
             import matplotlib
         except ImportError as error:
             raise ValueError(missing_package("matplotlib")) from error
-        matplotlib.use("Agg")  # no window; before pyplot is imported
+        matplotlib.use("Agg")  # headless; must precede the import of pyplot
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -63,7 +63,7 @@ def draw(part: Section, folder: Path) -> None:
 
 
 def replaced(old: str, text: str, begin: str = BEGIN, end: str = END) -> str:
-    """`old` with `text` between its markers. Raises ValueError: it has no markers."""
+    """`old` with `text` between its markers. Raises ValueError: no markers."""
     head, found, rest = old.partition(begin)
     _, closed, tail = rest.partition(end)
     if not (found and closed):
@@ -72,7 +72,7 @@ def replaced(old: str, text: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def page(title: str, text: str, folder: Path) -> str:
-    """Markdown as one HTML page; figures of `folder` are embedded.
+    """Markdown as one HTML page, with the figures in `folder` embedded.
 
     Raises:
       ValueError: the package markdown is not installed.
@@ -102,7 +102,7 @@ def page(title: str, text: str, folder: Path) -> str:
 
 
 def report(study: Study, results: Path, folder: Path) -> str:
-    """Writes tables, figures and page into `folder`; returns the Markdown of the tables.
+    """Writes tables, figures and the page into `folder`; returns the Markdown of the tables.
 
     Raises:
       ValueError: there are no results, or the README has no markers.
@@ -122,7 +122,7 @@ def report(study: Study, results: Path, folder: Path) -> str:
 
 
 def effect(study: Study, rows: Sequence[Row]) -> str:
-    """The study's answer as a short text: a paired difference with its interval, or what its EFFECT says."""
+    """The study's answer as a short text: a paired difference with its interval, or the text from EFFECT."""
     if not rows or not study.effect:
         return ""
     if callable(study.effect):
@@ -154,7 +154,7 @@ def index(studies: Sequence[Study]) -> str:
 
 
 def report_all() -> Path:
-    """Reports every study with results and rewrites the table of all studies; returns the file of that table."""
+    """Reports every study with results and rewrites the table of all studies; returns its path."""
     studies = [load_study(name) for name in study_names()]
     for study in studies:
         if study.results.is_file():

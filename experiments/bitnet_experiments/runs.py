@@ -1,7 +1,7 @@
-"""What the `run` of a study is made of: train, train on from other weights, measure weights as they are.
+"""Building blocks for the `run` function of a study: training, fine-tuning, and evaluation of given weights.
 
-Each returns fields of a row of results. Trainings are kept in folders: one that is there already is read and
-not repeated, one that another process is at is waited for, one that was interrupted goes on.
+Each returns fields of a row of results. Training runs are kept in folders: a finished one is read instead of repeated,
+one that another process is working on is waited for, and an interrupted one is resumed.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
 
 
 def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | None = None) -> dict[str, Any]:
-    """Train from scratch in `folder`; `task` in place of the config's may alter the problem (its start, its loss).
+    """Trains from scratch in `folder`; `task` replaces the config's task, to change its initialization or loss.
 
-    A training under other settings is never gone on with: one that was not finished is replaced.
+    A run with other settings is never resumed; an unfinished one is replaced.
 
     Returns:
-      status, step, tokens, parameters, config_hash, training_seconds (over all interruptions), error (of a
-      divergence), valid_* and train_* (newest measurements), history (held-out loss over steps), and those of `sizes`.
+      status, step, tokens, parameters, config_hash, training_seconds (summed over interruptions), error (if it
+      diverged), valid_* and train_* (latest values), history (held-out loss over steps), and the fields of `sizes`.
 
     Raises:
-      RunError: the folder holds a finished training under other settings.
+      RunError: the folder contains a finished run with other settings.
     """
     with locked(folder.with_name(folder.name + ".lock")):
         run = RunFolder(folder)
         others = differing_fields(run.read_config(), config) if run.trained() else []
         if others and run.read_result() is not None:
             raise RunError(
-                f"{folder} holds a finished training with other settings ({'; '.join(others)}; saved, then asked "
-                "for); remove it to train again"
+                f"{folder} contains a finished run with other settings ({'; '.join(others)}; saved, then "
+                "requested); remove it to train again"
             )
         result = fit(config, folder, overwrite=bool(others), task=task)
     valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
@@ -68,11 +68,11 @@ def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | N
 
 
 def train_from(params: PyTree, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """`train`, started from weights in place of random ones; what they lack (learned scales) is initialized."""
+    """`train`, initialized from `params`; parameters missing in them (learned scales) are newly initialized."""
 
     def task(config: RunConfig) -> Task:
         from_scratch = language_task(config)
-        assert from_scratch.tokenizer is not None  # of a language
+        assert from_scratch.tokenizer is not None  # it is a language task
         model = Transformer(config.model_config(from_scratch.tokenizer.vocab_size))
 
         def init(key: jax.Array) -> PyTree:
@@ -88,9 +88,9 @@ def train_from(params: PyTree, config: RunConfig, folder: Path) -> dict[str, Any
 def model_of(
     study: str, arm: str, seed: int, workdir: Path, small: bool
 ) -> tuple[dict[str, Any], RunConfig, PyTree]:
-    """Another study's model, trained now if it is not there yet: fields of its row, its config, its parameters.
+    """Another study's model, trained first if necessary: fields of its row, its config, its parameters.
 
-    It is looked for where that study keeps its own, beside `workdir`, which is that of the study that asks.
+    It is kept in the workdir of that study, next to `workdir`, that of the calling study.
     """
     other = load_study(study)
     folder = workdir.parent / other.workdir(small).name / f"{arm}-seed{seed}"
@@ -102,10 +102,10 @@ def model_of(
 def measure(
     config: RunConfig, params: PyTree, model_state: Mapping[str, PyTree] | None = None, **overrides: Any
 ) -> dict[str, Any]:
-    """valid_* of weights, under a config that may differ from the one they were trained with, untrained.
+    """valid_* of given weights without training, under a config that may differ from that of their training.
 
     Args:
-      model_state: what the model keeps beside its parameters, such as batch statistics.
+      model_state: collections besides the parameters, such as batch statistics.
       overrides: fields of `model`, such as precision="int4".
     """
     fields = {f"model.{name}": value for name, value in overrides.items()}
@@ -115,10 +115,10 @@ def measure(
 
 
 def sizes(model: Architecture) -> dict[str, float]:
-    """weight_bits, of information per weight of all linear layers but the head, and model_bytes of the whole model.
+    """weight_bits, the bits of information per weight of all linear layers except the head, and model_bytes in total.
 
-    A ternary weight counts log2(3) bits, for nothing that stores it can do with less. Scales and all that is not
-    such a weight (embeddings, head, norms, statistics) count four bytes a number.
+    A ternary weight counts as log2(3) bits, the information-theoretic minimum. Scales and everything else (embeddings,
+    head, norms, statistics) count as four bytes per number.
     """
     precisions, weights, bits, numbers, counted = model.precisions(), 0, 0.0, 0, set()
     for path, (n, k) in model.linear_shapes().items():
@@ -132,7 +132,7 @@ def sizes(model: Architecture) -> dict[str, float]:
                     partial(scales.measure, jnp.max, granularity=precision.granularity), matrix
                 ).size
     for place, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(model)):
-        name = jax.tree_util.keystr(place[1:], simple=True, separator="/")  # behind the collection
+        name = jax.tree_util.keystr(place[1:], simple=True, separator="/")  # without the collection
         if name not in counted:
             numbers += math.prod(leaf.shape)
     return {"weight_bits": bits / weights, "model_bytes": bits / 8 + 4 * numbers}
@@ -140,9 +140,9 @@ def sizes(model: Architecture) -> dict[str, float]:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock file, which dies with its process; gives False where another holds it and `wait` is not set.
+    """Holds a lock file, released with the process; yields False if another process holds it and `wait` is False.
 
-    The lock is the kernel's (flock): on a network file system it holds as far as that file system keeps it.
+    The lock is a flock; on a network file system it depends on that file system's support.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

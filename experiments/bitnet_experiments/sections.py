@@ -1,4 +1,4 @@
-"""What a study's report is made of: pure functions from rows to a table or a figure.
+"""Sections of a study's report: pure functions from rows to a table or a figure.
 
 A study lists them in REPORT. Each call below returns a function (study, rows) -> Section.
 """
@@ -22,7 +22,7 @@ Draw = Callable[["Axes"], None]
 
 
 class Section(NamedTuple):
-    """Markdown, and what fills the axes of the figure `<figure>.png`, if there is one."""
+    """Markdown, and optionally a function that draws the axes of the figure `<figure>.png`."""
 
     markdown: str
     figure: str | None = None
@@ -33,7 +33,7 @@ SectionMaker = Callable[[Study, Sequence[Row]], Section]
 
 
 def values(rows: Iterable[Row], arm: str, metric: str) -> dict[int, float]:
-    """Seed -> figure of the finished runs of an arm that have it."""
+    """Seed -> metric, over the finished runs of an arm that have the metric."""
     return {
         row["seed"]: row[metric]
         for row in rows
@@ -42,13 +42,13 @@ def values(rows: Iterable[Row], arm: str, metric: str) -> dict[int, float]:
 
 
 def difference(study: Study, rows: Sequence[Row], arm: str, metric: str | None = None) -> list[float]:
-    """Of an arm to the study's baseline, paired by seed."""
+    """Differences of an arm to the study's baseline, paired by seed."""
     metric = metric or study.metric
     return paired(values(rows, arm, metric), values(rows, study.baseline, metric))
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """The first column is text, the others numbers. A header that begins with < is text, too."""
+    """A Markdown table; the first column and those whose header begins with < are text, the others numbers."""
     align = ["---" if i == 0 or name.startswith("<") else "--:" for i, name in enumerate(header)]
     names = [name.removeprefix("<") for name in header]
     escaped = ([cell.replace("|", r"\|") for cell in line] for line in (names, *lines))
@@ -61,11 +61,11 @@ def _number(value: float, digits: int = 4) -> str:
 
 
 def arms_table(*more: str, against: Callable[[str], str] | None = None) -> SectionMaker:
-    """One line an arm: the metric, its paired difference to the baseline, what difference would have been seen.
+    """One line per arm: the metric, its paired difference to the baseline, and the detectable difference.
 
     Args:
       more: further fields of the rows, each a column of means (without interval).
-      against: arm -> the arm it is compared with, where the study's baseline does not suit all of them.
+      against: arm -> the arm it is compared with, if that is not always the study's baseline.
     """
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
@@ -103,7 +103,7 @@ def arms_table(*more: str, against: Callable[[str], str] | None = None) -> Secti
 
 
 def measures_table(*fields: str) -> SectionMaker:
-    """One line an arm: the mean of each field with its interval over seeds; fields that no row has are left out."""
+    """One line per arm: the mean of each field with its interval over seeds; fields missing in all rows are omitted."""
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
         found = {field: {arm: values(rows, arm, field) for arm in study.arms} for field in fields}
@@ -119,7 +119,7 @@ def measures_table(*fields: str) -> SectionMaker:
 
 
 def pairs_table(*pairs: tuple[str, str]) -> SectionMaker:
-    """One line a pair (arm, other arm): the difference of the metric, paired by seed, and what would have been seen."""
+    """One line per pair (arm, other arm): the difference of the metric, paired by seed, and the detectable one."""
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
         lines = []
@@ -133,7 +133,7 @@ def pairs_table(*pairs: tuple[str, str]) -> SectionMaker:
 
 
 def curves(figure: str = "curves", arms: Sequence[str] | None = None) -> SectionMaker:
-    """Held-out loss over steps: the mean over seeds as a line, the range as a band."""
+    """Held-out loss over steps: the mean over seeds as a line, the range over seeds as a band."""
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
         histories = {
@@ -173,7 +173,7 @@ class Point(NamedTuple):
 def size_law(
     figure: str, place: Callable[[str, Row], Point | None], *, metric: str | None = None, xlabel: str
 ) -> SectionMaker:
-    """`L(N) = a N^-b + c` of every series through all its runs: constants with intervals, and the curves.
+    """`L(N) = a N^-b + c` fitted to all runs of each series: constants with intervals, and the curves.
 
     The points of the figure are means with 95 % intervals over seeds.
 
@@ -190,7 +190,7 @@ def size_law(
         fitted, lines = {}, []
         for series, pairs in measured.items():
             N, L = np.array(pairs).T
-            if len(np.unique(N)) < 4:  # a law of three constants goes through three sizes whatever they are
+            if len(np.unique(N)) < 4:  # a law with three constants fits any three sizes
                 continue
             fitted[series] = fit("power", [N], L)
             spread = bootstrap("power", [N], L)
@@ -235,10 +235,10 @@ def points(
     xscale: str = "linear",
     joined: bool = True,
 ) -> SectionMaker:
-    """y against x with the 95 % interval over seeds as error bars, one point an arm.
+    """y against x with the 95 % interval over seeds as error bars, one point per arm.
 
     Args:
-      place: (arm, one of its rows) -> where its point is and to which series it belongs; None leaves it out.
+      place: (arm, one of its rows) -> the arm's point and series; None omits the arm.
       joined: connect the points of a series by a line.
     """
 

@@ -1,6 +1,6 @@
-"""What a study is: a folder with a question, arms, seeds, and a file of results, one line per run.
+"""Studies: a folder with a question, arms, seeds, and a file of results, one line per run.
 
-experiments/studies/<name>/study.py        the names that `load_study` reads, see experiments/README.md
+experiments/studies/<name>/study.py        the constants read by `load_study`, see experiments/README.md
 experiments/studies/<name>/results.jsonl   written by `bitnet-jax sweep <name>`
 experiments/studies/<name>/README.md       claim, method, tables (written by `bitnet-jax report <name>`), verdict
 """
@@ -18,49 +18,45 @@ from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.config_file import load_config_file
 from bitnet_jax.training.python_file import load_python_file
 
-STUDIES = Path(__file__).resolve().parents[1] / "studies"  # of the repository; a wheel carries none
+STUDIES = Path(__file__).resolve().parents[1] / "studies"  # in the repository; not part of a wheel
 VERDICTS = ("reproduced", "partly", "not at this size", "open")
 
 Row = Mapping[str, Any]  # of results.jsonl
 Overrides = Mapping[str, Any]  # config fields, dotted -> values
-Run = Callable[
-    [str, int, Path, bool], dict[str, Any]
-]  # (arm, seed, workdir of the study, small) -> fields of the row
+# (arm, seed, workdir of the study, small) -> fields of the row
+Run = Callable[[str, int, Path, bool], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """The names defined in a `study.py`, in lower case, and its folder. See experiments/README.md.
+    """The constants defined in a `study.py`, in lower case, and its folder. See experiments/README.md.
 
     Raises:
-      ValueError: an unknown verdict, no arms or seeds, or a baseline or small arm that is no arm.
+      ValueError: an unknown verdict, no arms or seeds, or a baseline or small arm that does not exist.
     """
 
     folder: Path
     question: str
-    source: str  # paper and where in it
-    paper_effect: str  # what it found, in words
-    verdict: str  # one of VERDICTS, judged by hand
+    source: str  # paper and section
+    paper_effect: str  # the paper's finding, as text
+    verdict: str  # one of VERDICTS, set by hand
     arms: Mapping[str, Overrides]
     seeds: tuple[int, ...]
-    metric: str  # the field of a row that the study is about; smaller is better
+    metric: str  # the field of a row that is compared; smaller is better
     baseline: str  # the arm that the others are compared with, seed by seed
-    config: str | None = (
-        None  # name of an installed config, or a file with get_config(variant); None: `run` needs none
-    )
-    effect: str | Callable[[Study, Sequence[Row]], str] = (
-        ""  # the arm whose difference is the answer, or its text
-    )
-    common: Overrides = dataclasses.field(default_factory=dict)  # what all arms change in the base config
+    # Name of an installed config, or a file with get_config(variant); None if `run` needs none.
+    config: str | None = None
+    # The arm whose difference to the baseline is the answer, or a function that returns the answer as text.
+    effect: str | Callable[[Study, Sequence[Row]], str] = ""
+    common: Overrides = dataclasses.field(default_factory=dict)  # overrides of all arms
     small: Overrides = dataclasses.field(
         default_factory=dict
-    )  # with --small, behind the config's variant "small"
+    )  # with --small, on the config's variant "small"
     small_arms: tuple[str, ...] | None = None  # None: all
     small_seeds: tuple[int, ...] | None = None  # None: the first two
     run: Run | None = None  # None: train the arm
-    report: tuple[
-        Callable[[Study, Sequence[Row]], Any], ...
-    ] = ()  # each makes a Section; (): arms and curves
+    # Each returns a Section; (): the table of arms and the curves.
+    report: tuple[Callable[[Study, Sequence[Row]], Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -75,12 +71,10 @@ class Study:
             if arm not in self.arms:
                 raise ValueError(f"{self.name}: got arm {arm!r}, expected one of {', '.join(self.arms)}")
         if self.run is None and self.config is None:
-            raise ValueError(
-                f"{self.name}: got neither CONFIG nor run, expected what to train or how to measure"
-            )
+            raise ValueError(f"{self.name}: got neither CONFIG nor run, expected at least one of them")
 
     def __reduce__(self) -> tuple[Callable[[Path], Study], tuple[Path]]:
-        return read_study, (self.folder,)  # another process reads it again
+        return read_study, (self.folder,)  # unpickling reads study.py again
 
     @property
     def name(self) -> str:
@@ -91,33 +85,33 @@ class Study:
         return self.folder / "results.jsonl"
 
     def workdir(self, small: bool = False) -> Path:
-        """Where its runs are kept unless told otherwise, from the current folder."""
+        """The default folder of its runs, relative to the current folder."""
         return Path("runs/studies") / (self.name + ("-small" if small else ""))
 
     def runs(self, small: bool = False) -> dict[str, tuple[str, int]]:
-        """Name of the run -> (arm, seed); all arms of a seed, then the next seed."""
+        """Name of the run -> (arm, seed), ordered by seed, then by arm."""
         seeds = (self.small_seeds or self.seeds[:2]) if small else self.seeds
         arms = (self.small_arms or tuple(self.arms)) if small else tuple(self.arms)
         return {f"{arm}-seed{seed}": (arm, seed) for seed in seeds for arm in arms}
 
     def overrides(self, arm: str, seed: int, small: bool = False) -> dict[str, Any]:
-        """What the run changes in the base config: seed, what all arms do, the small setting, the arm; last wins."""
+        """The run's overrides of the base config: seed, common, small, then the arm's own; the last one wins."""
         return {"seed": seed, **self.common, **(self.small if small else {}), **self.arms[arm]}
 
     def settings(self, arm: str, seed: int, small: bool = False) -> RunConfig:
-        """The whole config of a run.
+        """The complete config of a run.
 
         Raises:
-          ValueError: the arm names a field that does not exist, or gives it a value it cannot have.
+          ValueError: the arm has an unknown field or an invalid value.
         """
         if self.config is None:
-            raise ValueError(f"{self.name}: it has no CONFIG to make settings from")
+            raise ValueError(f"{self.name}: got no CONFIG, expected one to derive settings from")
         base = load_config_file(f"{self.config}{':small' if small else ''}").to_dict()
         return RunConfig.from_dict(overridden(base, self.overrides(arm, seed, small)))
 
 
 def overridden(fields: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
-    """Nested dicts with the dotted names of `overrides` set. RunConfig says which names exist."""
+    """Nested dicts with the dotted names of `overrides` set. RunConfig validates the names."""
     result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
     for path, value in overrides.items():
         section, _, field = path.rpartition(".")
@@ -140,7 +134,7 @@ def product(*factors: Mapping[str, Overrides], join: str = "-") -> dict[str, dic
 
 
 def zip_(names: Sequence[str], **fields: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Arms that change several fields in step; `__` in a keyword stands for the dot.
+    """Arms that change several fields together; `__` in a keyword stands for a dot.
 
     zip_(["a", "b"], model__hidden_size=[32, 64]) == {"a": {"model.hidden_size": 32}, "b": {...: 64}}
     """
@@ -158,10 +152,10 @@ def study_names() -> list[str]:
 
 
 def load_study(name: str) -> Study:
-    """The study of that name in experiments/studies, or in the folder of that path.
+    """The study with that name in experiments/studies, or in the folder with that path.
 
     Raises:
-      ValueError: there is none (the error lists those there are), or see `read_study`.
+      ValueError: there is none (the message lists the available ones), or see `read_study`.
     """
     if name in study_names():
         return read_study(STUDIES / name)
@@ -175,10 +169,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def read_study(folder: Path) -> Study:
-    """What `study.py` in a folder defines. The file is executed: read only studies whose source is trusted.
+    """Reads `study.py` in a folder. The file is executed: read only trusted studies.
 
     Raises:
-      ValueError: it raises something (the message says file and line), or a name in it is missing or unknown.
+      ValueError: the file raises an error (the message gives file and line), or a name is missing or unknown.
     """
     module = load_python_file(folder / "study.py")
     fields = {field.name: field for field in dataclasses.fields(Study) if field.name not in ("folder", "run")}
@@ -187,9 +181,9 @@ def read_study(folder: Path) -> Study:
     unknown = [name.upper() for name in given if name not in fields]
     if missing or unknown:
         raise ValueError(
-            f"{folder.name}/study.py: misses {', '.join(missing) or 'nothing'} and has unknown "
-            f"{', '.join(unknown) or 'nothing'}; expected {', '.join(map(str.upper, fields))}; other constants "
-            "begin with an underscore"
+            f"{folder.name}/study.py: missing {', '.join(missing) or 'nothing'}, unknown "
+            f"{', '.join(unknown) or 'nothing'}; expected {', '.join(map(str.upper, fields))}; start other constants "
+            "with an underscore"
         )
     return Study(folder=folder, run=getattr(module, "run", None), **given)
 
@@ -199,7 +193,7 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows written so far. Raises ValueError: a line is not the JSON of a row, which names its run."""
+    """The rows written so far. Raises ValueError: a line is not a JSON row with run and status."""
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
         try:

@@ -1,11 +1,11 @@
-"""Every run of a study; a second start continues where the first stopped.
+"""Executes every run of a study; a second start resumes where the first stopped.
 
 The full setting adds rows to `studies/<study>/results.jsonl`; the small one (same question, two cores, minutes)
-to `<workdir>/results.jsonl`. A run that fails or diverges is a row too and does not stop the others.
+to `<workdir>/results.jsonl`. A run that fails or diverges is recorded as a row and does not stop the others.
 
-Ctrl-C and SIGTERM: every running training saves itself and loses at most one update. SIGKILL or a dead machine:
-it loses what came after its last checkpoint. Either way the next start resumes from there. Two sweeps of one study
-share the remaining runs: a run belongs to whoever holds its lock, and a lock dies with its holder.
+On Ctrl-C and SIGTERM every training run saves a checkpoint and loses at most one update. On SIGKILL or a machine
+failure it loses the updates since its last checkpoint. The next start resumes from there. Two sweeps of one study
+share the remaining runs: a run belongs to the process that holds its lock, which is released with the process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 def run_one(study: Study, name: str, workdir: Path, small: bool) -> Row:
-    """The row of one run; its failure is recorded in it, not raised."""
+    """The row of one run; a failure is recorded in it, not raised."""
     arm, seed = study.runs(small)[name]
     row: Row = {"run": name, "arm": arm, "seed": seed, "overrides": _json(study.overrides(arm, seed, small))}
     row |= {"config_hash": _settings_hash(study, arm, seed, small)} | provenance()
@@ -42,16 +42,18 @@ def run_one(study: Study, name: str, workdir: Path, small: bool) -> Row:
             row |= {"status": "finished"} | study.run(arm, seed, workdir, small)
         else:
             row |= train(study.settings(arm, seed, small), workdir / name)
-    except Exception as error:  # the sweep goes on; the row says what happened
+    except Exception as error:  # recorded in the row; the sweep continues
         traceback.print_exc()
         row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         row |= {"traceback": traceback.format_exc()}
-    seconds = max(time.monotonic() - start, row.get("training_seconds", 0.0))  # an interrupted run cost more
+    seconds = max(
+        time.monotonic() - start, row.get("training_seconds", 0.0)
+    )  # a resumed run took longer in total
     return row | {"wall_seconds": round(seconds, 1)}
 
 
 class Assignment(NamedTuple):
-    """One run of a sweep, as it is handed to another process."""
+    """One run of a sweep, as passed to another process."""
 
     study: Study
     name: str
@@ -62,7 +64,7 @@ class Assignment(NamedTuple):
 
 
 def claim(one: Assignment) -> Row | None:
-    """Does a run and keeps its row, unless it is done or another process is at it: then None."""
+    """Executes a run and records its row; None if it is done already or another process is working on it."""
     study, name, workdir, results, small, retry_failed = one
     locks = results.parent / ".locks"
     with locked(locks / name, wait=False) as mine:
@@ -76,13 +78,13 @@ def claim(one: Assignment) -> Row | None:
 
 
 def pending(study: Study, results: Path, small: bool, retry_failed: bool) -> list[str]:
-    """The runs to do: those that have no row yet, and of those whose row says failed the ones worth another try.
+    """The runs to execute: those without a row, and failed ones to be retried.
 
-    A failed run is tried again when its settings are no longer those that failed; with the same ones (the machine was
-    full, the code was mended) only where `retry_failed` asks for it. Any other row is a result and stays.
+    A failed run is retried if its settings have changed; with unchanged settings (the machine was full, the code was
+    fixed) only with `retry_failed`. Any other row is final.
 
     Raises:
-      ValueError: rows of results that were made with other overrides than the study has now.
+      ValueError: results contain rows made with other overrides than the study has now.
     """
     rows = {row["run"]: row for row in read_results(results)}
     names, stale = [], []
@@ -105,7 +107,7 @@ def pending(study: Study, results: Path, small: bool, retry_failed: bool) -> lis
 
 
 def _settings_hash(study: Study, arm: str, seed: int, small: bool) -> str | None:
-    """Of the whole config of a run, base settings included; None where there is none or it is refused."""
+    """Hash of a run's complete config, including base settings; None if there is none or it is invalid."""
     try:
         return study.settings(arm, seed, small).hash()
     except (ValueError, OSError):
@@ -122,7 +124,7 @@ def sweep(
     retry_failed: bool = False,
     cluster: dict[str, Any] | None = None,
 ) -> Path:
-    """Adds a row for every run that has none yet; returns the file of results."""
+    """Adds a row for every run that has none yet; returns the path of the results."""
     results = workdir / "results.jsonl" if small else study.results
     names = pending(study, results, small, retry_failed)
     print(
@@ -132,7 +134,7 @@ def sweep(
     if executor != "process":
         rows = _submitted(todo, executor, workdir, jobs, cluster or {})
     elif jobs > 1:
-        rows = _side_by_side(todo, jobs)
+        rows = _in_parallel(todo, jobs)
     else:
         rows = map(claim, todo)
     began = time.monotonic()
@@ -147,11 +149,11 @@ def sweep(
     return results
 
 
-def _side_by_side(todo: Sequence[Assignment], jobs: int) -> Iterator[Row | None]:
-    """`claim` in processes of their own, `jobs` at a time. When stopped, it stops them first, in good order."""
+def _in_parallel(todo: Sequence[Assignment], jobs: int) -> Iterator[Row | None]:
+    """`claim` in separate processes, `jobs` at a time. When stopped, it first stops them cleanly."""
     context = multiprocessing.get_context("spawn")
     waiting = list(todo)
-    running: dict[Any, tuple[Any, Assignment]] = {}  # by the handle that says when a process ends
+    running: dict[Any, tuple[Any, Assignment]] = {}  # by the sentinel of the process
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         while waiting or running:
@@ -164,25 +166,28 @@ def _side_by_side(todo: Sequence[Assignment], jobs: int) -> Iterator[Row | None]
                 process, one = running.pop(sentinel)
                 process.join()
                 if process.exitcode != 0:
-                    print(f"{one.name} ended with {process.exitcode}; start the sweep again", file=sys.stderr)
+                    print(
+                        f"{one.name} exited with code {process.exitcode}; start the sweep again",
+                        file=sys.stderr,
+                    )
                 yield next((row for row in read_results(one.results) if row["run"] == one.name), None)
     finally:
         signal.signal(signal.SIGTERM, before)
         for process, _ in running.values():
-            process.terminate()  # a training saves itself
+            process.terminate()  # on SIGTERM a training run saves a checkpoint
         for process, _ in running.values():
             process.join()
 
 
 def _in_process(one: Assignment) -> None:
-    os.setpgid(0, 0)  # Ctrl-C goes to the parent alone, which then stops each child once
+    os.setpgid(0, 0)  # Ctrl-C reaches only the parent, which then stops each child once
     claim(one)
 
 
 def _submitted(
     todo: Sequence[Assignment], executor: str, workdir: Path, jobs: int, cluster: dict[str, Any]
 ) -> Iterator[Row | None]:
-    """`claim` as jobs of submitit: of Slurm, or of processes on this machine."""
+    """`claim` as submitit jobs: on Slurm, or in processes on this machine."""
     try:
         import submitit
     except ImportError as error:
@@ -190,17 +195,17 @@ def _submitted(
     submitter = submitit.AutoExecutor(folder=workdir / "submitit", cluster=executor)
     limits = {"slurm_array_parallelism": jobs} if executor == "slurm" else {}
     submitter.update_parameters(**{"name": "sweep", "timeout_min": 24 * 60, **limits, **cluster})
-    # The local executor starts all that it is given at once.
+    # The local executor starts all its jobs at once.
     size = jobs if executor == "local" else max(len(todo), 1)
     for start in range(0, len(todo), size):
         for job in submitter.map_array(claim, todo[start : start + size]):
             try:
                 yield job.result()
-            except Exception as error:  # killed, or out of time: it has no row
+            except Exception as error:  # killed or timed out: it has no row
                 print(f"job {job.job_id}: {error}; start the sweep again", file=sys.stderr)
                 yield None
 
 
 def _json(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
+    """The value after a JSON round trip: tuples become lists."""
     return json.loads(json.dumps(value))

@@ -53,9 +53,7 @@ def test_a_training_is_never_gone_on_with_under_other_settings(study: Study, tmp
     longer = changed(config, training__steps=6)
     whole = train(longer, tmp_path / "whole")
     train(config, tmp_path / "run")
-    with pytest.raises(
-        RunError, match="finished training with other settings .training.steps: 4, 6; saved, then"
-    ):
+    with pytest.raises(RunError, match="finished run with other settings .training.steps: 4, 6; saved, then"):
         train(longer, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()  # as if it had been interrupted
     row = train(longer, tmp_path / "run")

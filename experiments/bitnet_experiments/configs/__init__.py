@@ -1,5 +1,5 @@
-"""Settings of runs, commented line by line, one file per problem: `bitnet-jax train --config NAME[:VARIANT]`.
+"""Run configs with line-by-line comments, one file per problem: `bitnet-jax train --config NAME[:VARIANT]`.
 
-`bitnet-jax init NAME` copies one to edit. A config may import another one by `bitnet_experiments.configs`, never a
-folder of the repository, so that its copy runs anywhere.
+`bitnet-jax init NAME` copies one for editing. A config may import another one from `bitnet_experiments.configs`, but
+not from a folder of the repository, so that its copy runs anywhere.
 """

@@ -1,9 +1,9 @@
-"""A byte-level language model on real text, the base setting of the language-model experiments.
+"""A byte-level language model on real text, the base config of the language-model experiments.
 
     bitnet-jax train --config byte_lm --workdir runs/byte_lm
     bitnet-jax train --config byte_lm:small --workdir runs/small
 
-The default corpus is the source text of the running Python's standard library: real, present everywhere.
+The default corpus is the source code of Python's standard library, which is available everywhere.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def get_config(variant: str = "base") -> ConfigDict:
     model.hidden_size = 64 if small else 128
     model.num_layers = 2 if small else 3
     model.num_heads = 4
-    model.num_kv_heads = 2  # grouped-query attention, as 2B-4T (4 query heads per kv head there)
+    model.num_kv_heads = 2  # grouped-query attention, as in 2B-4T (4 query heads per kv head there)
     model.ffn_size = 128 if small else 1024
-    model.max_length = 256 if small else 512  # longest prompt plus answer
+    model.max_length = 256 if small else 512  # maximum prompt plus generated text
     model.mlp = "relu2_glu"  # 2B-4T's gated squared ReLU
     model.norm_placement = "sub"  # 2B-4T's extra norm before o_proj and down_proj
     model.tie_embeddings = True
-    model.embedding_dtype = "bfloat16"  # as released checkpoints store it; packing keeps it exactly
+    model.embedding_dtype = "bfloat16"  # as in released checkpoints; packing preserves it exactly
     model.precision = "bitnet_b158"
 
     config.data = data = ConfigDict()
@@ -55,7 +55,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     training.checkpoint_every = 30 if small else 250
 
     config.evaluation = evaluation = ConfigDict()
-    evaluation.batches = 4 if small else 16  # of held-out text, the same ones at every evaluation
+    evaluation.batches = 4 if small else 16  # of held-out text, the same in every evaluation
 
     config.mesh = mesh = ConfigDict()  # devices along each axis, see bitnet_jax/training/sharding.py
     mesh.data = 1

@@ -3,7 +3,7 @@
     bitnet-jax train --config mnist_cnn --workdir runs/mnist_cnn
     bitnet-jax train --config mnist_cnn:small --workdir runs/mnist_cnn-small
 
-Everything but the model is that of mnist_mlp.
+Everything except the model is as in mnist_mlp.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def get_config(variant: str = "base") -> ConfigDict:
     model.architecture = "cnn"
     model.image_size = 16
     model.num_classes = 10
-    model.widths = (8, 16) if small else (16, 32, 64)  # of the first convolution, then of each stage
-    model.convolutions = 1 if small else 2  # of a stage, whose last one is pooled
-    model.shortcut = False  # True: Bi-Real Net's, around every binary convolution
+    model.widths = (8, 16) if small else (16, 32, 64)  # channels of the first convolution, then of each stage
+    model.convolutions = 1 if small else 2  # per stage; the last one is pooled
+    model.shortcut = False  # True: around every binary convolution, as in Bi-Real Net
     model.activation = "hardtanh"
     model.init_std = 0.05
-    model.precision = "xnor"  # signs with the scales mean|w| of a filter and mean|x| of a window
+    model.precision = "xnor"  # signs with the scales mean|w| per filter and mean|x| per window
     model.first = "float32"
     model.last = "float32"
 

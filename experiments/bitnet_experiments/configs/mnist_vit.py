@@ -1,4 +1,4 @@
-"""A binary vision transformer on MNIST: patches of pixels, BiT's blocks (2205.13016), the mean classified.
+"""A binary vision transformer on MNIST: pixel patches, BiT's blocks (2205.13016), mean pooling, classifier.
 
 bitnet-jax train --config mnist_vit --workdir runs/mnist_vit
 bitnet-jax train --config mnist_vit:small --workdir runs/mnist_vit-small
@@ -26,11 +26,11 @@ def get_config(variant: str = "base") -> ConfigDict:
     model.num_layers = 1 if small else 3
     model.num_heads = 4
     model.ffn_size = 64 if small else 256
-    model.mlp = "relu"  # BiT replaces GELU by it: its outputs are {0, a}
+    model.mlp = "relu"  # BiT uses it instead of GELU: its outputs are {0, a}
     model.attention = "binary"  # signs of queries and keys, probabilities {0, a}, softmax in between
     model.norm_placement = "pre"
     model.position = "learned"
-    model.precision = "bit_relu"  # W1 A1: {-a, a}, behind a ReLU {0, a}; learned scales and thresholds
+    model.precision = "bit_relu"  # W1A1: {-a, a}, after a ReLU {0, a}; learned scales and thresholds
     model.first = "float32"  # patches are pixels; the classifier is float unless a rule names it
 
     config.optimizer.learning_rate = 1e-3

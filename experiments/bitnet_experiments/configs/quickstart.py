@@ -33,17 +33,17 @@ def get_config(
     config.data.source = str(source)
     config.data.tokenizer = str(tokenizer)
     config.data.valid_fraction = 0.1
-    config.data.length = 256  # as long as the texts that the models write at the end
+    config.data.length = 256  # as long as the texts generated at the end
     config.data.batch_size = 4
     config.optimizer.learning_rate = 0.008
     config.optimizer.beta2 = 0.99
     config.training.steps = 256
     config.training.eval_every = 64
     config.training.checkpoint_every = 128
-    config.training.statistics_every = 25  # as often as a row of the log
+    config.training.statistics_every = 25  # as log_every
     config.evaluation.batches = 4
     config.evaluation.batch_size = 16
-    if variant == "short":  # for continuous integration: the same path in a fraction of the time
+    if variant == "short":  # for continuous integration: the same steps in a fraction of the time
         config.training.steps = 60
         config.training.eval_every = 20
         config.training.checkpoint_every = 30

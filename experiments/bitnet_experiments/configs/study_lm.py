@@ -1,12 +1,12 @@
-"""The language model of the studies: small enough that three seeds of twenty arms take two cores an hour.
+"""The language model of the studies: three seeds of twenty arms take an hour on two cores.
 
     bitnet-jax train --config study_lm --workdir runs/study_lm
     bitnet-jax train --config study_lm:small --workdir runs/study_lm-small
 
-The block of BitNet b1.58 2B-4T (gated squared ReLU, grouped queries, a norm in front of o_proj and down_proj),
-on the characters of tiny-shakespeare. 27 thousand parameters: so few that they hold less than
-the text offers and bits are missed. The small variant reads the standard library's text, which is everywhere.
-The learning rate is byte_lm's; it was searched for no arm of any study.
+The block of BitNet b1.58 2B-4T (gated squared ReLU, grouped-query attention, a norm before o_proj and down_proj) on
+the characters of tiny-shakespeare. With 27 thousand parameters, capacity limits the loss, so that the number of bits
+matters. The small variant uses the text of the standard library, which is available everywhere. The learning rate is
+byte_lm's and was not tuned for any arm of any study.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     model = config.model
     model.hidden_size = 32
     model.num_layers = 2
-    model.ffn_size = 96  # 3 d, as 2B-4T's 2.7 d
+    model.ffn_size = 96  # 3 d, close to 2B-4T's 2.7 d
     model.max_length = 64
     model.embedding_dtype = "float32"
 
@@ -35,7 +35,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     data.sampling = "windows"  # independent random windows
     if not small:
         model.vocab_size = 65  # characters of the file
-        data.source = "lm/tinyshakespeare.txt.gz"  # below data.root (default: environment BITNET_JAX_DATA)
+        data.source = "lm/tinyshakespeare.txt.gz"  # relative to data.root (default: $BITNET_JAX_DATA)
         data.tokenizer = "char"
         data.split = "tail"  # first 90 % train, last 10 % valid
         data.valid_fraction = 0.1

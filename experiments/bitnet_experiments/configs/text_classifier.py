@@ -5,9 +5,9 @@
     bitnet-jax train --config text_classifier --workdir runs/student \\
         --config.distillation.teacher=runs/teacher
 
-TREC's questions as bytes: which of six kinds of answer does each want? SST-2 and others of the same form:
+TREC's questions as bytes, classified into six types of answer. For SST-2 and other data sets of the same format:
 `--config.data.source=classify/sst2.train.jsonl.gz --config.data.valid_source=classify/sst2.valid.jsonl.gz
---config.model.num_classes=2`. The small variant guesses which of six keywords began a line of Python.
+--config.model.num_classes=2`. The small variant predicts which of six keywords began a line of Python.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.model = model = ConfigDict()
     model.vocab_size = 256  # bytes
     model.num_classes = 6
-    model.causal = False  # every token sees every other
+    model.causal = False  # every token attends to every other
     model.hidden_size = 32 if small else 64
     model.num_layers = 1 if small else 2
     model.num_heads = 4
@@ -39,13 +39,13 @@ def get_config(variant: str = "base") -> ConfigDict:
     model.precision = "bit_relu"
 
     config.data = data = ConfigDict()
-    data.source = "keywords" if small else "classify/trec.train.jsonl.gz"  # below data.root, as for text
+    data.source = "keywords" if small else "classify/trec.train.jsonl.gz"  # relative to data.root
     data.valid_source = config_dict.placeholder(str)
     if not small:
         data.valid_source = "classify/trec.test.jsonl.gz"
     data.tokenizer = "byte"
-    data.length = 24 if small else 64  # T: longer texts are cut, shorter ones filled up
-    data.valid_fraction = 0.1  # held out where there is no valid_source
+    data.length = 24 if small else 64  # T: longer texts are truncated, shorter ones padded
+    data.valid_fraction = 0.1  # held out if there is no valid_source
     data.batch_size = 32
 
     config.optimizer = optimizer = ConfigDict()
@@ -67,7 +67,7 @@ def get_config(variant: str = "base") -> ConfigDict:
 
     config.distillation = distillation = ConfigDict()
     distillation.teacher = config_dict.placeholder(str)  # folder of another run of this task
-    distillation.labels = 0.0  # BiT learns from the teacher alone
+    distillation.labels = 0.0  # BiT learns from the teacher only
     distillation.logits = 1.0
     distillation.temperature = 1.0
     distillation.relations = 0.0  # BiBERT's direction matching of queries, keys and values

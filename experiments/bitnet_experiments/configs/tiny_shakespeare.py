@@ -1,13 +1,13 @@
-"""Character GPT of 0.2 M parameters on tiny-shakespeare: the babyBitNet yardstick.
+"""A character GPT with 0.2 M parameters on tiny-shakespeare: the babyBitNet benchmark.
 
     bitnet-jax train --config tiny_shakespeare --workdir runs/shakespeare
 
-Setting of papers' dossier "Tiny character LMs": 4 layers, d=64, 4 heads, context 32, batch 16, 5,000 steps,
-AdamW with its usual constants at a constant rate (1e-3 float, 9e-4 ternary), norm in front of each block, plain
-ReLU MLP of 4d, float embeddings and head, 90/10 split. Theirs evaluates on 200 random held-out batches (102,400
-characters), ours on consecutive windows of the same length over all 111,540 held-out characters.
+The settings of babyBitNet: 4 layers, d=64, 4 heads, context 32, batch 16, 5,000 steps, AdamW with default constants at
+a constant learning rate (1e-3 float, 9e-4 ternary), pre-norm, plain ReLU MLP of 4d, float embeddings and head, 90/10
+split. babyBitNet evaluates on 200 random held-out batches (102,400 characters), this config on consecutive windows of
+the same length over all 111,540 held-out characters.
 
-The small variant is the same model on bytes of the standard library's text, which is everywhere.
+The small variant is the same model on the bytes of the standard library's text, which is available everywhere.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ def get_config(variant: str = "base") -> ConfigDict:
     model.mlp = "relu"
     model.position = "learned"
     model.norm_placement = "pre"
-    model.attention_scale = 64**-0.5  # the yardstick divides by sqrt(d_model), not sqrt(head_dim)
+    model.attention_scale = 64**-0.5  # babyBitNet divides by sqrt(d_model), not sqrt(head_dim)
     model.tie_embeddings = False
     model.precision = "float32"
 
     config.data = data = ConfigDict()
-    data.source = (
-        "stdlib" if small else "lm/tinyshakespeare.txt.gz"
-    )  # below data.root (default: environment BITNET_JAX_DATA)
+    # Relative to data.root (default: environment variable BITNET_JAX_DATA).
+    data.source = "stdlib" if small else "lm/tinyshakespeare.txt.gz"
     data.tokenizer = "byte" if small else "char"
     data.split = "tail"  # first 90 % train, last 10 % valid
     data.valid_fraction = 0.1

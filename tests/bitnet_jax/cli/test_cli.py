@@ -119,7 +119,7 @@ def test_generate_with_an_exact_head_gives_the_same_text(
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != "\n"
     assert cli.main(["generate", f"{place}/packed", *words, "--exact-head"]) == 2
-    assert "needs one that is stored in bfloat16" in capsys.readouterr().err
+    assert "expected a head stored in bfloat16" in capsys.readouterr().err
 
 
 def test_info_reads_the_contents_of_a_large_model_where_that_is_asked_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from bitnet_jax.packed import packing
         (["eval", "{place}/nowhere"], "there is no such folder"),
         (["info", "{place}"], "expected checkpoints/"),
         (["info", "{place}/packed", "--step", "3"], "expected no step"),
-        (["info", "{place}/packed", "--json", "{place}/nowhere/x.json"], "folder that exists"),
+        (["info", "{place}/packed", "--json", "{place}/nowhere/x.json"], "in an existing folder"),
         (["pack", "{place}/run", "{place}/packed"], "packed, which exists"),
         (["pack", "{place}/packed", "{place}/again"], "packed"),
         (["pack", "{place}/run", "{place}/again", "--step", "77"], "77"),
@@ -122,7 +123,7 @@ def test_overrides_are_told_from_the_other_words(
 def test_the_value_of_an_override_may_be_the_next_word(place: Path, tmp_path: Path) -> None:
     train = ["train", "--config", f"{place}/config.py", "--config.training.steps", "1", "--quiet"]
     assert cli.main([*train, "--workdir", f"{tmp_path}/run", "--config.model.ffn_size", "16"]) == 0
-    config = read(tmp_path / "run" / "config.json")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["training"]["steps"], config["model"]["ffn_size"]) == (1, 16)
 
 

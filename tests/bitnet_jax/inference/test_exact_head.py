@@ -66,9 +66,9 @@ def test_an_untied_head_and_bfloat16_activations() -> None:
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        (SamplingConfig(temperature=1.0), "with temperature=1.0 expected top_k"),
+        (SamplingConfig(temperature=1.0), "got temperature=1.0 without top_k, expected top_k"),
         (SamplingConfig(temperature=1.0, top_p=0.9), "expected top_k"),
-        (SamplingConfig(repetition_penalty=1.1), "repetition_penalty=1.1 needs all; expected 1"),
+        (SamplingConfig(repetition_penalty=1.1), "got repetition_penalty=1.1, expected 1"),
     ],
 )
 def test_sampling_that_needs_all_logits_is_refused(
@@ -82,7 +82,7 @@ def test_sampling_that_needs_all_logits_is_refused(
 
 def test_models_without_a_bfloat16_head_are_refused(variables: dict[str, Any]) -> None:
     float32 = dataclasses.replace(CONFIG, embedding_dtype="float32")
-    with pytest.raises(ValueError, match="got embed/embedding: float32; pack a model with embedding_dtype"):
+    with pytest.raises(ValueError, match="got embed/embedding: float32, expected a head stored in bfloat16"):
         with_exact_head(float32, packed(float32))
-    with pytest.raises(ValueError, match="the model has head='int8'"):
+    with pytest.raises(ValueError, match="got a model with head='int8', expected 'float'"):
         with_exact_head(*packing.with_head(CONFIG, variables, "int8"))

@@ -112,7 +112,7 @@ def test_modules_that_are_not_converted_stay_float(entry: str, floats: list[str]
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "not supported"),
         ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}, "not supported"),
         ({"rope_parameters": 5e5}, "expected an object or null"),
-        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "given twice and differs"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "given more than once"),
         ({"quantization_config": []}, "expected an object or null"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq', expected bitnet"),
         ({"quantization_config": ONLINE | {"linear_class": "bitlinear"}}, "no online mode"),
@@ -120,10 +120,10 @@ def test_modules_that_are_not_converted_stay_float(entry: str, floats: list[str]
         ({"quantization_config": ONLINE | {"bits": 2}}, "quantization_config.bits is unknown"),
         ({"quantization_config": ONLINE | {"use_rms_norm": 1}}, "use_rms_norm is 1"),
         ({"quantization_config": ONLINE | {"modules_to_not_convert": "lm_head"}}, "expected a list of names"),
-        ({"quantization_config": ONLINE | {"modules_to_not_convert": ["mlp"]}}, "write whole module names"),
+        ({"quantization_config": ONLINE | {"modules_to_not_convert": ["mlp"]}}, "write full module names"),
         (
             {"quantization_config": ONLINE | {"modules_to_not_convert": [".*up_proj"]}},
-            "write whole module names",
+            "write full module names",
         ),
         (
             {"quantization_config": ONLINE | {"use_rms_norm": True, "modules_to_not_convert": ["up_proj"]}},

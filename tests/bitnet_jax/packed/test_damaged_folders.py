@@ -95,18 +95,18 @@ def edit(name: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
 
 NORM = "params/final_norm/scale"
 HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "unknown dtype": (edit(NORM, dtype="F64"), "expected a dtype out of"),
+    "unknown dtype": (edit(NORM, dtype="F64"), "expected a dtype in"),
     "smaller dtype": (edit("params/layers_0/attention/o_proj/weight", dtype="U8"), "expected 576 bytes"),
     "negative shape": (edit(NORM, shape=[-24]), "expected a dtype"),
     "empty shape": (edit(NORM, shape=[0]), "expected a dtype"),
     "bool shape": (edit(NORM, shape=[True]), "expected a dtype"),
     "float shape": (edit(NORM, shape=[24.0]), "expected a dtype"),
-    "huge shape": (edit(NORM, shape=[2**62, 2**62]), "lies at"),
-    "reshaped": (edit(NORM, shape=[2, 12]), r"got float32\[2, 12\], expected by the config float32\[24\]"),
-    "overlap": (edit(NORM, data_offsets=[0, 96]), "lies at"),
-    "hole": (lambda h: h.pop(next(name for name in h if name.startswith("__pad"))), "lies at"),
-    "beyond the end": (edit(NORM, data_offsets=[10**15, 10**15 + 96]), "lies at"),
-    "backwards": (edit(NORM, data_offsets=[96, 0]), "lies at"),
+    "huge shape": (edit(NORM, shape=[2**62, 2**62]), "is at"),
+    "reshaped": (edit(NORM, shape=[2, 12]), r"got float32\[2, 12\], the config expects float32\[24\]"),
+    "overlap": (edit(NORM, data_offsets=[0, 96]), "is at"),
+    "hole": (lambda h: h.pop(next(name for name in h if name.startswith("__pad"))), "is at"),
+    "beyond the end": (edit(NORM, data_offsets=[10**15, 10**15 + 96]), "is at"),
+    "backwards": (edit(NORM, data_offsets=[96, 0]), "is at"),
     "three offsets": (edit(NORM, data_offsets=[0, 96, 96]), "two data_offsets"),
     "unknown key": (edit(NORM, stride=1), "two data_offsets"),
     "renamed": (lambda h: h.update({"params/extra/scale": h.pop(NORM)}), "no such tensor"),
@@ -153,14 +153,14 @@ def test_a_header_that_is_no_plain_object_is_refused(copy: Path, text: str) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 10**9}, r"num_layers=1000000000, the file has room for"),
-        ({"hidden_size": 2**70}, "hidden_size="),
-        ({"head_dim": 10**12}, "head_dim="),
-        ({"num_layers": 2}, "layers_1/.*no such tensor, expected by the config"),
-        ({"ffn_size": 41}, r"got float32\[40\], expected by the config float32\[41\]"),
-        ({"precision": "bitnet"}, "expected by the config"),
+        ({"num_layers": 10**9}, r"num_layers: got 1000000000, the file has room for"),
+        ({"hidden_size": 2**70}, "hidden_size: got"),
+        ({"head_dim": 10**12}, "head_dim: got"),
+        ({"num_layers": 2}, "layers_1/.*no such tensor, the config expects"),
+        ({"ffn_size": 41}, r"got float32\[40\], the config expects float32\[41\]"),
+        ({"precision": "bitnet"}, "the config expects"),
         ({"tie_embeddings": False}, "params/lm_head/weight: got no such tensor"),
-        ({"embedding_dtype": "float32"}, r"got bfloat16\[300, 24\], expected by the config float32"),
+        ({"embedding_dtype": "float32"}, r"got bfloat16\[300, 24\], the config expects float32"),
         ({"hidden_sise": 24}, "hidden_sise is not a field; did you mean hidden_size"),
         ({"num_heads": "two"}, "config.json: "),
         ({"norm_eps": "small"}, "config.json: "),
@@ -170,9 +170,9 @@ def test_a_header_that_is_no_plain_object_is_refused(copy: Path, text: str) -> N
         ({"use_bias": 1}, "model.use_bias: got 1, expected bool"),
         ({"rope_theta": -1.0}, "model.rope_theta: got -1.0, expected a positive number"),
         ({"norm_eps": 0}, "model.norm_eps: got 0, expected a positive number"),
-        ({"num_kv_heads": -2}, "num_kv_heads=-2, the file has room"),
+        ({"num_kv_heads": -2}, "num_kv_heads: got -2, the file has room"),
         ({"dropout": 1.5}, "model.dropout: got 1.5, expected a number from 0 to below 1"),
-        ({"max_length": 2**70}, "max_length=1180591620717411303424, the file has room for 2147483647"),
+        ({"max_length": 2**70}, "max_length: got 1180591620717411303424, the file has room for 2147483647"),
         ({"architecture": "rnn"}, "model.architecture: got 'rnn', expected one of transformer, mlp"),
         ({"architecture": "cnn"}, "vocab_size is not a field"),
     ],
@@ -206,7 +206,7 @@ def test_missing_and_foreign_files_are_named(copy: Path, tmp_path: Path) -> None
         load_packed(copy, verify=False)
     (copy / "tokenizer.json").unlink()
     os.mkfifo(copy / "tokenizer.json")  # would block whoever opens it
-    with pytest.raises(StorageError, match="tokenizer.json: got no regular file"):
+    with pytest.raises(StorageError, match="tokenizer.json: got something other than a regular file"):
         load_packed(copy)
     (copy / "tokenizer.json").unlink()
     (copy / "model.safetensors").unlink()
@@ -287,5 +287,5 @@ def test_scales_that_are_no_numbers_are_refused_even_unverified_and_signed(copy:
     folder = take_apart(copy)
     np.frombuffer(folder.tensor("packed/layers_0/mlp/up_proj/weight/scale"), np.float32)[0] = np.nan
     folder.write(copy)
-    with pytest.raises(StorageError, match="up_proj/weight: scale holds NaN"):
+    with pytest.raises(StorageError, match="up_proj/weight: scale contains NaN"):
         load_packed(copy, verify=False)

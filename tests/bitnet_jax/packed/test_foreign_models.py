@@ -106,7 +106,7 @@ def test_a_module_needs_its_precisions_and_a_config_has_them(trained: dict[str, 
     packed = pack(trained, PRECISIONS)
     with pytest.raises(ValueError, match="got a module without precisions"):
         prove(Mixer(), {"params": trained}, packed, IMAGES)
-    with pytest.raises(ValueError, match="got precisions beside a config"):
+    with pytest.raises(ValueError, match="got a config and precisions"):
         prove(MixerConfig(), {"params": trained}, packed, IMAGES, precisions=PRECISIONS)
 
 
@@ -142,7 +142,7 @@ def test_an_architecture_of_the_users_own_needs_no_entry_anywhere(trained: dict[
 
 def test_what_a_file_could_not_name_is_refused_before_writing(trained: dict[str, Any], tmp_path: Any) -> None:
     config = MixerConfig()
-    with pytest.raises(ValueError, match="got a MixerConfig, which has no name that a file could hold"):
+    with pytest.raises(ValueError, match="got a MixerConfig, expected a config class with a registered name"):
         bitnet_jax.save_packed(tmp_path / "packed", pack(trained, config), config)
     assert list(tmp_path.iterdir()) == []
 

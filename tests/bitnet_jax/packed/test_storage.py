@@ -154,8 +154,8 @@ def test_a_tensor_may_be_streamed_and_is_written_as_if_it_had_been_whole(tmp_pat
 @pytest.mark.parametrize(
     ("chunks", "message"),
     [
-        ([np.zeros(3, np.uint8)], "x: its chunks have 3 bytes, expected 4"),
-        ([np.zeros(3, np.uint8), np.zeros(2, np.uint8)], "x: its chunks have 5 bytes, expected 4"),
+        ([np.zeros(3, np.uint8)], "x: got chunks of 3 bytes in total, expected 4"),
+        ([np.zeros(3, np.uint8), np.zeros(2, np.uint8)], "x: got chunks of 5 bytes in total, expected 4"),
         ([np.zeros(1, np.float32)], "x: got a chunk of float32, expected uint8"),
     ],
 )

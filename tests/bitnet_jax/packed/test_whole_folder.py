@@ -35,7 +35,7 @@ def test_variables_of_another_config_are_not_written(variables: dict[str, Any], 
     mlp["up_proj"]["weight"] = dataclasses.replace(
         weight, codes=jnp.zeros_like(weight.codes), format="ternary2", shape=(40, 12)
     )
-    with pytest.raises(StorageError, match="packed formats, layouts or shapes are not those of the config"):
+    with pytest.raises(StorageError, match="packed formats, layouts or shapes do not match the config"):
         save_packed(tmp_path / "model", relabelled, CONFIG)
     assert not list(tmp_path.iterdir())
 
@@ -45,7 +45,7 @@ def test_a_config_that_json_changes_is_not_written(
 ) -> None:
     changed = CONFIG.to_dict() | {"init_std": 0.5}
     monkeypatch.setattr(ModelConfig, "to_dict", lambda config: changed)
-    with pytest.raises(StorageError, match="the config changes on a trip through JSON"):
+    with pytest.raises(StorageError, match="the config changes in a JSON round trip"):
         save_packed(tmp_path / "model", variables, CONFIG)
     assert not list(tmp_path.iterdir())
 
@@ -119,7 +119,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(
-        StorageError, match=r"got 10,000 bytes free on its disk, expected \d\d,\d{3} at least"
+        StorageError, match=r"got 10,000 bytes free on its disk, expected at least \d\d,\d{3}"
     ):
         save_packed(tmp_path / "deep" / "model", variables, CONFIG)
     assert not list(tmp_path.iterdir())
@@ -153,7 +153,7 @@ def test_overwriting_is_asked_for_and_never_removes_other_things(
     assert [entry.name for entry in copy.parent.iterdir()] == [copy.name]
 
     (copy / "notes.txt").write_text("mine")
-    with pytest.raises(StorageError, match="is no packed model and will not be overwritten"):
+    with pytest.raises(StorageError, match="is not a packed model and will not be overwritten"):
         save_packed(copy, variables, CONFIG, overwrite=True)
     assert (copy / "notes.txt").read_text() == "mine"
     link = copy.parent / "link"
@@ -207,7 +207,7 @@ def test_a_folder_that_another_process_made_meanwhile_stays(copy: Path, variable
             shutil.copytree(copy, target)
             (target / "mine").touch()
 
-    with pytest.raises(StorageError, match="target was made by another process meanwhile"):
+    with pytest.raises(StorageError, match="target was created by another process in the meantime"):
         save_packed(target, variables, CONFIG, on_bytes=meanwhile)
     assert (target / "mine").exists()
     assert {entry.name for entry in copy.parent.iterdir()} == {"copy", "target"}

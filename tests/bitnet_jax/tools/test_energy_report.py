@@ -108,9 +108,9 @@ def test_nothing_is_generated_for_no_meter(tmp_path: Path, monkeypatch: pytest.M
         (["--preset", "9b"], "got --preset 9b, expected one of"),
         (["--preset", "tiny", "--zeros", "*=much"], "expected PATTERN=SHARE"),
         (["--preset", "tiny", "--zeros", "*wo=0.5"], "expected one that matches"),
-        (["{}", "--preset", "tiny"], "got FOLDER beside --preset"),
+        (["{}", "--preset", "tiny"], "got FOLDER with --preset"),
         (["--config", "{}/config.py"], "set model.vocab_size"),
-        (["--config", "{}/config.py", "--head", "int8"], "the file says them"),
+        (["--config", "{}/config.py", "--head", "int8"], "set them in the config file"),
     ],
 )
 def test_wrong_questions(

@@ -113,7 +113,7 @@ def test_a_wrong_definition_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = findings()
     assert list(found) == ["scaled products, reference", "attention, reference", "head, reference"]
     assert "off by" in found["attention, reference"]
-    assert "beyond the bound" in found["head, reference"]
+    assert "exceed the rounding error bound" in found["head, reference"]
 
 
 @built

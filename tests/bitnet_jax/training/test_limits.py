@@ -120,6 +120,6 @@ def test_the_check_before_training_is_the_one_of_packing(group: int) -> None:
 def test_more_inputs_than_a_format_can_add_up_are_refused() -> None:
     config = ModelConfig(**MODEL | {"ffn_size": 2**16 + 2}, precision="int8")
     with pytest.raises(
-        packing.PackingError, match="down_proj: got 65538 inputs to a scale, expected at most 65536"
+        packing.PackingError, match="down_proj: got 65538 inputs per scale, expected at most 65536"
     ):
         packing.check_packable(config)
