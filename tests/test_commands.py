@@ -1,4 +1,4 @@
-"""Every command that README.md and CONTRIBUTING.md name runs: from an installed wheel, far from the repository, and
+"""Every command that README.md, CONTRIBUTING.md and the pages in docs/ name runs: from an installed wheel, far from the repository, and
 from a bare clone.
 
 Commands are taken from the text as it is and then made small by SHORTER. What a test cannot run stands in NOT_RUN, with
@@ -77,7 +77,12 @@ def shortened(command: str) -> str:
     return command
 
 
-COMMANDS = [command for name in ("README.md", "CONTRIBUTING.md") for command in documented(name)]
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
+)
+COMMANDS = [command for name in PAGES for command in documented(name)]
 RUN = list(
     dict.fromkeys(
         shortened(command)
