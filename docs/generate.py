@@ -239,10 +239,10 @@ def svg(x: np.ndarray, curves: dict[str, np.ndarray]) -> str:
         f'<polyline points="{place(*a)} {place(*b)}" stroke="currentColor" stroke-opacity="0.3"/>'
         for a, b in (((x[0], 0), (x[-1], 0)), ((0, low), (0, high)))
     )
-    numbers = "".join(
-        f'<text x="{place(*at).split(",")[0]}" y="{place(*at).split(",")[1]}" font-size="11" fill="currentColor">{text}</text>'
-        for at, text in (((0.04, 1), "1"), ((1, 0), "1"), ((-1, 0), "-1"))
-    )
+    numbers = ""
+    for at, text in (((0.04, 1), "1"), ((1, 0), "1"), ((-1, 0), "-1")):
+        left, top = place(*at).split(",")
+        numbers += f'<text x="{left}" y="{top}" font-size="11" fill="currentColor">{text}</text>'
     drawn = "".join(
         f'<polyline points="{" ".join(place(a, b) for a, b in zip(x, y, strict=True))}" fill="none" '
         f'stroke="var(--md-accent-fg-color)" stroke-width="2" {dash}><title>{name}</title></polyline>'
@@ -337,7 +337,8 @@ def formats_page() -> str:
         "# Packed formats",
         "How codes lie in bytes. The drawings are generated from `FORMATS` in `bitnet_kernels/packed.py`, and each "
         "example byte was made by `bitnet_kernels.pack`; the text below is that of [the kernels](kernels/README.md).",
-        "| format | bits per code | codes per byte | codes | inputs per 64-byte block | layouts |\n|---|--:|--:|---|--:|---|",
+        "| format | bits per code | codes per byte | codes | inputs per 64-byte block | layouts |\n"
+        "|---|--:|--:|---|--:|---|",
     ]
     for name, form in FORMATS.items():
         codes = (

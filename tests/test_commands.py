@@ -1,5 +1,5 @@
-"""Every command that README.md, CONTRIBUTING.md and the pages in docs/ name runs: from an installed wheel, far from the repository, and
-from a bare clone.
+"""Every command that README.md, CONTRIBUTING.md and the pages in docs/ name runs: from an installed wheel, far from the
+repository, and from a bare clone.
 
 Commands are taken from the text as it is and then made small by SHORTER. What a test cannot run stands in NOT_RUN, with
 the reason. A command that is in neither is run as written.
