@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -97,13 +97,15 @@ def _draw(axes: Axes, found: Sequence[Placed]) -> None:
         )  # fmt: skip
     hues = [axes.plot([], [], "o", color=colours[family], label=family)[0] for family in families]
     shapes = [axes.plot([], [], markers[kind], color="0.3", label=kind)[0] for kind in kinds]
-    axes.legend(handles=[front, *hues, *shapes], fontsize="x-small", ncols=2, frameon=False)
+    legend = axes.legend(handles=[front, *hues, *shapes], fontsize="x-small", ncols=2, frameon=False)
     axes.figure.canvas.draw()  # the limits and the layout are final: places of labels can be measured
-    _label(axes, found, colours)
+    _label(axes, found, colours, [legend.get_window_extent()])
 
 
-def _label(axes: Axes, found: Sequence[Placed], colours: dict[str, tuple[float, ...]]) -> None:
-    """Writes each label once, at its best arm, where it meets no point, no other label and not the legend."""
+def _label(
+    axes: Axes, found: Sequence[Placed], colours: Mapping[str, tuple[float, ...]], taken: list[Bbox]
+) -> None:
+    """Writes each label once, at its best arm, where it meets no point, no other label and nothing `taken`."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
@@ -112,7 +114,7 @@ def _label(axes: Axes, found: Sequence[Placed], colours: dict[str, tuple[float, 
         if point.mark.label not in best or point.loss.mean < best[point.mark.label].loss.mean:
             best[point.mark.label] = point
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    taken: list[Bbox] = [axes.get_legend().get_window_extent(renderer)]
+    taken = list(taken)
     for point in found:
         (x, y), half = (point.mark.x, point.loss.mean), np.nan_to_num(point.loss.half)
         (left, low), (right, high) = axes.transData.transform([(x, y - half), (x, y + half)])
