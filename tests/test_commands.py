@@ -92,8 +92,10 @@ RUN = list(
 )
 DOCTOR = "bitnet-jax doctor"  # a minute and a half of checks
 # In the order of the text: each one continues the ones before.
-INSTALLED = [command for command in RUN if command.startswith("bitnet-jax") and command != DOCTOR]
-REPOSITORY = [command for command in RUN if not command.startswith("bitnet-jax")]
+REPOSITORY = [
+    command for command in RUN if not re.match(r"bitnet-jax (?!sweep |report )", command)
+]  # or its studies
+INSTALLED = [command for command in RUN if command not in REPOSITORY and command != DOCTOR]
 
 
 def run(command: str, folder: Path, site: Path) -> None:
