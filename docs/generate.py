@@ -18,7 +18,6 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from bitnet_experiments import report
 from bitnet_experiments.sections import markdown_table
 from bitnet_experiments.study import load_study, study_names
 from bitnet_jax.quantization import recipes
-from bitnet_jax.quantization.precision import LEARNED_ACTIVATIONS, Precision
+from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
 from bitnet_jax.quantization.ste import ANNEALED, STES
@@ -125,25 +124,34 @@ def method_pages() -> dict[str, str]:
             "packed format": f"`{precision.packed_format}`",
             "used by": _used_by("weight", name),
         }
-        function = partial(_function(quantizer), granularity="tensor")
-        entries[_family(name)].append(_method(name, quantizer, facts, lambda w, f=function: f(w[None])))
-    for name, quantizer in ACTIVATION_QUANTIZERS.items():
-        learned = name.startswith("elastic")  # these have no measured scale
-        precision = Precision(
-            weight="binary", activation=name, activation_scale="learned" if learned else "analytic"
+        drawn = Precision(weight=name, weight_ste="clipped")
+        entries[_family(name)].append(
+            _method(name, quantizer, facts, lambda w, p=drawn: p.quantize_weight(w[None]))
         )
-        scales = "learned" if learned else "measured, learned" if name in LEARNED_ACTIVATIONS else "measured"
+    for name, quantizer in ACTIVATION_QUANTIZERS.items():
+        learned = not quantizer.measures_scale
+        precision = Precision(
+            weight="binary",
+            activation=name,
+            activation_ste="clipped" if quantizer.bits else "identity",
+            activation_scale="learned" if learned else "analytic",
+        )
+        scales = (
+            "learned" if learned else "measured" if quantizer.first_scale is None else "measured or learned"
+        )
         facts = {
             "bits": f"{precision.activation_bits:.3g}",
-            "scale": scales,
+            "scale": scales if quantizer.bits else "none",
             "used by": _used_by("activation", name),
         }
-        function = partial(_function(quantizer), scale=jnp.float32(1.0) if learned else None)
-        entries["activations"].append(_method(name, quantizer, facts, function))
+        scale = jnp.float32(1.0) if learned else None
+        entries["activations"].append(
+            _method(name, quantizer, facts, lambda x, p=precision, s=scale: p.quantize_activation(x, scale=s))
+        )
     note = (
         "Generated from the registry (`bitnet_jax/quantization/registry.py`) and the docstrings of the functions. In "
         "the drawings the solid line is `codes * scale` for inputs from -2 to 2 whose mean absolute value is 1, the "
-        "dashed line the gradient for an incoming gradient of 1, with the default estimator."
+        "dashed line the gradient for an incoming gradient of 1, with the estimator `clipped`."
     )
     pages = {
         f"methods/{family}.md": "\n\n".join((f"# {FAMILIES[family]}", note, *parts))
@@ -159,11 +167,6 @@ def _family(name: str) -> str:
     return {2: "binary", 3: "ternary"}.get(len(codes), "integer")
 
 
-def _function(entry: Any) -> Callable[..., Any]:
-    """Of an entry of the registry: a function, or a record that has one."""
-    return getattr(entry, "function", entry)
-
-
 def _used_by(field: str, name: str) -> str:
     using = [
         recipe
@@ -174,10 +177,8 @@ def _used_by(field: str, name: str) -> str:
 
 
 def _method(name: str, entry: Any, facts: dict[str, str], quantize: Callable[..., Any]) -> str:
-    function, arguments = _function(entry), ""
-    if isinstance(function, partial):
-        arguments = ", ".join(f"{key}={value!r}" for key, value in function.keywords.items())
-        function = function.func
+    function = entry.function
+    arguments = ", ".join(f"{key}={value!r}" for key, value in dict(entry.fixed).items())
     call = f"`{function.__module__}.{function.__name__}`" + (f" with `{arguments}`" if arguments else "")
     lines = "\n".join(f"- {key}: {value}" for key, value in {**facts, "function": call}.items())
     return "\n\n".join((f"## {name}", docstring(function), lines, drawing(quantize)))
@@ -186,10 +187,12 @@ def _method(name: str, entry: Any, facts: dict[str, str], quantize: Callable[...
 def docstring(function: Callable[..., Any]) -> str:
     """Prose as Markdown; from the first formula on, the lines as they stand."""
     text = inspect.cleandoc(function.__doc__ or "")
-    prose, formula, rest = re.split(r"^(?=(Forward|Backward|Formulas):)|\Z", text, maxsplit=1, flags=re.M)
+    prose, formula, rest = re.split(r"^(?=(Forward|Backward|Source):)|\Z", text, maxsplit=1, flags=re.M)
     parts = [papers(prose.strip())] if prose.strip() else []
     if formula:
-        parts.append(f"```text\n{rest.strip()}\n```")
+        formulas, _, source = rest.partition("Source:")
+        parts.append(f"```text\n{formulas.strip()}\n```")
+        parts += [f"Source: {papers(' '.join(source.split()))}"] if source else []
     return "\n\n".join(parts)
 
 
