@@ -2,6 +2,7 @@
 #
 #   make quickstart   train float, ternary and binary models on real text, pack them, prove them equal, generate
 #   make test         the tests            make lint   ruff and mypy
+#   make docs         the documentation, into site/, without a network
 #   make test-all     the slow tests too (sanitizers, emulated machines, soaks, killed processes), with coverage
 #   make bench        kernel timings       make clean  forget everything built here
 #   make tpu-compile  compile for TPUs without one, in an environment of its own (700 MB, a quarter of an hour)
@@ -33,7 +34,7 @@ INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # An editable install sees Python edits by itself; only packaging and C++ sources ask for a new one.
 SOURCES := pyproject.toml $(wildcard setup.py kernels/csrc/*)
 
-.PHONY: quickstart test test-all coverage lint bench lock tpu-compile gpu-compile clean
+.PHONY: quickstart test test-all coverage lint docs bench lock tpu-compile gpu-compile clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -52,6 +53,10 @@ lint: $(VENV)/.installed-for-development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The variable silences a notice about future versions of mkdocs, which is not about this site.
+docs: $(VENV)/.installed-for-development
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bitnet_kernels.bench $(BENCH_FLAGS)
@@ -87,7 +92,7 @@ $(GPU_VENV)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(TPU_VENV) $(GPU_VENV) build dist runs/quickstart *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(TPU_VENV) $(GPU_VENV) build dist site runs/quickstart *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache
 	rm -f kernels/bitnet_kernels/*.so
 	find bitnet_jax kernels experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -101,5 +106,5 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 
 # One install serves both stamps, so that `make test` before `make quickstart` builds the library once.
 $(VENV)/.installed-for-development: $(SOURCES) | $(BIN)/python
-	$(INSTALL) --editable ".[plots,test,lint]"
+	$(INSTALL) --editable ".[plots,test,lint,docs]"
 	@touch $(VENV)/.installed $@

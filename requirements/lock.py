@@ -13,7 +13,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "plots,test,lint"  # what `make test` and `make lint` install
+EXTRAS = "plots,test,lint,docs"  # what `make test`, `make lint` and `make docs` install
 HEADER = "# Written by requirements/lock.py with Python {}; do not edit.\n"
 
 

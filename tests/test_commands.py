@@ -1,5 +1,5 @@
-"""Every command that README.md and CONTRIBUTING.md name runs: from an installed wheel, far from the repository, and
-from a bare clone.
+"""Every command that README.md, CONTRIBUTING.md and the pages in docs/ name runs: from an installed wheel, far from the
+repository, and from a bare clone.
 
 Commands are taken from the text as it is and then made small by SHORTER. What a test cannot run stands in NOT_RUN, with
 the reason. A command that is in neither is run as written.
@@ -77,7 +77,12 @@ def shortened(command: str) -> str:
     return command
 
 
-COMMANDS = [command for name in ("README.md", "CONTRIBUTING.md") for command in documented(name)]
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
+)
+COMMANDS = [command for name in PAGES for command in documented(name)]
 RUN = list(
     dict.fromkeys(
         shortened(command)
@@ -87,8 +92,10 @@ RUN = list(
 )
 DOCTOR = "bitnet-jax doctor"  # a minute and a half of checks
 # In the order of the text: each one continues the ones before.
-INSTALLED = [command for command in RUN if command.startswith("bitnet-jax") and command != DOCTOR]
-REPOSITORY = [command for command in RUN if not command.startswith("bitnet-jax")]
+REPOSITORY = [
+    command for command in RUN if not re.match(r"bitnet-jax (?!sweep |report )", command)
+]  # or its studies
+INSTALLED = [command for command in RUN if command not in REPOSITORY and command != DOCTOR]
 
 
 def run(command: str, folder: Path, site: Path) -> None:

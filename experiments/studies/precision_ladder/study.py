@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bitnet_experiments.frontier import Mark, frontier
 from bitnet_experiments.sections import Point, arms_table, pairs_table, points
+from bitnet_jax.quantization.recipes import resolve
 
 QUESTION = "What does each bit of weight and activation cost, all else equal?"
 SOURCE = "ParetoQ 2502.02631, Spectra 2407.12327"
@@ -54,12 +56,16 @@ ARMS = {
 }
 
 
-def _place(axis: str) -> Any:
-    def place(arm: str, row: Mapping[str, Any]) -> Point:
-        rest = arm.partition(" ")[2]
-        return Point(row[axis], rest or "float")
+def _place(arm: str, row: Mapping[str, Any]) -> Point:
+    return Point(row["weight_bits"], arm.partition(" ")[2] or "float")
 
-    return place
+
+def _mark(arm: str, row: Mapping[str, Any]) -> Mark:
+    precision = resolve(row["overrides"]["model.precision"], ["layer"])["layer"]
+    family = arm.partition(" ")[0].rstrip("0123456789")
+    family = {"float": "float", "bfloat": "float", "int": "integer"}.get(family, family)
+    weight, activation = f"{precision.weight_bits:.3g}", f"{precision.activation_bits:g}"
+    return Mark(row["model_bytes"], family, f"A{activation}", f"W{weight} A{activation}")
 
 
 REPORT = (
@@ -83,6 +89,6 @@ REPORT = (
         ("binary A1", "binary A4"),
         ("binary A1 learned", "binary A1"),
     ),
-    points("bits", _place("weight_bits"), xlabel="bits per weight of the blocks", xscale="log", joined=False),
-    points("bytes", _place("model_bytes"), xlabel="bytes of the model", xscale="log", joined=False),
+    points("bits", _place, xlabel="bits per weight of the blocks", xscale="log", joined=False),
+    frontier("bytes", _mark, xlabel="bytes of the model"),
 )

@@ -1,0 +1,89 @@
+"""The documentation does what it says: the Python of its pages runs, and so do its notebooks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "experiments"))),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiled faster, run once
+}
+
+GENERATED = """
+import sys
+sys.path.insert(0, "docs")
+import generate
+pages = generate.generated_pages()
+weights = "".join(pages[f"methods/{family}.md"] for family in ("binary", "ternary", "integer"))
+for names, text in (
+    (generate.WEIGHT_QUANTIZERS, weights),
+    (generate.ACTIVATION_QUANTIZERS, pages["methods/activations.md"]),
+    (generate.STES, pages["methods/gradients.md"]),
+):
+    for name in names:
+        assert text.count(f"## {name}\\n") == 1, name
+for name in generate.RECIPES:
+    assert f"\\n| `{name}` |" in pages["recipes.md"], name
+for name in generate.FORMATS:
+    assert f"<caption><code>{name}</code>" in pages["formats.md"], name
+assert {"binaryconnect": 1, "paretoq_2": 1, "bit_relu": 2}.items() <= {
+    name: pages["recipes.md"].count(f"\\n| `{name}` |") for name in generate.RECIPES
+}.items()
+known = {"pack.md", "kernels/README.md"}
+link = "[k](../kernels/README.md#what-holds)"
+assert generate.site_links(link, "limits.md", known) == "[k](kernels/README.md#what-holds)"
+assert generate.site_links("[s](../tests/test_imports.py)", "limits.md", known) == "s (`tests/test_imports.py`)"
+assert generate.site_links("[x](absent.md)", "limits.md", known) == "[x](absent.md)"
+"""
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    """From top to bottom, each block after the ones before."""
+    text = "\n".join(python_blocks(page))
+    assert "assert" in text, "without an assertion this test could not fail"
+    command = [sys.executable, "-W", "error", "-c", text]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a kernel of its own, which sees the sources under test; a cell that raises fails."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert sum(cell.cell_type == "code" for cell in notebook.cells) > 3
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+def test_every_recipe_and_quantizer_has_its_place_on_a_generated_page() -> None:
+    """In a process of its own: generation is a hook of mkdocs, not a module of a package."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", GENERATED],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
