@@ -1,8 +1,8 @@
-"""The folders that hold a model, read by one function; and the way from a run to a packed model.
+"""Loading a model from any kind of folder, and packing a run.
 
-run            what training writes: config.json, checkpoints/, ...         latent weights
-packed         what `bitnet-jax pack` writes: model.safetensors, ...         packed weights
-hugging face   config.json with model_type, model.safetensors or shards      packed where it is stored packed
+run            written by training: config.json, checkpoints/, ...           latent weights
+packed         written by `bitnet-jax pack`: model.safetensors, ...          packed weights
+hugging face   config.json with model_type, model.safetensors or shards      packed if stored packed
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from bitnet_jax.packed.proof import Proof, prove
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 
-PROMPTS, PROMPT_LENGTH = 16, 8  # of random tokens, from which the proof generates
-IMAGES = 64  # of random pixels, on which the proof compares logits
+PROMPTS, PROMPT_LENGTH = 16, 8  # random prompts from which the proof generates
+IMAGES = 64  # random images on which the proof compares logits
 
 Config = TypeVar("Config", bound=Architecture, covariant=True)
 
@@ -36,31 +36,29 @@ class LoadedModel(NamedTuple, Generic[Config]):
     kind: str  # "run", "packed" or "hugging face"
     config: Config
     variables: dict[str, Any]  # for config.module().apply
-    tokenizer: Tokenizer | None  # a run on text always has one
-    classes: Classes | None = None  # of a classifier
+    tokenizer: Tokenizer | None  # never None for a run on text
+    classes: Classes | None = None  # only for classifiers
 
 
 def load_model(
     folder: str | Path, *, step: int | None = None, verify: bool | None = None
 ) -> LoadedModel[Architecture]:
-    """The model of a folder, whichever kind it is.
+    """The model of a folder of any kind.
 
     Args:
-      step: of the checkpoint, for a run; None: the newest.
-      verify: of a packed model, see `storage.load_packed`.
+      step: for a run, the checkpoint; None: the newest.
+      verify: for a packed model, see `storage.load_packed`.
 
     Raises:
-      FileNotFoundError: no such folder, or nothing in it that is known.
-      ValueError, RuntimeError: of the readers; damaged or unsupported files, in one line.
+      FileNotFoundError: no such folder, or it contains no model.
+      ValueError, RuntimeError: damaged or unsupported files; the message is one line.
     """
     folder = Path(folder)
     kind = folder_kind(folder)
     if step is not None and kind != "run":
-        raise ValueError(
-            f"got step {step} for {folder}, expected no step: only the folder of a run has several"
-        )
+        raise ValueError(f"got step {step} for {folder}, expected no step: only a run folder has several")
     if kind == "run":
-        from bitnet_jax.training.load import read_run  # optax and orbax, which a packed model does without
+        from bitnet_jax.training.load import read_run  # imports optax and orbax, not needed for packed models
 
         _, config, latent, tokenizer, classes = read_run(folder, step)
         return LoadedModel(kind, config, latent, tokenizer, classes)
@@ -76,16 +74,16 @@ def load_model(
 
 
 def load_text_model(folder: str | Path, *, step: int | None = None) -> LoadedModel[ModelConfig]:
-    """`load_model` of a Transformer on text. Raises ValueError besides: it is a model of images."""
+    """`load_model` of a Transformer on text. Also raises ValueError for an image model."""
     model = load_model(folder, step=step)
     return LoadedModel(model.kind, text_config(model.config), model.variables, model.tokenizer, model.classes)
 
 
 def folder_kind(folder: Path) -> str:
-    """ "run", "packed" or "hugging face". Raises FileNotFoundError: no such folder, or none of these."""
+    """ "run", "packed" or "hugging face". Raises FileNotFoundError: no such folder, or another kind."""
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"got {folder}, expected the folder of a run or of a model; there is no such folder"
+            f"got {folder}, expected the folder of a run or a model; there is no such folder"
         )
     if (folder / "checkpoints").is_dir():
         return "run"
@@ -98,7 +96,7 @@ def folder_kind(folder: Path) -> str:
 
 def matrices(config: Architecture, variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Path -> shape (n, k), recipe, stored (format and layout, or dtype) and bytes of every linear layer."""
-    # Reversed: where two names mean the same Precision, the first one in RECIPES is told.
+    # Reversed: if two names have the same Precision, the first one in RECIPES is used.
     names = {value: name for name, value in reversed(RECIPES.items()) if isinstance(value, Precision)}
     rows = {}
     for path, precision in config.precisions().items():
@@ -115,14 +113,14 @@ def matrices(config: Architecture, variables: Mapping[str, Any]) -> dict[str, di
 
 
 def _leaf(tree: Any, keys: Sequence[str]) -> Any:
-    """The leaf at the end of nested dicts, or None."""
+    """The leaf of nested dicts at a key path, or None."""
     for key in keys:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
 
 
 def _is_hugging_face(config: Path) -> bool:
-    """Does this config.json name a model_type? Damage is left for the reader of the folder to report."""
+    """Whether this config.json has a model_type. A damaged file is reported later, by the reader of the folder."""
     try:
         content = json.loads(config.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -140,40 +138,40 @@ def pack_run(
     ternary_format: str | None = None,
     overwrite: bool = False,
 ) -> tuple[Proof, packing.Sizes]:
-    """Packs a run's checkpoint, proves the packed model equal to the latent one, and only then writes it.
+    """Pack a checkpoint of a run, prove the packed model equal to the latent one, and only then write it.
 
-    What was written is read back and its checksums compared. A classifier keeps its labels and what its inputs go
-    through (classes.json), a model with batch norm its statistics.
+    The written files are read back and their checksums verified. A classifier keeps its labels and input preprocessing
+    (classes.json), a model with batch norm its statistics.
 
     Args:
-      head: "float", "int8" or "int4" instead of the run's own: the packed model is then equal to the latent one
-        with its head in these integers, and not to the one that was trained.
-      ternary_format: "ternary2" or "ternary5" instead of the run's own: the same codes in other bytes.
-      tokens: at least so many greedy tokens are compared, of PROMPTS prompts or more; none for a classifier, whose
+      head: "float", "int8" or "int4" in place of the run's setting: the packed model then equals the latent one with
+        such a head, not the trained one.
+      ternary_format: "ternary2" or "ternary5" in place of the run's setting: the same codes, packed differently.
+      tokens: minimum number of greedy tokens to compare, over at least PROMPTS prompts; ignored for classifiers, whose
         logits are compared.
-      overwrite: replace a packed model that is already there.
+      overwrite: replace an existing packed model.
 
     Raises:
-      packing.PackingError: the packed model is not the latent one, or a weight cannot be packed; nothing is
+      packing.PackingError: the packed model differs from the latent one, or a weight cannot be packed; nothing is
         written.
-      StorageError: the folder exists (without overwrite), or cannot be written to; looked at before the work.
-      ValueError, RuntimeError: of the reader and the writer.
+      StorageError: the folder exists (without overwrite) or cannot be written; checked before any work.
+      ValueError, RuntimeError: the run cannot be read, or the folder cannot be written.
     """
     from bitnet_jax.training.load import read_run
 
     run, folder = Path(run), Path(folder)
     if (kind := folder_kind(run)) != "run":
-        raise ValueError(f"got {run}, the folder of a {kind} model, expected that of a training run")
+        raise ValueError(f"got {run}, the folder of a {kind} model, expected the folder of a training run")
     storage.check_target(folder, overwrite)
     if tokens < 0:
         raise ValueError(f"got tokens={tokens}, expected 0 or more greedy tokens to compare")
     _, config, latent, tokenizer, classes = read_run(run, step)
     if head is not None and head != getattr(config, "head", "float"):
         text_config(config)
-    asked: dict[str, Any] = {"head": head, "ternary_format": ternary_format}
+    overrides: dict[str, Any] = {"head": head, "ternary_format": ternary_format}
     fields = config_fields(config)
     config = dataclasses.replace(  # type: ignore[type-var]  # every architecture is a dataclass
-        config, **{name: value for name, value in asked.items() if value is not None and name in fields}
+        config, **{name: value for name, value in overrides.items() if value is not None and name in fields}
     )
     variables = latent | packing.pack(latent["params"], config)
     inputs, new_tokens = _proof_inputs(config, tokens)
@@ -184,7 +182,7 @@ def pack_run(
 
 
 def _proof_inputs(config: Architecture, tokens: int) -> tuple[Array, int]:
-    """What the proof puts to both models, the same every time, and how many tokens each prompt is continued by."""
+    """The deterministic inputs of the proof, and the number of new tokens per prompt."""
     key = jax.random.key(0)
     if size := getattr(config, "image_size", 0):
         return jax.random.normal(key, (IMAGES, size, size, getattr(config, "channels", 1))), 0

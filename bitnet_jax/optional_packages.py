@@ -1,26 +1,26 @@
-"""Packages that only some features need, and what the error says where one is not installed.
+"""Optional packages, and the error message when one is not installed.
 
-The advice names the package itself, which works however bitnet_jax was installed: it is on no package index, so pip
-finds no extras under its name. In a clone, `pip install ".[extra]"` does the same.
+The message names the package instead of an extra of bitnet_jax, which is on no package index, so that the command
+works however bitnet_jax was installed. In a clone, `pip install ".[extra]"` does the same.
 """
 
 from __future__ import annotations
 
-# Name on the package index -> what needs it. Each is in an extra of pyproject.toml.
+# Name on the package index -> its purpose. Each is in an extra of pyproject.toml.
 PURPOSES = {
     "datasets": "reads sources hf:NAME",
     "lm-eval": "is lm-evaluation-harness",
-    "markdown": "writes pages of reports",
+    "markdown": "writes report pages",
     "matplotlib": "draws figures",
-    "nvidia-ml-py": "reads the meters of NVIDIA GPUs",
+    "nvidia-ml-py": "reads the energy counters of NVIDIA GPUs",
     "pillow": "reads image files such as .png",
-    "rouge-score": "measures summaries",
+    "rouge-score": "scores summaries",
     "submitit": "submits jobs to a cluster",
     "tensorboardX": "writes TensorBoard files",
-    "tokenizers": "reads and makes tokenizer.json",
+    "tokenizers": "reads and trains tokenizers",
 }
 
 
 def missing_package(name: str) -> str:
-    """The text of the error for a package of PURPOSES that cannot be imported."""
-    return f"got no package {name}, which {PURPOSES[name]}; pip install {name}"
+    """The error message for a package of PURPOSES that cannot be imported."""
+    return f"package {name}, which {PURPOSES[name]}, is not installed; pip install {name}"

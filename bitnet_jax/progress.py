@@ -1,6 +1,6 @@
-"""How far a long task is: a bar where stderr is a terminal, elsewhere a plain line now and then.
+"""Progress of long tasks: a bar if stderr is a terminal, otherwise an occasional line.
 
-A bar redraws itself with carriage returns, which fill the log of a redirected run with thousands of its states.
+A bar redraws itself with carriage returns, which would fill a log file with thousands of lines.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ LINE_SECONDS = 30.0  # between two lines
 
 
 class Progress(Protocol):
-    """What a task calls; a context manager, the end of which shows the last state."""
+    """The interface of a progress display; a context manager that shows the last state on exit."""
 
     def update(self, n: int = 1) -> None:
-        """`n` more units are done."""
+        """Report `n` more completed units."""
 
     def set_postfix(self, values: Mapping[str, str], refresh: bool = True) -> None:
-        """What is shown behind the count from the next update on."""
+        """Set the values shown after the count, from the next update on."""
 
     def __enter__(self) -> Progress: ...
 
@@ -44,7 +44,7 @@ def progress_bar(
     show: bool = True,
     delay: float = 0.0,
 ) -> Progress:
-    """A tqdm bar on a terminal, lines elsewhere, nothing unless `show`; no bar before `delay` seconds."""
+    """A tqdm bar on a terminal, lines otherwise, nothing unless `show`; nothing before `delay` seconds."""
     if show and not sys.stderr.isatty():
         return _Lines(total, unit, description, initial, delay)
     return tqdm(
@@ -61,7 +61,7 @@ def progress_bar(
 
 
 class _Lines:
-    """`first: 120/400 step, loss 2.31, 0:01:05 passed, about 0:02:31 left`"""
+    """`first: 120/400 step, loss 2.31, 0:01:05 elapsed, about 0:02:31 left`"""
 
     def __init__(self, total: int, unit: str, description: str, initial: int, delay: float):
         self.total, self.unit, self.description = total, unit, description
@@ -69,7 +69,7 @@ class _Lines:
         self.values: Mapping[str, str] = {}
         self.delay, self.began = delay, time.monotonic()
         self.shown = self.began
-        self.told: int | None = None  # `done` of the newest line
+        self.last_shown: int | None = None  # `done` in the newest line
 
     def update(self, n: int = 1) -> None:
         self.done += n
@@ -85,18 +85,18 @@ class _Lines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.done not in (self.initial, self.told) and time.monotonic() - self.began >= self.delay:
+        if self.done not in (self.initial, self.last_shown) and time.monotonic() - self.began >= self.delay:
             self._show()
 
     def _show(self) -> None:
-        self.shown, self.told = time.monotonic(), self.done
-        passed, new = self.shown - self.began, self.done - self.initial
+        self.shown, self.last_shown = time.monotonic(), self.done
+        elapsed, new = self.shown - self.began, self.done - self.initial
         count = f"{self.done:,}/{self.total:,} {self.unit}"
         parts = [f"{self.description}: {count}" if self.description else count]
         parts += [f"{name} {value}" for name, value in self.values.items()]
-        parts.append(f"{_clock(passed)} passed")
+        parts.append(f"{_clock(elapsed)} elapsed")
         if new > 0 and self.done < self.total:
-            parts.append(f"about {_clock(passed / new * (self.total - self.done))} left")
+            parts.append(f"about {_clock(elapsed / new * (self.total - self.done))} left")
         print(", ".join(parts), file=sys.stderr, flush=True)
 
 

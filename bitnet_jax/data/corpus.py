@@ -77,11 +77,11 @@ def load_corpus(
     else:
         train, (valid, more) = documents, read(valid_source)
         documents, skipped = documents + valid, skipped + more
-    made = load_tokenizer(tokenizer, documents, root) if isinstance(tokenizer, str) else tokenizer
-    held_out = measured_stream(valid, made)
+    loaded = load_tokenizer(tokenizer, documents, root) if isinstance(tokenizer, str) else tokenizer
+    held_out = measured_stream(valid, loaded)
     return Corpus(
-        tokenizer=made,
-        train=token_stream(train, made),
+        tokenizer=loaded,
+        train=token_stream(train, loaded),
         valid=held_out.tokens,
         valid_token_bytes=held_out.token_bytes,
         train_documents=len(train),

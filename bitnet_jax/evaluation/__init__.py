@@ -1,4 +1,4 @@
-"""What a model is worth: bits per byte and perplexity over the n-gram floor, scores in tasks, and its energy."""
+"""Evaluation: bits per byte and perplexity with n-gram baselines, task scores, and energy."""
 
 from bitnet_jax.evaluation.language import (
     LanguageScore,

@@ -1,4 +1,4 @@
-"""Texts of any length in batches of few shapes: each shape that occurs is compiled once."""
+"""Batches of texts by length bucket, so that few shapes are compiled."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 from bitnet_jax.progress import progress_bar
 
 SMALLEST_WIDTH = 32
-BATCH_TOKENS = 2**12  # of a batch, at most
+BATCH_TOKENS = 2**12  # maximum tokens per batch
 
 
 class Batch(NamedTuple):
-    """Which texts stand together, padded to `width` tokens; the last batch of a width fills fewer than `rows`."""
+    """Indices of texts to pad to `width` tokens; the last batch of a width may have fewer texts than `rows`."""
 
-    texts: np.ndarray  # int [n], n <= rows: places in the list of sizes
+    texts: np.ndarray  # int [n], n <= rows: indices into the sizes
     rows: int
     width: int
 
 
 def widths(longest: int) -> list[int]:
-    """SMALLEST_WIDTH and its doubles below `longest`, and `longest`."""
-    doubles = [SMALLEST_WIDTH << i for i in range(32)]
-    return [width for width in doubles if width < longest] + [longest]
+    """Powers of two times SMALLEST_WIDTH below `longest`, then `longest`."""
+    doublings = [SMALLEST_WIDTH << i for i in range(32)]
+    return [width for width in doublings if width < longest] + [longest]
 
 
 def batches(
     sizes: np.ndarray, longest: int, rows_of: Callable[[int], int], *, progress: bool = False
 ) -> Iterator[Batch]:
-    """All texts, each once, shorter widths first; a progress bar counts texts.
+    """All texts, each once, in order of increasing width; the progress bar counts texts.
 
     Args:
       sizes: tokens of each text, int [N], from 1 to `longest`.
-      rows_of: width -> rows of a batch; below 1 counts as 1.
+      rows_of: width -> rows of a batch; values below 1 count as 1.
     """
     below = 0
     with progress_bar(len(sizes), unit="text", show=progress) as bar:

@@ -1,6 +1,6 @@
-"""Classification of texts: by a model with a head for classes, or by what a language model finds likely as a label.
+"""Text classification by a classifier, or by the likelihood that a language model assigns to each label.
 
-F1 and the Matthews correlation are plain functions of labels and predictions, int [N].
+F1 and the Matthews correlation are functions of labels and predictions, int [N].
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
 def f1(labels: np.ndarray, predictions: np.ndarray, positive: int = 1) -> float:
-    """2 TP / (2 TP + FP + FN) of one class; 0 where it is neither there nor predicted."""
+    """2 TP / (2 TP + FP + FN) of one class; 0 if the class is neither present nor predicted."""
     hits = int(((labels == positive) & (predictions == positive)).sum())
     both = int((labels == positive).sum() + (predictions == positive).sum())
     return 2 * hits / both if both else 0.0
 
 
 def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """The mean of `f1` over the classes that are there or predicted."""
+    """The mean of `f1` over the classes that are present or predicted."""
     classes = np.union1d(labels, predictions)
     return float(np.mean([f1(labels, predictions, int(c)) for c in classes]))
 
 
 def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Matthews correlation, for any number of classes (Gorodkin 2004); 0 where one side is constant.
+    """Matthews correlation, for any number of classes (Gorodkin 2004); 0 if labels or predictions are constant.
 
-    (c s - sum_k p_k t_k) / sqrt((s^2 - sum_k p_k^2) (s^2 - sum_k t_k^2)), c right of s samples, t_k of class k,
-    p_k predicted as k.
+    (c s - sum_k p_k t_k) / sqrt((s^2 - sum_k p_k^2) (s^2 - sum_k t_k^2)), with c correct of s samples, t_k samples
+    of class k, p_k predicted as k.
     """
     count = max(int(labels.max()), int(predictions.max())) + 1
-    there, predicted = (np.bincount(x, minlength=count).astype(float) for x in (labels, predictions))
-    samples, right = len(labels), float((labels == predictions).sum())
-    spread = (samples**2 - predicted @ predicted) * (samples**2 - there @ there)
-    return float((right * samples - there @ predicted) / np.sqrt(spread)) if spread > 0 else 0.0
+    true, predicted = (np.bincount(x, minlength=count).astype(float) for x in (labels, predictions))
+    samples, correct = len(labels), float((labels == predictions).sum())
+    spread = (samples**2 - predicted @ predicted) * (samples**2 - true @ true)
+    return float((correct * samples - true @ predicted) / np.sqrt(spread)) if spread > 0 else 0.0
 
 
 METRICS: dict[str, Metric] = {"f1": f1, "macro_f1": macro_f1, "matthews": matthews}
@@ -65,15 +65,15 @@ def classification(
 ) -> Result:
     """acc and other METRICS of records with `text` and `label`.
 
-    A classifier answers by its head, whose classes are the sorted labels. A language model answers with the label
-    whose word is most likely behind the template; acc_norm: per byte of the word.
+    A classifier predicts with its head, whose classes are the sorted labels. A language model predicts the label
+    whose word is most likely after the template; acc_norm normalises by the bytes of the word.
 
     Args:
-      words: label -> the word for it, in the order of classes; None: the labels of the records, sorted, with blanks
-        for underscores.
+      words: label -> its word, in the order of classes; None: the sorted labels of the records, with spaces for
+        underscores.
 
     Raises:
-      DataError: fewer than two labels, a label without a word, or a head of another number of classes.
+      DataError: fewer than two labels, a label without a word, or a head with another number of classes.
     """
     found = sorted({record["label"] for record in records}, key=str)
     words = {label: str(label).replace("_", " ") for label in found} if words is None else words
@@ -95,24 +95,26 @@ def classification(
     if normalised is not None:
         figures["acc_norm"] = proportion(int((normalised == labels).sum()), len(labels))
     for name in metrics:
-        figures[name] = bootstrap(functools.partial(of_part, METRICS[name], labels, plain), len(labels))
+        figures[name] = bootstrap(functools.partial(on_subset, METRICS[name], labels, plain), len(labels))
     shares = np.bincount(labels, minlength=len(words)) / len(labels)
     predicted = np.bincount(plain, minlength=len(words)) / len(labels)
     details = {"classes": [str(label) for label in words], "predicted_shares": predicted.tolist()}
     return Result(len(labels), figures, {"acc_of_the_largest_class": float(shares.max())}, details)
 
 
-def of_part(metric: Metric, labels: np.ndarray, predictions: np.ndarray, part: np.ndarray) -> float:
-    return metric(labels[part], predictions[part])
+def on_subset(metric: Metric, labels: np.ndarray, predictions: np.ndarray, indices: np.ndarray) -> float:
+    return metric(labels[indices], predictions[indices])
 
 
 def predict_classes(
     model: TextModel, texts: Sequence[str], classes: int, *, progress: bool = False
 ) -> np.ndarray:
-    """The class that the head of a classifier finds most likely, int [N]; texts are cut to its max_length."""
+    """The most likely class of each text, int [N], by a classifier; texts are truncated to its max_length."""
     config = model.config
     if config.num_classes != classes:
-        raise DataError(f"got a head of {config.num_classes} classes for {classes} labels, expected as many")
+        raise DataError(
+            f"got a head of {config.num_classes} classes for {classes} labels, expected equal numbers"
+        )
     rows = [model.tokenizer.encode(text)[: config.max_length] for text in texts]
     sizes, predictions = np.array([len(row) for row in rows]), np.zeros(len(rows), int)
     if not sizes.all():
@@ -120,18 +122,17 @@ def predict_classes(
     warn_of_unknown_tokens(config, model.tokenizer)
     for number, ids in enumerate(rows):
         check_tokens(config, model.tokenizer, ids, f"text {number}")
-    for part, at_once, width in batches(
+    for indices, batch_rows, width in batches(
         sizes, config.max_length, lambda width: BATCH_TOKENS // width, progress=progress
     ):
-        tokens = np.zeros((at_once, width), np.int32)
-        # Rows that fill the batch have one token, so that nothing is divided by zero.
-        lengths = np.ones(at_once, int)
-        lengths[: len(part)] = sizes[part]
-        for row, i in enumerate(part):
+        tokens = np.zeros((batch_rows, width), np.int32)
+        lengths = np.ones(batch_rows, int)  # padding rows have one token, to avoid division by zero
+        lengths[: len(indices)] = sizes[indices]
+        for row, i in enumerate(indices):
             tokens[row, : sizes[i]] = rows[i]
         program = PROGRAMS.of(_class_logits, config, shapes=tokens.shape)
         logits = program(model.variables, tokens, np.arange(width) < lengths[:, None])
-        predictions[part] = np.asarray(logits)[: len(part)].argmax(axis=-1)
+        predictions[indices] = np.asarray(logits)[: len(indices)].argmax(axis=-1)
     return predictions
 
 

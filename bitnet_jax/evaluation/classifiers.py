@@ -1,4 +1,4 @@
-"""How well a classifier does on labelled examples, in batches: the held-out measurement of a training run."""
+"""Scores of a classifier on labelled examples, as used for the evaluation during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from bitnet_jax.data.batches import whole_batches
 from bitnet_jax.data.errors import DataError
-from bitnet_jax.evaluation.classification import Metric, f1, macro_f1, matthews, of_part
+from bitnet_jax.evaluation.classification import Metric, f1, macro_f1, matthews, on_subset
 from bitnet_jax.evaluation.intervals import bootstrap, proportion
 from bitnet_jax.evaluation.language import token_nats
 from bitnet_jax.evaluation.result import Result
@@ -29,12 +29,12 @@ class ClassificationScore:
     predictions: np.ndarray  # int [N]
 
     def summary(self) -> dict[str, float]:
-        """Means over the examples; `f1` is that of class 1 where there are two classes, else the mean over classes."""
+        """Means over the examples; `f1` is that of class 1 with two classes, else the mean over classes."""
         accuracy = float(np.mean(self.labels == self.predictions))
         return {
             "loss": self.nats / len(self.labels),
             "accuracy": accuracy,
-            "error": 100 * (1 - accuracy),  # per cent
+            "error": 100 * (1 - accuracy),  # percent
             "f1": self._f1(self.labels, self.predictions),
             "matthews": matthews(self.labels, self.predictions),
         }
@@ -45,11 +45,11 @@ class ClassificationScore:
         return f1 if two else macro_f1
 
     def result(self) -> Result:
-        """accuracy, f1 and matthews with their intervals over the examples; details: loss, nats per example."""
+        """accuracy, f1 and matthews with their intervals; details: loss in nats per example."""
         count, labels, predictions = len(self.labels), self.labels, self.predictions
         metrics = {"accuracy": proportion(int((labels == predictions).sum()), count)}
         for name, metric in (("f1", self._f1), ("matthews", matthews)):
-            metrics[name] = bootstrap(functools.partial(of_part, metric, labels, predictions), count)
+            metrics[name] = bootstrap(functools.partial(on_subset, metric, labels, predictions), count)
         largest = {"accuracy_of_the_largest_class": float(np.bincount(labels).max() / count)}
         return Result(count, metrics, largest, {"loss": self.nats / count})
 
@@ -66,11 +66,11 @@ def _measure(
 def score_classifier(
     config: Architecture, variables: Mapping[str, Any], batches: Iterable[Mapping[str, np.ndarray]]
 ) -> ClassificationScore:
-    """Score a model, latent or packed, in its deterministic form.
+    """Score a latent or packed model in its deterministic form.
 
     Args:
-      batches: {"inputs", "targets" int32 [B], "weights" float32 [B], 0 for what only fills up, and for texts
-        "mask"}, as `whole_batches` makes them.
+      batches: {"inputs", "targets" int32 [B], "weights" float32 [B], 0 for padding, and for texts "mask"}, as made
+        by `whole_batches`.
 
     Raises:
       DataError: no examples.
@@ -78,11 +78,11 @@ def score_classifier(
     nats, labels, predictions = 0.0, [], []
     for batch in batches:
         shapes = tuple((name, array.shape) for name, array in batch.items())
-        loss, given = PROGRAMS.of(_measure, config, shapes=shapes)(variables, dict(batch))
+        loss, predicted = PROGRAMS.of(_measure, config, shapes=shapes)(variables, dict(batch))
         real = batch["weights"] > 0
         nats += float(loss)
         labels.append(batch["targets"][real])
-        predictions.append(np.asarray(given)[real])
+        predictions.append(np.asarray(predicted)[real])
     if not sum(map(len, labels)):
         raise DataError("got no examples to score a classifier on, expected at least one")
     return ClassificationScore(nats, np.concatenate(labels), np.concatenate(predictions))
@@ -99,7 +99,7 @@ def _probabilities(
 def probabilities(
     config: Architecture, variables: Mapping[str, Any], examples: Mapping[str, np.ndarray], batch_size: int
 ) -> np.ndarray:
-    """P(class) of each example, float32 [N, C], by a model, latent or packed, in its deterministic form.
+    """P(class) of each example, float32 [N, C], by a latent or packed model in its deterministic form.
 
     Args:
       examples: "inputs" and, for texts, "mask".

@@ -1,4 +1,4 @@
-"""Continuations of many prompts, in batches of few shapes."""
+"""Batched text completion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitnet_jax.inference.generation import GREEDY, generate, left_pad
 from bitnet_jax.inference.limits import check_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 
-MOST_ROWS = 16  # of a batch
+MAX_ROWS = 16  # per batch
 
 
 def complete(
@@ -27,23 +27,23 @@ def complete(
     seed: int = 0,
     progress: bool = False,
 ) -> list[str]:
-    """The text behind each prompt, cut in front of the first stop string and of a separator.
+    """The completion of each prompt, ending before the first stop string or separator.
 
-    Prompts of similar length, those of a width of batching.py, stand together.
+    Prompts are batched by similar length, see batching.py.
 
     Args:
-      prompts: token ids [T] each, cut at the front where prompt and answer exceed max_length.
-      seed: of what is sampled; it depends on the place of a prompt in the list too.
+      prompts: token ids [T] each, truncated on the left if prompt and answer exceed max_length.
+      seed: of the sampling; samples also depend on the position of a prompt in the list.
 
     Raises:
-      DataError: an empty prompt, one with a token outside the model's vocabulary, or no room for one token of
-        prompt beside the answer.
+      DataError: an empty prompt, one with a token outside the model's vocabulary, or max_new_tokens that leave no
+        room for a prompt.
     """
     check_text_model(model)
     room = model.config.max_length - max_new_tokens
     if room < 1 or max_new_tokens < 1:
         raise DataError(
-            f"max_new_tokens: got {max_new_tokens}, expected 1 to {model.config.max_length - 1}, for the model "
+            f"max_new_tokens: got {max_new_tokens}, expected 1 to {model.config.max_length - 1}, since the model "
             f"has {model.config.max_length} positions"
         )
     rows = [prompt[-room:] for prompt in prompts]
@@ -55,22 +55,22 @@ def complete(
     eos = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
 
     def rows_of(width: int) -> int:
-        fitting = max(1, min(MOST_ROWS, BATCH_TOKENS // (width + max_new_tokens)))
-        return 1 << fitting.bit_length() - 1  # a power of two: few numbers of rows, whatever max_new_tokens
+        rows_that_fit = max(1, min(MAX_ROWS, BATCH_TOKENS // (width + max_new_tokens)))
+        return 1 << rows_that_fit.bit_length() - 1  # a power of two: few shapes, whatever max_new_tokens
 
-    for part, at_once, _ in batches(sizes, room, rows_of, progress=progress):
-        batch = [rows[i] for i in part] + [rows[part[0]]] * (at_once - len(part))
+    for indices, batch_rows, _ in batches(sizes, room, rows_of, progress=progress):
+        batch = [rows[i] for i in indices] + [rows[indices[0]]] * (batch_rows - len(indices))
         result = generate(
             model.config,
             model.variables,
             *left_pad(batch),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            key=jax.random.fold_in(jax.random.key(seed), int(part[0])),
+            key=jax.random.fold_in(jax.random.key(seed), int(indices[0])),
             eos_ids=eos,
         )
         written, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
-        for row, i in enumerate(part):
+        for row, i in enumerate(indices):
             ids = written[row, : lengths[row]]
             ids = ids[:-1] if len(ids) and ids[-1] in eos else ids
             answers[i] = cut(model.tokenizer.decode(ids), stop)
@@ -78,5 +78,5 @@ def complete(
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """The text in front of the first of the stop strings."""
+    """The text before the first occurrence of a stop string."""
     return text[: min([text.find(word) for word in stop if word in text], default=len(text))]

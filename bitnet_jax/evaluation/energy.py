@@ -1,12 +1,12 @@
-"""Operations of a Transformer's matrix products, their energy in joules, and bits of its weights: plain arithmetic.
+"""Analytic counts of a Transformer's matrix product operations, their energy in joules, and the bits of its weights.
 
 The energy model is that of BitNet (2310.11453): every addition and multiplication of a matrix product has a price.
-A product of floats multiplies and adds for every weight. One of binary or ternary weights only adds, and multiplies
+A float product multiplies and adds for every weight. One with binary or ternary weights only adds, and multiplies
 to quantize each input and to rescale each output; attention stays in floats. Every token of a text of s tokens attends
-to s keys, so a s-th of the text is also what one more token costs behind s others.
+to s keys, so 1/s of the cost of the text is also the cost of one more token after s others.
 
-Not counted, as in the papers: norms, softmax, activation functions, rotations, embeddings, moving data. The output
-head is a part of its own, which the papers leave out.
+Not counted, as in the papers: norms, softmax, activation functions, rotary embeddings, embeddings, data movement. The
+output head, which the papers omit, is a separate part.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class Price(NamedTuple):
     multiply: float
 
 
-# process -> number -> Price; 2310.11453, the table of energies per operation. Accumulating int8 products is priced as
-# int8 additions there, and so are sums of fewer bits here: the paper has no price for them.
+# process -> number -> Price; 2310.11453, table of energy per operation. The paper prices the accumulation of int8
+# products as int8 additions; so are sums of fewer bits here, for which it has no price.
 PICOJOULES: dict[str, dict[str, Price]] = {
     "45nm": {"float32": Price(0.9, 3.7), "float16": Price(0.4, 1.1), "int8": Price(0.03, 0.2)},
     "7nm": {"float32": Price(0.38, 1.31), "float16": Price(0.16, 0.34), "int8": Price(0.007, 0.07)},
 }
 FLOATS = ("float16", "float32")
 
-# Bits that a stored weight takes. The first group is that of bitnet.cpp (2410.16144, 2502.11880) and llama.cpp, of
-# which TQ1_0 and TQ2_0 hold 256 weights and a scale in 54 and 66 bytes; the second is that of bitnet_kernels.
+# Storage bits per weight. First the formats of bitnet.cpp (2410.16144, 2502.11880) and llama.cpp, whose TQ1_0 and
+# TQ2_0 hold 256 weights and a scale in 54 and 66 bytes; then those of bitnet_kernels.
 BITS_PER_WEIGHT: dict[str, float] = {
     "I2_S": 2,  # two bits
     "TL1": 2,  # two weights in four bits
     "TL2": 5 / 3,  # three weights in a sign and a four-bit index
     "TQ1_0": 8 * 54 / 256,
     "TQ2_0": 8 * 66 / 256,
-    "Sherry": 5 / 4,  # 2601.07892: one weight of four is zero, 4 * 2^3 patterns
+    "Sherry": 5 / 4,  # 2601.07892: one weight in four is zero, 4 * 2^3 patterns
     "binary": 1,
     "ternary2": 2,
     "ternary5": 8 / 5,  # five base-3 digits in a byte
@@ -53,7 +53,7 @@ BITS_PER_WEIGHT: dict[str, float] = {
     "int8": 8,
 }
 
-# kind of attention -> operands of q.k and of P.v. floats multiply and add; signs and values picked by 0 or 1 only add.
+# attention kind -> operands of q.k and of P.v. Floats multiply and add; signs and 0/1-selected values only add.
 _ATTENTION_PRODUCTS: dict[str, tuple[str, str]] = {
     "softmax": ("floats", "floats"),
     "relu": ("floats", "floats"),
@@ -65,7 +65,7 @@ _ATTENTION_PRODUCTS: dict[str, tuple[str, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-    """Operations of one part of the model in one kind of number."""
+    """Operations of one part of the model in one number format."""
 
     part: str  # linear, rescale, attention, head
     number: str  # int8, float16 or float32
@@ -83,7 +83,7 @@ class Joules:
         return self.add + self.multiply
 
 
-# Pattern of linear paths -> share of zeros among their inputs, which cost nothing.
+# Pattern of linear paths -> share of zeros among their inputs; zeros cost nothing.
 Zeros = Mapping[str, float]
 
 
@@ -93,11 +93,11 @@ def operations(
     """Operations of one text of `length` tokens, by part and number.
 
     Args:
-      floats: what every float counts as, float16 (the papers' baseline) or float32.
-      zeros: the first pattern that matches a path (fnmatch) holds; without one, what top-k sparsity sets to zero.
+      floats: format of all floats, float16 (the papers' baseline) or float32.
+      zeros: the first pattern that matches a path (fnmatch) applies; default: the share zeroed by top-k sparsity.
 
     Raises:
-      ValueError: an unknown kind of float, a length below 1, shares outside [0, 1], or a pattern without a path.
+      ValueError: an unknown float format, a length below 1, a share outside [0, 1], or a pattern without a match.
     """
     if floats not in FLOATS:
         raise ValueError(f"floats: got {floats!r}, expected one of {', '.join(FLOATS)}")
@@ -111,7 +111,7 @@ def operations(
         rows += _product(part, count, n, k, precisions.get(path, Precision()), zero_shares[path], floats)
     if not config.num_classes and "lm_head" not in config.linear_shapes():  # the tied table in floats
         rows += _product("head", length, config.vocab_size, config.hidden_size, Precision(), 0.0, floats)
-    # Linear attention meets a state of head_size rows instead of the keys.
+    # Linear attention multiplies with a state of head_size rows instead of the keys.
     keys = config.head_size if config.attention == "linear" else length
     macs = length * keys * config.num_layers * config.num_heads * config.head_size
     for operands in _ATTENTION_PRODUCTS[config.attention]:
@@ -151,7 +151,7 @@ def _summed(rows: Iterable[Operations]) -> tuple[Operations, ...]:
 
 
 def joules(rows: Iterable[Operations], process: str = "7nm", *, head: bool = False) -> Joules:
-    """Energy of operations on chips of a process, "45nm" or "7nm"; head: with the output head."""
+    """Energy of operations in a process technology, "45nm" or "7nm"; head: include the output head."""
     if process not in PICOJOULES:
         raise ValueError(f"process: got {process!r}, expected one of {', '.join(PICOJOULES)}")
     counted = [row for row in rows if head or row.part != "head"]
@@ -164,12 +164,12 @@ def joules(rows: Iterable[Operations], process: str = "7nm", *, head: bool = Fal
 
 class Activated(NamedTuple):
     parameters: int  # of the linear layers, without the head
-    activated: float  # those that meet an input other than zero
-    sparsity: float  # share of the others
+    activated: float  # parameters multiplied by non-zero inputs
+    sparsity: float  # 1 - activated / parameters
 
 
 def activated_parameters(config: ModelConfig, zeros: Zeros) -> Activated:
-    """The roll-up of BitNet a4.8 (2411.04965): weights, each times the share of its inputs that are not zero.
+    """Activated parameters of BitNet a4.8 (2411.04965): weights times the share of non-zero inputs.
 
     zeros as in `operations`.
     """
@@ -187,7 +187,7 @@ def _zero_shares(config: ModelConfig, zeros: Zeros) -> dict[str, float]:
             raise ValueError(f"zeros: got {share} for {pattern!r}, expected a share in [0, 1]")
         if not any(fnmatchcase(path, pattern) for path in paths):
             raise ValueError(
-                f"zeros: got the pattern {pattern!r}, expected one that matches {paths[0]} or so"
+                f"zeros: got the pattern {pattern!r}, expected one that matches a path such as {paths[0]}"
             )
     return {
         path: next(
@@ -202,8 +202,8 @@ def ideal_bits(config: ModelConfig, linear_bits: float | None = None, other_bits
     """Bits of the weights without scales, padding and norms: the size formula of Spectra (2407.12327).
 
     Args:
-      linear_bits: of a weight of a linear layer; None: what its recipe carries, log2(3) for a ternary one.
-      other_bits: of a weight of embeddings and output head.
+      linear_bits: bits per weight of a linear layer; None: those of its recipe, log2(3) if ternary.
+      other_bits: bits per weight of embeddings and output head.
     """
     precisions = config.precisions()
     linear = sum(
@@ -217,6 +217,6 @@ def ideal_bits(config: ModelConfig, linear_bits: float | None = None, other_bits
 
 
 def as_floats(config: ModelConfig) -> ModelConfig:
-    """The same shape without any quantization: what the papers compare with."""
+    """The same architecture without quantization: the papers' baseline."""
     attention = "softmax" if config.attention.startswith("binary") else config.attention
     return dataclasses.replace(config, precision="float32", head="float", attention=attention)

@@ -1,4 +1,4 @@
-"""How sure a figure is: 95 % intervals over the examples it was measured on."""
+"""95% confidence intervals of metrics over the evaluated examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESAMPLES = 1000
 
 
 class Estimate(NamedTuple):
-    """A figure and its interval, which tells of the examples drawn and of nothing else (training, wording)."""
+    """A value and its confidence interval, which covers the sampling of examples only (not training, not prompts)."""
 
     value: float
     low: float
@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
 
 def proportion(successes: int, count: int, level: float = LEVEL) -> Estimate:
-    """Successes of count trials with the interval of Wilson (1927), which is honest near 0 and 1 too.
+    """Proportion of successes with the Wilson (1927) score interval, which is accurate near 0 and 1 too.
 
     centre = (p + z^2 / 2n) / (1 + z^2 / n),   half width = z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n)
     """
@@ -36,9 +36,9 @@ def proportion(successes: int, count: int, level: float = LEVEL) -> Estimate:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], count: int, level: float = LEVEL) -> Estimate:
-    """statistic(indices) of all examples, and the percentiles of it over RESAMPLES draws with replacement.
+    """The statistic of all examples, with the percentile interval over RESAMPLES resamples with replacement.
 
-    statistic: of the examples at int indices [count]. The draws are the same every time.
+    statistic: a function of int indices [count] of examples. The resamples are the same in every call.
     """
     draw = np.random.default_rng(0)
     values = [statistic(draw.integers(0, count, count)) for _ in range(RESAMPLES)]
@@ -52,10 +52,10 @@ def mean(values: np.ndarray, level: float = LEVEL) -> Estimate:
 
 
 def mean_of_proportions(successes: np.ndarray, counts: np.ndarray, level: float = LEVEL) -> Estimate:
-    """The plain mean of successes / counts over groups, with the normal interval.
+    """The unweighted mean of successes / counts over groups, with the normal interval.
 
-    Its variance is the mean over groups of q (1 - q) / count, divided by the number of groups, q = (successes + 1) /
-    (count + 2) by Laplace: a group whose few trials all succeeded is not a sure one.
+    Its variance is the mean over groups of q (1 - q) / count, divided by the number of groups. q = (successes + 1) /
+    (count + 2) is Laplace's estimate, so that a group whose few trials all succeeded does not have variance 0.
     """
     q = (successes + 1) / (counts + 2)
     half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(np.sum(q * (1 - q) / counts)) / len(counts)

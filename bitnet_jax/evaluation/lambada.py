@@ -1,7 +1,7 @@
-"""LAMBADA (1606.06031): the last word of a passage, which only the whole passage tells.
+"""LAMBADA (1606.06031): predicting the last word of a passage, which depends on the whole passage.
 
-acc   share of passages whose last word is, token by token, what the model finds most likely
-ppl   exp(-mean ln P(last word | passage)), per word however many tokens it has
+acc   share of passages whose last word is the greedy prediction, token by token
+ppl   exp(-mean ln P(last word | passage)), per word regardless of its number of tokens
 """
 
 from __future__ import annotations

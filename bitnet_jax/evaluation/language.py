@@ -1,14 +1,12 @@
-"""How well a language model predicts a held-out text: nats per token, bits per byte, perplexity.
+"""Language model evaluation on held-out text: nats per token, bits per byte, perplexity.
 
 Every token of the stream after the first is predicted exactly once, in windows of the length the model was
-trained with. A stream from `token_stream` begins with a separator (where the tokenizer has one), so every
-byte of the text is among the predicted; without a separator the first token is given and its bytes are not
-counted.
+trained with. A stream from `token_stream` begins with a separator (if the tokenizer has one), so every byte of the
+text is predicted; without a separator the first token is not predicted and its bytes are not counted.
 
-Bits per byte divide all the bits, separators included, by the bytes of text, in which a separator counts
-nothing: the figure is the length of an ideal code for the documents and their ends, and compares across
-tokenizers. Bytes are those of the documents (data/streams.py says which ones a token stands for), so windows,
-strides and batches do not change them.
+Bits per byte is the total number of bits, separators included, divided by the bytes of text, without separators:
+the length of an ideal code for the documents and their ends, comparable across tokenizers. Bytes are counted in the
+documents (see data/streams.py), so they do not depend on windows, strides and batches.
 """
 
 from __future__ import annotations
@@ -35,11 +33,11 @@ Apply = Callable[[Any, Int[Array, "B T"]], Float[Array, "B T V"]]
 
 @dataclass(frozen=True)
 class LanguageScore:
-    """Sums over a text; every figure is a ratio of them."""
+    """Sums over a text; every metric is a ratio of them."""
 
-    nats: float  # sum of -ln P(token | tokens before)
-    tokens: int  # predicted
-    text_bytes: int  # that these tokens stand for
+    nats: float  # sum of -ln P(token | previous tokens)
+    tokens: int  # predicted tokens
+    text_bytes: int  # bytes these tokens stand for
 
     @property
     def nats_per_token(self) -> float:
@@ -51,7 +49,7 @@ class LanguageScore:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token); inf where that is beyond a float."""
+        """exp(nats per token); inf on overflow."""
         return math.exp(self.nats_per_token) if not self.nats_per_token > 700 else math.inf
 
     def summary(self) -> dict[str, float | int]:
@@ -77,7 +75,7 @@ def _window_nats(
     targets: Int[Array, "B T"],
     scored: Bool[Array, "B T"],
 ) -> Float[Array, " B"]:
-    # Not a product: 0 * inf would be NaN where a target that is not scored is impossible.
+    # Not a product: 0 * inf would be NaN for unscored targets with probability 0.
     return jnp.sum(jnp.where(scored, token_nats(apply(variables, inputs), targets), 0.0), axis=-1)
 
 
@@ -89,17 +87,17 @@ def evaluate(
     """Score a model over batches.
 
     Args:
-      apply: (variables, tokens [B, T]) -> logits [B, T, V]; pure. Pass the same function every time: it is
-        the key under which the compiled program is found again.
-      variables: whatever `apply` takes, latent or packed.
+      apply: (variables, tokens [B, T]) -> logits [B, T, V]; pure. Pass the same function every time: it is the
+        cache key of the compiled program.
+      variables: of `apply`, latent or packed.
       batches: {"inputs", "targets", "target_bytes"} [B, T], and optionally "scored" bool [B, T] (default: all
-        are), as `consecutive_batches` makes them.
+        True), as made by `consecutive_batches`.
     """
     nats, tokens, text_bytes = 0.0, 0, 0
     for batch in batches:
         targets = batch["targets"]
         scored = batch.get("scored", np.ones(targets.shape, bool))
-        # Summed over a window in float32, over windows in float64: thousands of windows lose nothing.
+        # Summed over a window in float32, over windows in float64, to keep precision over thousands of windows.
         program = PROGRAMS.of(_window_nats, apply, shapes=targets.shape)
         window_nats = program(variables, batch["inputs"], targets, scored)
         nats += float(np.sum(np.asarray(window_nats), dtype=np.float64))
@@ -107,14 +105,14 @@ def evaluate(
         text_bytes += int(batch["target_bytes"][scored].sum())
     if not tokens or not text_bytes:
         raise DataError(
-            f"got {tokens} tokens and {text_bytes} bytes to predict, expected some; use more text"
+            f"got {tokens} tokens and {text_bytes} bytes to predict, expected at least one each; use more text"
         )
     return LanguageScore(nats, tokens, text_bytes)
 
 
 @functools.lru_cache(maxsize=64)
 def model_logits(config: ModelConfig) -> Apply:
-    """`Transformer(config)` as `evaluate` takes it: one function per config, hence one compilation."""
+    """`Transformer(config)` as the `apply` of `evaluate`; cached, so that it is compiled once per config."""
     model = Transformer(config)
 
     def logits(variables: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -135,28 +133,27 @@ def evaluate_text(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> LanguageScore:
-    """Score a Transformer, latent or packed, on a token stream.
+    """Score a latent or packed Transformer on a token stream.
 
     Args:
       config: of the model.
-      variables: {"params": ...} and, packed, {"packed": ...}.
+      variables: {"params": ...} and, if packed, {"packed": ...}.
       tokens: int [N], usually `corpus.valid`.
-      token_bytes: int [N], bytes of text that each stands for, usually `corpus.valid_token_bytes`.
-      length: T of a window, default `config.known_length`: what the model was trained with. The first token of a
-        window sees nothing before it. A UserWarning where it is beyond what the model was trained with.
-      batch_size: windows at a time.
-      stride: below `length` windows overlap and every token has length - stride tokens in front; default: length.
-      max_tokens: look at so many predictions from the start only.
+      token_bytes: int [N], bytes of text that each token stands for, usually `corpus.valid_token_bytes`.
+      length: window length T, default `config.known_length`, the training length; longer windows give a
+        UserWarning. The first token of a window has no context.
+      batch_size: windows per batch.
+      stride: if below `length`, windows overlap and each scored token has at least length - stride tokens of
+        context; default: length.
+      max_tokens: score only the first `max_tokens` predictions.
 
     Raises:
-      DataError: no causal language model, a length or stride out of range, or nothing to predict.
+      DataError: not a causal language model, a length or stride out of range, or nothing to predict.
     """
     length = config.known_length if length is None else length
     stride = length if stride is None else stride
     if config.num_classes or not config.causal:
-        raise DataError(
-            "got a classifier or a model that sees later tokens, expected a causal language model"
-        )
+        raise DataError("got a classifier or a bidirectional model, expected a causal language model")
     if length > config.max_length:
         raise DataError(f"length: got {length}, expected at most the model's max_length {config.max_length}")
     if length < 1 or not 1 <= stride <= length:

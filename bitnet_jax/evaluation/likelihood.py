@@ -1,7 +1,7 @@
-"""ln P(continuation | context) of many texts, in padded batches of few shapes.
+"""ln P(continuation | context) of many texts, in padded batches.
 
-A text is scored in windows of at most the model's length, padded on the right, where a causal model does not look,
-to one of the widths of batching.py. A text's score does not depend on the texts beside it, but for rounding.
+A text is scored in windows of at most the model's length, right-padded (which a causal model ignores) to one of the
+widths of batching.py. Up to rounding, a score does not depend on the other texts in the batch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ from bitnet_jax.inference.limits import check_tokens, warn_beyond_training, warn
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig
 
-BATCH_LOGITS = 2**25  # of a batch, at most: 128 MiB
-START_TOKENS = (
-    "<|begin_of_text|>",
-    "<s>",
-    "<bos>",
-    "[BOS]",
-)  # names under which published tokenizers keep it
+BATCH_LOGITS = 2**25  # maximum logits per batch: 128 MiB
+START_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")  # of published tokenizers
 
 
 class TextModel(NamedTuple):
@@ -41,29 +36,27 @@ class TextModel(NamedTuple):
 
 class Score(NamedTuple):
     log_probability: float  # natural logarithm, summed over the scored tokens
-    tokens: int  # scored
-    greedy: bool  # each of them is the most likely one at its place
+    tokens: int  # number of scored tokens
+    greedy: bool  # whether every scored token is the most likely one at its position
 
 
 class Request(NamedTuple):
-    """A sequence of tokens, of which those from `scored_from` on are scored."""
+    """A token sequence whose tokens from index `scored_from` on are scored."""
 
     tokens: np.ndarray  # int [N]
-    scored_from: int  # at least 1: the first token has nothing in front
+    scored_from: int  # at least 1: the first token has no context
 
 
 def check_text_model(model: TextModel) -> None:
-    """Raises DataError unless it is a causal language model; warns of a tokenizer with more tokens than it has."""
+    """Raise DataError unless it is a causal language model; warn if the tokenizer has more tokens than the model."""
     config = model.config
     if config.num_classes or not config.causal:
-        raise DataError(
-            "got a classifier or a model that sees later tokens, expected a causal language model"
-        )
+        raise DataError("got a classifier or a bidirectional model, expected a causal language model")
     warn_of_unknown_tokens(config, model.tokenizer)
 
 
 def start_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """int32 [0 or 1]: the token a text begins with, one of START_TOKENS or else the separator of documents."""
+    """int32 [0 or 1]: the start token of a text: one of START_TOKENS, or else the document separator."""
     if tokenizer.kind == "json":
         for name in START_TOKENS:
             if len(ids := tokenizer.encode(name)) == 1:
@@ -72,31 +65,31 @@ def start_ids(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def text_request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """The request for ln P(continuation | context), a start token in front of both where there is one.
+    """The request for ln P(continuation | context), after a start token if the tokenizer has one.
 
-    Blanks at the end of the context belong to the continuation, for most vocabularies glue them to the next word;
-    both are encoded as one text and cut where the context alone ends.
+    Trailing whitespace of the context belongs to the continuation, since most vocabularies join it to the next word;
+    both are encoded as one text and split at the token length of the stripped context.
 
     Raises:
-      DataError: there is nothing to score, or nothing in front of it.
+      DataError: there is nothing to score, or no context for it.
     """
-    bare = context.rstrip()
-    whole = tokenizer.encode(context + continuation)
+    stripped = context.rstrip()
+    ids = tokenizer.encode(context + continuation)
     start = start_ids(tokenizer)
-    border = len(start) + (len(tokenizer.encode(bare)) if bare else 0)
-    tokens = np.concatenate([start, whole])
-    if border == 0:  # no token says "a text begins here": the first one is given
-        border = 1
-    if border >= len(tokens):
+    boundary = len(start) + (len(tokenizer.encode(stripped)) if stripped else 0)
+    tokens = np.concatenate([start, ids])
+    if boundary == 0:  # without start token and context the first token cannot be predicted
+        boundary = 1
+    if boundary >= len(tokens):
         raise DataError(
-            f"got the continuation {continuation[:60]!r} of {context[-60:]!r}, expected at least one token of it "
-            "behind another token"
+            f"got the continuation {continuation[:60]!r} of {context[-60:]!r}, expected it to have at least one token "
+            "after another token"
         )
-    return Request(tokens, border)
+    return Request(tokens, boundary)
 
 
 def score_texts(model: TextModel, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> list[Score]:
-    """Scores of (context, continuation) pairs, see `text_request`."""
+    """The scores of (context, continuation) pairs, see `text_request`."""
     requests = [text_request(model.tokenizer, context, continuation) for context, continuation in pairs]
     return score_requests(model, requests, progress=progress)
 
@@ -105,16 +98,16 @@ class _Window(NamedTuple):
     request: int
     inputs: np.ndarray  # int [n]
     targets: np.ndarray  # int [n]
-    scored: int  # the last so many targets
+    scored: int  # number of scored targets, at the end
 
 
 def _windows(requests: Sequence[Request], length: int) -> Iterator[_Window]:
-    """All scored tokens in windows of at most `length` inputs, each with as much in front as fits."""
+    """All scored tokens in windows of at most `length` inputs, with as much context as fits."""
     for i, (tokens, begin) in enumerate(requests):
         if not 1 <= begin < len(tokens):
             raise DataError(
-                f"request {i}: got {len(tokens)} tokens scored from {begin}, expected a token in front of the "
-                "scored ones and at least one of them"
+                f"request {i}: got {len(tokens)} tokens scored from index {begin}, expected at least one token before "
+                "it and one to score"
             )
         while begin < len(tokens):
             end = min(len(tokens), begin + length)
@@ -124,11 +117,11 @@ def _windows(requests: Sequence[Request], length: int) -> Iterator[_Window]:
 
 
 def score_requests(model: TextModel, requests: Sequence[Request], *, progress: bool = False) -> list[Score]:
-    """The scores of requests, in their order.
+    """The score of each request, in order.
 
     Raises:
-      DataError: the model is no causal language model, or a request has nothing to score or a token outside the
-        model's vocabulary.
+      DataError: not a causal language model, or a request has nothing to score or a token outside the model's
+        vocabulary.
     """
     check_text_model(model)
     for i, request in enumerate(requests):
@@ -152,7 +145,7 @@ def score_requests(model: TextModel, requests: Sequence[Request], *, progress: b
 
 
 def batch_size(width: int, vocab_size: int) -> int:
-    """Rows of a batch, so that its logits stay below BATCH_LOGITS; 0 where one row has more."""
+    """Rows per batch that keep its logits within BATCH_LOGITS; 0 if a single row exceeds it."""
     return min(BATCH_TOKENS, BATCH_LOGITS // vocab_size) // width
 
 

@@ -1,4 +1,4 @@
-"""A model of ours as a model of lm-evaluation-harness (optional package lm-eval).
+"""Adapter to lm-evaluation-harness (optional package lm-eval).
 
     results = run_harness(TextModel(config, variables, tokenizer), ["arc_easy"], limit=100)
 
@@ -24,11 +24,11 @@ from bitnet_jax.evaluation.likelihood import (
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.optional_packages import missing_package
 
-NEW_TOKENS = 256  # of an answer, where a task does not say; never more than half of the model's positions
+NEW_TOKENS = 256  # default length of an answer; never more than half of the model's positions
 
 
 class HarnessError(ValueError):
-    """The harness is not installed, or cannot do what was asked for."""
+    """The harness is not installed, or does not support the request."""
 
 
 def run_harness(
@@ -42,24 +42,26 @@ def run_harness(
     """`results` of lm_eval.simple_evaluate: task -> metric -> value.
 
     Args:
-      tasks: names that the harness knows, or of the .yaml files below include_path.
-      limit: the first so many documents of each task.
+      tasks: names of tasks of the harness, or of .yaml files below include_path.
+      limit: number of documents per task, from the start.
 
     Raises:
-      HarnessError: lm-eval is not installed, or does not know a task.
-      DataError: the model is no causal language model.
+      HarnessError: lm-eval is not installed, or a task is unknown.
+      DataError: not a causal language model.
     """
-    made = harness_model(model, progress=progress)
+    adapter = harness_model(model, progress=progress)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise HarnessError(
-            f"got the harness tasks {', '.join(unknown)}, expected names that lm-eval knows; `lm_eval ls tasks` lists "
-            "them, and --include-path adds a folder of .yaml files"
+            f"got the harness tasks {', '.join(unknown)}, expected tasks of lm-eval; list them with `lm_eval ls "
+            "tasks`, or add a folder of .yaml files with --include-path"
         )
-    results = simple_evaluate(made, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)
+    results = simple_evaluate(
+        adapter, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+    )
     return dict(results["results"])
 
 
@@ -79,26 +81,26 @@ def harness_model(model: TextModel, *, progress: bool = False) -> Any:
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             pairs = [text_request(model.tokenizer, *request.args) for request in requests]
             scores = score_requests(model, pairs, progress=progress)
-            return self._kept("loglikelihood", requests, [(s.log_probability, s.greedy) for s in scores])
+            return self._cached("loglikelihood", requests, [(s.log_probability, s.greedy) for s in scores])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             texts = [text_request(model.tokenizer, "", request.args[0]) for request in requests]
             values = [score.log_probability for score in score_requests(model, texts, progress=progress)]
-            return self._kept("loglikelihood_rolling", requests, values)
+            return self._cached("loglikelihood_rolling", requests, values)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             answers = [""] * len(requests)
             settings = [_generation(model, request.args[1]) for request in requests]
             for setting in dict.fromkeys(settings):
-                part = [i for i, its in enumerate(settings) if its == setting]
+                indices = [i for i, other in enumerate(settings) if other == setting]
                 new_tokens, stop, sampling = setting
-                prompts = [_prompt(model, requests[i].args[0]) for i in part]
+                prompts = [_prompt(model, requests[i].args[0]) for i in indices]
                 texts = complete(model, prompts, new_tokens, stop=stop, sampling=sampling, progress=progress)
-                for i, text in zip(part, texts, strict=True):
+                for i, text in zip(indices, texts, strict=True):
                     answers[i] = text
-            return self._kept("generate_until", requests, answers)
+            return self._cached("generate_until", requests, answers)
 
-        def _kept(self, kind: str, requests: list[Any], answers: list[Any]) -> list[Any]:
+        def _cached(self, kind: str, requests: list[Any], answers: list[Any]) -> list[Any]:
             for request, answer in zip(requests, answers, strict=True):
                 self.cache_hook.add_partial(kind, request.args, answer)
             return answers
@@ -111,11 +113,11 @@ def _prompt(model: TextModel, context: str) -> np.ndarray:
 
 
 def _generation(model: TextModel, settings: dict[str, Any]) -> tuple[int, tuple[str, ...], SamplingConfig]:
-    """(new tokens, stop strings, sampling) of the settings of a task."""
+    """(new tokens, stop strings, sampling) from the generation settings of a task."""
     until = settings.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(word for word in until if word)
-    asked = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS)
-    new_tokens = max(1, min(asked, model.config.max_length // 2))
+    requested = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or NEW_TOKENS)
+    new_tokens = max(1, min(requested, model.config.max_length // 2))
     if not settings.get("do_sample", settings.get("temperature", 0) > 0):
         return new_tokens, stop, SamplingConfig()
     sampling = SamplingConfig(

@@ -1,7 +1,7 @@
-"""Energy counters of the machine itself: RAPL of the processor packages, NVML of NVIDIA GPUs.
+"""Hardware energy counters: RAPL of processor packages, NVML of NVIDIA GPUs.
 
-They count everything that the machine does. So what a piece of work took is a difference of two readings on a quiet
-machine, and its idle power is measured beside it.
+They count everything the machine does, so measure on an otherwise idle machine, as the difference of two readings,
+and measure the idle power too.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclasses.dataclass(frozen=True)
 class Meter:
-    """A counter of joules that begins again at 0 behind `wraps_at` (None: never)."""
+    """A counter of joules that wraps to 0 at `wraps_at` (None: never)."""
 
     name: str
     read: Callable[[], float]
     wraps_at: float | None = None
 
     def between(self, before: float, after: float) -> float:
-        """Joules from one reading to the next; more than one wrap cannot be seen."""
+        """Joules between two readings; more than one wrap cannot be detected."""
         if after < before and self.wraps_at is not None:
             return after - before + self.wraps_at
         return after - before
@@ -35,23 +35,23 @@ class Meter:
 @dataclasses.dataclass(frozen=True)
 class Measured:
     seconds: float
-    joules: dict[str, float]  # by name of meter
+    joules: dict[str, float]  # by meter name
 
 
 def open_meters(powercap: Path = POWERCAP) -> tuple[list[Meter], dict[str, str]]:
-    """The meters of this machine, and for each kind that it does not offer the reason."""
+    """The meters of this machine, and the reason for each kind that is unavailable."""
     meters: list[Meter] = []
     absent: dict[str, str] = {}
     for kind, found in (("RAPL", lambda: _rapl(powercap)), ("NVML", _nvml)):
         try:
             meters += found()
-        except Exception as error:  # drivers and libraries fail in ways of their own; each is a reason
+        except Exception as error:  # drivers and libraries raise all kinds of exceptions
             absent[kind] = " ".join(str(error).split()) or type(error).__name__
     return meters, absent
 
 
 def measure(work: Callable[[], object], meters: list[Meter]) -> Measured:
-    """What the meters count while `work()` runs; it must not return before all of it is done."""
+    """Seconds and joules while `work()` runs; it must block until all its work is done."""
     before, began = [meter.read() for meter in meters], time.perf_counter()
     work()
     after, ended = [meter.read() for meter in meters], time.perf_counter()
@@ -60,9 +60,9 @@ def measure(work: Callable[[], object], meters: list[Meter]) -> Measured:
 
 
 def _rapl(powercap: Path) -> list[Meter]:
-    """One meter per processor package. Their parts (cores, memory) are counted in them."""
+    """One meter per processor package, which includes its subzones (cores, memory)."""
     if not powercap.is_dir():
-        raise OSError(f"there is no {powercap}; the kernel of this machine shows no RAPL counters")
+        raise OSError(f"there is no {powercap}; the kernel of this machine exposes no RAPL counters")
     meters = []
     for zone in sorted(powercap.glob("intel-rapl:[0-9]*")):  # AMD processors have this name too
         name = zone / "name"
@@ -75,13 +75,13 @@ def _rapl(powercap: Path) -> list[Meter]:
                 return 1e-6 * int(file.read_text())
             except PermissionError as error:
                 raise PermissionError(
-                    f"{file} cannot be read; run as root, or allow it: chmod a+r"
+                    f"{file} cannot be read; run as root, or make it readable with chmod a+r"
                 ) from error
 
         read()
         meters.append(Meter(f"RAPL {name.read_text().strip()}", read, 1e-6 * limit))
     if not meters:
-        raise OSError(f"{powercap} has no processor package; virtual machines rarely show one")
+        raise OSError(f"{powercap} has no processor package; virtual machines rarely expose one")
     return meters
 
 
@@ -96,9 +96,8 @@ def _nvml() -> list[Meter]:
         handle = pynvml.nvmlDeviceGetHandleByIndex(i)
 
         def read(handle: Any = handle) -> float:
-            return 1e-3 * pynvml.nvmlDeviceGetTotalEnergyConsumption(
-                handle
-            )  # millijoules since the driver began
+            # millijoules since the driver was loaded
+            return 1e-3 * pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
 
         read()
         meters.append(Meter(f"NVML GPU {i}", read))

@@ -1,6 +1,6 @@
 """Minimal pairs (BLiMP, 1912.00582): the good sentence must be more likely than the bad one.
 
-accuracy is the plain mean over paradigms, as the paper's, so a paradigm with few pairs counts as much as others.
+accuracy is the unweighted mean over paradigms, as in the paper: paradigms count equally, however many pairs they have.
 """
 
 from __future__ import annotations

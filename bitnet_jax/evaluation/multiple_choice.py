@@ -1,10 +1,10 @@
-"""Multiple choice by likelihood: the answer is the choice that the model finds most likely behind the question.
+"""Multiple choice by likelihood: the answer is the most likely choice after the question.
 
     acc        argmax_c ln P(choice c | question)
     acc_norm   argmax_c ln P(choice c | question) / bytes of choice c
 
-Bytes of UTF-8 rather than tokens, so that models of different vocabularies compare; lm-evaluation-harness divides by
-characters, which for ASCII are the same. The first of equal choices wins.
+UTF-8 bytes rather than tokens, so that models with different vocabularies are comparable; lm-evaluation-harness
+divides by characters, which is the same for ASCII. Ties go to the first choice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLANK = "_"  # of WinoGrande
 
 
 class Item(NamedTuple):
-    """One question. A pair (context, continuation) per choice; lengths in bytes; the right choice."""
+    """One question: a pair (context, continuation) and a length in bytes per choice, and the index of the answer."""
 
     pairs: tuple[tuple[str, str], ...]
     lengths: tuple[int, ...]
@@ -31,7 +31,7 @@ class Item(NamedTuple):
 
 
 def question_item(template: str, record: dict[str, Any]) -> Item:
-    """Every choice behind the same context, which is the template with the record's fields in it."""
+    """Every choice after the same context, the template filled with the record's fields."""
     context = template.format_map(record)
     choices = record["choices"]
     pairs = tuple((context, f" {choice}") for choice in choices)
@@ -39,14 +39,14 @@ def question_item(template: str, record: dict[str, Any]) -> Item:
 
 
 def blank_item(record: dict[str, Any]) -> Item:
-    """Partial scoring (Trinh and Le, 1806.02847): the choice stands in the blank, what follows it is scored.
+    """Partial scoring (Trinh and Le, 1806.02847): the choice fills the blank, the text after it is scored.
 
     The continuation is the same for all choices, so lengths do not matter.
     """
     before, blank, after = record["question"].partition(BLANK)
     if not blank or not after.strip():
         raise DataError(
-            f"got the question {record['question'][:80]!r}, expected text behind a blank {BLANK!r}"
+            f"got the question {record['question'][:80]!r}, expected text after a blank {BLANK!r}"
         )
     pairs = tuple((before + choice, f" {after.strip()}") for choice in record["choices"])
     return Item(pairs, (1,) * len(pairs), _label(record))
@@ -56,7 +56,7 @@ def _label(record: dict[str, Any]) -> int:
     label, count = record["label"], len(record["choices"])
     if count < 2 or not 0 <= label < count:
         raise DataError(
-            f"got label {label} of {count} choices {record['choices']!r:.80}, expected at least two choices and "
+            f"got label {label} for {count} choices {record['choices']!r:.80}, expected at least two choices and "
             "the index of one"
         )
     return label
@@ -65,7 +65,7 @@ def _label(record: dict[str, Any]) -> int:
 def choose(
     model: TextModel, items: Sequence[Item], *, progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The chosen index of each item, int [N]: by log likelihood, and by log likelihood per byte."""
+    """The chosen index of each item, int [N]: by log-likelihood, and by log-likelihood per byte."""
     pairs = [pair for item in items for pair in item.pairs]
     scores = iter(score_texts(model, pairs, progress=progress))
     plain, normalised = [], []

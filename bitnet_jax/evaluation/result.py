@@ -1,4 +1,4 @@
-"""What a task found: figures with intervals, what they are held against, and parts of them."""
+"""The result of a task: metrics with confidence intervals, baselines and details."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Summaries of a few sentences, held against references by ROUGE (Lin 2004) and against the first sentence.
+"""Summarization, scored by ROUGE (Lin 2004) against references, with the first sentence as the baseline.
 
-Each ROUGE figure is an F measure with stemming by the rouge-score library, an optional package,
-the best over an example's references.
+Each ROUGE score is an F-measure with stemming by the optional package rouge-score, the maximum over an example's
+references.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from bitnet_jax.evaluation.result import Result
 from bitnet_jax.optional_packages import missing_package
 
 KINDS = ("rouge1", "rouge2", "rougeL")
-CUE = "\n\nTL;DR:"  # what makes a language model summarize (Radford et al. 2019)
-SUMMARY_BYTES = 240  # room of an answer: some forty English words
+CUE = "\n\nTL;DR:"  # prompts a language model to summarize (Radford et al. 2019)
+SUMMARY_BYTES = 240  # maximum length of a summary: about forty English words
 
 
 def rouge(references: Sequence[Sequence[str]], summaries: Sequence[str]) -> np.ndarray:
-    """F measures in [0, 1], float [N, KINDS], each the best over the references of its example."""
+    """F-measures in [0, 1], float [N, KINDS], each the maximum over the references of its example."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
@@ -40,7 +40,7 @@ def rouge(references: Sequence[Sequence[str]], summaries: Sequence[str]) -> np.n
 def summarization(model: TextModel, records: Sequence[dict[str, Any]], *, progress: bool = False) -> Result:
     """ROUGE of greedy summaries of records with `source`, a list of sentences, and `target`, a list of references.
 
-    A source that leaves no room for cue and answer loses its end.
+    A source that leaves no room for cue and answer is truncated at the end.
     """
     references = [record["target"] for record in records]
     lead = rouge(references, [record["source"][0] for record in records]).mean(axis=0)
@@ -53,7 +53,7 @@ def summarization(model: TextModel, records: Sequence[dict[str, Any]], *, progre
     room = model.config.max_length - new_tokens - len(cue) - len(start)
     if room < 1:
         raise DataError(
-            f"got a model of {model.config.max_length} positions, expected room for a text, {len(cue)} tokens of "
+            f"got a model with {model.config.max_length} positions, expected room for a text, {len(cue)} tokens of "
             f"cue and {new_tokens} of answer"
         )
     prompts = [np.concatenate([start, ids[:room], cue]) for ids in sources]

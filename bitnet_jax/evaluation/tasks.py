@@ -1,6 +1,6 @@
-"""The tasks by name: a file below the data folder, what its records hold, how they are put to a model and measured.
+"""Evaluation tasks by name: files below the data folder, record fields, prompt and metric.
 
-Prompts are those of lm-evaluation-harness where it has the task, so figures compare.
+Prompts are those of lm-evaluation-harness if it has the task, so that results are comparable.
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ def run_task(
     limit: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The figures of one task: Result.figures, seconds and the files.
+    """The results of one task: Result.figures, seconds and the files.
 
     Args:
       root: the data folder; None: the current folder, then $BITNET_JAX_DATA.
-      limit: so many records of each file, spread evenly over it.
+      limit: number of records per file, spread evenly over it.
 
     Raises:
-      DataError: see data.records.read_records, and the task's own function.
+      DataError: see data.records.read_records and the function of the task.
     """
     task = TASKS[name]
     records = [r for file in task.files for r in read_records(file, task.fields, root, limit)]
@@ -129,7 +129,7 @@ def run_task(
 
 
 def describe(name: str, figures: Mapping[str, Any]) -> list[str]:
-    """The task and what is reached without a model; then a line for each metric with its interval."""
+    """The task and its baselines, then one line per metric with its interval."""
     without = "".join(f", {value:.3f} {key} without a model" for key, value in figures["baselines"].items())
     lines = [f"{name}: {figures['examples']} examples{without}"]
     for metric, estimate in figures["metrics"].items():

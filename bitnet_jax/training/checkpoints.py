@@ -96,7 +96,7 @@ class Checkpoints:
             self.close()
         except CheckpointError:
             if error is None:
-                raise  # do not mask an exception that is already propagating
+                raise  # otherwise let the exception that is already propagating through
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, oldest first."""

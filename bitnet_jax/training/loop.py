@@ -217,8 +217,8 @@ class _Run:
     ) -> tuple[int, Diverged | None]:
         """Train until the last update, a stop request or divergence; returns the step reached and the divergence.
 
-        The next update is dispatched before the host reads the metrics of the previous one, so the device never
-        idles. Only states known to be finite are evaluated and saved.
+        The next update is dispatched before the host reads the metrics of the previous one, to keep the device busy.
+        Only states known to be finite are evaluated and saved.
         """
         training, in_flight = self.config.training, None
         try:

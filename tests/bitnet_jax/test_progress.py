@@ -36,8 +36,8 @@ def test_a_log_gets_a_line_now_and_then(clock: Clock, capsys: pytest.CaptureFixt
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "first: 340/1,000 step, loss 2.5, 0:00:30 passed, about 0:01:22 left",
-        "first: 580/1,000 step, loss 2.5, 0:01:00 passed, about 0:00:52 left",
+        "first: 340/1,000 step, loss 2.5, 0:00:30 elapsed, about 0:01:22 left",
+        "first: 580/1,000 step, loss 2.5, 0:01:00 elapsed, about 0:00:52 left",
     ]
 
 
@@ -46,7 +46,7 @@ def test_the_end_is_told_once_and_nothing_where_nothing_was_done(
 ) -> None:
     with progress_bar(2, unit="text") as bar:
         bar.update(2)
-    assert capsys.readouterr().err == "2/2 text, 0:00:00 passed\n"
+    assert capsys.readouterr().err == "2/2 text, 0:00:00 elapsed\n"
     with progress_bar(2, unit="text", initial=2):
         pass
     assert capsys.readouterr().err == ""

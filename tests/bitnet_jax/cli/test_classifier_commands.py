@@ -260,6 +260,6 @@ def test_pack_refuses_a_target_before_it_reads_the_run(
 def test_a_hugging_face_folder_is_no_run(place: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(
-        ValueError, match="the folder of a hugging face model, expected that of a training run"
+        ValueError, match="the folder of a hugging face model, expected the folder of a training run"
     ):
         pack_run(tmp_path, tmp_path / "packed")

@@ -267,7 +267,7 @@ def test_every_recipe_has_a_price_below_floats_but_for_its_scales(recipe: str) -
         ({"length": 0}, "length: got 0"),
         ({"floats": "bfloat16"}, "floats: got 'bfloat16', expected one of float16, float32"),
         ({"zeros": {"*down_proj": 1.5}}, "got 1.5 for"),
-        ({"zeros": {"*down_poj": 0.5}}, "expected one that matches layers_0/attention/q_proj"),
+        ({"zeros": {"*down_poj": 0.5}}, "expected one that matches a path such as layers_0/attention/q_proj"),
     ],
 )
 def test_what_cannot_be_counted(arguments: dict, message: str) -> None:

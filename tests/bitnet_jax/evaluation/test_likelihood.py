@@ -150,7 +150,7 @@ def test_what_a_text_begins_with() -> None:
     assert start_ids(characters).tolist() == []
     request = text_request(characters, "", "abc")  # the first one is given
     assert (request.tokens.tolist(), request.scored_from) == ([0, 1, 2], 1)
-    with pytest.raises(DataError, match="expected at least one token of it behind another"):
+    with pytest.raises(DataError, match="expected it to have at least one token after another"):
         text_request(characters, "", "a")
     with pytest.raises(DataError, match="got the continuation ''"):
         text_request(ByteTokenizer(), "a", "")
@@ -167,7 +167,7 @@ def test_what_a_text_begins_with() -> None:
 def test_models_that_cannot_score(model: TextModel) -> None:
     for config, message in (
         (dataclasses.replace(CONFIG, num_classes=2), "got a classifier"),
-        (dataclasses.replace(CONFIG, causal=False), "sees later tokens"),
+        (dataclasses.replace(CONFIG, causal=False), "bidirectional model"),
     ):
         with pytest.raises(DataError, match=message):
             score_texts(model._replace(config=config), CASES)

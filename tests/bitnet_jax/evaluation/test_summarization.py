@@ -32,7 +32,7 @@ def model() -> TextModel:
 def test_prompts_are_continued_as_each_is_by_itself(
     model: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completion, "MOST_ROWS", 2)
+    monkeypatch.setattr(completion, "MAX_ROWS", 2)
     prompts = [ByteTokenizer().encode(text) for text in ("ab", "c" * 35, "The quick", "x" * 80)]
     answers = complete(model, prompts, 10)
     for prompt, answer in zip(prompts, answers, strict=True):

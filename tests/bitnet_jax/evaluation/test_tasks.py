@@ -97,13 +97,13 @@ def test_the_blank_is_filled_in_and_what_follows_is_scored(monkeypatch: pytest.M
     assert result.metrics["acc"].value == 0.5
     assert list(result.metrics) == ["acc"]
     for question in ("no blank", "ends with _", "_ "):
-        with pytest.raises(DataError, match="expected text behind a blank"):
+        with pytest.raises(DataError, match="expected text after a blank"):
             multiple_choice.blank_item(record | {"question": question})
 
 
 def test_labels_are_choices() -> None:
     for choices, label in ((["a", "b"], 2), (["a", "b"], -1), (["a"], 0)):
-        with pytest.raises(DataError, match=f"got label {label} of {len(choices)} choices"):
+        with pytest.raises(DataError, match=f"got label {label} for {len(choices)} choices"):
             multiple_choice.question_item("{question}", {"question": "", "choices": choices, "label": label})
 
 
