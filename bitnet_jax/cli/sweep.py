@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     cluster = {
         name: int(value) if value.isdigit() else value
-        for name, _, value in (given.partition("=") for given in args.cluster)
+        for name, _, value in (item.partition("=") for item in args.cluster)
     }
     study = load_study(args.study)
     results = sweep(

@@ -127,8 +127,8 @@ def effect(study: Study, rows: Sequence[Row]) -> str:
         return ""
     if callable(study.effect):
         return study.effect(study, rows)
-    apart = difference(study, rows, study.effect)
-    return f"{study.effect}: {interval(apart)}" if apart else ""
+    differences = difference(study, rows, study.effect)
+    return f"{study.effect}: {interval(differences)}" if differences else ""
 
 
 def index(studies: Sequence[Study]) -> str:

@@ -82,10 +82,10 @@ def arms_table(*more: str, against: Callable[[str], str] | None = None) -> Secti
                 lines.append([arm, seeds if runs else "not run", *[""] * (len(header) - 2)])
                 continue
             base = study.baseline if against is None else against(arm)
-            apart = [] if arm == base else paired(good, values(rows, base, study.metric))
-            shown = str(interval(apart)) if apart else ""
-            shown += f" ({base})" if apart and against is not None else ""
-            line = [arm, seeds, str(interval(list(good.values()))), shown, _number(detectable(apart))]
+            differences = [] if arm == base else paired(good, values(rows, base, study.metric))
+            shown = str(interval(differences)) if differences else ""
+            shown += f" ({base})" if differences and against is not None else ""
+            line = [arm, seeds, str(interval(list(good.values()))), shown, _number(detectable(differences))]
             means = [list(values(rows, arm, field).values()) for field in more]
             line += [f"{np.mean(column):.4g}" if column else "" for column in means]
             sizes = sorted({row["parameters"] for row in runs if row.get("parameters")})
@@ -124,9 +124,11 @@ def pairs_table(*pairs: tuple[str, str]) -> SectionMaker:
     def make(study: Study, rows: Sequence[Row]) -> Section:
         lines = []
         for arm, other in pairs:
-            apart = paired(values(rows, arm, study.metric), values(rows, other, study.metric))
-            if apart:
-                lines.append([f"{arm} minus {other}", str(interval(apart)), _number(detectable(apart))])
+            differences = paired(values(rows, arm, study.metric), values(rows, other, study.metric))
+            if differences:
+                lines.append(
+                    [f"{arm} minus {other}", str(interval(differences)), _number(detectable(differences))]
+                )
         return Section(markdown_table([f"difference of {study.metric}", "mean", "detectable"], lines))
 
     return make

@@ -61,7 +61,7 @@ def test_an_edited_file_is_kept(elsewhere: Path, capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [
         ([], "got no NAME"),
-        (["byte_lm", "--list"], "NAME beside --list"),
+        (["byte_lm", "--list"], "NAME with --list"),
         (["byte_ml"], "byte_lm"),
         (["byte_lm:small"], "byte_lm"),
         (["byte_lm", "settings"], "ends in .py"),
