@@ -75,7 +75,7 @@ def test_every_architecture_is_packed_saved_and_loaded_as_the_same_model(
     architecture: str, tmp_path: Path
 ) -> None:
     config = model_config({"architecture": architecture} | MODELS[architecture])
-    latent = init_variables(config, jax.random.key(1))
+    latent = jax.jit(init_variables, static_argnums=0)(config, jax.random.key(1))
     if "batch_stats" in latent:  # not the initial ones, which a packed folder that forgot them would get too
         latent["batch_stats"] = jax.tree.map(lambda x: x + 0.5, latent["batch_stats"])
     storage.save_packed(tmp_path / "p", latent | packing.pack(latent["params"], config), config)
@@ -145,7 +145,7 @@ def test_predictions_of_a_run_a_packed_model_and_the_model_itself_agree(
     mean, deviation, _ = model.classes.pixels
     inputs = (shrink(np.load(place / "digits.npy").astype(np.float32), 8) - mean) / deviation
     expected = jax.nn.softmax(
-        build_model(model.config).apply(model.variables, inputs.astype("float32")).logits
+        jax.jit(build_model(model.config).apply)(model.variables, inputs.astype("float32")).logits
     )
     got = [list(row["probabilities"].values()) for row in answers[0]]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)  # two compilations of one float32 softmax
