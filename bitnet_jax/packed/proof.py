@@ -114,7 +114,11 @@ def _prove_codes(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(module: nn.Module, variables: Variables, inputs: Array, mask: Array | None) -> Array:
+def logits(module: nn.Module, variables: Variables, inputs: Array, mask: Array | None = None) -> Array:
+    """What `prove` compares: the logits of a latent or packed model, compiled for each module.
+
+    inputs, mask: see `prove`. Returns: [B, T, V] of a language model, [B, C] of a classifier.
+    """
     masked: dict[str, Any] = {} if mask is None else {"mask": mask}
     output: Any = module.apply(variables, inputs, **masked)
     return getattr(output, "logits", output)
@@ -126,8 +130,24 @@ def _prove_logits(
     inputs = jnp.asarray(inputs)
     mask = None if mask is None else jnp.asarray(mask, bool)
     float_part = {name: part for name, part in latent.items() if name != "packed"}
-    theirs = np.asarray(_logits(module, float_part, inputs, mask))
-    ours = np.asarray(_logits(module, dict(packed), inputs, mask))
+    theirs = np.asarray(logits(module, float_part, inputs, mask))
+    ours = np.asarray(logits(module, dict(packed), inputs, mask))
+    return compare_logits(theirs, ours, mask, tolerance)
+
+
+def compare_logits(
+    theirs: Float[np.ndarray, "..."],
+    ours: Float[np.ndarray, "..."],
+    mask: Bool[Array, "B T"] | None = None,
+    tolerance: float = LOGIT_TOLERANCE,
+) -> tuple[float, int]:
+    """The largest difference of a packed model's logits (`ours`), relative to the largest latent one (`theirs`).
+
+    Returns: that difference, and the number of logits compared; those of padding are not.
+
+    Raises:
+      PackingError: the difference is beyond the tolerance, or latent logits are not finite.
+    """
     if not np.isfinite(theirs).all():
         raise PackingError(
             "got NaN or infinite logits from the latent model, expected finite ones to compare"

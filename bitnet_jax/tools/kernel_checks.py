@@ -99,6 +99,13 @@ def _compare(what: str, got: Any, expected: np.ndarray) -> None:
         raise ValueError(f"{what}: {wrong.sum()} of {wrong.size} differ")
 
 
+def _in_one_program(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """function(*arguments) of every call. Compiling a program for each would be most of the time of a check."""
+    functions = [function for function, _ in calls]
+    program = jax.jit(lambda cases: [f(*case) for f, case in zip(functions, cases, strict=True)])
+    return program([arguments for _, arguments in calls])
+
+
 def _case(
     random: np.random.Generator, format: str, shape: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, PackedArray]:
@@ -111,8 +118,9 @@ def _case(
 
 
 def _sums(x: np.ndarray, codes: np.ndarray, groups: int) -> np.ndarray:
-    (m, _), n = x.shape, len(codes)
-    return np.einsum("mgk,ngk->gmn", x.reshape(m, groups, -1), codes.reshape(n, groups, -1), dtype=np.int64)
+    # In float64, where these integers are exact and NumPy has a fast product.
+    rows, weights = (a.reshape(len(a), groups, -1).astype(np.float64) for a in (x, codes))
+    return (rows.transpose(1, 0, 2) @ weights.transpose(1, 2, 0)).astype(np.int64)
 
 
 def _scaled(sums: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -122,35 +130,41 @@ def _scaled(sums: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _products(isa: str | None) -> str:
-    random, count = np.random.default_rng(0), 0
+    random = np.random.default_rng(0)
     multiply = functools.partial(cpu.integer_matmul, isa_name=isa) if isa else reference.integer_matmul
-    for format in FORMATS:
-        for shape in SHAPES:
-            x, _, sums, w = _case(random, format, shape)
-            _compare(
-                f"{format} m={shape[0]} n={shape[1]} k={shape[2]} groups={shape[3]}",
-                multiply(jnp.asarray(x), w),
-                sums,
-            )
-            count += 1
-    return f"{count} exact"
+    places = [(format, shape) for format in FORMATS for shape in SHAPES]
+    cases = [_case(random, format, shape) for format, shape in places]
+    results = _in_one_program([(multiply, (jnp.asarray(x), w)) for x, _, _, w in cases])
+    for (format, (m, n, k, groups)), (_, _, sums, _), got in zip(places, cases, results, strict=True):
+        _compare(f"{format} m={m} n={n} k={k} groups={groups}", got, sums)
+    return f"{len(cases)} exact"
 
 
 def _scaled_products(isa: str | None) -> str:
+<<<<<<< HEAD
     """Multiplies all formats of a shape in one call, as layers that share an input are."""
     random, count = np.random.default_rng(1), 0
     by_cpu = functools.partial(cpu.scaled_matmuls, isa_name=isa)
+=======
+    """The formats of a shape together, as the layers that share an input are multiplied."""
+    random = np.random.default_rng(1)
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+    expected: list[dict[str, np.ndarray]] = []  # of each call: what is multiplied -> the products
+>>>>>>> h-tests
 
     def check(
         kind: str, x: np.ndarray, x_codes: np.ndarray, x_scale: Any, formats: list[str], bits: int
     ) -> None:
-        nonlocal count
-        rows, ws = jnp.asarray(x), [packed[format] for format in formats]
-        ys = by_cpu(rows, ws, activation_bits=bits) if isa else reference.scaled_matmuls(rows, ws)
-        for format, w, y in zip(formats, ws, ys, strict=True):
-            expected = _scaled(_sums(x_codes, codes[format], groups), np.asarray(w.scale)) * x_scale
-            _compare(f"{kind} times {format} m={m} n={n} k={k} groups={groups}", y, expected)
-            count += 1
+        by_cpu = functools.partial(cpu.scaled_matmuls, activation_bits=bits, isa_name=isa)
+        ws = [packed[format] for format in formats]
+        calls.append((by_cpu if isa else reference.scaled_matmuls, (jnp.asarray(x), ws)))
+        expected.append(
+            {
+                f"{kind} times {format} m={m} n={n} k={k} groups={groups}": x_scale
+                * _scaled(_sums(x_codes, codes[format], groups), np.asarray(w.scale))
+                for format, w in zip(formats, ws, strict=True)
+            }
+        )
 
     for m, n, k, groups in SHAPES:
         cases = {format: _case(random, format, (m, n, k, groups)) for format in FORMATS}
@@ -164,7 +178,12 @@ def _scaled_products(isa: str | None) -> str:
         check("floats", floats, rounded, np.float32(1) / steps, list(FORMATS), 8)
         signs = random.choice(np.array([-1, 1], np.int8), (m, k))
         check("signs", signs, signs, np.float32(1), ["binary"], 1)
-    return f"{count} exact"
+    # The definition operation by operation: compiled as a whole, a product and a sum may share one rounding.
+    results = _in_one_program(calls) if isa else [function(*arguments) for function, arguments in calls]
+    for ys, wanted in zip(results, expected, strict=True):
+        for (what, product), y in zip(wanted.items(), ys, strict=True):
+            _compare(what, y, product)
+    return f"{sum(map(len, expected))} exact"
 
 
 def _attention(isa: str | None) -> str:
@@ -179,8 +198,9 @@ def _attention(isa: str | None) -> str:
             arrays = [jnp.asarray(x) for x in (q, *stored, visible)]
             expected = _attention_in_float64(q, *stored, visible, length)
             if isa:
-                got = np.asarray(cpu.attention(h**-0.5, isa)(*arrays, jnp.int32(length)))
-                scalar = np.asarray(cpu.attention(h**-0.5, "scalar")(*arrays, jnp.int32(length)))
+                loops = [cpu.attention(h**-0.5, name) for name in (isa, "scalar")]
+                inputs = (*arrays, jnp.int32(length))
+                got, scalar = map(np.asarray, _in_one_program([(loop, inputs) for loop in loops]))
                 _compare(f"{kind} B={B} T={T} H={H} K={K} h={h}, with the scalar loops", got, scalar)
             else:
                 keys, values, k_scale, v_scale = arrays[1:5]

@@ -16,8 +16,7 @@ from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_jax.nn import linear
 from bitnet_jax.packed import packing
 from bitnet_jax.packed.packing import PackingError
-from bitnet_jax.packed.proof import Proof, prove
-from bitnet_jax.packed.proof import _logits as module_logits
+from bitnet_jax.packed.proof import Proof, logits, prove
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES, resolve
 from bitnet_kernels import PackedArray, packed_matmul, unpack
@@ -60,8 +59,8 @@ def greedy_without_cache(
     assert not mask[:, :count].any()
     generated = []
     for _ in range(count):
-        logits = module_logits(config.module(), variables, jnp.asarray(tokens), jnp.asarray(mask))
-        generated.append(np.argmax(logits[:, -1], axis=-1).astype(np.int32))
+        values = logits(config.module(), variables, jnp.asarray(tokens), jnp.asarray(mask))
+        generated.append(np.argmax(values[:, -1], axis=-1).astype(np.int32))
         tokens = np.concatenate([tokens[:, 1:], generated[-1][:, None]], axis=1)
         mask = np.concatenate([mask[:, 1:], np.ones_like(mask[:, :1])], axis=1)
     return np.stack(generated, axis=1)
@@ -357,8 +356,10 @@ def test_a_quantized_head_is_packed_and_proved(head: str, tied: bool) -> None:
     assert (weight.format, weight.shape) == (head, (29, 32))
     assert "lm_head" not in packed["params"]
     assert packed["params"]["embed"]["embedding"].dtype == jnp.bfloat16  # for look-ups
-    proof = prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=20)
-    assert (proof.matrices, proof.tokens_identical) == (8, 60)
+    # Compilation is most of the time: two of the four write text, each head and each kind of table once.
+    new_tokens = 20 if tied == (head == "int8") else 0
+    proof = prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=new_tokens)
+    assert (proof.matrices, proof.tokens_identical) == (8, 3 * new_tokens)
     assert packing.sizes(packed).total == sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
 
     # The codes are the formula on the rounded table: the largest of a row, or of 32 inputs, is 127 or 7.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,15 +58,23 @@ def test_a_wrong_kernel_is_reported_and_fails(
 
 
 def test_a_packed_model_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def differs(*args: object, **kwargs: object) -> None:
-        raise packing.PackingError("layers_0/mlp/up_proj: code [0, 0] is 1 packed and -1 latent")
+    """The proof names the code; every other instruction set finds it in its logits."""
+    pack = packing.pack
 
-    monkeypatch.setattr(doctor, "prove", differs)
+    def spoiled(params: Any, config: Any) -> Any:
+        variables = pack(params, config)
+        layer = variables["packed"]["layers_0"]["mlp"]["up_proj"]
+        layer["weight"] = dataclasses.replace(layer["weight"], codes=~layer["weight"].codes)
+        return variables
+
+    monkeypatch.setattr(packing, "pack", spoiled)
     monkeypatch.setattr(doctor, "PRESETS", PRESETS | {"tiny": TINY})
-    checks = doctor._check_models()
-    assert {check.passed for check in checks} == {False}
-    assert "up_proj" in checks[0].detail
-    assert not doctor.healthy(checks)
+    checks = {check.name: check for check in doctor._check_models()}
+    assert {check.passed for check in checks.values()} == {False}
+    assert not doctor.healthy(list(checks.values()))
+    proved = "tiny model, cpu (" + cpu.isa() + ")" if cpu.available_isas() else "tiny model, reference"
+    assert "layers_0/mlp/up_proj: code [0, 0]" in checks.pop(proved).detail
+    assert all("logits differ by" in check.detail for check in checks.values())
 
 
 def test_a_missing_library_is_absent_with_its_reason_and_healthy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.state import TrainState
@@ -17,45 +21,115 @@ from bitnet_jax.training.task import init_variables, model_loss
 
 STEPS = 10
 # 256 inputs everywhere, so that the largest scale groups and the Hadamard rotation fit.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 17,
     "hidden_size": 256,
     "ffn_size": 256,
     "num_layers": 1,
     "num_heads": 2,
     "max_length": 8,
+    "mlp": "relu",
 }
 # Latents near 0 make codes that are coin flips, whose noise drowns what ten updates can learn.
 RANDOM = ("binaryconnect_stochastic",)
 
+PRECISIONS: dict[Precision, str] = {}  # every one that some recipe gives to a layer, and a recipe that does
+for _name, _recipe in RECIPES.items():
+    for _precision in (_recipe,) if isinstance(_recipe, Precision) else (value for _, value in _recipe):
+        PRECISIONS.setdefault(_precision, _name)
+UNSIGNED = "elastic_unsigned"  # for inputs behind a ReLU, where all signs are one
+SIGNS = ("sign", "sign_absmean", "elastic_signed")
+# Codes without a scale, whose sums drown what other layers add to the residual stream: models of one layer.
+UNSCALED = ("binary_raw", "binary_stochastic")
+LINEARS = ("attention/v_proj", "attention/o_proj", "mlp/up_proj", "mlp/down_proj")
 
-def train(recipe: str, accumulate: int = 1, **fields: Any) -> tuple[TrainState, list[float]]:
-    """The state after ten updates on one batch of random tokens, and the loss at each."""
-    config = ModelConfig(**SHAPE, precision=recipe, mlp="relu", **fields)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, schedule="constant"), STEPS)
-    update = make_train_step(
-        model_loss(Transformer(config)),
-        optimizer,
-        total_steps=STEPS,
-        precisions=config.precisions(),
-        accumulate=accumulate,
-        statistics_every=0,  # have their own tests; leaving them out halves the compilation
+
+def shared_models() -> list[dict[str, Precision]]:
+    """Path -> Precision of models of three layers or one, that give each Precision of PRECISIONS a linear layer."""
+    waiting = [p for p in PRECISIONS if p.weight not in UNSCALED]
+    models: list[dict[str, Precision]] = []
+    while waiting:
+        models.append({})
+        for layer, name in itertools.product(range(3), LINEARS):
+            if name == "mlp/down_proj":
+                fitting = [p for p in waiting if p.activation not in SIGNS]
+                fitting.sort(key=lambda p: p.activation != UNSIGNED)
+            else:
+                fitting = [p for p in waiting if p.activation != UNSIGNED]
+            chosen = fitting[0] if fitting else Precision()
+            models[-1][f"layers_{layer}/{name}"] = chosen
+            waiting = [p for p in waiting if p != chosen]
+    return models + [{"layers_0/mlp/up_proj": p} for p in PRECISIONS if p.weight in UNSCALED]
+
+
+MODELS = shared_models()
+
+
+class Training:
+    """A model with its compiled update, and one batch of random tokens."""
+
+    def __init__(self, config: ModelConfig, accumulate: int = 1) -> None:
+        self.optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, schedule="constant"), STEPS)
+        self.update = make_train_step(
+            model_loss(Transformer(config)),
+            self.optimizer,
+            total_steps=STEPS,
+            precisions=config.precisions(),
+            accumulate=accumulate,
+            statistics_every=0,  # have their own tests; leaving them out halves the compilation
+        )
+        tokens = np.random.default_rng(0).integers(0, 17, (4, 9)).astype(np.int32)
+        self.batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+        self.variables = jax.jit(init_variables, static_argnums=0)(config, jax.random.key(0))
+
+    def run(self, only: str | None = None) -> tuple[TrainState, list[float]]:
+        """The state after ten updates, of all parameters or of one linear layer's, and the loss at each."""
+        state = TrainState.create(jax.tree.map(jnp.copy, self.variables), self.optimizer)
+        losses = []
+        for _ in range(STEPS):
+            state, metrics = self.update(state, self.batch, jax.random.key(1))
+            assert bool(metrics["finite"])
+            losses.append(float(metrics["loss"]))
+            if only is not None:
+                state = state.replace(params=with_layer_of(self.variables["params"], state.params, only))
+        return state, losses
+
+
+def with_layer_of(params: Any, others: Any, path: str) -> dict[str, Any]:
+    """Copies of `params`, in which the linear layer at `path` is that of `others`."""
+    flat = {"/".join(key): leaf for key, leaf in flatten_dict(others).items()}
+    return unflatten_dict(
+        {
+            key: flat["/".join(key)] if "/".join(key).startswith(f"{path}/") else jnp.copy(leaf)
+            for key, leaf in flatten_dict(params).items()
+        }
     )
-    tokens = np.random.default_rng(0).integers(0, 17, (4, 9)).astype(np.int32)
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-    init = jax.jit(init_variables, static_argnums=0)
-    state = TrainState.create(init(config, jax.random.key(0)), optimizer)
-    losses = []
-    for _ in range(STEPS):
-        state, metrics = update(state, batch, jax.random.key(1))
-        assert bool(metrics["finite"])
-        losses.append(float(metrics["loss"]))
-    return state, losses
 
 
+@pytest.mark.parametrize("model", range(len(MODELS)))
+def test_the_precisions_of_all_recipes_learn_alone_and_together(model: int) -> None:
+    """Recipes share models, because compilation is most of the time: each Precision has a layer in one of them."""
+    assert {precision for m in MODELS for precision in m.values()} >= set(PRECISIONS)
+    chosen = MODELS[model]
+    layers = len({path.split("/")[0] for path in chosen})
+    config = ModelConfig(**SHAPE | {"num_layers": layers}, precision=(*chosen.items(), ("*", "float32")))
+    training = Training(config)
+    state, losses = training.run()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert losses[-1] < 0.8 * losses[0]
+    # The other layers learn, whatever one of them does. With all others frozen, a layer whose gradient is zero or
+    # has a wrong sign does not get down.
+    for path, precision in chosen.items():
+        _, alone = training.run(only=path)
+        recipe = PRECISIONS[precision]
+        if recipe not in RANDOM:
+            assert alone[-1] < 0.9 * alone[0], f"{recipe} at {path}, alone"
+
+
+@pytest.mark.slow  # a compilation for each; the test above holds the same of every Precision, in shared models
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_ten_updates_are_finite_and_learn(recipe: str) -> None:
-    state, losses = train(recipe)
+def test_ten_updates_of_each_recipe_are_finite_and_learn(recipe: str) -> None:
+    state, losses = Training(ModelConfig(**SHAPE, precision=recipe)).run()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     # The same four lines ten times over: a layer without a working gradient would still let the embedding learn
     # them a little, a wrong sign anywhere would not get this far down from ln 17 = 2.83.
@@ -64,9 +138,11 @@ def test_ten_updates_are_finite_and_learn(recipe: str) -> None:
 
 
 def test_int8_products_train_alike() -> None:
-    options = {"accumulate": 2, "dtype": "bfloat16", "head": "int8"}
+    options: dict[str, Any] = {"dtype": "bfloat16", "head": "int8"}
     losses = {
-        product: np.array(train("bitnet_b158", product=product, **options)[1])
+        product: np.array(
+            Training(ModelConfig(**SHAPE, precision="bitnet_b158", product=product, **options), 2).run()[1]
+        )
         for product in ("float", "int8", "int8_gradients")
     }
     # The same sums, and gradients that differ by rounding at most; a code may flip over it and move a loss a little.
