@@ -44,16 +44,7 @@ def _check_models() -> list[Check]:
     config = dataclasses.replace(PRESETS["tiny"], num_layers=1, precision=RULES)
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, config.vocab_size, jnp.int32)
     latent = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)
-
-<<<<<<< HEAD
-    def check(new_tokens: int) -> str:
-        packed = packing.pack(latent["params"], config)
-        proof = prove(config, latent, packed, tokens, greedy=greedy, new_tokens=new_tokens)
-        generated = f", {proof.tokens_identical} greedy tokens" if new_tokens else ""
-        return f"packed equals latent: {proof.matrices} matrices, {proof.logits} logits{generated}"
-=======
     module = config.module()
->>>>>>> h-tests
 
     @functools.cache
     def packed() -> dict[str, Any]:
@@ -74,16 +65,6 @@ def _check_models() -> list[Check]:
     # and latent logits depend on no instruction set, so the others have only their forward pass to compile.
     isas = cpu.available_isas() or (None,)
     in_use = cpu.isa() if cpu.available_isas() else None
-<<<<<<< HEAD
-    checks = []
-    for isa in cpu.available_isas() or (None,):
-        # Generation takes seconds to compile, so it is checked only for the instruction set in use.
-        new_tokens = TOKENS if isa == in_use else 0
-        with _forced(isa):
-            label = f"tiny model, cpu ({isa})" if isa else "tiny model, reference"
-            checks.append(checked(label, functools.partial(check, new_tokens)))
-    return checks
-=======
     labels = {isa: f"tiny model, cpu ({isa})" if isa else "tiny model, reference" for isa in isas}
     with _forced(in_use):
         checks = {in_use: checked(labels[in_use], check)}
@@ -93,7 +74,6 @@ def _check_models() -> list[Check]:
             with _forced(isa):
                 checks[isa] = checked(labels[isa], functools.partial(check_logits, expected))
     return [checks[isa] for isa in isas]
->>>>>>> h-tests
 
 
 @contextlib.contextmanager

@@ -141,16 +141,10 @@ def _products(isa: str | None) -> str:
 
 
 def _scaled_products(isa: str | None) -> str:
-<<<<<<< HEAD
     """Multiplies all formats of a shape in one call, as layers that share an input are."""
-    random, count = np.random.default_rng(1), 0
-    by_cpu = functools.partial(cpu.scaled_matmuls, isa_name=isa)
-=======
-    """The formats of a shape together, as the layers that share an input are multiplied."""
     random = np.random.default_rng(1)
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     expected: list[dict[str, np.ndarray]] = []  # of each call: what is multiplied -> the products
->>>>>>> h-tests
 
     def check(
         kind: str, x: np.ndarray, x_codes: np.ndarray, x_scale: Any, formats: list[str], bits: int

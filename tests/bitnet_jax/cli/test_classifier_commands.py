@@ -144,13 +144,9 @@ def test_predictions_of_a_run_a_packed_model_and_the_model_itself_agree(
     assert model.classes is not None
     mean, deviation, _ = model.classes.pixels
     inputs = (shrink(np.load(place / "digits.npy").astype(np.float32), 8) - mean) / deviation
-<<<<<<< HEAD
-    expected = jax.nn.softmax(model.config.module().apply(model.variables, inputs.astype("float32")).logits)
-=======
     expected = jax.nn.softmax(
-        jax.jit(build_model(model.config).apply)(model.variables, inputs.astype("float32")).logits
+        jax.jit(model.config.module().apply)(model.variables, inputs.astype("float32")).logits
     )
->>>>>>> h-tests
     got = [list(row["probabilities"].values()) for row in answers[0]]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)  # two compilations of one float32 softmax
     assert [row["label"] for row in answers[0]] == np.argmax(expected, axis=-1).tolist()
