@@ -24,28 +24,28 @@ ENVIRONMENT = {
 GENERATED = """
 import sys
 sys.path.insert(0, "docs")
-import generate
-pages = generate.generated_pages()
+import generated_pages
+pages = generated_pages.generated_pages()
 weights = "".join(pages[f"methods/{family}.md"] for family in ("binary", "ternary", "integer"))
 for names, text in (
-    (generate.WEIGHT_QUANTIZERS, weights),
-    (generate.ACTIVATION_QUANTIZERS, pages["methods/activations.md"]),
-    (generate.STES, pages["methods/gradients.md"]),
+    (generated_pages.WEIGHT_QUANTIZERS, weights),
+    (generated_pages.ACTIVATION_QUANTIZERS, pages["methods/activations.md"]),
+    (generated_pages.STES, pages["methods/gradients.md"]),
 ):
     for name in names:
         assert text.count(f"## {name}\\n") == 1, name
-for name in generate.RECIPES:
+for name in generated_pages.RECIPES:
     assert f"\\n| `{name}` |" in pages["recipes.md"], name
-for name in generate.FORMATS:
+for name in generated_pages.FORMATS:
     assert f"<caption><code>{name}</code>" in pages["formats.md"], name
 assert {"binaryconnect": 1, "paretoq_2": 1, "bit_relu": 2}.items() <= {
-    name: pages["recipes.md"].count(f"\\n| `{name}` |") for name in generate.RECIPES
+    name: pages["recipes.md"].count(f"\\n| `{name}` |") for name in generated_pages.RECIPES
 }.items()
 known = {"pack.md", "kernels/README.md"}
 link = "[k](../kernels/README.md#what-holds)"
-assert generate.site_links(link, "limits.md", known) == "[k](kernels/README.md#what-holds)"
-assert generate.site_links("[s](../tests/test_imports.py)", "limits.md", known) == "s (`tests/test_imports.py`)"
-assert generate.site_links("[x](absent.md)", "limits.md", known) == "[x](absent.md)"
+assert generated_pages.site_links(link, "limits.md", known) == "[k](kernels/README.md#what-holds)"
+assert generated_pages.site_links("[s](../tests/test_imports.py)", "limits.md", known) == "s (`tests/test_imports.py`)"
+assert generated_pages.site_links("[x](absent.md)", "limits.md", known) == "[x](absent.md)"
 """
 
 
