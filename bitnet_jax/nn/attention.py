@@ -6,7 +6,7 @@
     softmax     P = softmax(q.k s)                                    over the visible keys
     relu        P = relu(q.k s) / number of visible keys              2309.08586: exact zeros, no exponential
     binary_qk   softmax of ±1 q and k, each times its mean magnitude  BinaryAttention, 2603.09582
-    binary      unscaled ±1 q and k; P rounded to {0, a}, a learned    BiT, 2205.13016
+    binary      unscaled ±1 q and k; P rounded to {0, a}, a learned   BiT, 2205.13016
     linear      no scores; see linear_attention.py
 
 `s` is the score scale, 1/sqrt(h) by default; "linear" has none. A query with no visible key (left padding) has

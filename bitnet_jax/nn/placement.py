@@ -38,9 +38,7 @@ def whole_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
 def _first_axis_split(x: Array, axes: tuple[str, ...]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(
-        axis for axis in axes if kinds.get(axis) == AxisType.Auto
-    )  # excludes axes of an enclosing shard_map
+    axes = tuple(axis for axis in axes if kinds.get(axis) == AxisType.Auto)  # not in a shard_map
     if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
