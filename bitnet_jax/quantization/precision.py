@@ -54,9 +54,7 @@ class Precision:
     latent_clip: float | None = None  # the optimizer clips latents to [-c, c] after each update
     # scales
     scale: Literal["analytic", "learned", "none"] = "analytic"
-    scale_init: Literal["analytic", "lsq"] = (
-        "analytic"  # of a learned scale: measured, or 2 mean|w| / sqrt(Qp)
-    )
+    scale_init: Literal["analytic", "lsq"] = "analytic"  # of a learned one: lsq is 2 mean|w| / sqrt(Qp)
     granularity: Granularity = "tensor"  # "tensor", "channel", or inputs per scale
     activation_scale: Literal["analytic", "learned"] = "analytic"
     activation_shift: bool = False  # learned threshold per input feature
