@@ -50,9 +50,8 @@ def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
     """int8 codes [m, k] times a packed matrix -> int32 [G, m, n], one exact sum per scale group."""
     m = x.shape[0]
-    rows = (
-        jnp.pad(x, ((0, 1), (0, 0))) if m == 1 else x
-    )  # XLA's CPU backend uses a slow loop for one int8 row
+    # XLA's CPU backend uses a slow loop for one int8 row.
+    rows = jnp.pad(x, ((0, 1), (0, 0))) if m == 1 else x
     return _group_sums(rows, unpack(w), w.groups, jnp.int32)[:, :m]
 
 
