@@ -30,7 +30,7 @@ class Quantized(NamedTuple):
     """Integer-valued float32 codes and their float32 scale: array = codes * scale.
 
     Sums of products of codes are exact in float32 below 2^24, in any order of summation, so a packed integer matmul
-    can be bit-identical to the one in training. The one exception are `unquantized` activations, whose codes are the
+    can be bit-identical to the one in training. The only exceptions are `unquantized` activations, whose codes are the
     input itself, with scale 1.
     """
 
