@@ -1,18 +1,18 @@
-# From a bare clone, with Python 3.11+ and a C++ compiler and nothing else:
+# From a clean clone, with only Python 3.11+ and a C++ compiler:
 #
 #   make quickstart   train float, ternary and binary models on real text, pack them, prove them equal, generate
 #   make test         the tests            make lint   ruff and mypy
-#   make docs         the documentation, into site/, without a network
+#   make docs         the documentation, into site/, offline
 #   make test-all     the slow tests too (sanitizers, emulated machines, soaks, killed processes), with coverage
-#   make bench        kernel timings       make clean  forget everything built here
-#   make tpu-compile  compile for TPUs without one, in an environment of its own (700 MB, a quarter of an hour)
+#   make bench        kernel timings       make clean  remove all build products
+#   make tpu-compile  compile for TPUs without one, in a separate environment (700 MB, 15 minutes)
 #   make gpu-compile  compile the GPU kernels for an H200 without one, likewise (1 GB, minutes, Python 3.12)
 #
 # PYTHON=python3.13 make ...      another interpreter, for a new environment
-# make quickstart QUICKSTART_FLAGS=--short      with a tenth of the training
+# make quickstart QUICKSTART_FLAGS=--short      a tenth of the training
 # make test PYTEST_FLAGS="-k packing"           any pytest flags
 # make test CONSTRAINTS=requirements/ci-py311.txt   a new environment with the versions of continuous integration
-# make lock                                     write that file again for the newest versions, see CONTRIBUTING.md
+# make lock                                     update that file to the newest versions, see CONTRIBUTING.md
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +21,7 @@ GPU_VENV ?= .venv-gpu
 CONSTRAINTS ?=
 QUICKSTART_FLAGS ?=
 PYTEST_FLAGS ?=
-# Most of the time goes into compiling small programs, each on one core; the tests of a file share programs.
+# Most of the time is spent compiling small programs, each on one core; tests in the same file share programs.
 PARALLEL ?= -n 2 --dist loadfile
 BENCH_FLAGS ?=
 TPU_FLAGS ?=
@@ -31,7 +31,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-# An editable install sees Python edits by itself; only packaging and C++ sources ask for a new one.
+# An editable install picks up Python edits; only packaging and C++ sources require a reinstall.
 SOURCES := pyproject.toml $(wildcard setup.py kernels/csrc/*)
 
 .PHONY: quickstart test test-all coverage lint docs bench lock tpu-compile gpu-compile clean
@@ -54,19 +54,19 @@ lint: $(VENV)/.installed-for-development
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The variable silences a notice about future versions of mkdocs, which is not about this site.
+# NO_MKDOCS_2_WARNING silences a notice about future versions of mkdocs that does not concern this site.
 docs: $(VENV)/.installed-for-development
 	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bitnet_kernels.bench $(BENCH_FLAGS)
 
-# The newest versions that pyproject.toml allows, for requirements/ci-py*.txt of this Python.
+# Updates requirements/ci-py*.txt of this Python to the newest versions that pyproject.toml allows.
 lock:
 	$(PYTHON) requirements/lock.py
 
-# The compiler for TPUs is libtpu, in the version that jax[tpu] of this version names. With it installed JAX looks for
-# a TPU, hence an environment of its own.
+# The TPU compiler is libtpu, in the version required by jax[tpu] of this version. With it installed JAX looks for a
+# TPU, hence the separate environment.
 tpu-compile: $(TPU_VENV)/.installed
 	$(TPU_VENV)/bin/python -m bitnet_kernels.ahead_of_time --chip v5e --chip v5p --chip v6e --chip v7x \
 	  --json experiments/studies/chip_compile/tpu.json
@@ -77,7 +77,7 @@ $(TPU_VENV)/.installed: pyproject.toml
 	$(TPU_VENV)/bin/python -m pip --disable-pip-version-check install jax==0.10.2 libtpu==0.0.42.1 --editable .
 	@touch $@
 
-# The compiler for NVIDIA GPUs is in JAX's plugin for them and needs neither a GPU nor its driver nor the CUDA libraries.
+# The compiler for NVIDIA GPUs is part of JAX's CUDA plugin and needs no GPU, driver or CUDA libraries.
 gpu-compile: $(GPU_VENV)/.installed
 	$(GPU_VENV)/bin/python -m bitnet_kernels.ahead_of_time --chip h200 \
 	  --json experiments/studies/chip_compile/gpu.json
@@ -104,7 +104,7 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	$(INSTALL) --editable ".[plots,tokenizers]"
 	@touch $@
 
-# One install serves both stamps, so that `make test` before `make quickstart` builds the library once.
+# One install updates both stamps, so that `make test` before `make quickstart` builds the library once.
 $(VENV)/.installed-for-development: $(SOURCES) | $(BIN)/python
 	$(INSTALL) --editable ".[plots,test,lint,docs]"
 	@touch $(VENV)/.installed $@

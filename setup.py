@@ -1,8 +1,8 @@
-"""Builds the packages of the three source roots and the C++ kernels; everything else is in pyproject.toml.
+"""Builds the packages of the three source roots and the C++ kernels; all other settings are in pyproject.toml.
 
-The kernels are a plain shared object without Python's ABI (loaded with ctypes), so one wheel per platform
-serves every Python. Where it cannot be compiled the installation still succeeds and says so: packed matrices
-then run on XLA. BITNET_KERNELS_PREBUILT=<_cpu.so of an earlier build> takes that one and compiles nothing.
+The kernels are a plain shared object independent of the Python ABI (loaded with ctypes), so one wheel per platform
+serves every Python version. If compilation fails, the installation still succeeds with a warning, and packed matrices
+run on XLA. BITNET_KERNELS_PREBUILT=<_cpu.so of an earlier build> installs that file and compiles nothing.
 """
 
 import importlib.util
@@ -18,28 +18,28 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("kernels/csrc")
 SOURCES, HEADERS = (sorted(str(path) for path in CSRC.glob(pattern)) for pattern in ("*.cc", "*.h"))
-# A product and a sum are two roundings, as in XLA's code: no fused multiply-add.
+# No fused multiply-add: product and sum are rounded separately, as in XLA's code.
 FLAGS = ["-O3", "-std=c++17", "-g0", "-ffp-contract=off", "-Wall", "-Wextra", "-fvisibility=hidden"]
 
 NOT_BUILT = """
 {line}
 The C++ kernels were NOT built: {error}
-bitnet_jax works without them, on XLA, much slower and with more memory. To have them, install a C++17
+bitnet_jax works without them on XLA, much slower and with more memory. To build them, install a C++17
 compiler (Debian: apt install g++) and install again. `bitnet-jax doctor` shows what is in use.
 {line}
 """
 
 
 def ffi_headers() -> str:
-    """The folder of XLA's FFI headers in the jaxlib of the build environment (pinned in pyproject.toml)."""
+    """Folder of XLA's FFI headers in the jaxlib of the build environment (pinned in pyproject.toml)."""
     jaxlib = importlib.util.find_spec("jaxlib")
     if jaxlib is None or not jaxlib.submodule_search_locations:
-        raise FileNotFoundError("jaxlib, whose FFI headers are needed, is not installed")
+        raise FileNotFoundError("jaxlib is not installed; its FFI headers are required")
     return str(Path(jaxlib.submodule_search_locations[0]) / "include")
 
 
 class BuildKernels(build_ext):
-    """Builds a shared object without a Python tag; a failure is loud and not fatal."""
+    """Builds a shared object without a Python tag; a failure is reported but not fatal."""
 
     def run(self) -> None:
         self.prebuilt = os.environ.get("BITNET_KERNELS_PREBUILT")
@@ -52,9 +52,9 @@ class BuildKernels(build_ext):
             return
         try:
             for extension in self.extensions:
-                extension.extra_compile_args += ["-isystem", ffi_headers()]  # their warnings are not ours
+                extension.extra_compile_args += ["-isystem", ffi_headers()]  # suppress their warnings
             super().run()
-        except Exception as error:  # a missing compiler shows as many exception types
+        except Exception as error:  # a missing compiler raises various exception types
             print(NOT_BUILT.format(error=error, line="*" * 100), file=sys.stderr)
             self.extensions = []  # nothing to install
 
@@ -74,7 +74,7 @@ class BuildKernels(build_ext):
                 depends=ext.depends,
             )
 
-        # setuptools compiles one source after the other. The slow ones first, so that no processor waits at the end.
+        # setuptools compiles sources sequentially; here in parallel, slowest first to balance the load.
         slowest_first = sorted(
             ext.sources, key=lambda source: ("integer_matmul" not in source, -os.path.getsize(source))
         )
@@ -87,7 +87,7 @@ class BuildKernels(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        return ext.export_symbols  # no PyInit_ symbol: this is no Python module
+        return ext.export_symbols  # no PyInit_ symbol: not a Python module
 
 
 class PlatformWheel(bdist_wheel):

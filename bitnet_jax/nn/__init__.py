@@ -1,4 +1,4 @@
-"""Flax modules, each one definition for training and for packed inference."""
+"""Flax modules; each serves both training and packed inference."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention between four quantized projections, with a choice of what the scores become.
+"""Grouped-query attention with four quantized projections and a choice of mixing weights.
 
     q, k, v = heads(q_proj x), heads(k_proj x), heads(v_proj x);   q, k = rotate(q), rotate(k)
     o_i = sum_j P_ij v_j                                           y = o_proj(sub_norm(concat heads o))
@@ -6,12 +6,12 @@
     softmax     P = softmax(q.k s)                                    over the visible keys
     relu        P = relu(q.k s) / number of visible keys              2309.08586: exact zeros, no exponential
     binary_qk   softmax of ±1 q and k, each times its mean magnitude  BinaryAttention, 2603.09582
-    binary      q and k plain ±1, and P rounded to {0, a}, a learned  BiT, 2205.13016
-    linear      no scores at all: see linear_attention.py
+    binary      unscaled ±1 q and k; P rounded to {0, a}, a learned   BiT, 2205.13016
+    linear      no scores; see linear_attention.py
 
-`s` is the score scale, 1/sqrt(h) by default; "linear" has none. A query that sees no key (left padding) gets
-P = 0 and passes no gradient. Query head j reads kv head j // (H / K). Softmax over a cache is
-`bitnet_kernels.cached_attention`, C++ on a CPU, for latent and for packed weights alike.
+`s` is the score scale, 1/sqrt(h) by default; "linear" has none. A query with no visible key (left padding) has
+P = 0 and zero gradient. Query head j uses kv head j // (H / K). Softmax over a cache runs
+`bitnet_kernels.cached_attention` (C++ on CPU), with latent and packed weights alike.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def dot_scores(
 
 
 def mix_values(p: Float[Array, "B H T S"], v: Float[Array, "B S K h"]) -> Float[Array, "B T H h"]:
-    """`sum_j P_ij v_j`: P is cast to the dtype of v, sums are float32, the result has the dtype of v."""
+    """`sum_j P_ij v_j`, accumulated in float32; P is cast to the dtype of v, which is also that of the result."""
     p, v = floats("p", p), floats("v", v)
     B, H, T, S = p.shape
     K, h = v.shape[2:]
@@ -64,7 +64,7 @@ def mix_values(p: Float[Array, "B H T S"], v: Float[Array, "B S K h"]) -> Float[
 
 
 def masked_softmax(scores: Float[Array, "B H T S"], visible: Bool[Array, "B T S"]) -> Float[Array, "B H T S"]:
-    """Softmax over the visible keys. Hidden scores are the lowest number, not -inf: a row of -inf is NaN."""
+    """Softmax over the visible keys. Masked scores are the finite minimum: a row of -inf would give NaN."""
     scores, visible = floats("scores", scores), visible[:, None]
     hidden = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
     return jnp.where(visible, jax.nn.softmax(hidden, axis=-1), 0.0)
@@ -88,7 +88,7 @@ def relu(
     scale: float,
     progress: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "B H T S"]:
-    """`P_ij = max(0, s q_i.k_j) / n_i`, n_i the number of keys that query i sees."""
+    """`P_ij = max(0, s q_i.k_j) / n_i`, n_i the number of keys visible to query i."""
     scores = jnp.where(visible[:, None], jax.nn.relu(dot_scores(q, k, scale)), 0.0)
     seen = jnp.sum(visible, axis=-1, dtype=jnp.int32).astype(jnp.float32)[:, None, :, None]
     return scores / jnp.maximum(seen, 1.0)
@@ -103,8 +103,8 @@ def binary_qk(
 ) -> Float[Array, "B H T S"]:
     """Softmax attention of `mean|q| sign(q)` and `mean|k| sign(k)`.
 
-    The means run over the channels of one token and head. The paper's also run over the tokens, which in a
-    causal model would let a token see the magnitude of later ones.
+    The means are over the channels of one token and head. The paper also averages over tokens, which would leak
+    the magnitude of later tokens in a causal model.
     """
     code, args = ACTIVATION_QUANTIZERS["sign_absmean"], Arguments(ste=QK_STE, progress=progress)
     return softmax(code(q, args).dequantize(), code(k, args).dequantize(), visible, scale)
@@ -121,7 +121,7 @@ def binary(
 ) -> Float[Array, "B H T S"]:
     """Softmax attention of `sign(q)` and `sign(k)`, then `P = a round(clip(P / a, 0, 1))`.
 
-    The values stay real: with P in {0, a} they are selected and added, never multiplied.
+    The values v stay real: with P in {0, a} they are only selected and added.
     """
     code, args = ACTIVATION_QUANTIZERS["sign"], Arguments(ste=QK_STE, progress=progress)
     p = softmax(code(q, args).codes, code(k, args).codes, visible, scale)
@@ -129,7 +129,7 @@ def binary(
     return ACTIVATION_QUANTIZERS["elastic_unsigned"](p, elastic).dequantize()
 
 
-# Kind of attention -> mixing weights P of (q, k, visible, scale, progress). "linear" never forms P.
+# Kind of attention -> function (q, k, visible, scale, progress) -> P. "linear" never forms P.
 MIXING_WEIGHTS: dict[str, Callable[..., Array]] = {
     "softmax": softmax,
     "relu": relu,
@@ -139,18 +139,18 @@ MIXING_WEIGHTS: dict[str, Callable[..., Array]] = {
 
 
 class Attention(nn.Module):
-    """Owns the projections q_proj, k_proj, v_proj, o_proj, the sub norm (placement "sub") and, for kind
-    "binary", `probability_scale` []. All else is the functions above.
+    """Attention block. Parameters: the projections q_proj, k_proj, v_proj, o_proj, the sub norm (placement "sub")
+    and, for kind "binary", `probability_scale` [].
 
-    Args of a call:
+    Call args:
       x: [B, T, D].
       positions: [B, T], for the rotary embedding.
-      visible: [B, T, S], True where query i may read key j. S is T, or the room of the cache.
-      key_mask: [B, T], False for padding among the new tokens. Causal "linear" attention looks at this and
-        not at `visible`, for it only knows "everything before".
-      cache, length: what was remembered, and how many positions of it are written: one number, or [B].
+      visible: [B, T, S], True where query i may attend to key j. S is T, or the capacity of the cache.
+      key_mask: [B, T], False for padding among the new tokens. Causal "linear" attention uses this instead of
+        `visible`, since its state covers all earlier tokens.
+      cache, length: the cache and its number of written positions, [] or [B].
 
-    Returns: y [B, T, D] and the cache after these tokens (None without a cache).
+    Returns: y [B, T, D] and the updated cache (None without a cache).
     """
 
     config: TransformerShape
@@ -177,7 +177,7 @@ class Attention(nn.Module):
             for name, count in counts.items()
         ]
         q, k, v = (y.reshape(B, T, -1, config.head_size) for y in apply_together(linears, x, progress))
-        self.sow("intermediates", "qkv", (q, k, v))  # kept only where a caller asks for it: distillation
+        self.sow("intermediates", "qkv", (q, k, v))  # stored only if the caller requests it (distillation)
         if config.position == "rope":
             q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
         if config.kv_bits is not None:
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         if kind == "linear":
             if isinstance(cache, KVCache):
                 raise TypeError(
-                    "linear attention remembers a LinearState, got a KVCache of another kind's model"
+                    "linear attention: got a KVCache, expected a LinearState; use the cache of this model"
                 )
             k, v = (jnp.repeat(x, config.num_heads // config.kv_heads, axis=2) for x in (k, v))
             if config.causal:
@@ -198,13 +198,13 @@ class Attention(nn.Module):
         else:
             if isinstance(cache, LinearState):
                 raise TypeError(
-                    f"{kind} attention remembers a KVCache, got the LinearState of linear attention"
+                    f"{kind} attention: got a LinearState, expected a KVCache; use the cache of this model"
                 )
 
             def mixed(k: Array, v: Array) -> Array:
                 weigh = MIXING_WEIGHTS[kind]
                 if kind == "binary":
-                    # BiT starts at 4 times the mean of P, and a row of P over S keys has the mean 1/S.
+                    # BiT initializes to 4 times the mean of P, which is 1/S for a row over S keys.
                     init = nn.initializers.constant(4.0 / config.max_length)
                     weigh = partial(
                         weigh, probability_scale=self.param("probability_scale", init, (), jnp.float32)
@@ -214,7 +214,7 @@ class Attention(nn.Module):
             if cache is None:
                 o = mixed(k, v)
             elif length is None:
-                raise ValueError("got a cache without its length; pass how many of its positions are written")
+                raise ValueError("got a cache without its length; pass the number of written positions")
             else:
                 cache = write(cache, k, v, length)
                 if kind == "softmax":

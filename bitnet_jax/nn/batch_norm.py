@@ -1,4 +1,4 @@
-"""Batch norm, its running statistics in a collection of their own: `batch_stats`."""
+"""Batch norm with running statistics in the collection `batch_stats`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bitnet_kernels.reference import rounded_product
 class BatchNorm(nn.Module):
     """`(x - mean) / sqrt(var + eps) * scale + bias` per feature (1502.03167), in float32.
 
-    In training (deterministic=False) mean and variance are those of the batch, over every axis but the last, and
-    the running ones move by `m <- momentum m + (1 - momentum) batch` where `batch_stats` is mutable. Otherwise the
-    running ones are used: a fixed line per feature, the same bits in a latent and in a packed model, because the
-    product is rounded before the bias is added to it.
+    In training (deterministic=False) mean and variance are those of the batch, over all axes but the last, and the
+    running statistics are updated by `m <- momentum m + (1 - momentum) batch` if `batch_stats` is mutable. Otherwise
+    the running statistics are used: a fixed affine map per feature, bit-identical in latent and packed models because
+    the product is rounded before the bias is added.
     """
 
     momentum: float = 0.9

@@ -1,7 +1,7 @@
-"""The shape of a model as one frozen value, shared by every module that is built from it.
+"""Model configuration as a frozen dataclass, shared by all modules built from it.
 
-`Architecture` is what packing, training and statistics need of any model; `TransformerShape` is what the modules of
-this package need of a Transformer. models.ModelConfig adds the module that is built from it.
+`Architecture` is the interface that packing, training and statistics need from any model; `TransformerShape` holds
+the fields that the modules of this package need. models.ModelConfig adds the module that is built from it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
 
 GATED_MLPS = ("silu_glu", "relu2_glu")
 HEADS = ("float", "int8", "int4")
-FLOAT32_MAX = 3.4028234e38  # what is computed with a setting is computed in float32
+FLOAT32_MAX = 3.4028234e38  # settings enter float32 computations
 
-# No number of a model or a run is larger: JAX counts in int32. Layers are Python objects and are traced one by one,
-# so there are fewer of them; the deepest published Transformers have about a thousand.
+# Upper bound of all integer settings: JAX indexes in int32. Layers are Python objects traced one by one, so their
+# bound is lower; the deepest published Transformers have about a thousand.
 LARGEST = 2**31 - 1
 MOST_LAYERS = {"num_layers": 4096, "convolutions": 4096}
 
@@ -48,7 +48,7 @@ def _recipe(recipe: Recipe) -> str | Precision:
 
 
 def head_precision(head: str, inputs: int) -> Precision:
-    """int8: a scale for every row. int4: one for every 128 inputs, or 64 or 32 where those divide them."""
+    """int8: one scale per row. int4: one per 128 inputs, or per 64 or 32 if 128 does not divide them."""
     if head == "int8":
         return Precision(weight="int8", activation="int8", granularity="channel")
     group = next((size for size in (128, 64, 32) if inputs % size == 0), None)
@@ -68,16 +68,16 @@ def _check_int8(precisions: Mapping[str, Precision], product: str) -> None:
 
 
 def hashable(rules: Rules) -> Rules:
-    """Lists and mappings, which JSON makes of rules, as tuples and Precisions: a config is a static jit argument."""
+    """Converts JSON lists and mappings to tuples and Precisions: a config is a static argument of jit."""
     if isinstance(rules, str | Precision | Mapping):
         return _recipe(rules)
     return tuple((pattern, _recipe(recipe)) for pattern, recipe in rules)
 
 
 class Architecture:
-    """A frozen dataclass with the fields `precision` and `ternary_format`, whose linear layers have paths.
+    """Base class of model configs: frozen dataclasses with the fields `precision` and `ternary_format`.
 
-    A model of your own subclasses it and defines `linear_shapes` and `module`, and `example_input` unless it reads
+    A custom model subclasses it and defines `linear_shapes` and `module`, and `example_input` unless its input is
     token ids.
     """
 
@@ -85,11 +85,11 @@ class Architecture:
     ternary_format: str
 
     def module(self) -> nn.Module:
-        """The module of this config; what it returns has the field `logits`."""
+        """The module of this config; its output has a field `logits`."""
         raise NotImplementedError
 
     def example_input(self) -> Array:
-        """The smallest input that `module` takes, of zeros: enough to give every parameter its shape."""
+        """A minimal input of zeros for `module`, used to initialize parameters."""
         return jnp.zeros((1, 1), jnp.int32)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -97,7 +97,7 @@ class Architecture:
         raise NotImplementedError
 
     def rules(self) -> Rules:
-        """What `resolve` makes a Precision of for each path."""
+        """The rules that `resolve` turns into a Precision per path."""
         return self.precision
 
     def precisions(self) -> dict[str, Precision]:
@@ -109,7 +109,7 @@ class Architecture:
         return resolve(self.rules(), list(self.linear_shapes()))
 
     def packed_formats(self) -> dict[str, str]:
-        """Path of every linear layer that is packed -> the format of its codes."""
+        """Path of every packed linear layer -> the format of its codes."""
         formats = {path: precision.packed_format for path, precision in self.precisions().items()}
         return {
             path: self.ternary_format if format == "ternary2" else format
@@ -138,8 +138,7 @@ class Architecture:
         return cls(**fields)
 
     def _check(self, choices: Mapping[str, tuple[str, ...]], positive: tuple[str, ...]) -> None:
-        """ValueError unless all fields have their types, and the named ones are among their choices, or positive
-        integers."""
+        """Raises ValueError for a field of the wrong type, not among its `choices`, or not a `positive` integer."""
         for name, expected in _plain_types(cast(Any, type(self))).items():
             if not _is_a(value := getattr(self, name), expected):
                 wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in expected)
@@ -159,7 +158,7 @@ class Architecture:
 
 @functools.cache
 def _plain_types(kind: Any) -> dict[str, tuple[type, ...]]:
-    """Field -> its types, of the fields that hold a number, a string, a boolean or None."""
+    """Field -> its types, for the fields that hold a number, string, boolean or None."""
     hints = {name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(kind).items()}
     plain = {int, float, str, bool, type(None)}
     return {
@@ -171,14 +170,14 @@ def _plain_types(kind: Any) -> dict[str, tuple[type, ...]]:
 
 def _is_a(value: Any, expected: tuple[type, ...]) -> bool:
     if isinstance(value, float):
-        return float in expected and abs(value) <= FLOAT32_MAX  # not so: NaN and infinity
+        return float in expected and abs(value) <= FLOAT32_MAX  # False for NaN and infinity
     return type(value) in expected or (type(value) is int and float in expected)
 
 
 def with_ends(precision: Rules, *ends: tuple[str, Recipe]) -> Rules:
-    """Rules that treat the first and the last layer, as (path, recipe), apart from the others.
+    """Rules that give `ends`, (path, recipe) pairs for the first and last layers, their own recipes.
 
-    Both in float is worth more than any estimator (larq's BinaryNet on CIFAR-10: 83.9 against 66.5).
+    Keeping both in float helps more than any estimator (larq's BinaryNet on CIFAR-10: 83.9 against 66.5).
     """
     if isinstance(precision, str | Precision | Mapping):
         precision = (("*", precision),)
@@ -190,7 +189,7 @@ class TransformerShape(Architecture):
     """A decoder language model, or an encoder classifier when `num_classes` > 0.
 
     Raises:
-      ValueError: a field holds an unknown choice, or sizes that do not fit each other.
+      ValueError: an unknown choice, or inconsistent sizes.
     """
 
     vocab_size: int
@@ -198,11 +197,11 @@ class TransformerShape(Architecture):
     num_layers: int
     num_heads: int  # H
     ffn_size: int  # F
-    max_length: int  # longest sequence of positions the model is asked for
-    # Tokens of a training sequence; None: unknown, as of most models of others. Nothing is computed from it, so
-    # configs that differ in it alone are equal: no program is compiled twice.
+    max_length: int  # maximum sequence length in positions
+    # Tokens per training sequence; None: unknown, as for most third-party models. Nothing is computed from it, so
+    # configs that differ only in it compare equal and share compiled programs.
     trained_length: int | None = dataclasses.field(default=None, compare=False)
-    num_kv_heads: int | None = None  # K; None: as many as heads
+    num_kv_heads: int | None = None  # K; None: num_heads
     head_dim: int | None = None  # h; None: hidden_size // num_heads
 
     causal: bool = True
@@ -210,7 +209,9 @@ class TransformerShape(Architecture):
 
     attention: str = "softmax"
     attention_scale: float | None = None  # factor on q.k; None: head_dim ** -0.5
-    kv_bits: int | None = None  # keys and values rounded to 2 to 8 bits per token and head; None: as they are
+    kv_bits: int | None = (
+        None  # quantize keys and values to 2-8 bits per token and head; None: no quantization
+    )
     position: str = "rope"
     rope_theta: float = 10_000.0
 
@@ -222,21 +223,21 @@ class TransformerShape(Architecture):
     norm_eps: float = 1e-5
     norm_scale: bool = True  # gains on the block norms and sub norms
     norm_placement: str = "sub"  # papers' variants: sub = B (2B-4T), pre = C (TriLM), inside = A (BitNet b1)
-    inside_norm: bool = False  # an extra RMSNorm with gain in front of each projection (HF `use_rms_norm`)
+    inside_norm: bool = False  # an extra RMSNorm with gain before each projection (HF `use_rms_norm`)
     inside_norm_eps: float = 1e-6
 
     tie_embeddings: bool = True
-    head: str = "float"  # what multiplies to logits: the table itself, or its codes and int8 activations
-    embedding_dtype: str = "float32"  # the forward pass rounds embeddings (and head) to it; packing stores it
+    head: str = "float"  # output head: the float table, or its integer codes times int8 activations
+    embedding_dtype: str = "float32"  # of embeddings (and head) in the forward pass and in packed models
     init_std: float = 0.02
 
     precision: Rules = "bitnet_b158"  # a recipe name, or ordered (path pattern, recipe) rules
     ternary_format: str = (
-        "ternary2"  # of packed ternary codes: two bits each, or five in a byte, smaller to read
+        "ternary2"  # of packed ternary codes: ternary2 (2 bits each) or ternary5 (5 codes per byte)
     )
     dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
-    product: str = "float"  # of codes while training, see nn/products.py; float layers stay float
-    remat: bool = False  # gradients compute each block again: what it made is not kept, a third more work
+    product: str = "float"  # of codes in training, see nn/products.py; float layers stay float
+    remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_length")
@@ -287,7 +288,7 @@ class TransformerShape(Architecture):
 
     @property
     def known_length(self) -> int:
-        """Tokens of a sequence up to which the model was trained; max_length where that is unknown."""
+        """Longest sequence in tokens that the model was trained on; max_length if unknown."""
         return min(self.trained_length or self.max_length, self.max_length)
 
     @property
@@ -304,8 +305,8 @@ class TransformerShape(Architecture):
 
     @property
     def head_product(self) -> str:
-        """The product of an output head in integers. Its gradient stays float: that of a softmax has one large
-        entry, beside which int8 would round most others to 0."""
+        """The product of an integer output head. Its gradient stays float: a softmax gradient has one large entry,
+        relative to which int8 would round most others to 0."""
         return "int8" if self.product == "int8_gradients" else self.product
 
     @property
@@ -328,11 +329,11 @@ class TransformerShape(Architecture):
         return shapes
 
     def precisions(self) -> dict[str, Precision]:
-        """Path of every linear layer -> its Precision. A head other than "float" is "lm_head", tied or not.
+        """Path of every linear layer -> its Precision. A head other than "float" has the path "lm_head", tied or not.
 
         Raises:
-          ValueError: an unknown recipe, a path no rule matches, a rule that matches no path or one for lm_head
-            beside `head`, or a hidden_size that `head` cannot divide into groups.
+          ValueError: an unknown recipe, a path no rule matches, a rule that matches no path, a rule for lm_head in
+            addition to `head`, or a hidden_size that `head` cannot divide into groups.
         """
         paths = [path for path in self.linear_shapes() if path != "lm_head" or not self.tie_embeddings]
         precisions = resolve(self.rules(), paths)
@@ -340,6 +341,6 @@ class TransformerShape(Architecture):
             return precisions
         if precisions.get("lm_head", Precision()) != Precision():
             raise ValueError(
-                f"model.head={self.head!r} beside a precision rule for lm_head; expected one of the two"
+                f"model.head={self.head!r} and a precision rule for lm_head; expected only one of the two"
             )
         return precisions | {"lm_head": head_precision(self.head, self.hidden_size)}

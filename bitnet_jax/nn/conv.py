@@ -1,11 +1,11 @@
-"""Convolution as a product of patches: BitLinear on windows of an image.
+"""Convolution as a matrix product of image patches: BitLinear applied to windows (im2col).
 
-A window of kh x kw pixels with C channels is a row of kh kw C numbers, so the quantizers, the estimators, the packed
-product and its exactness are those of `BitLinear`, and a weight is a matrix [features, kh kw C] like any other.
+A window of kh x kw pixels with C channels is a vector of kh kw C values, so quantizers, estimators, packed product
+and exactness are those of `BitLinear`, and the weight is a matrix [features, kh kw C].
 
-Quantizing a window as BitLinear quantizes a token gives it one scale. For `sign_absmean` that scale, mean|window|,
-is XNOR-Net's map K = box filter of the channel mean of |input| (1603.05279; its released code leaves K out, which
-is `sign`). A learned threshold has one value for every input of the window, kh kw C of them.
+Each window is quantized like a token, with one scale. For `sign_absmean` that scale, mean|window|, is XNOR-Net's
+map K = box filter of the channel mean of |input| (1603.05279; its released code omits K, which is `sign`). A learned
+threshold has one value per input of the window, kh kw C in all.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def patches(
     """Windows of kernel x kernel pixels as vectors, k = kernel^2 C in the order row, column, channel.
 
     Args:
-      padding: rows and columns of zeros around the image. They are added before anything is quantized: to a sign
-        they are +1, so that products of signs stay products of signs.
+      padding: rows and columns of zeros around the image, added before quantization: their sign is +1, so products
+        of signs stay products of signs.
 
     Raises:
       ValueError: the padded image is smaller than a window.
@@ -42,16 +42,16 @@ def patches(
 
 
 class BitConv(BitLinear):
-    """`features` filters of kernel x kernel pixels; float, latent or packed exactly as BitLinear is.
+    """`features` filters of kernel x kernel pixels; float, latent or packed like BitLinear.
 
-    The default padding keeps the size of the image at stride 1 and an odd kernel.
+    The default padding preserves the image size for kernel 3 and stride 1.
     """
 
     kernel: int = 3
     stride: int = 1
     padding: int = 1
 
-    def __call__(  # type: ignore[override]  # an image, where BitLinear takes rows
+    def __call__(  # type: ignore[override]  # takes an image, BitLinear takes rows
         self, x: Float[Array, "B height width C"], progress: Float[Array, ""] | float = 1.0
     ) -> Float[Array, "B rows columns n"]:
         return super().__call__(patches(x, self.kernel, self.stride, self.padding), progress)

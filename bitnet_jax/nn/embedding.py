@@ -1,4 +1,4 @@
-"""Tables of vectors: look-ups by id, and the logits of an output head that is such a table."""
+"""Embedding tables: lookup by id, and logits when the table is used as output head."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from bitnet_kernels.dtypes import integers
 
 @jax.custom_jvp
 def round_to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The nearest bfloat16 values, as float32; the gradient passes straight through."""
-    # Not a pair of casts: XLA may drop those ("excess precision"), and packed would differ from latent.
+    """Rounds to the nearest bfloat16 values, returned as float32, with a straight-through gradient."""
+    # Not a pair of casts: XLA may remove those ("excess precision"), and packed would differ from latent.
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
@@ -29,16 +29,16 @@ def _round_to_bfloat16_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tup
 
 
 def rounded(rows: Float[Array, "*rows D"], stored_dtype: str) -> Float[Array, "*rows D"]:
-    """The values in use of latent or stored rows of a table, in float32."""
+    """Latent or stored rows of a table as used in the forward pass, in float32."""
     rows = rows.astype(jnp.float32)
     return round_to_bfloat16(rows) if stored_dtype == "bfloat16" else rows
 
 
 class Embedding(nn.Module):
-    """A table [rows, D] of latent float32 values, rounded to `stored_dtype` wherever it is used.
+    """A table [rows, D] of latent float32 values, rounded to `stored_dtype` in the forward pass.
 
-    In a packed model the table itself has that type; a bfloat16 one is multiplied as it lies in memory.
-    `dtype` is that of looked-up vectors and of the operands of `attend`.
+    In a packed model the table itself has that dtype, and a bfloat16 table is multiplied without conversion.
+    `dtype` applies to looked-up vectors and to the operands of `attend`.
     """
 
     rows: int
@@ -50,12 +50,12 @@ class Embedding(nn.Module):
 
     @classmethod
     def of(cls, config: TransformerShape, rows: int, name: str) -> Embedding:
-        """The table as a model config describes it."""
+        """The table described by a model config."""
         return cls(rows, config.hidden_size, config.embedding_dtype, config.dtype, config.init_std, name=name)
 
     @classmethod
     def head(cls, config: TransformerShape, precision: Precision) -> Embedding:
-        """A float head of its own, its rows under the name that every linear layer gives its matrix."""
+        """An untied float head, with its table under the parameter name `weight`, as in linear layers."""
         return cls(
             config.vocab_size,
             config.hidden_size,
@@ -71,19 +71,19 @@ class Embedding(nn.Module):
         self.stored = self.param(self.parameter, nn.initializers.normal(self.init_std), shape, jnp.float32)
 
     def table(self) -> Float[Array, "V D"]:
-        """The values in use, in float32."""
+        """The table as used in the forward pass, in float32."""
         return rounded(self.stored, self.stored_dtype)
 
     def __call__(self, indices: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         indices = integers("indices", indices)
-        # Looked up first: a step of generation must not convert the whole table.
+        # Look up before rounding: a decode step must not convert the whole table.
         if self.stored.dtype == jnp.bfloat16:
             return bfloat16_rows(self.stored, indices).astype(self.dtype)
         looked_up = jnp.take(whole_rows(self.stored), indices, axis=0)
         return rounded(looked_up, self.stored_dtype).astype(self.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits in float32: the product of x with every row."""
+        """Logits in float32: `x @ table.T`."""
         rows = floats("x", x).reshape(-1, x.shape[-1]).astype(jnp.float32)
         if self.dtype == "bfloat16":
             rows = round_to_bfloat16(rows)

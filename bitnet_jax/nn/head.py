@@ -1,4 +1,4 @@
-"""The output head of a language model: the embedding's own table, a matrix, or integer codes of either."""
+"""The output head of a language model: the embedding table, a separate matrix, or integer codes of either."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def next_token_logits(
     x: Float[Array, "B T D"],
     progress: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "B T V"]:
-    """Logits by the head that the config describes, in float32; a head of its own is the submodule `lm_head`.
+    """Logits in float32 from the head described by the config; an untied head is the submodule `lm_head`.
 
-    head "int8", "int4"    codes of the table (tied) or of `lm_head`, see QuantizedHead
-    tied, head "float"     the embedding's table
-    else                   a linear layer with the Precision of the path `lm_head`; in float it is a table
+    head "int8", "int4"    codes of the embedding table (tied) or of `lm_head`, see QuantizedHead
+    tied, head "float"     the embedding table
+    else                   a linear layer with the Precision of the path `lm_head`; if float, an Embedding
     """
     if config.head != "float":
         return QuantizedHead(config, name="lm_head")(x, embed.table() if config.tie_embeddings else None)
@@ -38,8 +38,8 @@ def next_token_logits(
 class QuantizedHead(nn.Module):
     """Logits from integer codes of a table and of its input, with the Precision of nn.config.head_precision.
 
-    The table, rounded as ever, is that of the embedding (`tied`) or a parameter `weight`; its codes are made in
-    the forward pass. In a packed model they are the variable `weight` of the collection `packed`.
+    The table is the rounded embedding table (`tied`) or a parameter `weight`, quantized in the forward pass. In a
+    packed model the codes are the variable `weight` of the collection `packed`.
     """
 
     config: TransformerShape

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens: as floats, as bfloat16 bits, or as int8 codes with a scale per token and head."""
+"""Key-value cache: floats, bfloat16 bits, or int8 codes with one scale per token and head."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bitnet_jax.quantization.ste import straight_through
 
 
 class KVCache(NamedTuple):
-    """Keys (already rotated) and values of all positions; those not written yet are kept out by `visible`.
+    """Keys (already rotated) and values of all positions; unwritten ones are masked by `visible`.
 
-    float32; bfloat16, as such or as its bits in uint16 (XLA's CPU converts all of a bfloat16 array to write a few
-    positions of it); or int8 codes with one scale per token and head, see `quantize_kv`.
+    float32; bfloat16, as such or as its bits in uint16 (XLA's CPU backend converts a whole bfloat16 array to write a
+    few positions of it); or int8 codes with one scale per token and head, see `quantize_kv`.
     """
 
     k: Array  # [B, S, K, h]
@@ -29,11 +29,11 @@ class KVCache(NamedTuple):
 def quantize_kv(
     x: Float[Array, "B T K h"], bits: int = 8
 ) -> tuple[Int8[Array, "B T K h"], Float[Array, "B T K"]]:
-    """int8 codes up to q = 2^(bits-1) - 1 and the scale of each token and head: `scale = max|x| / q`,
-    `codes = round(x / scale)`.
+    """int8 codes and one scale per token and head: `scale = max|x| / q`, `codes = round(x / scale)`,
+    q = 2^(bits-1) - 1.
 
-    codes * scale is within scale / 2 of x. Where all of x is 0 both are 0. Where x holds NaN or infinity, so does
-    the scale, and every value of that token and head is NaN.
+    codes * scale is within scale / 2 of x. If x is all 0, so are both. If x holds NaN or infinity, so does the
+    scale, and all dequantized values of that token and head are NaN.
     """
     x, q = floats("x", x).astype(jnp.float32), 2 ** (bits - 1) - 1
     scale = absmax(x) / q
@@ -42,7 +42,7 @@ def quantize_kv(
 
 
 def fake_quantized_kv(x: Float[Array, "B T K h"], bits: int) -> Float[Array, "B T K h"]:
-    """The values that `quantize_kv` stands for. Backward: g."""
+    """`quantize_kv` followed by dequantization. Backward: g."""
     codes, scale = quantize_kv(jax.lax.stop_gradient(x), bits)
     value = (codes.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
     return straight_through(value, (x,), (jnp.ones_like(x),))
@@ -51,23 +51,23 @@ def fake_quantized_kv(x: Float[Array, "B T K h"], bits: int) -> Float[Array, "B 
 def write_at(
     old: Shaped[Array, "B S *rest"], new: Shaped[Array, "B T *rest"], length: Int[Array, "*rows"]
 ) -> Shaped[Array, "B S *rest"]:
-    """`old` with `new` at [length, length + T) of axis 1; `length` is one place, or [B], a place for each row."""
+    """`old` with `new` at [length, length + T) of axis 1; `length` is [], or [B] with one position per row."""
     if not length.ndim:
         return jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=1)
     return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(old, new, length)
 
 
 def write(cache: KVCache, k: Array, v: Array, length: Int[Array, "*rows"]) -> KVCache:
-    """The cache with the keys and values [B, T, K, h] of new tokens at positions [length, length + T).
+    """Writes the keys and values [B, T, K, h] of new tokens at positions [length, length + T) of the cache.
 
     Raises:
-      ValueError: more tokens than the whole cache has room for. (`length` is traced: that they fit behind it is
-        the caller's duty.)
+      ValueError: T exceeds the capacity of the cache. (`length` is traced, so length + T <= S is not checked: the
+        caller must ensure it.)
     """
     k, v = floats("k", k), floats("v", v)
     T, S = k.shape[1], cache.k.shape[1]
     if T > S:
-        raise ValueError(f"{T} tokens do not fit into a cache of {S} positions; make a longer cache")
+        raise ValueError(f"got {T} tokens for a cache of {S} positions; make a longer cache")
 
     def at_length(old: Array, new: Array) -> Array:
         if old.dtype == jnp.uint16:
@@ -86,7 +86,7 @@ def write(cache: KVCache, k: Array, v: Array, length: Int[Array, "*rows"]) -> KV
 
 
 def remembered(cache: KVCache) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
-    """The keys and values of a cache; codes become float32."""
+    """The keys and values of a cache; codes are dequantized to float32."""
     if cache.k.dtype == jnp.uint16:
         k, v = (jax.lax.bitcast_convert_type(x, jnp.bfloat16) for x in (cache.k, cache.v))
         return k, v

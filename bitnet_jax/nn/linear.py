@@ -1,12 +1,11 @@
 """BitLinear: one linear layer in three states (float, fake-quantized latent, packed).
 
-The exactness that the code base rests on happens here. Both operands are multiplied as integer *codes*, and
-the scales are applied once, to the result:
+Both operands are multiplied as integer *codes*, and the scales are applied once, to the result:
 
     y = (x_codes @ w_codes.T) * w_scale * x_scale
 
-Products and sums of small integers are exact in float32 (while |sum| < 2^24), in any order. So the latent
-layer in float arithmetic and the packed layer in int32 arithmetic give the same bits.
+Products and sums of small integers are exact in float32 (while |sum| < 2^24), in any order. The latent layer in
+float arithmetic and the packed layer in int32 arithmetic are therefore bit-identical.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from bitnet_kernels.reference import rescale, rounded_product
 def dense(
     x: Float[Array, "*rows k"], w: Float[Array, "n k"], dtype: str = "float32"
 ) -> Float[Array, "*rows n"]:
-    """`x @ w.T` in float32, of float operands rounded to `dtype`."""
+    """`x @ w.T` in float32, with operands rounded to `dtype`."""
     x, w = floats("x", x), floats("w", w)
-    # As a product of matrices: on CPUs the gradient of one with more axes takes XLA's slow path.
+    # Flattened to matrices: on CPU the gradient of a product with more axes takes XLA's slow path.
     return sums_of_products(x.reshape(-1, x.shape[-1]), w, dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -44,8 +43,8 @@ def quantized_matmul(
 
     Args:
       x: codes [..., k], scale [..., 1].
-      w: codes [n, k], scale [1 or n, G]; each group holds k // G neighbouring inputs.
-      dtype, product: of the products of codes and of their gradients, see bitnet_jax.nn.products.
+      w: codes [n, k], scale [1 or n, G]; each group has k // G consecutive inputs.
+      dtype, product: arithmetic of the product and its gradients, see bitnet_jax.nn.products.
     """
     if product != "float":
         x, w = _visible_nan(x), _visible_nan(w)
@@ -58,13 +57,13 @@ def quantized_matmul(
 
 
 def _visible_nan(quantized: Quantized) -> Quantized:
-    """int8 has no NaN: the scale of a row takes over one that its codes hold."""
-    lost = jnp.any(jnp.isnan(quantized.codes), axis=-1, keepdims=True)
-    return quantized._replace(scale=jnp.where(lost, jnp.nan, quantized.scale))
+    """Moves a NaN in the codes of a row to its scale, since int8 has no NaN."""
+    has_nan = jnp.any(jnp.isnan(quantized.codes), axis=-1, keepdims=True)
+    return quantized._replace(scale=jnp.where(has_nan, jnp.nan, quantized.scale))
 
 
 def packed_product(x: Quantized, w: PackedArray, precision: Precision) -> Float[Array, "*rows n"]:
-    """What `quantized_matmul` gives, of a packed matrix: the kernel that suits the codes of the input."""
+    """`quantized_matmul` for a packed matrix, by the kernel that suits the codes of the input."""
     if precision.activation == "none":
         return packed_matmul(x.codes.astype(jnp.float32), w, activation_bits=None)
     bits = 1 if precision.input_is_signs else 8
@@ -72,10 +71,11 @@ def packed_product(x: Quantized, w: PackedArray, precision: Precision) -> Float[
 
 
 class BitLinear(nn.Module):
-    """`y = quantized(norm(x)) @ quantized(weight).T + bias`; parameters: weight [n, k] and what is learned.
+    """`y = quantized(norm(x)) @ quantized(weight).T + bias`.
 
-    With a variable `weight` (a PackedArray) in the collection `packed`, the layer has no parameter `weight`
-    and multiplies through `packed_matmul`. With a float Precision it is a plain dense layer.
+    Parameters: weight [n, k], bias [n] if `use_bias`, and the learned scales and thresholds of `precision`. With a
+    variable `weight` (a PackedArray) in the collection `packed`, the layer has no parameter `weight` and calls
+    `packed_matmul`. With a float Precision it is a plain dense layer.
 
     Raises:
       ValueError: the packed weight does not fit the layer.
@@ -86,12 +86,12 @@ class BitLinear(nn.Module):
     use_bias: bool = False
     norm: Norm | None = None
     dtype: str = "float32"
-    product: str = "float"  # of codes while training, see bitnet_jax.nn.products
+    product: str = "float"  # of codes in training, see bitnet_jax.nn.products
     init_std: float = 0.02
 
     @classmethod
     def of(cls, config: TransformerShape, features: int, precision: Precision, name: str) -> BitLinear:
-        """The layer as a model config describes it; the heads stand behind the final norm and add none."""
+        """The layer described by a model config; heads follow the final norm and have no norm or bias."""
         in_block = name not in ("lm_head", "classifier")
         return cls(
             features,
@@ -105,7 +105,7 @@ class BitLinear(nn.Module):
         )
 
     def packed_weight(self, k: int) -> PackedArray | None:
-        """The packed matrix [features, k] in place of a parameter, if there is one."""
+        """The packed matrix [features, k] that replaces the parameter `weight`, or None."""
         if not self.has_variable("packed", "weight"):
             return None
         weight: PackedArray = self.get_variable("packed", "weight")
@@ -121,9 +121,10 @@ class BitLinear(nn.Module):
         progress: Float[Array, ""] | float = 1.0,
         product: Float[Array, "*rows n"] | None = None,
     ) -> Float[Array, "*rows n"]:
-        """product: quantized(x) @ quantized(weight).T where apply_together has computed it already.
+        """The result has the dtype of x: float32, bfloat16 or float16; any other raises ValueError.
 
-        The result has the dtype of x: float32, bfloat16 or float16, any other is a ValueError.
+        Args:
+          product: quantized(x) @ quantized(weight).T if apply_together has already computed it.
         """
         x = floats("x", x)
         y = self._product(x, progress) if product is None else product
@@ -133,7 +134,7 @@ class BitLinear(nn.Module):
         return y.astype(x.dtype)
 
     def _keys(self) -> tuple[Array | None, Array | None]:
-        """For the codes of the input and of the weights; None where they are not drawn at random."""
+        """PRNG keys for the codes of the input and of the weights; None for deterministic quantizers."""
         x_quantizer, w_quantizer = self.precision.activation_quantizer, self.precision.weight_quantizer
         draws_x, draws_w = x_quantizer.random, w_quantizer is not None and w_quantizer.random
         if not (draws_x or draws_w) or not self.has_rng("stochastic"):
@@ -176,7 +177,7 @@ def precisions_of(module: nn.Module, *inputs: Any, **arguments: Any) -> dict[str
     """Path of every BitLinear in a module -> its Precision, in the order of the forward pass.
 
     Args:
-      inputs, arguments: what the module is called with, arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+      inputs, arguments: call arguments of the module, arrays or `jax.ShapeDtypeStruct`; nothing is computed.
     """
     found: dict[str, Precision] = {}
 
@@ -193,8 +194,8 @@ def precisions_of(module: nn.Module, *inputs: Any, **arguments: Any) -> dict[str
 def apply_together(
     layers: Sequence[BitLinear], x: Float[Array, "*rows k"], progress: Float[Array, ""] | float = 1.0
 ) -> list[Float[Array, "*rows n"]]:
-    """What each layer makes of one input. Packed layers that quantize it alike (q, k, v; gate, up) do so once,
-    and run as one product; the results are the same bits."""
+    """Applies several layers to one input. Packed layers with the same input quantizer (q, k, v; gate, up) share the
+    quantized input and run as one product; results are bit-identical to separate calls."""
     alike = {
         layer.name: weight
         for layer in layers

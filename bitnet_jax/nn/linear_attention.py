@@ -1,19 +1,19 @@
-"""Linear attention (Katharopoulos et al. 2020, 2006.16236): attention whose cache does not grow.
+"""Linear attention (Katharopoulos et al. 2020, 2006.16236): attention with a state of constant size.
 
-Similarity of query and key is `phi(q).phi(k)` with `phi(x) = elu(x) + 1 > 0`, which factorises, so the sums
-over keys can be carried along as a state:
+The similarity of query and key is `phi(q).phi(k)` with `phi(x) = elu(x) + 1 > 0`, which factorizes, so the sums
+over keys can be carried as a state:
 
     S_i = S_{i-1} + phi(k_i) v_i^T        z_i = z_{i-1} + phi(k_i)
     o_i = S_i^T phi(q_i) / (z_i . phi(q_i) + 1e-6)
 
-Three forms of the same function, equal up to the order of float32 sums:
+Three forms of the same function, equal up to the order of float32 summation:
 
     parallel    the masked product of all queries and keys; O(T S), any mask
     recurrent   one key at a time; O(1) memory per step: decoding
     chunked     parallel inside a chunk, recurrent between chunks; O(T chunk): training and prefill
 
-A key whose mask is False adds nothing to the state. A query that sees no key gives zeros.
-All arrays carry the same number of heads; repeat the kv heads of grouped queries first.
+A key whose mask is False adds nothing to the state. A query with no visible key gives zeros.
+All arrays have the same number of heads; for grouped queries, repeat the kv heads first.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from jaxtyping import Array, Bool, Float
 from bitnet_jax.quantization.scales import floats
 
 EPSILON = 1e-6  # in the denominator, as in the authors' code
-CHUNK = 64  # keys per chunk: the intra-chunk product is then as large as the state of a usual head
+CHUNK = 64  # keys per chunk: makes the intra-chunk product about as large as the state of a typical head
 
 
 class LinearState(NamedTuple):
-    """What a causal query needs of the past: `s = sum_j phi(k_j) v_j^T` and `z = sum_j phi(k_j)`, float32."""
+    """Sums over past keys, float32: `s = sum_j phi(k_j) v_j^T` and `z = sum_j phi(k_j)`."""
 
     s: Float[Array, "B H h h"]
     z: Float[Array, "B H h"]
@@ -51,7 +51,7 @@ def phi(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
 
 
 def phi_keys(k: Float[Array, "B S H h"], key_mask: Bool[Array, "B S"] | None) -> Float[Array, "B S H h"]:
-    """phi(k), zero where the mask says that the key is padding."""
+    """phi(k), zero for padding keys (mask False)."""
     return phi(k) if key_mask is None else jnp.where(key_mask[:, :, None, None], phi(k), 0.0)
 
 
@@ -63,7 +63,7 @@ def parallel(
 ) -> Float[Array, "B T H h"]:
     """`o_i = sum_j A_ij v_j / (sum_j A_ij + 1e-6)` with `A_ij = phi(q_i).phi(k_j)` where visible, else 0.
 
-    Causal, padded and bidirectional attention differ in `visible` alone.
+    Causal, padded and bidirectional attention differ only in `visible`.
     """
     similarity = jnp.einsum("bthd,bshd->bhts", phi(q), phi(k))
     similarity = jnp.where(visible[:, None], similarity, 0.0)
@@ -79,7 +79,7 @@ def recurrent(
     state: LinearState,
     key_mask: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H h"], LinearState]:
-    """Causal attention one token after another, from `state`; returns outputs and the state after them."""
+    """Causal attention token by token, starting from `state`; returns outputs and the final state."""
 
     def step(state: LinearState, token: tuple[Array, Array, Array]) -> tuple[LinearState, Array]:
         phi_q, phi_k, v = token  # [B, H, h] each
@@ -100,10 +100,10 @@ def chunked(
     key_mask: Bool[Array, "B T"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B T H h"], LinearState]:
-    """Causal attention chunk by chunk, from `state`; returns outputs and the state after them.
+    """Causal attention chunk by chunk, starting from `state`; returns outputs and the final state.
 
-    Any T: the last chunk is filled up with keys that add nothing, and its surplus outputs are dropped. One
-    token makes one chunk, which is one step of `recurrent`.
+    Any T: the last chunk is padded with keys that add nothing, and its surplus outputs are dropped. A single token is
+    one chunk and equals one step of `recurrent`.
 
     Raises:
       ValueError: chunk is not positive.
@@ -125,7 +125,7 @@ def chunked(
         return state, _normalize(mixed, total)
 
     def split(x: Array) -> Array:
-        """[B, T, ...] -> [chunks, B, chunk, ...], filled up with zeros."""
+        """[B, T, ...] -> [chunks, B, chunk, ...], zero-padded."""
         x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 

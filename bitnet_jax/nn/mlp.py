@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class MLP(nn.Module):
-    """`down(norm(f(up x)))`, or `down(norm(f(gate x) * up x))` when gated; the norm only for placement "sub"."""
+    """`down(norm(f(up x)))`, or `down(norm(f(gate x) * up x))` if gated; with a norm only for placement "sub"."""
 
     config: TransformerShape
     precisions: Mapping[str, Precision]

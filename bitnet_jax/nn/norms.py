@@ -29,9 +29,9 @@ NORMS = {"rmsnorm": rms_normalize, "layernorm": layer_normalize}
 
 
 class Norm(nn.Module):
-    """One of NORMS, then an optional gain (and, for LayerNorm, no shift: the 1-bit papers use none).
+    """One of NORMS with an optional gain (and no bias, even for LayerNorm: the 1-bit papers use none).
 
-    The gain multiplies after the cast back to the input dtype, as the released 2B-4T model does.
+    The gain is applied after the cast back to the input dtype, as in the released 2B-4T model.
     """
 
     kind: str = "rmsnorm"
@@ -48,16 +48,15 @@ class Norm(nn.Module):
 
 
 def block_norm(config: TransformerShape, name: str) -> Norm:
-    """The norm in front of a block, of the output head, or before an output projection (SubLN)."""
+    """The norm before a block, before the output head, or before an output projection (SubLN)."""
     return Norm(config.norm, config.norm_eps, config.norm_scale, name=name)
 
 
 def projection_norm(config: TransformerShape) -> Norm | None:
     """The norm that a linear layer applies to its own input, if any.
 
-    Placement "inside" is BitNet's first form (2310.11453: no gain); `inside_norm` is the Hugging Face
-    option `use_rms_norm`, with a gain. It has no parent yet, so that the linear layer that is given it adopts
-    it and its gain is found at `<linear>/norm/scale`.
+    Placement "inside" is the original BitNet (2310.11453: no gain); `inside_norm` is the Hugging Face option
+    `use_rms_norm`, with a gain. parent=None lets the linear layer adopt it, so its gain is at `<linear>/norm/scale`.
     """
     if config.norm_placement == "inside":
         return Norm(config.norm, config.norm_eps, use_scale=False, parent=None)

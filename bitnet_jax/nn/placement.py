@@ -1,6 +1,6 @@
-"""The axes of a device mesh, and where arrays of a forward pass lie on it where the compiler must be told.
+"""The axes of a device mesh, and sharding constraints on arrays of the forward pass.
 
-Nothing here acts without a mesh in context (`jax.set_mesh`). Axes that do not divide an array leave it whole.
+All are no-ops without a mesh in context (`jax.set_mesh`). An array that the mesh axes do not divide is not split.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = (
     DATA,
     FSDP,
-)  # a batch is split over both: fsdp also splits parameters, which are gathered to be used
+)  # a batch is split over both; fsdp also splits parameters, which are gathered for use
 
 
 def split_over_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """The same x, its first axis split over data and fsdp.
+    """Constrains the first axis of x to be split over data and fsdp.
 
-    Else the compiler may split x along the axis that a parameter is split by, and then sums activations over
-    devices where it should gather the smaller parameter.
+    Otherwise the compiler may split x along the axis of a split parameter, and then all-reduces activations where it
+    should gather the smaller parameter.
     """
     return _first_axis_split(x, BATCH_AXES)
 
 
 def whole_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
-    """The same table with its rows split over tensor and each row whole.
+    """Constrains a table to be split by rows over tensor, with each row whole.
 
-    For look-ups: rows in parts would become activations in parts, which no batch is split by.
+    For lookups: split rows would give activations split along features instead of along the batch.
     """
     return _first_axis_split(table, (TENSOR,))
 
@@ -38,7 +38,7 @@ def whole_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
 def _first_axis_split(x: Array, axes: tuple[str, ...]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(axis for axis in axes if kinds.get(axis) == AxisType.Auto)  # not those of a shard_map around
+    axes = tuple(axis for axis in axes if kinds.get(axis) == AxisType.Auto)  # not in a shard_map
     if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))

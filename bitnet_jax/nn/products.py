@@ -1,22 +1,22 @@
-"""The matrix products of a linear layer and of its gradients, and what each is computed in.
+"""The matrix products of a linear layer and its gradients, and the arithmetic of each.
 
     sums[m, n] = sum_k x[m, k] w[n, k]         forward
     dx[m, k]   = sum_n dsums[m, n] w[n, k]     gradient to the input
     dw[n, k]   = sum_m dsums[m, n] x[m, k]     gradient to the weights
 
-A `product` says which of the three run on int8 operands with int32 sums. Those are exact, and the tensor cores of a
-GPU are specified for twice as many a second as in bfloat16.
+`product` selects which of the three use int8 operands and int32 accumulation. Those are exact, and GPU tensor cores
+are specified for twice the rate of bfloat16.
 
     "float"           none: operands in `dtype`, sums in float32
-    "int8"            the forward product. x and w must be integer codes in [-128, 127]. The same numbers as "float",
-                      which is exact too while sums stay below 2^24, and the same gradients.
-    "int8_gradients"  the gradient to the input as well. Not the same numbers: dsums is rounded to int8.
+    "int8"            the forward product. x and w must be integer codes in [-128, 127]. Same values and gradients as
+                      "float", which is also exact while sums stay below 2^24.
+    "int8_gradients"  also the gradient to the input. Values differ: dsums is rounded to int8.
 
-dw stays in `dtype`: it adds up over all tokens of a batch, so rounding would cost most there. The split is that of
+dw stays in `dtype`: it sums over all tokens of a batch, where rounding would cost most. The split is that of
 SwitchBack (2304.13013).
 
-Autodiff keeps the operands as they were multiplied: a byte per int8 code. That is what a scan over layers holds in
-memory; in layers compiled side by side XLA may keep something else to make them from, and on CPUs it does.
+Autodiff saves the operands as multiplied: one byte per int8 code. A scan over layers keeps just that in memory; for
+unrolled layers XLA may instead keep values from which it recomputes them, and on CPU it does.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from jaxtyping import Array, Float
 
 from bitnet_jax.quantization.activations import int8
 
-LONGEST_INT8_SUM = 2**17 - 1  # int32 holds the sum of so many products of int8 codes, whatever they are
-SMALLEST_GRADIENT = 1e-30  # a token whose max|dsums| is below it gets smaller codes; 127 / it is finite
+LONGEST_INT8_SUM = 2**17 - 1  # largest number of int8 products whose sum always fits int32
+SMALLEST_GRADIENT = 1e-30  # a token with max|dsums| below it gets smaller codes; keeps 127 / max finite
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def sums_of_products(
     x: Float[Array, "m *g k"], w: Float[Array, "n *g k"], dtype: str = "float32", product: str = "float"
 ) -> Float[Array, "*g m n"]:
-    """`x @ w.T` in float32, of each group of inputs if there is an axis g.
+    """`x @ w.T` in float32, per group of inputs if there is an axis g.
 
     Args:
-      dtype: "float32" or "bfloat16", of the operands of every product that is not int8, in both directions.
-        bfloat16 holds integers up to 256 exactly, so codes lose nothing in it; dsums is rounded to it.
+      dtype: "float32" or "bfloat16": operand dtype of every product that is not int8, forward and backward.
+        bfloat16 represents integers up to 256 exactly, so codes lose nothing; dsums is rounded to it.
       product: "float", "int8" or "int8_gradients", see the module docstring.
 
     Raises:
-      ValueError: sums over so many int8 products that int32 might not hold them.
+      ValueError: more int8 products per sum than int32 is sure to hold.
     """
     return _forward(x, w, dtype, product)[0]
 
@@ -60,9 +60,9 @@ def _backward(dtype: str, product: str, saved: tuple[Array, Array], dsums: Array
     x, w = saved
     rounded = dsums.astype(dtype)
     if product == "int8_gradients":
-        # To nearest: half the variance of stochastic rounding and no random bits, one for each of m n entries.
-        # The price is a bias: entries below 1/254 of their token's largest become 0.
-        codes, scale = int8(dsums, eps=SMALLEST_GRADIENT)  # per token, and per group
+        # Round to nearest: half the variance of stochastic rounding and no random bits for the m n entries. The cost
+        # is a bias: entries below 1/254 of their token's largest become 0.
+        codes, scale = int8(dsums, eps=SMALLEST_GRADIENT)  # per token and per group
         dx = _sums("gmn,ngk->mgk", codes.astype("int8"), w) * (scale if x.ndim == 2 else scale.swapaxes(0, 1))
     else:
         dx = _sums("gmn,ngk->mgk", rounded, w.astype(dtype))
@@ -73,9 +73,9 @@ sums_of_products.defvjp(_forward, _backward)
 
 
 def _sums(axes: str, a: Array, b: Array) -> Array:
-    """jnp.einsum to float32; without an axis g for operands of two axes. int8 is added up in int32."""
+    """jnp.einsum to float32, int8 accumulated in int32; the axis g is dropped for 2-D operands."""
     if a.ndim == 2:
-        axes = axes.replace("g", "")  # one group as a batch axis would be a slower product
+        axes = axes.replace("g", "")  # a batch axis of size one would be slower
     if a.dtype != jnp.int8:
         return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
     length = a.shape[-1]

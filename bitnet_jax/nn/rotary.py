@@ -10,9 +10,9 @@ from bitnet_jax.quantization.scales import floats
 
 
 def frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """Angle per position of each of the h/2 planes: `theta^(-2i/h)`, float32.
+    """Angle per position of each of the h/2 channel pairs: `theta^(-2i/h)`, float32.
 
-    A NumPy constant, so that no device computes the power its own way.
+    A NumPy constant, so that all devices use the same values.
 
     Raises:
       ValueError: head_dim is odd.
@@ -23,19 +23,19 @@ def frequencies(head_dim: int, theta: float) -> np.ndarray:
 
 
 def rotate(x: Float[Array, "B T H h"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H h"]:
-    """Turns each channel pair (i, i + h/2) of each head by the angle `position * theta^(-2i/h)`.
+    """Rotates each channel pair (i, i + h/2) of each head by the angle `position * theta^(-2i/h)`.
 
-    As complex numbers: `(x_i + 1j x_{i+h/2}) * exp(1j position theta^(-2i/h))`, so that q.k depends on the
-    difference of positions alone. Angles, cosines and sines are float32 and then cast to the dtype of x:
-    bfloat16 angles would be wrong by whole turns at positions in the thousands.
+    As complex numbers: `(x_i + 1j x_{i+h/2}) * exp(1j position theta^(-2i/h))`, so q.k depends only on the difference
+    of positions. Cosines and sines are computed in float32 and then cast to the dtype of x: bfloat16 angles would be
+    off by whole turns at positions in the thousands.
     """
     x = floats("x", x)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"positions are {positions.dtype}; expected integers")
     angles = positions[..., None].astype(jnp.float32) * frequencies(x.shape[-1], theta)[None, None, :]
     both = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-    # Times one, which is exact. Through a product, for else XLA's CPU fuses the cosine into what uses it and takes
-    # it again for every head of every layer.
+    # Multiply by the identity, which is exact: otherwise XLA's CPU backend fuses the cosine into its users and
+    # recomputes it for every head of every layer.
     both = jnp.einsum("btc,cd->btd", both, jnp.eye(both.shape[-1], dtype=jnp.float32), precision="highest")
     cos, sin = jnp.split(both.astype(x.dtype)[:, :, None, :], 2, axis=-1)
     first, second = jnp.split(x, 2, axis=-1)

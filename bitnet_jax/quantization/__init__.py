@@ -1,17 +1,17 @@
-"""Real numbers to few bits.
+"""Low-bit quantization of weights and activations.
 
-    ste.py                 straight-through estimators: the gradient of a step that has none
-    scales.py              Quantized(codes, scale); what a scale is, measured or learned
-    arguments.py           what a layer tells any quantizer
+    ste.py                 straight-through estimators: surrogate gradients of rounding steps
+    scales.py              Quantized(codes, scale); measured and learned scales
+    arguments.py           arguments shared by all quantizers
     binary_weights.py multilevel_weights.py activations.py
-                           the quantizers: one pure function each
-    records.py registry.py what there is to know about a quantizer, one record each; all of them by name
-    input_transforms.py    a rotation before the quantizer of an input, sparsity after it
-    precision.py           Precision: which quantizers a linear layer uses
-    recipes.py             precisions by name, and rules that give each layer of a model its own
+                           the quantizers, one pure function each
+    records.py registry.py the properties of a quantizer as a record; all records by name
+    input_transforms.py    rotation before an activation quantizer, sparsity after it
+    precision.py           Precision: the quantizers of one linear layer
+    recipes.py             precisions by name, and rules that assign them to the layers of a model
 
-To add a quantizer, write its function and one record in registry.py: precisions, training, packing, the proof and the
-energy table ask the record.
+To add a quantizer, write its function and a record in registry.py: precisions, training, packing, the proof and the
+energy table use the record.
 """
 
 import lazy_loader

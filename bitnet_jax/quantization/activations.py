@@ -1,8 +1,8 @@
 """Activation quantizers: f(x [..., k], args, *, options) -> codes [..., k], scale [..., 1].
 
-One scale per token (last axis), measured, or learned as one scalar per quantizer. All codes but those of
-`unquantized` fit in int8. The conventions that all quantizers share are in registry.py. "Backward" is
-d(codes * scale)/dx times the incoming gradient g; h is the slope of the STE that `args` names.
+One scale per token (last axis), measured, or learned as one scalar per quantizer. All codes except those of
+`unquantized` fit in int8. Conventions shared by all quantizers are in registry.py. "Backward" is
+d(codes * scale)/dx times the incoming gradient g; h is the slope of the STE named by `args`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def _mean_abs(x: Array) -> Array:
 
 
 def _shifted(x: Array, shift: Array | None) -> Array:
-    """x minus a learned per-feature threshold, whose gradient is minus the one to x."""
+    """x minus a learned per-feature threshold; the gradient to the threshold is minus that to x."""
     x = as_float32(x)
     return x if shift is None else x - as_float32(shift).reshape((1,) * (x.ndim - 1) + (x.shape[-1],))
 
 
 def _per_token(scale: Array, x: Array, q_max: float) -> Array:
-    """A learned scalar as [..., 1]; the N of its LSQ factor is the number of features."""
+    """Broadcasts a learned scalar to [..., 1]; N in its LSQ factor is the number of features."""
     scale = learned(as_float32(scale), x.shape[-1], q_max)
     return jnp.broadcast_to(scale.reshape((1,) * x.ndim), (*x.shape[:-1], 1))
 
@@ -52,11 +52,11 @@ def unquantized(
     x: Float[Array, "... k"],
     args: Arguments = DEFAULT,
 ) -> Quantized:
-    """The input itself, of weight-only recipes.
+    """The unquantized input, for weight-only recipes.
 
     Forward:  codes = x, scale = 1.
     Backward: g.
-    Source:   none; the identity.
+    Source:   none (identity).
     """
     return Quantized(as_float32(x), _ones(x))
 
@@ -74,8 +74,8 @@ def int8(
 
     Forward:  s = 127 / max(max|x|, 1e-5), codes = clip(round(x s), -128, 127), scale = 1/s.
               peak=128 is the range of the first BitNet paper (2310.11453; codes still end at 127) and
-              per="tensor" its scale while training. Learned scale: codes = clip(round(x / scale), -128, 127).
-    Backward: g h, h = 1 or the window of the end codes; a learned scale as in `integer`, N = k.
+              per="tensor" its scale in training. Learned scale: codes = clip(round(x / scale), -128, 127).
+    Backward: g h, h = 1 or the window between the outermost codes; a learned scale as in `integer`, N = k.
     Source:   BitNet b1.58 (2402.17764) and BitNet (2310.11453); LSQ (1902.08153) for the learned scale.
     """
     x = as_float32(x)
@@ -92,7 +92,7 @@ def int8(
 
 
 def _lsq(x: Array, bits: int, scale: Array, ste: str, levels: str = "zero") -> Quantized:
-    """Learned-step activations: the grids and gradients of multilevel_weights.integer, N = k."""
+    """LSQ activations: grids and gradients of multilevel_weights.integer, with N = k."""
     scale = _per_token(scale, x, max(2 ** (bits - 1) - 1, 1))
     return Quantized(integer_codes(x, scale, bits, levels, ste), scale)
 
@@ -123,10 +123,10 @@ def int2(
     x: Float[Array, "... k"],
     args: Arguments = DEFAULT,
 ) -> Quantized:
-    """Two bits without a zero: codes -3, -1, 1, 3.
+    """Two bits without a zero level: codes -3, -1, 1, 3.
 
     Forward:  codes = clip(2 floor(x / step) + 1, -3, 3), scale = step / 2; the measured step is 1.25 mean|x|
-              per token, that of least error on a Gaussian.
+              per token, which minimizes the error on a Gaussian.
     Backward: g h, h = 1 or the window |x| <= 2 step; a learned scale as in `integer`, N = k.
     Source:   LSQ (1902.08153) for the learned scale.
     """
@@ -141,7 +141,7 @@ def sign(
     x: Float[Array, "... k"],
     args: Arguments = DEFAULT,
 ) -> Quantized:
-    """Signs without a scale; with a learned shift, RSign.
+    """Unscaled signs; with a learned shift, RSign.
 
     Forward:  codes = +1 where x >= shift else -1, scale = 1.
     Backward: g h(x - shift) to x, minus that to the shift.
@@ -172,7 +172,7 @@ def boolean(
 
     Forward:  codes = 1[x > shift], scale = 1.
     Backward: g h(x - shift) to x, minus that to the shift.
-    Source:   the Heaviside step of larq.
+    Source:   larq's Heaviside step.
     """
     return Quantized(ste_lib.heaviside(_shifted(x, args.shift), args.ste, args.progress), _ones(x))
 
@@ -204,7 +204,7 @@ def elastic_unsigned(
 
     Forward:  codes = round(clip(z, 0, 1)), z = (x - b) / a, scale = a; exactly half rounds to 0.
     Backward: g h to x, with ste="clipped" (the paper's) the window 0 <= z <= 1; minus that to b;
-              to a, over sqrt(k), the sum of g (round(z) - z) inside, g above, 0 below.
+              to a, over sqrt(k), the sum of g (round(z) - z) inside the window, g above, 0 below.
     Source:   BiT (2205.13016).
     """
     scale = _required(args.scale, "elastic_unsigned")

@@ -1,4 +1,4 @@
-"""What a layer tells any quantizer beside the array to quantize."""
+"""Arguments of a quantizer other than the array to quantize."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from bitnet_jax.quantization.ste import Progress
 )
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Arguments:
-    """The arguments that all quantizers share. A pytree: the arrays are its leaves, the names are static.
+    """Arguments shared by all quantizers. A pytree: arrays are leaves, `granularity` and `ste` are static.
 
-    A quantizer's record (registry.py) says which of them it uses; to set another one is an error there.
+    A quantizer's record (registry.py) lists those it uses and raises ValueError if another one is set.
     """
 
     granularity: Granularity = "tensor"  # of a measured weight scale
     ste: str = "identity"  # a name in ste.STES
     scale: Float[Array, "..."] | None = (
-        None  # a learned one: [#n, G] of weights, [] of an input; None: measure it
+        None  # learned scale: [#n, G] for weights, [] for activations; None: measure it
     )
-    shift: Float[Array, "k"] | None = None  # a learned threshold per input feature
-    progress: Progress = 1.0  # fraction of training done, for the STEs that follow it
-    key: PRNGKeyArray | None = None  # to draw random codes; None: the deterministic ones
+    shift: Float[Array, "k"] | None = None  # learned threshold per input feature
+    progress: Progress = 1.0  # fraction of training done, for annealed STEs
+    key: PRNGKeyArray | None = None  # for stochastic codes; None: deterministic codes
 
 
 DEFAULT = Arguments()

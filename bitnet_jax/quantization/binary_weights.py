@@ -1,7 +1,7 @@
-"""Weight quantizers of two levels: f(w [n, k], args, *, options) -> codes [n, k] by a comparison, scale [#n, G].
+"""Two-level weight quantizers (codes by comparison): f(w [n, k], args, *, options) -> codes [n, k], scale [#n, G].
 
-The conventions that all quantizers share are in registry.py. "Backward" is d(codes * scale)/dw times the incoming
-gradient g; h is the slope of the STE that `args` names.
+Conventions shared by all quantizers are in registry.py. "Backward" is d(codes * scale)/dw times the incoming
+gradient g; h is the slope of the STE named by `args`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _binary(
     scale_gradient: bool = False,
     count: str = "shared",
 ) -> Quantized:
-    """sign(w - centre) with the scale mean|w|: the common body of the binary quantizers."""
+    """sign(w - centre) with scale mean|w|, shared by the binary quantizers."""
     v = w - centre
     if args.scale is None:
         scale = jnp.maximum(measure(jnp.mean, jnp.abs(w), args.granularity), SMALLEST_SCALE)
@@ -82,11 +82,11 @@ def binary_centred(
     scale_gradient: bool = False,
     count: str = "shared",
 ) -> Quantized:
-    """BitNet's sign of the centred weights, with the scale of the uncentred ones.
+    """BitNet's sign of centred weights, scaled by the mean magnitude of the uncentred ones.
 
     Forward:  codes = sign(W - mean W), sign(0) = `zero` (-1 in the paper); scale = max(mean|W|, 1e-5).
               The mean is over the weights that share a scale (the paper's group quantization).
-    Backward: g h((W - mean W) / scale); centre_gradient=True (IR-Net, BiBERT) subtracts the mean of that too.
+    Backward: g h((W - mean W) / scale); centre_gradient=True (IR-Net, BiBERT) also subtracts the mean of that.
     Source:   BitNet (2310.11453).
     """
     w = as_float32(w)
@@ -96,7 +96,7 @@ def binary_centred(
 
 
 def binary_raw(w: Float[Array, "n k"], args: Arguments = DEFAULT) -> Quantized:
-    """Signs with no scale at all; with a learned scale, `binary` with window="raw".
+    """Unscaled signs; with a learned scale, `binary` with window="raw".
 
     Forward:  codes = +1 where W >= 0 else -1; scale = 1.
     Backward: g h(W). The papers use the identity and clip the latents to [-1, 1] after the update.
@@ -112,7 +112,7 @@ def binary_stochastic(w: Float[Array, "n k"], args: Arguments = DEFAULT) -> Quan
     """Random signs whose mean is the latent weight.
 
     Forward:  codes = +1 with probability clip((W + 1) / 2, 0, 1), else -1; scale = 1 or the learned one. Without
-              a key (evaluation, packing) the deterministic `binary_raw`.
+              a key (evaluation, packing), the deterministic `binary_raw`.
     Backward: g h(W).
     Source:   stochastic BinaryConnect (1511.00363).
     """
@@ -127,7 +127,7 @@ def bwn(w: Float[Array, "n k"], args: Arguments = DEFAULT) -> Quantized:
 
     Forward:  codes = sign(W), scale = max(mean|W|, 1e-5) over the n weights that share it.
     Backward: g (1/n + scale h(W)): the window is on the raw latents, and 1/n is the paper's term for the
-              scale's own dependence on W (elementwise, as in the released code).
+              dependence of the scale on W (elementwise, as in the released code).
     Source:   XNOR-Net (1603.05279).
     """
     w = as_float32(w)
@@ -141,10 +141,10 @@ def bwn(w: Float[Array, "n k"], args: Arguments = DEFAULT) -> Quantized:
 
 
 def zero_one(w: Float[Array, "n k"], args: Arguments = DEFAULT, *, count: str = "shared") -> Quantized:
-    """Weights in {0, 1}, with which training is said to fail early.
+    """Weights in {0, 1}, with which training reportedly fails early.
 
     Forward:  codes = 1[W > 0]; scale = max(mean|W|, 1e-5) or the learned s.
-    Backward: g h(W / scale), and to a learned s as in `binary`: the slopes of a sign, not half of them.
+    Backward: g h(W / scale), and to a learned s as in `binary`: the slopes of a sign, not halved.
     Source:   BitNet's "Training Tips, Code and FAQ".
     """
     signs = _binary(as_float32(w), 0.0, args, zero=-1, count=count)

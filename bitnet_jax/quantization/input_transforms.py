@@ -1,4 +1,4 @@
-"""What may surround the quantizer of an input: a rotation before it, sparsity after it."""
+"""Optional transforms around an activation quantizer: rotation before it, sparsity after it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def top_k(
 ) -> Float[Array, "... k"]:
     """Zeroes all but the largest entries of each token (Q-Sparse 2407.10969, a4.8's attention output).
 
-    Forward:  x 1[|by| >= its m-th largest], m = max(1, round(fraction k)), by = x by default; ties all stay.
-    Backward: g, also for the entries that were zeroed; with ste="masked" (Q-Sparse's ablation) not for them.
+    Forward:  x 1[|by| >= its m-th largest], m = max(1, round(fraction k)), by = x by default; ties are all kept.
+    Backward: g, also for zeroed entries; with ste="masked" (Q-Sparse's ablation), 0 for them.
     """
     if ste not in TOP_K_STES:
         raise ValueError(f"STE of top_k: got {ste!r}, expected one of {', '.join(TOP_K_STES)}")
@@ -33,9 +33,10 @@ def top_k(
 
 
 def _nth_largest(x: Float[Array, "... k"], n: int) -> Float[Array, "... 1"]:
-    """The n-th largest of each row of non-negative numbers, NaN above all: exact, bit by bit from the top.
+    """The n-th largest of each row of non-negative numbers, exact, NaN ranked largest.
 
-    Non-negative floats order as their bits do. On a CPU ten times as fast as XLA's sort.
+    Binary search over the bits, most significant first: non-negative floats order like their bit patterns. On CPU ten
+    times as fast as XLA's sort.
     """
     bits = jax.lax.bitcast_convert_type(as_float32(x), jnp.int32)
 
@@ -65,7 +66,7 @@ def hadamard(x: Float[Array, "... k"], block: bool = False) -> Float[Array, "...
         )
     y = as_float32(x).reshape(*x.shape[:-1], k // size, size)
     for _ in range(size.bit_length() - 1):
-        # Each stage transforms the lowest bit of the index and moves it to the top; at the end all are back.
+        # Each stage transforms the lowest bit of the index and moves it to the top; the last stage restores the order.
         pairs = y.reshape(*y.shape[:-1], size // 2, 2)
         a, b = pairs[..., 0], pairs[..., 1]
         y = jnp.concatenate([a + b, a - b], axis=-1)

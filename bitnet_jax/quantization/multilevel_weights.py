@@ -1,7 +1,7 @@
-"""Weight quantizers of three levels and more: f(w [n, k], args, *, options) -> codes [n, k] by rounding, scale.
+"""Weight quantizers with three or more levels (codes by rounding): f(w [n, k], args, *, options) -> codes, scale.
 
-The conventions that all quantizers share are in registry.py. "Backward" is d(codes * scale)/dw times the incoming
-gradient g; h is the slope of the STE that `args` names: 1 ("identity") or a window ("clipped").
+Conventions shared by all quantizers are in registry.py. "Backward" is d(codes * scale)/dw times the incoming
+gradient g; h is the slope of the STE named by `args`: 1 ("identity") or a window ("clipped").
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bitnet_jax.quantization.scales import (
 )
 from bitnet_jax.quantization.ste import straight_through
 
-# Step that minimises the error on a Gaussian, in units of its mean absolute value sigma sqrt(2 / pi).
+# Step that minimizes the error on a Gaussian, in units of its mean absolute value sigma sqrt(2 / pi).
 GAUSSIAN_STEP = {
     ("midrise", 2): 0.997 * (math.pi / 2) ** 0.5,
     ("midrise", 3): 0.587 * (math.pi / 2) ** 0.5,
@@ -77,8 +77,8 @@ def ternary_absmean(
     """BitNet b1.58 in the arithmetic of the released 2B-4T checkpoint.
 
     Forward:  m = max(mean|W|, 1e-5), s = 1/m, codes = clip(round(W s), -1, 1), scale = 1/s. Half rounds to
-              even, so half the mean becomes 0. `epsilon` is one of the published guards (scales.guarded).
-              `factor` multiplies the mean: above 1 more codes are 0 (Training Tips, FAQ).
+              even, so |W| = m/2 becomes 0. `epsilon` selects a published guard (scales.guarded).
+              `factor` multiplies the mean: above 1, more codes are 0 (Training Tips, FAQ).
     Backward: g h, h = 1 or the window |W| <= scale; a learned scale gets LSQ's gradient.
     Source:   BitNet b1.58 (2402.17764).
     """
@@ -109,7 +109,7 @@ def ternary_twn(
     threshold: float = 0.7,
     count: str = "shared",
 ) -> Quantized:
-    """A threshold below which weights are 0, and the mean of the survivors as scale.
+    """Weights below a threshold become 0; the scale is the mean magnitude of the others.
 
     Forward:  D = 0.7 mean|W|, codes = sign(W) 1[|W| > D], scale = max(mean(|W| : |W| > D), 1e-5).
     Backward: g h(W / scale), h = 1 or the window; a learned scale gets sum(g codes) / sqrt(N).
@@ -119,7 +119,7 @@ def ternary_twn(
     k = w.shape[-1]
     size = jax.lax.stop_gradient(jnp.abs(w))
     above = size > spread(threshold * measure(jnp.mean, size, args.granularity), k)
-    # NaN explicitly: XLA makes a selection of the product with a comparison, which would drop it.
+    # Explicit NaN: XLA rewrites a product with a comparison as a select, which would drop it.
     survivors = jnp.where(jnp.isnan(size), jnp.nan, above.astype(jnp.float32))
     if args.scale is None:
         total = measure(jnp.sum, size * survivors, args.granularity)
@@ -155,9 +155,9 @@ def integer(
 
     Forward:  levels="zero":    codes = clip(round(W / scale), -2^(b-1), 2^(b-1) - 1),
                                 measured scale = max|W| / (2^(b-1) - 1).
-              levels="midrise": no zero but odd codes, clip(2 floor(W / step) + 1, -(2^b - 1), 2^b - 1), with
-                                scale = step / 2; measured step = max|W| / 2^(b-1). Cell edges go up.
-              statistic="absmean": the step of least error on a Gaussian, c mean|W| (2 to 4 bits).
+              levels="midrise": no zero, odd codes clip(2 floor(W / step) + 1, -(2^b - 1), 2^b - 1), scale =
+                                step / 2; measured step = max|W| / 2^(b-1). Cell edges round up.
+              statistic="absmean": the step that minimizes the error on a Gaussian, c mean|W| (2-4 bits).
     Backward: g h, h = 1 or the window of the grid; a learned scale gets sum g (codes - W/scale) inside the
               grid and g (outermost code) outside, over sqrt(N Qp), Qp = 2^(b-1) - 1.
     Source:   LSQ (1902.08153) for the learned scale and its gradients.
@@ -180,7 +180,7 @@ def int2(
     statistic: str = "absmean",
     count: str = "shared",
 ) -> Quantized:
-    """Two bits without a zero, with the step of least error on a Gaussian: other defaults of `integer`.
+    """Two bits without a zero level, with the step that minimizes the error on a Gaussian; see `integer`.
 
     Forward:  codes = clip(2 floor(W / step) + 1, -3, 3), scale = step / 2, measured step = 1.25 mean|W|.
     Backward: as in `integer`, Qp = 1.
@@ -211,12 +211,12 @@ def stretched_elastic(
     levels: int,
     count: str = "matrix",
 ) -> Quantized:
-    """Stretched elastic quantization (SEQ), 3 or 4 balanced levels.
+    """Stretched elastic quantization (SEQ) with 3 or 4 balanced levels.
 
     Forward:  alpha = the learned scale (measured: max|W|), c = clip(W / alpha, -0.99, 0.99).
               3 levels: alpha round(1.5 c) / 1.5                 codes -1, 0, 1       scale = alpha / 1.5
               4 levels: alpha (round(2 c - 1/2) + 1/2) / 2       codes -3, -1, 1, 3   scale = alpha / 4
-              (a W / alpha on a cell edge of the 4 levels goes up; the paper's round would go to even)
+              (with 4 levels, W / alpha on a cell edge rounds up; the paper rounds half to even)
     Backward: g, with ste="clipped" (the paper's) g 1[|W / alpha| <= 0.99]; to alpha sum g v / sqrt(N), where
               v = q - W/alpha inside, q = codes scale / alpha, and outside +-0.75 (4 levels) or +-1 (3 levels:
               more than the level 2/3, as in the released code).

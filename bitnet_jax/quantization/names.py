@@ -1,4 +1,4 @@
-"""The one check of a name against the names that exist."""
+"""Validation of a name against the existing names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def check_name(what: str, got: Any, allowed: Iterable[str], also: str = "") -> None:
-    """Nothing if `got` is one of `allowed`.
+    """Checks that `got` is one of `allowed`.
 
     Args:
       what: the setting that holds the name, for the message.
-      also: what else is allowed and has no name, such as " or a positive group size".
+      also: other allowed values, for the message, such as " or a positive group size".
     Raises:
-      ValueError: another name or no string; the message lists the names and the nearest one.
+      ValueError: `got` is not allowed; the message lists the names and suggests the nearest one.
     """
     allowed = list(allowed)
     if got not in allowed:

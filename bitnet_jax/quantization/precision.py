@@ -1,16 +1,16 @@
-"""Precision as a value: which quantizers a linear layer uses.
+"""Precision: the quantizers of one linear layer, as a value.
 
-A layer with `p: Precision` does, in training,
+In training, a layer with `p: Precision` computes
 
     wq = p.quantize_weight(w, scale=learned or None, progress=..., key=...)
     xq = p.quantize_activation(x, scale=learned or None, shift=learned or None, progress=..., key=...)
     y = (xq.codes @ wq.codes.T) * wq.scale * xq.scale        (x @ w.T where p.quantizes_weights is False)
 
-and asks for its extra parameters, all float32, so:
+and creates its extra parameters, all float32, from
 
-    p.weight_scale_init(w)        -> first learned weight scale [#n, G], or None if it has none
+    p.weight_scale_init(w)        -> initial learned weight scale [#n, G], or None if it has none
     p.activation_param_shapes(k)  -> {"activation_scale": ((), 1.6), "activation_shift": ((k,), 0.0)}, only
-                                     the entries that exist; the values suit inputs of unit variance
+                                     the entries that exist; initial values assume unit-variance inputs
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ UNIT_NORMAL_MEAN = math.sqrt(2 / math.pi)  # mean |x| of a standard normal input
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-    """How one linear layer represents its weights and its input. Hashable; `dataclasses.asdict` is JSON."""
+    """Quantization of the weights and input of one linear layer. Hashable; `dataclasses.asdict` gives JSON."""
 
-    # what
+    # quantizers
     weight: str = "float"  # "float" or a name in WEIGHT_QUANTIZERS
     activation: str = "none"  # a name in ACTIVATION_QUANTIZERS
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the product, for weight="float" only
-    # the gradient of the steps
+    # surrogate gradients
     weight_ste: str = "identity"
     activation_ste: str = "identity"
-    latent_clip: float | None = None  # the optimizer clips the latents to +-c after each update
+    latent_clip: float | None = None  # the optimizer clips latents to [-c, c] after each update
     # scales
     scale: Literal["analytic", "learned", "none"] = "analytic"
-    scale_init: Literal["analytic", "lsq"] = "analytic"  # of a learned one: measured, or 2 mean|w| / sqrt(Qp)
-    granularity: Granularity = "tensor"  # "tensor", "channel" or g inputs per scale
+    scale_init: Literal["analytic", "lsq"] = "analytic"  # of a learned one: lsq is 2 mean|w| / sqrt(Qp)
+    granularity: Granularity = "tensor"  # "tensor", "channel", or inputs per scale
     activation_scale: Literal["analytic", "learned"] = "analytic"
-    activation_shift: bool = False  # learn a threshold per input feature
+    activation_shift: bool = False  # learned threshold per input feature
     # around the activation quantizer: BitNet v2, a4.8
-    hadamard: bool | Literal["block"] = False  # rotate the input; "block" for widths that are no power of two
+    hadamard: bool | Literal["block"] = False  # rotate the input; "block": any width, not only powers of two
     top_k: float = 1.0  # fraction of inputs kept per token (a4.8, Q-Sparse)
-    top_k_ste: Literal["identity", "masked"] = "identity"  # masked: no gradient to inputs that were not kept
-    # disputed details: keyword arguments of the two quantizers, as (name, value) pairs
+    top_k_ste: Literal["identity", "masked"] = "identity"  # masked: no gradient to dropped inputs
+    # details on which papers differ: keyword arguments of the two quantizers, as (name, value) pairs
     weight_options: tuple[tuple[str, Any], ...] = ()
     activation_options: tuple[tuple[str, Any], ...] = ()
 
@@ -134,7 +134,7 @@ class Precision:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Precision:
-        """The inverse of dataclasses.asdict, also by way of JSON. ValueError for an unknown field."""
+        """The inverse of dataclasses.asdict, also after a JSON round trip. ValueError for an unknown field."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             check_name("Precision field", name, names)
@@ -142,7 +142,7 @@ class Precision:
 
     @property
     def weight_quantizer(self) -> WeightQuantizer | None:
-        """The record of the weight quantizer; None: weights are floats."""
+        """The record of the weight quantizer; None for float weights."""
         return WEIGHT_QUANTIZERS[self.weight] if self.quantizes_weights else None
 
     @property
@@ -156,30 +156,30 @@ class Precision:
 
     @property
     def packed_format(self) -> PackedFormat | None:
-        """The packed form of the weight codes, whatever the activations are; None if there is none."""
+        """The packed format of the weight codes, independent of activations; None if there is none."""
         quantizer = self.weight_quantizer
         return None if quantizer is None else quantizer.packed_format_with(dict(self.weight_options))
 
     @property
     def codes_fit_int8(self) -> bool:
-        """True where weights and input both have integer codes, in [-128, 127]."""
+        """True if weights and input both have integer codes in [-128, 127]."""
         return self.activation != "none" and self.packed_format is not None
 
     @property
     def quantizes_input_by_absmax(self) -> bool:
-        """True where the input becomes plain absmax int8 per token, which packed_matmul does by itself."""
+        """True if the input is quantized by plain per-token absmax int8, which packed_matmul does itself."""
         plain = Precision(weight=self.weight, activation="int8") if self.quantizes_weights else None
         fields = ("activation", "activation_scale", "hadamard", "top_k", "activation_options")
         return plain is not None and all(getattr(self, f) == getattr(plain, f) for f in fields)
 
     @property
     def input_is_signs(self) -> bool:
-        """True where every code of the input is -1 or 1."""
+        """True if every code of the input is -1 or 1."""
         return self.activation_quantizer.signs and self.top_k == 1
 
     @property
     def weight_bits(self) -> float:
-        """Information per weight: 1, log2(3), ..., without the scales."""
+        """Bits of information per weight: 1, log2(3), ..., without scales."""
         quantizer = self.weight_quantizer
         return self._float_bits if quantizer is None else quantizer.bits
 
@@ -202,10 +202,10 @@ class Precision:
         """Codes and scale of latent weights.
 
         Args:
-          scale: the learned one, given exactly if there is one.
-          key: for a quantizer that draws its codes; without one they are its deterministic ones.
+          scale: the learned scale; required if and only if the scale is learned.
+          key: for a stochastic quantizer; None gives its deterministic codes.
         Raises:
-          ValueError: an argument is missing, or given and not used.
+          ValueError: an argument is missing, or given but unused.
         """
         quantizer = self.weight_quantizer
         if quantizer is None:
@@ -226,13 +226,13 @@ class Precision:
         progress: Progress = 1.0,
         key: PRNGKeyArray | None = None,
     ) -> Quantized:
-        """Codes and scale of an input: rotate, quantize, keep the codes of each token's top_k largest |x|.
+        """Codes and scale of an input: rotate, quantize, keep the codes of the top_k largest |x| per token.
 
         Args:
-          scale, shift: the learned ones, given exactly if there are any.
-          key: for a quantizer that draws its codes; without one they are its deterministic ones.
+          scale, shift: learned scale and threshold; required if and only if they are learned.
+          key: for a stochastic quantizer; None gives its deterministic codes.
         Raises:
-          ValueError: an argument is missing, or given and not used.
+          ValueError: an argument is missing, or given but unused.
         """
         learned = self.activation_scale == "learned"
         _check_given(f"activation_scale={self.activation_scale!r}", "learned scale", scale, learned)
@@ -249,7 +249,7 @@ class Precision:
         return quantized
 
     def weight_scale_init(self, w: Float[Array, "n k"]) -> Float[Array, "#n G"] | None:
-        """First value of the learned weight scale for latents w, None if scales are not learned."""
+        """Initial value of the learned weight scale for latents w; None if the scale is not learned."""
         quantizer = self.weight_quantizer
         if self.scale != "learned" or quantizer is None:
             return None
@@ -263,7 +263,7 @@ class Precision:
         return jnp.maximum(size, SMALLEST_SCALE)
 
     def activation_param_shapes(self, k: int) -> dict[str, tuple[tuple[int, ...], float]]:
-        """Learned activation parameters of a layer with k inputs: name -> (shape, first value)."""
+        """Learned activation parameters of a layer with k inputs: name -> (shape, initial value)."""
         declared: dict[str, tuple[tuple[int, ...], float]] = {}
         first_scale = self.activation_quantizer.first_scale
         if self.activation_scale == "learned" and first_scale is not None:
@@ -273,10 +273,10 @@ class Precision:
         return declared
 
 
-def _check_support(setting: str, field: str, name: str, able: Iterable[str]) -> None:
-    """ValueError unless the quantizer called `name` is among those that are able to do what a setting says."""
-    if name not in able:
-        raise ValueError(f"{setting}: got {field}={name!r}, expected one of {sorted(able)}")
+def _check_support(setting: str, field: str, name: str, supported: Iterable[str]) -> None:
+    """Raises ValueError unless the quantizer `name` is among those that support a setting."""
+    if name not in supported:
+        raise ValueError(f"{setting}: got {field}={name!r}, expected one of {sorted(supported)}")
 
 
 def _check_given(setting: str, what: str, value: Array | None, expected: bool) -> None:

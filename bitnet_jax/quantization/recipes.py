@@ -1,8 +1,8 @@
-"""Precisions by name, and rules that give each linear layer of a model its own.
+"""Precisions by name, and rules that assign one to each linear layer of a model.
 
 A recipe is a named Precision or, where a paper treats layers differently, a tuple of rules (pattern, recipe).
-`resolve` turns rules into one Precision per linear path. A name may be followed by fields that differ, as in
-"bnn(activation_ste=approx_sign)": one string, for a config file or a command line.
+`resolve` turns rules into one Precision per linear path. A name may be followed by overridden fields, as in
+"bnn(activation_ste=approx_sign)", so that a config file or command line needs only a string.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from bitnet_jax.quantization.names import check_name
 from bitnet_jax.quantization.precision import Precision
 
-Recipe = str | Precision | Mapping[str, Any]  # a name in RECIPES, a value, or the value as a dict (from JSON)
+Recipe = str | Precision | Mapping[str, Any]  # a name in RECIPES, a Precision, or one as a dict (from JSON)
 Rules = Recipe | Sequence[tuple[str, Recipe]]
 
 _BITNET = Precision(weight="binary_centred", activation="int8")
@@ -65,7 +65,7 @@ RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
     "bitnet_b158_median": _replace(_B158, weight="ternary_absmedian"),
     "twn": _replace(_B158, weight="ternary_twn"),
     "bitnet_weight_only": _replace(_B158, activation="none", weight_options=(("epsilon", "add"),)),  # TriLM
-    # low-bit activations: 4 bits where inputs are normalised, 8 where they have heavy tails
+    # low-bit activations: 4 bits for normalized inputs, 8 for heavy-tailed ones
     "bitnet_a48": (
         ("*o_proj", _replace(_B158, top_k=0.5)),
         ("*down_proj", _B158),
@@ -90,7 +90,7 @@ RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
         activation_ste="clipped",
     ),
     "bnn": Precision(weight="binary_raw", latent_clip=1.0, activation="sign", activation_ste="clipped"),
-    # Bi-Real Net (1808.00278); its shortcuts are the model's
+    # Bi-Real Net (1808.00278); its shortcuts belong to the model
     "bireal": Precision(
         weight="binary", weight_ste="clipped", granularity="channel", weight_options=(("window", "raw"),),
         latent_clip=1.0, activation="sign", activation_ste="approx_sign",
@@ -107,15 +107,17 @@ RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
 }  # fmt: skip
 
 
-HEADS = ("lm_head", "classifier")  # no paper of the BitNet line quantizes them
+HEADS = ("lm_head", "classifier")  # not quantized in any BitNet paper
 
 
 def resolve(rules: Rules, paths: Sequence[str]) -> dict[str, Precision]:
     """One Precision per linear path; the first rule whose pattern (fnmatch, `*` crosses `/`) matches wins.
 
-    A bare recipe is the rule ("*", recipe). A recipe that is itself a tuple of rules is expanded inside the
-    pattern that names it. The heads stay float32 unless a pattern names it: "*" alone does not. Raises
-    ValueError for an unknown recipe, for paths that no rule matches, and for patterns that never win.
+    A bare recipe is the rule ("*", recipe). A recipe that is itself a tuple of rules is expanded within the
+    pattern that refers to it. Heads stay float32 unless a pattern other than "*" matches them.
+
+    Raises:
+      ValueError: an unknown recipe, a path that no rule matches, or a pattern that never wins.
     """
     if isinstance(rules, str | Precision | Mapping):
         rules = (("*", rules),)
@@ -136,15 +138,15 @@ def resolve(rules: Rules, paths: Sequence[str]) -> dict[str, Precision]:
     if unmatched:
         raise ValueError(
             f"precision rules leave out {unmatched}: got patterns {[pattern for pattern, _ in rules]}, "
-            "expected every linear to match one; end the rules with ('*', recipe)"
+            "expected every linear layer to match one; end the rules with ('*', recipe)"
         )
     idle = [
         pattern for index, (pattern, _) in enumerate(rules) if index not in winners and pattern.strip("*")
     ]
     if idle:
         raise ValueError(
-            f"precision patterns that decide no linear: got {idle}, expected each to be the first match "
-            f"of one of {list(paths)}; correct the pattern, or move it before a wider one"
+            f"unused precision patterns: got {idle}, expected each to be the first match for one of "
+            f"{list(paths)}; correct the pattern, or move it before a wider one"
         )
     return resolved
 
@@ -155,7 +157,7 @@ def _expand(recipe: Recipe, path: str) -> Precision:
         return recipe
     if isinstance(recipe, Mapping):
         return Precision.from_dict(recipe)
-    name, changes, differences = recipe.partition("(")
+    name, overridden, overrides = recipe.partition("(")
     check_name("recipe", name, tuple(RECIPES))
     named = RECIPES[name]
     if not isinstance(named, Precision):
@@ -163,11 +165,11 @@ def _expand(recipe: Recipe, path: str) -> Precision:
         if inner is None:
             raise ValueError(f"recipe {name!r} has no rule for {path!r}")
         named = _expand(inner, path)
-    return dataclasses.replace(named, **_differences(recipe, differences)) if changes else named
+    return dataclasses.replace(named, **_differences(recipe, overrides)) if overridden else named
 
 
 def _differences(recipe: str, text: str) -> dict[str, Any]:
-    """The fields of "field=value, field=value)"; values are numbers, True, False, None or plain words."""
+    """Parses "field=value, field=value)"; values are numbers, True, False, None or unquoted strings."""
     if not text.endswith(")") or "(" in text:
         raise ValueError(f"recipe: got {recipe!r}, expected NAME or NAME(field=value, field=value)")
     fields: dict[str, Any] = {}
@@ -178,6 +180,6 @@ def _differences(recipe: str, text: str) -> dict[str, Any]:
         check_name("Precision field", name, [field.name for field in dataclasses.fields(Precision)])
         try:
             fields[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a word
+        except (ValueError, SyntaxError):  # an unquoted string
             fields[name] = value
     return fields

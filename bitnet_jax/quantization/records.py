@@ -1,7 +1,7 @@
-"""What there is to know about a quantizer: one record beside its function.
+"""Records of quantizers: a function together with its properties.
 
-`Precision` and whoever else asks what a quantizer is asks its record. A record is called like its function, and is
-the one place that refuses arguments which the function would ignore.
+All other code reads the properties of a quantizer from its record. A record is called like its function, and rejects
+arguments that the function would ignore.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from bitnet_jax.quantization.names import check_name
 from bitnet_jax.quantization.scales import Granularity, Quantized
 from bitnet_jax.quantization.ste import STES
 
-SIGN_STES = tuple(STES)  # a sign has one jump, which every surrogate describes
-ROUNDING_STES = ("identity", "clipped")  # the two that mean something for a staircase
+SIGN_STES = tuple(STES)  # every surrogate models the single jump of a sign
+ROUNDING_STES = ("identity", "clipped")  # those that are defined for a staircase
 
 PackedFormat = Literal["binary", "ternary2", "int4", "int8"]
 Options = Mapping[str, Any]
@@ -27,33 +27,31 @@ Options = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Quantizer:
-    """What holds for quantizers of both kinds."""
+    """Base class of both kinds of quantizers."""
 
-    function: Callable[..., Quantized]  # (array, arguments, *, options); its docstring says what it computes
-    fixed: Options = dataclasses.field(
-        default_factory=dict
-    )  # keyword arguments that make the function this one
-    stes: tuple[str, ...]  # of its step
-    random: bool = False  # draws its codes where it is given a key
+    function: Callable[..., Quantized]  # (array, arguments, *, options), documented there
+    fixed: Options = dataclasses.field(default_factory=dict)  # keyword arguments set by this record
+    stes: tuple[str, ...]  # supported STEs
+    random: bool = False  # stochastic if given a key
 
     @property
     def name(self) -> str:
-        """For errors: how the function is called."""
+        """The function and its fixed arguments, for error messages."""
         return ", ".join([self.function.__name__, *(f"{name}={value}" for name, value in self.fixed.items())])
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The keyword arguments of the function that are left to choose."""
+        """The keyword arguments of the function that are not fixed."""
         parameters = inspect.signature(self.function).parameters.values()
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.fixed)
 
     @property
     def uses(self) -> frozenset[str]:
-        """The names of `Arguments` that make a difference, beside `ste` and `progress`."""
+        """Fields of `Arguments` that have an effect, in addition to `ste` and `progress`."""
         return frozenset({"key"} if self.random else ())
 
     def check(self, args: Arguments) -> None:
-        """ValueError: an argument is given that the quantizer does not use, or an STE that its step does not have."""
+        """Raises ValueError for an argument that the quantizer does not use, or an unsupported STE."""
         given = {
             "granularity": args.granularity != DEFAULT.granularity,
             "scale": args.scale is not None,
@@ -63,12 +61,12 @@ class Quantizer:
         for argument, is_given in given.items():
             if is_given and argument not in self.uses:
                 raise ValueError(
-                    f"{argument}: got one for the quantizer {self.name}, expected none, for it uses none; leave it out"
+                    f"{argument}: got one for the quantizer {self.name}, which uses none; leave it out"
                 )
         check_name(f"STE of {self.name}", args.ste, self.stes)
 
     def __call__(self, x: Float[Array, "..."], args: Arguments = DEFAULT, **options: Any) -> Quantized:
-        """Codes and scale of x. ValueError as in `check`, and what the function itself raises."""
+        """Codes and scale of x. Raises ValueError as `check` does, and whatever the function raises."""
         self.check(args)
         return self.function(x, args, **self.fixed, **options)
 
@@ -77,15 +75,13 @@ class Quantizer:
 class WeightQuantizer(Quantizer):
     """A quantizer of weight matrices [n, k]."""
 
-    bits: float  # information per code
+    bits: float  # bits of information per code
     packed_format: (
         PackedFormat | Callable[[Options], PackedFormat | None]
-    )  # of the codes; by options if they matter
-    # First value of a learned scale: the measured one, or a function of (w, granularity). None: it cannot be learned.
+    )  # of the codes, or a function of the options
+    # Initial learned scale: the measured one, or a function of (w, granularity). None: the scale cannot be learned.
     first_scale: Literal["measured"] | Callable[[Array, Granularity], Array] | None = "measured"
-    lsq_code: int | None = (
-        None  # the largest code Qp, where LSQ's first scale 2 mean|w| / sqrt(Qp) makes sense
-    )
+    lsq_code: int | None = None  # largest code Qp, if LSQ's initial scale 2 mean|w| / sqrt(Qp) applies
     unit_scale: bool = False  # the scale is 1 unless it is learned
 
     @property
@@ -95,7 +91,7 @@ class WeightQuantizer(Quantizer):
         return super().uses | measured | learned
 
     def packed_format_with(self, options: Options) -> PackedFormat | None:
-        """The format that holds every code it has under these options; None: no format does."""
+        """The format that holds all codes possible under these options; None if there is none."""
         return self.packed_format(options) if callable(self.packed_format) else self.packed_format
 
 
@@ -103,10 +99,10 @@ class WeightQuantizer(Quantizer):
 class ActivationQuantizer(Quantizer):
     """A quantizer of inputs [..., k], one scale per token."""
 
-    bits: float | None  # information per code; None: floats, no codes
-    first_scale: float | None = None  # of a learned scalar, in units of mean|x|; None: it cannot be learned
-    measures_scale: bool = True  # False: there is no scale but a learned one
-    has_threshold: bool = False  # one per feature can be learned
+    bits: float | None  # bits of information per code; None: float, no codes
+    first_scale: float | None = None  # initial learned scale / mean|x|; None: cannot be learned
+    measures_scale: bool = True  # False: the scale must be learned
+    has_threshold: bool = False  # supports a learned threshold per feature
     signs: bool = False  # every code is -1 or 1
 
     @property

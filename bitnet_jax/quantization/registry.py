@@ -1,20 +1,20 @@
-"""Every quantizer by name: a pure function from a real array to `Quantized(codes, scale)`, and its record.
+"""All quantizers by name: records of pure functions from a real array to `Quantized(codes, scale)`.
 
 Weights:      f(w [n, k],   args, *, options) -> codes [n, k],   scale [#n, G]
 Activations:  f(x [..., k], args, *, options) -> codes [..., k], scale [..., 1]
 
-`args` (arguments.py) is what all are told. `args.scale=None` measures the scale and passes it no gradient; an array
-is a learned scale with the gradient of LSQ and its 1/sqrt(N Qp) factor. Options are the details on which papers and
-codes disagree; their defaults follow the released 2B-4T checkpoint for ternary and int8, the paper for BitNet's binary.
+`args` (arguments.py) is common to all. With `args.scale=None` the scale is measured and gets no gradient; an array is
+a learned scale with LSQ's gradient and its 1/sqrt(N Qp) factor. Options are details on which papers and released code
+disagree; defaults follow the released 2B-4T checkpoint for ternary and int8, and the paper for BitNet's binary.
 
-Everything is computed in float32 whatever the input dtype; codes and scale are float32. Gradients come from
-autodiff through codes * scale, and STEs (ste.py) say what a step's derivative is.
+All arithmetic is float32 regardless of the input dtype; codes and scale are float32. Gradients are autodiff through
+codes * scale, with the derivative of a step given by its STE (ste.py).
 
-Non-finite input is never hidden. A NaN makes its own code NaN and, where the scale is measured, the scale of
-everything it shares one with. An infinity takes the outermost code where the scale does not depend on it, and
-otherwise makes the scale infinite and its neighbours 0 * inf = NaN once dequantized.
+Non-finite input is never hidden. A NaN makes its own code NaN and, if the scale is measured, the scale that it
+contributes to. An infinity gets the outermost code if the scale does not depend on it; otherwise the scale is
+infinite, and values that share it dequantize to 0 * inf = NaN.
 
-Subnormal numbers are zeros wherever the backend flushes them, as XLA's CPU does: sign(-1e-40) is sign(-0).
+Subnormal numbers are zero if the backend flushes them, as XLA's CPU backend does: sign(-1e-40) is sign(-0).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _stretched = partial(
 
 
 def _integer_format(bits: int) -> Callable[[Options], PackedFormat | None]:
-    """The smallest integer format that holds the b-bit grid; the mid-rise one goes up to 2^b - 1."""
+    """The smallest integer format that holds the b-bit grid; the mid-rise grid extends to 2^b - 1."""
 
     def packed_format(options: Options) -> PackedFormat | None:
         size = 2 ** (bits if options.get("levels") == "midrise" else bits - 1)
@@ -89,7 +89,7 @@ WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {
 
 _sign = partial(ActivationQuantizer, bits=1, stes=SIGN_STES, has_threshold=True)
 
-# First scales: LSQ's 2 / sqrt(Qp), BiT's 2 and 4.
+# Initial scales: LSQ's 2 / sqrt(Qp), BiT's 2 and 4.
 ACTIVATION_QUANTIZERS: dict[str, ActivationQuantizer] = {
     "none": ActivationQuantizer(function=activations.unquantized, bits=None, stes=ROUNDING_STES),
     "int8": ActivationQuantizer(

@@ -1,15 +1,14 @@
-"""The scale of a quantized array: its shape, how it is measured, and how it is learned.
+"""Scales of quantized arrays: their shape, measurement and learning.
 
-A scale has the rank of the codes it belongs to. Leading axes broadcast; the last axis has length 1, or G for
-G groups of k / G neighbours along the contraction axis. For a weight matrix [n, k] the granularities are
+A scale has the rank of its codes. Leading axes broadcast; the last axis has length 1, or G for G groups of k / G
+consecutive elements of the contraction axis. For a weight matrix [n, k] the granularities are
 
     "tensor"   one number            [1, 1]
     "channel"  one per output        [n, 1]
     g (int)    one per g inputs      [n, k / g]
 
-Scales are always applied by multiplication, `w * (1 / scale)`, never `w / scale`. XLA rewrites a division by
-a broadcast value into the multiplication when it compiles, and then a compiled and an uncompiled quantizer
-would disagree in codes.
+Scales are always applied by multiplication, `w * (1 / scale)`, never `w / scale`: XLA rewrites a division by a
+broadcast value into the multiplication, and codes would then differ between compiled and uncompiled quantizers.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ SMALLEST_SCALE = 1e-5  # the clamp of the released BitNet code, and the floor of
 
 
 class Quantized(NamedTuple):
-    """Integer-valued float32 codes and the float32 scale that gives them their size: array = codes * scale.
+    """Integer-valued float32 codes and their float32 scale: array = codes * scale.
 
-    Products of codes are exact in float32 while their sum stays below 2^24, in any order of summation, which
-    is why a packed integer matmul can equal the training-time one bit for bit. `unquantized` activations are
-    the one exception: their codes are the input itself, with scale 1.
+    Sums of products of codes are exact in float32 below 2^24, in any order of summation, so a packed integer matmul
+    can be bit-identical to the one in training. The only exceptions are `unquantized` activations, whose codes are the
+    input itself, with scale 1.
     """
 
     codes: Float[Array, "... k"]
@@ -46,7 +45,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 
 def floats(name: str, x: Array) -> Array:
-    """x as a JAX array of one of FLOATS; `name` says in the error what it is. The kernels have the same rule.
+    """x as a JAX array with a dtype in FLOATS; `name` identifies it in the error. Kernels have the same rule.
 
     Raises:
       ValueError: x has another dtype.
@@ -58,23 +57,23 @@ def floats(name: str, x: Array) -> Array:
 
 
 def as_float32(x: Array) -> Float[Array, "..."]:
-    """What a quantizer computes with. ValueError: x has none of FLOATS as its dtype."""
+    """x as float32, in which quantizers compute. ValueError if the dtype of x is not in FLOATS."""
     return floats("input of a quantizer", x).astype(jnp.float32)
 
 
 def absmax(
     x: Float[Array, "..."], axis: int | tuple[int, ...] | None = -1, keepdims: bool = False
 ) -> Float[Array, "..."]:
-    """max|x| along axes, NaN where there is one.
+    """max|x| along axes, NaN if any element is NaN.
 
-    jnp.max alone forgets NaN: on CPUs XLA's maximum of an array of some size drops it (jax 0.10).
+    jnp.max is not enough: on CPU, XLA's maximum of large enough arrays drops NaN (jax 0.10).
     """
-    lost = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
-    return jnp.where(lost, jnp.nan, jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims))
+    has_nan = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
+    return jnp.where(has_nan, jnp.nan, jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims))
 
 
 def spread(scale: Float[Array, "... G"], k: int) -> Float[Array, "... k"]:
-    """Repeats each group's scale over its k / G inputs; a last axis of 1 is left to broadcasting."""
+    """Repeats each group's scale over its k / G inputs; a last axis of 1 is returned as is, to broadcast."""
     groups = scale.shape[-1]
     if groups == 1:
         return scale
@@ -88,8 +87,8 @@ def measure(
 ) -> Float[Array, "... #n G"]:
     """Applies a reduction such as jnp.mean(values, axis, keepdims) over the weights that share a scale.
 
-    The barrier keeps XLA from merging the 1/n of a mean with a constant factor applied to it later, which
-    would change its rounding when compiled.
+    The barrier keeps XLA from merging the 1/n of a mean with a later constant factor, which would change the rounding
+    in compiled code.
     """
     k = w.shape[-1]
     if granularity == "tensor":
@@ -107,12 +106,12 @@ def measure(
 
 
 def reciprocal(scale: Array) -> Array:
-    """1 / scale that stays so: XLA would compile 1 / (1 / m) to m, an ulp off the uncompiled value."""
+    """1 / scale, protected from XLA, which would simplify 1 / (1 / m) to m, an ulp off the uncompiled value."""
     return 1 / jax.lax.optimization_barrier(scale)
 
 
 def guarded(value: Array, eps: float, epsilon: str) -> tuple[Array, Array]:
-    """(divisor, multiplier) of a measured scale, under the three published readings of where epsilon goes.
+    """(divisor, multiplier) of a measured scale for the three published placements of epsilon.
 
     "clamp"    max(value, eps) in both places: the released BitNet code
     "add"      value + eps in both: TriLM (2407.12327)
@@ -128,11 +127,11 @@ def guarded(value: Array, eps: float, epsilon: str) -> tuple[Array, Array]:
 
 
 def learned(scale: Float[Array, "..."], count: int, q_max: float) -> Float[Array, "..."]:
-    """A trained scale, ready to use.
+    """A learned scale with its floor and its gradient factor.
 
     Forward:  max(scale, 1e-5).
-    Backward: g / sqrt(count * q_max), the step-size gradient factor of LSQ (1902.08153). It also passes at
-              the floor, so a scale that fell there can climb back.
+    Backward: g / sqrt(count * q_max), the step-size gradient factor of LSQ (1902.08153). It is not zeroed at the
+              floor, so a scale that reached it can recover.
 
     `count` is the number of values that share the scale, `q_max` the largest code.
     """
@@ -141,7 +140,7 @@ def learned(scale: Float[Array, "..."], count: int, q_max: float) -> Float[Array
 
 
 def shared_count(w: Float[Array, "... n k"], scale: Float[Array, "... #n G"], count: str) -> int:
-    """`count` of `learned`: the weights per scale ("shared", LSQ) or of the whole matrix ("matrix", ParetoQ)."""
+    """`count` for `learned`: weights per scale ("shared", LSQ) or in the whole matrix ("matrix", ParetoQ)."""
     matrix = w.shape[-1] * w.shape[-2]
     if count == "matrix":
         return matrix
@@ -156,9 +155,9 @@ def nearest(low: int, high: int) -> Callable[[Array], Array]:
 
 
 def nearest_odd(highest: int) -> Callable[[Array], Array]:
-    """z -> the odd code of the cell [c - 1, c + 1) that holds z, within +-highest.
+    """z -> the odd code c of the cell [c - 1, c + 1) that contains z, within +-highest.
 
-    Written with floor, not as round(z/2 - 1/2): fused into one instruction, that could round otherwise.
+    Uses floor, not round(z/2 - 1/2): with a fused multiply-add that could round differently.
     """
     return lambda z: jnp.clip(2 * jnp.floor(z * 0.5) + 1, -highest, highest)
 
@@ -175,8 +174,8 @@ def round_scaled(
     """Codes of x under a learned scale, with LSQ's gradients (1902.08153).
 
     Forward:  codes(z), z = x / scale.
-    Backward: to x, g h with h = 1 (identity) or 1[low <= z <= high] (clipped; LSQ's own window is open, which
-              differs on the two end points only);
+    Backward: to x, g h with h = 1 (identity) or 1[low <= z <= high] (clipped; LSQ's window is open, which
+              differs only at the two end points);
               to scale, g (codes - z) inside [low, high] and g edge outside (default: the outermost codes).
     """
     stopped, scale_stopped = jax.lax.stop_gradient(x), jax.lax.stop_gradient(scale)
@@ -185,6 +184,6 @@ def round_scaled(
     value = codes(z)
     inside = ste_lib.window(z, low, high, "clipped")
     outside = value if edge is None else jnp.where(z < 0, edge[0], edge[1])
-    wanted = jnp.where(inside > 0, value - z, outside)
-    slopes = (ste_lib.window(z, low, high, ste) * inverse, (wanted - value) * inverse)
+    scale_slope = jnp.where(inside > 0, value - z, outside)  # d(codes * scale) / dscale
+    slopes = (ste_lib.window(z, low, high, ste) * inverse, (scale_slope - value) * inverse)
     return ste_lib.straight_through(value, (x, jnp.broadcast_to(scale, x.shape)), slopes)

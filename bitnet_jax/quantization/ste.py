@@ -1,19 +1,17 @@
-"""Straight-through estimators: what the gradient of a step that has none is taken to be.
+"""Straight-through estimators: surrogate gradients for step functions.
 
-A quantizer's forward pass is a staircase; its true derivative is zero almost everywhere. A straight-through
-estimator (STE) replaces that derivative by a surrogate h(z). The two halves are kept apart here: the steps
-(`sign`, `heaviside`, `round_to_grid`, `stochastic_sign`) fix the forward value, and `STES` holds the
-surrogates by name, so that
+A quantizer's forward pass is a staircase, whose derivative is zero almost everywhere. A straight-through estimator
+(STE) replaces it by a surrogate h(z). The two are independent here: step functions (`sign`, `heaviside`,
+`round_to_grid`, `stochastic_sign`) define the forward value, `STES` holds the surrogates by name, for example
 
     y = sign(z, ste="approx_sign")      forward  y = +1 or -1        backward  dL/dz = dL/dy * h(z)
 
-Every surrogate is a function `h(z, progress)` of the already normalised input and of the fraction of training
-done (a float in [0, 1], traced or not); only the annealed ones use `progress`. It broadcasts to z.
+Every surrogate is a function `h(z, progress)` of the normalized input and of the fraction of training done (a float
+in [0, 1], possibly traced); only the annealed ones use `progress`. Its result broadcasts to z.
 
-Values that are not numbers stay visible: each step returns NaN where its input is NaN, never a finite code.
-The surrogate slope there is finite (1 for identity, 0 for the windows), so a NaN spreads through the forward
-values, where the training loop looks for it. Infinite inputs take the outermost code, and have slope 0 in
-every windowed surrogate.
+NaN propagates: each step returns NaN where its input is NaN, never a finite code. The surrogate slope there is finite
+(1 for identity, 0 for windows), so NaN spreads through forward values, which the training loop checks. Infinite
+inputs get the outermost code, and slope 0 in every windowed surrogate.
 """
 
 from __future__ import annotations
@@ -29,13 +27,13 @@ Progress = float | Float[Array, ""]
 
 @jax.custom_jvp
 def straight_through(value: Array, inputs: tuple[Array, ...], slopes: tuple[Array, ...]) -> Array:
-    """Returns `value` and differentiates as if it were `sum(slope * input)`.
+    """Returns `value`, differentiated as if it were `sum(slope * input)`.
 
-    Forward:  value, untouched (no `x + stop_gradient(q - x)`, which rounds and turns inf into NaN).
-    Backward: dL/dinput_i = dL/dvalue * slope_i, summed over the axes in which input_i has size one; value and
-              slopes get none.
+    Forward:  value, unchanged (unlike `x + stop_gradient(q - x)`, which rounds and turns inf into NaN).
+    Backward: dL/dinput_i = dL/dvalue * slope_i, summed over axes that input_i broadcasts; value and slopes get no
+              gradient.
 
-    Both modes of differentiation work. All arrays share one dtype; inputs and slopes broadcast to value.
+    Supports forward and reverse mode. All arrays have the same dtype; inputs and slopes broadcast to value.
     """
     return value
 
@@ -49,12 +47,12 @@ def _straight_through_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array
 
 
 def _one(z: Array) -> Array:
-    """A slope of 1, in one number that broadcasts: the backward pass keeps slopes."""
+    """A slope of 1 as a single broadcastable element, because the backward pass stores slopes."""
     return jnp.ones((1,) * z.ndim, z.dtype)
 
 
 def identity(z: Float[Array, "..."], progress: Progress = 1.0) -> Float[Array, "..."]:
-    """h(z) = 1: BinaryConnect (1511.00363), BitNet (2310.11453). Latents need decay or clipping."""
+    """h(z) = 1: BinaryConnect (1511.00363), BitNet (2310.11453). Latents need weight decay or clipping."""
     return _one(z)
 
 
@@ -72,8 +70,8 @@ def approx_sign(z: Float[Array, "..."], progress: Progress = 1.0) -> Float[Array
 def swish_sign(z: Float[Array, "..."], progress: Progress = 1.0, beta: float = 5.0) -> Float[Array, "..."]:
     """h(z) = b (2 - b z tanh(b z / 2)) / (1 + cosh(b z)) with b = 5: BNN+.
 
-    h(0) = b, negative beyond |z| = 0.48, integral 2. Beyond |b z| = 40 the value is below 1e-14 and is set
-    to 0, which keeps cosh finite.
+    h(0) = b, negative for |z| > 0.48, integral 2. For |b z| > 40 the value is below 1e-14 and set to 0, which keeps
+    cosh finite.
     """
     u = beta * z
     inside = jnp.abs(u) < 40
@@ -100,7 +98,7 @@ def reste(
     near: float = 0.1,
     far: float = 1.5,
 ) -> Float[Array, "..."]:
-    """Derivative of sign(z)|z|^(1/o), kept finite near 0 and cut at `far`: ReSTE (ICCV 2023).
+    """Derivative of sign(z)|z|^(1/o), bounded near 0 and zero beyond `far`: ReSTE (ICCV 2023).
 
     h(z) = (1/o) |z|^(1/o - 1) for near < |z| <= far, near^(1/o) / near for |z| <= near, 0 beyond.
     The order grows as o = 1 + (1 - cos(pi/2 progress)) (order_end - 1); o = 1 is the window 1[|z| <= far].
@@ -120,11 +118,11 @@ STES: dict[str, Callable[..., Array]] = {
     "tanh": tanh,
     "reste": reste,
 }
-ANNEALED = frozenset({"tanh", "reste"})  # these follow `progress`
+ANNEALED = frozenset({"tanh", "reste"})  # depend on `progress`
 
 
 def surrogate(name: str, z: Array, progress: Progress = 1.0) -> Array:
-    """h(z, progress) of the STE called `name`, with no gradient of its own. ValueError: unknown name."""
+    """h(z, progress) of the STE `name`, with stopped gradient. ValueError for an unknown name."""
     if name not in STES:
         raise ValueError(f"unknown STE: got {name!r}, expected one of {sorted(STES)}")
     return jax.lax.stop_gradient(STES[name](jax.lax.stop_gradient(z), progress))
@@ -133,9 +131,9 @@ def surrogate(name: str, z: Array, progress: Progress = 1.0) -> Array:
 def signs(
     z: Float[Array, "..."], zero: int = 1, threshold: float | Float[Array, "..."] = 0.0
 ) -> Float[Array, "..."]:
-    """sign(z - threshold): `zero` (+1 or -1) where they are equal (0 and -0 are), NaN where NaN. No gradient.
+    """sign(z - threshold): `zero` (+1 or -1) where they are equal (0 equals -0), NaN where NaN. No gradient.
 
-    It compares and does not subtract: subtracting a mean, fused into one instruction, rounds otherwise.
+    Compares instead of subtracting: subtracting a mean with a fused multiply-add would round differently.
     """
     z, threshold = jax.lax.stop_gradient(z), jax.lax.stop_gradient(threshold)
     positive = z >= threshold if zero > 0 else z > threshold
@@ -145,7 +143,7 @@ def signs(
 def sign(
     z: Float[Array, "..."], ste: str = "identity", progress: Progress = 1.0, zero: int = 1
 ) -> Float[Array, "..."]:
-    """Forward: +1 where z >= 0, else -1 (zero=-1: +1 only where z > 0, BitNet's way). Backward: g * h(z)."""
+    """Forward: +1 where z >= 0, else -1 (zero=-1: +1 only where z > 0, as BitNet). Backward: g * h(z)."""
     return straight_through(signs(z, zero), (z,), (surrogate(ste, z, progress),))
 
 
@@ -159,9 +157,8 @@ def heaviside(z: Float[Array, "..."], ste: str = "clipped", progress: Progress =
 def window(z: Array, low: float, high: float, ste: str) -> Array:
     """Slope of a rounding step between the codes low and high: 1 (identity) or 1[low <= z <= high] (clipped).
 
-    The end points belong to the window, with a slack of 1e-6: the weight that set an absmax scale must not
-    fall out of it by rounding. The shaped surrogates model the one jump of a sign and mean nothing for a
-    staircase, so they are refused.
+    The window includes its end points, with a tolerance of 1e-6: the weight that determines an absmax scale must not
+    fall outside by rounding. Other surrogates model the single jump of a sign and raise ValueError here.
     """
     z = jax.lax.stop_gradient(z)
     if ste == "identity":
@@ -183,7 +180,7 @@ def round_to_grid(
 def stochastic_sign(
     z: Float[Array, "..."], key: PRNGKeyArray, ste: str = "identity", progress: Progress = 1.0
 ) -> Float[Array, "..."]:
-    """Stochastic BinaryConnect (1511.00363), whose own estimator is the identity.
+    """Stochastic BinaryConnect (1511.00363); the paper's estimator is the identity.
 
     Forward:  +1 with probability clip((z + 1) / 2, 0, 1), else -1, so the mean is clip(z, -1, 1).
     Backward: g * h(z).

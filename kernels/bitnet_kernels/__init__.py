@@ -1,4 +1,4 @@
-"""Kernels for matrices of one to eight bits: arrays in, arrays out; needs jax and nothing of bitnet_jax."""
+"""Kernels for matrices with 1 to 8 bits per element; depends on jax, not on bitnet_jax."""
 
 from bitnet_kernels.attention import cached_attention, reference_attention
 from bitnet_kernels.formats import dequantize, pack, relayout, unpack

@@ -1,11 +1,10 @@
-"""Compiles the Pallas kernels for real chips on a machine that has none of them.
+"""Compiles the Pallas kernels for TPUs and GPUs on a machine without them.
 
     python -m bitnet_kernels.ahead_of_time --chip v5e --chip v6e --json kernels.json     # needs libtpu
     python -m bitnet_kernels.ahead_of_time --chip h200 --json kernels.json               # needs jax[cuda], no driver
 
-`make tpu-compile` and `make gpu-compile` call it in environments that have what it needs. A compiler that accepts a
-kernel has placed its buffers in on-chip memory and its values in registers; whether it is right or fast only a chip
-can tell.
+`make tpu-compile` and `make gpu-compile` run it in environments with the required packages. Successful compilation
+shows that buffers fit in on-chip memory and values in registers; correctness and speed need a real chip.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from bitnet_kernels.packed import FORMATS, PackedArray, codes_shape
 from bitnet_kernels.shapes import MATRICES
 
 TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
-# What XLA has to know of a GPU that it cannot ask.
+# Target description, which XLA would otherwise query from the GPU.
 GPU_DESCRIPTIONS = {
     "h200": """
         gpu_device_info {
@@ -51,7 +50,7 @@ GPU_DESCRIPTIONS = {
         device_description_str: "NVIDIA H200"
     """
 }
-ROWS = (1, 16, 512)  # decode, decode of a batch, prefill
+ROWS = (1, 16, 512)  # decode, batched decode, prefill
 WIDE = ((28672, 8192), (8192, 28672))  # gate and down of a 70B model
 GROUP_SIZES = (32, 64, 128)
 
@@ -59,9 +58,9 @@ Row = dict[str, Any]
 
 
 def device(chip: str) -> jax.Device:
-    """A chip to compile for. Raises RuntimeError where the compiler for it is not installed."""
+    """The device to compile for. Raises RuntimeError if its compiler is not installed."""
     if chip in TPU_TOPOLOGIES:
-        # libtpu would look for a TPU machine, at length
+        # Otherwise libtpu spends a long time looking for a TPU host.
         os.environ |= {
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -69,7 +68,7 @@ def device(chip: str) -> jax.Device:
         }
         arguments: dict[str, Any] = {"platform": "tpu", "topology_name": TPU_TOPOLOGIES[chip]}
     else:
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of a driver, which compiling does without
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # compiling needs no driver
         arguments = {"platform": "cuda", "topology_name": chip, "topology": "1x1x1"}
         arguments["target_config"] = GPU_DESCRIPTIONS[chip]
     try:
@@ -80,7 +79,7 @@ def device(chip: str) -> jax.Device:
 
 
 def compile_kernels(chip: str) -> list[Row]:
-    """One row for every format and shape: seconds, bytes of memory, or the compiler's error."""
+    """One row per format and shape: compile seconds and memory in bytes, or the compiler error."""
     target = device(chip)
     backend = pallas_tpu if chip in TPU_TOPOLOGIES else pallas_gpu
     formats = [name for name, form in FORMATS.items() if backend.LAYOUT in form.layouts]
@@ -120,11 +119,11 @@ def _compile(
             )
             memory = lowered.compile().memory_analysis()
             reports = [file.read_text() for file in Path(folder).glob("*.ptxas")]
-    except Exception as error:  # a refusal is a result
+    except Exception as error:  # a failure is a result
         return row | {"compiled": False, "error": str(error)[:500]}
     row |= {"compiled": True, "seconds": round(time.monotonic() - start, 2)}
     row |= {"temporary_bytes": memory.temp_size_in_bytes, "code_bytes": memory.generated_code_size_in_bytes}
-    report = "\n".join(reports)  # of the assembler for GPUs
+    report = "\n".join(reports)  # from ptxas, for GPUs
     if registers := re.findall(r"Used (\d+) registers", report):
         row["registers"] = max(map(int, registers))
         row["spilled_bytes"] = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
@@ -132,18 +131,18 @@ def _compile(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line for every chip and format; registers of a thread and bytes spilled are those of GPU kernels."""
+    """Markdown table with a row per chip and format; registers per thread and spilled bytes for GPU kernels only."""
     lines = ["| chip | format | compiled | seconds each | most temporary MB | registers | spilled bytes |"]
     lines.append("|---|---|--:|--:|--:|--:|--:|")
     for (chip, format), group in itertools.groupby(rows, lambda row: (row["chip"], row["format"])):
-        tried = list(group)
-        good = [row for row in tried if row["compiled"]]
-        seconds = sum(row["seconds"] for row in good) / max(1, len(good))
-        megabytes = max((row["temporary_bytes"] for row in good), default=0) / 1e6
-        registers = max((row.get("registers", 0) for row in good), default=0)
-        spilled = sum(row.get("spilled_bytes", 0) for row in good)
+        attempts = list(group)
+        compiled = [row for row in attempts if row["compiled"]]
+        seconds = sum(row["seconds"] for row in compiled) / max(1, len(compiled))
+        megabytes = max((row["temporary_bytes"] for row in compiled), default=0) / 1e6
+        registers = max((row.get("registers", 0) for row in compiled), default=0)
+        spilled = sum(row.get("spilled_bytes", 0) for row in compiled)
         lines.append(
-            f"| {chip} | {format} | {len(good)} of {len(tried)} | {seconds:.1f} | {megabytes:.1f} "
+            f"| {chip} | {format} | {len(compiled)} of {len(attempts)} | {seconds:.1f} | {megabytes:.1f} "
             f"| {f'{registers} | {spilled}' if registers else ' | '} |"
         )
     return "\n".join(lines)
@@ -155,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chips = sorted(TPU_TOPOLOGIES | GPU_DESCRIPTIONS)
     parser.add_argument("--chip", choices=chips, action="append", required=True, help="may be repeated")
-    parser.add_argument("--json", type=Path, help="write provenance and rows here")
+    parser.add_argument("--json", type=Path, help="output file for provenance and rows")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     rows: list[Row] = []
@@ -170,9 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     print(table(rows))
     if options.json:
-        told = {name: value for name, value in provenance().items() if name in ("commit", "jax")}
+        origin = {name: value for name, value in provenance().items() if name in ("commit", "jax")}
         lines = ",\n".join(json.dumps(row) for row in rows)
-        options.json.write_text(f'{{"provenance": {json.dumps(told)}, "rows": [\n{lines}\n]}}\n')
+        options.json.write_text(f'{{"provenance": {json.dumps(origin)}, "rows": [\n{lines}\n]}}\n')
     if not all(row["compiled"] for row in rows):
         sys.exit(1)
 

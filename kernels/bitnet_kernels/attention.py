@@ -2,12 +2,12 @@
 
     o_i = sum_j P_ij v_j,   P_ij = exp(s q_i.k_j) / sum_j' exp(s q_i.k_j')     j, j' over the visible keys
 
-What is hidden from a query does not reach it, not even as NaN; NaN in what it sees is NaN in its result.
+Masked keys and values never affect a query, not even with NaN; NaN in visible ones gives NaN.
 
-`reference_attention` is the definition, in float32 by XLA. The C++ kernels (csrc/attention.h) read only the
-positions that are written, never hold the scores of more than a chunk of keys, and differ from it by rounding.
-Their own bits depend on the query, its keys and what it sees, and on nothing else: not on the instruction set,
-the threads, the batch, or the queries beside it.
+`reference_attention` is the definition, in float32 with XLA. The C++ kernels (csrc/attention.h) read only written
+positions, hold the scores of one chunk of keys at a time, and differ from it by rounding. Their result for a query
+depends only on the query, its keys and values and its mask; it is bit-identical across instruction sets, thread
+counts, batch sizes and other queries.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def reference_attention(
     """The definition of `cached_attention`, with the scores of all keys in memory.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit.
+      ValueError: inconsistent shapes or dtypes.
     """
     _checked(q, k, v, visible, k_scale, v_scale)
     length = integers("length", length).astype(jnp.int32)
@@ -59,7 +59,7 @@ def reference_attention(
     grouped = (q.astype(jnp.float32) * scale).reshape(B, T, K, H // K, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, floats(k))
     scores = scores if k_scale is None else scores * per_key(k_scale)
-    # The lowest number, not -inf: a row of -inf is NaN.
+    # The finite minimum, not -inf: a row of -inf would give NaN.
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.where(seen, scores, lowest)
     largest = jnp.max(scores, axis=-1, keepdims=True, initial=lowest)
@@ -71,24 +71,24 @@ def reference_attention(
 
 
 def _mix(weights: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """Sums of the values v [B, S, K, h] with weights [B, K, G, T, S] of 0 where not seen -> [B, K, G, T, h].
+    """Weighted sums of values v [B, S, K, h] with weights [B, K, G, T, S], 0 where not seen -> [B, K, G, T, h].
 
-    A value that is not finite counts for the queries that see it, and not for the others: 0 times it is NaN.
+    Non-finite values must affect only queries that see them, although 0 times them is NaN.
     """
     dot = functools.partial(jnp.einsum, "bkgts,bskh->bkgth")
     finite = jnp.isfinite(v)
 
-    def with_others(weights: jax.Array, v: jax.Array) -> jax.Array:
+    def with_non_finite(weights: jax.Array, v: jax.Array) -> jax.Array:
         o = dot(weights, jnp.where(finite, v, 0.0))
-        for other in (jnp.nan, jnp.inf, -jnp.inf):
-            holds = jnp.isnan(v) if other != other else v == other
+        for value in (jnp.nan, jnp.inf, -jnp.inf):
+            holds = jnp.isnan(v) if value != value else v == value
             meets = (
                 dot(jnp.broadcast_to(seen, weights.shape).astype(jnp.float32), holds.astype(jnp.float32)) > 0
             )
-            o = o + jnp.where(meets, other, 0.0)
+            o = o + jnp.where(meets, value, 0.0)
         return o
 
-    return jax.lax.cond(jnp.all(finite), dot, with_others, weights, v)
+    return jax.lax.cond(jnp.all(finite), dot, with_non_finite, weights, v)
 
 
 def cached_attention(
@@ -106,21 +106,20 @@ def cached_attention(
     """Softmax attention over the first `length` positions of a cache -> float32 [B, T, H, h].
 
     Args:
-      q: float [B, T, H, h], computed in float32. Query head j reads kv head j // (H / K).
+      q: float [B, T, H, h], converted to float32. Query head j uses kv head j // (H / K).
       k, v: [B, S, K, h], both float32, bfloat16 (or its bits, uint16) or int8. Positions from `length` on are not
         read.
-      visible: bool [B, T, S], True where query i may read key j. A query that sees no key gives 0.
-      scale: a Python number, times q.k.
-      length: int32 [], the number of positions that are written; more than S counts as S.
-      k_scale, v_scale: float32 [B, S, K], the step of int8 codes per token and head; for int8 only.
-      implementation: None takes the C++ kernels where the code is compiled for a CPU, else XLA, with a warning
-        where the library is missing. "cpu" or "reference" is an order.
+      visible: bool [B, T, S], True where query i may attend to key j. A query with no visible key gives 0.
+      scale: factor on q.k, a Python number.
+      length: int32 [], number of written positions; values above S are treated as S.
+      k_scale, v_scale: float32 [B, S, K], scale of int8 codes per token and head; for int8 only.
+      implementation: None selects the C++ kernels when compiling for CPU, else XLA, with a warning if the library is
+        missing. "cpu" or "reference" forces one.
 
-    Works under jit, vmap (one call after the other), scan and while_loop. BITNET_KERNELS_ISA is read when a call
-    is traced.
+    Works under jit, vmap (sequentially), scan and while_loop. BITNET_KERNELS_ISA is read at trace time.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, an unknown implementation.
+      ValueError: inconsistent shapes or dtypes, an unknown implementation.
       NotImplementedError: implementation="cpu" without the C++ library; any attempt to differentiate.
     """
     arrays = _checked(q, k, v, visible, k_scale, v_scale)
@@ -140,7 +139,7 @@ def _checked(
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
-    """q in float32, k, v, scales (of no positions where there are none) and visible, of shapes that fit."""
+    """Validates the arguments; returns q in float32, k, v, scales (with no positions if None) and visible."""
     if q.ndim != 4 or q.dtype.name not in FLOATS:
         raise ValueError(f"q is {q.dtype}{list(q.shape)}; expected {', '.join(FLOATS)} and [B, T, H, h]")
     B, T, H, h = q.shape
@@ -160,14 +159,14 @@ def _checked(
             got = "None" if x is None else f"{x.dtype}{list(x.shape)}"
             expected = f"float32{[B, S, K]} for int8 keys and values" if coded else f"None for {k.dtype}"
             raise ValueError(f"k_scale or v_scale is {got}; expected {expected}")
-    nothing = jnp.zeros((B, 0, K), jnp.float32)
-    scales = [nothing if x is None else x for x in (k_scale, v_scale)]
+    no_scale = jnp.zeros((B, 0, K), jnp.float32)
+    scales = [no_scale if x is None else x for x in (k_scale, v_scale)]
     return q.astype(jnp.float32), k, v, *scales, visible
 
 
 @functools.cache
 def _attention(scale: float, implementation: str | None, isa: str | None) -> Callable[..., jax.Array]:
-    """The operation on checked arrays (q, k, v, k_scale, v_scale, visible, length)."""
+    """The operation on validated arrays (q, k, v, k_scale, v_scale, visible, length)."""
 
     def by_xla(q, k, v, k_scale, v_scale, visible, length):  # type: ignore[no-untyped-def]
         scales = {"k_scale": k_scale, "v_scale": v_scale} if k.dtype == jnp.int8 else {}

@@ -1,4 +1,4 @@
-"""How a product of packed matrices behaves under vmap, whatever runs it."""
+"""vmap rule for products of packed matrices, common to all backends."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import jax.numpy as jnp
 
 
 def fold_batches(call: Callable[..., Any], rows_axis: int) -> Callable[..., Any]:
-    """call(x [m, k], *matrices) under vmap: more rows where only x is batched, else one call after the other.
+    """Gives call(x [m, k], *matrices) a vmap rule: fold the batch into rows if only x is batched, else loop.
 
-    rows_axis: the axis of every result that holds the rows of x.
+    rows_axis: the axis of each result that corresponds to the rows of x.
     """
     batched_call = jax.custom_batching.custom_vmap(call)
 
     @batched_call.def_vmap
     def rule(axis_size: int, batched: list[bool], *arrays: jax.Array) -> tuple[Any, Any]:
         if any(batched[1:]):
-            several = [array for array, is_batched in zip(arrays, batched, strict=True) if is_batched]
+            sliced = [array for array, is_batched in zip(arrays, batched, strict=True) if is_batched]
 
             def one(slices: list[jax.Array]) -> Any:
-                taken = iter(slices)
-                return batched_call(*(next(taken) if b else a for a, b in zip(arrays, batched, strict=True)))
+                remaining = iter(slices)
+                return batched_call(
+                    *(next(remaining) if b else a for a, b in zip(arrays, batched, strict=True))
+                )
 
-            results = jax.lax.map(one, several)
+            results = jax.lax.map(one, sliced)
         else:
             x, *matrices = arrays
             results = batched_call(x.reshape(axis_size * x.shape[1], x.shape[2]), *matrices)

@@ -1,21 +1,21 @@
-"""Times packed products against XLA's float32, bfloat16 and int8 products and against what the machine can do.
+"""Benchmarks packed products against XLA's float32, bfloat16 and int8 products and against machine limits.
 
     python -m bitnet_kernels.bench --suite decode --json decode.json
 
-What is timed: the product of int8 codes with a packed matrix and its rescale to float32 (packed_matmul of
-int8 input), inside jit. Matrices are taken in turn from a working set larger than the caches that matter, as
-when a model runs, and each product of a compiled chain waits for the one before. All formats, XLA's products, a
-C++ loop that only reads and one that only multiplies are timed in turn, round after round: a row tells the median
-with its 10th and 90th percentiles, and ratios of things that saw the same machine; times of different runs often
-cannot be compared. XLA multiplies one row of x as 8 rows, the faster of its ways.
+The timed operation is the product of int8 codes with a packed matrix and its rescale to float32 (packed_matmul with
+int8 input), inside jit. As in model inference, matrices are cycled from a working set larger than the caches, and
+each product of a compiled chain depends on the previous one. All formats, XLA's products, a read-only C++ loop and a
+multiply-only C++ loop are timed in interleaved rounds. A row reports the median with the 10th and 90th percentiles,
+and ratios of interleaved timings; times of different runs are often not comparable. XLA multiplies one row of x
+padded to 8 rows, which is faster.
 
-Rows of another `op` check single things:
+Rows with another `op` measure single components:
 
-    in_cache       one matrix that stays in the cache, on one thread: what its unpacking costs, without memory
-    custom_call    16 x 64 weights: what any call costs
-    fork_join      a parallel loop with nothing in it
+    in_cache       one matrix that stays in the cache, on one thread: unpacking cost without memory traffic
+    custom_call    16 x 64 weights: overhead of any call
+    fork_join      an empty parallel loop
 
-What cannot be measured is null: read ceiling and multiplier peak without the C++ library.
+Values that cannot be measured are null: read ceiling and multiply peak without the C++ library.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from bitnet_kernels.shapes import IN_CACHE, SUITES, TINY, Shape
 from bitnet_kernels.timing import Spread, chain, dense, interleaved, threads
 
 XLA = ("float32", "bfloat16", "int8")
-XLA_ROWS = 8  # XLA multiplies fewer rows by a slow loop
-# Of a chain, at most: long ones hide what a compiled program takes to start, tenths of a millisecond, and the pages
-# that the system clears for its results. The compiler sets the limit.
+XLA_ROWS = 8  # for fewer rows XLA uses a slow loop
+# Maximum chain lengths. Long chains amortize program start-up, tenths of a millisecond, and zeroing of result pages;
+# compile time limits them.
 FEW_ROWS_LINKS, LINKS = 512, 16
-READ_PIECE = 256 << 20  # bytes: in shorter pieces a helper may not be on its way yet
-SPUN_SECONDS = 2e-6  # inside each loop of fork_join
+READ_PIECE = 256 << 20  # bytes: with smaller pieces helper threads may not have started yet
+SPUN_SECONDS = 2e-6  # spin time of each fork_join loop
 
 Row = dict[str, Any]
 
@@ -56,7 +56,7 @@ def copies(nbytes: int, working_set: int) -> int:
 
 
 def bench_shape(shape: Shape, ceiling_data: np.ndarray, working_set: int, budget: float) -> list[Row]:
-    """One row per format, of matrices of working_set bytes in all; the ceiling is that of reading ceiling_data."""
+    """One row per format, cycling over working_set bytes of matrices; the ceiling is reading ceiling_data."""
     m, n, k = shape
     random = np.random.default_rng(0)
     codes = jnp.asarray(random.integers(-127, 128, (m, k), np.int8))
@@ -90,8 +90,8 @@ def bench_shape(shape: Shape, ceiling_data: np.ndarray, working_set: int, budget
 
 
 def bench_overheads(budget: float) -> list[Row]:
-    """What does not depend on memory: a matrix of each format that stays in the cache, and next to no work."""
-    length, repeats = 4, 16  # of a chain; a loop over a few, for the compiler
+    """Overheads other than memory: an in-cache matrix of each format, a tiny product and an empty parallel loop."""
+    length, repeats = 4, 16  # a loop over a short chain, to limit compile time
 
     def repeated(format: str, shape: Shape) -> tuple[PackedArray, Any]:
         w = random_packed(format, (shape.n, shape.k))
@@ -114,14 +114,14 @@ def bench_overheads(budget: float) -> list[Row]:
     rows.append(_row("custom_call", 1, w, took["call"] / (length * repeats), None, None))
     for name, limit in limits.items():
         each = Spread(*(max(0.0, seconds - SPUN_SECONDS) for seconds in took[name] / limit.amount))
-        unlike = dict.fromkeys(rows[-1]) | {"op": name, "threads": threads(), **_microseconds(each)}
-        rows.append(unlike | {"implementation": "cpu"})
+        row = dict.fromkeys(rows[-1]) | {"op": name, "threads": threads(), **_microseconds(each)}
+        rows.append(row | {"implementation": "cpu"})
     return [row | dict.fromkeys(f"speedup_vs_xla_{other}" for other in XLA) for row in rows]
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """The C++ kernels, where there are any, on one thread."""
+    """Runs the C++ kernels, if available, on one thread."""
     if cpu.unavailable():
         yield
         return
@@ -133,7 +133,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _limits(**calls: Call | None) -> dict[str, Call]:
-    """Those that can be measured here."""
+    """The calls that are available here."""
     return {name: call for name, call in calls.items() if call}
 
 
@@ -146,7 +146,7 @@ def _microseconds(took: Spread) -> Row:
 
 
 def _row(op: str, m: int, w: PackedArray, took: Spread, read: float | None, peak: float | None) -> Row:
-    """A row but for the speedups; read: bytes a second, peak: products a second."""
+    """A row without speedups; read: bytes per second, peak: multiply-accumulates per second."""
     n, k = w.shape
     choice, nbytes = choose_implementation(w), w.codes.nbytes
     return {
@@ -170,7 +170,7 @@ def _row(op: str, m: int, w: PackedArray, took: Spread, read: float | None, peak
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """Binary against ternary2, weights per second: the geometric mean over the shapes of each m."""
+    """Weights per second of binary relative to ternary2, geometric mean over the shapes of each m."""
     times: dict[int, list[float]] = {}
     for row in rows:
         if row["op"] == "packed_matmul" and row["format"] == "ternary2":
@@ -187,7 +187,7 @@ COLUMNS = (
 
 
 def show(row: Mapping[str, Any]) -> str:
-    """A row as a line under COLUMNS."""
+    """Formats a row as a line of the table with header COLUMNS."""
 
     def number(name: str, digits: int = 1, factor: int = 1) -> str:
         return "-" if row[name] is None else f"{factor * row[name]:.{digits}f}"
@@ -211,20 +211,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--suite", choices=sorted(SUITES), default="all")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="gpu: see bench_gpu.py")
-    parser.add_argument("--json", type=Path, help="write provenance, rows and summary here")
-    parser.add_argument("--working-set", type=int, default=256, help="MiB of matrices taken in turn")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time for each figure")
+    parser.add_argument("--json", type=Path, help="output file for provenance, rows and summary")
+    parser.add_argument("--working-set", type=int, default=256, help="MiB of matrices to cycle through")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time budget per figure")
     options = parser.parse_args(arguments)
 
-    told = provenance()
+    origin = provenance()
     if options.device == "gpu":
-        return _bench_gpu(parser, options, told)
-    print(f"{told['threads']} threads of {told['processor']}, commit {told['commit']}")
+        return _bench_gpu(parser, options, origin)
+    print(f"{origin['threads']} threads of {origin['processor']}, commit {origin['commit']}")
     if reason := cpu.unavailable():
         print(f"no ceiling, no peak, and XLA instead of the C++ kernels: {reason}")
     print(COLUMNS)
     working_set = options.working_set << 20
-    # More than any cache keeps, though a piece is read again in every other round.
+    # Larger than any cache, although a piece is read again in every other round.
     ceiling_data = ordinary_pages(4 * working_set)
     rows: list[Row] = []
     for shape in (None, *SUITES[options.suite]):
@@ -238,13 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += more
     ratios = summary(rows)
     for name, ratio in ratios.items():
-        print(f"{name}: {ratio:.2f} times the weights a second")
+        print(f"{name}: {ratio:.2f} times the weights per second")
     if options.json:
-        results = {"provenance": told, "rows": rows, "summary": ratios}
+        results = {"provenance": origin, "rows": rows, "summary": ratios}
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _bench_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, told: dict[str, Any]) -> None:
+def _bench_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, origin: dict[str, Any]) -> None:
     from bitnet_kernels import bench_gpu
 
     if options.suite not in bench_gpu.GPU_SUITES:
@@ -255,7 +255,7 @@ def _bench_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, tol
         parser.error(
             f"--device gpu: JAX runs on {jax.default_backend()!r}; install jax[cuda13] on a machine with a GPU"
         )
-    results = {"provenance": told, **bench_gpu.run(options.suite, options.seconds)}
+    results = {"provenance": origin, **bench_gpu.run(options.suite, options.seconds)}
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

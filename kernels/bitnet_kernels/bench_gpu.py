@@ -1,12 +1,12 @@
-"""Checks and times the packed products of a GPU.
+"""Checks and benchmarks packed products on a GPU.
 
-    python -m bitnet_kernels.bench --device gpu --json gpu.json          # --suite decode or prefill for a part
+    python -m bitnet_kernels.bench --device gpu --json gpu.json          # --suite decode or prefill for a subset
 
-First, on random data, every format and a range of shapes against the reference on the host, bit for bit; the memory of
-a result held NaN before. Only then the clock. What is timed are programs of several products, one after the other over
-different matrices; the time of a product is the slope between a short and a long program, so that what it costs to
-start one cancels. Packed products and XLA's bfloat16 and int8 ones are timed in turn, round after round; so are, before
-them, a copy of memory and large dense products, which tell what the device can do.
+First, every format and a range of shapes are compared bit for bit with the reference on the host, on random data and
+with result memory that held NaN before. Timing follows only if all agree. The time of a product is the slope between
+a short and a long program of consecutive products of different matrices, so the launch overhead cancels. Packed
+products and XLA's bfloat16 and int8 products are timed in interleaved rounds; before them, so are a memory copy and
+large dense products, which measure the limits of the device.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from bitnet_kernels.timing import dense, interleaved
 FORMATS = ("binary", "ternary2")
 XLA = ("bfloat16", "int8")
 CACHE_BYTES = 128 << 20  # more than the second-level cache of any GPU
-FEWEST, MOST = 8, 48  # products of a long program
+FEWEST, MOST = 8, 48  # products in a long program
 PEAK = Shape(8192, 8192, 8192)
 COPY_BYTES = 1 << 30
 
 Row = dict[str, Any]
-# a short program, a long one, how many products more the long one has
+# (short program, long program, number of additional products in the long one)
 Programs = tuple[Callable[[int], Any], Callable[[int], Any], int]
 
 
 def check(shapes: Sequence[Shape] = GPU_CHECKED) -> list[Row]:
-    """One row for every format and shape; `wrong` counts results that are not bit for bit those of the reference."""
+    """One row per format and shape; `wrong` counts results that differ from the reference in any bit."""
     rows = []
     for format in FORMATS:
         for m, n, k in shapes:
@@ -49,7 +49,7 @@ def check(shapes: Sequence[Shape] = GPU_CHECKED) -> list[Row]:
             moved = for_platform(jax.device_put(w, jax.devices()[0]))
             multiply = jax.jit(packed_matmul).lower(x, moved).compile()
             poison = jnp.full((16, m, n), jnp.nan).block_until_ready()
-            del poison  # its memory is what the product gets
+            del poison  # the product reuses its memory
             y = np.asarray(multiply(x, moved))
             row = {"op": "check", "format": format, "m": m, "n": n, "k": k}
             rows.append(row | _ran(moved) | {"wrong": int((y != expected).sum())})
@@ -57,7 +57,7 @@ def check(shapes: Sequence[Shape] = GPU_CHECKED) -> list[Row]:
 
 
 def limits(budget: float, peak: Shape = PEAK, copy_bytes: int = COPY_BYTES) -> dict[str, float]:
-    """Bytes a second of a copy (read and written ones), products a second of large dense matrices."""
+    """Bytes per second of a copy (read plus written), multiply-accumulates per second of large dense products."""
     data = jnp.zeros(copy_bytes // 4, jnp.int32)
     copies = jax.jit(lambda a, times: jax.lax.fori_loop(0, times, lambda _, a: a ^ 1, a))
     programs: dict[str, Programs] = {
@@ -78,7 +78,7 @@ def limits(budget: float, peak: Shape = PEAK, copy_bytes: int = COPY_BYTES) -> d
 def bench_shape(
     shape: Shape, measured: Mapping[str, float], budget: float, cache_bytes: int = CACHE_BYTES
 ) -> list[Row]:
-    """One row per format; measured: what `limits` gave."""
+    """One row per format; measured: the result of `limits`."""
     m, n, k = shape
     random = np.random.default_rng(0)
     codes = jnp.asarray(random.integers(-127, 128, (m, k), np.int8))
@@ -109,7 +109,7 @@ def bench_shape(
 
 
 def run(suite: str, budget: float) -> dict[str, Any]:
-    """Checks, limits and rows of a suite; prints as it goes. Raises RuntimeError where a product is wrong."""
+    """Checks, limits and rows of a suite, printed as they come. Raises RuntimeError if a product is wrong."""
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
     checks = check()
@@ -143,12 +143,12 @@ def _ran(w: PackedArray) -> Row:
 
 
 def _copies(w: Any, nbytes: int, cache_bytes: int) -> list[Any]:
-    """Equal matrices in memory of their own, more than a cache holds where that takes no more than MOST."""
+    """Separate copies of a matrix, in all larger than the cache but at most MOST."""
     return [jax.tree.map(jnp.copy, w) for _ in range(max(FEWEST, min(MOST, -(-cache_bytes // nbytes))))]
 
 
 def _programs(multiply: Any, x: jax.Array, weights: Sequence[Any], short: int = 2) -> Programs:
-    """Programs that multiply x by the first few matrices and by all."""
+    """Programs that multiply x by the first `short` matrices and by all."""
 
     @jax.jit
     def products(x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
@@ -156,7 +156,7 @@ def _programs(multiply: Any, x: jax.Array, weights: Sequence[Any], short: int = 
         for w in weights:
             y = multiply(x, w)
             results.append(y)
-            x, _ = jax.lax.optimization_barrier((x, y))  # or XLA would merge products of one x
+            x, _ = jax.lax.optimization_barrier((x, y))  # keeps XLA from merging products of the same x
         return results
 
     def program(some: Sequence[Any]) -> Callable[[int], Any]:
@@ -166,7 +166,7 @@ def _programs(multiply: Any, x: jax.Array, weights: Sequence[Any], short: int = 
 
 
 def _slopes(programs: Mapping[str, Programs], budget: float) -> dict[str, float]:
-    """Seconds of one product of each. Raises RuntimeError where noise hides it."""
+    """Seconds per product of each program. Raises RuntimeError if noise exceeds it."""
     calls: dict[tuple[str, str], Callable[[int], Any]] = {}
     for name, (short, long, _) in programs.items():
         calls |= {(name, "short"): short, (name, "long"): long}
@@ -175,8 +175,8 @@ def _slopes(programs: Mapping[str, Programs], budget: float) -> dict[str, float]
         name: (took[name, "long"].median - took[name, "short"].median) / more
         for name, (_, _, more) in programs.items()
     }
-    if hidden := [name for name, seconds in slopes.items() if seconds <= 0]:
+    if noisy := [name for name, seconds in slopes.items() if seconds <= 0]:
         raise RuntimeError(
-            f"more work took no longer ({', '.join(hidden)}): is something else running? raise --seconds"
+            f"timing noise exceeds the signal ({', '.join(noisy)}); stop other programs or raise --seconds"
         )
     return slopes

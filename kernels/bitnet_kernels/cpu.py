@@ -1,4 +1,4 @@
-"""The CPU backend: the C++ library, its instruction sets, and the custom calls under jit and vmap."""
+"""The CPU backend: the C++ library, its instruction sets, and its custom calls under jit and vmap."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _loading = threading.Lock()
 
 @functools.cache
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
-    """(the library with its custom calls registered, "") or (None, why it cannot be used)."""
+    """(library with its custom calls registered, "") or (None, reason why it cannot be used)."""
     if not path.exists():
         return None, f"{path.name} was not built; with a C++17 compiler present, install again to build it"
     try:
@@ -58,8 +58,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         library.bitnet_kernels_dot_peak.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         library.bitnet_kernels_set_thread_count.argtypes = [ctypes.c_int64]
     except AttributeError as error:
-        return None, f"{path.name} is of another version ({error}); install again to build it"
-    # Registering a custom call that was built with newer headers would disable XLA's whole CPU backend.
+        return None, f"{path.name} is from another version ({error}); install again to build it"
+    # Registering a custom call built with newer headers would disable XLA's entire CPU backend.
     header = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text()
     found = re.search(r"#define XLA_FFI_API_MINOR (\d+)", header)
     runtime = int(found.group(1)) if found else -1
@@ -74,24 +74,24 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
 
 
 def load() -> tuple[ctypes.CDLL | None, str]:
-    """(library, "") or (None, reason); loads and registers once, whatever the number of threads."""
+    """(library, "") or (None, reason); loads and registers once, thread-safe."""
     with _loading:
         return _load(LIBRARY)
 
 
 def unavailable() -> str | None:
-    """Why the C++ kernels cannot be used, or None where they can."""
+    """Why the C++ kernels cannot be used, or None if they can."""
     return load()[1] or None
 
 
 def available_isas() -> tuple[str, ...]:
-    """The instruction sets that this processor and the library have, slowest first; () without a library."""
+    """Instruction sets supported by both processor and library, slowest first; () without a library."""
     library, _ = load()
     return tuple(library.bitnet_kernels_available_isas().decode().split(",")) if library else ()
 
 
 def known_isas() -> tuple[str, ...]:
-    """The instruction sets that the library was compiled with, slowest first; () without a library."""
+    """Instruction sets that the library was compiled with, slowest first; () without a library."""
     library, _ = load()
     return tuple(library.bitnet_kernels_known_isas().decode().split(",")) if library else ()
 
@@ -99,7 +99,9 @@ def known_isas() -> tuple[str, ...]:
 def isa() -> str:
     """The instruction set in use: the one named by BITNET_KERNELS_ISA, or the fastest available.
 
-    Raises RuntimeError without a library and ValueError for a name that is unknown or not available here.
+    Raises:
+      RuntimeError: the library is missing.
+      ValueError: the name is unknown or not available here.
     """
     available = available_isas()
     if not available:
@@ -118,10 +120,10 @@ def isa() -> str:
 def resolve(
     operation: str, implementation: str | None, obstacle: str | None
 ) -> tuple[str | None, str | None]:
-    """(implementation, instruction set) of an operation that obstacle keeps from the C++ kernels, if anything does.
+    """(implementation, instruction set) of an operation; obstacle: why it cannot use the C++ kernels, or None.
 
-    (None, isa) leaves the choice to the platform of compilation. Where the kernels would be missed, XLA takes their
-    place with one warning; implementation="cpu" is an order then refused by a NotImplementedError.
+    (None, isa) leaves the choice to the platform compiled for. With an obstacle, XLA replaces the kernels, with one
+    warning on CPU, and implementation="cpu" raises NotImplementedError.
     """
     if implementation == "reference":
         return "reference", None
@@ -141,9 +143,11 @@ def warn_once(operation: str, obstacle: str) -> None:
 
 
 def set_thread_count(count: int) -> None:
-    """Sets the number of threads that the kernels run on from now on; the default is the number of processors.
+    """Sets the number of threads of the kernels; the default is the number of processors. Results do not depend on it.
 
-    Raises RuntimeError without a library and ValueError for less than one thread. Results do not depend on it.
+    Raises:
+      RuntimeError: the library is missing.
+      ValueError: count is less than one.
     """
     library, reason = load()
     if library is None:
@@ -156,7 +160,7 @@ def set_thread_count(count: int) -> None:
 def integer_matmul(x: jax.Array, w: PackedArray, *, isa_name: str | None = None) -> jax.Array:
     """int8 codes [m, k] times a packed matrix -> int32 [G, m, n]; the definition is reference.integer_matmul.
 
-    isa_name: an instruction set other than `isa()`. Under vmap a batch axis of x is folded into its rows.
+    isa_name: overrides `isa()`. Under vmap a batch axis of x is folded into its rows.
     """
     return _integer_call(w.format, w.groups, w.shape[0], isa_name or isa())(x, w.codes)
 
@@ -164,11 +168,11 @@ def integer_matmul(x: jax.Array, w: PackedArray, *, isa_name: str | None = None)
 def scaled_matmuls(
     x: jax.Array, ws: Sequence[PackedArray], *, activation_bits: int = 8, isa_name: str | None = None
 ) -> tuple[jax.Array, ...]:
-    """x [m, k], int8 codes or float32, times packed matrices and their scales -> float32 [m, n] of each.
+    """x [m, k], int8 codes or float32, times packed matrices and their scales -> float32 [m, n] for each.
 
-    float32 rows are quantized first. activation_bits=1: the codes of x are all -1 or 1; products with binary
-    matrices count bits. The definition is reference.scaled_matmuls, bit for bit, without its
-    [G, m, n] sums in memory; all matrices are one parallel loop.
+    float32 rows are quantized first. activation_bits=1: all codes of x are -1 or 1, and products with binary matrices
+    use popcounts. Bit-identical to reference.scaled_matmuls, without its [G, m, n] sums in memory; all matrices share
+    one parallel loop.
     """
     matrices = tuple((w.format, w.shape[0]) for w in ws)
     bits = 1 if activation_bits == 1 and all(w.format == "binary" for w in ws) else 8
@@ -204,9 +208,9 @@ def exact_top_logits(
     x: jax.Array, table: jax.Array, digits: jax.Array, x_scale: jax.Array, sums: jax.Array, w_scale: jax.Array,
     bounds: jax.Array, top: int, isa_name: str,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Logits float32 [m, n] and the number of candidates int32 [m]; see head_exact.py.
+    """Logits float32 [m, n] and number of candidates int32 [m]; see head_exact.py.
 
-    digits int8 [2, m, k], x_scale float32 [m], sums int32 [2 m, n]: digits times the codes of the table.
+    digits int8 [2, m, k], x_scale float32 [m], sums int32 [2 m, n] = digits times the codes of the table.
     """
     (m, k), n = x.shape, table.shape[0]
     results = jax.ShapeDtypeStruct((m, n), np.float32), jax.ShapeDtypeStruct((m,), np.int32)

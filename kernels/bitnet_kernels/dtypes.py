@@ -1,6 +1,6 @@
-"""Which types of numbers an operation takes. Anything else is an error, never a silent conversion.
+"""Dtypes that operations accept. Anything else is an error, never a silent conversion.
 
-NumPy arrays become JAX arrays first, as in every function of JAX: float64 and int64 are float32 and int32 there, unless
+NumPy arrays first become JAX arrays, as in all JAX functions: float64 and int64 become float32 and int32 unless
 jax_enable_x64 is set.
 """
 
@@ -14,7 +14,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 
 def floats(name: str, x: ArrayLike) -> jax.Array:
-    """x as an array of one of FLOATS; `name` says in the error what it is.
+    """x as an array with a dtype in FLOATS; `name` identifies it in the error.
 
     Raises:
       ValueError: x has another dtype.
@@ -26,7 +26,7 @@ def floats(name: str, x: ArrayLike) -> jax.Array:
 
 
 def integers(name: str, x: ArrayLike) -> jax.Array:
-    """x as an array of integers, signed or not; bool is none.
+    """x as an array of a signed or unsigned integer dtype, which excludes bool.
 
     Raises:
       ValueError: x has another dtype.

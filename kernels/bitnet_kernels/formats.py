@@ -1,7 +1,7 @@
-"""Codecs between integer codes and packed bytes: the only place that knows the bit order.
+"""Codecs between integer codes and packed bytes: the only Python code that depends on the bit order.
 
-The bit order itself is written down in PackedArray's docstring and drawn in kernels/README.md. All
-functions are jnp: they run under jit, on any device, and under vmap.
+The bit order is specified in PackedArray's docstring and drawn in kernels/README.md. All functions are jnp: they run
+under jit and vmap, on any device.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from bitnet_kernels.packed import (
 
 
 def pack(codes: jax.Array, scale: jax.Array, format: str, layout: str = "panel16") -> PackedArray:
-    """Packs integer codes int8 [n, k] and their scale (shape rule of PackedArray).
+    """Packs integer codes int8 [n, k] and their scale (for its shape see PackedArray).
 
-    Raises ValueError for an unknown format or layout, a wrong dtype or shape, and, when the values can
-    be seen (not under jit), for a code that the format cannot hold.
+    Raises:
+      ValueError: an unknown format or layout, a wrong dtype or shape, or, unless traced, a code that the format
+        cannot represent.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; expected one of {sorted(FORMATS)}")
@@ -46,7 +47,7 @@ def pack(codes: jax.Array, scale: jax.Array, format: str, layout: str = "panel16
 
 
 def relayout(w: PackedArray, layout: str) -> PackedArray:
-    """The same matrix in another layout: the same codes and the same scale, bit for bit."""
+    """The same matrix, with identical codes and scale, in another layout."""
     return w if w.layout == layout else pack(unpack(w), w.scale, w.format, layout)
 
 
@@ -56,7 +57,7 @@ def _encode_panels(codes: jax.Array, format: str, groups: int) -> jax.Array:
     form = FORMATS[format]
     n, k = codes.shape
     panels, blocks, block_bytes = codes_shape(format, (n, k), groups)
-    fields = _fields(codes, format)  # padded as fields, so that padding is zero
+    fields = _fields(codes, format)  # pad after conversion to fields, so that padding bits are zero
     fields = fields.reshape(n, groups, k // groups)
     row_padding, group_padding = panels * PANEL_ROWS - n, blocks * form.block_k // groups - k // groups
     fields = jnp.pad(fields, ((0, row_padding), (0, 0), (0, group_padding)))
@@ -69,7 +70,7 @@ def unpack(w: PackedArray) -> jax.Array:
     """The integer codes int8 [n, k] of a packed matrix; unpack(pack(codes, ...)) == codes.
 
     Raises:
-      ValueError: w breaks an invariant of PackedArray that shows without its values.
+      ValueError: w violates an invariant of PackedArray other than those on its values.
     """
     validate(w, contents=False)
     _, decode = _CODECS[w.layout]
@@ -77,7 +78,7 @@ def unpack(w: PackedArray) -> jax.Array:
 
 
 def _fields(codes: jax.Array, format: str) -> jax.Array:
-    """Codes as indices into the values of the format, in uint8, where code - lowest of int8 does not overflow."""
+    """Codes as indices into the values of the format, computed in uint8, where code - lowest cannot overflow."""
     values = FORMATS[format].values
     return (codes.astype(jnp.uint8) - jnp.uint8(values.start % 256)) // jnp.uint8(values.step)
 
@@ -93,7 +94,7 @@ def _decode_panels(packed: jax.Array, format: str, shape: tuple[int, int], group
     """uint8 [panels, blocks, 64] -> int8 [n, k]."""
     form = FORMATS[format]
     (n, k), (panels, blocks, _) = shape, packed.shape
-    # The four bytes of a row as one word: a quarter of the elements to transpose.
+    # Treat the four bytes of a row as one word: a quarter of the elements to transpose.
     words = jax.lax.bitcast_convert_type(packed.reshape(panels, blocks, PANEL_ROWS, 4), jnp.uint32)
     row_bytes = jax.lax.bitcast_convert_type(words.transpose(0, 2, 1), jnp.uint8)
     fields = [_digit(row_bytes, s, form.base) for s in range(form.fields)]
@@ -102,13 +103,13 @@ def _decode_panels(packed: jax.Array, format: str, shape: tuple[int, int], group
 
 
 def _digit(byte: jax.Array, s: int, base: int) -> jax.Array:
-    """Digit s of a uint8 in a base; base 256 has one digit and does not fit the type."""
+    """Digit s of a uint8 in a base; base 256, which does not fit the type, has one digit."""
     return byte if base == 256 else byte // jnp.uint8(base**s) % jnp.uint8(base)
 
 
 @jax.jit(static_argnames=("format", "groups"))
 def _encode_columns(codes: jax.Array, format: str, groups: int) -> jax.Array:
-    """int8 [n, k] -> uint8 [K / P, n]; scale groups change nothing."""
+    """int8 [n, k] -> uint8 [K / P, n]; independent of scale groups."""
     (n, k), form = codes.shape, FORMATS[format]
     rows, _ = codes_shape(format, (n, k), groups, "column")
     padded = jnp.pad(codes.T, ((0, rows * form.fields - k), (0, 0)))
@@ -128,7 +129,7 @@ def _decode_columns(packed: jax.Array, format: str, shape: tuple[int, int], grou
     if format == "binary":
         signs = fields.reshape(-1, 8, 4, 2, n).transpose(0, 3, 1, 2, 4).reshape(-1, n)
         return (1 - 2 * signs.astype(jnp.int8))[:k].T
-    left = 8 - 8 // form.fields  # the field to the top of the byte and back, with its sign
+    left = 8 - 8 // form.fields  # shift the field to the top of the byte and back to extend its sign
     codes = (fields << left).astype(jnp.int8) >> left
     return codes.reshape(-1, n)[:k].T
 
@@ -153,7 +154,7 @@ def _decode_planes(packed: jax.Array, format: str, shape: tuple[int, int], group
 
 
 def _join(fields: jax.Array, base: int) -> jax.Array:
-    """uint8 [rows, fields, columns] -> uint8 [rows, columns]: the bytes whose digits the fields are."""
+    """uint8 [rows, fields, columns] -> uint8 [rows, columns]: combines fields as digits of bytes."""
     return sum((fields[:, s] * jnp.uint8(base**s) for s in range(1, fields.shape[1])), start=fields[:, 0])
 
 
@@ -165,7 +166,7 @@ _CODECS = {
 
 
 def dequantize(w: PackedArray) -> jax.Array:
-    """The float32 [n, k] matrix that w stands for: codes * scale, group by group."""
+    """The float32 [n, k] matrix represented by w: codes * scale, group by group."""
     n, k = w.shape
     codes = unpack(w).astype(jnp.float32).reshape(n, w.groups, w.group_size)
     return (codes * w.scale[:, :, None]).reshape(n, k)

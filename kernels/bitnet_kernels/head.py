@@ -1,4 +1,4 @@
-"""The output head of a language model: logits of a table of bfloat16 rows."""
+"""The output head of a language model: logits from a bfloat16 table."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ IMPLEMENTATIONS = ("cpu", "reference")
 def bfloat16_logits(x: jax.Array, table: jax.Array, *, implementation: str | None = None) -> jax.Array:
     """x float [..., k] times the transpose of a bfloat16 table [n, k] -> float32 [..., n].
 
-    x is used in float32, every weight widened to float32; nothing else is rounded but the sums. "cpu", the C++
-    kernel, sums in one fixed order (kernels/csrc/head.h): a logit has the same bits whatever the instruction
-    set, the number of threads and the other rows of x and of the table. "reference" is XLA's float32 product,
-    whose order is its own. Both are within n_k * 2^-24 * sum |x_i w_i| of the exact sum, n_k the additions that
-    one product goes through: at most k, in the kernel k / 16 + 4.
+    x and weights are converted to float32; only the sums are rounded. "cpu", the C++ kernel, sums in a fixed order
+    (kernels/csrc/head.h): a logit is bit-identical across instruction sets, thread counts and other rows of x and of
+    the table. "reference" is XLA's float32 product, with XLA's order of summation. Both are within
+    n_k * 2^-24 * sum |x_i w_i| of the exact sum, where n_k is the number of additions a product goes through: at most
+    k, in the kernel k / 16 + 4.
 
-    implementation=None takes "cpu" where code is compiled for a CPU and the library is there, else "reference",
-    with a warning on a CPU; a named one that cannot be used is a NotImplementedError with the reason. Works under
-    jit, vmap and grad; the gradient goes to x alone, dx = dy @ table.
+    implementation=None selects "cpu" when compiling for CPU with the library present, else "reference", with a
+    warning on CPU. Works under jit, vmap and grad; only x gets a gradient, dx = dy @ table.
 
     Raises:
-      ValueError: shapes or types that do not fit.
+      ValueError: inconsistent shapes or dtypes, an unknown implementation.
+      NotImplementedError: the named implementation cannot be used here.
     """
     x = jnp.asarray(x)
     check_operands(x, table)

@@ -1,6 +1,6 @@
-"""The largest logits of a bfloat16 head without reading most of it: an int8 copy finds the rows that matter.
+"""The largest logits of a bfloat16 head, reading only part of it: an int8 copy finds the candidate rows.
 
-The proof that none is missed stands in kernels/csrc/head_exact.h.
+kernels/csrc/head_exact.h proves that none is missed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bitnet_kernels.packed import PackedArray
 from bitnet_kernels.reference import absmax
 
 MAX_INPUTS = 2**16  # kMaxExactInputs in C++
-SMALLEST = 1e-30  # largest |x| of a row that still has digits; below it the bound alone decides
+SMALLEST = 1e-30  # smallest max|x| of a row with meaningful digits; below it only the bound decides
 
 
 class TopLogits(NamedTuple):
-    """Logits float32 [..., n], -inf where a row is no candidate; and the number of candidates, int32 [...]."""
+    """Logits float32 [..., n], -inf for rows that are not candidates, and number of candidates int32 [...]."""
 
     logits: jax.Array
     candidates: jax.Array
@@ -31,14 +31,13 @@ class TopLogits(NamedTuple):
 
 @jax.jit
 def head_bounds(table: jax.Array, w: PackedArray) -> jax.Array:
-    """float32 [2, n]: for each row t of a bfloat16 table [n, k] and its int8 copy w, at least |t - w| and |w|.
+    """float32 [2, n]: upper bounds of |t - w| and |w| for each row t of a bfloat16 table [n, k] and its int8 copy w.
 
-    Rounded up. With u = 2^-24, an element of t - w is computed as d, |t - w| <= |d| (1 + 2 u) + u |w|, and a sum
-    of k squares, taken relative to the largest so that none underflows, has k + 8 roundings; 2^-100 is more than
-    is lost to numbers flushed to zero.
+    With u = 2^-24, an element of t - w is computed as d with |t - w| <= |d| (1 + 2 u) + u |w|; a sum of k squares,
+    relative to the largest so that none underflows, has k + 8 roundings; 2^-100 exceeds what flushing to zero loses.
 
     Raises:
-      ValueError: the table is not bfloat16, or w no matrix of its shape.
+      ValueError: the table is not bfloat16, or w has another shape.
     """
     if table.dtype != jnp.bfloat16 or table.shape != w.shape:
         raise ValueError(f"table is {table.dtype}{list(table.shape)}; expected bfloat16{list(w.shape)}")
@@ -52,7 +51,7 @@ def head_bounds(table: jax.Array, w: PackedArray) -> jax.Array:
 
 def _norm(rows: jax.Array) -> jax.Array:
     largest = absmax(rows, keepdims=True)
-    # XLA multiplies by 1 / largest, which must neither be flushed to zero nor overflow.
+    # XLA multiplies by 1 / largest, which must not be flushed to zero or overflow.
     unit = jnp.where(largest > 1, np.float32(2.0**-32), np.float32(2.0**32))
     relative = (rows * unit) / jnp.where(largest > 0, largest * unit, 1)
     return largest[:, 0] * jnp.sqrt(jnp.sum(relative * relative, axis=1))
@@ -67,22 +66,23 @@ def exact_top_logits(
     *,
     implementation: str | None = None,
 ) -> TopLogits:
-    """The k largest logits of bfloat16_logits(x, table) of each row of x, bit for bit, and -inf for most others.
+    """The k largest logits per row of x, bit-identical to bfloat16_logits(x, table), and -inf for most others.
 
-    Which rows of the table get their logit is proved from the int8 products and `bounds`: the k largest, all that
-    equal the k-th, and those about which the bound cannot tell. The other logits are smaller than the k-th. So
-    whatever looks at the k largest logits alone (the argmax, top-k sampling) cannot tell the difference.
+    The int8 products and `bounds` determine the candidate rows of the table: the k largest logits, all that equal the
+    k-th, and those that the bound cannot exclude. All other logits are provably smaller than the k-th, so anything
+    that uses only the k largest (argmax, top-k sampling) gives the same result.
 
     Args:
-      x: float [..., inputs], of any value; a row with NaN or infinity has candidates only.
+      x: float [..., inputs]; for a row with NaN or infinity all rows of the table are candidates.
       table: bfloat16 [n, inputs].
-      w: the table in int8, one scale a row; how well it fits decides the number of candidates and nothing else.
+      w: the table in int8, one scale per row; its accuracy affects only the number of candidates.
       bounds: head_bounds(table, w).
-      k: at least 1; n or more: all rows are candidates.
-      implementation: as in bfloat16_logits; "reference" takes every row for a candidate.
+      k: at least 1; for n or more, all rows are candidates.
+      implementation: as in bfloat16_logits; with "reference" all rows are candidates.
 
     Raises:
-      ValueError: shapes, types or formats that do not fit.
+      ValueError: inconsistent shapes, dtypes or formats.
+      NotImplementedError: the named implementation cannot be used here.
     """
     x = jnp.asarray(x)
     check_operands(x, table)
@@ -95,7 +95,7 @@ def exact_top_logits(
     if bounds.shape != (2, n) or bounds.dtype != np.float32:
         raise ValueError(f"bounds are {bounds.dtype}{list(bounds.shape)}; expected head_bounds(table, w)")
     if k < 1 or inputs > MAX_INPUTS:
-        raise ValueError(f"k={k} of {inputs} inputs; expected k of at least 1, at most {MAX_INPUTS} inputs")
+        raise ValueError(f"got k={k}, {inputs} inputs; expected k >= 1 and at most {MAX_INPUTS} inputs")
     isa = choose_isa(implementation)
     rows = x.astype(jnp.float32).reshape(-1, inputs)
     if isa is None:
@@ -125,7 +125,7 @@ def _reference(rows: jax.Array, table: jax.Array) -> TopLogits:
 def two_digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x float32 [m, k] ~ scale (high + low / 254): digits int8 [2, m, k], scale float32 [m].
 
-    Nothing depends on how x was rounded: what the digits miss of x is measured and bounded.
+    Correctness does not depend on this rounding: the kernel measures and bounds the residual.
     """
     largest = jnp.maximum(absmax(x, keepdims=True), SMALLEST)
     scaled = x * (127 / largest)

@@ -1,4 +1,4 @@
-"""Rows of a bfloat16 table, without a float32 copy of all of it."""
+"""Row lookup in a bfloat16 table without converting all of it to float32."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from bitnet_kernels.dtypes import integers
 
 
 def bfloat16_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
-    """The rows of a table bfloat16 [n, k] at integer indices [...] -> float32 [..., k]; NaN for one outside.
+    """Rows of a table bfloat16 [n, k] at integer indices [...] -> float32 [..., k]; NaN for out-of-range indices.
 
-    XLA's CPU has no bfloat16 gather: it converts the whole table to float32 to take a few rows, on every step of
-    a generation. There a C++ loop takes them, where the library was built; the values are the same.
+    XLA's CPU backend has no bfloat16 gather: it converts the whole table to float32 in every decode step. On CPU a
+    C++ loop is used instead if the library was built; values are identical.
 
     Raises:
-      ValueError: the table is no bfloat16[n, k], or the indices are not integers.
+      ValueError: the table is not bfloat16[n, k], or the indices are not integers.
     """
     indices = integers("indices", indices)
     if table.dtype != jnp.bfloat16 or table.ndim != 2:
         raise ValueError(f"table is {table.dtype}{list(table.shape)}; expected bfloat16[n, k]")
     flat = indices.reshape(-1)
-    if flat.dtype.itemsize > 4:  # what lies outside must stay there
+    if flat.dtype.itemsize > 4:  # out-of-range indices must stay so in int32
         flat = jnp.clip(flat, -1, table.shape[0])
     flat = flat.astype(jnp.int32)
     branches = {} if cpu.unavailable() else {"cpu": cpu.lookup}

@@ -1,9 +1,9 @@
-"""What the machine is and what it can do at most: the figures that a benchmark divides by.
+"""Properties and limits of the machine, to relate benchmarks to.
 
-read_all      seconds of this are the ceiling of whatever reads weights once
-dot_peak      multiply-accumulates a second of int8 dot products on registers, the ceiling of prefill
-commit        what was measured
-provenance    commit, processor and versions, for the head of a results file
+read_all      memory read bandwidth, the limit of any product that reads its weights once
+dot_peak      rate of int8 dot products on registers, the limit of prefill
+commit        the measured revision
+provenance    commit, processor and versions, for the header of a results file
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from bitnet_kernels import cpu
 from bitnet_kernels.timing import threads
 
 CODE = ("*.py", "*.cc", "*.h", "*.toml", "Makefile")
-STEP = 256  # bytes: bitnet_kernels_read takes multiples of them
+STEP = 256  # bytes; bitnet_kernels_read requires multiples
 
 
 class Call(NamedTuple):
-    """`run(round)` does `amount` of something: bytes read, loops, products."""
+    """`run(round)` performs `amount` units of work: bytes read, loops or multiply-accumulates."""
 
     run: Callable[[int], Any]
     amount: int
 
 
 def read_all(data: np.ndarray, piece: int | None = None) -> Call | None:
-    """A call(round) that reads the bytes of `data` once with all threads; None without the C++ library.
+    """A call that reads the bytes of `data` once with all threads; None without the C++ library.
 
     Args:
-      piece: read only so many bytes a call, in turn, so that a call takes as long as what it is compared with: a
-        machine that is shared takes whole milliseconds away, which the median of longer calls does not leave out.
+      piece: bytes to read per call, cycling through `data`, so that a call takes as long as what it is compared with:
+        on a shared machine the median of longer calls includes interruptions of whole milliseconds.
     """
     library, _ = cpu.load()
     if library is None:
@@ -56,15 +56,15 @@ def read_all(data: np.ndarray, piece: int | None = None) -> Call | None:
 
 
 def ordinary_pages(nbytes: int) -> np.ndarray:
-    """Memory on pages of the size that weights lie on, be they XLA's arrays or a mapped file. NumPy asks for huge
-    pages, from which the same loop reads faster."""
+    """Memory on ordinary pages, like the weights in XLA arrays or a mapped file. NumPy requests huge pages, from which
+    the same loop reads faster."""
     data = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
     data[:] = 1
     return data
 
 
 def fork_join(loops: int = 1000) -> Call | None:
-    """A call(round) that starts and ends `loops` parallel loops, in each of which every thread spins for 2 us."""
+    """A call that runs `loops` parallel loops in which each thread spins for 2 us; None without the C++ library."""
     library, _ = cpu.load()
     if library is None:
         return None
@@ -72,9 +72,8 @@ def fork_join(loops: int = 1000) -> Call | None:
 
 
 def dot_peak(iterations: int = 1 << 20) -> Call | None:
-    """A call(round) that multiplies int8 on registers with all threads, by the instructions of the set in use; None
-    without the C++ library, or for a set that has no such loop. It takes some milliseconds: in less, a helper may
-    not be on its way yet."""
+    """A call that multiplies int8 on registers with all threads, using the current instruction set; None without the
+    C++ library or without such a loop for the set. It takes some milliseconds, so that helper threads have started."""
     library, _ = cpu.load()
     if library is None:
         return None
@@ -84,7 +83,7 @@ def dot_peak(iterations: int = 1 << 20) -> Call | None:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it (Linux), else its architecture."""
+    """The processor name if available (Linux), else the architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -106,9 +105,9 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the checkout that this file belongs to, "unknown" of an installed copy; "-dirty" where code differs from it.
+    """The commit of this checkout, with "-dirty" if code was changed; "unknown" for an installed copy.
 
-    Results, pages and figures do not count: a bench that writes one must not spoil the next.
+    Results, pages and figures are ignored, so that a benchmark that writes them does not affect the next one.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

@@ -1,4 +1,4 @@
-"""packed_matmul: argument checks, choice of implementation, gradient."""
+"""packed_matmul: argument validation, choice of implementation, gradient."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from bitnet_kernels.dtypes import FLOATS
 from bitnet_kernels.formats import dequantize, relayout
 from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
 
-# x [m, k], int8 codes or float32, and packed matrices -> float32 [m, n] of each
+# (x [m, k], int8 codes or float32; packed matrices) -> float32 [m, n] for each
 ScaledMatmuls = Callable[[jax.Array, Sequence[PackedArray]], tuple[jax.Array, ...]]
 IMPLEMENTATIONS = ("cpu", "gpu", "reference", "tpu")
-_XLA_PLATFORM = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # what lax.platform_dependent calls them
+_XLA_PLATFORM = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # names in lax.platform_dependent
 
 
 class Choice(NamedTuple):
-    """What packed_matmul runs, and why: one of IMPLEMENTATIONS, its instruction set if it has one."""
+    """What packed_matmul runs: one of IMPLEMENTATIONS, its instruction set if any, and the reason."""
 
     name: str
     isa: str | None
@@ -34,10 +34,10 @@ class Choice(NamedTuple):
 
 
 def choose_implementation(w: PackedArray, platform: str | None = None) -> Choice:
-    """The implementation that packed_matmul(implementation=None) takes for w on a platform.
+    """The implementation that packed_matmul(implementation=None) selects for w on a platform.
 
-    platform is "cpu", "gpu" or "tpu", or None for JAX's default. Raises ValueError where
-    BITNET_KERNELS_ISA names an instruction set that this machine lacks.
+    platform is "cpu", "gpu" or "tpu", or None for JAX's default. Raises ValueError if BITNET_KERNELS_ISA names an
+    instruction set that this machine lacks.
     """
     platform = platform or jax.default_backend()
     reason = _obstacle(w, platform)
@@ -52,7 +52,7 @@ def choose_implementation(w: PackedArray, platform: str | None = None) -> Choice
 
 
 def for_platform(w: PackedArray, platform: str | None = None) -> PackedArray:
-    """w in the layout of the kernels of a platform (None: JAX's default); unchanged where none can multiply by it."""
+    """w in the layout for a platform (None: JAX's default); unchanged if no kernel of the platform supports it."""
     platform = platform or jax.default_backend()
     layout = next((name for name, where in LAYOUTS.items() if where == platform), None)
     if layout in (None, w.layout) or layout not in FORMATS[w.format].layouts:
@@ -62,7 +62,7 @@ def for_platform(w: PackedArray, platform: str | None = None) -> PackedArray:
 
 
 def _obstacle(w: PackedArray, platform: str) -> str | None:
-    """Why the kernels of a platform cannot multiply by w, or None."""
+    """Why the kernels of a platform cannot use w, or None if they can."""
     layout = next((name for name, where in LAYOUTS.items() if where == platform), None)
     if layout is None:
         return f"there are no kernels for platform {platform!r}"
@@ -71,12 +71,14 @@ def _obstacle(w: PackedArray, platform: str) -> str | None:
             return f"{w.format} has no layout for platform {platform!r}"
         return f"layout {w.layout!r} is for platform {LAYOUTS[w.layout]!r}; call relayout(w, {layout!r}) once"
     if w.group_size > (most := FORMATS[w.format].max_inputs):
-        return f"k={w.group_size} inputs a group exceed the {most} of the int32 accumulators of {w.format}"
+        return (
+            f"k={w.group_size} inputs per group exceed the {most} that int32 accumulators of {w.format} allow"
+        )
     return cpu.unavailable() if platform == "cpu" else _pallas(platform).obstacle(w)
 
 
 def _pallas(platform: str) -> ModuleType:
-    """The Pallas backend of a platform, imported where it is needed: a CPU does without Pallas."""
+    """The Pallas backend of a platform, imported lazily: CPU needs no Pallas."""
     return importlib.import_module(f"bitnet_kernels.pallas_{platform}")
 
 
@@ -87,23 +89,21 @@ def packed_matmul(
 
     x float (one of dtypes.FLOATS), activation_bits=8: x is quantized to int8 per token
     (reference.quantize_activations), multiplied in integers and rescaled in float32,
-    y = sum_g(sums_g * w.scale_g) * x.scale. Its gradient to x goes straight through the rounding:
-    dx = dy @ dequantize(w). w gets no gradient.
-    x int8: x holds codes already; returns sum_g(sums_g * w.scale_g), which the caller multiplies by the
-    scale of the tokens. activation_bits=1 promises that all of them are -1 or 1 (nothing checks it), and
-    products with a binary w count bits.
+    y = sum_g(sums_g * w.scale_g) * x.scale. The gradient to x is straight-through, dx = dy @ dequantize(w); w gets
+    none.
+    x int8: x holds codes; returns sum_g(sums_g * w.scale_g), which the caller multiplies by the scale of the tokens.
+    activation_bits=1 asserts that all codes are -1 or 1 (unchecked); products with a binary w then use popcounts.
     x float, activation_bits=None: weight-only; a float32 product with the unpacked codes, by XLA.
 
-    implementation=None takes what choose_implementation names, on the platform that the code is compiled
-    for: the kernels of that platform need their own layout of w (LAYOUTS; relayout converts). A name is an order,
-    refused by a NotImplementedError with the reason where it cannot be followed. All give the same bits.
-    BITNET_KERNELS_ISA is read when a call is traced.
-    Works under jit, grad, vmap (of x and of w), scan and while_loop; inside shard_map, build a PackedArray of
-    the local codes and scale with the local shape.
+    implementation=None selects what choose_implementation returns for the platform compiled for, whose kernels need
+    their own layout of w (LAYOUTS; relayout converts). A name forces an implementation. All are bit-identical.
+    BITNET_KERNELS_ISA is read at trace time.
+    Works under jit, grad, vmap (over x and w), scan and while_loop; inside shard_map, build a PackedArray of the
+    local codes and scale with the local shape.
 
     Raises:
-      ValueError: a dtype or shape that does not fit, an unknown option.
-      NotImplementedError: a named implementation that cannot be used.
+      ValueError: an invalid dtype or shape, an unknown option.
+      NotImplementedError: the named implementation cannot be used here.
     """
     return packed_matmuls(x, (w,), activation_bits=activation_bits, implementation=implementation)[0]
 
@@ -115,8 +115,8 @@ def packed_matmuls(
     activation_bits: int | None = 8,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
-    """packed_matmul of one x with several matrices of k inputs: x is quantized once, and the C++ kernels
-    run them as one parallel loop. The results are those of packed_matmul, bit for bit."""
+    """packed_matmul of one x with several matrices of k inputs: x is quantized once, and the C++ kernels run all
+    matrices in one parallel loop. Results are bit-identical to packed_matmul."""
     for w in ws:
         validate(w, contents=False)
     x = jnp.asarray(x)
@@ -148,7 +148,7 @@ def packed_matmuls(
 
 
 def _resolve(ws: Sequence[PackedArray], implementation: str | None) -> tuple[str, str | None, bool]:
-    """(implementation, its instruction set, whether nothing else may run), with a warning where XLA steps in."""
+    """(implementation, its instruction set, whether fallback is forbidden); warns if XLA replaces the kernels."""
     if implementation == "reference":
         return "reference", None, True
     kernels, here = implementation or LAYOUTS[ws[0].layout], jax.default_backend()
@@ -188,7 +188,7 @@ def _matmuls(
 def _scaled_matmuls(
     implementation: str, activation_bits: int | None, isa: str | None, ordered: bool
 ) -> ScaledMatmuls:
-    """The kernels, on the platform they are for; on any other XLA, or an error when they were ordered."""
+    """The kernels on their platform; on any other XLA, or an error if they were named explicitly (`ordered`)."""
     if implementation == "reference":
         return reference.scaled_matmuls
     if implementation == "cpu":

@@ -1,4 +1,4 @@
-"""PackedArray: a weight matrix of one to eight bits per element, as a pytree."""
+"""PackedArray: a weight matrix with 1 to 8 bits per element, as a pytree."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import jax
 import numpy as np
 
 BLOCK_BYTES = 64  # one AVX-512 vector, one cache line
-PANEL_ROWS = 16  # rows of a panel: one 32-bit lane of the block each
-LAYOUTS = {"panel16": "cpu", "column": "tpu", "plane": "gpu"}  # layout -> the platform whose kernels read it
-COLUMN_K = 256  # inputs that a column is padded to a multiple of: whole 8-bit tiles of a TPU in every format
-PLANE_ROWS, PLANE_K = 128, 512  # a tile of two warpgroups' rows and one pipeline step
+PANEL_ROWS = 16  # rows of a panel, one 32-bit lane of a block each
+LAYOUTS = {"panel16": "cpu", "column": "tpu", "plane": "gpu"}  # layout -> platform whose kernels use it
+COLUMN_K = 256  # columns are padded to a multiple of it: whole 8-bit TPU tiles in every format
+PLANE_ROWS, PLANE_K = 128, 512  # tile: rows of two warpgroups, inputs of one pipeline step
 
 
 class Format(NamedTuple):
-    """How codes become bytes: byte = sum over s of field_s * base^s, field = index of the code in `values`."""
+    """Encoding of codes in bytes: byte = sum over s of field_s * base^s, field = index of the code in `values`."""
 
     base: int
     fields: int  # P, codes per byte
-    values: range  # the codes there are
-    max_inputs: int = 2**18  # of a scale group, with which no int32 accumulator of any kernel overflows
+    values: range  # the possible codes
+    max_inputs: int = 2**18  # per scale group, without int32 overflow in any kernel
     layouts: tuple[str, ...] = ("panel16", "column")
 
     @property
@@ -49,41 +49,41 @@ FORMATS: dict[str, Format] = {
 class PackedArray:
     """A matrix W [n, k] with W[r, c] = code(r, c) * scale(r, c).
 
-    Invariants (n, k = shape; P codes per byte: binary 8, ternary2 4, ternary5 5, int4 2, int8 1; `validate`
-    checks just these):
+    Invariants, checked by `validate` (n, k = shape; P codes per byte: binary 8, ternary2 4, ternary5 5, int4 2,
+    int8 1):
 
     * `format` is a key of FORMATS, `layout` one of its layouts, n >= 1, k >= 1.
-    * `scale` is finite float32: [1, 1] for the matrix, [n, 1] per output, or [n, G] per group of
-      g = k / G inputs, g a multiple of 32; group of input c is c // g.
+    * `scale` is finite float32: [1, 1] per matrix, [n, 1] per output, or [n, G] per group of g = k / G inputs, g a
+      multiple of 32; input c is in group c // g.
 
     Layout panel16:
 
-    * `codes` is uint8 [panels, blocks, 64] with panels = ceil(n / 16), blocks = G ceil(g / (4 P)): a group begins
-      with a block.
-    * byte 4 i + j of a block of panel p holds P fields as digits of base 2, 4, 3, 16 or 256, field 0
-      the lowest; field s of block b of a group is the code of row 16 p + i and input 4 P b + 4 s + j of it.
+    * `codes` is uint8 [panels, blocks, 64] with panels = ceil(n / 16), blocks = G ceil(g / (4 P)): each group starts
+      a new block.
+    * byte 4 i + j of a block of panel p holds P fields as digits in base 2, 4, 3, 16 or 256, field 0 lowest;
+      field s in block b of a group is the code of row 16 p + i and of input 4 P b + 4 s + j of the group.
     * a field is (code + 1) / 2 for binary, code + 1 for ternary2 (never 3) and ternary5, code + 8 for
       int4, code + 128 for int8.
-    * every field of a row >= n or an input beyond its group is zero.
+    * fields of rows >= n and of inputs beyond their group are zero.
 
-    Layout column, the transpose with the inputs of an output in a column:
+    Layout column, transposed: each column holds the inputs of one output:
 
     * `codes` is uint8 [K / P, n] with K = k rounded up to a multiple of 256.
     * byte q of column r holds inputs P q ... P q + P - 1 of row r, the first in the lowest bits, each in two's
-      complement of 8 / P bits (ternary2: 00, 01 or 11; never 10).
-    * binary has the sign bit alone, 1 for -1: of the eight bytes that hold inputs 64 u ... 64 u + 63, byte q has
+      complement with 8 / P bits (ternary2: 00, 01 or 11; never 10).
+    * binary has only the sign bit, 1 for -1: of the eight bytes that hold inputs 64 u ... 64 u + 63, byte q has
       input 64 u + 4 q + s in bit 2 s and input 64 u + 32 + 4 q + s in bit 2 s + 1.
-    * what stands for inputs beyond k does not matter: kernels multiply it by zero.
+    * codes of inputs >= k are arbitrary: kernels multiply them by zero.
 
     Layout plane, for binary and ternary2:
 
     * `codes` is uint8 [N, K / P] with N = n rounded up to a multiple of 128, K = k to a multiple of 512.
     * field s of byte j of the 512 / P bytes that hold inputs 512 b ... 512 b + 511 of a row is input
-      512 b + s 512 / P + j; fields are those of panel16.
-    * what stands for rows >= n or inputs >= k does not matter; a ternary2 field is never 3 there either.
+      512 b + s 512 / P + j; fields are as in panel16.
+    * codes of rows >= n or inputs >= k are arbitrary, but a ternary2 field is never 3.
 
-    `format`, `layout` and `shape` are static: two PackedArrays of one shape share a compilation.
-    Under vmap or scan the leaves may carry leading axes; the invariants hold for each slice.
+    `format`, `layout` and `shape` are static: PackedArrays of equal shape share compiled programs.
+    Under vmap or scan the leaves may have leading axes; the invariants hold for each slice.
     """
 
     codes: jax.Array
@@ -95,7 +95,7 @@ class PackedArray:
     def __repr__(self) -> str:
         """One line, without the arrays."""
         if not all(hasattr(leaf, "shape") and hasattr(leaf, "size") for leaf in (self.codes, self.scale)):
-            held = f"codes={self.codes}, scale={self.scale}"  # what tree functions put in place of arrays
+            held = f"codes={self.codes}, scale={self.scale}"  # placeholders of tree functions
         else:
             held = f"groups={self.groups}, nbytes={self.nbytes}"
         return f"PackedArray({self.format}, {self.layout}, shape={self.shape}, {held})"
@@ -107,7 +107,7 @@ class PackedArray:
 
     @property
     def group_size(self) -> int:
-        """Inputs per scale group (k when there is one group)."""
+        """Inputs per scale group (k for a single group)."""
         return self.shape[1] // self.groups
 
     @property
@@ -119,7 +119,7 @@ class PackedArray:
 def codes_shape(
     format: str, shape: tuple[int, int], groups: int = 1, layout: str = "panel16"
 ) -> tuple[int, ...]:
-    """The shape of the packed bytes of a matrix [n, k] with so many scale groups."""
+    """The shape of the packed bytes of a matrix [n, k]; groups: scale groups along the input."""
     (n, k), form = shape, FORMATS[format]
     if layout == "column":
         return COLUMN_K * -(-k // COLUMN_K) // form.fields, n
@@ -129,10 +129,9 @@ def codes_shape(
 
 
 def validate(w: PackedArray, *, contents: bool = True) -> None:
-    """Raises ValueError naming the first broken invariant of PackedArray.
+    """Raises ValueError naming the first violated invariant of PackedArray.
 
-    contents=False checks names, shapes and dtypes only. The values of traced arrays cannot be seen and
-    are skipped either way.
+    contents=False checks only names, shapes and dtypes. Values of traced arrays are never checked.
     """
     if w.format not in FORMATS:
         raise ValueError(f"format={w.format!r} is unknown; expected one of {sorted(FORMATS)}")
@@ -152,7 +151,7 @@ def validate(w: PackedArray, *, contents: bool = True) -> None:
 
 
 def validate_scale(scale: jax.Array, shape: tuple[int, int]) -> None:
-    """Raises ValueError unless scale is float32 [1, 1], [n, 1] or [n, G] with groups of 32 t inputs."""
+    """Raises ValueError unless scale is float32 [1, 1], [n, 1] or [n, G] with a multiple of 32 inputs per group."""
     n, k = shape
     if scale.dtype != np.float32:
         raise ValueError(f"scale is {scale.dtype}; expected float32")
@@ -186,7 +185,7 @@ def _validate_contents(w: PackedArray) -> None:
     rows = n - PANEL_ROWS * (codes.shape[0] - 1)
     if last_panel[:, rows:].any():
         raise ValueError(f"padding rows {n} to {PANEL_ROWS * codes.shape[0] - 1} are not zero")
-    # Input 4 s + j of the last block of a group is field s of byte j.
+    # Input 4 s + j in the last block of a group is field s of byte j.
     group_blocks = codes.shape[1] // w.groups
     last_blocks = codes.reshape(codes.shape[0], w.groups, group_blocks, PANEL_ROWS, 4)[:, :, -1]
     padded = form.block_k * group_blocks
@@ -197,6 +196,6 @@ def _validate_contents(w: PackedArray) -> None:
 
 
 def digits(packed: np.ndarray, form: Format) -> list[np.ndarray]:
-    """The fields of packed bytes, field 0 first: the digits of each byte in the base of the format."""
+    """The fields of packed bytes, field 0 first: digits of each byte in the base of the format."""
     wide = packed.astype(np.int32)
     return [wide // form.base**s % form.base for s in range(form.fields)]

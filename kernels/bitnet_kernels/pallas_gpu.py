@@ -1,13 +1,13 @@
 """The GPU backend: a Mosaic GPU kernel for Hopper that feeds packed bits to the tensor cores from registers.
 
-The product is taken transposed, W [n, k] times x^T, so that the packed matrix is the operand that a `wgmma` may take
-from registers. There one AND makes four int8 values of a 32-bit word: field s of every byte, left where it is, is the
-field times base^s. Each field has an int32 accumulator of its own, shifted once at the end; of weights, only packed
-bytes ever move. The top field, whose place is the sign of int8, is flipped by an XOR into base^s (field - base / 2).
-`integer_matmul` undoes both offsets with sums of x.
+The product is computed transposed, W [n, k] times x^T, because `wgmma` accepts its first operand from registers. There
+a single AND extracts four int8 values from a 32-bit word: field s of every byte, left in place, is the field times
+base^s. Each field has a separate int32 accumulator, shifted once at the end; weights are moved only as packed bytes.
+The top field, which occupies the sign bit of int8, is mapped by an XOR to base^s (field - base / 2). `integer_matmul`
+corrects for both offsets with sums of x.
 
-Two warpgroups multiply 64 outputs each while a third fetches the next steps of 512 inputs. With few outputs the inputs
-are split among blocks, so that all multiprocessors have work. For layout "plane" of PackedArray.
+Two warpgroups multiply 64 outputs each while a third prefetches the next steps of 512 inputs. With few outputs the
+inputs are split among blocks to occupy all multiprocessors. For layout "plane" of PackedArray.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from bitnet_kernels.batching import fold_batches
 from bitnet_kernels.packed import FORMATS, PLANE_K, PLANE_ROWS, PackedArray
 
 LAYOUT = "plane"
-OLDEST_JAX = (0, 11)  # before it plgpu.kernel had other arguments
-CAPABILITY = "9.0"  # Hopper, the one generation with wgmma
-MULTIPROCESSORS = 132  # of an H100 or H200
+OLDEST_JAX = (0, 11)  # older plgpu.kernel has other arguments
+CAPABILITY = "9.0"  # Hopper, the only generation with wgmma
+MULTIPROCESSORS = 132  # H100 and H200
 WARPGROUPS, WARPGROUP_ROWS = 2, 64
-PIPELINE_BYTES = 200 << 10  # of the 227 KiB of shared memory
+PIPELINE_BYTES = 200 << 10  # out of 227 KiB of shared memory
 MOST_STEPS = 8  # in flight
-ACCUMULATOR_ROWS = 256  # fields times rows of x: 128 registers of a thread
+ACCUMULATOR_ROWS = 256  # fields times rows of x: 128 registers per thread
 
 
 def obstacle(w: PackedArray) -> str | None:
-    """Why the kernel cannot multiply by w, or None."""
+    """Why the kernel cannot use w, or None if it can."""
     if jax.__version_info__ < OLDEST_JAX:
         return (
             f"the GPU kernel needs jax {'.'.join(map(str, OLDEST_JAX))} or newer, this is {jax.__version__}"
@@ -52,8 +52,8 @@ def obstacle(w: PackedArray) -> str | None:
 def integer_matmul(x: jax.Array, w: PackedArray, *, interpret: Any = None) -> jax.Array:
     """int8 codes [m, k] times a packed matrix -> int32 [1, m, n]; the definition is reference.integer_matmul.
 
-    interpret: parameters of Pallas's interpreter of GPU kernels, to run on any platform. It cannot multiply out of
-    registers; under it the int8 values take a way through shared memory.
+    interpret: parameters of Pallas's interpreter for GPU kernels, to run on any platform. It does not support
+    register operands; int8 values then pass through shared memory.
     """
     return _call(w.format, w.shape, interpret)(x, w.codes)
 
@@ -64,7 +64,7 @@ def scaled_matmul(x: jax.Array, w: PackedArray, *, interpret: Any = None) -> jax
 
 
 def scaled_matmuls(x: jax.Array, ws: Sequence[PackedArray], **options: Any) -> tuple[jax.Array, ...]:
-    """x [m, k], int8 codes or float32, times packed matrices and their scales -> float32 [m, n] of each."""
+    """x [m, k], int8 codes or float32, times packed matrices and their scales -> float32 [m, n] for each."""
     return reference.scaled_matmuls(x, ws, functools.partial(scaled_matmul, **options))
 
 
@@ -77,16 +77,16 @@ def _call(format: str, shape: tuple[int, int], interpret: Any) -> Callable[..., 
         (n, k), m = shape, x.shape[0]
         tile = next(
             (rows for rows in (8, 16, 32) if m <= rows), 64
-        )  # rows of x of a block: columns of a wgmma
+        )  # rows of x per block: columns of a wgmma
         tile = min(tile, ACCUMULATOR_ROWS // form.fields)
         tiles = codes.shape[0] // PLANE_ROWS * -(-m // tile)
         steps = codes.shape[1] * form.fields // PLANE_K
         splits = min(steps, max(1, MULTIPROCESSORS // tiles))
-        steps = -(-steps // splits)  # of each split; beyond the matrix, inputs of x are zero
+        steps = -(-steps // splits)  # per split; inputs of x beyond the matrix are zero
         padded = jnp.pad(x, ((0, -m % tile), (0, splits * steps * PLANE_K - k)))
         fields = _matmul(form.fields, tile, splits, steps, interpret)(codes, padded).sum(0).T[:m, :n]
 
-        # fields = sum over inputs of x field, but of x (field - base / 2) for inputs of the top field
+        # fields = sum over inputs of x field, but x (field - base / 2) for inputs in the top field
         wide = jnp.pad(x, ((0, 0), (0, -k % PLANE_K))).astype(jnp.int32)
         of_field = wide.reshape(m, -1, form.fields, PLANE_K // form.fields).sum((1, 3))
         fields = fields + form.base // 2 * of_field[:, -1:]
@@ -97,7 +97,7 @@ def _call(format: str, shape: tuple[int, int], interpret: Any) -> Callable[..., 
 
 
 def _matmul(fields: int, tile: int, splits: int, steps: int, interpret: Any) -> Callable[..., jax.Array]:
-    """(codes uint8 [N, K / P], x int8 [M, K']) -> int32 [splits, N, M]: products with fields, see the module."""
+    """(codes uint8 [N, K / P], x int8 [M, K']) -> int32 [splits, N, M]: products with fields, see module docs."""
     bits, width = 8 // fields, PLANE_K // fields
 
     def kernel(codes_gmem: Any, x_gmem: Any, sums_gmem: Any, sums_smem: Any, *values_smem: Any) -> None:

@@ -1,8 +1,8 @@
 """The TPU backend: a Pallas kernel that unpacks blocks of weights into on-chip memory and multiplies them in int8.
 
-A block is all inputs of some outputs. Its packed bytes come from HBM once; two-bit fields become int8 by a bitcast to
-int2 and a widening, bits by two bitwise operations more. Then blocks of rows of x multiply it on the matrix unit,
-summed in int32, while the next block is fetched. For layout "column" of PackedArray.
+A block has all inputs of some outputs. Its packed bytes are read from HBM once; two-bit fields are bitcast to int2 and
+widened to int8, single bits need two more bitwise operations. The matrix unit then multiplies it with blocks of rows
+of x, accumulating in int32, while the next block is fetched. For layout "column" of PackedArray.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from bitnet_kernels.batching import fold_batches
 from bitnet_kernels.packed import COLUMN_K, FORMATS, PackedArray
 
 LAYOUT = "column"
-TILE_ROWS = 32  # of an int8 tile: rows of x come in multiples of it
-MOST_CHUNK_K = 512  # inputs of one product on the matrix unit
+TILE_ROWS = 32  # of an int8 tile; rows of x are padded to a multiple
+MOST_CHUNK_K = 512  # most inputs per product on the matrix unit
 
-# Bytes of on-chip memory (VMEM) that a kernel may fill, by device kind: half of what a core has. Other devices get
-# the compiler's default. `make tpu-compile` shows that the kernels fit.
+# VMEM budget of a kernel in bytes, by device kind: half of the VMEM of a core. Other devices use the compiler's
+# default. `make tpu-compile` verifies that the kernels fit.
 VMEM_BYTES = {"TPU v5 lite": 64 << 20, "TPU v5": 32 << 20, "TPU v6 lite": 64 << 20, "TPU7x": 32 << 20}
 DEFAULT_VMEM_BYTES = 16 << 20
 WITHOUT_INT8 = ("TPU v2", "TPU v3", "TPU v4")
 
 
 def obstacle(w: PackedArray) -> str | None:
-    """Why the kernel cannot multiply by w, or None."""
+    """Why the kernel cannot use w, or None if it can."""
     if (kind := jax.devices()[0].device_kind) in WITHOUT_INT8:
         return f"the matrix unit of a {kind} has no int8 products"
     if _blocks(TILE_ROWS, w.format, w.shape[1], 1, _vmem_bytes(None)) is None:
@@ -45,8 +45,8 @@ def integer_matmul(
 ) -> jax.Array:
     """int8 codes [m, k] times a packed matrix -> int32 [G, m, n]; the definition is reference.integer_matmul.
 
-    device_kind: of the chip compiled for, a key of VMEM_BYTES; None: of the first device of this process.
-    interpret: run by XLA on any platform (True), or by the simulator that finds races (pltpu.InterpretParams).
+    device_kind: chip to compile for, a key of VMEM_BYTES; None: the first device of this process.
+    interpret: True runs on any platform through XLA; pltpu.InterpretParams runs a simulator that detects races.
     """
     return _call(w.format, w.shape, w.groups, False, device_kind, interpret)(x, w.codes)
 
@@ -61,7 +61,7 @@ def scaled_matmul(
 
 
 def scaled_matmuls(x: jax.Array, ws: Sequence[PackedArray], **options: Any) -> tuple[jax.Array, ...]:
-    """x [m, k], int8 codes or float32, times packed matrices and their scales -> float32 [m, n] of each."""
+    """x [m, k], int8 codes or float32, times packed matrices and their scales -> float32 [m, n] for each."""
     return reference.scaled_matmuls(x, ws, functools.partial(scaled_matmul, **options))
 
 
@@ -80,7 +80,7 @@ def _call(
         if blocks is None:
             raise NotImplementedError(f"{inputs} inputs do not fit {budget >> 20} MiB of on-chip memory")
         bm, bn = blocks
-        # A chunk of inputs becomes an axis of its own, which the kernel can index; lanes it could not.
+        # Chunks of inputs become a separate axis, because the kernel cannot index lanes.
         x = jnp.pad(x, ((0, rows - m), (0, inputs - k if groups == 1 else 0)))
         x = x.reshape(rows, -1, chunk).transpose(1, 0, 2)
         dtype, sums = (jnp.float32, ()) if scaled else (jnp.int32, (groups,))
@@ -111,7 +111,7 @@ def _kernel(x_ref: Any, codes_ref: Any, *refs: Any, format: str, groups: int, sc
     chunks, _, chunk = x_ref.shape
     block = y_ref.shape[-2:]
 
-    @pl.when(pl.program_id(1) == 0)  # once for all rows of x
+    @pl.when(pl.program_id(1) == 0)  # once for all blocks of rows of x
     def unpack_all() -> None:
         packed_rows = COLUMN_K // FORMATS[format].fields
 
@@ -146,13 +146,13 @@ def _kernel(x_ref: Any, codes_ref: Any, *refs: Any, format: str, groups: int, sc
 
 
 def _unpack(packed: jax.Array, format: str) -> jax.Array:
-    """uint8 [q, bn] of a column layout -> int8 codes [P q, bn]."""
+    """uint8 [q, bn] in column layout -> int8 codes [P q, bn]."""
     if format == "int8":
         return pltpu.bitcast(packed, jnp.int8)
     if format != "binary":
         return pltpu.bitcast(packed, jnp.int4 if format == "int4" else jnp.int2).astype(jnp.int8)
-    # Every other bit becomes the sign of an int2 that is 1 or -1. The 64 inputs of two words are two times 32: those of
-    # the even bits, then those of the odd ones.
+    # Every other bit becomes the sign of an int2 that is 1 or -1. The 64 inputs in two words are two halves: the 32 in
+    # the even bits, then the 32 in the odd bits.
     words = pltpu.bitcast(packed, jnp.int32)
     ones, signs = jnp.int32(0x55555555), jnp.int32(-0x55555556)
     halves = [
@@ -163,17 +163,15 @@ def _unpack(packed: jax.Array, format: str) -> jax.Array:
 
 
 def _chunk(inputs: int) -> int:
-    """The largest part of a group that a product takes: a divisor, a multiple of 32, at most MOST_CHUNK_K."""
+    """Inputs per product: the largest divisor of a group that is a multiple of 32 and at most MOST_CHUNK_K."""
     return max(c for c in range(32, MOST_CHUNK_K + 1, 32) if inputs % c == 0)
 
 
 def _blocks(rows: int, format: str, inputs: int, sums: int, budget: int) -> tuple[int, int] | None:
-    """(rows, outputs) of a block, the largest whose buffers fit the budget; sums: results of a row and output."""
+    """Largest (rows, outputs) of a block whose buffers fit the budget; sums: results per row and output."""
     for bn in (512, 256, 128):
         for bm in (512, 256, 128, 64, TILE_ROWS):
-            weights = (
-                inputs * bn * (1 + 2 / FORMATS[format].fields)
-            )  # unpacked, and two blocks of packed ones
+            weights = inputs * bn * (1 + 2 / FORMATS[format].fields)  # unpacked, plus two packed blocks
             rows_of_x = 2 * bm * inputs + 4 * bm * bn * (2 * sums + 2)
             if bm <= rows and weights + rows_of_x < 0.8 * budget:
                 return bm, bn

@@ -1,4 +1,4 @@
-"""Random packed matrices of any size, in bounded memory and as fast as memory: for benchmarks."""
+"""Random packed matrices of any size for benchmarks, generated at memory speed in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import numpy as np
 from bitnet_kernels.formats import pack
 from bitnet_kernels.packed import FORMATS, PANEL_ROWS, PackedArray
 
-POOL_CODES = 4 << 20  # codes that are really drawn; their panels are repeated
+POOL_CODES = 4 << 20  # random codes drawn; their panels are repeated
 
 
 def random_panels(
     format: str, shape: tuple[int, int], groups: int = 1, seed: int = 0
 ) -> Iterator[np.ndarray]:
-    """The codes uint8 [panels, blocks, 64] of a random valid matrix [n, k], a run of panels at a time.
+    """Yields the codes uint8 [panels, blocks, 64] of a random valid matrix [n, k] in runs of panels.
 
-    Whole panels are repeated out of a pool, from a place in it that depends on the seed; a last panel of fewer
-    rows is packed for itself, so the padding is zero as everywhere.
+    Full panels are repeated from a pool, starting at a position that depends on the seed; a last partial panel is
+    packed separately, with zero padding.
     """
     n, k = shape
     whole, rest = divmod(n, PANEL_ROWS)
     if whole:
         pool = _pool(format, min(whole, max(1, POOL_CODES // (PANEL_ROWS * k))) * PANEL_ROWS, k, groups)
-        place = int(np.random.default_rng(seed).integers(len(pool)))
+        start = int(np.random.default_rng(seed).integers(len(pool)))
         while whole:
-            run = pool[place : place + whole]
+            run = pool[start : start + whole]
             yield run
-            whole, place = whole - len(run), 0
+            whole, start = whole - len(run), 0
     if rest:
         yield _pool(format, rest, k, groups)
 

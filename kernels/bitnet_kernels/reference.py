@@ -1,4 +1,4 @@
-"""The definition of every operation, in plain jnp. The fast paths are tested to equal it bit for bit.
+"""The definition of every operation in plain jnp. Fast paths are tested to be bit-identical.
 
 Axis letters: m rows of x, n outputs, k inputs, G scale groups of g = k / G inputs.
 """
@@ -18,30 +18,30 @@ from bitnet_kernels.dtypes import floats
 from bitnet_kernels.formats import unpack
 from bitnet_kernels.packed import PackedArray
 
-EPSILON = 1e-5  # of the absmax of a token; the released BitNet b1.58 2B-4T uses the same
+EPSILON = 1e-5  # lower bound of the absmax of a token, as in the released BitNet b1.58 2B-4T
 
 
 def absmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, keepdims: bool = False) -> jax.Array:
-    """max|x| along axes, NaN where there is one.
+    """max|x| along axes, NaN if any element is NaN.
 
-    jnp.max alone forgets NaN: on CPUs XLA's maximum of an array of some size drops it (jax 0.10).
+    jnp.max is not enough: on CPU, XLA's maximum of large enough arrays drops NaN (jax 0.10).
     """
-    lost = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
-    return jnp.where(lost, jnp.nan, jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims))
+    has_nan = jnp.any(jnp.isnan(x), axis=axis, keepdims=keepdims)
+    return jnp.where(has_nan, jnp.nan, jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims))
 
 
 def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Absmax int8 per token: x float [..., k] -> (codes int8 [..., k], scale float32 [..., 1]).
 
     s = 127 / max(max|x|, 1e-5);  codes = clip(round(x s), -128, 127);  scale = 1 / s.
-    NaN or infinity in a token makes all its codes 0 and its scale NaN or infinity, so that its products are NaN.
+    With NaN or infinity in a token all its codes are 0 and its scale is NaN or infinity, so its products are NaN.
 
     Raises:
-      ValueError: x is neither float32 nor bfloat16 nor float16.
+      ValueError: the dtype of x is not float32, bfloat16 or float16.
     """
     x = floats("x", x).astype(jnp.float32)
     s = 127.0 / jnp.maximum(absmax(x, keepdims=True), EPSILON)
-    # Without the barrier XLA turns 1 / (127 / max) into max * (1 / 127), which is not the same float.
+    # Without the barrier XLA rewrites 1 / (127 / max) as max * (1 / 127), which rounds differently.
     scale = 1.0 / jax.lax.optimization_barrier(s)
     codes = jnp.clip(jnp.round(x * s), -128, 127)
     return jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int8), scale
@@ -50,7 +50,8 @@ def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
     """int8 codes [m, k] times a packed matrix -> int32 [G, m, n], one exact sum per scale group."""
     m = x.shape[0]
-    rows = jnp.pad(x, ((0, 1), (0, 0))) if m == 1 else x  # XLA's CPU has a slow loop for one int8 row
+    # XLA's CPU backend uses a slow loop for one int8 row.
+    rows = jnp.pad(x, ((0, 1), (0, 0))) if m == 1 else x
     return _group_sums(rows, unpack(w), w.groups, jnp.int32)[:, :m]
 
 
@@ -64,9 +65,9 @@ def scaled_matmuls(
     ws: Sequence[PackedArray],
     multiply: Callable[[jax.Array, PackedArray], jax.Array] = scaled_matmul,
 ) -> tuple[jax.Array, ...]:
-    """x [m, k] times packed matrices and their scales -> float32 [m, n] of each.
+    """x [m, k] times packed matrices and their scales -> float32 [m, n] for each.
 
-    int8 x holds codes; float x is quantized, and the scale of its rows multiplies last.
+    int8 x holds codes; float x is quantized, and its per-row scale is applied last.
     """
     if x.dtype == np.int8:
         return tuple(multiply(x, w) for w in ws)
@@ -82,22 +83,22 @@ def float_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
 
 
 def _group_sums(x: jax.Array, codes: jax.Array, groups: int, dtype: DTypeLike) -> jax.Array:
-    """[G, m, n]: the product of each group of inputs of x [m, k] and codes [n, k]."""
+    """[G, m, n]: the products of x [m, k] and codes [n, k] for each group of inputs."""
     dot = functools.partial(jnp.einsum, precision="highest", preferred_element_type=dtype)
     if groups == 1:
-        return dot("mk,nk->mn", x, codes)[None]  # a batch axis of one would be a slower product
+        return dot("mk,nk->mn", x, codes)[None]  # a batch axis of size one would be slower
     (m, k), n = x.shape, codes.shape[0]
     return dot("mgk,ngk->gmn", x.reshape(m, groups, k // groups), codes.reshape(n, groups, k // groups))
 
 
 def rescale(sums: jax.Array, scale: jax.Array) -> jax.Array:
-    """Sums [G, m, n] and the scale of the matrix -> float32 [m, n], the one rescale of every implementation.
+    """Sums [G, m, n] and the scale of the matrix -> float32 [m, n]; all implementations rescale this way.
 
     y = sums[0] * scale[:, 0] + sums[1] * scale[:, 1] + ..., each product and sum rounded, in this order.
     """
     if sums.shape[0] == 1:
         return sums[0].astype(jnp.float32) * scale.T
-    # From -0.0, to which any first product can be added unchanged: +0.0 would turn a -0.0.
+    # Starts from -0.0, the identity of addition: +0.0 would change a first product of -0.0.
     return jax.lax.scan(_add_group, jnp.full(sums.shape[1:], -0.0, jnp.float32), (sums, scale.T))[0]
 
 
@@ -109,9 +110,8 @@ def _add_group(y: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Ar
 def rounded(values: jax.Array, scale: jax.Array) -> jax.Array:
     """values * scale, rounded before anything is added to it.
 
-    The minimum changes no value that it is taken of; but without an operation in between XLA fuses product and sum
-    into one rounding, and compiled code differs from uncompiled and from C++ (jax 0.10 drops an optimization_barrier
-    too early to help).
+    The minimum changes no value, but without an operation in between XLA fuses product and sum into one rounding, and
+    compiled code would differ from uncompiled code and from C++ (jax 0.10 removes an optimization_barrier too early).
     """
     product = values * scale
     return jnp.where(jnp.isfinite(product), jnp.minimum(product, jnp.finfo(jnp.float32).max), product)
@@ -127,7 +127,7 @@ def rounded_product(values: jax.Array, scale: jax.Array) -> jax.Array:
 def _rounded_product_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array | SymbolicZero, jax.Array | SymbolicZero]
 ) -> tuple[jax.Array, jax.Array]:
-    # A factor without a gradient, such as a measured scale, must not make the backward pass keep the other one.
+    # If a factor has no gradient, such as a measured scale, the backward pass need not store the other one.
     (values, scale), (d_values, d_scale) = primals, tangents
     y = rounded_product(values, scale)
     if isinstance(d_scale, SymbolicZero):

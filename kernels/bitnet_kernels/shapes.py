@@ -1,4 +1,4 @@
-"""Shapes that matter, as data: matrices [n, k] of real models and rows m of real use, for benchmarks."""
+"""Benchmark shapes: matrices [n, k] of real models and realistic row counts m."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUITES: dict[str, tuple[Shape, ...]] = {
 SUITES["all"] = SUITES["decode"] + SUITES["prefill"]
 SUITES["smoke"] = (Shape(1, 256, 512), Shape(4, 256, 512))
 
-IN_CACHE = Shape(1, 512, 2560)  # in a second-level cache in every format
+IN_CACHE = Shape(1, 512, 2560)  # fits a second-level cache in every format
 TINY = Shape(1, 16, 64)
 
 _GPU_MATRICES = ((2560, 2560), (2560, 6912), (8192, 8192), (28672, 8192))

@@ -1,4 +1,4 @@
-"""One product over several devices, each of which holds a part of the packed matrix and never sees the rest."""
+"""Products over several devices, each of which holds only its part of the packed matrix."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ SPLITS = ("outputs", "inputs")
 def sharded_matmul(
     x: jax.Array, w: PackedArray, mesh: Mesh, axis: str, split: str, **options: Any
 ) -> jax.Array:
-    """packed_matmul(x, w, **options) on the devices along an axis of a mesh; x float or int8 [m, k].
+    """packed_matmul(x, w, **options) on the devices along a mesh axis; x float or int8 [m, k].
 
-    split="outputs": every device has some outputs and all of x; the result [m, n] is split along n.
-    split="inputs": every device has some inputs of w and of x; the result, summed over devices, is whole on each.
-    w is split as `specs` says, or is moved that way. Values are those of packed_matmul, bit for bit, while integer sums
-    stay below 2^24; for scale groups split along the inputs, sums of floats are rounded in another order.
+    split="outputs": each device has a part of the outputs and all of x; the result [m, n] is split along n.
+    split="inputs": each device has a part of the inputs of w and x; the result is summed and replicated.
+    w is resharded to `specs` if necessary. Results are bit-identical to packed_matmul while integer sums stay below
+    2^24, except for scale groups split along the inputs, where float sums are rounded in another order.
 
-    Raises ValueError where the parts would not be whole blocks of the layout.
+    Raises:
+      ValueError: the parts would not be whole blocks of the layout.
     """
     devices = mesh.shape[axis]
     _check(w, devices, split)
@@ -55,7 +56,7 @@ def sharded_matmul(
 
 
 def specs(w: PackedArray, axis: str, split: str) -> PackedArray:
-    """PartitionSpecs in place of the leaves of w, for a matrix split along its outputs or inputs."""
+    """w with its leaves replaced by PartitionSpecs, for a split along its outputs or inputs."""
     n_axis = 1 if w.layout == "column" else 0
     codes: list[str | None] = [None] * w.codes.ndim
     codes[n_axis if split == "outputs" else 1 - n_axis] = axis
@@ -67,7 +68,7 @@ def specs(w: PackedArray, axis: str, split: str) -> PackedArray:
 
 
 def _on_devices(part: Any, mesh: Mesh, in_specs: Any, out_specs: PartitionSpec) -> Any:
-    # Pallas calls do not say along which axes their results vary, so that cannot be checked.
+    # check_vma=False: Pallas calls do not declare the mesh axes along which their results vary.
     return jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 

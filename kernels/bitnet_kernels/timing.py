@@ -1,4 +1,4 @@
-"""How things are timed here: in turn, so that ratios hold while the machine drifts; medians with their spread."""
+"""Interleaved timing, so that ratios are valid while machine speed drifts; medians with percentiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 1000
 
 
 class Spread(NamedTuple):
-    """Seconds of one thing over the rounds."""
+    """Seconds per call over the rounds."""
 
     median: float
     p10: float
@@ -30,7 +30,7 @@ class Spread(NamedTuple):
 
 
 def threads() -> int:
-    """Processors that this process may use."""
+    """Number of processors available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -42,17 +42,17 @@ def interleaved(
     warmup: int = 2,
     settle: bool = False,
 ) -> dict[Name, Spread]:
-    """Times call(round) of each thing in turn, round after round.
+    """Times all calls(round) in interleaved rounds.
 
-    On a shared machine the speed of memory moves by half within seconds; what is timed in turn sees the same
-    machine, and its ratios can be trusted.
+    On a shared machine memory speed varies by half within seconds; interleaved calls run under the same conditions,
+    so their ratios are reliable.
 
     Args:
-      budget: seconds for each thing on average.
-      rounds: how many there are at least and at most, whatever the budget.
-      warmup: rounds that come first and are not counted (compilation, first touch of memory).
-      settle: call each thing once more, not counted, right before it is timed: for some milliseconds after another
-        program, its threads still stand in the way of those of this one.
+      budget: seconds per call on average.
+      rounds: minimum and maximum number of rounds, regardless of the budget.
+      warmup: initial rounds that are not counted (compilation, first touch of memory).
+      settle: make an extra, uncounted call right before each timed one: threads of the previous program still compete
+        for some milliseconds.
     """
     for round in range(warmup):
         for call in calls.values():
@@ -77,12 +77,12 @@ def spread(times: Sequence[float]) -> Spread:
 def chain(
     product: Product, x: jax.Array, weights: Sequence[Any], length: int, repeats: int = 1
 ) -> Callable[[int], Any]:
-    """A call(round) that runs `length` products, each waiting for the one before, inside one compiled program.
+    """A call(round) that runs `length` products in one compiled program, each dependent on the previous one.
 
-    The weights are taken in turn, over the rounds as well; the first of a round follows the last of another.
+    Weights are cycled across rounds: a round starts after the last weight of the previous round.
 
     Args:
-      repeats: how often a call goes through its `length` weights.
+      repeats: number of passes over the `length` weights per call.
     """
 
     structure = jax.tree.structure(weights[0])
@@ -90,8 +90,8 @@ def chain(
     @jax.jit
     def run(x: jax.Array, weights: Sequence[Sequence[jax.Array]]) -> jax.Array:
         def link(y: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
-            never = y[0, 0].astype(jnp.float32) == math.pi  # but this product has to wait for y
-            # Of the first x each time: out of the last one, XLA would compute all of the chain again in every link.
+            never = y[0, 0].astype(jnp.float32) == math.pi  # always False, but makes the product wait for y
+            # Always from the original x: with the previous link's x, XLA would recompute the whole chain in each link.
             return product(jnp.where(never, jnp.zeros_like(x), x), jax.tree.unflatten(structure, leaves))
 
         def once(_: Any, y: jax.Array) -> jax.Array:
@@ -100,7 +100,7 @@ def chain(
         first = jax.eval_shape(product, x, jax.tree.unflatten(structure, weights[0]))
         return jax.lax.fori_loop(0, repeats, once, jnp.zeros(first.shape, first.dtype))
 
-    # Plain arrays: to take hundreds of packed ones apart, call for call, takes a millisecond.
+    # Plain arrays: flattening hundreds of packed ones in every call takes a millisecond.
     leaves = [jax.tree.leaves(w) for w in weights]
     links = [
         tuple(leaves[(i + j) % len(weights)] for j in range(length)) for i in range(0, len(weights), length)

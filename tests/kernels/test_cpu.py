@@ -312,7 +312,7 @@ def test_a_file_that_is_no_library_is_told(library_path: Path) -> None:
 
 def test_a_library_of_another_version_is_told(library_path: Path) -> None:
     library_path.symlink_to(_ctypes.__file__)  # some library, with other symbols
-    assert "is of another version" in str(cpu.unavailable())
+    assert "is from another version" in str(cpu.unavailable())
 
 
 @built

@@ -225,7 +225,7 @@ def test_wrong_operands_are_refused() -> None:
         ((x, table, other, bounds, 1), r"w is int4"),
         ((x, table, int8_copy(table[:16]), bounds, 1), r"w is int8\[16, 64\]"),
         ((x, table, w, bounds[:, :3], 1), r"bounds are float32\[2, 3\]"),
-        ((x, table, w, bounds, 0), "k=0 of 64 inputs; expected k of at least 1"),
+        ((x, table, w, bounds, 0), "got k=0, 64 inputs; expected k >= 1"),
         ((x, table.astype(np.float32), w, bounds, 1), "table is float32"),
     ):
         with pytest.raises(ValueError, match=message):

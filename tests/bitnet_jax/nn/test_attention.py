@@ -415,15 +415,15 @@ def test_more_tokens_than_the_cache_holds_are_refused():
     c = config("softmax")
     empty = jnp.zeros((B, T - 1, K, h))
     call = seeing(LEFT_PADDED) | {"cache": KVCache(empty, empty), "length": jnp.int32(0)}
-    with pytest.raises(ValueError, match="6 tokens do not fit into a cache of 5 positions"):
+    with pytest.raises(ValueError, match="got 6 tokens for a cache of 5 positions"):
         run(c, variables(c), normal(29, B, T, D), call)
 
 
 @pytest.mark.parametrize(
     ("kind", "cache", "length", "message"),
     [
-        ("softmax", zero_state(B, H, h), 0, "softmax attention remembers a KVCache"),
-        ("linear", KVCache(*[jnp.zeros((B, T, K, h))] * 2), 0, "linear attention remembers a LinearState"),
+        ("softmax", zero_state(B, H, h), 0, "softmax attention: got a LinearState"),
+        ("linear", KVCache(*[jnp.zeros((B, T, K, h))] * 2), 0, "linear attention: got a KVCache"),
         ("softmax", KVCache(*[jnp.zeros((B, T, K, h))] * 2), None, "got a cache without its length"),
     ],
 )

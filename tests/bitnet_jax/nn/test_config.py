@@ -135,7 +135,7 @@ def test_a_head_in_integers_is_a_linear_layer_tied_or_not() -> None:
         ),
         (
             {"head": "int8", "tie_embeddings": False, "precision": (("lm_head", "int8"), ("*", "bitnet"))},
-            "beside a precision rule for lm_head; expected one of the two",
+            "and a precision rule for lm_head; expected only one of the two",
         ),
     ],
 )

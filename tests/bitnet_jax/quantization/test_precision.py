@@ -362,9 +362,11 @@ def test_paths_that_no_rule_matches() -> None:
 
 
 def test_patterns_that_never_win() -> None:
-    with pytest.raises(ValueError, match=r"decide no linear: got \['\*/ffn/\*'\]"):
+    with pytest.raises(ValueError, match=r"unused precision patterns: got \['\*/ffn/\*'\]"):
         resolve((("*/ffn/*", "int8"), ("*", "bitnet")), PATHS)
-    with pytest.raises(ValueError, match=r"decide no linear: got \['\*/mlp/\*'\].*before a wider one"):
+    with pytest.raises(
+        ValueError, match=r"unused precision patterns: got \['\*/mlp/\*'\].*before a wider one"
+    ):
         resolve((("*", "bitnet"), ("*/mlp/*", "int8")), PATHS)
     # The closing "*" of a complete list is a habit, not a mistake.
     assert resolve((("layers_*", "bitnet"), ("*", "float32")), PATHS)["lm_head"] == RECIPES["float32"]

@@ -59,7 +59,7 @@ def test_an_argument_makes_a_difference_or_is_refused(name: str, argument: str) 
         assert (codes(record, changed) != codes(record, base)).any()
     else:
         with pytest.raises(
-            ValueError, match=f"^{argument}: got one for the quantizer .* it uses none"
+            ValueError, match=f"^{argument}: got one for the quantizer .* which uses none"
         ) as caught:
             record(X, Arguments(**{"scale": base.scale, argument: given}))
         assert "\n" not in str(caught.value)
@@ -148,8 +148,8 @@ def test_arguments_pass_through_jit_and_grad() -> None:
             lambda p: p.quantize_activation(X, shift=jnp.zeros(16)),
             "activation_shift=False: got a learned shift",
         ),
-        (lambda p: p.quantize_activation(X, key=KEY), "key: got one for the quantizer sign, expected none"),
-        (lambda p: p.quantize_weight(X, key=KEY), "key: got one for the quantizer binary, expected none"),
+        (lambda p: p.quantize_activation(X, key=KEY), "key: got one for the quantizer sign, which uses none"),
+        (lambda p: p.quantize_weight(X, key=KEY), "key: got one for the quantizer binary, which uses none"),
     ],
 )
 def test_a_precision_refuses_what_its_quantizer_does_not_use(call, message: str) -> None:
