@@ -160,9 +160,7 @@ def clone_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "kernels" / "bitnet_kernels" / "_cpu.so", clone / "kernels" / "bitnet_kernels")
     script = site / "bin" / "bitnet-jax"
     script.parent.mkdir()
-    script.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom bitnet_jax.cli.main import main\nsys.exit(main())\n"
-    )
+    script.write_text(f"#!{sys.executable}\nfrom bitnet_jax.cli.main import console\nconsole()\n")
     script.chmod(0o755)
     return site
 

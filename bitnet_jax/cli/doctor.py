@@ -3,7 +3,8 @@
 Exit code 0: every check passed; 1: a check failed.
 
 example:
-  bitnet-jax doctor                     BITNET_KERNELS_ISA=avx2 bitnet-jax doctor
+  bitnet-jax doctor
+  BITNET_KERNELS_ISA=avx2 bitnet-jax doctor        # with one instruction set as the default
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ library. Other tasks read files below $BITNET_JAX_DATA or --data-root:
   summaries         scitldr (optional package rouge-score)
 
 A classifier (num_classes) is measured on held-out examples of its own data, or of --source: JSON lines, or a folder
-of MNIST files. A text classifier can also run the tasks listed as classes. Each figure has a 95 % interval over its
-examples. --harness runs tasks of lm-evaluation-harness instead, with its data (optional package lm-eval).
+of MNIST files. A text classifier can also run the tasks listed as classes. Scores of tasks and classifiers have a
+95 % interval over their examples; bits per byte have none. --harness runs tasks of lm-evaluation-harness instead,
+with its data (optional package lm-eval).
 
 example:
   bitnet-jax eval runs/first-packed --source texts/ --split all --stride 32 --json figures.json

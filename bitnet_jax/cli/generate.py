@@ -32,7 +32,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="at most N new tokens (default 200, or what remains of the trained sequence length)",
     )
-    command.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    command.add_argument(
+        "--temperature",
+        type=float,
+        help="0: greedy (default); with --top-k, --top-p or --min-p the default is 1",
+    )
     command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
     command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... with total probability P")
     command.add_argument(
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.tools.machine import chosen
 
     sampling = SamplingConfig(
-        temperature=args.temperature,
+        temperature=_temperature(args),
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
@@ -146,3 +150,10 @@ def _describe_generation(figures: dict[str, Any]) -> str:
         f"{'too few to time' if speed is None else f'{speed:.1f} tokens/s after it'}; "
         f"{'packed weights on ' + ', '.join(ran_on) if ran_on else 'latent weights on XLA'}]"
     )
+
+
+def _temperature(args: argparse.Namespace) -> float:
+    if args.temperature is not None:
+        return args.temperature
+    filtered = args.top_k is not None or args.top_p < 1 or args.min_p > 0
+    return 1.0 if filtered else 0.0

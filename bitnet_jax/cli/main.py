@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import difflib
 import io
 import os
 import signal
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import bitnet_jax
 from bitnet_jax.cli import (
@@ -36,6 +37,7 @@ from bitnet_jax.cli import (
 )
 from bitnet_jax.cli.shared import check_json_target
 
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 OURS = ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
 AGAIN_SECONDS = (
     0.01  # delay before a Ctrl-C swallowed by a callback is sent again: the callback has returned by then
@@ -59,6 +61,22 @@ COMMANDS: dict[str, ModuleType] = {
 }
 
 
+def console() -> NoReturn:
+    """The entry point of the command: `main`, then the end of the process.
+
+    After an interrupt the process ends without Python's finalization. The traceback of the interrupt may live until
+    then and refer to JAX's extension modules, whose deallocation crashes (SIGSEGV in nanobind's nb_module_free,
+    jaxlib 0.10).
+    """
+    code = main()
+    if code == INTERRUPTED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command and returns the exit code."""
     _write_utf8()
@@ -68,8 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.overrides = overrides
     if args.run is not train.run:
         unknown += overrides
+    if hasattr(args, "inputs"):  # argparse takes positional arguments in one run; these followed an option
+        args.inputs += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
-        parser.error(f"got {' '.join(unknown)}, expected the options of `bitnet-jax {args.command} --help`")
+        parser.error(
+            f"got {' '.join(unknown)}, expected the options of `bitnet-jax {args.command} --help`"
+            f"{_suggested(unknown[0], args)}"
+        )
 
     def run() -> int:
         # Fail before the work, not after it.
@@ -79,6 +103,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return args.run(args)
 
     return exit_code(run, debug=args.debug)
+
+
+def _suggested(word: str, args: argparse.Namespace) -> str:
+    """A hint at the option that an unknown one was probably meant to be."""
+    name = word.partition("=")[0]
+    if args.run is train.run and "." in name and name.startswith("--"):
+        return f"; did you mean --config.{word[2:]}?"
+    options = [f"--{option.replace('_', '-')}" for option in vars(args)]
+    near = difflib.get_close_matches(name, options, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -124,7 +158,7 @@ def exit_code(run: Callable[[], int], *, debug: bool = False) -> int:
 
 def _interrupted() -> int:
     print("interrupted", file=sys.stderr)
-    return 130
+    return INTERRUPTED
 
 
 @contextlib.contextmanager

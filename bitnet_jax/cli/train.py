@@ -1,4 +1,4 @@
-"""Train a model from a config file, or resume the run in the folder.
+r"""Train a model from a config file, or resume the run in the folder.
 
 The config file is Python that is executed: use only trusted files. Override its fields with
 --config.SECTION.FIELD=VALUE (or with a space instead of the equals sign).

@@ -10,6 +10,7 @@ float arithmetic and the packed layer in int32 arithmetic are therefore bit-iden
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,7 +178,8 @@ def precisions_of(module: nn.Module, *inputs: Any, **arguments: Any) -> dict[str
     """Path of every BitLinear in a module -> its Precision, in the order of the forward pass.
 
     Args:
-      inputs, arguments: call arguments of the module, arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+      inputs: what the module is called with, arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+      arguments: further arguments of the call, which stay Python values (`train=False`).
     """
     found: dict[str, Precision] = {}
 
@@ -187,7 +189,7 @@ def precisions_of(module: nn.Module, *inputs: Any, **arguments: Any) -> dict[str
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        jax.eval_shape(module.init, jax.random.key(0), *inputs, **arguments)
+        jax.eval_shape(functools.partial(module.init, **arguments), jax.random.key(0), *inputs)
     return found
 
 

@@ -113,15 +113,34 @@ def _prove_codes(
     return len(weights)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def logits(module: nn.Module, variables: Variables, inputs: Array, mask: Array | None = None) -> Array:
     """What `prove` compares: the logits of a latent or packed model, compiled for each module.
 
     inputs, mask: see `prove`. Returns: [B, T, V] of a language model, [B, C] of a classifier.
+
+    Raises:
+      PackingError: the module returns neither an array nor something with the field `logits`.
     """
+    try:
+        hash(module)
+    except TypeError:  # a field holds a list
+        return jax.jit(functools.partial(_logits, module))(variables, inputs, mask)
+    return _logits_of_hashable(module, variables, inputs, mask)
+
+
+def _logits(module: nn.Module, variables: Variables, inputs: Array, mask: Array | None) -> Array:
     masked: dict[str, Any] = {} if mask is None else {"mask": mask}
     output: Any = module.apply(variables, inputs, **masked)
-    return getattr(output, "logits", output)
+    output = getattr(output, "logits", output)
+    if not isinstance(output, jax.Array):
+        raise PackingError(
+            f"got a {type(output).__name__} from {type(module).__name__}, expected logits: an array, or a field of "
+            "that name"
+        )
+    return output
+
+
+_logits_of_hashable = functools.partial(jax.jit, static_argnums=0)(_logits)
 
 
 def _prove_logits(

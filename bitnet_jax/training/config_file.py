@@ -110,10 +110,11 @@ def _check_path(config: ConfigDict, override: str) -> None:
         field = part.partition("[")[0]  # sizes[0]=... sets one item of a list
         fields = list(node) if isinstance(node, ConfigDict) else []
         if field not in fields:
-            near = difflib.get_close_matches(field, fields, n=3) or fields
-            raise ValueError(
-                f"got {override}: {path} has no field {field!r}, expected one of {', '.join(near) or 'none'}"
+            near = difflib.get_close_matches(field, fields, n=3)
+            expected = (
+                f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(fields) or 'none'}"
             )
+            raise ValueError(f"got {override}: {path} has no field {field!r}; {expected}")
         path, node = f"{path}.{field}", node.get(field)
 
 

@@ -82,33 +82,33 @@ class RunFolder:
             return None
         if not self.config.exists():
             raise RunError(
-                f"{self.path}: got checkpoints without config.json; restore it, overwrite or use another folder"
+                f"{self.path}: got checkpoints without config.json; restore it, pass --overwrite or use another folder"
             )
         saved, result, steps = self.read_config(), self.read_result(), config.training.steps
         if differing := differing_fields(saved, config, ignored=MAY_CHANGE):
             raise RunError(
                 f"{self.path} holds a run with other settings ({'; '.join(differing)}; saved, then given); use "
-                "the same config, overwrite or use another folder"
+                "the same config, pass --overwrite or use another folder"
             )
         if result is not None and result["status"] != "finished":
             if steps != saved.training.steps:
                 raise RunError(
                     f"training.steps: got {steps}, but the run in {self.path} {result['status']} at step "
-                    f"{result['step']} and cannot be resumed; overwrite or use another folder"
+                    f"{result['step']} and cannot be resumed; pass --overwrite or use another folder"
                 )
             return result
         done = max(saved_steps(self.checkpoints), default=0)
         if steps < done:
             raise RunError(
                 f"training.steps: got {steps}, expected at least the {done} that the run in {self.path} has "
-                "completed; overwrite or use another folder"
+                "completed; pass --overwrite or use another folder"
             )
         if result is not None and result["steps"] == steps:
             return result
         if not done:
             raise RunError(
                 f"{self.path}: no checkpoint to resume from (damaged ones are in {self.damaged}); restore an intact "
-                "copy, overwrite or use another folder"
+                "copy, pass --overwrite or use another folder"
             )
         return None
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300  # a process that takes longer hangs
 # Jobs in the background of a shell ignore Ctrl-C, and so do their children.
 CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-PROGRAM = "import sys; from bitnet_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+PROGRAM = "from bitnet_jax.cli.main import console; console()"
 
 SETTINGS = {
     "data.split": "tail", "data.valid_fraction": 0.2, "data.length": 16, "data.batch_size": 2, "model.hidden_size": 16,

@@ -165,6 +165,16 @@ def test_generate_is_reproducible_by_its_seed(place: Path, capsys: pytest.Captur
     assert text("1") != text("2")
 
 
+def test_filters_sample_without_a_temperature(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--top-k 5` alone used to be greedy without a word."""
+    texts = []
+    for temperature in ([], ["--temperature", "1"], ["--temperature", "0"]):
+        words = ["--prompt", "A", "--tokens", "15", "--top-k", "5", *temperature]
+        assert cli.main(["generate", f"{place}/packed", *words]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
 def test_generate_reads_the_prompt_from_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "prompt.txt").write_text("A tiny ")
     for source in (["--prompt", "A tiny "], ["--file", f"{place}/prompt.txt"]):

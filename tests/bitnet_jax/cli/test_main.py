@@ -49,7 +49,7 @@ from bitnet_jax.packed import packing
         (["train", "--config", "{place}/config.py:huge", "--workdir", "{place}/x"], "'huge'"),
         (
             ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.trainig.steps=3"],
-            "config has no field 'trainig', expected one of training",
+            "config has no field 'trainig'; did you mean training",
         ),
         (
             [
@@ -165,6 +165,37 @@ def test_ctrl_c_ends_with_130_and_a_word(place: Path, tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130
     assert error.strip().splitlines()[-1] == "interrupted"
+
+
+def test_an_interrupted_process_ends_without_the_interpreters_finalization() -> None:
+    """JAX's modules crashed in it: `generate` ended with SIGSEGV after it had said "interrupted"."""
+    code = """
+import atexit
+from bitnet_jax.cli import main as cli
+atexit.register(print, "finalized")
+def interrupted(*arguments):
+    print("text so far", end="")
+    raise KeyboardInterrupt
+cli.train.run = interrupted
+cli.sys.argv = ["bitnet-jax", "train", "--config", "byte_lm", "--workdir", "x"]
+cli.console()
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "text so far", "interrupted\n")
+
+
+def test_an_unknown_option_suggests_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "--config", "byte_lm", "--workdir", "x"]
+    for words, hint in (
+        ([*train, "--training.steps=5"], "did you mean --config.training.steps=5?"),
+        ([*train, "--quite"], "did you mean --quiet?"),
+        (["generate", "x", "--promt", "a"], "did you mean --prompt?"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 2
+        assert hint in capsys.readouterr().err
 
 
 def test_ctrl_c_within_a_callback_that_drops_exceptions_is_not_lost(

@@ -151,3 +151,37 @@ def test_an_unquantized_layer_stays_as_it_is(trained: dict[str, Any]) -> None:
     packed = pack(trained, {"tokens_in": Precision(), "tokens_out": BINARY})
     assert list(packed["packed"]) == ["tokens_out"]
     assert (packed["params"]["tokens_in"]["weight"] == trained["tokens_in"]["weight"]).all()
+
+
+class WithFlag(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        y = BitLinear(4, BINARY, name="one")(x)
+        return y + 1 if train else y
+
+
+def test_flags_of_a_call_stay_python_values() -> None:
+    assert precisions_of(WithFlag(), jnp.ones((2, 8)), train=False) == {"one": BINARY}
+
+
+def test_a_module_may_hold_a_list() -> None:
+    """nn.Sequential does, and cannot be hashed."""
+    x, stack = jnp.ones((2, 8)), nn.Sequential([BitLinear(16, BINARY), BitLinear(4, TERNARY)])
+    latent, precisions = stack.init(jax.random.key(0), x), precisions_of(stack, x)
+    packed = pack(latent["params"], precisions)
+    assert prove(stack, latent, packed, x, precisions=precisions).matrices == 2
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        y = BitLinear(4, BINARY, name="one")(x)
+        return y, y
+
+
+def test_an_output_without_logits_is_named() -> None:
+    x = jnp.ones((2, 8))
+    latent = Pair().init(jax.random.key(0), x)
+    packed = pack(latent["params"], {"one": BINARY})
+    with pytest.raises(PackingError, match="got a tuple from Pair, expected logits"):
+        prove(Pair(), latent, packed, x, precisions={"one": BINARY})

@@ -50,8 +50,8 @@ def test_the_command_line_of_the_process_is_not_looked_at(spec: str, monkeypatch
     ("variant", "override", "message"),
     [
         (":huge", "--config.steps=1", "got variant 'huge'"),
-        ("", "--config.step=1", "config has no field 'step', expected one of steps"),
-        ("", "--config.modle.rate=1", "config has no field 'modle', expected one of model"),
+        ("", "--config.step=1", "config has no field 'step'; did you mean steps"),
+        ("", "--config.modle.rate=1", "config has no field 'modle'; did you mean model"),
         ("", "--config.steps.x=1", "config.steps has no field 'x'"),
         ("", "--config.model.sizes[9]=1", "out of range"),
         ("", "--config.steps=many", "many"),
