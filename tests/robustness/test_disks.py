@@ -53,7 +53,7 @@ def variables() -> dict[str, Any]:
 
 def test_a_disk_that_fills_up_while_a_model_is_written(disk: Path) -> None:
     save_packed(disk / "model", variables(), CONFIG)
-    with pytest.raises(StorageError, match=r"bytes free on its disk, expected [\d,]+ at least"):
+    with pytest.raises(StorageError, match=r"bytes free on its disk, expected at least [\d,]+"):
         save_packed(disk / "second", variables(), CONFIG)
     remount(disk, "size=4m")
     filler = disk / "filler"
