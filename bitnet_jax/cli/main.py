@@ -68,7 +68,10 @@ def console() -> NoReturn:
     then and refer to JAX's extension modules, whose deallocation crashes (SIGSEGV in nanobind's nb_module_free,
     jaxlib 0.10).
     """
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:  # before the work: while the parser is built
+        code = _interrupted()
     if code == INTERRUPTED:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):

@@ -167,16 +167,17 @@ def test_ctrl_c_ends_with_130_and_a_word(place: Path, tmp_path: Path) -> None:
     assert error.strip().splitlines()[-1] == "interrupted"
 
 
-def test_an_interrupted_process_ends_without_the_interpreters_finalization() -> None:
+@pytest.mark.parametrize("interrupted", ["cli.train.run", "cli.build_parser"])
+def test_an_interrupted_process_ends_without_the_interpreters_finalization(interrupted: str) -> None:
     """JAX's modules crashed in it: `generate` ended with SIGSEGV after it had said "interrupted"."""
-    code = """
+    code = f"""
 import atexit
 from bitnet_jax.cli import main as cli
 atexit.register(print, "finalized")
 def interrupted(*arguments):
     print("text so far", end="")
     raise KeyboardInterrupt
-cli.train.run = interrupted
+{interrupted} = interrupted
 cli.sys.argv = ["bitnet-jax", "train", "--config", "byte_lm", "--workdir", "x"]
 cli.console()
 """
