@@ -67,7 +67,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a kernel of its own, which sees the sources under test; a cell that raises fails."""
+    """In a separate kernel that imports the sources under test; a cell that raises fails the test."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, as_version=4)
@@ -77,7 +77,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_every_recipe_and_quantizer_has_its_place_on_a_generated_page() -> None:
-    """In a process of its own: generation is a hook of mkdocs, not a module of a package."""
+    """In a separate process: the hook of mkdocs is not a module of a package."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", GENERATED],
         cwd=ROOT,

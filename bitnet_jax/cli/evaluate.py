@@ -8,7 +8,7 @@ library. Other tasks read files below $BITNET_JAX_DATA or --data-root:
   classes           sst2 trec banking77 cola sms_spam
   summaries         scitldr (optional package rouge-score)
 
-A classifier (num_classes) is measured on held-out examples of its own data, or of --source: JSON lines, or a folder
+A classifier (num_classes) is measured on the held-out examples of its run, or on --source: JSON lines, or a folder
 of MNIST files. A text classifier can also run the tasks listed as classes. Scores of tasks and classifiers have a
 95 % interval over their examples; bits per byte have none. --harness runs tasks of lm-evaluation-harness instead,
 with its data (optional package lm-eval).

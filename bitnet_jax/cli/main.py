@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -93,9 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.inputs += [word for word in unknown if not word.startswith("-")]
         unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
-        parser.error(
+        args.parser.error(
             f"got {' '.join(unknown)}, expected the options of `bitnet-jax {args.command} --help`"
-            f"{_suggested(unknown[0], args)}"
+            f"{_suggestion(unknown[0], args)}"
         )
 
     def run() -> int:
@@ -108,13 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code(run, debug=args.debug)
 
 
-def _suggested(word: str, args: argparse.Namespace) -> str:
-    """A hint at the option that an unknown one was probably meant to be."""
+def _suggestion(word: str, args: argparse.Namespace) -> str:
+    """The option nearest to an unknown one, for the end of an error message."""
     name = word.partition("=")[0]
     if args.run is train.run and "." in name and name.startswith("--"):
         return f"; did you mean --config.{word[2:]}?"
-    options = [f"--{option.replace('_', '-')}" for option in vars(args)]
-    near = difflib.get_close_matches(name, options, n=1)
+    near = difflib.get_close_matches(name, re.findall(r"--[a-z][\w-]*", args.parser.format_help()), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -211,7 +211,7 @@ def _show_warning(
 
 
 def _is_user_error(error: Exception) -> bool:
-    """Errors caused by input: ValueError, OSError, and every error class of our own packages."""
+    """Errors caused by input: ValueError, OSError, and the error classes defined in our packages."""
     return isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OURS
 
 
@@ -243,5 +243,5 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
     return parser

@@ -192,11 +192,14 @@ def test_an_unknown_option_suggests_the_one_that_was_meant(capsys: pytest.Captur
         ([*train, "--training.steps=5"], "did you mean --config.training.steps=5?"),
         ([*train, "--quite"], "did you mean --quiet?"),
         (["generate", "x", "--promt", "a"], "did you mean --prompt?"),
+        (["pack", "x", "y", "--overide"], "did you mean --overwrite?"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 2
-        assert hint in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert hint in error
+        assert error.startswith(f"usage: bitnet-jax {words[0]} ")
 
 
 def test_ctrl_c_within_a_callback_that_drops_exceptions_is_not_lost(

@@ -97,12 +97,13 @@ class Training:
 
 def with_layer_of(params: Any, others: Any, path: str) -> dict[str, Any]:
     """Copies of `params`, in which the linear layer at `path` is that of `others`."""
-    flat = {"/".join(key): leaf for key, leaf in flatten_dict(others).items()}
+    flat = flatten_dict(others, sep="/")
     return unflatten_dict(
         {
-            key: flat["/".join(key)] if "/".join(key).startswith(f"{path}/") else jnp.copy(leaf)
-            for key, leaf in flatten_dict(params).items()
-        }
+            name: flat[name] if name.startswith(f"{path}/") else jnp.copy(leaf)
+            for name, leaf in flatten_dict(params, sep="/").items()
+        },
+        sep="/",
     )
 
 
