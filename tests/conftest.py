@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Both are read when the backend starts, so they must be set before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,6 +26,7 @@ os.environ.setdefault("BITNET_JAX_CACHE", "off")  # tests that keep something na
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -66,32 +68,51 @@ def outside_folder(variable: str, beside: str) -> Path:
     pytest.skip(f"no folder ../{beside} beside the repository and {variable} is not set")
 
 
-# Tests of what is done with numbers rather than of the numbers. Compilation is most of their time, and XLA compiles
-# in three quarters of it without its optimizations.
-PLUMBING = (
-    "tests/bitnet_jax/models/test_transformer.py",
-    "tests/bitnet_jax/nn/test_dtypes.py",
-    "tests/bitnet_jax/quantization/test_precision.py",
-    "tests/bitnet_jax/training",
-    "tests/bitnet_jax/evaluation",
-    "tests/bitnet_jax/cli",
-    "tests/bitnet_jax/tools",
-    "tests/bitnet_jax/test_jax_switches.py",
-    "tests/test_commands.py",
-    "tests/test_readme.py",
-    "tests/experiments",
-    "tests/robustness",
+# Tests that compare floats bit for bit, or against a tolerance of a few roundings, compile as users do. All others
+# check integers, structure, or what is done with numbers; compiling is most of their time, and takes a third of it
+# without XLA's optimizations.
+OPTIMIZED = (
+    "tests/bitnet_jax/inference/test_exact_head.py",
+    "tests/bitnet_jax/inference/test_generation.py",
+    "tests/bitnet_jax/nn/test_attention.py",
+    "tests/bitnet_jax/nn/test_linear.py",
+    "tests/bitnet_jax/packed/test_packing.py",
+    "tests/bitnet_jax/quantization/test_registry.py",
+    "tests/kernels/test_ahead_of_time.py",
+    "tests/kernels/test_attention.py",
+    "tests/kernels/test_bench.py",
+    "tests/kernels/test_cpu.py",
+    "tests/kernels/test_head.py",
+    "tests/kernels/test_head_exact.py",
+    "tests/kernels/test_matmul.py",
+    "tests/kernels/test_on_device.py",
+    "tests/kernels/test_reference.py",
+    "tests/kernels/test_special_values.py",
 )
+# jax 0.10's XLA can also compile without its slower second compiler, of fused loops; later versions cannot.
+UNFUSED = "xla_cpu_use_fusion_emitters"
+CAN_UNFUSE = jax.__version_info__ < (0, 11)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles the programs of PLUMBING, in child processes too, without XLA's optimizations."""
-    if not request.path.relative_to(ROOT).as_posix().startswith(PLUMBING):
+    """Compiles the programs of all tests but OPTIMIZED, in child processes too, without XLA's optimizations."""
+    if request.path.relative_to(ROOT).as_posix().startswith(OPTIMIZED):
+        jax.clear_caches()  # other modules' programs
         yield
         return
+    options_of_jax = compiler.get_compile_options
+
+    def options(*args: Any, **kwargs: Any) -> Any:
+        made = options_of_jax(*args, **kwargs)
+        made.env_option_overrides = [*made.env_option_overrides, (UNFUSED, False)]
+        return made
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        if CAN_UNFUSE:
+            patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --{UNFUSED}=false")
+            patch.setattr(compiler, "get_compile_options", options)
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_kernels import FORMATS, cpu, matmul, pack, packed_matmul, reference
+from bitnet_kernels import FORMATS, PackedArray, cpu, matmul, pack, packed_matmul, reference
 
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 ISAS = cpu.available_isas()
@@ -52,6 +52,20 @@ def on_every_isa(product: Callable[..., object], xs: list[jax.Array], *operands:
     return program(xs, *operands)
 
 
+def defined(xs: list[jax.Array], ws: list[PackedArray]) -> list[list[np.ndarray]]:
+    """[[x times w for w in ws] for x in xs] by the definition, whose rows are independent: xs of a dtype at once."""
+    products = jax.jit(reference.scaled_matmuls)
+    rows: dict[str, list[np.ndarray]] = {}
+    for dtype in {x.dtype.name for x in xs}:
+        same = jnp.concatenate([x for x in xs if x.dtype.name == dtype])
+        rows[dtype] = [np.asarray(y) for y in products(same, ws)]
+    results = []
+    for x in xs:
+        results.append([y[: len(x)] for y in rows[x.dtype.name]])
+        rows[x.dtype.name] = [y[len(x) :] for y in rows[x.dtype.name]]
+    return results
+
+
 @built
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k", "groups"), SHAPES)
@@ -80,7 +94,7 @@ def test_the_fused_rescale_gives_the_bits_of_the_definition(
     for m in (1, 5, 50):  # 50 rows of 32 groups are more than one tile of scratch holds
         xs.append(jnp.asarray(random.integers(-128, 128, (m, k), np.int8)))
         xs.append(jnp.asarray(random.normal(size=(m, k)), jnp.float32))
-    expected = jax.jit(lambda xs, ws: [reference.scaled_matmuls(x, ws) for x in xs])(xs, ws)
+    expected = defined(xs, ws)
     for isa, products in on_every_isa(cpu.scaled_matmuls, xs, ws).items():
         for x, got, wanted in zip(xs, products, expected, strict=True):
             for i, (y, z) in enumerate(zip(got, wanted, strict=True)):
@@ -94,7 +108,7 @@ def test_signs_times_signs_count_bits(make_packed, n: int, k: int, groups: int) 
     _, other = make_packed("ternary2", n, k, groups)  # beside it, signs are ordinary codes
     rows = (1, 3, 4, 5, 9)
     xs = [jnp.asarray(np.random.default_rng(m).choice(np.array([-1, 1], np.int8), (m, k))) for m in rows]
-    expected = jax.jit(lambda xs, ws: [reference.scaled_matmuls(x, ws) for x in xs])(xs, [w, other])
+    expected = defined(xs, [w, other])
     product = partial(cpu.scaled_matmuls, activation_bits=1)
     for ws in ([w], [w, other]):
         for isa, products in on_every_isa(product, xs, ws).items():
