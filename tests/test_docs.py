@@ -1,4 +1,4 @@
-"""The documentation does what it says: the Python of its pages runs, and so do its notebooks."""
+"""The documentation works: the Python code of its pages and its notebooks run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def python_blocks(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    """From top to bottom, each block after the ones before."""
+    """From top to bottom, each block after the previous ones."""
     text = "\n".join(python_blocks(page))
     assert "assert" in text, "without an assertion this test could not fail"
     command = [sys.executable, "-W", "error", "-c", text]
@@ -76,8 +76,8 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
-def test_every_recipe_and_quantizer_has_its_place_on_a_generated_page() -> None:
-    """In a separate process: the hook of mkdocs is not a module of a package."""
+def test_every_recipe_and_quantizer_is_on_a_generated_page() -> None:
+    """In a separate process: the mkdocs hook is not a module of a package."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", GENERATED],
         cwd=ROOT,

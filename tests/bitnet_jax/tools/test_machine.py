@@ -1,4 +1,4 @@
-"""What is told about the machine: the kernel chosen for a matrix, and for each layer of a model."""
+"""Machine reports: the kernel chosen for a matrix, and for each layer of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_without_the_library_the_reference_is_chosen(monkeypatch: pytest.MonkeyP
         ((("layers_0/mlp/*", "bitnet_weight_only"), ("*", "bitnet")), ["cpu", "reference"]),
     ],
 )
-def test_chosen_tells_what_a_model_runs_on(precision: object, names: list[str]) -> None:
+def test_chosen_lists_the_kernels_of_a_model(precision: object, names: list[str]) -> None:
     if not cpu.available_isas():
         pytest.skip(f"no C++ kernels: {cpu.unavailable()}")
     config = ModelConfig(**{**TINY.to_dict(), "precision": precision})
