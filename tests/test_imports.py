@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "models": MODEL,
     "data": {"data"},
     "packed.tensor_file": NO_MODEL,
-    "packed.whole_folder": {"packed.tensor_file"},
+    "packed.atomic_folder": {"packed.tensor_file"},
     "packed": MODEL | {"packed", "data"},
     "interop": MODEL | {"packed", "data", "interop"},
     "inference": MODEL | {"inference", "data"},

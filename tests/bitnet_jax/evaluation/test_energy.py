@@ -11,10 +11,10 @@ from bitnet_jax.evaluation.energy import (
     BITS_PER_WEIGHT,
     PICOJOULES,
     activated_parameters,
-    as_floats,
     ideal_bits,
     joules,
     operations,
+    without_quantization,
 )
 from bitnet_jax.models import PRESETS, ModelConfig
 from bitnet_jax.quantization.recipes import RECIPES
@@ -91,7 +91,7 @@ def test_every_cell_of_table_1(size: str, bits: int) -> None:
 @pytest.mark.parametrize("size", RATIOS)
 def test_every_published_ratio(size: str) -> None:
     config = b1(size)
-    energies = [joules(operations(c, 512), "7nm").total for c in (as_floats(config), config)]
+    energies = [joules(operations(c, 512), "7nm").total for c in (without_quantization(config), config)]
     computed, printed = RATIOS[size]
     assert energies[0] / energies[1] == pytest.approx(computed, abs=0.006)
     assert energies[0] / energies[1] == pytest.approx(printed, abs=0.06)
@@ -257,7 +257,10 @@ def test_zeros_and_attention_kinds() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_costs_less_than_float_apart_from_its_scales(recipe: str) -> None:
     config = dataclasses.replace(PRESETS["tiny"], precision=recipe)
-    rows = [[row for row in operations(c, 64) if row.part != "rescale"] for c in (config, as_floats(config))]
+    rows = [
+        [row for row in operations(c, 64) if row.part != "rescale"]
+        for c in (config, without_quantization(config))
+    ]
     assert 0 < joules(rows[0], head=True).total <= joules(rows[1], head=True).total
 
 

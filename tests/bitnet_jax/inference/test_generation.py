@@ -210,7 +210,7 @@ def test_other_lengths_end_tokens_and_sampling_values_do_not_recompile(
 
 def with_exact_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disables padding to buckets from here on."""
-    for name in ("prompt_width", "cache_room"):
+    for name in ("prompt_width", "cache_capacity"):
         monkeypatch.setattr(generation, name, lambda config, size: size)
     monkeypatch.setattr(generation, "PROGRAMS", Programs())
 

@@ -27,7 +27,7 @@ def scaled(factor: float, x: jax.Array) -> jax.Array:
 def test_a_program_is_compiled_once_and_the_least_recently_used_one_is_evicted(
     compilations: list[str],
 ) -> None:
-    programs, x = Programs(most=2), jnp.ones(3)
+    programs, x = Programs(max_size=2), jnp.ones(3)
     first, second = programs.of(scaled, 2.0), programs.of(scaled, 3.0)
     np.testing.assert_array_equal(first(x) + second(x), 5 * np.ones(3))
     compilations.clear()
@@ -52,7 +52,7 @@ def maps() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list memory maps")
 def test_evicted_programs_leave_no_memory_maps() -> None:
-    programs, counts = Programs(most=2), []
+    programs, counts = Programs(max_size=2), []
     for size in range(3, 15):
         x = jnp.asarray(np.ones((size, size), np.float32))
         jax.block_until_ready(programs.of(partial_sums, shapes=x.shape)(x))

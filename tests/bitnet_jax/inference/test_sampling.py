@@ -128,7 +128,7 @@ EXTREMES = st.one_of(
 @given(
     arrays(np.float32, (2, 5), elements=EXTREMES),
     st.floats(min_value=0, exclude_min=True, allow_infinity=False),
-    st.floats(sampling.LOWEST_TEMPERATURE, allow_infinity=False),
+    st.floats(sampling.MIN_TEMPERATURE, allow_infinity=False),
     st.sampled_from(
         [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9, "min_p": 0.01}]
     ),

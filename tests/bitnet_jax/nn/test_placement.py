@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from bitnet_jax.nn.placement import split_over_batch, whole_rows
+from bitnet_jax.nn.placement import split_by_rows, split_over_batch
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def mesh() -> Mesh:
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
-@pytest.mark.parametrize("place", [split_over_batch, whole_rows])
+@pytest.mark.parametrize("place", [split_over_batch, split_by_rows])
 def test_placement_is_a_no_op_without_a_mesh(place: Callable[[jax.Array], jax.Array]) -> None:
     x = jnp.asarray(X)
     assert place(x) is x
@@ -42,7 +42,7 @@ def test_embedding_rows_are_gathered(mesh: Mesh) -> None:
     columns = jax.device_put(X[:, :2], jax.NamedSharding(mesh, P(None, "fsdp")))
     assert columns.addressable_shards[0].data.shape == (4, 1)
     with jax.set_mesh(mesh):
-        assert jax.jit(whole_rows)(columns).addressable_shards[0].data.shape == (4, 2)
+        assert jax.jit(split_by_rows)(columns).addressable_shards[0].data.shape == (4, 2)
 
 
 def test_placement_is_a_no_op_inside_shard_map(mesh: Mesh) -> None:

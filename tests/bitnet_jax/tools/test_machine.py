@@ -8,7 +8,7 @@ import pytest
 
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing
-from bitnet_jax.tools.machine import choice_here, chosen
+from bitnet_jax.tools.machine import chosen, local_choice
 from bitnet_kernels import cpu
 
 TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num_heads=2, max_length=16)
@@ -17,7 +17,7 @@ TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num
 def test_without_the_library_the_reference_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "available_isas", lambda: ())
     monkeypatch.setattr(cpu, "unavailable", lambda: "_cpu.so was not built")
-    assert choice_here().name == "reference"
+    assert local_choice().name == "reference"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from bitnet_jax.training.config import MAY_CHANGE, RunConfig, differing_fields
+from bitnet_jax.training.config import CHANGEABLE_ON_RESUME, RunConfig, differing_fields
 
 MODEL = dict(hidden_size=8, num_layers=1, num_heads=2, ffn_size=8)
 
@@ -185,4 +185,4 @@ def test_differing_fields_names_both_values() -> None:
         {"model": MODEL | {"num_kv_heads": 1}, "training": {"steps": 6}, "mesh": {"data": 2}}
     )
     assert differing_fields(a, b) == ["model.num_kv_heads: 'not set', 1", "training.steps: 5, 6"]
-    assert differing_fields(a, b, ignored=MAY_CHANGE) == ["model.num_kv_heads: 'not set', 1"]
+    assert differing_fields(a, b, ignored=CHANGEABLE_ON_RESUME) == ["model.num_kv_heads: 'not set', 1"]

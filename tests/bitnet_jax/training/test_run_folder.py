@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_jax.training import RunConfig, RunError
-from bitnet_jax.training.run_folder import LARGEST_JSON, RunFolder, write_atomic
+from bitnet_jax.training.run_folder import MAX_JSON_BYTES, RunFolder, write_atomic
 
 Config = Callable[..., RunConfig]
 
@@ -32,7 +32,7 @@ def trained(path: Path, config: RunConfig) -> RunFolder:
         b"\xff\xfe",
         b"[" * 100_000,
         b'{"a":' * 100_000,
-        b'"' + b"x" * LARGEST_JSON + b'"',
+        b'"' + b"x" * MAX_JSON_BYTES + b'"',
         b'{"model": {"hidden_size": NaN}}',
     ],
     ids=["cut", "list", "number", "binary", "deep list", "deep object", "huge", "no run"],

@@ -19,7 +19,7 @@ from bitnet_jax.training import Interrupted, RunConfig
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.loop import train
 from bitnet_jax.training.run_folder import RunFolder
-from bitnet_jax.training.sharding import MeshConfig, make_mesh, must_wait, partition_spec
+from bitnet_jax.training.sharding import MeshConfig, make_mesh, needs_synchronous_dispatch, partition_spec
 from bitnet_jax.training.task import Task, abstract_variables
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 8}
@@ -69,8 +69,8 @@ def test_a_mesh_uses_the_first_devices() -> None:
     assert make_mesh(MeshConfig()).devices.flatten().tolist() == jax.devices()[:1]
     both = make_mesh(MeshConfig(fsdp=2))
     assert dict(both.shape) == {"data": 1, "fsdp": 2, "tensor": 1}
-    assert must_wait(both)
-    assert not must_wait(make_mesh(MeshConfig()))
+    assert needs_synchronous_dispatch(both)
+    assert not needs_synchronous_dispatch(make_mesh(MeshConfig()))
 
 
 def test_a_run_may_resume_on_another_mesh(

@@ -16,8 +16,8 @@ import pytest
 
 from bitnet_jax.data.tokenizers import ByteTokenizer
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.packed.atomic_folder import atomic_folder
 from bitnet_jax.packed.storage import StorageError, load_packed, save_packed
-from bitnet_jax.packed.whole_folder import whole_folder
 from tests.bitnet_jax.packed.folders import (
     CONFIG,
     TOKENIZER,
@@ -191,7 +191,7 @@ def test_leftovers_of_killed_writers_are_removed_and_the_old_folder_restored(
 
 
 def test_a_running_writer_is_left_alone(copy: Path, variables: dict[str, Any]) -> None:
-    with whole_folder(copy, 0, overwrite=True) as temporary:
+    with atomic_folder(copy, 0, overwrite=True) as temporary:
         (temporary / "model.safetensors").write_bytes(b"half")
         with pytest.raises(StorageError, match="copy exists"):
             save_packed(copy, variables, CONFIG)
