@@ -25,6 +25,7 @@ GENERATED = """
 import sys
 sys.path.insert(0, "docs")
 import generated_pages
+import site_hooks
 pages = generated_pages.generated_pages()
 weights = "".join(pages[f"methods/{family}.md"] for family in ("binary", "ternary", "integer"))
 for names, text in (
@@ -41,11 +42,14 @@ for name in generated_pages.FORMATS:
 assert {"binaryconnect": 1, "paretoq_2": 1, "bit_relu": 2}.items() <= {
     name: pages["recipes.md"].count(f"\\n| `{name}` |") for name in generated_pages.RECIPES
 }.items()
-known = {"pack.md", "kernels/README.md"}
+known = {"pack.md", "kernels/README.md", "recipes.md"}
+assert set(site_hooks.SOURCES.values()) <= set(pages)
+link = "[r](../bitnet_jax/quantization/recipes.py)"
+assert site_hooks.site_links(link, "tour.md", known) == "[r](recipes.md)"
 link = "[k](../kernels/README.md#what-holds)"
-assert generated_pages.site_links(link, "limits.md", known) == "[k](kernels/README.md#what-holds)"
-assert generated_pages.site_links("[s](../tests/test_imports.py)", "limits.md", known) == "s (`tests/test_imports.py`)"
-assert generated_pages.site_links("[x](absent.md)", "limits.md", known) == "[x](absent.md)"
+assert site_hooks.site_links(link, "limits.md", known) == "[k](kernels/README.md#what-holds)"
+assert site_hooks.site_links("[s](../tests/test_imports.py)", "limits.md", known) == "s (`tests/test_imports.py`)"
+assert site_hooks.site_links("[x](absent.md)", "limits.md", known) == "[x](absent.md)"
 """
 
 
