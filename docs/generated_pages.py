@@ -1,32 +1,20 @@
-"""The pages of the site that are made from the code and from results, and the links between pages: hooks of mkdocs.
+"""The pages of the site that are generated from the code and from results.
 
-Three kinds of pages come together:
-
-* `docs/*.md`, written by hand;
-* Markdown and figures that live elsewhere in the repository (READMEs of studies and kernels, the changelog), shown
-  under their repository path;
-* tables of the registry: one page per family of quantizers, the recipes, the packed formats, negative results.
-
-Links are written as they work in the repository; `on_page_markdown` turns them into links of the site, and a link to a
-source file, which the site does not have, into its path.
+One page per family of quantizers, the straight-through estimators, the recipes, the packed formats, negative results.
+`site_hooks.py` adds them to the site.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-import posixpath
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 
 from bitnet_experiments import report
 from bitnet_experiments.sections import markdown_table
@@ -39,31 +27,6 @@ from bitnet_jax.quantization.ste import ANNEALED, STES
 from bitnet_kernels import FORMATS, pack
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = (
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    "kernels/README.md",
-    "experiments/README.md",
-    "experiments/studies/*/*.md",
-    "experiments/studies/*/*.png",
-)
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that no file in docs/ holds; a notebook becomes Markdown."""
-    for pattern in SHOWN:
-        for path in sorted(ROOT.glob(pattern)):
-            uri = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, uri, abs_src_path=str(path)))
-    for uri, text in generated_pages().items():
-        files.append(File.generated(config, uri, content=text))
-    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
-        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_page(path)))
-    return files
-
-
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return site_links(markdown, page.file.src_uri, {file.src_uri for file in files})
 
 
 def generated_pages() -> dict[str, str]:
@@ -74,29 +37,6 @@ def generated_pages() -> dict[str, str]:
         "formats.md": formats_page(),
         "negative.md": negative_page(),
     }
-
-
-# --- links
-
-
-def site_links(markdown: str, uri: str, pages: Iterable[str]) -> str:
-    """Links of the repository as links of the site, outside code blocks. `uri` is the page, `pages` all there are."""
-    here = uri if (ROOT / uri).is_file() else f"docs/{uri}"
-    pages = set(pages)
-
-    def link(match: re.Match[str]) -> str:
-        image, text, target, anchor = match.groups()
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
-        page = re.sub(r"\.ipynb$", ".md", path.removeprefix("docs/"))
-        if page in pages:
-            return f"{image}[{text}]({posixpath.relpath(page, posixpath.dirname(uri) or '.')}{anchor or ''})"
-        if not image and (ROOT / path).exists():
-            return f"{text} (`{path}`)" if text.strip("`") != path else f"`{path}`"
-        return match[0]  # mkdocs reports it
-
-    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
-    pattern = r"(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\((?![a-z]+:)([^)#\s]+)(#[^)]*)?\)"
-    return "".join(part if part.startswith("```") else re.sub(pattern, link, part) for part in parts)
 
 
 def papers(text: str) -> str:
@@ -395,7 +335,7 @@ def block_drawing() -> str:
     return f'<svg viewBox="0 0 570 116" width="570" role="img">{cells}{names}</svg>'
 
 
-# --- results and notebooks
+# --- results
 
 
 def negative_page() -> str:
@@ -414,19 +354,3 @@ def negative_page() -> str:
         verdict = verdict.replace("](../", "](experiments/studies/")
         lines += [f"## {study.question}", verdict.strip()]
     return "\n\n".join(lines) + "\n"
-
-
-def notebook_page(path: Path) -> str:
-    """A notebook as Markdown: text, code, and the text that the code printed."""
-    parts = [f"*A notebook: `{path.relative_to(ROOT).as_posix()}`.*"]
-    for cell in json.loads(path.read_text())["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            parts.append(source)
-            continue
-        parts.append(f"```python\n{source}\n```")
-        for output in cell["outputs"]:
-            text = "".join(output.get("text", output.get("data", {}).get("text/plain", [])))
-            parts.append(f"```text\n{text.rstrip()}\n```")
-    title = next(i for i, part in enumerate(parts) if part.startswith("# "))
-    return "\n\n".join((parts[title], *parts[:title], *parts[title + 1 :])) + "\n"

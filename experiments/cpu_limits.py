@@ -96,9 +96,9 @@ def measure(name: str) -> None:
 def report(machines: dict[str, dict[str, Any]]) -> str:
     """The tables in Markdown, from machine -> name -> figures."""
     lines = [
-        "# What was measured",
+        "# Measurements",
         "",
-        "Made by `python -m experiments.cpu_limits --report` from results/.",
+        "Generated from results/ by `python -m experiments.cpu_limits --report`.",
         "",
     ]
     for name, results in machines.items():
@@ -106,15 +106,15 @@ def report(machines: dict[str, dict[str, Any]]) -> str:
         lines += [f"# {name}: {provenance['threads']} threads of {provenance['processor']}", ""]
         lines += _bar_table(results)
         lines += _model_table({n: f for n, f in results.items() if "decode_tokens_per_second" in f})
-        lines += _kernel_table("Products, the fastest instruction set", results["kernels"])
-        lines += _kernel_table(f"Products of many rows, {VNNI}", results["kernels_vnni"])
+        lines += _kernel_table("Products on the fastest instruction set", results["kernels"])
+        lines += _kernel_table(f"Products of many rows on {VNNI}", results["kernels_vnni"])
         lines += _cost_table(results["training_cost"])
         lines += _provenance_table(results)
     return "\n".join(lines)
 
 
 def bars(results: dict[str, Any]) -> list[tuple[str, str, str, list[float]]]:
-    """Rows (part, required minimum, aim, measured figures) for one machine."""
+    """Rows (quantity, required minimum, target, measured figures) for one machine."""
     rows, summary = results["kernels"]["rows"], results["kernels"]["summary"]
 
     def products(name: str, rows: Sequence[dict[str, Any]], format: str, m: int) -> list[float]:
@@ -145,23 +145,38 @@ def bars(results: dict[str, Any]) -> list[tuple[str, str, str, list[float]]]:
     binary = products("peak_fraction", rows, "binary", 128)
     quantizing = [cost[name]["median"] for name in ("bitnet_b158", "bitnet")]
     return [
-        ("ternary2, one row of x, of the read ceiling", "0.90", "0.97", decode),
-        ("binary over ternary2, weights a second", "1.5", "2.0", [summary["binary_over_ternary2_m1"]]),
-        ("ternary2, 128 rows of x, of the VNNI dot peak", "0.75", "0.95", ternary),
-        ("binary, 128 rows, of the dot peak of its instruction set", "0.75", "1.2", binary),
+        ("ternary2, one row of x: fraction of the read ceiling", "0.90", "0.97", decode),
+        ("binary / ternary2, weights per second", "1.5", "2.0", [summary["binary_over_ternary2_m1"]]),
+        ("ternary2, 128 rows of x: fraction of the VNNI dot peak", "0.75", "0.95", ternary),
+        ("binary, 128 rows of x: fraction of the dot peak of the instruction set", "0.75", "1.2", binary),
         (
-            "kernels of a decode step alone, of the step",
+            "kernels alone: fraction of a decode step",
             "0.85",
             "0.95",
             [f["kernel_fraction"] for f in models],
         ),
         ("fork and join, microseconds", "1", "0.3", fork_join),
-        ("2B-4T ternary, decoding, times the best engine", "1.0", "1.3", against(TERNARY_PEER, "2b_ternary")),
-        ("2B-4T ternary, prompt, times the best engine", "1.0", "1.7", prefill(TERNARY_PEER, "2b_ternary")),
-        ("2B-4T binary, decoding, times the best engine", "2.0", "3", against(BINARY_PEER, "2b_binary")),
-        ("2B-4T binary, prompt, times the best engine", "3", "5", prefill(BINARY_PEER, "2b_binary")),
-        ("100B binary, of the read ceiling", "runs", "0.8", [results["100b_binary"]["ceiling_fraction"]]),
-        ("fake quantization, added to a training step", "0.15", "0.05", quantizing),
+        (
+            "2B-4T ternary, decode, relative to the best engine",
+            "1.0",
+            "1.3",
+            against(TERNARY_PEER, "2b_ternary"),
+        ),
+        (
+            "2B-4T ternary, prefill, relative to the best engine",
+            "1.0",
+            "1.7",
+            prefill(TERNARY_PEER, "2b_ternary"),
+        ),
+        ("2B-4T binary, decode, relative to the best engine", "2.0", "3", against(BINARY_PEER, "2b_binary")),
+        ("2B-4T binary, prefill, relative to the best engine", "3", "5", prefill(BINARY_PEER, "2b_binary")),
+        (
+            "100B binary: fraction of the read ceiling",
+            "runs",
+            "0.8",
+            [results["100b_binary"]["ceiling_fraction"]],
+        ),
+        ("fake quantization: overhead of a training step", "0.15", "0.05", quantizing),
     ]
 
 
@@ -170,7 +185,7 @@ def _bar_table(results: dict[str, Any]) -> list[str]:
         (part, must, aim, " to ".join(f"{end(figures):.2f}" for end in ((min, max) if len(figures) > 1 else (min,))))
         for part, must, aim, figures in bars(results)
     ]  # fmt: skip
-    return ["## What was asked for", "", *_table(("part", "at least", "aim", "measured"), rows)]
+    return ["## Requirements", "", *_table(("quantity", "required", "target", "measured"), rows)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -183,7 +198,7 @@ def _percent(value: float | None) -> str:
 
 
 def _model_table(models: dict[str, dict[str, Any]]) -> list[str]:
-    head = ("model", "ran on", "prompt", "prefill tokens/s", "of dot peak", "decode tokens/s", "bytes a token",
+    head = ("model", "ran on", "prompt", "prefill tokens/s", "of dot peak", "decode tokens/s", "bytes per token",
             "of read ceiling", "kernels / step", "head", "memory")  # fmt: skip
     rows = [
         (
@@ -197,7 +212,7 @@ def _model_table(models: dict[str, dict[str, Any]]) -> list[str]:
             f"{_percent(f['ceiling_fraction'])} of {f['read_ceiling_gbytes_per_second']:.1f} GB/s",
             _percent(f["kernel_fraction"]),
             f["head_format"],
-            f"{f['peak_rss_bytes'] / 1e9:.1f} GB, {f['rss_anon_bytes'] / 1e9:.2f} not of the file",
+            f"{f['peak_rss_bytes'] / 1e9:.1f} GB, {f['rss_anon_bytes'] / 1e9:.2f} outside the file",
         )
         for name, f in models.items()
     ]
@@ -206,7 +221,7 @@ def _model_table(models: dict[str, dict[str, Any]]) -> list[str]:
 
 def _kernel_table(title: str, figures: dict[str, Any]) -> list[str]:
     head = ("op", "format", "m", "n x k", "microseconds [p10, p90]", "GB/s", "of read ceiling", "GMAC/s",
-            "of dot peak", "times XLA float32, bfloat16, int8")  # fmt: skip
+            "of dot peak", "speedup over XLA float32, bfloat16, int8")  # fmt: skip
     rows = []
     for row in figures["rows"]:
         times = [row.get(f"speedup_vs_xla_{name}") for name in ("float32", "bfloat16", "int8")]
@@ -234,7 +249,11 @@ def _cost_table(figures: dict[str, Any]) -> list[str]:
          f"[{100 * cost['p10']:+.1f}, {100 * cost['p90']:+.1f}]")
         for recipe, cost in figures["cost_against_float32"].items()
     ]  # fmt: skip
-    return ["## Fake quantization in training", "", *_table(("recipe", "ms a step", "against float32"), rows)]
+    return [
+        "## Fake quantization in training",
+        "",
+        *_table(("recipe", "ms per step", "overhead over float32"), rows),
+    ]
 
 
 def _provenance_table(results: dict[str, dict[str, Any]]) -> list[str]:

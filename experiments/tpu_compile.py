@@ -258,7 +258,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     made_by = {
         "commit {commit}, jax {jax}, libtpu {libtpu}".format(**row["provenance"]) for row in results.values()
     }
-    return "\n".join([*lines, "", f"Made by {'; '.join(sorted(made_by))}."])
+    return "\n".join([*lines, "", f"Generated at {'; '.join(sorted(made_by))}."])
 
 
 def report(results: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
-"""What every test runs under: strict JAX, two CPU devices, marks for slow and hardware cases, outside data.
+"""Test configuration: strict JAX, two CPU devices, markers for slow and hardware tests, external data.
 
-    pytest                          the quick suite
-    pytest --run-slow               also the tests marked slow (or BITNET_JAX_RUN_SLOW=1)
+    pytest                          the fast suite
+    pytest --run-slow               includes the tests marked slow (or BITNET_JAX_RUN_SLOW=1)
     JAX_PLATFORMS=cuda,cpu pytest -m gpu    on a machine with a GPU
 
 Strict promotion is for our own code. Optax computes `decay ** step` with an int32 step, which it refuses, so
@@ -22,7 +22,7 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}".strip()
 
-os.environ.setdefault("BITNET_JAX_CACHE", "off")  # tests that keep something name a folder of their own
+os.environ.setdefault("BITNET_JAX_CACHE", "off")  # tests of the cache set their own folder
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -31,7 +31,7 @@ from jax._src import compiler  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A shell starts jobs in its background with Ctrl-C ignored, and children inherit that; tests of Ctrl-C send it.
+# Shells start background jobs with SIGINT ignored, and children inherit that; tests of Ctrl-C need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -48,16 +48,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow") and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow: ask with --run-slow or BITNET_JAX_RUN_SLOW=1"))
         for platform in ("gpu", "tpu"):
-            # The backend is asked only where a marker needs the answer: collecting must not start a device.
+            # The backend is queried only where a marker requires it: collection must not initialize a device.
             if item.get_closest_marker(platform) and jax.default_backend() != platform:
                 reason = f"needs a {platform}, this run has {jax.default_backend()!r} (see JAX_PLATFORMS)"
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def outside_folder(variable: str, beside: str) -> Path:
-    """The folder an environment variable names, else one beside the repository; neither: the test is skipped.
+    """The folder named by an environment variable, or one beside the repository; skips the test if neither exists.
 
-    A variable that is set and wrong is an error and no skip: someone meant these tests to run.
+    A variable that is set to a missing folder is an error instead of a skip: the tests were meant to run.
     """
     named = os.environ.get(variable)
     folder = Path(named) if named else ROOT.parent / beside
@@ -120,7 +120,7 @@ def fast_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def oracles() -> Path:
-    """Reference vectors and tiny checkpoints made by other people's code."""
+    """Reference vectors and tiny checkpoints computed by third-party code."""
     return outside_folder("BITNET_JAX_ORACLES", "shared/oracles")
 
 

@@ -1,8 +1,8 @@
-"""Every command that README.md, CONTRIBUTING.md and the pages in docs/ name runs: from an installed wheel, far from the
+"""Every command in README.md, CONTRIBUTING.md and the pages in docs/ runs: from an installed wheel, outside the
 repository, and from a bare clone.
 
-Commands are taken from the text as it is and then made small by SHORTER. What a test cannot run stands in NOT_RUN, with
-the reason. A command that is in neither is run as written.
+Commands are extracted from the text and shortened by SHORTER. What a test cannot run is listed in NOT_RUN, with
+the reason. A command in neither is run as written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = {
     "bitnet_kernels": "kernels/bitnet_kernels",
     "bitnet_experiments": "experiments/bitnet_experiments",
 }
-# With an argument: a program's name alone is no command.
+# With an argument: the name of a program alone is not a command.
 PROGRAM = r"(?:[A-Z_]+=\S+ )?(?:bitnet-jax |make |python -m |pip |pre-commit |git |\.ci/run)"
 
 # pattern -> replacement, all applied in this order: two updates instead of hundreds, a tiny model instead of a large
@@ -61,7 +61,7 @@ NOT_RUN = {
 
 
 def documented(name: str) -> list[str]:
-    """The commands of a page in the order of the text: lines of bash blocks, and code in running text."""
+    """The commands of a page in order of appearance: lines of bash blocks, and inline code."""
     found = []
     for block, code in re.findall(
         r"^```bash\n(.*?)^```$|`([^`\n]+)`", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL
@@ -91,7 +91,7 @@ RUN = list(
     )
 )
 DOCTOR = "bitnet-jax doctor"  # a minute and a half of checks
-# In the order of the text: each one continues the ones before.
+# In order of appearance: each one continues the previous ones.
 REPOSITORY = [
     command for command in RUN if not re.match(r"bitnet-jax (?!sweep |report )", command)
 ]  # or its studies
@@ -99,7 +99,7 @@ INSTALLED = [command for command in RUN if command not in REPOSITORY and command
 
 
 def run(command: str, folder: Path, site: Path) -> None:
-    """In a shell, in `folder`, by a user who has the packages in `site` and no other copy of them."""
+    """Runs a command in a shell, in `folder`, with the packages in `site` and no other copy of them."""
     environment = os.environ | {
         "PATH": os.pathsep.join((str(site / "bin"), str(Path(sys.executable).parent), os.environ["PATH"])),
         "PYTHONPATH": str(site),
@@ -114,7 +114,7 @@ def run(command: str, folder: Path, site: Path) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the repository holds before anything is built, of it only what packaging and commands need."""
+    """A copy of the unbuilt repository, reduced to what packaging and commands need."""
     folder = tmp_path_factory.mktemp("clone") / "bitnet_jax"
     folder.mkdir()
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "runs")
@@ -138,7 +138,7 @@ def build_wheel(source: Path, target: Path, library: Path) -> subprocess.Complet
 
 @pytest.fixture(scope="module")
 def wheel_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel installed. The C++ library is the one that stands here: compiling takes minutes."""
+    """A folder with the wheel installed. The C++ library is the prebuilt one, because compiling takes minutes."""
     library = ROOT / "kernels" / "bitnet_kernels" / "_cpu.so"
     assert library.is_file(), "the C++ library is not built; make test builds it"
     wheels, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
@@ -153,7 +153,7 @@ def wheel_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clone_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make` installs from a clone: links to its packages, not the folder that holds them."""
+    """What `make` installs from a clone: links to its packages instead of the folder that contains them."""
     site = tmp_path_factory.mktemp("editable")
     for package, folder in PACKAGES.items():
         (site / package).symlink_to(clone / folder)
@@ -165,8 +165,8 @@ def clone_site(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def test_the_pages_name_commands() -> None:
-    """Were the pattern wrong, every test below would hold of nothing."""
+def test_commands_are_found_in_the_pages() -> None:
+    """If the pattern were wrong, every test below would be vacuous."""
     assert len(COMMANDS) > 20
     for start in (
         "bitnet-jax train",
@@ -176,11 +176,11 @@ def test_the_pages_name_commands() -> None:
     ):
         assert any(command.startswith(start) for command in COMMANDS)
     assert all(any(re.fullmatch(pattern, command) for command in COMMANDS) for pattern in NOT_RUN), (
-        "an entry of NOT_RUN that no page names"
+        "an entry of NOT_RUN that is on no page"
     )
 
 
-def test_every_extra_that_a_page_names_exists() -> None:
+def test_every_extra_in_the_pages_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {
         name
@@ -192,15 +192,15 @@ def test_every_extra_that_a_page_names_exists() -> None:
     assert named <= set(extras)
 
 
-def test_a_prebuilt_library_that_is_absent_ends_the_build(clone: Path, tmp_path: Path) -> None:
-    """Asked for by name, it must not become a wheel without kernels."""
+def test_a_missing_prebuilt_library_fails_the_build(clone: Path, tmp_path: Path) -> None:
+    """If it was requested explicitly, the result must not be a wheel without kernels."""
     made = build_wheel(clone, tmp_path, tmp_path / "nowhere.so")
     assert made.returncode != 0
     assert "expected the _cpu.so of an earlier build" in made.stderr + made.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_readme_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
+def test_the_readme_commands_run_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
     for command in INSTALLED:
         run(command, tmp_path, wheel_site)
     assert (tmp_path / "runs" / "first-packed" / "model.safetensors").is_file()
@@ -209,7 +209,7 @@ def test_the_readme_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", named_configs())
-def test_every_config_trains_from_a_copy_beside_an_installed_wheel(
+def test_a_copy_of_every_config_trains_with_an_installed_wheel(
     name: str, wheel_site: Path, tmp_path: Path
 ) -> None:
     variant = "short" if name == "quickstart" else "small"
@@ -220,13 +220,13 @@ def test_every_config_trains_from_a_copy_beside_an_installed_wheel(
 
 
 @pytest.mark.slow
-def test_doctor_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
+def test_doctor_runs_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
     assert DOCTOR in RUN
     run(DOCTOR, tmp_path, wheel_site)
 
 
 @pytest.mark.slow
-def test_the_readme_from_a_bare_clone(clone: Path, clone_site: Path) -> None:
+def test_the_readme_commands_run_from_a_bare_clone(clone: Path, clone_site: Path) -> None:
     for command in INSTALLED:
         run(command, clone, clone_site)
 
@@ -234,7 +234,7 @@ def test_the_readme_from_a_bare_clone(clone: Path, clone_site: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        # Pages rebuilt one by one are held to their results in test_report.py.
+        # test_report.py compares individually rebuilt pages with their results.
         pytest.param(
             command,
             marks=[pytest.mark.slow] if command.startswith(("python", "bitnet-jax report --all")) else [],
@@ -242,7 +242,7 @@ def test_the_readme_from_a_bare_clone(clone: Path, clone_site: Path) -> None:
         for command in REPOSITORY
     ],
 )
-def test_what_needs_the_repository(command: str, clone: Path, clone_site: Path) -> None:
+def test_commands_that_need_the_repository(command: str, clone: Path, clone_site: Path) -> None:
     study = clone / "experiments" / "studies" / "ternary_penalty" / "study.py"
     if "SMALL_ARMS" not in study.read_text():
         study.write_text(study.read_text() + SMALL_STUDY)

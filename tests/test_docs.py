@@ -1,4 +1,4 @@
-"""The documentation does what it says: the Python of its pages runs, and so do its notebooks."""
+"""The documentation works: the Python code of its pages and its notebooks run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ GENERATED = """
 import sys
 sys.path.insert(0, "docs")
 import generated_pages
+import site_hooks
 pages = generated_pages.generated_pages()
 weights = "".join(pages[f"methods/{family}.md"] for family in ("binary", "ternary", "integer"))
 for names, text in (
@@ -41,11 +42,14 @@ for name in generated_pages.FORMATS:
 assert {"binaryconnect": 1, "paretoq_2": 1, "bit_relu": 2}.items() <= {
     name: pages["recipes.md"].count(f"\\n| `{name}` |") for name in generated_pages.RECIPES
 }.items()
-known = {"pack.md", "kernels/README.md"}
+known = {"pack.md", "kernels/README.md", "recipes.md"}
+assert set(site_hooks.SOURCES.values()) <= set(pages)
+link = "[r](../bitnet_jax/quantization/recipes.py)"
+assert site_hooks.site_links(link, "tour.md", known) == "[r](recipes.md)"
 link = "[k](../kernels/README.md#what-holds)"
-assert generated_pages.site_links(link, "limits.md", known) == "[k](kernels/README.md#what-holds)"
-assert generated_pages.site_links("[s](../tests/test_imports.py)", "limits.md", known) == "s (`tests/test_imports.py`)"
-assert generated_pages.site_links("[x](absent.md)", "limits.md", known) == "[x](absent.md)"
+assert site_hooks.site_links(link, "limits.md", known) == "[k](kernels/README.md#what-holds)"
+assert site_hooks.site_links("[s](../tests/test_imports.py)", "limits.md", known) == "s (`tests/test_imports.py`)"
+assert site_hooks.site_links("[x](absent.md)", "limits.md", known) == "[x](absent.md)"
 """
 
 
@@ -55,7 +59,7 @@ def python_blocks(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    """From top to bottom, each block after the ones before."""
+    """From top to bottom, each block after the previous ones."""
     text = "\n".join(python_blocks(page))
     assert "assert" in text, "without an assertion this test could not fail"
     command = [sys.executable, "-W", "error", "-c", text]
@@ -76,8 +80,8 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
-def test_every_recipe_and_quantizer_has_its_place_on_a_generated_page() -> None:
-    """In a separate process: the hook of mkdocs is not a module of a package."""
+def test_every_recipe_and_quantizer_is_on_a_generated_page() -> None:
+    """In a separate process: the mkdocs hook is not a module of a package."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", GENERATED],
         cwd=ROOT,

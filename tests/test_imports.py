@@ -1,7 +1,7 @@
-"""The arrows between the rooms of the house, read from the source and enforced.
+"""The import graph of the subpackages, read from the source and enforced.
 
-`A: {B, ...}` means A may import B. What is not written is forbidden, and a module that no entry covers is an
-error: a new room gets its place here before it gets its first line.
+`A: {B, ...}` means A may import B. Anything else is forbidden, and a module that no entry covers is an
+error: add an entry for a new subpackage here first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Modules of bitnet_jax, by the longest prefix that names them. `bitnet_jax.` is left out on both sides.
+# Modules of bitnet_jax, by longest prefix. `bitnet_jax.` is omitted on both sides.
 MODEL = {"quantization", "nn", "models"}
 NO_MODEL: set[str] = set()  # arrays and pytrees only
 ARROWS: dict[str, set[str]] = {
@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "models": MODEL,
     "data": {"data"},
     "packed.tensor_file": NO_MODEL,
-    "packed.whole_folder": {"packed.tensor_file"},
+    "packed.atomic_folder": {"packed.tensor_file"},
     "packed": MODEL | {"packed", "data"},
     "interop": MODEL | {"packed", "data", "interop"},
     "inference": MODEL | {"inference", "data"},
@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "tools": MODEL | {"tools", "packed", "inference", "evaluation", "training", "data"},
     "cli": MODEL | {"cli", "tools", "model_folders", "packed", "inference", "evaluation", "training", "data"},
 }
-# The version, the words for a package that is absent, and the progress of a long task.
+# The version, the errors about missing packages, and the progress of long tasks.
 EVERYWHERE = {"", "optional_packages", "progress"}
 
 # The only files outside kernels/ that may touch the kernels.
@@ -62,7 +62,7 @@ TOUCH_KERNELS = {
     "tools",
 }
 
-# Other libraries, by root. None: anything that pyproject.toml declares.
+# Other libraries, by root package. None: anything that pyproject.toml declares.
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "ml_dtypes", "bitnet_kernels"}
 
 SOURCES = {
@@ -82,16 +82,14 @@ def modules(package: str) -> Iterator[tuple[str, Path]]:
 
 
 def imported(file: Path, package: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted module or module.name) of every import, at any depth of the file."""
+    """(line, absolute dotted module or module.name) of every import, at any nesting depth."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            if (
-                node.level
-            ):  # relative: the package that holds the file, up as many levels as there are further dots
+            if node.level:  # relative: the package that contains the file, one level up per further dot
                 inside = file.relative_to(SOURCES[package]).parent.parts
                 up = (package, *inside)[: 1 + len(inside) - (node.level - 1)]
                 base = ".".join((*up, base)).rstrip(".")
@@ -100,7 +98,7 @@ def imported(file: Path, package: str) -> Iterator[tuple[int, str]]:
 
 
 def room(module: str) -> str | None:
-    """The entry of ARROWS that covers a module: the longest prefix, whole names only."""
+    """The entry of ARROWS that covers a module: the longest prefix of whole names."""
     parts = module.split(".") if module else []
     for length in range(len(parts), 0, -1):
         if ".".join(parts[:length]) in ARROWS:
@@ -109,13 +107,13 @@ def room(module: str) -> str | None:
 
 
 def target_room(name: str) -> str | None:
-    """Where an imported `bitnet_jax.a.b.Name` lives; `bitnet_jax.Name` is the package root itself."""
+    """The entry of an imported `bitnet_jax.a.b.Name`; `bitnet_jax.Name` is the package root."""
     inside = name.removeprefix("bitnet_jax").lstrip(".")
     return room(inside) or ("" if "." not in inside else None)
 
 
 def allowed(importer: str, target: str | None) -> bool:
-    """Is the arrow drawn? A package may import its own parts when it names itself."""
+    """Whether the import is allowed. A package may import its own parts if its entry lists itself."""
     if target is None:
         return False
     here = room(importer)
@@ -124,7 +122,7 @@ def allowed(importer: str, target: str | None) -> bool:
     )
 
 
-def test_every_arrow_inside_bitnet_jax_is_drawn() -> None:
+def test_every_import_inside_bitnet_jax_is_allowed() -> None:
     undrawn = []
     for module, file in modules("bitnet_jax"):
         if room(module) is None:
@@ -135,7 +133,7 @@ def test_every_arrow_inside_bitnet_jax_is_drawn() -> None:
     assert not undrawn, "\n".join(undrawn)
 
 
-def test_kernels_are_touched_only_where_drawn() -> None:
+def test_kernels_are_imported_only_where_allowed() -> None:
     touching = [
         f"{file.relative_to(ROOT)}:{line}: imports {name}"
         for module, file in modules("bitnet_jax")
@@ -157,9 +155,9 @@ def test_bitnet_kernels_imports_only_jax_numpy_and_itself() -> None:
 
 
 def test_nothing_imports_experiments_and_they_reach_the_kernels_through_bitnet_jax() -> None:
-    """The scripts in `experiments` are no part of an installation; the package bitnet_experiments is.
+    """The scripts in `experiments` are not part of an installation; the package bitnet_experiments is.
 
-    Two commands run what it holds: `bitnet-jax sweep` and `report`.
+    Two commands use it: `bitnet-jax sweep` and `report`.
     """
     commands = {"cli.sweep", "cli.report"}
     forbidden = {
@@ -209,10 +207,10 @@ def graph() -> dict[str, set[str]]:
     return arrows
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     arrows = graph()
     assert len(arrows) > 100
-    list(graphlib.TopologicalSorter(arrows).static_order())  # CycleError names the circle
+    list(graphlib.TopologicalSorter(arrows).static_order())  # CycleError names the cycle
 
 
 @pytest.mark.parametrize(
@@ -232,7 +230,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         ("a_new_room", "bitnet_jax.quantization.ste", False),
     ],
 )
-def test_the_reading_of_the_graph(importer: str, name: str, expected: bool) -> None:
+def test_parsing_of_the_import_graph(importer: str, name: str, expected: bool) -> None:
     assert allowed(importer, target_room(name)) is expected
 
 
@@ -242,9 +240,11 @@ def test_kernels_and_the_other_roots_are_not_packages() -> None:
 
 
 def fresh_interpreter(code: str, *path: Path) -> str:
-    """What `code` prints in a new process started in the repository root, with `path` behind it."""
+    """What `code` prints in a new process started in the repository root, with `path` after it on sys.path."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    environment.pop("PYTHONSAFEPATH", None)  # the root itself must come first, as for anyone working in it
+    environment.pop(
+        "PYTHONSAFEPATH", None
+    )  # the root itself must come first, as for anyone working in the repository
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
@@ -252,7 +252,7 @@ def fresh_interpreter(code: str, *path: Path) -> str:
     return done.stdout.strip()
 
 
-def test_the_name_kernels_stays_free_for_the_package_of_that_name(tmp_path: Path) -> None:
+def test_the_name_kernels_does_not_shadow_the_package_of_that_name(tmp_path: Path) -> None:
     stand_in = tmp_path / "kernels"
     stand_in.mkdir()
     (stand_in / "__init__.py").write_text("owner = 'somebody else'\n")
@@ -260,8 +260,8 @@ def test_the_name_kernels_stays_free_for_the_package_of_that_name(tmp_path: Path
     assert fresh_interpreter(code, tmp_path) == "somebody else"
 
 
-def test_importing_starts_no_device() -> None:
-    """Every module of the packages: a backend that an import starts can no longer be set up by its user."""
+def test_importing_initializes_no_device() -> None:
+    """Every module of the packages: a backend initialized by an import can no longer be configured by the user."""
     names = [
         f"{package}.{module}".rstrip(".")
         for package in ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")

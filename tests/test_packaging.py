@@ -1,4 +1,4 @@
-"""What a user gets by installing: every package, declared dependencies, one version."""
+"""The installed distribution: every package, declared dependencies, one version."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ DISTRIBUTIONS = {
     "pynvml": "nvidia-ml-py",
     "PIL": "pillow",
 }
-# Installed by every jax: what it computes with, and what its arrays are made of.
+# Installed with every jax.
 WITH_JAX = {"jaxlib", "ml-dtypes", "scipy"}
 
 
 def names(requirements: list[str]) -> set[str]:
-    """Distribution names of requirement strings, normalised."""
+    """Normalized distribution names of requirement strings."""
     return {re.split(r"[\s<>=!~;\[]", text, maxsplit=1)[0].lower().replace("_", "-") for text in requirements}
 
 
 def third_party(folder: Path) -> set[str]:
-    """Distributions that the modules of a folder import, wherever in the file."""
+    """Distributions that the modules of a folder import, at any nesting depth."""
     roots = set()
     for file in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -76,7 +76,7 @@ def test_every_declared_dependency_is_used() -> None:
     assert names(PROJECT["dependencies"]) <= used
 
 
-def test_every_dependency_has_both_bounds_and_what_is_installed_is_within_them() -> None:
+def test_every_dependency_has_both_bounds_and_the_installed_version_is_within_them() -> None:
     for requirement in map(Requirement, PROJECT["dependencies"]):
         operators = {clause.operator for clause in requirement.specifier}
         assert operators == {">=", "<"}, f"{requirement}: expected a lower and an upper bound"
@@ -86,10 +86,10 @@ def test_every_dependency_has_both_bounds_and_what_is_installed_is_within_them()
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "requirements").glob("ci-py*.txt")), ids=lambda file: file.stem
 )
-def test_the_pins_of_continuous_integration_are_whole_and_within_the_bounds(file: Path) -> None:
+def test_the_pins_of_continuous_integration_are_complete_and_within_the_bounds(file: Path) -> None:
     lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.+!]+", line) for line in lines), (
-        "a pin of a place and not of a version"
+        "a pin of a location instead of a version"
     )
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     extras = PROJECT["optional-dependencies"]
@@ -99,7 +99,7 @@ def test_the_pins_of_continuous_integration_are_whole_and_within_the_bounds(file
 
 
 def test_continuous_integration_installs_its_pins() -> None:
-    """Through make, which passes them to pip; a Python without a file gets what the bounds allow."""
+    """With make, which passes them to pip; a Python version without a pin file gets what the bounds allow."""
     make = ["make", "--dry-run", "VENV=nowhere", "nowhere/.installed-for-development"]
     command = re.compile(r"pip .*install (.*)--editable")
     for pins in ("", "requirements/ci-py311.txt"):
@@ -144,7 +144,7 @@ def test_the_library_is_built_with_the_oldest_supported_headers() -> None:
     assert oldest.partition(",")[0].replace("jax>=", "jaxlib==") in PYPROJECT["build-system"]["requires"]
 
 
-def test_the_licence_is_whole() -> None:
+def test_the_license_is_complete() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert PROJECT["license"] == "Apache-2.0"
     assert "Version 2.0, January 2004" in text
@@ -189,14 +189,14 @@ def test_the_wheel_holds_every_package_and_the_library_and_serves_every_python(t
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_wheel_is_built_all_the_same(tmp_path: Path) -> None:
+def test_the_wheel_is_built_without_a_compiler(tmp_path: Path) -> None:
     wheel = build(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     assert "bitnet_kernels/matmul.py" in wheel.namelist()
     assert "bitnet_kernels/_cpu.so" not in wheel.namelist()
 
 
-def test_advice_to_install_names_what_an_index_has() -> None:
-    """`bitnet-jax[extra]` is on none; and every error about an absent package is made in one place."""
+def test_install_instructions_name_packages_on_an_index() -> None:
+    """`bitnet-jax[extra]` is on no index; and every error about a missing package comes from one module."""
     extras = PROJECT["optional-dependencies"]
     listed = {re.split(r"[\s<>=!~;\[]", text, maxsplit=1)[0] for text in sum(extras.values(), [])}
     assert set(PURPOSES) <= listed
@@ -207,19 +207,21 @@ def test_advice_to_install_names_what_an_index_has() -> None:
     for file in (*sources, *pages):
         text = file.read_text()
         assert not re.search(r"bitnet[-_]jax\[", text), (
-            f"{file}: advises an extra by a name that is on no index"
+            f"{file}: names an extra of a package that is on no index"
         )
         if file.suffix == ".py" and file.name != "optional_packages.py":
-            assert "pip install" not in text, f"{file}: advice of its own; use bitnet_jax.optional_packages"
+            assert "pip install" not in text, (
+                f"{file}: has its own install instructions; use bitnet_jax.optional_packages"
+            )
 
 
 GIVEN_AXES = {
     "frontier.py"
-}  # draws into axes that report.draw made, which has said so where matplotlib is absent
+}  # draws into axes made by report.draw, which already raises where matplotlib is missing
 TYPES_ONLY = re.compile(r"^if TYPE_CHECKING:\n(?: +.*\n|\n)+", re.MULTILINE)
 
 
-def test_every_import_of_an_optional_package_says_how_to_get_it() -> None:
+def test_every_import_of_an_optional_package_says_how_to_install_it() -> None:
     modules = {"lm-eval": "lm_eval", "nvidia-ml-py": "pynvml", "rouge-score": "rouge_score", "pillow": "PIL"}
     for name in PURPOSES:
         imported = re.compile(rf"^ +(?:import|from) {modules.get(name, name)}\b", re.MULTILINE)

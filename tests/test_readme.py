@@ -1,4 +1,4 @@
-"""The README does what it says: it is short, its example runs, commands parse; the annotated tree exists."""
+"""The README works: it is short, its example runs, its commands parse, and the annotated tree is complete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blocks(language: str, page: str = README) -> list[str]:
     return [text for name, text in fenced if name == language]
 
 
-def test_the_example_runs_as_it_stands() -> None:
+def test_the_example_runs_as_written() -> None:
     (example,) = blocks("python")
     lines = [line for line in example.splitlines() if line.strip()]
     assert len(lines) <= 10
@@ -46,14 +46,14 @@ def test_every_command_parses(command: str) -> None:
 
 
 def tree() -> list[str]:
-    """Paths of the annotated tree: two blanks of indentation a level, a comment behind two blanks or more."""
+    """Paths of the annotated tree: two spaces of indentation per level, a comment after two or more spaces."""
     (text,) = [block for block in blocks("", ARCHITECTURE) if block.startswith("bitnet_jax/")]
     paths: list[str] = []
     parents: list[str] = []
     for line in text.splitlines():
         names = re.match(r"( *)(\S+(?: \S+)*)", line)
         level = len(names.group(1)) // 2 if names else 0
-        if names is None or level > len(parents):  # a comment with a line of its own
+        if names is None or level > len(parents):  # a comment on a separate line
             continue
         entries = names.group(2).split(" ")
         paths += ["".join(parents[:level]) + entry for entry in entries]
@@ -61,13 +61,13 @@ def tree() -> list[str]:
     return paths
 
 
-def test_the_tree_names_what_is_there() -> None:
+def test_the_tree_lists_existing_paths() -> None:
     paths = tree()
     assert len(paths) > 40
     assert [path for path in paths if not list(ROOT.glob(path))] == []
 
 
-def test_the_tree_leaves_out_no_module() -> None:
+def test_the_tree_lists_every_module() -> None:
     # `*` stands for the instruction sets of a family of files.
     named = {file.relative_to(ROOT).as_posix() for path in tree() for file in ROOT.glob(path)}
     for root in ("bitnet_jax", "kernels/bitnet_kernels", "kernels/csrc"):
@@ -76,8 +76,8 @@ def test_the_tree_leaves_out_no_module() -> None:
         assert modules - named == set()
 
 
-def test_no_number_stands_between_the_markers_without_its_source() -> None:
-    """Results come from committed files; the section says which."""
+def test_every_number_between_the_markers_has_a_source() -> None:
+    """Results come from committed files; the section names them."""
     section = re.search(r"<!-- results:begin.*?-->(.*?)<!-- results:end -->", README, re.DOTALL)
     assert section is not None
     if re.search(r"\d", section.group(1)):

@@ -21,9 +21,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.tools import doctor as checks
-    from bitnet_jax.tools.machine import choice_here, machine
+    from bitnet_jax.tools.machine import local_choice, machine
 
-    here, choice = machine(), choice_here()
+    here, choice = machine(), local_choice()
     print(", ".join(f"{name} {value}" for name, value in here.items()))
     found = checks.diagnose()
     words = {True: "ok", False: "WRONG", None: "absent"}

@@ -39,8 +39,8 @@ from bitnet_jax.cli import (
 from bitnet_jax.cli.shared import check_json_target
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-OURS = ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
-AGAIN_SECONDS = (
+OWN_PACKAGES = ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
+RESEND_SECONDS = (
     0.01  # delay before a Ctrl-C swallowed by a callback is sent again: the callback has returned by then
 )
 
@@ -174,7 +174,7 @@ def _resend_lost_interrupt() -> Iterator[None]:
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+            again = threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
             again.daemon = True
             again.start()
         else:
@@ -212,7 +212,7 @@ def _show_warning(
 
 def _is_user_error(error: Exception) -> bool:
     """Errors caused by input: ValueError, OSError, and the error classes defined in our packages."""
-    return isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OURS
+    return isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OWN_PACKAGES
 
 
 def _one_line(error: Exception) -> str:

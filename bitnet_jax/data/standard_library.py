@@ -11,8 +11,8 @@ import os
 import sysconfig
 from pathlib import Path
 
-LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")  # generated when this interpreter was built
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+EXCLUDED_PREFIXES = ("config-", "_sysconfigdata")  # generated when this interpreter was built
 
 
 def folder() -> Path:
@@ -27,11 +27,11 @@ def source_files(root: Path) -> list[Path]:
         folders[:] = [
             name
             for name in folders
-            if name not in LEFT_OUT_FOLDERS and not name.startswith(LEFT_OUT_PREFIXES)
+            if name not in EXCLUDED_FOLDERS and not name.startswith(EXCLUDED_PREFIXES)
         ]
         found += [
             Path(parent, name)
             for name in names
-            if name.endswith(".py") and not name.startswith(LEFT_OUT_PREFIXES)
+            if name.endswith(".py") and not name.startswith(EXCLUDED_PREFIXES)
         ]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())

@@ -216,7 +216,7 @@ def ideal_bits(config: ModelConfig, linear_bits: float | None = None, other_bits
     return linear + others * other_bits
 
 
-def as_floats(config: ModelConfig) -> ModelConfig:
+def without_quantization(config: ModelConfig) -> ModelConfig:
     """The same architecture without quantization: the papers' baseline."""
     attention = "softmax" if config.attention.startswith("binary") else config.attention
     return dataclasses.replace(config, precision="float32", head="float", attention=attention)

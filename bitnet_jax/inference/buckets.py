@@ -1,7 +1,7 @@
 """Bucket sizes that prompts and caches are padded to, so that few programs serve all lengths.
 
     prompt_width    16, 32, ..., 128, then four sizes per octave: at most a quarter of the prompt is padding
-    cache_room      64, 128, 192, 256, then two sizes per octave: at most a third of the cache is never written
+    cache_capacity      64, 128, 192, 256, then two sizes per octave: at most a third of the cache is never written
 
 Both are capped at the model's max_length, so the number of sizes is logarithmic in it.
 """
@@ -23,6 +23,6 @@ def prompt_width(config: ModelConfig, tokens: int) -> int:
     return min(bucket(tokens, smallest=16, parts=4), config.max_length)
 
 
-def cache_room(config: ModelConfig, positions: int) -> int:
+def cache_capacity(config: ModelConfig, positions: int) -> int:
     """The capacity of a cache that must hold `positions`; at least `prompt_width`."""
     return min(bucket(positions, smallest=64, parts=2), config.max_length)

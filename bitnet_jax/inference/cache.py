@@ -53,7 +53,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
     )
 
 
-def with_room(cache: Cache, length: int) -> Cache:
+def extend_cache(cache: Cache, length: int) -> Cache:
     """The same cache with room for `length` positions, which must not be less than its current room."""
 
     def longer(x: Array) -> Array:

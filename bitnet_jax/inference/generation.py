@@ -27,8 +27,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bitnet_jax.inference import exact_head, limits
-from bitnet_jax.inference.buckets import cache_room, prompt_width
-from bitnet_jax.inference.cache import KV_FORMATS, init_cache, with_room
+from bitnet_jax.inference.buckets import cache_capacity, prompt_width
+from bitnet_jax.inference.cache import KV_FORMATS, extend_cache, init_cache
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.inference.sampling import Filters, SamplingConfig, next_token
 from bitnet_jax.models import ModelConfig
@@ -172,7 +172,7 @@ class _Run:
     key: PRNGKeyArray
     eos: np.ndarray  # int32 [E]
     kv_format: str | None
-    room: int  # positions for prompt and text; a cache_room
+    room: int  # positions for prompt and text; a cache_capacity
     max_new_tokens: int
 
     @property
@@ -265,7 +265,7 @@ def _checked(
     for row, prompt, length in zip(rows, tokens, lengths, strict=True):
         row[:length] = prompt[len(prompt) - length :]
     # The last new token is never read, so the cache needs no room for it.
-    room = cache_room(config, longest + max_new_tokens - 1)
+    room = cache_capacity(config, longest + max_new_tokens - 1)
     return _Run(
         config,
         variables,
@@ -342,7 +342,7 @@ def _prefill(
 ) -> State:
     """Reads the prompts, `lengths` tokens of each row, and chooses the first token."""
     B, T = tokens.shape
-    room = cache_room(config, T)
+    room = cache_capacity(config, T)
     mask = jnp.arange(T, dtype=jnp.int32)[None] < lengths[:, None]
     cache = init_cache(config, B, room, kv_format)
     logits, cache = _forward(config, variables, filters, tokens, cache, mask, read=lengths - 1)
@@ -366,7 +366,7 @@ def _prefill(
 
 def _with_room(room: int, state: State) -> State:
     tokens = jnp.pad(state.tokens, ((0, 0), (0, room - state.tokens.shape[1])))
-    return dataclasses.replace(state, cache=with_room(state.cache, room), tokens=tokens)
+    return dataclasses.replace(state, cache=extend_cache(state.cache, room), tokens=tokens)
 
 
 def _advance(

@@ -19,14 +19,14 @@ from typing import Any
 import jax
 
 # At 100 to 300 memory maps each; a model of 4096 positions has about 50 programs per batch size.
-MOST_PROGRAMS = 128
+MAX_PROGRAMS = 128
 
 
 class Programs:
-    """The `most` most recently used jitted functions, by function, static arguments and shapes."""
+    """The `max_size` most recently used jitted functions, by function, static arguments and shapes."""
 
-    def __init__(self, most: int = MOST_PROGRAMS) -> None:
-        self._most = most
+    def __init__(self, max_size: int = MAX_PROGRAMS) -> None:
+        self._max_size = max_size
         self._kept: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -54,7 +54,7 @@ class Programs:
             program = self._kept.get(key)
             if program is None:
                 program = self._kept[key] = jax.jit(partial(function, *static), donate_argnums=donate)
-                while len(self._kept) > self._most:
+                while len(self._kept) > self._max_size:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
         return program

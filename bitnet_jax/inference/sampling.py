@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-LOWEST_TEMPERATURE = 1e-5  # dividing float32 logits by less may overflow all of them
+MIN_TEMPERATURE = 1e-5  # dividing float32 logits by less may overflow all of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,9 @@ class SamplingConfig:
             off = value is None and field.name == "top_k"
             if not off and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{field.name}: got {value!r}, expected a number")
-        if not (self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature < math.inf):
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
             raise ValueError(
-                f"temperature: got {self.temperature}, expected 0 (greedy) or at least {LOWEST_TEMPERATURE}"
+                f"temperature: got {self.temperature}, expected 0 (greedy) or at least {MIN_TEMPERATURE}"
             )
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ValueError(f"top_k: got {self.top_k}, expected an integer of at least 1, or None for all")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from bitnet_jax.models.binary_mlp import ACTIVATIONS, FORMATS
 from bitnet_jax.models.transformer import Output
 from bitnet_jax.nn.batch_norm import BatchNorm
-from bitnet_jax.nn.config import Architecture, hashable, with_ends
+from bitnet_jax.nn.config import Architecture, hashable, override_ends
 from bitnet_jax.nn.conv import BitConv
 from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.quantization.recipes import Recipe, Rules
@@ -84,7 +84,7 @@ class BinaryCNNConfig(Architecture):
         return jnp.zeros((1, self.image_size, self.image_size, self.channels), jnp.float32)
 
     def rules(self) -> Rules:
-        return with_ends(self.precision, ("conv_0", self.first), ("classifier", self.last))
+        return override_ends(self.precision, ("conv_0", self.first), ("classifier", self.last))
 
 
 def pooled(x: Float[Array, "B height width C"], kind: str) -> Float[Array, "B height/2 width/2 C"]:

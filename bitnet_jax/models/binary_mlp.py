@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from bitnet_jax.models.transformer import Output
 from bitnet_jax.nn.batch_norm import BatchNorm
-from bitnet_jax.nn.config import Architecture, hashable, with_ends
+from bitnet_jax.nn.config import Architecture, hashable, override_ends
 from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.nn.norms import Norm
 from bitnet_jax.quantization.recipes import Recipe, Rules
@@ -82,7 +82,7 @@ class BinaryMLPConfig(Architecture):
         return jnp.zeros((1, self.image_size, self.image_size, self.channels), jnp.float32)
 
     def rules(self) -> Rules:
-        return with_ends(self.precision, ("dense_0", self.first), ("classifier", self.last))
+        return override_ends(self.precision, ("dense_0", self.first), ("classifier", self.last))
 
 
 class BinaryMLP(nn.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bitnet_jax.models.transformer import ModelConfig, Output, blocks, classify
-from bitnet_jax.nn.config import hashable, with_ends
+from bitnet_jax.nn.config import hashable, override_ends
 from bitnet_jax.nn.conv import patches
 from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.nn.linear import BitLinear
@@ -60,7 +60,7 @@ class VisionTransformerConfig(ModelConfig):
         return jnp.zeros((1, self.image_size, self.image_size, self.channels), jnp.float32)
 
     def rules(self) -> Rules:
-        return with_ends(self.precision, ("patch_embed", self.first))
+        return override_ends(self.precision, ("patch_embed", self.first))
 
 
 class VisionTransformer(nn.Module):

@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax.nn import linear_attention
 from bitnet_jax.nn.config import TransformerShape
-from bitnet_jax.nn.kv_cache import KVCache, fake_quantized_kv, remembered, write
-from bitnet_jax.nn.linear import BitLinear, apply_together
+from bitnet_jax.nn.kv_cache import KVCache, cached_keys_values, fake_quantized_kv, write
+from bitnet_jax.nn.linear import BitLinear, apply_fused
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.nn.rotary import rotate
@@ -176,7 +176,7 @@ class Attention(nn.Module):
             BitLinear.of(config, count * config.head_size, self.precisions[name], name)
             for name, count in counts.items()
         ]
-        q, k, v = (y.reshape(B, T, -1, config.head_size) for y in apply_together(linears, x, progress))
+        q, k, v = (y.reshape(B, T, -1, config.head_size) for y in apply_fused(linears, x, progress))
         self.sow("intermediates", "qkv", (q, k, v))  # stored only if the caller requests it (distillation)
         if config.position == "rope":
             q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
@@ -230,7 +230,7 @@ class Attention(nn.Module):
                     )
                     o = o.astype(q.dtype)
                 else:
-                    o = mixed(*remembered(cache))
+                    o = mixed(*cached_keys_values(cache))
 
         o = o.reshape(B, T, config.num_heads * config.head_size)
         if config.norm_placement == "sub":

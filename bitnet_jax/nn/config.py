@@ -27,7 +27,7 @@ FLOAT32_MAX = 3.4028234e38  # settings enter float32 computations
 # Upper bound of all integer settings: JAX indexes in int32. Layers are Python objects traced one by one, so their
 # bound is lower; the deepest published Transformers have about a thousand.
 LARGEST = 2**31 - 1
-MOST_LAYERS = {"num_layers": 4096, "convolutions": 4096}
+MAX_LAYERS = {"num_layers": 4096, "convolutions": 4096}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
@@ -152,7 +152,7 @@ class Architecture:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"model.{name}: got {value!r}, expected a positive integer")
-            if value > (most := MOST_LAYERS.get(name, LARGEST)):
+            if value > (most := MAX_LAYERS.get(name, LARGEST)):
                 raise ValueError(f"model.{name}: got {value}, expected at most {most}")
 
 
@@ -174,8 +174,8 @@ def _is_a(value: Any, expected: tuple[type, ...]) -> bool:
     return type(value) in expected or (type(value) is int and float in expected)
 
 
-def with_ends(precision: Rules, *ends: tuple[str, Recipe]) -> Rules:
-    """Rules that give `ends`, (path, recipe) pairs for the first and last layers, their own recipes.
+def override_ends(precision: Rules, *ends: tuple[str, Recipe]) -> Rules:
+    """Rules with separate recipes for the first and last layers: `ends` are (path, recipe) pairs.
 
     Keeping both in float helps more than any estimator (larq's BinaryNet on CIFAR-10: 83.9 against 66.5).
     """

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.linear import dense
-from bitnet_jax.nn.placement import whole_rows
+from bitnet_jax.nn.placement import split_by_rows
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import floats
 from bitnet_kernels import bfloat16_logits, bfloat16_rows
@@ -79,7 +79,7 @@ class Embedding(nn.Module):
         # Look up before rounding: a decode step must not convert the whole table.
         if self.stored.dtype == jnp.bfloat16:
             return bfloat16_rows(self.stored, indices).astype(self.dtype)
-        looked_up = jnp.take(whole_rows(self.stored), indices, axis=0)
+        looked_up = jnp.take(split_by_rows(self.stored), indices, axis=0)
         return rounded(looked_up, self.stored_dtype).astype(self.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

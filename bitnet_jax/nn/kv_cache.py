@@ -85,7 +85,7 @@ def write(cache: KVCache, k: Array, v: Array, length: Int[Array, "*rows"]) -> KV
     )
 
 
-def remembered(cache: KVCache) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
+def cached_keys_values(cache: KVCache) -> tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]:
     """The keys and values of a cache; codes are dequantized to float32."""
     if cache.k.dtype == jnp.uint16:
         k, v = (jax.lax.bitcast_convert_type(x, jnp.bfloat16) for x in (cache.k, cache.v))

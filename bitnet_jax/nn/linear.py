@@ -125,7 +125,7 @@ class BitLinear(nn.Module):
         """The result has the dtype of x: float32, bfloat16 or float16; any other raises ValueError.
 
         Args:
-          product: quantized(x) @ quantized(weight).T if apply_together has already computed it.
+          product: quantized(x) @ quantized(weight).T if apply_fused has already computed it.
         """
         x = floats("x", x)
         y = self._product(x, progress) if product is None else product
@@ -193,7 +193,7 @@ def precisions_of(module: nn.Module, *inputs: Any, **arguments: Any) -> dict[str
     return found
 
 
-def apply_together(
+def apply_fused(
     layers: Sequence[BitLinear], x: Float[Array, "*rows k"], progress: Float[Array, ""] | float = 1.0
 ) -> list[Float[Array, "*rows n"]]:
     """Applies several layers to one input. Packed layers with the same input quantizer (q, k, v; gate, up) share the

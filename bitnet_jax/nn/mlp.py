@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import TransformerShape
-from bitnet_jax.nn.linear import BitLinear, apply_together
+from bitnet_jax.nn.linear import BitLinear, apply_fused
 from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.quantization.precision import Precision
 
@@ -45,7 +45,7 @@ class MLP(nn.Module):
             return BitLinear.of(config, features, self.precisions[name], name)
 
         inner = [linear(name, config.ffn_size) for name in config.mlp_linears if name != "down_proj"]
-        *gate, up = apply_together(inner, x, progress)
+        *gate, up = apply_fused(inner, x, progress)
         hidden = activation(gate[0]) * up if gate else activation(up)
         if config.norm_placement == "sub":
             hidden = block_norm(config, "sub_norm")(hidden)

@@ -27,7 +27,7 @@ def split_over_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     return _first_axis_split(x, BATCH_AXES)
 
 
-def whole_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+def split_by_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
     """Constrains a table to be split by rows over tensor, with each row whole.
 
     For lookups: split rows would give activations split along features instead of along the batch.

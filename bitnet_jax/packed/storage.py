@@ -31,8 +31,8 @@ from bitnet_jax.data import Classes, tokenizers
 from bitnet_jax.data.classes import CLASSES
 from bitnet_jax.models import Architecture, config_fields, config_kind, model_config
 from bitnet_jax.packed import packing, tensor_file
+from bitnet_jax.packed.atomic_folder import atomic_folder, check_writable, remove_stale, synced_file
 from bitnet_jax.packed.tensor_file import RESTORE, StorageError, Streamed
-from bitnet_jax.packed.whole_folder import check_writable, clear_left_behind, synced_file, whole_folder
 from bitnet_kernels import validate
 
 __all__ = ["PackedModel", "StorageError", "check_target", "load_packed", "save_packed"]
@@ -69,7 +69,7 @@ def save_packed(
     """Writes a packed model (or one of float recipes, whose "packed" is empty) as a folder.
 
     Everything is written to a hidden sibling folder first, which is renamed once it is safely on disk
-    (whole_folder.py), so a reader sees either the old folder or the new one.
+    (atomic_folder.py), so a reader sees either the old folder or the new one.
 
     Args:
       variables: arrays, or `tensor_file.Streamed` for arrays that do not fit into memory; the contents of these are
@@ -116,7 +116,7 @@ def save_packed(
         "files_crc32": json.dumps({name: zlib.crc32(content) for name, content in contents.items()}),
     }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    with whole_folder(folder, nbytes, overwrite=overwrite) as temporary:
+    with atomic_folder(folder, nbytes, overwrite=overwrite) as temporary:
         with synced_file(temporary / MODEL) as file:
             tensor_file.write(file, tensors, metadata, on_bytes)
         for name, content in contents.items():
@@ -337,7 +337,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
       StorageError: the folder exists (without overwrite), contains anything but a packed model (with it), or its
         parent folder is not writable.
     """
-    clear_left_behind(folder)
+    remove_stale(folder)
     if folder.exists() or folder.is_symlink():
         if not overwrite:
             raise StorageError(f"{folder} exists; choose another folder or pass overwrite=True")

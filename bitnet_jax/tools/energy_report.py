@@ -23,10 +23,10 @@ from bitnet_jax.evaluation.energy import (
     Operations,
     Zeros,
     activated_parameters,
-    as_floats,
     ideal_bits,
     joules,
     operations,
+    without_quantization,
 )
 from bitnet_jax.evaluation.meters import measure, open_meters
 from bitnet_jax.inference.cache import kv_bytes
@@ -82,7 +82,7 @@ def energy_figures(
       ValueError: see `evaluation.energy.operations`.
     """
     rows = operations(config, length, floats=floats, zeros=zeros)
-    baseline = operations(as_floats(config), length, floats=floats)
+    baseline = operations(without_quantization(config), length, floats=floats)
     activated = activated_parameters(config, zeros or {})
     generates = config.causal and not config.num_classes
     weights = _bytes_by_format(config)

@@ -51,7 +51,7 @@ def available_instruction_sets() -> tuple[str, ...]:
     return cpu.available_isas()
 
 
-def choice_here() -> Choice:
+def local_choice() -> Choice:
     """The kernel that packed_matmul uses for a typical matrix on this machine."""
     return choose_implementation(
         pack(jnp.ones((16, 64), jnp.int8), jnp.ones((1, 1), jnp.float32), "ternary2")

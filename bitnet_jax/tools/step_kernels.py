@@ -25,7 +25,7 @@ from bitnet_jax.quantization.scales import Quantized
 from bitnet_kernels import PackedArray, cached_attention, packed_matmuls
 
 Call = Callable[[int], Any]
-TOGETHER = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+FUSED_PROJECTIONS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 def step_kernels(
@@ -70,7 +70,7 @@ def _calls(config: ModelConfig) -> list[list[str]]:
     for path in config.linear_shapes():
         folder, _, name = path.rpartition("/")
         last = calls[-1][-1].rpartition("/") if calls else ("", "", "")
-        together = last[0] == folder and any({last[2], name} <= names for names in TOGETHER)
+        together = last[0] == folder and any({last[2], name} <= names for names in FUSED_PROJECTIONS)
         calls[-1].append(path) if together else calls.append([path])
     if config.tie_embeddings and config.head == "float" and not config.num_classes:
         calls.append(["embed"])

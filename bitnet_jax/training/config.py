@@ -107,7 +107,7 @@ class DistillationConfig:
 
 # Settings that may change when a run resumes. All but training.steps affect only what is measured, kept and shown:
 # the updates are the same. For the effect of training.steps see `loop.fit`.
-MAY_CHANGE = frozenset(
+CHANGEABLE_ON_RESUME = frozenset(
     f"training.{name}"
     for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
 )

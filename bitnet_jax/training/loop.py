@@ -41,7 +41,7 @@ from bitnet_jax.training.run_folder import EXTENDED_FROM, RunError, RunFolder
 from bitnet_jax.training.sharding import (
     batch_sharding,
     make_mesh,
-    must_wait,
+    needs_synchronous_dispatch,
     state_shardings,
     with_shardings,
 )
@@ -134,7 +134,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
     def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         batch = jax.device_put(task.train_batch(step), batch_sharding(mesh))
         advanced = update(state, batch, key)
-        return jax.block_until_ready(advanced) if must_wait(mesh) else advanced
+        return jax.block_until_ready(advanced) if needs_synchronous_dispatch(mesh) else advanced
 
     began, name = time.monotonic(), folder.path.absolute().name
     with contextlib.ExitStack() as stack:

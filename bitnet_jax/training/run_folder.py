@@ -26,14 +26,14 @@ from typing import Any
 from bitnet_jax.data import Classes, Tokenizer, from_json
 from bitnet_jax.data.classes import CLASSES
 from bitnet_jax.training.checkpoints import TEMPORARY, saved_steps
-from bitnet_jax.training.config import MAY_CHANGE, RunConfig, differing_fields
+from bitnet_jax.training.config import CHANGEABLE_ON_RESUME, RunConfig, differing_fields
 from bitnet_jax.training.metrics import finite_json
 
-LARGEST_JSON = 2**24  # bytes of config.json and result.json; normally a few thousand
+MAX_JSON_BYTES = 2**24  # bytes of config.json and result.json; normally a few thousand
 
 # Settings of config.json that may differ from those of a checkpoint: the duration of the run, its measurements and
 # the location of the data. Changing any other one would change what the weights mean.
-MAY_DIFFER = ("training.", "evaluation.", "data.root:")
+IGNORED_DIFFERENCES = ("training.", "evaluation.", "data.root:")
 
 
 class RunError(RuntimeError):
@@ -69,8 +69,8 @@ class RunFolder:
     def result_under(self, config: RunConfig) -> dict[str, Any] | None:
         """The result if the run is complete under `config`; None if it must be trained or resumed.
 
-        A run resumes only under the settings it began with, except those in `config.MAY_CHANGE`. With training.steps
-        raised, even a finished run resumes from its last checkpoint.
+        A run resumes only under the settings it began with, except those in `config.CHANGEABLE_ON_RESUME`. With
+        training.steps raised, even a finished run resumes from its last checkpoint.
 
         Raises:
           RunError: the folder holds a run with other settings, one that has done more than training.steps
@@ -85,7 +85,7 @@ class RunFolder:
                 f"{self.path}: got checkpoints without config.json; restore it, pass --overwrite or use another folder"
             )
         saved, result, steps = self.read_config(), self.read_result(), config.training.steps
-        if differing := differing_fields(saved, config, ignored=MAY_CHANGE):
+        if differing := differing_fields(saved, config, ignored=CHANGEABLE_ON_RESUME):
             raise RunError(
                 f"{self.path} holds a run with other settings ({'; '.join(differing)}; saved, then given); use "
                 "the same config, pass --overwrite or use another folder"
@@ -228,13 +228,15 @@ class RunFolder:
         """Check that config.json and the other files match those a checkpoint was written with.
 
         Raises:
-          RunError: a setting not in MAY_DIFFER, or a file, was changed since; the message names it.
+          RunError: a setting not in IGNORED_DIFFERENCES, or a file, was changed since; the message names it.
         """
         try:
             trained = RunConfig.from_dict(meta["config"])
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{self.path}: the checkpoint's settings cannot be read: {error}") from error
-        differing = [entry for entry in differing_fields(trained, config) if not entry.startswith(MAY_DIFFER)]
+        differing = [
+            entry for entry in differing_fields(trained, config) if not entry.startswith(IGNORED_DIFFERENCES)
+        ]
         if differing:
             raise RunError(
                 f"{self.config} was changed after training ({'; '.join(differing)}; trained with, now in the file); "
@@ -275,8 +277,8 @@ def _check_regular(path: Path) -> None:
 def _read_object(path: Path, advice: str = "") -> dict[str, Any]:
     try:
         _check_regular(path)
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise ValueError(f"got {size:,} bytes, expected at most {LARGEST_JSON:,}")
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise ValueError(f"got {size:,} bytes, expected at most {MAX_JSON_BYTES:,}")
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"got JSON {type(value).__name__}, expected an object")

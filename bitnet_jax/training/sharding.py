@@ -110,7 +110,7 @@ def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
     )
 
 
-def must_wait(mesh: Mesh) -> bool:
+def needs_synchronous_dispatch(mesh: Mesh) -> bool:
     """Whether each update must finish before the next is dispatched.
 
     Overlapping updates on the virtual devices of a CPU deadlock: seen in jax 0.10.2 and 0.11.2, where

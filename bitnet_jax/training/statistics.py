@@ -56,7 +56,7 @@ def statistics(
     return jax.tree.map(lambda *values: jnp.stack(values), *rows) if rows else empty
 
 
-def no_statistics(precisions: Mapping[str, Precision]) -> Statistics:
+def empty_statistics(precisions: Mapping[str, Precision]) -> Statistics:
     """-1 everywhere: not measured at this update. (NaN would raise under jax_debug_nans.)"""
     return Statistics(*[jnp.full((len(quantized_paths(precisions)),), -1.0, jnp.float32)] * 4)
 

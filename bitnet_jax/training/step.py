@@ -14,7 +14,7 @@ from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.losses import LossSums
 from bitnet_jax.training.optimizers import Optimizer, clip_latents
 from bitnet_jax.training.state import TrainState
-from bitnet_jax.training.statistics import no_statistics, statistics
+from bitnet_jax.training.statistics import empty_statistics, statistics
 
 Batch = Mapping[str, Any]  # arrays whose first axis is the batch
 Metrics = dict[str, Any]
@@ -109,7 +109,7 @@ def make_train_step(
             metrics["statistics"] = jax.lax.cond(
                 (state.step + 1) % statistics_every == 0,
                 lambda: statistics(state.params, params, precisions, progress),
-                lambda: no_statistics(precisions),
+                lambda: empty_statistics(precisions),
             )
         return TrainState(state.step + 1, params, opt_state, model_state), metrics
 

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_kernels import cpu
-from bitnet_kernels.machine import Call, dot_peak, fork_join, ordinary_pages, provenance, read_all
+from bitnet_kernels.machine import Call, dot_peak, fork_join, provenance, read_all, small_pages
 from bitnet_kernels.matmul import choose_implementation, packed_matmul
 from bitnet_kernels.packed import FORMATS, PackedArray
 from bitnet_kernels.random_packed import random_packed
@@ -46,7 +46,7 @@ XLA_ROWS = 8  # for fewer rows XLA uses a slow loop
 # compile time limits them.
 FEW_ROWS_LINKS, LINKS = 512, 16
 READ_PIECE = 256 << 20  # bytes: with smaller pieces helper threads may not have started yet
-SPUN_SECONDS = 2e-6  # spin time of each fork_join loop
+SPIN_SECONDS = 2e-6  # spin time of each fork_join loop
 
 Row = dict[str, Any]
 
@@ -113,7 +113,7 @@ def bench_overheads(budget: float) -> list[Row]:
     took = interleaved({"call": call} | {name: limit.run for name, limit in limits.items()}, budget)
     rows.append(_row("custom_call", 1, w, took["call"] / (length * repeats), None, None))
     for name, limit in limits.items():
-        each = Spread(*(max(0.0, seconds - SPUN_SECONDS) for seconds in took[name] / limit.amount))
+        each = Spread(*(max(0.0, seconds - SPIN_SECONDS) for seconds in took[name] / limit.amount))
         row = dict.fromkeys(rows[-1]) | {"op": name, "threads": threads(), **_microseconds(each)}
         rows.append(row | {"implementation": "cpu"})
     return [row | dict.fromkeys(f"speedup_vs_xla_{other}" for other in XLA) for row in rows]
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(COLUMNS)
     working_set = options.working_set << 20
     # Larger than any cache, although a piece is read again in every other round.
-    ceiling_data = ordinary_pages(4 * working_set)
+    ceiling_data = small_pages(4 * working_set)
     rows: list[Row] = []
     for shape in (None, *SUITES[options.suite]):
         more = (

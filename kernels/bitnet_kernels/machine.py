@@ -55,7 +55,7 @@ def read_all(data: np.ndarray, piece: int | None = None) -> Call | None:
     return Call(read, length)
 
 
-def ordinary_pages(nbytes: int) -> np.ndarray:
+def small_pages(nbytes: int) -> np.ndarray:
     """Memory on ordinary pages, like the weights in XLA arrays or a mapped file. NumPy requests huge pages, from which
     the same loop reads faster."""
     data = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)

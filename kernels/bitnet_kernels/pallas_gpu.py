@@ -31,7 +31,7 @@ CAPABILITY = "9.0"  # Hopper, the only generation with wgmma
 MULTIPROCESSORS = 132  # H100 and H200
 WARPGROUPS, WARPGROUP_ROWS = 2, 64
 PIPELINE_BYTES = 200 << 10  # out of 227 KiB of shared memory
-MOST_STEPS = 8  # in flight
+MAX_STEPS = 8  # in flight
 ACCUMULATOR_ROWS = 256  # fields times rows of x: 128 registers per thread
 
 
@@ -151,7 +151,7 @@ def _matmul(fields: int, tile: int, splits: int, steps: int, interpret: Any) -> 
                 ),
                 plgpu.BlockSpec((tile, PLANE_K), lambda i: (rows, split * steps + i), transforms=tiling),
             ],
-            max_concurrent_steps=min(steps, MOST_STEPS, PIPELINE_BYTES // step_bytes),
+            max_concurrent_steps=min(steps, MAX_STEPS, PIPELINE_BYTES // step_bytes),
             compute_context=accumulate,
             num_compute_wgs=WARPGROUPS,
             wg_axis="warpgroup",

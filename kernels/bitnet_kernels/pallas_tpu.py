@@ -22,7 +22,7 @@ from bitnet_kernels.packed import COLUMN_K, FORMATS, PackedArray
 
 LAYOUT = "column"
 TILE_ROWS = 32  # of an int8 tile; rows of x are padded to a multiple
-MOST_CHUNK_K = 512  # most inputs per product on the matrix unit
+MAX_CHUNK_K = 512  # most inputs per product on the matrix unit
 
 # VMEM budget of a kernel in bytes, by device kind: half of the VMEM of a core. Other devices use the compiler's
 # default. `make tpu-compile` verifies that the kernels fit.
@@ -163,8 +163,8 @@ def _unpack(packed: jax.Array, format: str) -> jax.Array:
 
 
 def _chunk(inputs: int) -> int:
-    """Inputs per product: the largest divisor of a group that is a multiple of 32 and at most MOST_CHUNK_K."""
-    return max(c for c in range(32, MOST_CHUNK_K + 1, 32) if inputs % c == 0)
+    """Inputs per product: the largest divisor of a group that is a multiple of 32 and at most MAX_CHUNK_K."""
+    return max(c for c in range(32, MAX_CHUNK_K + 1, 32) if inputs % c == 0)
 
 
 def _blocks(rows: int, format: str, inputs: int, sums: int, budget: int) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""What is compiled while a test runs."""
+"""Counts compilations during a test."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-COMPILED: list[
-    str
-] = []  # a listener cannot be taken away again in every supported version of jax: one for all
+COMPILED: list[str] = []  # not every supported version of jax can remove a listener: one for all tests
 
 
 def _listen(event: str, duration: float, **details: Any) -> None:
@@ -23,7 +21,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
-    """Grows by one with each program that XLA compiles."""
+    """A list that grows by one entry for each program that XLA compiles."""
     COMPILED.clear()
     yield COMPILED
     COMPILED.clear()

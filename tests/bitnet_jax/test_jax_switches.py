@@ -1,4 +1,4 @@
-"""Packing, generation and training under every switch of JAX that a user may have set: the same numbers as without."""
+"""Packing, generation and training give the same numbers under every JAX config option that a user may have set."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def set_to(name: str, value: Any) -> Any:
 
 
 def numbers() -> dict[str, np.ndarray]:
-    """Codes, tokens and losses of one small life of a model."""
+    """Codes, tokens and losses of training, packing and generating with a small model."""
     variables = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     packed = packing.pack(variables["params"], CONFIG)
     key = jax.random.key(3)
@@ -74,18 +74,20 @@ def plain() -> dict[str, np.ndarray]:
     [
         ("jax_enable_x64", True),
         ("jax_debug_nans", True),
-        pytest.param("jax_disable_jit", True, marks=pytest.mark.slow),  # each operation compiled by itself
+        pytest.param("jax_disable_jit", True, marks=pytest.mark.slow),  # each operation compiled separately
         ("jax_check_tracer_leaks", True),
-        # What all other tests run under, and what users have.
+        # The settings of all other tests, and the user's defaults.
         ("jax_numpy_rank_promotion", "allow"),
         ("jax_numpy_dtype_promotion", "standard"),
     ],
 )
-def test_a_switch_changes_no_number(name: str, value: Any, plain: dict[str, np.ndarray]) -> None:
+def test_jax_config_options_do_not_change_results(
+    name: str, value: Any, plain: dict[str, np.ndarray]
+) -> None:
     assert (jax.config.jax_numpy_rank_promotion, jax.config.jax_numpy_dtype_promotion) == ("raise", "strict")  # type: ignore[attr-defined]
     with set_to(name, value):
         got = numbers()
     np.testing.assert_array_equal(got["codes"], plain["codes"])
     np.testing.assert_array_equal(got["tokens"], plain["tokens"])
-    # float32 sums in the order of each operation alone, without the compiler's fusions
+    # float32 sums of separately compiled operations, without fusion
     np.testing.assert_allclose(got["losses"], plain["losses"], rtol=1e-5)

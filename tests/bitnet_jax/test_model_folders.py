@@ -17,7 +17,7 @@ from bitnet_jax.models import PRESETS, Transformer
 from bitnet_jax.tools.random_model import write_random
 
 
-def test_a_hugging_face_folder_is_recognised_and_keeps_its_packed_weights(oracles: Path) -> None:
+def test_a_hugging_face_folder_is_recognized_and_keeps_its_packed_weights(oracles: Path) -> None:
     folder = oracles / "hf_bitnet" / "bitnet_autobit_packed_bf16_tied"
     model = load_model(folder)
     assert model.kind == "hugging face"
@@ -30,7 +30,7 @@ def test_a_hugging_face_folder_is_recognised_and_keeps_its_packed_weights(oracle
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
-def test_a_damaged_config_is_not_taken_for_hugging_face(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_config_is_not_mistaken_for_hugging_face(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(FileNotFoundError, match="expected checkpoints/"):
         load_model(tmp_path)
@@ -39,13 +39,13 @@ def test_a_damaged_config_is_not_taken_for_hugging_face(content: bytes, tmp_path
         load_model(tmp_path)
 
 
-def test_an_unknown_model_type_is_named(tmp_path: Path) -> None:
+def test_the_error_names_an_unknown_model_type(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises((ValueError, FileNotFoundError), match=r"gpt2|safetensors"):
         load_model(tmp_path)
 
 
-def test_opening_a_packed_model_does_not_wait_for_what_only_training_needs(
+def test_opening_a_packed_model_does_not_import_training_dependencies(
     tmp_path: Path, repository: Path
 ) -> None:
     write_random(tmp_path / "model", PRESETS["tiny"], progress=False)

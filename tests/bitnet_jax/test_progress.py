@@ -1,4 +1,4 @@
-"""Progress on a terminal, in a log and switched off."""
+"""Progress on a terminal, in a log, and disabled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bitnet_jax.progress import progress_bar
 
 
 class Clock:
-    """time.monotonic that passes only when told to."""
+    """A fake time.monotonic that advances only when told to."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_a_log_gets_a_line_now_and_then(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_a_line_at_intervals(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar(1000, unit="step", description="first", initial=100) as bar:
         for _ in range(480):
             clock.now += 0.125
@@ -41,7 +41,7 @@ def test_a_log_gets_a_line_now_and_then(clock: Clock, capsys: pytest.CaptureFixt
     ]
 
 
-def test_the_end_is_told_once_and_nothing_where_nothing_was_done(
+def test_completion_is_logged_once_and_only_after_progress(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with progress_bar(2, unit="text") as bar:
@@ -52,7 +52,7 @@ def test_the_end_is_told_once_and_nothing_where_nothing_was_done(
     assert capsys.readouterr().err == ""
 
 
-def test_a_failure_shows_how_far_it_came(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_shows_the_progress_so_far(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="broken"), progress_bar(9, unit="text") as bar:  # noqa: PT012
         bar.update(4)
         raise ValueError("broken")
@@ -70,7 +70,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_nothing_is_shown_unless_asked_for(
+def test_nothing_is_shown_by_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)

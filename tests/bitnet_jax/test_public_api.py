@@ -1,4 +1,4 @@
-"""The names that `import bitnet_jax` offers, and what importing them costs."""
+"""The public names of `import bitnet_jax`, and the cost of importing them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRAINING = ("optax", "orbax", "tensorstore")
 
 
 def loaded_after(code: str, *names: str) -> set[str]:
-    """Which of the modules are loaded once `code` has run in a new process."""
+    """Which of the modules are loaded after `code` has run in a new process."""
     program = f"{code}\nimport sys\nprint(*(name for name in {names!r} if name in sys.modules))"
     path = [
         str(Path(module.__path__[0]).parent)
@@ -63,7 +63,7 @@ def test_every_package_exports_what_it_lists(package: str) -> None:
         assert getattr(module, name).__module__ if callable(getattr(module, name)) else True
         submodule = Path(module.__path__[0]) / f"{name}.py"
         assert not submodule.exists(), (
-            f"{name} is a function and a module: which one depends on what was imported"
+            f"{name} is both a function and a module: which one it is depends on import order"
         )
 
 
@@ -71,7 +71,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert loaded_after("import bitnet_jax", "jax", "flax", "numpy", *TRAINING) == set()
 
 
-def test_packed_inference_needs_no_library_of_training() -> None:
+def test_packed_inference_needs_no_training_libraries() -> None:
     code = """
 import jax, bitnet_jax
 config = bitnet_jax.PRESETS["tiny"]

@@ -1,4 +1,4 @@
-"""A study folder on a text made here, of models that train in a second."""
+"""A study folder on a small generated text, with models that train in a second."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SMALL_SEEDS = (7,)
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
-    """Three arms, one of which cannot be trained, times two seeds."""
+    """Three arms, one of which fails to train, with two seeds each."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     (tmp_path / "config.py").write_text(CONFIG.format(text=str(tmp_path / "text.txt")))
     folder = tmp_path / "studies" / "toy"

@@ -1,4 +1,4 @@
-"""The study of CPU limits: its commands parse, and its tables are those of its results."""
+"""The study of CPU limits: its commands parse, and its tables match its results."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from bitnet_jax.models import PRESETS
 from experiments import cpu_limits, training_cost
 
 
-def test_the_tables_are_made_of_the_committed_results() -> None:
+def test_the_tables_match_the_committed_results() -> None:
     machines = cpu_limits.load()
     assert cpu_limits.report(machines) == (cpu_limits.STUDY / "report.md").read_text()
     assert all(set(results) == set(cpu_limits.COMMANDS) for results in machines.values())
 
 
 @pytest.mark.parametrize("name", cpu_limits.COMMANDS)
-def test_every_command_is_one_that_exists(name: str) -> None:
+def test_every_command_exists(name: str) -> None:
     words, _ = cpu_limits.COMMANDS[name]
     if words[:2] == ("-m", "bitnet_jax.cli"):
         build_parser().parse_args(words[2:])
 
 
-def test_the_cost_of_training_is_against_float32() -> None:
+def test_the_cost_of_training_is_relative_to_float32() -> None:
     every = training_cost.RECIPES | training_cost.PRODUCTS
     variants = {name: every[name] for name in ("float32", "bitnet", "ternary, int8 gradients")}
     figures = training_cost.measure(PRESETS["tiny"], variants, batch_size=1, length=8, rounds=1)

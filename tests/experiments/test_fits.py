@@ -1,4 +1,4 @@
-"""Fits find the constants that made the data, those of published laws among them."""
+"""Fits recover the constants that generated the data, including those of published laws."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_the_published_laws_of_spectra(a: float, c: float) -> None:
     """2407.12327: L = 185 N^-0.26 + 1.76 (TriLM), 159 N^-0.26 + 1.67 (FloatLM)."""
     found = fit("power", [SPECTRA_SIZES], a * SPECTRA_SIZES**-0.26 + c, starts=10)
     assert found.constants == pytest.approx({"a": a, "b": 0.26, "c": c}, rel=1e-4)
-    # The losses that the two laws give at the ends of the suite.
+    # The losses of the two laws at both ends of the model suite.
     expected = {185.0: (3.300, 2.350), 159.0: (2.993, 2.177)}[a]
     np.testing.assert_allclose(found([99.74e6, 3.989e9]), expected, rtol=0, atol=6e-4)  # three decimals
 
@@ -34,7 +34,7 @@ def test_loss_in_size_and_tokens() -> None:
     assert 0 < found.error < 5e-3
 
 
-def test_an_outlier_moves_the_fit_little() -> None:
+def test_an_outlier_has_little_effect_on_the_fit() -> None:
     losses = LAWS["power"].formula([SIZES], a=0.5, b=0.3, c=1.0)
     spoiled = losses.copy()
     spoiled[0] *= 1.2
@@ -56,8 +56,8 @@ def test_precision_law_with_the_published_gamma() -> None:
     assert fit("precision", [sizes, BITS], losses, starts=10).constants == pytest.approx(constants, rel=1e-4)
 
 
-def test_bootstrap_intervals_hold_the_truth() -> None:
-    """A 95 % interval may miss; here all three constants must lie inside, for a seed at which they do."""
+def test_bootstrap_intervals_cover_the_truth() -> None:
+    """A 95 % interval may miss; all three constants must lie inside for this fixed seed."""
     generator = np.random.default_rng(1)
     sizes = np.repeat(np.geomspace(0.02, 2.0, 8), 3)
     losses = LAWS["power"].formula([sizes], a=0.5, b=0.3, c=1.0) * np.exp(
@@ -70,15 +70,15 @@ def test_bootstrap_intervals_hold_the_truth() -> None:
         assert high - low < 0.5
 
 
-def test_held_out_error_is_that_of_the_largest() -> None:
+def test_held_out_error_is_that_of_the_largest_model() -> None:
     sizes = np.geomspace(0.02, 2.0, 5)
     losses = LAWS["power"].formula([sizes], a=0.5, b=0.3, c=1.0)
     assert held_out_error("power", [sizes], losses) == pytest.approx(0, abs=1e-6)
-    losses[-1] *= 1.1  # the law says 1 / 1.1 of what is measured
+    losses[-1] *= 1.1  # the law predicts 1 / 1.1 of the measured value
     assert held_out_error("power", [sizes], losses) == pytest.approx(1 / 1.1 - 1, abs=1e-6)
 
 
-def test_what_cannot_be_fitted_is_refused() -> None:
+def test_data_that_cannot_be_fitted_is_rejected() -> None:
     with pytest.raises(ValueError, match="got 2 points for 3 constants; measure more sizes"):
         fit("power", [[1.0, 2.0]], [1.0, 2.0])
     with pytest.raises(ValueError, match="not positive"):

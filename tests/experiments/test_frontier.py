@@ -1,4 +1,4 @@
-"""The Pareto front, and the figure of the precision ladder: each label once, on top of nothing."""
+"""The Pareto front, and the figure of the precision ladder: each label once, without overlaps."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from matplotlib.text import Text
     ("points", "front"),
     [
         ([(3, 1.0), (1, 3.0), (2, 2.0)], [(1, 3.0), (2, 2.0), (3, 1.0)]),
-        ([(1, 3.0), (2, 3.0), (3, 4.0)], [(1, 3.0)]),  # a tie in loss goes to the cheaper
+        ([(1, 3.0), (2, 3.0), (3, 4.0)], [(1, 3.0)]),  # ties in loss go to the cheaper one
         ([(1, 3.0), (1, 2.0)], [(1, 2.0)]),
     ],
 )
-def test_the_front_has_what_nothing_beats_in_both(
+def test_the_front_contains_exactly_the_undominated_points(
     points: list[tuple[float, float]], front: list[tuple[float, float]]
 ) -> None:
     assert pareto(points) == front
 
 
-def test_labels_of_the_ladder_are_each_there_once_and_do_not_overlap() -> None:
+def test_labels_of_the_ladder_occur_once_and_do_not_overlap() -> None:
     study = load_study("precision_ladder")
     (part,) = [s for s in report.sections(study, read_results(study.results)) if s.figure == "bytes"]
     assert part.draw is not None

@@ -1,4 +1,4 @@
-"""The quickstart's steps on a text and models made small here, and its report from known figures."""
+"""The quickstart's steps on a small text with small models, and its report from known figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         config.evaluation.update({"batches": 1, "batch_size": 2})
         return config
 
-    documents = Documents(  # of which a share is held out by a hash of their content
+    documents = Documents(  # a fraction of which is held out by a hash of the content
         tuple(Document(f"{i}", f"def number_{i}(self, x):\n    return x + {i * i}\n" * 20) for i in range(60))
     )
     read = quickstart.read_documents
@@ -35,7 +35,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(quickstart_config, "get_config", get_config)
     monkeypatch.setattr(quickstart_config, "VOCAB_SIZE", 280)
-    monkeypatch.setattr(quickstart, "RECIPES", {"float32": "float32", "binary": "bitnet"})  # two say as much
+    monkeypatch.setattr(quickstart, "RECIPES", {"float32": "float32", "binary": "bitnet"})  # two are enough
     monkeypatch.setattr(quickstart, "PRESET", "tiny")
     monkeypatch.setattr(quickstart, "PROOF_TOKENS", 64)
 

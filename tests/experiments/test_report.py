@@ -1,4 +1,4 @@
-"""Tables of known rows, and that every committed README shows what its results say."""
+"""Tables of known rows; every committed README matches its results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write(study: Study, rows: list[dict[str, Any]]) -> None:
     study.results.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def test_tables_figures_and_page(study: Study) -> None:
+def test_tables_figures_and_pages(study: Study) -> None:
     write(study, ROWS)
     (study.folder / "README.md").write_text(
         f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
@@ -88,32 +88,32 @@ def test_points_are_means_with_error_bars(study: Study) -> None:
     plt.close(figure)
 
 
-def test_arms_are_compared_with_the_arm_that_is_named(study: Study) -> None:
+def test_arms_are_compared_with_the_named_arm(study: Study) -> None:
     write(study, ROWS)
     named = arms_table("parameters", against=lambda arm: "ternary")(study, ROWS).markdown
     assert "| float32 | 3 | 2.0000 ± 2.4841 | -0.5500 ± 0.6353 (ternary) |" in named
     assert "| ternary | 2, 1 diverged | 2.0500 ± 6.9884 |  |  | 1234 |" in named
 
 
-def test_a_bar_in_a_cell_ends_no_cell() -> None:
+def test_a_pipe_character_in_a_cell_is_escaped() -> None:
     assert markdown_table(["a"], [["mean|W|"]]).splitlines()[2] == r"| mean\|W\| |"
 
 
-def test_measures_have_intervals_and_fields_of_no_row_are_left_out(study: Study) -> None:
+def test_measures_have_intervals_and_empty_fields_are_omitted(study: Study) -> None:
     lines = measures_table("valid_loss", "nothing")(study, ROWS).markdown.splitlines()
     assert lines[0] == "| arm | valid_loss |"
     assert lines[2:] == ["| float32 | 2.0000 ± 2.4841 |", "| ternary | 2.0500 ± 6.9884 |"], "broken has none"
 
 
-def test_pairs_name_both_arms(study: Study) -> None:
+def test_pairs_list_both_arms(study: Study) -> None:
     lines = pairs_table(("ternary", "float32"), ("broken", "float32"))(study, ROWS).markdown.splitlines()
     assert lines[0] == "| difference of valid_loss | mean | detectable |"
     assert lines[2].startswith("| ternary minus float32 | 0.5500 ± 0.6353 | ")
-    assert len(lines) == 3, "a pair without common seeds is left out"
+    assert len(lines) == 3, "a pair without common seeds is omitted"
 
 
-def test_a_law_through_the_sizes_of_a_series(study: Study) -> None:
-    """Two series that follow one law exactly, and one with too few sizes for any."""
+def test_a_scaling_law_fitted_to_the_sizes_of_a_series(study: Study) -> None:
+    """Two series that follow a law exactly, and one with too few sizes for a fit."""
     sizes = (1.0, 2.0, 4.0, 8.0, 16.0)
     arms = {f"{name} {size:g}": {} for name in ("whole", "short") for size in sizes}
     rows = [
@@ -142,14 +142,14 @@ def test_the_index_of_studies(study: Study) -> None:
     assert "| 8 rows |" in report.index([named])
 
 
-def test_what_is_missing_is_named(study: Study) -> None:
+def test_errors_name_what_is_missing(study: Study) -> None:
     with pytest.raises(ValueError, match="has no results; run: bitnet-jax sweep toy"):
         report.report(study, study.results, study.folder)
     with pytest.raises(ValueError, match="README without"):
         report.replaced("no markers", "text")
 
 
-# The intervals of the scaling study's fits are bootstrapped for most of a minute.
+# Bootstrapping the intervals of the scaling study's fits takes most of a minute.
 SLOW_STUDIES = {"scaling"}
 
 
@@ -157,17 +157,17 @@ SLOW_STUDIES = {"scaling"}
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_STUDIES)) for name in study_names()],
 )
-def test_every_committed_readme_shows_its_results(name: str) -> None:
+def test_every_committed_readme_matches_its_results(name: str) -> None:
     study = load_study(name)
     readme = (study.folder / "README.md").read_text()
-    assert report.BEGIN in readme, "where tables come to stand"
+    assert report.BEGIN in readme, "a marker for the tables"
     if study.results.is_file():
         rows = read_results(study.results)
         text = report.text_of(study, rows, report.sections(study, rows))
         assert report.replaced(readme, text) == readme, f"run: bitnet-jax report {name}"
 
 
-def test_the_committed_index_shows_its_studies() -> None:
+def test_the_committed_index_matches_its_studies() -> None:
     text = report.INDEX.read_text()
     table = report.index([load_study(name) for name in study_names()])
     assert report.replaced(text, table) == text, "run: bitnet-jax report --all"

@@ -1,4 +1,4 @@
-"""Training on from other weights, and measuring weights under another recipe."""
+"""Continuing training from other weights, and evaluating weights under another recipe."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def changed(config: RunConfig, **overrides: object) -> RunConfig:
     )
 
 
-def test_training_goes_on_from_given_weights(study: Study, tmp_path: Path) -> None:
+def test_training_continues_from_given_weights(study: Study, tmp_path: Path) -> None:
     config = study.settings("float32", 0)
     first = train(config, tmp_path / "float")
     _, _, params, _ = load_run(tmp_path / "float")
     assert measure(config, params)["valid_loss"] == pytest.approx(first["valid_loss"], rel=1e-6)
 
-    # At a learning rate of 0 the start is the end: the given weights, and learned scales measured on them.
+    # With a learning rate of 0 the result is the start: the given weights, and learned scales measured on them.
     still = changed(config, model__precision="paretoq_2", optimizer__learning_rate=0.0)
     row = train_from(params, still, tmp_path / "still")
     _, _, same, _ = load_run(tmp_path / "still")
@@ -39,7 +39,7 @@ def test_training_goes_on_from_given_weights(study: Study, tmp_path: Path) -> No
     assert row["parameters"] > first["parameters"]
 
 
-def test_a_finished_training_is_read(study: Study, tmp_path: Path) -> None:
+def test_a_finished_training_is_reused(study: Study, tmp_path: Path) -> None:
     config = study.settings("ternary", 0)
     row = train(config, tmp_path / "run")
     assert train(config, tmp_path / "run") == row
@@ -47,8 +47,8 @@ def test_a_finished_training_is_read(study: Study, tmp_path: Path) -> None:
     assert 0 <= row["train_zero_fraction"] <= 1
 
 
-def test_a_training_is_never_gone_on_with_under_other_settings(study: Study, tmp_path: Path) -> None:
-    """Not even for more steps: a row tells of a training under its own settings from the start."""
+def test_a_training_never_continues_under_other_settings(study: Study, tmp_path: Path) -> None:
+    """Not even for more steps: a row describes a training with its settings from the start."""
     config = study.settings("ternary", 0)
     longer = changed(config, training__steps=6)
     whole = train(longer, tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""What a study.py may say, how arms are combined, and that every committed study keeps to it."""
+"""Valid contents of a study.py, combinations of arms, and validity of every committed study."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bitnet_experiments.study import (
 from bitnet_jax.quantization.recipes import RECIPES
 
 
-def test_product_combines_and_zip_goes_in_step() -> None:
+def test_product_combines_and_zip_pairs() -> None:
     precisions = {"float": {"model.precision": "float32"}, "ternary": {"model.precision": "bitnet_b158"}}
     widths = zip_(["narrow", "wide"], model__hidden_size=[32, 64], model__ffn_size=[96, 192])
     assert widths["wide"] == {"model.hidden_size": 64, "model.ffn_size": 192}
@@ -33,7 +33,7 @@ def test_product_combines_and_zip_goes_in_step() -> None:
         zip_(["a", "b"], model__hidden_size=[1])
 
 
-def test_overrides_reach_the_config_and_leave_the_base_alone(study: Study) -> None:
+def test_overrides_reach_the_config_and_do_not_modify_the_base(study: Study) -> None:
     base = {"seed": 0, "model": {"hidden_size": 16}}
     assert overridden(base, {"seed": 3, "model.ffn_size": 8}) == {
         "seed": 3, "model": {"hidden_size": 16, "ffn_size": 8},
@@ -46,15 +46,17 @@ def test_overrides_reach_the_config_and_leave_the_base_alone(study: Study) -> No
     shared = dataclasses.replace(study, common={"training.steps": 3, "model.precision": "int8"})
     assert shared.settings("float32", 0).training.steps == 3
     assert shared.settings("float32", 0).model["precision"] == "float32", (
-        "an arm wins over all arms' settings"
+        "an arm takes precedence over the settings of all arms"
     )
-    assert shared.settings("float32", 7, small=True).training.steps == 2, "and so do the small ones"
+    assert shared.settings("float32", 7, small=True).training.steps == 2, (
+        "and so do the settings of a small run"
+    )
     wrong = dataclasses.replace(study, arms={"float32": {"training.stepz": 1}}, small_arms=None)
     with pytest.raises(ValueError, match="training.stepz is not a field; did you mean steps"):
         wrong.settings("float32", 0)
 
 
-def test_runs_name_arms_and_seeds(study: Study) -> None:
+def test_runs_are_named_by_arm_and_seed(study: Study) -> None:
     assert list(study.runs())[:4] == ["float32-seed0", "broken-seed0", "ternary-seed0", "float32-seed1"]
     assert study.runs(small=True) == {"float32-seed7": ("float32", 7)}
     assert pickle.loads(pickle.dumps(study)).arms == study.arms
@@ -74,14 +76,14 @@ def test_runs_name_arms_and_seeds(study: Study) -> None:
         ("SEEDS = ()", "3 arms and 0 seeds"),
     ],
 )
-def test_mistakes_are_named(study: Study, change: str, message: str) -> None:
+def test_errors_name_the_mistake(study: Study, change: str, message: str) -> None:
     file = study.folder / "study.py"
     file.write_text(f"{file.read_text()}\n{change}\n")
     with pytest.raises(ValueError, match=message):
         read_study(study.folder)
 
 
-def test_unknown_studies_and_damaged_results_are_named(study: Study) -> None:
+def test_errors_name_unknown_studies_and_damaged_results(study: Study) -> None:
     with pytest.raises(
         ValueError, match="got study 'nothing', expected a folder .* one of .*ternary_penalty"
     ):
@@ -93,7 +95,7 @@ def test_unknown_studies_and_damaged_results_are_named(study: Study) -> None:
 
 @pytest.mark.parametrize("name", study_names())
 def test_every_arm_of_a_committed_study_is_a_valid_run(name: str) -> None:
-    """Small and full, and no study judges what it has not measured."""
+    """Both small and full; and no study has a verdict on what it has not measured."""
     study = load_study(name)
     if study.config is not None:
         for small in (False, True):
@@ -102,7 +104,7 @@ def test_every_arm_of_a_committed_study_is_a_valid_run(name: str) -> None:
                 if config.task != "images":
                     config.model_config(config.model.get("vocab_size", 256))
                 assert not small or config.data.source in ("stdlib", "drawn", "keywords"), (
-                    "small settings use what is everywhere"
+                    "small settings use only data available everywhere"
                 )
     assert len(study.seeds) >= 3
     assert study.verdict == "open" or study.results.is_file()

@@ -1,4 +1,4 @@
-"""Sweeps: failures recorded, nothing done twice, in one process, several, or through submitit."""
+"""Sweeps: failures are recorded and no run is repeated, in one process, several, or with submitit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXPECTED = {
 }
 
 
-def test_failures_are_rows_and_done_runs_stay(study: Study, tmp_path: Path) -> None:
+def test_failures_are_recorded_and_completed_runs_are_kept(study: Study, tmp_path: Path) -> None:
     results = sweep.sweep(study, tmp_path / "work", small=False)
     assert statuses(results) == EXPECTED
     rows = {row["run"]: row for row in read_results(results)}
@@ -50,7 +50,7 @@ def test_failures_are_rows_and_done_runs_stay(study: Study, tmp_path: Path) -> N
     for field in ("overrides", "config_hash", "commit", "hardware", "parameters", "wall_seconds", "jax"):
         assert trained[field]
 
-    # Without the row of one run, only that run is done again; its training is there and is only read.
+    # Without the row of one run, only that run is repeated; its training exists and is only read.
     results.write_text("".join(json.dumps(r) + "\n" for n, r in rows.items() if n != "float32-seed0"))
     before = (tmp_path / "work" / "float32-seed0" / "result.json").stat().st_mtime_ns
     sweep.sweep(study, tmp_path / "work", small=False)
@@ -59,23 +59,23 @@ def test_failures_are_rows_and_done_runs_stay(study: Study, tmp_path: Path) -> N
     assert (tmp_path / "work" / "float32-seed0" / "result.json").stat().st_mtime_ns == before
     assert all(again[name] == rows[name] for name in rows if name != "float32-seed0")
 
-    # A failed run is repeated on demand, and replaces its row.
+    # A failed run is repeated on request, and replaces its row.
     mended = dataclasses.replace(study, run=lambda arm, seed, workdir, small: {"valid_loss": 1.0})
     sweep.sweep(mended, tmp_path / "work", small=False, retry_failed=True)
     assert statuses(results) == {name: "finished" for name in EXPECTED}
 
 
-def test_a_run_of_its_own_gets_its_arguments(study: Study, tmp_path: Path) -> None:
+def test_a_custom_run_function_gets_its_arguments(study: Study, tmp_path: Path) -> None:
     def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, object]:
         return {"valid_loss": 1.5, "given": [arm, seed, str(workdir), small]}
 
     own = dataclasses.replace(study, run=run)
     rows = read_results(sweep.sweep(own, tmp_path / "work", small=True))
     assert [row["given"] for row in rows] == [["float32", 7, str(tmp_path / "work"), True]]
-    assert not study.results.exists(), "small results stay out of the study"
+    assert not study.results.exists(), "small results are not written to the study"
 
 
-def test_rows_of_other_settings_are_not_taken_for_done(study: Study, tmp_path: Path) -> None:
+def test_rows_with_other_settings_do_not_count_as_done(study: Study, tmp_path: Path) -> None:
     constant = dataclasses.replace(study, run=lambda *_: {"valid_loss": 1.0})
     sweep.sweep(constant, tmp_path / "work", small=False)
     changed = dataclasses.replace(constant, arms={**study.arms, "broken": {"model.precision": "float32"}})
@@ -84,7 +84,7 @@ def test_rows_of_other_settings_are_not_taken_for_done(study: Study, tmp_path: P
 
 
 def without(study: Study, **seconds: object) -> Study:
-    """One arm and one seed of the study, with fields of its config replaced."""
+    """The study reduced to one arm and one seed, with fields of its config replaced."""
     return dataclasses.replace(
         study,
         arms={"float32": study.arms["float32"] | seconds},
@@ -94,20 +94,20 @@ def without(study: Study, **seconds: object) -> Study:
     )
 
 
-def test_a_failed_run_whose_settings_were_corrected_is_done_again(study: Study, tmp_path: Path) -> None:
-    """A typo in an arm costs no cleaning up, neither of rows nor of folders."""
+def test_a_failed_run_with_corrected_settings_is_repeated(study: Study, tmp_path: Path) -> None:
+    """A typo in an arm requires no manual clean-up of rows or folders."""
     wrong, right = without(study, **{"data.source": "nowhere.txt"}), without(study)
     for _ in range(2):
         results = sweep.sweep(wrong, tmp_path / "work", small=False)
         assert statuses(results) == {"float32-seed0": "failed"}
     first = results.read_text()
     sweep.sweep(wrong, tmp_path / "work", small=False)
-    assert results.read_text() == first, "the same settings fail again: only on demand"
+    assert results.read_text() == first, "the same settings would fail again: repeated only on request"
     sweep.sweep(right, tmp_path / "work", small=False)
     assert statuses(results) == {"float32-seed0": "finished"}
 
 
-def test_a_typo_in_the_base_config_is_corrected_too(study: Study, tmp_path: Path) -> None:
+def test_a_corrected_typo_in_the_base_config_repeats_the_run(study: Study, tmp_path: Path) -> None:
     one, config = without(study), tmp_path / "config.py"
     text = config.read_text()
     config.write_text(text.replace("text.txt", "nowhere.txt"))
@@ -122,7 +122,7 @@ def test_a_typo_in_the_base_config_is_corrected_too(study: Study, tmp_path: Path
     assert statuses(results) == {"float32-seed0": "finished"}
 
 
-def test_two_sweeps_at_once_share_the_runs(study: Study, tmp_path: Path) -> None:
+def test_two_concurrent_sweeps_share_the_runs(study: Study, tmp_path: Path) -> None:
     done: list[str] = []
 
     def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, float]:
@@ -153,7 +153,7 @@ def run(arm, seed, workdir, small):
 """
 
 
-def test_side_by_side_in_processes(study: Study, tmp_path: Path) -> None:
+def test_parallel_runs_in_processes(study: Study, tmp_path: Path) -> None:
     file = study.folder / "study.py"
     file.write_text(file.read_text() + SLEEPER.format(seconds=0.2))
     one_seed = dataclasses.replace(study, seeds=(0,))
@@ -161,7 +161,7 @@ def test_side_by_side_in_processes(study: Study, tmp_path: Path) -> None:
     assert statuses(results) == {name: "finished" for name in one_seed.runs()}
 
 
-def test_a_killed_sweep_stops_its_processes_and_leaves_no_row(study: Study, tmp_path: Path) -> None:
+def test_a_killed_sweep_stops_its_processes_and_leaves_no_rows(study: Study, tmp_path: Path) -> None:
     file = study.folder / "study.py"
     file.write_text(file.read_text() + SLEEPER.format(seconds=600))
     code = (
@@ -184,10 +184,10 @@ def test_a_killed_sweep_stops_its_processes_and_leaves_no_row(study: Study, tmp_
     assert read_results(study.results) == []
     for name in ("float32-seed0", "broken-seed0"):
         with locked(study.folder / ".locks" / name, wait=False) as mine:
-            assert mine, "the children are gone, and with them their locks"
+            assert mine, "the children have exited and released their locks"
 
 
-def test_through_submitit(study: Study, tmp_path: Path) -> None:
+def test_runs_with_submitit(study: Study, tmp_path: Path) -> None:
     pytest.importorskip("submitit", reason="no package submitit: pip install submitit")
     file = study.folder / "study.py"
     file.write_text(file.read_text() + SLEEPER.format(seconds=0))
@@ -204,7 +204,7 @@ def test_through_submitit(study: Study, tmp_path: Path) -> None:
         ("CONFIG = 'nowhere.py'", ["toy", "--workdir={tmp_path}/file"], "Not a directory"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(
+def test_invalid_input_is_a_one_line_error_with_exit_code_2(
     study: Study,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

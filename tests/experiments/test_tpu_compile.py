@@ -1,4 +1,4 @@
-"""What of tpu_compile needs no TPU compiler: reading programs, placing packed models, and the committed table."""
+"""tpu_compile without a TPU compiler: parsing programs, sharding packed models, and the committed table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_collectives_are_counted_by_operation_and_type() -> None:
     }
 
 
-def test_the_table_is_made_of_the_committed_results() -> None:
+def test_the_table_matches_the_committed_results() -> None:
     results = json.loads(tpu_compile.RESULTS.read_text())
     assert list(results) == list(tpu_compile.CASES)
     assert tpu_compile.table(results) in (tpu_compile.STUDY / "README.md").read_text()
@@ -42,7 +42,7 @@ def tiny() -> tpu_compile.Case:
     )
 
 
-def test_packed_matrices_are_split_as_the_matrices_they_hold(tiny: tpu_compile.Case) -> None:
+def test_packed_matrices_are_sharded_like_the_matrices_they_hold(tiny: tpu_compile.Case) -> None:
     mesh = make_mesh(tiny.mesh)
     with jax.set_mesh(mesh):
         step, (variables, tokens, cache) = tpu_compile.decode_step(tiny, mesh)
@@ -59,7 +59,7 @@ def test_packed_matrices_are_split_as_the_matrices_they_hold(tiny: tpu_compile.C
     assert "sharding" in text
 
 
-def test_the_training_step_is_that_of_the_case(tiny: tpu_compile.Case) -> None:
+def test_the_training_step_matches_the_case(tiny: tpu_compile.Case) -> None:
     mesh = make_mesh(tiny.mesh)
     with jax.set_mesh(mesh):
         step, arguments = tpu_compile.training_step(tiny, mesh)

@@ -15,7 +15,7 @@ MakePacked = Callable[..., tuple[np.ndarray, PackedArray]]
 @pytest.fixture
 def make_packed() -> MakePacked:
     def make(format: str, n: int, k: int, groups: int = 1, seed: int = 0) -> tuple[np.ndarray, PackedArray]:
-        """(int8 codes [n, k], the same packed with random scales per output and group)."""
+        """(int8 codes [n, k], the same codes packed with random scales per output and group)."""
         random = np.random.default_rng(seed)
         codes = random.choice(np.array(FORMATS[format].values, np.int8), (n, k))
         scale = random.uniform(0.1, 2.0, (n, groups)).astype(np.float32)

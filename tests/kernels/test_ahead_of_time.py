@@ -1,4 +1,4 @@
-"""Compiling for chips that are not there: the committed results, their page, and clear errors without a compiler."""
+"""Ahead-of-time compilation: the committed results, their page, and clear errors without a compiler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STUDY = Path(__file__).parents[2] / "experiments" / "studies" / "chip_compile"
 
 
 @pytest.mark.parametrize(("file", "layout"), [("tpu.json", "column"), ("gpu.json", "plane")])
-def test_the_page_shows_the_committed_results(file: str, layout: str) -> None:
+def test_the_page_matches_the_committed_results(file: str, layout: str) -> None:
     rows = json.loads((STUDY / file).read_text())["rows"]
     assert ahead_of_time.table(rows) in (STUDY / "README.md").read_text()
     assert {row["format"] for row in rows} == {

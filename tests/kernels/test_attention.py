@@ -1,4 +1,4 @@
-"""cached_attention: its definition against NumPy, the C++ kernels against the definition and against themselves."""
+"""cached_attention: its definition against NumPy, the C++ kernels against the definition and each other."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ needs_library = pytest.mark.skipif(
     cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}"
 )
 DTYPES = ("float32", "bfloat16", "int8")
-# Scores, weights and mixes are each float32 sums of at most 300 terms of size 1, in another order: 300 roundings of
-# 2^-24 if all went one way, in practice some.
+# Scores, weights and outputs are float32 sums of at most 300 terms of magnitude 1 in another order: 300 roundings of
+# 2^-24 in the worst case, far fewer in practice.
 SAME = {"rtol": 2e-5, "atol": 2e-5}
 
 
 def problem(B: int, T: int, H: int, K: int, h: int, S: int, dtype: str, seed: int = 0) -> dict:
-    """Arguments of cached_attention, all but the length; a query in four sees nothing."""
+    """Arguments of cached_attention except the length; one query in four sees no key."""
     random = np.random.default_rng(seed)
     q, k, v = (random.normal(size=size).astype(np.float32) for size in ((B, T, H, h), *[(B, S, K, h)] * 2))
     visible = random.random((B, T, S)) < random.choice([0.0, 0.1, 0.6, 1.0], (B, T, 1))
@@ -37,7 +37,7 @@ def problem(B: int, T: int, H: int, K: int, h: int, S: int, dtype: str, seed: in
 
 
 def in_float64(arguments: dict, length: int) -> np.ndarray:
-    """The definition once more, query by query."""
+    """The definition in float64, query by query."""
     a = {
         name: np.asarray(x, np.float64) if name != "visible" else np.asarray(x)
         for name, x in arguments.items()
@@ -58,7 +58,7 @@ def in_float64(arguments: dict, length: int) -> np.ndarray:
 
 @functools.cache
 def compiled(scale: float, isas: tuple[str, ...]):
-    """One program of all these instruction sets: a result of each."""
+    """A single program with one result for each of these instruction sets."""
     calls = [cpu.attention(scale, isa) for isa in isas]
     return jax.jit(lambda *operands: [call(*operands) for call in calls])
 
@@ -82,7 +82,7 @@ def assert_same_bits(a: np.ndarray, b: np.ndarray, isa: str = "") -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
-def test_the_formula(dtype: str, implementation: str) -> None:
+def test_matches_the_formula(dtype: str, implementation: str) -> None:
     if implementation == "cpu" and cpu.unavailable():
         pytest.skip("no C++ kernels")
     arguments = problem(2, 5, 6, 3, 20, 150, dtype)
@@ -93,7 +93,7 @@ def test_the_formula(dtype: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["reference", None])
-def test_the_bits_of_bfloat16_are_bfloat16(implementation: str | None) -> None:
+def test_uint16_bits_are_read_as_bfloat16(implementation: str | None) -> None:
     arguments = problem(2, 3, 4, 2, 64, 40, "bfloat16")
     bits = {name: jax.lax.bitcast_convert_type(arguments[name], jnp.uint16) for name in ("k", "v")}
     call = functools.partial(cached_attention, implementation=implementation, length=30)
@@ -104,7 +104,7 @@ SHAPES = st.tuples(
     st.integers(1, 3),  # B
     st.integers(1, 9),  # T
     st.integers(1, 3),  # K
-    st.integers(1, 5),  # queries of a kv head
+    st.integers(1, 5),  # queries per kv head
     st.sampled_from([1, 7, 16, 24, 64, 80, 128]),  # h
     st.integers(1, 300),  # S
 )
@@ -113,7 +113,7 @@ SHAPES = st.tuples(
 @needs_library
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SHAPES, st.floats(0, 1), st.sampled_from(DTYPES), st.integers(0, 2**31))
-def test_every_instruction_set_gives_the_bits_of_the_scalar_loops(
+def test_every_instruction_set_is_bit_identical_to_the_scalar_loops(
     shape: tuple, part: float, dtype: str, seed: int
 ) -> None:
     B, T, K, group, h, S = shape
@@ -127,8 +127,8 @@ def test_every_instruction_set_gives_the_bits_of_the_scalar_loops(
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "K", "h"), [(4, 1, 64), (6, 3, 20), (3, 3, 128)])
-def test_a_query_does_not_depend_on_its_neighbours(H: int, K: int, h: int, dtype: str) -> None:
-    """One call of many queries, blocked, against one call for each, split over chunks of keys."""
+def test_a_query_does_not_depend_on_other_queries(H: int, K: int, h: int, dtype: str) -> None:
+    """One blocked call with many queries against one call per query, split over chunks of keys."""
     arguments, length = problem(3, 70, H, K, h, 400, dtype), 390
     together = by_cpu(arguments, length)
     per_query = ("q", "visible")
@@ -156,7 +156,7 @@ def test_the_number_of_threads_changes_no_bit(T: int, S: int) -> None:
 
 
 @needs_library
-def test_nothing_behind_the_length_and_no_hidden_key_is_looked_at() -> None:
+def test_keys_beyond_the_length_and_masked_keys_are_never_read() -> None:
     arguments = problem(2, 3, 4, 2, 64, 300, "float32")
     arguments["visible"] = arguments["visible"].at[:, :, 7].set(False).at[1, 2, :200].set(False)
     changed = {name: arguments[name].at[:, 200:].set(jnp.nan) for name in ("k", "v")}
@@ -171,17 +171,17 @@ def test_nothing_behind_the_length_and_no_hidden_key_is_looked_at() -> None:
 
 @needs_library
 @pytest.mark.parametrize("size", [1e-30, 1.0, 60.0, 1e4])
-def test_scores_of_any_size(size: float) -> None:
-    """Large scores make a hard choice of one key; the weights of all others vanish without a NaN."""
+def test_scores_of_any_magnitude(size: float) -> None:
+    """Large scores select a single key; the weights of all others vanish without a NaN."""
     arguments = problem(1, 4, 2, 1, 16, 200, "float32")
     arguments["q"] = arguments["q"] * size
-    # A score of size s is rounded by s 2^-24 or so, and its weight changes by as much in proportion.
+    # A score of magnitude s has a rounding error of about s 2^-24, and its weight the same relative error.
     tolerance = {"rtol": 2e-5, "atol": 2e-5 + 1e-6 * size}
     np.testing.assert_allclose(by_cpu(arguments, 200), in_float64(arguments, 200), **tolerance)
 
 
 @needs_library
-def test_one_key_is_returned_as_it_is() -> None:
+def test_the_value_of_a_single_key_is_returned_unchanged() -> None:
     arguments = problem(1, 1, 2, 2, 24, 130, "float32")
     arguments["visible"] = jnp.zeros((1, 1, 130), bool).at[0, 0, 129].set(True)
     assert_same_bits(by_cpu(arguments, 130), np.asarray(arguments["v"])[:, 129:130])
@@ -203,7 +203,7 @@ def test_transformations() -> None:
 
 
 @pytest.mark.parametrize("implementation", [None, "reference"])
-def test_no_gradient(implementation: str | None) -> None:
+def test_gradients_are_not_supported(implementation: str | None) -> None:
     arguments = problem(1, 2, 2, 1, 8, 9, "float32")
     with pytest.raises(NotImplementedError, match="cached_attention has no gradient"):
         jax.grad(
@@ -223,13 +223,13 @@ def test_no_gradient(implementation: str | None) -> None:
         ({"implementation": "gpu"}, "implementation='gpu'"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+def test_mismatched_operands_are_rejected(change: dict, message: str) -> None:
     arguments = problem(2, 3, 4, 2, 8, 9, "float32") | change
     with pytest.raises(ValueError, match=message):
         cached_attention(**arguments, length=9)
 
 
-def test_int8_needs_its_scales() -> None:
+def test_int8_requires_scales() -> None:
     arguments = problem(2, 3, 4, 2, 8, 9, "int8")
     del arguments["v_scale"]
     with pytest.raises(ValueError, match="k_scale or v_scale is None"):

@@ -1,4 +1,4 @@
-"""The benchmark runs, measures what it says, and writes the rows that others read."""
+"""The benchmark runs, measures what it documents, and writes the documented rows."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_it_writes_one_row_per_shape_and_format(results: dict[str, Any]) -> None
         took = row["microseconds"] / 1e6
         assert 0 <= row["microseconds_p10"] <= row["microseconds"] <= row["microseconds_p90"]
         if row["op"] == "fork_join":
-            assert row["microseconds"] < 1e5  # even of a machine that does other things
+            assert row["microseconds"] < 1e5  # even on a busy machine
             continue
         assert row["threads"] == (1 if row["op"] == "in_cache" else timing.threads())
         np.testing.assert_allclose(row["gmacs_per_second"], row["m"] * row["n"] * row["k"] / took / 1e9)
@@ -77,8 +77,8 @@ def test_it_writes_one_row_per_shape_and_format(results: dict[str, Any]) -> None
         assert row["weight_bytes"] == -(-row["k"] // FORMATS[row["format"]].block_k) * 64 * row["n"] // 16
 
 
-def test_each_thing_is_timed_and_held_against_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The i-th thing takes i seconds: three products of XLA, the formats, limits; chains take a working set once."""
+def test_each_operation_is_timed_and_reported_with_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The i-th operation takes i seconds: three XLA products, the formats, the limits; chains use a set once."""
 
     def counted(calls: dict[str, Any], budget: float, settle: bool) -> dict[str, timing.Spread]:
         assert settle
@@ -109,7 +109,7 @@ def test_the_summary_is_the_ratio_of_the_rows(results: dict[str, Any]) -> None:
         np.testing.assert_allclose(results["summary"][f"binary_over_ternary2_m{shape.m}"], ratio)
 
 
-def test_the_results_tell_where_they_come_from(results: dict[str, Any]) -> None:
+def test_the_results_record_their_provenance(results: dict[str, Any]) -> None:
     told = results["provenance"]
     assert told["jax"] == jax.__version__
     assert told["threads"] == timing.threads()
@@ -118,14 +118,14 @@ def test_the_results_tell_where_they_come_from(results: dict[str, Any]) -> None:
     assert told["processor"]
 
 
-def test_a_row_is_a_line_under_the_columns(results: dict[str, Any]) -> None:
+def test_a_row_is_printed_as_one_line_under_the_columns(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         words = bench.show(row).split()
         assert words[:5] == [str(row[name] or "-") for name in ("op", "format", "m", "n", "k")]
         assert len(words) == 16
 
 
-def test_without_a_library_nothing_is_a_ceiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_there_is_no_ceiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
     assert machine.read_all(np.ones(4096, np.uint8)) is None
     assert machine.dot_peak() is None
@@ -133,14 +133,14 @@ def test_without_a_library_nothing_is_a_ceiling(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="the C++ library is absent")
-def test_the_ceiling_reads_all_of_the_memory_it_is_given_piece_by_piece() -> None:
+def test_the_ceiling_reads_all_of_its_memory_in_pieces() -> None:
     data = np.zeros(10 << 20, np.uint8)
     data[[0, 3 << 20, (5 << 20) - 1]] = 1, 2, 4  # of the first half
     data[[5 << 20, -1]] = 8, 16
     library, _ = cpu.load()
     read = library.bitnet_kernels_read
     told = [read(data.ctypes.data + half * (5 << 20), 5 << 20) for half in (0, 1)]
-    # The xor of all words: each marked byte shows at its own place of a word.
+    # The xor of all words: each marked byte appears at a different position of a word.
     expected = [np.bitwise_xor.reduce(half.view(np.uint64)) for half in np.split(data, 2)]
     assert told == expected
     halves, whole = machine.read_all(data, 5 << 20), machine.read_all(data)
@@ -149,7 +149,7 @@ def test_the_ceiling_reads_all_of_the_memory_it_is_given_piece_by_piece() -> Non
     assert (halves.amount, whole.amount) == (5 << 20, 10 << 20)
 
 
-def test_things_are_timed_in_turn_and_the_first_rounds_are_not_counted() -> None:
+def test_operations_are_timed_round_robin_and_warm_up_rounds_are_not_counted() -> None:
     calls: list[tuple[str, int]] = []
 
     def thing(name: str, seconds: float) -> Any:
@@ -162,22 +162,22 @@ def test_things_are_timed_in_turn_and_the_first_rounds_are_not_counted() -> None
     took = timing.interleaved({"a": thing("a", 0.001), "b": thing("b", 0.01)}, 0.02)
     assert calls[:4] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert calls[4:10] == [(name, round) for round in range(3) for name in "ab"]
-    assert 0.001 <= took["a"].median < 0.1  # a sleep is never shorter, and the slow rounds are left out
+    assert 0.001 <= took["a"].median < 0.1  # a sleep is never shorter, and the slow rounds are excluded
     assert took["b"].p10 >= 0.01
 
 
-def test_a_chain_takes_its_weights_in_turn_and_each_product_waits_for_the_last() -> None:
-    """The last y of a link of 2 is that of its second weight, in this round and after a turn around."""
+def test_a_chain_cycles_through_its_weights_and_each_product_depends_on_the_last() -> None:
+    """The last y of a chain of 2 is that of its second weight, in this round and after a full cycle."""
     weights = [jnp.full((2, 3), value, jnp.float32) for value in range(3)]
     run = timing.chain(timing.dense, jnp.ones((1, 3)), weights, 2)
     assert [float(run(round)[0, 0]) for round in range(4)] == [3, 0, 3, 0]
-    # An x that is zeroed where y is pi is how a product waits; with y = pi it shows.
+    # A product depends on the last one through an x that is zeroed where y is pi; y = pi makes that visible.
     pi = timing.chain(lambda x, w: x[:, :1] * w, jnp.ones((1, 3)), [jnp.float32(np.pi), jnp.float32(1)], 2)
     assert float(pi(0)[0, 0]) == 0
 
 
-def test_no_link_of_a_chain_computes_the_links_before_it_again() -> None:
-    """XLA fuses what it can compute again. Then every link would cost more than the one before."""
+def test_no_link_of_a_chain_recomputes_earlier_links() -> None:
+    """XLA fuses what it can recompute. Then every link would cost more than the one before."""
     run = jax.jit(lambda x, weights: timing.chain(timing.dense, x, weights, 8)(0))
     program = run.lower(jnp.ones((8, 3)), [jnp.ones((5, 3))] * 8).compile().as_text()
-    assert 0 < program.count(" select(") <= 8  # one a link
+    assert 0 < program.count(" select(") <= 8  # one per link

@@ -1,4 +1,4 @@
-"""The GPU benchmark, run on whatever is here: it finds wrong products, and its figures are those of its columns."""
+"""The GPU benchmark, run on any backend: it detects wrong products, and its figures are consistent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bitnet_kernels.timing import Spread
 SMALL = Shape(2, 128, 512)
 
 
-def test_right_products_pass_and_wrong_ones_are_counted(monkeypatch) -> None:
+def test_correct_products_pass_and_wrong_ones_are_counted(monkeypatch) -> None:
     assert [row["wrong"] for row in bench_gpu.check([SMALL])] == [0, 0]
     right = bench_gpu.packed_matmul
 
@@ -26,7 +26,7 @@ def test_right_products_pass_and_wrong_ones_are_counted(monkeypatch) -> None:
         bench_gpu.run("decode", 0.01)
 
 
-def test_figures_fit_each_other(monkeypatch) -> None:
+def test_figures_are_consistent(monkeypatch) -> None:
     def interleaved(calls, budget, settle):
         for call in calls.values():
             call(0)
@@ -56,7 +56,7 @@ def test_without_a_gpu_the_command_says_so(capsys) -> None:
     assert "JAX runs on 'cpu'; install jax[cuda13]" in capsys.readouterr().err
 
 
-def test_noise_that_hides_a_product_is_an_error(monkeypatch) -> None:
+def test_noise_larger_than_a_product_is_an_error(monkeypatch) -> None:
     same = {("copy", "short"): Spread(1.0, 1.0, 1.0), ("copy", "long"): Spread(1.0, 1.0, 1.0)}
     monkeypatch.setattr(bench_gpu, "interleaved", lambda *_, **__: same)
     with pytest.raises(RuntimeError, match=r"timing noise exceeds the signal \(copy\)"):

@@ -1,4 +1,4 @@
-"""The C++ kernels: exact under every instruction set, selectable, and clear when they cannot be used."""
+"""The C++ kernels: exact on every instruction set, selectable, and with clear errors when they cannot be used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bitnet_kernels import FORMATS, PackedArray, cpu, matmul, pack, packed_matmu
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 ISAS = cpu.available_isas()
 
-# One of everything, odd sizes, whole blocks, more than one tile of 64 rows and of 1024 inputs, groups, tiles of tables.
+# Sizes of 1, odd sizes, whole blocks, more than one tile of 64 rows and 1024 inputs, groups, tiles of lookup tables.
 SHAPES = (
     (1, 1, 1),
     (3, 31, 1),
@@ -43,7 +43,7 @@ def exact(x: np.ndarray, codes: np.ndarray, groups: int) -> np.ndarray:
 
 
 def on_every_isa(product: Callable[..., object], xs: list[jax.Array], *operands: object) -> dict[str, list]:
-    """isa -> [product(x, *operands, isa_name=isa) for x in xs], compiled as one program: a test is mostly compiling."""
+    """isa -> [product(x, *operands, isa_name=isa) for x in xs], compiled as one program, as compilation dominates."""
 
     @jax.jit
     def program(xs: list[jax.Array], *operands: object) -> dict[str, list]:
@@ -85,13 +85,13 @@ def test_every_instruction_set_is_exact(make_packed, format: str, n: int, k: int
 @built
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k", "groups"), [(37, 100, 1), (100, 640, 20), (65, 1024, 32)])
-def test_the_fused_rescale_gives_the_bits_of_the_definition(
+def test_the_fused_rescale_is_bit_identical_to_the_definition(
     make_packed, format: str, n: int, k: int, groups: int
 ) -> None:
     _, w = make_packed(format, n, k, groups)
     ws = [w, dataclasses.replace(w, scale=w.scale[:1])] if groups == 1 else [w]
     random, xs = np.random.default_rng(1), []
-    for m in (1, 5, 50):  # 50 rows of 32 groups are more than one tile of scratch holds
+    for m in (1, 5, 50):  # 50 rows of 32 groups exceed one scratch tile
         xs.append(jnp.asarray(random.integers(-128, 128, (m, k), np.int8)))
         xs.append(jnp.asarray(random.normal(size=(m, k)), jnp.float32))
     expected = defined(xs, ws)
@@ -105,7 +105,7 @@ def test_the_fused_rescale_gives_the_bits_of_the_definition(
 @pytest.mark.parametrize(("n", "k", "groups"), [(1, 1, 1), (37, 100, 1), (100, 640, 20), (33, 2049, 1)])
 def test_signs_times_signs_count_bits(make_packed, n: int, k: int, groups: int) -> None:
     _, w = make_packed("binary", n, k, groups)
-    _, other = make_packed("ternary2", n, k, groups)  # beside it, signs are ordinary codes
+    _, other = make_packed("ternary2", n, k, groups)  # for comparison, signs as ordinary codes
     rows = (1, 3, 4, 5, 9)
     xs = [jnp.asarray(np.random.default_rng(m).choice(np.array([-1, 1], np.int8), (m, k))) for m in rows]
     expected = defined(xs, [w, other])
@@ -118,7 +118,7 @@ def test_signs_times_signs_count_bits(make_packed, n: int, k: int, groups: int) 
 
 
 @built
-def test_matrices_of_different_formats_run_as_one(make_packed) -> None:
+def test_matrices_of_different_formats_run_in_one_call(make_packed) -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 256)), jnp.float32)
     ws = [make_packed(format, 40 + i, 256, 1 + i % 2)[1] for i, format in enumerate(FORMATS)]
     expected = jax.jit(lambda x, ws: [reference.scaled_matmuls(x, [w])[0] for w in ws])(x, ws)
@@ -128,14 +128,14 @@ def test_matrices_of_different_formats_run_as_one(make_packed) -> None:
 
 
 @built
-def test_activations_are_quantized_as_the_definition_does(make_packed) -> None:
+def test_activations_are_quantized_like_the_definition(make_packed) -> None:
     _, w = make_packed("int8", 16, 96)
     random = np.random.default_rng(2)
     rows = random.normal(size=(9, 96)).astype(np.float32)
     rows[1], rows[2] = 0, 1e-7  # below the smallest absmax
     rows[3, 5], rows[4, 6], rows[5, 7] = np.inf, np.nan, -np.inf
     rows[6] *= 1e30
-    rows[7] = np.arange(96) - 47.5  # halves: 127 / absmax times them is not exact, the next row is
+    rows[7] = np.arange(96) - 47.5  # halves: scaling by 127 / absmax is inexact here, exact in the next row
     rows[8] = np.concatenate([[127], np.arange(95) - 46.5])
     np.testing.assert_array_equal(
         cpu.scaled_matmuls(jnp.asarray(rows), [w])[0], reference.scaled_matmuls(jnp.asarray(rows), [w])[0]
@@ -202,7 +202,7 @@ def test_no_rows_give_no_rows(make_packed, product, groups: int) -> None:
         ((1, 2**18 + 32), (1, 2**13 + 1, 64), (1, 1, 16), {}, "overflows int32; expected at most 262144"),
     ],
 )
-def test_the_custom_call_refuses(x, codes, sums, attributes: dict, message: str) -> None:
+def test_the_custom_call_rejects_invalid_operands(x, codes, sums, attributes: dict, message: str) -> None:
     out = jax.ShapeDtypeStruct(sums, jnp.int32)
     call = jax.ffi.ffi_call("bitnet_kernels_integer_matmul", out)
     attributes = {"format": np.int64(0), "isa": "scalar"} | attributes
@@ -221,7 +221,7 @@ def test_the_custom_call_refuses(x, codes, sums, attributes: dict, message: str)
         ((1, 1), (2, 17), r"has codes \[2, 2, 64\]; got \[1, 2, 64\]"),
     ],
 )
-def test_the_scaled_custom_call_refuses(scale, y, message: str) -> None:
+def test_the_scaled_custom_call_rejects_invalid_operands(scale, y, message: str) -> None:
     call = jax.ffi.ffi_call("bitnet_kernels_scaled_matmul", (jax.ShapeDtypeStruct(y, jnp.float32),))
     x, codes = jnp.zeros((2, 64), jnp.int8), jnp.zeros((1, 2, 64), jnp.uint8)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
@@ -240,14 +240,14 @@ def test_the_scaled_custom_call_refuses(scale, y, message: str) -> None:
     ("x", "codes", "message"),
     [(jnp.zeros((2, 32)), jnp.zeros((1, 1, 64), jnp.uint8), "S8"), (jnp.zeros(32, jnp.int8), None, "rank")],
 )
-def test_the_custom_call_refuses_wrong_types(x, codes, message: str) -> None:
+def test_the_custom_call_rejects_wrong_types(x, codes, message: str) -> None:
     codes = jnp.zeros((1, 1, 64), jnp.uint8) if codes is None else codes
     call = jax.ffi.ffi_call("bitnet_kernels_integer_matmul", jax.ShapeDtypeStruct((1, 2, 16), jnp.int32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         call(x, codes, format=np.int64(0), isa="scalar")
 
 
-# The first of the lines obeys the environment that the process started with, the others what it was changed to.
+# The first line follows the environment at process start, the others its later values.
 FORCED = """
 import os, sys
 import numpy as np, jax.numpy as jnp
@@ -266,7 +266,7 @@ for isa in [os.environ["BITNET_KERNELS_ISA"], *sys.argv[1:]]:
 
 
 @built
-def test_the_environment_forces_an_instruction_set() -> None:
+def test_the_environment_variable_forces_an_instruction_set() -> None:
     environment = os.environ | {"BITNET_KERNELS_ISA": ISAS[0], "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", FORCED, *ISAS]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -275,9 +275,7 @@ def test_the_environment_forces_an_instruction_set() -> None:
 
 
 @built
-def test_an_instruction_set_that_is_not_here_is_an_error(
-    make_packed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unsupported_instruction_set_is_an_error(make_packed, monkeypatch: pytest.MonkeyPatch) -> None:
     _, w = make_packed("binary", 16, 32)
     monkeypatch.setenv("BITNET_KERNELS_ISA", "avx1024")
     message = (
@@ -295,14 +293,14 @@ def test_an_instruction_set_that_is_not_here_is_an_error(
 
 @pytest.fixture
 def library_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place for another library than the built one."""
+    """A path for a library other than the built one."""
     path = tmp_path / "_cpu.so"
     monkeypatch.setattr(cpu, "LIBRARY", path)
     cpu.warn_once.cache_clear()
     return path
 
 
-def test_without_a_library_packed_matmul_warns_once_and_uses_xla(make_packed, library_path: Path) -> None:
+def test_without_the_library_packed_matmul_warns_once_and_uses_xla(make_packed, library_path: Path) -> None:
     _, w = make_packed("ternary2", 20, 40)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40)), jnp.float32)
     with pytest.warns(RuntimeWarning, match="runs on XLA.*was not built.*install again to build it"):
@@ -319,18 +317,18 @@ def test_without_a_library_packed_matmul_warns_once_and_uses_xla(make_packed, li
         cpu.isa()
 
 
-def test_a_file_that_is_no_library_is_told(library_path: Path) -> None:
+def test_a_file_that_is_not_a_library_is_reported(library_path: Path) -> None:
     library_path.write_bytes(b"not a shared object")
     assert "cannot be loaded" in str(cpu.unavailable())
 
 
-def test_a_library_of_another_version_is_told(library_path: Path) -> None:
-    library_path.symlink_to(_ctypes.__file__)  # some library, with other symbols
+def test_a_library_of_another_version_is_reported(library_path: Path) -> None:
+    library_path.symlink_to(_ctypes.__file__)  # a library with other symbols
     assert "is from another version" in str(cpu.unavailable())
 
 
 @built
-def test_newer_headers_than_the_runtime_are_refused(
+def test_headers_newer_than_the_runtime_are_rejected(
     library_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library_path.symlink_to(Path(cpu.__file__).parent / "_cpu.so")
@@ -341,7 +339,7 @@ def test_newer_headers_than_the_runtime_are_refused(
     assert "this jaxlib has 0.1; build it with the oldest supported jaxlib" in str(cpu.unavailable())
 
 
-def test_too_many_inputs_a_group_are_left_to_xla() -> None:
+def test_too_many_inputs_per_group_are_left_to_xla() -> None:
     k = FORMATS["binary"].max_inputs + 1
     w = pack(np.ones((1, k), np.int8), np.ones((1, 1), np.float32), "binary")
     choice = matmul.choose_implementation(w, "cpu")

@@ -1,4 +1,4 @@
-"""The C++ custom calls by themselves: operands that Python never passes, and no memory, are errors and end nothing."""
+"""The C++ custom calls alone: operands that Python never passes and failed allocations are errors, not crashes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def result(shape: tuple[int, ...], dtype: object = F32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-# A call without any element in its results is none: XLA drops it. So each of these has one beside the empty one.
+# XLA drops a call whose results are all empty, so each of these has a non-empty result beside the empty one.
 @pytest.mark.parametrize("m", [1, 3, 20])
 @pytest.mark.parametrize(("n", "k"), [(0, 64), (16, 0), (0, 0)])
-def test_empty_matrices_are_refused(m: int, n: int, k: int) -> None:
+def test_empty_matrices_are_rejected(m: int, n: int, k: int) -> None:
     whole, empty = jnp.zeros((1, k // 32, 64), U8), jnp.zeros((n // 16, k // 32, 64), U8)
     scale, x, table = jnp.ones((1, 1), F32), jnp.zeros((m, k), F32), jnp.zeros((n, k), BF16)
     with pytest.raises(
@@ -75,7 +75,7 @@ for rows in (7, 6):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the failing allocator with")
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is of Linux")
-def test_no_memory_is_an_error_and_the_process_goes_on(tmp_path: Path) -> None:
+def test_a_failed_allocation_is_an_error_and_the_process_continues(tmp_path: Path) -> None:
     (tmp_path / "new.cc").write_text(NO_MEMORY)
     library = tmp_path / "new.so"
     command = ["g++", "-O1", "-w", "-shared", "-fPIC", str(tmp_path / "new.cc"), "-o", str(library)]

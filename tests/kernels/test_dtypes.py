@@ -1,4 +1,4 @@
-"""Every public operation takes the dtypes that it documents; any other is one line of ValueError."""
+"""Every public operation accepts its documented dtypes; any other is a one-line ValueError."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_part(part: str, array: jax.Array) -> PackedArray:
     return PackedArray(format="int8", layout="panel16", shape=(32, 64), **leaves)
 
 
-# operation and operand -> (call of one array, the array, what it documents)
+# operation and operand -> (function of one array, the array, its documented dtypes)
 OPERANDS: dict[str, tuple[Callable[[jax.Array], object], np.ndarray, tuple[str, ...]]] = {
     "packed_matmul x": (lambda x: packed_matmul(x, W), X, (*FLOATS, "int8")),
     "packed_matmul x, weight-only": (lambda x: packed_matmul(x, W, activation_bits=None), X, (*FLOATS, "int8")),
@@ -116,9 +116,9 @@ def finite(results: object) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operand", OPERANDS)
-def test_what_is_documented_works_and_all_else_is_refused(operand: str, dtype: str) -> None:
+def test_documented_dtypes_work_and_all_others_are_rejected(operand: str, dtype: str) -> None:
     call, values, taken = OPERANDS[operand]
-    with jax.enable_x64(dtype == "float64"):  # without it there is no float64 in JAX
+    with jax.enable_x64(dtype == "float64"):  # JAX has no float64 without it
         array = jnp.asarray(np.asarray(values).astype(np.float32)).astype(dtype)
         if dtype in taken:
             assert finite(call(array))
@@ -128,12 +128,12 @@ def test_what_is_documented_works_and_all_else_is_refused(operand: str, dtype: s
         assert "\n" not in str(caught.value)
 
 
-def test_numpy_arrays_of_wide_types_become_those_of_jax() -> None:
+def test_numpy_arrays_of_64_bit_types_are_converted_like_in_jax() -> None:
     np.testing.assert_array_equal(packed_matmul(X, W), packed_matmul(jnp.asarray(X, jnp.float32), W))
     np.testing.assert_array_equal(bfloat16_rows(TABLE, np.arange(3)), np.ones((3, 64)))
 
 
-def test_indices_of_any_width_outside_of_the_table_are_nan() -> None:
+def test_out_of_range_indices_of_any_integer_dtype_give_nan() -> None:
     with jax.enable_x64(True):
         for index in (-1, 32, 2**31 + 1, 2**32 + 1):
             assert np.isnan(bfloat16_rows(TABLE, jnp.asarray([index], jnp.int64))).all(), index

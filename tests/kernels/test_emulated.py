@@ -1,4 +1,4 @@
-"""The C++ arithmetic on processors that this machine is not, emulated by qemu where it is installed."""
+"""The C++ arithmetic on other processors, emulated by qemu where it is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROGRAMS = ("exactness", "float_exactness")
 
 @pytest.fixture(scope="module")
 def programs(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
-    """machine -> PROGRAMS for it, compiled once."""
+    """machine -> its PROGRAMS, compiled once."""
 
     @functools.cache
     def compiled(machine: str) -> list[Path]:
@@ -30,7 +30,7 @@ def programs(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         assert compiler is not None
         folder = repository / "kernels" / "csrc"
         sources = [source for source in folder.glob("*.cc") if not source.name.startswith("ffi")]
-        # As setup.py has it: what is fused into one rounding is written as such.
+        # As in setup.py: fused operations with a single rounding are explicit.
         command = [compiler, "-std=c++17", "-O2", "-w", "-ffp-contract=off", "-pthread", f"-I{folder}"]
         objects = []
         for source in sources:
@@ -56,7 +56,7 @@ def programs(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         ("aarch64", "max", ["scalar", "neon", "i8mm"]),
     ],
 )
-def test_every_instruction_set_is_exact(
+def test_every_emulated_instruction_set_is_exact(
     machine: str, processor: str, expected: list[str], programs: Callable[[str], list[Path]]
 ) -> None:
     emulator = shutil.which(f"qemu-{machine}")

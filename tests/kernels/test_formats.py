@@ -1,4 +1,4 @@
-"""Codecs: round trips, the written-down bit order, padding, bad input."""
+"""Codecs: round trips, the documented bit order, padding, invalid input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_round_trip(names: tuple[str, str], n: int, k: int, seed: int) -> None:
         np.testing.assert_array_equal(moved.codes, pack(codes, ONE, format, other).codes)
 
 
-def test_ternary_bytes_are_those_of_the_layout_page() -> None:
+def test_ternary_bytes_match_the_layout_page() -> None:
     codes = np.full((18, 17), -1, np.int8)  # -1 is the field 0
     #             s=0            s=1            s=2            s=3
     codes[0] = [-1, 0, 1, 0, 1, 1, 0, -1, 0, -1, 1, 1, 1, 0, -1, 0, 1]
@@ -47,7 +47,7 @@ def test_ternary_bytes_are_those_of_the_layout_page() -> None:
     assert packed.sum(dtype=int) == sum([0x98, 0x49, 0x26, 0x61, 0x80, 0x02, 0x04])
 
 
-def test_binary_bytes_are_those_of_the_layout_page() -> None:
+def test_binary_bytes_match_the_layout_page() -> None:
     codes = np.full((17, 33), -1, np.int8)
     codes[0, [0, 5, 10, 31]] = 1  # fields 0, 1, 2, 7 of bytes 0, 1, 2, 3
     codes[15, 28] = 1  # field 7 of byte 0 of the last row of the panel
@@ -60,7 +60,7 @@ def test_binary_bytes_are_those_of_the_layout_page() -> None:
     assert np.count_nonzero(packed) == 6
 
 
-def test_ternary5_bytes_are_those_of_the_layout_page() -> None:
+def test_ternary5_bytes_match_the_layout_page() -> None:
     codes = np.full((2, 64), -1, np.int8)
     codes[0, [0, 5, 10, 19]] = [1, 0, 1, 1]  # fields 0, 1, 2, 4 of bytes 0, 1, 2, 3
     codes[1, 32] = 0  # a group of 32 inputs is padded to two blocks of 20
@@ -71,7 +71,7 @@ def test_ternary5_bytes_are_those_of_the_layout_page() -> None:
     assert np.count_nonzero(packed) == 5
 
 
-def test_int4_and_int8_bytes_are_those_of_the_layout_page() -> None:
+def test_int4_and_int8_bytes_match_the_layout_page() -> None:
     codes = np.full((1, 9), -8, np.int8)
     codes[0, [0, 5, 8]] = [7, -7, 3]  # fields 0 and 1 of bytes 0 and 1; the second block
     packed = np.asarray(pack(codes, ONE, "int4").codes)
@@ -82,13 +82,13 @@ def test_int4_and_int8_bytes_are_those_of_the_layout_page() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_packs_under_jit_and_vmap(make_packed, format: str) -> None:
+def test_packing_under_jit_and_vmap(make_packed, format: str) -> None:
     codes = np.stack([make_packed(format, 20, 50, seed=seed)[0] for seed in range(3)])
     stacked = jax.jit(jax.vmap(lambda c: pack(c, jax.numpy.ones((1, 1)), format)))(codes)
     np.testing.assert_array_equal(jax.vmap(unpack)(stacked), codes)
 
 
-def test_column_bytes_are_those_of_the_invariants() -> None:
+def test_column_bytes_match_the_invariants() -> None:
     codes = np.ones((3, 300), np.int8)
     codes[1, 4:8] = [-1, 0, 1, -1]
     packed = np.asarray(pack(codes, ONE, "ternary2", "column").codes)
@@ -102,7 +102,7 @@ def test_column_bytes_are_those_of_the_invariants() -> None:
     assert packed[8:16, 2].tolist() == [0b11, 0, 0, 0, 0, 1 << 6, 0, 1 << 7]
 
 
-def test_plane_bytes_are_those_of_the_invariants() -> None:
+def test_plane_bytes_match_the_invariants() -> None:
     codes = np.full((130, 1100), -1, np.int8)
     codes[129, [0, 128 + 5, 512 + 3 * 128 + 127, 1024]] = [1, 0, 1, 1]
     packed = np.asarray(pack(codes, ONE, "ternary2", "plane").codes)
@@ -140,6 +140,6 @@ def test_plane_bytes_are_those_of_the_invariants() -> None:
         (np.ones((2, 2), np.int8), np.ones((1, 1), np.int32), "binary", "panel16", "scale is int32"),
     ],
 )
-def test_bad_input_is_named(codes, scale, format: str, layout: str, message: str) -> None:
+def test_errors_name_the_invalid_input(codes, scale, format: str, layout: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack(codes, scale, format, layout)

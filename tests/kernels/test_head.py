@@ -1,4 +1,4 @@
-"""The output head: one order of operations on every instruction set."""
+"""The output head: the same order of operations on every instruction set."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bitnet_kernels import bfloat16_logits, cpu, exact_top_logits, head_bounds, 
 
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 ISAS = cpu.available_isas()
-# Less than a vector, ends of vectors, fewer rows than streams, more rows of x than a tile and than a block.
+# Less than a vector, vector tails, fewer rows than streams, more rows of x than a tile and a block.
 SHAPES = ((1, 1, 1), (2, 3, 15), (1, 37, 16), (7, 70, 33), (5, 9, 100), (61, 50, 160), (1, 1000, 640))
 
 
 def operands(m: int, n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """x [m, k] and table [n, k] over many orders of magnitude, so that the order of a sum shows in its bits."""
+    """x [m, k] and table [n, k] over many orders of magnitude, so that summation order affects the bits."""
     random = np.random.default_rng(seed)
     x = random.normal(size=(m, k)) * 2.0 ** random.integers(-8, 9, (m, k))
     table = random.normal(size=(n, k)) * 2.0 ** random.integers(-8, 9, (n, k))
@@ -33,7 +33,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + c
     back = total - product
-    lost = (product - (total - back)) + (c - back)  # two-sum: exactly what the addition rounded away
+    lost = (product - (total - back)) + (c - back)  # two-sum: the exact rounding error of the addition
     even = (total.view(np.int64) & 1) == 0
     towards = np.where(lost > 0, np.inf, -np.inf)
     odd = np.where((lost != 0) & even, np.nextafter(total, towards), total)
@@ -41,7 +41,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def definition(x: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The order of operations that kernels/csrc/head.h promises."""
+    """The order of operations specified in kernels/csrc/head.h."""
     (m, k), n = x.shape, len(table)
     pad = -k % 16
     x = np.pad(x, ((0, 0), (0, pad))).reshape(m, 1, -1, 16)
@@ -80,7 +80,7 @@ def test_special_values(isa: str) -> None:
         wide = table.astype(np.float32)
         expected = x[:, :1] * wide[:, 0] + x[:, 1:] * wide[:, 1]
     got = np.asarray(cpu.bfloat16_logits(x, table, isa_name=isa))
-    # The products of two inputs are few enough for one rounding each; denormals are kept, overflow is infinite.
+    # With two inputs each product has a single rounding; subnormals are kept, overflow gives infinity.
     np.testing.assert_array_equal(got, expected)
     assert got[6, 0] == np.float32(1e-40) != 0
 
@@ -97,7 +97,7 @@ def test_kernel_and_reference_are_within_the_bound_of_the_exact_sum() -> None:
         assert (np.abs(y - exact) <= additions * 2.0**-24 * size).all()
 
 
-def test_leading_axes_vmap_jit_and_the_gradient() -> None:
+def test_leading_axes_vmap_jit_and_gradients() -> None:
     x, table = operands(12, 20, 48)
     flat = np.asarray(bfloat16_logits(x, table))
     batched = jnp.asarray(x).reshape(3, 4, 48)
@@ -113,7 +113,7 @@ def test_leading_axes_vmap_jit_and_the_gradient() -> None:
     )
     dy = np.random.default_rng(1).normal(size=flat.shape).astype(np.float32)
     (dx,) = jax.vjp(lambda x: bfloat16_logits(x, table), jnp.asarray(x))[1](jnp.asarray(dy))
-    # Sums of 20 products in an order of XLA's.
+    # Sums of 20 products in an order chosen by XLA.
     np.testing.assert_allclose(dx, dy @ table.astype(np.float32), rtol=1e-4, atol=1e-3)
 
 
@@ -132,7 +132,7 @@ def test_no_rows_of_x_give_no_rows() -> None:
         (jnp.zeros((2, 4)), jnp.zeros((3, 4), jnp.bfloat16), {"implementation": "gpu"}, "expected None or"),
     ],
 )
-def test_wrong_operands_are_refused(x, table, options: dict, message: str) -> None:
+def test_invalid_operands_are_rejected(x, table, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bfloat16_logits(x, table, **options)
 
@@ -146,13 +146,13 @@ def test_wrong_operands_are_refused(x, table, options: dict, message: str) -> No
         ((3, 4), (2, 3), "mmx", "isa=mmx is not available; expected one of scalar"),
     ],
 )
-def test_the_custom_call_refuses(table, y, isa: str, message: str) -> None:
+def test_the_custom_call_rejects_invalid_operands(table, y, isa: str, message: str) -> None:
     call = jax.ffi.ffi_call("bitnet_kernels_bfloat16_logits", jax.ShapeDtypeStruct(y, jnp.float32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         call(jnp.zeros((2, 4)), jnp.zeros(table, jnp.bfloat16), isa=isa)
 
 
-def test_without_a_library_xla_multiplies_after_a_warning(monkeypatch, tmp_path) -> None:
+def test_without_the_library_xla_is_used_after_a_warning(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
     cpu.warn_once.cache_clear()
     x, table = operands(2, 20, 48)

@@ -1,4 +1,4 @@
-"""The exact head: the largest logits are those of the bfloat16 head, whatever the numbers."""
+"""The exact head: its largest logits equal those of the bfloat16 head for any values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def int8_copy(table: np.ndarray) -> PackedArray:
 
 
 def check(x: np.ndarray, table: np.ndarray, k: int, w: PackedArray | None = None) -> np.ndarray:
-    """Compares with the whole head; the number of candidates of each row of x."""
+    """Compares with the full head; returns the number of candidates of each row of x."""
     w = int8_copy(table) if w is None else w
     got, candidates = exact_top_logits(x, table, w, head_bounds(table, w), k)
     got, whole = np.asarray(got), np.asarray(bfloat16_logits(x, table))
@@ -36,7 +36,7 @@ def check(x: np.ndarray, table: np.ndarray, k: int, w: PackedArray | None = None
         missing = (logits >= kth) & ~kept & ~np.isneginf(logits)
         assert not missing.any(), f"row {row}: {missing.sum()} of the {k} largest are missing"
         assert kept.sum() <= candidates[row] <= len(logits)
-    # What sampling does with them.
+    # The values that sampling uses.
     np.testing.assert_array_equal(jax.lax.top_k(got, k)[1], jax.lax.top_k(whole, k)[1])
     return np.asarray(candidates)
 
@@ -51,7 +51,7 @@ def test_random_heads_need_few_candidates() -> None:
     x, table = normal(3, 20000, 256)
     greedy, forty = check(x, table, 1), check(x, table, 40)
     if cpu.unavailable() is None:
-        # Half a standard deviation of the logits lies between bound and logit: some of the largest, not most.
+        # Bounds exceed logits by half a standard deviation: some of the largest become candidates, not most.
         assert greedy.max() < 400
         assert forty.max() < 2000
         assert (greedy <= forty).all()
@@ -63,7 +63,7 @@ def ties(x: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def near_ties(x: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that differ from the best one in the last bit of one weight."""
+    """Rows that differ from the best one only in the last bit of one weight."""
     best = int(np.argmax(np.asarray(bfloat16_logits(x[:1], table))))
     for row in range(0, len(table), 3):
         table[row] = table[best]
@@ -72,7 +72,7 @@ def near_ties(x: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def outliers(x: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows with one huge weight, which leaves no codes for the others; one of them meets a zero of x."""
+    """Rows with one huge weight, which leaves no codes for the others; one of them is multiplied by a zero of x."""
     table[::5, 3] = 1e4
     table[1::5, 4] = -3e4
     x[0, 3] = 0
@@ -111,12 +111,12 @@ ADVERSARIES = (ties, near_ties, outliers, huge, tiny, zero_x, constant_rows, zer
 
 @pytest.mark.parametrize("k", [1, 5, 200])
 @pytest.mark.parametrize("adversary", ADVERSARIES)
-def test_adversaries(adversary: Callable[..., tuple[np.ndarray, np.ndarray]], k: int) -> None:
+def test_adversarial_heads(adversary: Callable[..., tuple[np.ndarray, np.ndarray]], k: int) -> None:
     with np.errstate(over="ignore"):
         check(*adversary(*normal(3, 300, 70)), k)
 
 
-def test_without_numbers_every_row_is_a_candidate() -> None:
+def test_with_nan_bounds_every_row_is_a_candidate() -> None:
     x, table = not_numbers(*normal(3, 300, 70))
     w = int8_copy(table)
     got, candidates = exact_top_logits(x, table, w, head_bounds(table, w), 2)
@@ -125,11 +125,11 @@ def test_without_numbers_every_row_is_a_candidate() -> None:
 
 
 def parallel_errors() -> tuple[np.ndarray, np.ndarray, PackedArray, int]:
-    """The worst case of the Cauchy-Schwarz inequality, and the row that must not be lost in it.
+    """The worst case of the Cauchy-Schwarz inequality, with a row that must not be missed.
 
-    All rows have equal codes but for one, the only one whose int8 product is larger. The errors of that row point
-    against x and those of another, `winner`, along x: it has the largest logit, from nearly as far behind as a
-    bound can tell.
+    All rows have equal codes except one, the only one whose int8 product is larger. The error of that row points
+    against x and that of another row, `winner`, along x: it has the largest logit, although its int8 product is smaller
+    by nearly as much as the bound allows.
     """
     n, k, winner = 40, 128, 17
     random = np.random.default_rng(3)
@@ -144,11 +144,11 @@ def parallel_errors() -> tuple[np.ndarray, np.ndarray, PackedArray, int]:
 
 
 @built
-def test_the_bound_is_needed_and_enough() -> None:
+def test_the_bound_is_necessary_and_sufficient() -> None:
     x, table, w, winner = parallel_errors()
     assert int(np.argmax(bfloat16_logits(x, table))) == winner
     check(x, table, 1, w)
-    # A third of it is not: this test can fail.
+    # A third of the bound is not sufficient: this test can fail.
     less = exact_top_logits(x, table, w, head_bounds(table, w) * jnp.asarray([[0.3], [1]]), 1)
     assert np.isneginf(less.logits[0, winner])
 
@@ -160,8 +160,8 @@ def test_the_bound_is_needed_and_enough() -> None:
     spread=st.sampled_from([0, 1, 4, 20, 60]),
     coarse=st.integers(1, 127),
 )
-def test_the_bound_bounds(seed: int, k: int, spread: int, coarse: int) -> None:
-    """Weights over many magnitudes, and copies that fit as badly as one bit: fewer codes only cost candidates."""
+def test_the_bound_holds(seed: int, k: int, spread: int, coarse: int) -> None:
+    """Weights over many magnitudes, and copies as coarse as one bit: fewer codes only add candidates."""
     random = np.random.default_rng(seed)
     x = (random.normal(size=(2, 48)) * 2.0 ** random.integers(-spread, spread + 1, (2, 48))).astype(
         np.float32
@@ -183,14 +183,14 @@ def test_bounds_are_the_norms_rounded_up() -> None:
     for bound, exact in zip(np.asarray(head_bounds(table, w), np.float64), (error, weight), strict=True):
         norms = np.linalg.norm(exact, axis=1)
         assert (bound >= norms).all()
-        # 316 roundings of 2^-23, and for the error 2^-22 of |w|.
+        # 316 roundings of 2^-23, plus 2^-22 of |w| for the error.
         slack = 1e-4 * norms + 1e-6 * np.linalg.norm(weight, axis=1) + 1e-29
         assert (bound <= norms + slack).all()
 
 
 @built
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_and_number_of_threads_finds_the_same(isa: str, monkeypatch) -> None:
+def test_results_are_equal_for_every_instruction_set_and_number_of_threads(isa: str, monkeypatch) -> None:
     x, table = normal(2, 9000, 100)
     w = int8_copy(table)
     bounds = head_bounds(table, w)
@@ -214,7 +214,7 @@ def test_shapes_jit_and_the_reference() -> None:
     np.testing.assert_array_equal(exact_top_logits(x, table, w, bounds, 50).candidates, [50] * 6)
 
 
-def test_wrong_operands_are_refused() -> None:
+def test_invalid_operands_are_rejected() -> None:
     x, table = normal(2, 20, 64)
     w = int8_copy(table)
     bounds = head_bounds(table, w)

@@ -1,4 +1,4 @@
-"""The C++ library as a whole: what it exports, what its README says of it, and that nothing ever escapes from it."""
+"""The C++ library as a whole: its exports, its README, and that no exception escapes from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def readme(repository: Path) -> str:
 
 
 def table(page: str, header: str) -> list[list[str]]:
-    """The cells of the rows of the table that begins with a header."""
+    """The cells of the table with the given header."""
     lines = page[page.index(header) :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
 
@@ -45,7 +45,7 @@ def table_of_kernels(csrc: Path) -> list[str]:
 @linux
 @compiles
 def test_without_memory_or_threads_no_exception_leaves_the_library(tmp_path: Path) -> None:
-    """Every exported function, with each of its allocations failing in turn, and with fewer threads than wanted."""
+    """Every exported function, with each of its allocations failing in turn, and with fewer threads than requested."""
     program, source = tmp_path / "no_memory", Path(__file__).parent / "no_memory.cc"
     command = [
         str(COMPILER),
@@ -67,7 +67,7 @@ def test_without_memory_or_threads_no_exception_leaves_the_library(tmp_path: Pat
 @built
 @linux
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm (binutils)")
-def test_the_library_exports_what_python_looks_up_and_nothing_else(repository: Path) -> None:
+def test_the_library_exports_exactly_what_python_looks_up(repository: Path) -> None:
     listed = subprocess.run(
         ["nm", "-D", "--defined-only", cpu.LIBRARY], capture_output=True, text=True, check=True
     )
@@ -77,7 +77,7 @@ def test_the_library_exports_what_python_looks_up_and_nothing_else(repository: P
     assert exported == used
 
 
-def test_every_header_has_its_include_guard(csrc: Path) -> None:
+def test_every_header_has_an_include_guard(csrc: Path) -> None:
     headers = sorted(csrc.glob("*.h"))
     assert len(headers) > 20
     for header in headers:
@@ -93,7 +93,7 @@ def test_the_sources_compile_without_warnings(csrc: Path) -> None:
         subprocess.run([*command, jax.ffi.include_dir(), str(source)], check=True, timeout=300)
 
 
-def test_the_readme_lists_the_instruction_sets_of_the_table(csrc: Path, readme: str) -> None:
+def test_the_readme_lists_the_instruction_sets_of_the_dispatch_table(csrc: Path, readme: str) -> None:
     names = [row[0] for row in table(readme, "| name | needs |")]
     assert names == table_of_kernels(csrc)
     for name in names:
@@ -101,7 +101,7 @@ def test_the_readme_lists_the_instruction_sets_of_the_table(csrc: Path, readme: 
 
 
 @built
-def test_the_library_has_the_instruction_sets_of_the_table(csrc: Path) -> None:
+def test_the_library_has_the_instruction_sets_of_the_dispatch_table(csrc: Path) -> None:
     assert set(cpu.known_isas()) <= set(table_of_kernels(csrc))
     assert [isa for isa in cpu.known_isas() if isa in cpu.available_isas()] == list(cpu.available_isas())
     assert cpu.known_isas()[0] == cpu.available_isas()[0] == "scalar"
@@ -134,7 +134,7 @@ def test_the_readme_lists_the_layouts(readme: str) -> None:
             assert having == set(words.split(", "))
 
 
-def test_the_readme_names_every_file_and_no_other(repository: Path, readme: str) -> None:
+def test_the_readme_lists_every_file_and_no_other(repository: Path, readme: str) -> None:
     tree = readme[readme.index("    bitnet_kernels/\n") : readme.index("## The packed formats")]
     patterns = set()
     for word in re.findall(r"[\w*{},]+\.(?:py|cc|h|\{h,cc\})", tree):
@@ -152,14 +152,14 @@ def test_the_readme_names_every_file_and_no_other(repository: Path, readme: str)
     }
 
 
-def test_the_example_of_the_readme_runs(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_in_the_readme_runs(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
     example = re.search(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     assert example is not None
     exec(compile(example.group(1), "kernels/README.md", "exec"), {})
     assert "Choice(name=" in capsys.readouterr().out
 
 
-def test_the_steps_for_a_backend_name_what_there_is(repository: Path, readme: str) -> None:
+def test_the_steps_for_a_new_backend_name_existing_files(repository: Path, readme: str) -> None:
     backends = [name for name in matmul.IMPLEMENTATIONS if name in ("gpu", "tpu")]
     assert backends == ["gpu", "tpu"]
     for platform in backends:

@@ -1,4 +1,4 @@
-"""What is measured names its code: the commit, and whether code differs from it."""
+"""Measurements record their code version: the commit, and whether the code differs from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from bitnet_kernels import machine
 
 
-def test_commit_is_dirty_for_code_and_not_for_results(
+def test_the_commit_is_dirty_for_changed_code_and_not_for_changed_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "kernels" / "bitnet_kernels"
@@ -19,7 +19,7 @@ def test_commit_is_dirty_for_code_and_not_for_results(
     code.write_text("1\n")
     results.write_text("{}\n")
     monkeypatch.setattr(machine, "__file__", str(code))
-    assert machine.commit() == "unknown"  # no checkout
+    assert machine.commit() == "unknown"  # not a checkout
     for command in (
         ["init", "-q"],
         ["add", "."],

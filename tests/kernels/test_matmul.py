@@ -1,4 +1,4 @@
-"""packed_matmul: values, gradients and every JAX transformation, with and without the C++ kernels."""
+"""packed_matmul: values, gradients and JAX transformations, with and without the C++ kernels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def activations(*shape: int, seed: int = 0) -> jax.Array:
 
 @pytest.fixture(params=AVAILABLE)
 def multiply(request: pytest.FixtureRequest):
-    """packed_matmul by each available implementation."""
+    """packed_matmul with each available implementation."""
     return functools.partial(packed_matmul, implementation=request.param)
 
 
@@ -54,13 +54,13 @@ def test_values(make_packed, multiply, format: str, groups: int) -> None:
     np.testing.assert_array_equal(y, expected * s)
     np.testing.assert_array_equal(jax.jit(multiply)(x, w), expected * s)
 
-    # int8 rounding: half a step of scale s per input, worst case all in one direction
+    # int8 rounding: half a step of scale s per input, in the worst case all in one direction
     float_y = x @ dequantize(w).T
     bound = 0.51 * s * np.abs(dequantize(w)).sum(1)
     assert (np.abs(y - float_y) <= bound).all()
 
 
-def test_int8_input_is_codes(make_packed, multiply) -> None:
+def test_int8_input_is_taken_as_codes(make_packed, multiply) -> None:
     codes, w = make_packed("ternary2", 37, 64, 2)
     x = np.random.default_rng(0).integers(-128, 128, (5, 64), np.int8)
     sums = reference.integer_matmul(jnp.asarray(x), w)
@@ -74,23 +74,23 @@ def test_weight_only(make_packed, groups: int) -> None:
     _, w = make_packed("ternary2", 37, 64, groups)
     x = activations(5, 64)
     y = packed_matmul(x, w, activation_bits=None)
-    # float32 sums of 64 terms of size 2 in another order
+    # float32 sums of 64 terms of magnitude 2 in a different order
     np.testing.assert_allclose(y, x @ dequantize(w).T, atol=1e-5)
     dx = jax.grad(lambda x: (packed_matmul(x, w, activation_bits=None) ** 2).sum())(x)
-    np.testing.assert_allclose(dx, 2 * y @ dequantize(w), atol=1e-4)  # sums of 37 terms of size 30
+    np.testing.assert_allclose(dx, 2 * y @ dequantize(w), atol=1e-4)  # sums of 37 terms of magnitude 30
     with pytest.raises(NotImplementedError, match="no product of float activations"):
         packed_matmul(x, w, activation_bits=None, implementation="cpu")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_input_is_taken_as_float32(make_packed, multiply, dtype) -> None:
+def test_half_precision_input_is_converted_to_float32(make_packed, multiply, dtype) -> None:
     _, w = make_packed("binary", 20, 40)
     x = activations(3, 40).astype(dtype)
     np.testing.assert_array_equal(multiply(x, w), multiply(x.astype(jnp.float32), w))
     assert jax.grad(lambda x: multiply(x, w).sum())(x).dtype == dtype
 
 
-def test_a_vector_and_no_rows(make_packed, multiply) -> None:
+def test_vector_input_and_zero_rows(make_packed, multiply) -> None:
     _, w = make_packed("binary", 20, 40)
     x = activations(40)
     np.testing.assert_array_equal(multiply(x, w), multiply(x[None], w)[0])
@@ -104,7 +104,7 @@ def test_gradient_goes_straight_through_to_x(make_packed, multiply, format: str,
     x, dy = activations(2, 3, 96), activations(2, 3, 37, seed=1)
     _, pullback = jax.vjp(lambda x: multiply(x, w), x)
     expected = dy.reshape(6, 37) @ dequantize(w)
-    # the same float32 product in another shape may sum in another order
+    # the same float32 product in another shape may sum in a different order
     np.testing.assert_allclose(pullback(dy)[0].reshape(6, 96), expected, atol=1e-5)
     grads = jax.jit(jax.grad(lambda x, w: multiply(x, w).sum(), argnums=1, allow_int=True))(x, w)
     assert grads.codes.dtype == jax.dtypes.float0
@@ -127,7 +127,7 @@ def test_vmap_of_the_gradient(make_packed, multiply) -> None:
     x = activations(3, 4, 64)
     gradient = jax.grad(lambda x, w: (multiply(x, w) ** 2).sum())
     expected = jnp.stack([gradient(row, w) for row in x])
-    # float32 matmuls of other shapes may sum in another order; sums of 37 terms of size 20
+    # float32 matmuls of other shapes may sum in a different order; sums of 37 terms of magnitude 20
     np.testing.assert_allclose(jax.vmap(gradient, (0, None))(x, w), expected, atol=1e-4)
 
 
@@ -165,7 +165,7 @@ def test_scan_over_layers_and_while_loop(make_packed, multiply) -> None:
     for w in matrices:
         expected = jnp.tanh(multiply(expected, w))
     scanned, _ = jax.lax.scan(lambda x, w: (jnp.tanh(multiply(x, w)), None), x, stack(*matrices))
-    np.testing.assert_allclose(scanned, expected, atol=1e-6)  # tanh compiled and uncompiled differ by an ulp
+    np.testing.assert_allclose(scanned, expected, atol=1e-6)  # tanh with and without jit differs by an ulp
 
     @jax.jit
     def repeat(x: jax.Array, w: PackedArray) -> jax.Array:
@@ -211,7 +211,7 @@ def test_shard_map_over_outputs_and_over_inputs(make_packed, multiply) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("m", "n", "k", "groups"), [(1, 100, 130, 1), (7, 33, 256, 4), (2, 16, 32, 1)])
-def test_all_implementations_give_the_same_bits(
+def test_all_implementations_are_bit_identical(
     make_packed, format: str, m: int, n: int, k: int, groups: int
 ) -> None:
     _, w = make_packed(format, n, k, groups)
@@ -239,20 +239,20 @@ def test_all_implementations_give_the_same_bits(
         (jnp.ones((2, 64)), {"implementation": "cuda"}, "implementation='cuda'; expected None or one of"),
     ],
 )
-def test_bad_input_is_named(make_packed, x: jax.Array, arguments: dict, message: str) -> None:
+def test_errors_name_the_invalid_input(make_packed, x: jax.Array, arguments: dict, message: str) -> None:
     _, w = make_packed("binary", 37, 64)
     with pytest.raises(ValueError, match=message):
         packed_matmul(x, w, **arguments)
 
 
-def test_a_broken_matrix_is_named_also_under_jit(make_packed) -> None:
+def test_errors_name_an_invalid_matrix_even_under_jit(make_packed) -> None:
     _, w = make_packed("binary", 37, 64)
     broken = PackedArray(w.codes[:1], w.scale, w.format, w.layout, w.shape)
     with pytest.raises(ValueError, match=r"uint8\[1, 2, 64\]; expected uint8\[3, 2, 64\]"):
         jax.jit(packed_matmul)(jnp.ones((1, 64)), broken)
 
 
-def test_the_choice_says_why(make_packed) -> None:
+def test_the_choice_states_its_reason(make_packed) -> None:
     _, w = make_packed("binary", 37, 64)
     assert choose_implementation(w, "gpu")[:2] == ("reference", None)
     assert (
@@ -266,7 +266,7 @@ def test_the_choice_says_why(make_packed) -> None:
         assert cpu.isa() in choice.reason
 
 
-def test_the_c_call_is_compiled_in_for_cpu_only(make_packed) -> None:
+def test_the_cpu_custom_call_is_lowered_only_for_cpu(make_packed) -> None:
     if cpu.unavailable() is not None:
         pytest.skip(f"no C++ kernels: {cpu.unavailable()}")
     _, w = make_packed("binary", 37, 64)
@@ -280,7 +280,7 @@ def test_the_c_call_is_compiled_in_for_cpu_only(make_packed) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:packed_matmul runs on XLA")
-def test_the_tpu_kernel_is_compiled_in_for_tpu_only(make_packed) -> None:
+def test_the_tpu_kernel_is_lowered_only_for_tpu(make_packed) -> None:
     _, w = make_packed("ternary2", 256, 512)
     w = relayout(w, "column")
     assert choose_implementation(w, "tpu")[:2] == ("tpu", None)
@@ -301,7 +301,7 @@ def test_the_tpu_kernel_lowers_with_scale_groups(make_packed) -> None:
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
-def test_a_matrix_in_the_layout_of_another_platform_is_named(make_packed) -> None:
+def test_errors_name_a_matrix_in_the_layout_of_another_platform(make_packed) -> None:
     _, w = make_packed("ternary2", 37, 64)
     moved = relayout(w, "column")
     cpu.warn_once.cache_clear()
@@ -315,7 +315,7 @@ def test_a_matrix_in_the_layout_of_another_platform_is_named(make_packed) -> Non
     assert "ternary5 has no layout for platform 'gpu'" in choose_implementation(w, "gpu").reason
 
 
-def test_a_matrix_moves_to_the_layout_of_a_platform_that_can_use_it(make_packed) -> None:
+def test_a_matrix_is_converted_to_the_layout_of_the_platform(make_packed) -> None:
     codes, w = make_packed("ternary2", 37, 64)
     assert for_platform(w, "cpu") is w
     moved = for_platform(w, "tpu")

@@ -1,4 +1,4 @@
-"""The kernels of the accelerator that is here, if there is one, against the reference on the host."""
+"""The kernels of the local accelerator, if any, against the reference on the host."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def product(request, make_packed):
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_exact(product, m: int, n: int, k: int) -> None:
+def test_products_are_exact(product, m: int, n: int, k: int) -> None:
     x, w, expected = product(m, n, k)
     y = packed_matmul(x, w, implementation=PLATFORM)
-    # the integer sums are exact; scales of activations are divisions, which devices round their own way
+    # integer sums are exact; activation scales are divisions, whose rounding depends on the device
     np.testing.assert_allclose(y, expected, rtol=1e-6)
     codes = jnp.asarray(np.random.default_rng(1).integers(-128, 128, x.shape, np.int8))
     one = type(w)(w.codes, jnp.ones((1, 1), jnp.float32), w.format, w.layout, w.shape)

@@ -1,4 +1,4 @@
-"""PackedArray: its invariants, one broken at a time."""
+"""PackedArray: its invariants, violated one at a time."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def test_a_packed_matrix_is_valid(make_packed, format: str, n: int, k: int, grou
         ({"scale": jnp.full((1, 1), jnp.inf, jnp.float32)}, "NaN or infinity"),
     ],
 )
-def test_each_broken_invariant_is_named(make_packed, change: dict, message: str) -> None:
+def test_errors_name_each_violated_invariant(make_packed, change: dict, message: str) -> None:
     _, w = make_packed("ternary2", 37, 100)
     with pytest.raises(ValueError, match=message):
         validate(dataclasses.replace(w, **change))
 
 
-def test_groups_of_half_a_binary_block_are_refused(make_packed) -> None:
+def test_groups_of_half_a_binary_block_are_rejected(make_packed) -> None:
     _, w = make_packed("ternary2", 5, 96)
     with pytest.raises(ValueError, match="multiple of 32 inputs"):
-        validate(dataclasses.replace(w, scale=jnp.ones((5, 2))))  # 48 inputs a group
+        validate(dataclasses.replace(w, scale=jnp.ones((5, 2))))  # 48 inputs per group
 
 
 @pytest.mark.parametrize("field", range(4))
-def test_the_undefined_ternary_field_is_refused(make_packed, field: int) -> None:
+def test_the_undefined_ternary_field_is_rejected(make_packed, field: int) -> None:
     _, w = make_packed("ternary2", 32, 64)
     with pytest.raises(ValueError, match="the field 3"):
         validate(with_byte(w, (1, 2, 5), 3 << (2 * field)))
@@ -78,7 +78,7 @@ def test_padding_must_be_zero(make_packed, format: str, top: int) -> None:
         validate(with_byte(w, (0, last, 0), top))
 
 
-def test_an_undefined_ternary5_byte_is_refused(make_packed) -> None:
+def test_an_undefined_ternary5_byte_is_rejected(make_packed) -> None:
     _, w = make_packed("ternary5", 32, 64)
     validate(with_byte(w, (1, 2, 5), 242))
     with pytest.raises(ValueError, match="byte 243; ternary5 defines 0 to 242"):
@@ -91,7 +91,7 @@ def test_the_padding_check_starts_at_the_end_of_a_group(format: str, groups: int
     form = FORMATS[format]
     for k in range(1, form.block_k) if groups == 1 else (32, 64):
         blocks = -(-k // form.block_k)
-        # One field of row 0 set, and nothing else: fine for the last input of a group, refused behind it.
+        # Only one field of row 0 set: valid for the last input of a group, rejected after it.
         for c in (k - 1, k):
             if c == blocks * form.block_k:
                 continue  # the group fills its blocks
@@ -105,7 +105,7 @@ def test_the_padding_check_starts_at_the_end_of_a_group(format: str, groups: int
                     validate(w)
 
 
-def test_contents_of_traced_arrays_are_skipped(make_packed) -> None:
+def test_contents_of_traced_arrays_are_not_checked(make_packed) -> None:
     _, w = make_packed("ternary2", 16, 16)
     bad = with_byte(w, (0, 0, 0), 255)
     validate(bad, contents=False)

@@ -1,4 +1,4 @@
-"""The GPU kernel: interpreted where Pallas can, lowered for an H200 that is not there, refused where it cannot run."""
+"""The GPU kernel: interpreted by Pallas, lowered for an absent H200, and rejected where it cannot run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from bitnet_kernels import FORMATS, PackedArray, pack, packed_matmul, pallas_gpu, reference
 
-# what is compiled here for a GPU would run on XLA here
+# programs compiled for the local GPU would use XLA
 pytestmark = pytest.mark.filterwarnings("ignore:packed_matmul runs on XLA")
 GPU_FORMATS = [name for name, form in FORMATS.items() if pallas_gpu.LAYOUT in form.layouts]
 new_jax = pytest.mark.skipif(
@@ -26,7 +26,7 @@ interpreted = pytest.mark.skipif(
 
 
 def interpreter(**options):
-    """Parameters of Pallas's interpreter, which jax does not export yet."""
+    """Parameters of the Pallas interpreter, which jax does not export yet."""
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams(**options)
@@ -50,7 +50,7 @@ def random_product(format: str, m: int, n: int, k: int, seed: int) -> tuple[jax.
     st.integers(1, 2100),
     st.integers(0, 2**32 - 1),
 )
-def test_exact_for_any_shape(format: str, m: int, n: int, k: int, seed: int) -> None:
+def test_products_are_exact_for_any_shape(format: str, m: int, n: int, k: int, seed: int) -> None:
     x, w = random_product(format, m, n, k, seed)
     sums = pallas_gpu.integer_matmul(x, w, interpret=interpreter())
     assert sums.dtype == np.int32
@@ -59,7 +59,7 @@ def test_exact_for_any_shape(format: str, m: int, n: int, k: int, seed: int) -> 
 
 @interpreted
 @pytest.mark.parametrize("format", GPU_FORMATS)
-def test_the_interpreter_finds_no_race(format: str) -> None:
+def test_the_interpreter_detects_no_race(format: str) -> None:
     x, w = random_product(format, 9, 130, 1100, 0)
     y = pallas_gpu.scaled_matmul(x, w, interpret=interpreter(detect_races=True))
     np.testing.assert_array_equal(y, reference.scaled_matmul(x, w))
@@ -73,7 +73,7 @@ def test_packed_matmul_lowers_to_the_kernel_for_an_h200(format: str, m: int) -> 
     assert "mosaic_gpu_v2" in text
 
 
-def test_no_kernel_where_the_layout_or_the_version_of_jax_forbids_it() -> None:
+def test_the_kernel_is_not_used_for_an_unsupported_layout_or_jax_version() -> None:
     w = pack(jnp.ones((128, 512), jnp.int8), jnp.ones((128, 4)), "ternary2", pallas_gpu.LAYOUT)
     reason = pallas_gpu.obstacle(w)
     expected = "4 groups" if jax.__version_info__ >= pallas_gpu.OLDEST_JAX else "needs jax 0.11 or newer"
@@ -86,7 +86,7 @@ def test_no_kernel_where_the_layout_or_the_version_of_jax_forbids_it() -> None:
     jax.__version_info__ >= pallas_gpu.OLDEST_JAX,
     reason="this jax has the kernel; the fallback is for older ones",
 )
-def test_an_older_jax_multiplies_by_xla_on_a_gpu() -> None:
+def test_an_older_jax_uses_xla_on_a_gpu() -> None:
     assert "mosaic" not in lowered_for_h200("ternary2", 8)
 
 

@@ -1,4 +1,4 @@
-"""The TPU kernel, interpreted on this machine's CPU: exact for every format, shape and group size."""
+"""The TPU kernel, interpreted on the CPU: exact for every format, shape and group size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random_product(
 
 
 def assert_equals_reference(x: jax.Array, w: PackedArray, **options) -> None:
-    @jax.jit  # one program of both: uncompiled, every operation of the reference compiles for every shape
+    @jax.jit  # a single program: without jit, every operation of the reference would be compiled for every shape
     def run(x: jax.Array, w: PackedArray) -> tuple[tuple[jax.Array, jax.Array], ...]:
         kernels = pallas_tpu.integer_matmul(x, w, **options), pallas_tpu.scaled_matmul(x, w, **options)
         return kernels, (reference.integer_matmul(x, w), reference.scaled_matmul(x, w))
@@ -47,7 +47,7 @@ def assert_equals_reference(x: jax.Array, w: PackedArray, **options) -> None:
     st.integers(1, 700),
     st.integers(0, 2**32 - 1),
 )
-def test_one_scale_of_each_output(format: str, m: int, n: int, k: int, seed: int) -> None:
+def test_one_scale_per_output(format: str, m: int, n: int, k: int, seed: int) -> None:
     assert_equals_reference(*random_product(format, m, n, k, 1, seed), interpret=True)
 
 
@@ -70,19 +70,19 @@ def test_several_blocks_of_rows_and_outputs(format: str) -> None:
 
 
 @pytest.mark.parametrize(("format", "groups"), [("binary", 1), ("ternary2", 1), ("ternary2", 3)])
-def test_the_simulator_finds_no_race(format: str, groups: int) -> None:
+def test_the_simulator_detects_no_race(format: str, groups: int) -> None:
     options = pltpu.InterpretParams(detect_races=True)
     assert_equals_reference(*random_product(format, 70, 700, 384, groups, 0), interpret=options)
 
 
-def test_float_rows_are_quantized_first() -> None:
+def test_float_input_is_quantized_first() -> None:
     _, w = random_product("ternary2", 1, 70, 300, 1, 0)
     x = jax.random.normal(jax.random.key(0), (5, 300))
     (y,) = pallas_tpu.scaled_matmuls(x, (w,), interpret=True)
     np.testing.assert_array_equal(y, reference.scaled_matmuls(x, (relayout(w, "panel16"),))[0])
 
 
-def test_vmap_of_rows_and_of_matrices() -> None:
+def test_vmap_over_rows_and_over_matrices() -> None:
     x, w = random_product("binary", 6, 40, 130, 1, 0)
     expected = reference.integer_matmul(x, w)
     rows = x.reshape(2, 3, 130)
@@ -94,7 +94,7 @@ def test_vmap_of_rows_and_of_matrices() -> None:
     np.testing.assert_array_equal(y[1], reference.integer_matmul(x, jax.tree.map(lambda leaf: leaf[1], two)))
 
 
-def test_too_many_inputs_are_refused_with_the_reason() -> None:
+def test_too_many_inputs_are_rejected_with_the_reason() -> None:
     w = jax.eval_shape(lambda: pack(jnp.ones((128, 2**16), jnp.int8), jnp.ones((1, 1)), "int8", "column"))
     assert "do not fit the on-chip memory" in pallas_tpu.obstacle(w)
     with pytest.raises(NotImplementedError, match="65536 inputs do not fit 16 MiB"):

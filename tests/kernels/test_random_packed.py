@@ -1,4 +1,4 @@
-"""Random packed matrices are valid, whatever their size, and do not repeat where it would be seen."""
+"""Random packed matrices are valid for any size, and do not repeat noticeably."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def test_they_are_valid_and_use_all_codes(format: str, shape: tuple[int, int, in
     values = FORMATS[format].values
     counts = np.array([(np.asarray(unpack(w)) == value).sum() for value in values])
     assert counts.sum() == n * k
-    # Uniform draws: five standard deviations of the rarest count the draws could give.
+    # Uniform draws: five standard deviations below the expected count of a code.
     assert np.abs(counts - n * k / len(values)).max() < 5 * np.sqrt(n * k / len(values)) + 1
 
 
-def test_the_seed_decides_and_large_matrices_come_in_runs_from_the_pool() -> None:
+def test_matrices_depend_on_the_seed_and_large_ones_consist_of_runs_from_the_pool() -> None:
     k = POOL_CODES // 64  # a pool of four panels
     first, again, other = (
         np.concatenate(list(random_panels("ternary2", (176, k), seed=seed))) for seed in (1, 1, 2)

@@ -27,7 +27,7 @@ def test_rounding_is_half_to_even_and_the_largest_is_127() -> None:
     assert scale.tolist() == [[1.0]]
 
 
-def test_a_zero_row_gives_zeros_and_a_nan_row_gives_nan() -> None:
+def test_a_zero_row_gives_zeros_and_a_row_with_nan_gives_nan() -> None:
     codes, scale = reference.quantize_activations(jnp.array([[0.0, 0.0], [jnp.nan, 1.0]]))
     assert codes[0].tolist() == [0, 0]
     assert np.isfinite(scale[0, 0])
@@ -37,7 +37,9 @@ def test_a_zero_row_gives_zeros_and_a_nan_row_gives_nan() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k", "groups"), [(5, 7, 1), (16, 96, 3), (3, 2**17 + 5, 1)])
 def test_integer_matmul_is_exact(make_packed, format: str, n: int, k: int, groups: int) -> None:
-    codes, w = make_packed(format, n, k, groups)  # the long one passes 2^24, where float32 stops counting
+    codes, w = make_packed(
+        format, n, k, groups
+    )  # the long one exceeds 2^24, where float32 integers are no longer exact
     x = np.random.default_rng(1).integers(-128, 128, (4, k), np.int8)
     x[0], x[1] = 127, np.where(codes[0] == 1, -128, 127)
     expected = np.einsum(
@@ -52,7 +54,7 @@ def test_float_matmul_is_the_product_per_group(make_packed) -> None:
     codes, w = make_packed("ternary2", 9, 64, 2)
     x = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
     expected = np.einsum("mgk,ngk->gmn", x.reshape(4, 2, 32), codes.reshape(9, 2, 32).astype(np.float32))
-    # float32 sums of 32 terms of size 1 in another order
+    # float32 sums of 32 terms of magnitude 1 in a different order
     np.testing.assert_allclose(reference.float_matmul(jnp.asarray(x), w), expected, atol=1e-5)
 
 

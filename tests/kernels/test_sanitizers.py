@@ -1,4 +1,4 @@
-"""The C++ arithmetic and threads under the sanitizers of the compiler, where there is one."""
+"""The C++ arithmetic and threads under compiler sanitizers, where available."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=c++17", "-O1", "-g1", "-w", "-ffp-contract=off", "-pthread", "-fno-sanitize-recover=all"]
 SANITIZERS = {
-    # Null references and variables used out of their scope: checked at every captured variable of the inlined bodies
+    # Checks for null references and use after scope, applied to every captured variable of the inlined bodies
     # of the kernels, they make the compiler run for ten minutes.
     "address,undefined": ["-fno-sanitize=null", "-fno-sanitize-address-use-after-scope"],
     "thread": [],
@@ -22,7 +22,9 @@ SANITIZERS = {
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (set CXX, or install g++)")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_nothing_is_found(sanitizer: str, repository: Path, tmp_path: Path) -> None:
+def test_the_sanitizers_report_nothing_for_the_arithmetic(
+    sanitizer: str, repository: Path, tmp_path: Path
+) -> None:
     folder = repository / "kernels" / "csrc"
     compiler = [str(COMPILER), *FLAGS, f"-I{folder}", f"-fsanitize={sanitizer}", *SANITIZERS[sanitizer]]
     sources = [source for source in folder.glob("*.cc") if not source.name.startswith("ffi")]
@@ -43,7 +45,7 @@ def test_nothing_is_found(sanitizer: str, repository: Path, tmp_path: Path) -> N
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (set CXX, or install g++)")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("name", ["threads", "failures"])
-def test_nothing_is_found_in_the_parallel_loop(
+def test_the_sanitizers_report_nothing_for_the_parallel_loop(
     name: str, sanitizer: str, repository: Path, tmp_path: Path
 ) -> None:
     folder, program = repository / "kernels" / "csrc", str(tmp_path / name)
@@ -58,7 +60,7 @@ def test_nothing_is_found_in_the_parallel_loop(
         "-ldl",
     ]
     subprocess.run(command, check=True, timeout=300)
-    # They fork with helpers running, and leave what helpers look at alive, on purpose.
+    # They deliberately fork with helper threads running, and leak what the helpers may still read.
     environment = os.environ | {"TSAN_OPTIONS": "die_after_fork=0", "ASAN_OPTIONS": "detect_leaks=0"}
     result = subprocess.run([program], capture_output=True, text=True, timeout=300, env=environment)
     if "unexpected memory mapping" in result.stderr:

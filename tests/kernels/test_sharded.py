@@ -1,4 +1,4 @@
-"""Products over several (virtual) devices: the values of one device, and no packed byte moves between them."""
+"""Products over several (virtual) devices: same values as on one device, and no packed bytes are transferred."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from bitnet_kernels import FORMATS, packed_matmul, reference, relayout
 from bitnet_kernels.sharded import sharded_matmul, specs
 
-# a layout of another platform is multiplied by XLA here
+# XLA multiplies the layout of another platform here
 pytestmark = pytest.mark.filterwarnings("ignore:packed_matmul runs on XLA")
 
 
@@ -24,7 +24,7 @@ def mesh() -> jax.sharding.Mesh:
 
 
 def placed(w, mesh, split):
-    """w as it should lie on the devices."""
+    """w with its intended sharding."""
     place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))  # noqa: E731
     return jax.tree.map(place, w, specs(w, "d", split))
 
@@ -34,7 +34,9 @@ def placed(w, mesh, split):
     ("format", "layout"),
     [(f, layout) for f in ("binary", "ternary2", "int8") for layout in FORMATS[f].layouts],
 )
-def test_the_values_of_one_device_and_no_gathered_weights(make_packed, mesh, format, layout, split) -> None:
+def test_values_equal_those_of_one_device_and_weights_are_not_gathered(
+    make_packed, mesh, format, layout, split
+) -> None:
     _, w = make_packed(format, 256, 1024)
     w = relayout(w, layout)
     x = jax.random.normal(jax.random.key(0), (5, 1024))
@@ -76,7 +78,7 @@ def test_the_kernel_for_tpus_under_shard_map(make_packed, mesh) -> None:
     np.testing.assert_array_equal(jax.jit(on_devices)(x, w.codes, w.scale), reference.scaled_matmul(x, w))
 
 
-def test_parts_that_are_no_whole_blocks_are_named(make_packed, mesh) -> None:
+def test_errors_name_parts_that_are_not_whole_blocks(make_packed, mesh) -> None:
     _, w = make_packed("ternary2", 40, 96)
     x = jnp.ones((1, 96))
     with pytest.raises(

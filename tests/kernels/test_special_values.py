@@ -1,7 +1,7 @@
 """NaN, infinity, overflow, subnormals and -0.0 in every operand of every operation.
 
-What each implementation and instruction set must say alike: a NaN that a row can see is NaN in the whole row, no row
-meets what belongs to another, and products of packed matrices have the same bits everywhere.
+Every implementation and instruction set must agree: a NaN that a row depends on makes the whole row NaN, no row
+depends on another, and products of packed matrices are bit-identical.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bitnet_kernels.reference import absmax, quantize_activations, rounded_produ
 
 F32 = np.float32
 SPECIAL = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, -1e-40, -0.0]
-# Small ones, and ones whose reductions XLA splits: there its maximum forgets NaN.
+# Small shapes, and shapes whose reductions XLA splits, where its maximum drops NaN.
 SHAPES = [(1, 64), (3, 128), (64, 640)]
 
 
@@ -39,7 +39,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def with_special(x: np.ndarray, value: float) -> tuple[np.ndarray, np.ndarray]:
-    """x with the value once in some rows, at the first, a middle and the last place; and which rows, bool [m]."""
+    """x with the value once in some rows, at the first, a middle and the last position; and which rows, bool [m]."""
     x, touched = x.copy(), np.zeros(len(x), bool)
     for row, column in {len(x) - 1: -1, len(x) // 2: x.shape[1] // 2, 0: 0}.items():
         x[row, column], touched[row] = value, True
@@ -47,12 +47,12 @@ def with_special(x: np.ndarray, value: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bits_without_nan(x: jax.Array) -> np.ndarray:
-    """The bits of float32 numbers; one word for every NaN, whose sign and payload mean nothing."""
+    """The bits of float32 numbers, with one canonical NaN, since sign and payload of a NaN are irrelevant."""
     return np.where(np.isnan(x), 0x7FC00000, np.asarray(x).view(np.uint32))
 
 
 def run_all(monkeypatch: pytest.MonkeyPatch, operation: Callable[..., jax.Array], *operands) -> dict:
-    """name -> result of operation(*operands, implementation=...), by the reference and each instruction set."""
+    """name -> result of operation(*operands, implementation=...) for the reference and each instruction set."""
     results = {"reference": operation(*operands, implementation="reference")}
     for isa in cpu.available_isas():
         monkeypatch.setenv(cpu.ISA_VARIABLE, isa)
@@ -81,7 +81,7 @@ def test_packed_products(shape: tuple[int, int], groups: int, monkeypatch: pytes
     scale = normal(n, groups, seed=1)
     random = np.random.default_rng(2)
     codes = {name: random.choice(np.array(form.values, np.int8), (n, k)) for name, form in FORMATS.items()}
-    for name, c in codes.items():  # sums that are 0, times scales that are negative
+    for name, c in codes.items():  # sums that are 0, times negative scales
         codes[name] = c if name == "binary" else np.where(np.arange(n)[:, None] < 3, 0, c).astype(np.int8)
     ws = [pack(c, scale, name) for name, c in codes.items()]
     for value in SPECIAL:
@@ -129,7 +129,7 @@ def test_weight_only_products(shape: tuple[int, int], value: float) -> None:
     assert np.isnan(value) == np.isnan(y).any()
 
 
-def test_a_rounded_product_is_the_product() -> None:
+def test_rounded_product_equals_the_product() -> None:
     values, scale = np.array([*SPECIAL, 1.0], F32), F32(2)
     with np.errstate(over="ignore"):
         expected = (
@@ -143,7 +143,7 @@ def test_a_rounded_product_is_the_product() -> None:
     cpu.unavailable() is not None, reason="the order of XLA's sums is its own: nothing to compare"
 )
 @pytest.mark.parametrize("shape", [(1, 64), (64, 640)])
-def test_heads(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_with_special_values(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     (m, k), n = shape, 50
     table = jnp.asarray(normal(n, k, seed=1), jnp.bfloat16)
     copy = pack(*int8_copy(np.asarray(table, F32)), "int8")
@@ -187,7 +187,7 @@ def test_rows_and_bounds_of_special_tables(value: float, monkeypatch: pytest.Mon
     np.testing.assert_array_equal(
         bits_without_nan(rows[1:-1]), bits_without_nan(np.asarray(table).astype(F32))
     )
-    # The copy knows nothing of the special value, so only the bounds keep its row among the candidates.
+    # The copy does not contain the special value, so only the bounds keep its row among the candidates.
     copy = pack(*int8_copy(normal(60, 640)), "int8")
     x, bounds = jnp.asarray(normal(3, 640, seed=5)), head_bounds(table, copy)
     for isa in cpu.available_isas():
@@ -204,7 +204,7 @@ T, S, H, K, LENGTH = 4, 10, 4, 2, 9
 
 
 def attention_case(kv: str, h: int, room: int) -> dict[str, np.ndarray]:
-    """Operands of a batch of two; `room` positions in all, the first of which are padding that nobody sees."""
+    """Operands of a batch of two; `room` positions, the first of which are padding that no query sees."""
     past = room - S
     visible = np.zeros((2, T, room), bool)
     visible[:, :, past:] = np.arange(S)[None, None] <= (np.arange(T) + LENGTH - T)[None, :, None]
@@ -237,7 +237,7 @@ def attend(case: dict[str, np.ndarray], kv: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("h", "room"), [(20, S), (16, 300)])  # one chunk of keys, several
 @pytest.mark.parametrize("kv", ["float32", "bfloat16", "int8"])
-def test_attention_shows_what_is_seen_and_nothing_else(
+def test_special_values_reach_exactly_the_queries_that_see_them(
     kv: str, h: int, room: int, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = attend(attention_case(kv, h, room), kv, monkeypatch)
@@ -257,14 +257,14 @@ def test_attention_shows_what_is_seen_and_nothing_else(
                 touched[1, T - 1, H // K :] = True
             elif position == 0 and room == S:
                 touched[1, :, H // K :] = True
-            # An infinite score may be one of a key without any weight; all else that is seen is shown.
+            # A key with an infinite score may have zero weight; everything else that is visible propagates.
             shown = np.isnan(value) or name in ("v", "v_scale")
             for which, y in attend(case, kv, monkeypatch).items():
                 if shown:
                     assert not np.isfinite(y[touched]).all(axis=-1).any(), (name, position, which)
                 if np.isnan(value) and name != "v":
                     assert np.isnan(y[touched]).all(), (name, position, which)
-                # XLA may sum in another order when it compiles another program.
+                # XLA may sum in a different order in another program.
                 np.testing.assert_allclose(
                     y[~touched], sound[which][~touched], rtol=2e-6, atol=2e-6, err_msg=f"{name} {which}"
                 )
@@ -272,7 +272,7 @@ def test_attention_shows_what_is_seen_and_nothing_else(
 
 @pytest.mark.parametrize("scores", [3e38, -3e38, np.inf, -np.inf])
 def test_scores_that_overflow(scores: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All +inf or -inf: their softmax is NaN, in every implementation; the other queries do not notice."""
+    """All +inf or -inf: the softmax is NaN in every implementation; other queries are unaffected."""
     case = attention_case("float32", 16, S)
     case["q"][0, 1] = 1.0
     case["k"][0] = 1.0
@@ -284,7 +284,7 @@ def test_scores_that_overflow(scores: float, monkeypatch: pytest.MonkeyPatch) ->
         assert np.isfinite(y[1]).all(), which
 
 
-def test_queries_that_see_nothing_are_zero_whatever_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fully_masked_queries_are_zero_whatever_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     for kv in ("float32", "bfloat16"):
         case = attention_case(kv, 16, S)
         case["visible"][:] = False

@@ -1,4 +1,4 @@
-"""The threads of the C++ kernels: no deadlock, the same results whatever their number, none left after a fork."""
+"""The threads of the C++ kernels: no deadlock, results independent of their number, and fork safety."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bitnet_kernels import FORMATS, bench, cpu, packed_matmuls
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 
-# 16 independent products, each large enough to ask XLA's pool for helpers. In a process of its own, since a
-# deadlock hangs it.
+# 16 independent products, each large enough to request helpers from XLA's pool. In a separate process, since a
+# deadlock would hang it.
 CONCURRENT = """
 import threading
 import numpy as np, jax, jax.numpy as jnp
@@ -49,7 +49,7 @@ print(len(passed))
 """
 
 
-def test_independent_calls_in_one_program_and_from_many_threads() -> None:
+def test_concurrent_calls_in_one_program_and_from_many_threads() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", CONCURRENT]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -75,7 +75,7 @@ def test_results_do_not_depend_on_the_number_of_threads_or_rows(make_packed) -> 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the check with")
 def test_the_parallel_loop_alone(repository: Path, tmp_path: Path) -> None:
-    """Every item once, from many callers, with any number of threads, asleep, and after a fork."""
+    """Every item exactly once: from many callers, with any number of threads, sleeping or not, and after a fork."""
     program, csrc = tmp_path / "threads", repository / "kernels" / "csrc"
     sources = [
         str(csrc / "lookahead.cc"),

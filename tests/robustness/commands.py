@@ -1,4 +1,4 @@
-"""`bitnet-jax` as a user starts it: processes of their own, on a run that takes seconds."""
+"""Runs `bitnet-jax` like a user: in separate processes, on a run that takes seconds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 from bitnet_jax.training.load import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 300  # a process that takes longer hangs
-# Jobs in the background of a shell ignore Ctrl-C, and so do their children.
+SECONDS = 300  # a process that takes longer is considered hung
+# Background jobs of a shell ignore Ctrl-C, and so do their children.
 CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 PROGRAM = "from bitnet_jax.cli.main import console; console()"
 
@@ -40,7 +40,7 @@ def training(place: Path, name: str, **others: object) -> list[str]:
 
 
 def environment(place: Path) -> dict[str, str]:
-    """Sources of this checkout; compiled programs are kept below `place`, so that each is compiled once."""
+    """Uses the sources of this checkout; compiled programs are cached below `place`, so that each is compiled once."""
     sources = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "experiments")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(sources),
@@ -54,7 +54,7 @@ def start(
     arguments: Sequence[str], env: dict[str, str], *, prelude: str = "", program: str = PROGRAM,
     before: Sequence[str] = (),
 ) -> subprocess.Popen[str]:  # fmt: skip
-    """A process with Ctrl-C at its default, whatever this one inherited; `prelude` is Python that runs first in it."""
+    """A process with the default SIGINT handler, whatever this one inherited; it runs `prelude` (Python) first."""
     return subprocess.Popen(
         [*before, sys.executable, "-c", f"{CTRL_C}\n{prelude}\n{program}", *arguments],
         stdin=subprocess.DEVNULL,
@@ -66,7 +66,7 @@ def start(
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr). Raises AssertionError: it hangs."""
+    """(exit code, stdout, stderr). Raises AssertionError if the process hangs."""
     try:
         out, error = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -86,7 +86,7 @@ def run(
 
 
 def one_line_error(code: int, error: str) -> bool:
-    """Was wrong input told as the command promises: exit code 2 and one line?"""
+    """Whether invalid input was reported as documented: exit code 2 and one line."""
     return code == 2 and error.count("\n") == 1 and error.startswith("error: ")
 
 

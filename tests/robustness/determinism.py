@@ -1,10 +1,10 @@
-"""Tokens and logits of packed models over instruction sets, cores, threads, batches, and with and without jit.
+"""Tokens and logits of packed models across instruction sets, cores, threads, batches, with and without jit.
 
     python -m tests.robustness.determinism --json outcomes.json
 
-A tiny model of each packed format, weights random. One process per instruction set and number of cores computes, for
-1, 2 and 3 threads of the kernels, what four prompts give together and each alone. Promised: the same tokens
-everywhere, and the same bits of the logits whatever the instruction set, cores and threads. What only differs in
+A tiny model with random weights per packed format. One process per instruction set and number of cores computes, for
+1, 2 and 3 kernel threads, the results of four prompts together and each alone. Guaranteed: the same tokens
+everywhere, and bit-identical logits for any instruction set, cores and threads. What may differ by
 rounding (a row alone and in a batch, jit and no jit: XLA orders sums by shape and fusion) is measured.
 """
 
@@ -64,10 +64,10 @@ def _packed(leaf: Any) -> bool:
 
 
 def child(place: str, target: str, *without_jit: str) -> None:
-    """All arrays that this process computes, by model, threads and what they are, as one .npz.
+    """All arrays that this process computes, keyed by model, threads and kind, as one .npz.
 
     Args:
-      without_jit: the models to compute without jit too: every operation is compiled alone.
+      without_jit: the models to also compute without jit: every operation is compiled separately.
     """
     prompts = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (PROMPTS, LENGTH), dtype=np.int32)
     arrays: dict[str, np.ndarray] = {}
@@ -97,7 +97,7 @@ def child(place: str, target: str, *without_jit: str) -> None:
 
 
 def settings(isas: Sequence[str]) -> dict[str, tuple[str, str | None]]:
-    """Name -> (instruction set, cores for taskset or None: all); the first one is what others are compared with."""
+    """Name -> (instruction set, cores for taskset or None: all); the others are compared with the first one."""
     found: dict[str, tuple[str, str | None]] = {isa: (isa, None) for isa in reversed(isas)}
     first = min(os.sched_getaffinity(0))
     return found | {f"{isas[-1]} on one core": (isas[-1], str(first))}
@@ -120,7 +120,7 @@ def compute(place: Path, isas: Sequence[str]) -> dict[str, dict[str, np.ndarray]
 
 
 def compare(results: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Comparisons and faults of the promises, and the largest differences where only rounding is allowed."""
+    """Comparisons, violations of the guarantees, and the largest differences where rounding is allowed."""
     base = results[next(iter(results))]
     counts = {"tokens": 0, "logits over instruction sets, cores and threads": 0}
     faults: list[str] = []

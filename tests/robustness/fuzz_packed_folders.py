@@ -1,9 +1,9 @@
-"""Packed folders by a hostile author: damage behind which every checksum has been made right again.
+"""Fuzzes packed folders as a malicious author would: every checksum is recomputed after the damage.
 
     python -m tests.robustness.fuzz_packed_folders --cases 20000 --seed 0 --json outcomes.json
 
-Each case changes a good folder in one or two ways, makes the checksums right, and loads it. What comes of it must be a
-model that satisfies all invariants, or a StorageError of one line; within SECONDS of processor time and GROWTH bytes of
+Each case changes a valid folder in one or two ways, recomputes the checksums, and loads it. The result must be a
+model that satisfies all invariants, or a one-line StorageError, within SECONDS of processor time and GROWTH bytes of
 memory.
 """
 
@@ -34,7 +34,7 @@ from bitnet_jax.packed.storage import StorageError, load_packed, save_packed
 from bitnet_kernels import validate
 
 SECONDS = 2.0
-GROWTH = 1 << 28  # bytes of the largest resident set, above what it was before the case
+GROWTH = 1 << 28  # growth of the peak resident set in bytes, relative to before the case
 
 Generator = np.random.Generator
 
@@ -49,12 +49,12 @@ CONFIGS: dict[str, Architecture] = {
 
 @dataclasses.dataclass
 class Folder:
-    """A packed folder taken apart: what a case changes."""
+    """The parsed contents of a packed folder, which a case changes."""
 
     header: dict[str, Any]  # of the tensors alone
     metadata: dict[str, Any]  # the tables as objects
     data: bytearray
-    files: dict[str, bytes]  # but for the model
+    files: dict[str, bytes]  # except the model's
     make_right: bool = True  # the checksums, when written
     raw_header: bytes | None = None  # in place of `header` and `metadata`
 
@@ -86,7 +86,7 @@ class Folder:
 
 
 def _placed(folder: Folder, name: str) -> bool:
-    """Does the entry say where its bytes are?"""
+    """Whether the entry states where its bytes are."""
     entry = folder.header[name]
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     return (
@@ -108,10 +108,10 @@ def take_apart(folder: Path) -> Folder:
 
 
 def good_folders(place: Path) -> list[Folder]:
-    """One of each of CONFIGS, taken apart."""
+    """One parsed folder for each of CONFIGS."""
     folders = []
     for name, config in CONFIGS.items():
-        # Zero bytes are codes in every format, and numbers need no compilation.
+        # Zero bytes are valid codes in every format, and NumPy arrays need no compilation.
         packed = jax.tree.map(
             lambda leaf: np.full(leaf.shape, leaf.dtype != np.uint8, leaf.dtype), packing.abstract(config)
         )
@@ -133,7 +133,7 @@ def _one(random: Generator, values: Any) -> Any:
 
 
 def _strange(random: Generator, like: Any = None) -> Any:
-    """A value that a field should not, or should only just, hold."""
+    """A value that is invalid, or barely valid, for a field."""
     values = [
         None, True, False, 0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**62, 2**70, -(2**70), 0.0, -0.0, 0.5, 1.5, 1e-300,
         1e300, "", "x", "float32", "é\n", "0", [], [1], [0, 0], [[1]], {}, {"a": 1}, {"weight": "ternary"}, "9" * 3000,
@@ -222,7 +222,7 @@ def metadata_tables(folder: Folder, random: Generator) -> None:
 
 
 def json_files(folder: Folder, random: Generator) -> None:
-    """A field of config.json, tokenizer.json or classes.json, or the whole file."""
+    """Changes a field of config.json, tokenizer.json or classes.json, or the whole file."""
     name = _one(random, ["config.json", *folder.files])
     if random.random() < 0.08:
         folder.files[name] = _one(
@@ -254,7 +254,7 @@ def json_files(folder: Folder, random: Generator) -> None:
 
 
 def contents(folder: Folder, random: Generator) -> None:
-    """Codes outside the format, scales and parameters that are no numbers."""
+    """Codes outside the format, non-finite scales and parameters."""
     name = _one(random, (name for name in folder.header if not name.startswith("__pad")))
     tensor = folder.tensor(name)
     if folder.header[name]["dtype"] == "F32":
@@ -301,13 +301,13 @@ CHANGES: dict[str, Callable[[Folder, Generator], None]] = {
 
 
 def outcome(folder: Path, verify: bool | None) -> str:
-    """ "loaded", or "refused: " and what was refused; anything else raises AssertionError with what is wrong."""
+    """ "loaded", or "refused: " and the reason; anything else raises an AssertionError that describes the fault."""
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
         model = load_packed(folder, verify=verify)
     except StorageError as error:
         model, message = None, str(error)
-    except Exception as error:  # whatever it is, it is no refusal
+    except Exception as error:  # any other exception is a fault
         raise AssertionError(f"{type(error).__name__}: {str(error)[:300]}") from error
     seconds = time.process_time() - began
     growth = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -332,20 +332,20 @@ def outcome(folder: Path, verify: bool | None) -> str:
 
 
 def fuzz(cases: int, seed: int, place: Path) -> dict[str, Any]:
-    """Counts of outcomes by the kind of change, and the faults found: [case, changes, what is wrong]."""
+    """Counts of outcomes by kind of change, and the faults found: [case, changes, description]."""
     good, folder = good_folders(place), place / "case"
     folder.mkdir()
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     faults: list[list[Any]] = []
     for case in range(cases):
-        random = np.random.default_rng((seed, case))  # each case can be repeated alone
+        random = np.random.default_rng((seed, case))  # each case can be reproduced alone
         changed = copy.deepcopy(_one(random, good))
         names = [_one(random, CHANGES) for _ in range(1 if random.random() < 0.8 else 2)]
         try:
             for name in names:
                 CHANGES[name](changed, random)
         except (LookupError, TypeError, ValueError, AttributeError):
-            pass  # the second change met what the first one had left of the folder
+            pass  # the second change failed on the folder left by the first one
         changed.write(folder)
         try:
             found = outcome(folder, _one(random, (None, True, False)))

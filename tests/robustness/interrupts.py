@@ -2,9 +2,9 @@
 
     python -m tests.robustness.interrupts --moments 10 --json outcomes.json
 
-A command must end with 130 and no traceback, or have finished; what it writes is whole or absent, and a training that
-is started again reaches the bits of one that nobody disturbed. Half of the moments are spread evenly over the time that
-the command takes, the others over its imports and the files that it opens and renames.
+A command must exit with 130 and no traceback, or finish; its output is complete or absent, and a training that
+is resumed is bit-identical to an uninterrupted one. Half of the moments are spread evenly over the time that
+the command takes, the others over its imports and the files it opens and renames.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 from bitnet_jax.packed.storage import load_packed
 from tests.robustness.commands import end, environment, run, start, training, weights
 
-LATE = 0.9  # share of the events of a command after which its work may be done
+LATE = 0.9  # fraction of a command's events after which its work may be done
 
-# Python says what it is about to import, open, rename and make: at the n-th such event the process interrupts itself.
-# n = 0: it only counts, and tells the number as the last line of stderr.
+# Audit events for imports, opening, renaming and creating files: at the n-th event the process interrupts itself.
+# n = 0: it only counts, and prints the number as the last line of stderr.
 EVENTS = """
 import atexit, os, signal, sys
 n, seen = {n}, 0
@@ -43,7 +43,7 @@ if not n:
 
 
 def moments(arguments: Sequence[str], env: dict[str, str], number: int) -> Iterator[dict[str, float]]:
-    """`number` moments of a command, which is run undisturbed for it; its programs were compiled before."""
+    """`number` moments of a command, which is run once uninterrupted; its programs are already compiled."""
     began = time.monotonic()
     code, _, error = end(start(arguments, env, prelude=EVENTS.format(n=0)))
     seconds, events = time.monotonic() - began, int(error.splitlines()[-1])
@@ -56,7 +56,7 @@ def moments(arguments: Sequence[str], env: dict[str, str], number: int) -> Itera
 
 
 def interrupted(arguments: Sequence[str], env: dict[str, str], moment: dict[str, float]) -> tuple[str, str]:
-    """("interrupted", "finished" or what is wrong, stderr) of a command that gets SIGINT at a moment."""
+    """("interrupted", "finished" or a description of the fault, stderr) of a command that gets SIGINT at a moment."""
     process = start(arguments, env, prelude=EVENTS.format(n=moment["event"]) if "event" in moment else "")
     if "seconds" in moment:
         time.sleep(moment["seconds"])
@@ -67,7 +67,7 @@ def interrupted(arguments: Sequence[str], env: dict[str, str], moment: dict[str,
         return "traceback", error
     if code == 0 and "event" in moment and moment["share"] < LATE:
         return "ignored", error
-    # Python itself ends by the signal, which shells show as 130 too, where it met it in code made from a string.
+    # Python itself dies of the signal, which shells report as 130 too, if it arrives in code compiled from a string.
     ends = {0: "finished", 130: "interrupted", -signal.SIGINT: "interrupted"}
     return ends.get(code, f"exit code {code}"), error
 
@@ -105,7 +105,7 @@ def of_packing(number: int, place: Path) -> list[dict[str, Any]]:
 
 
 def of_reading(arguments: list[str], number: int, place: Path) -> list[dict[str, Any]]:
-    """`generate` and `eval`: what they write is the file of --json."""
+    """`generate` and `eval`, whose only output file is that of --json."""
     env, figures, cases = environment(place), place / "figures.json", []
     arguments = [*arguments, "--json", str(figures)]
     run(arguments, env)
@@ -119,7 +119,7 @@ def of_reading(arguments: list[str], number: int, place: Path) -> list[dict[str,
 
 
 def interrupt_all(number: int, place: Path) -> dict[str, Any]:
-    """Counts of outcomes by command, and the cases that are faults."""
+    """Counts of outcomes by command, and the faults."""
     cases = {"train": of_training(number, place)}
     shutil.rmtree(place / "timed")
     cases["pack"] = of_packing(number, place)

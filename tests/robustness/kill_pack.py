@@ -1,9 +1,9 @@
-"""Kills `pack` with SIGKILL at random moments and looks at what it leaves.
+"""Kills `pack` with SIGKILL at random moments and checks what it leaves behind.
 
     python -m tests.robustness.kill_pack --kills 30 --seed 0 --json outcomes.json
 
-A child process packs one tiny run into one folder again and again. After each kill the folder must be absent, or a
-whole model of the run; at the end one more pack must succeed and leave nothing beside it.
+A child process repeatedly packs a tiny run into one folder. After each kill the folder must be absent, or a
+complete model of the run; finally one more pack must succeed and leave no other files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bitnet_jax.packed.storage import load_packed
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import fit
 
-LONGEST = 0.5  # seconds between a child's first pack and its end
+LONGEST = 0.5  # seconds between a child's first pack and its kill
 
 
 def make_run(place: Path) -> Path:
@@ -49,7 +49,7 @@ def pack_for_ever(run: Path, folder: Path) -> None:
 
 
 def kill_often(kills: int, seed: int, place: Path) -> dict[str, Any]:
-    """Counts of what a kill left, and whether hidden siblings lay beside it. Raises: StorageError: half a model."""
+    """Counts of what kills left behind, hidden folders included. Raises StorageError for an incomplete model."""
     random, counts = np.random.default_rng(seed), collections.Counter[str]()
     run, folder = make_run(place), place / "packed" / "model"
     for _ in range(kills):

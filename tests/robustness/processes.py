@@ -1,8 +1,8 @@
-"""Clocks that go backwards, two processes on one folder, and one core.
+"""Probes: clocks that go backwards, two processes on one folder, and a single core.
 
     python -m tests.robustness.processes --json outcomes.json
 
-Every probe raises AssertionError with what is wrong, or returns what it saw.
+Every probe raises an AssertionError that describes the fault, or returns its observations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bitnet_jax.packed.storage import load_packed
 from bitnet_jax.training.metrics import read_metrics
 from tests.robustness.commands import end, environment, one_line_error, run, start, training, weights
 
-# An hour back at every tenth look at the clock.
+# The clock goes back an hour at every tenth reading.
 BACKWARDS = """
 import asyncio, concurrent.futures, itertools, queue, threading, time  # their waits take the clock from `time` now
 def backwards(real, unit):
@@ -37,7 +37,7 @@ CLOCKS = {
     "all clocks": (*WALL, "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns"),
 }
 
-# Stops before the n-th of its imports, openings and renames of files, as if the system had no time for the process.
+# Stops before its n-th import, file opening or rename, as if the process were not scheduled.
 STOPS = """
 import os, signal, sys
 seen = 0
@@ -52,7 +52,7 @@ sys.addaudithook(event)
 
 
 def stopped(process: subprocess.Popen[str]) -> bool:
-    """Waits until a process has stopped or ended: has it stopped?"""
+    """Waits until a process has stopped or ended; returns whether it stopped."""
     for _ in range(6000):
         if process.poll() is not None:
             return False
@@ -63,7 +63,7 @@ def stopped(process: subprocess.Popen[str]) -> bool:
 
 
 def clocks(place: Path) -> dict[str, Any]:
-    """A training and its continuation while clocks go backwards."""
+    """A training and its resumption while clocks go backwards."""
     env, found = environment(place), {}
     run(training(place, "clock-whole"), env)
     for name, names in CLOCKS.items():
@@ -83,7 +83,7 @@ def clocks(place: Path) -> dict[str, Any]:
 
 
 def two_trainings(place: Path) -> dict[str, Any]:
-    """The second is refused in one line at every moment; the first ends as if it had been alone."""
+    """The second is rejected with one line at every moment; the first ends as if it had been alone."""
     env = environment(place)
     run(training(place, "alone"), env)
     expected, found = weights(place / "alone"), []
@@ -102,7 +102,7 @@ def two_trainings(place: Path) -> dict[str, Any]:
 
 
 def generate_meanwhile(place: Path) -> dict[str, Any]:
-    """Reading a run that is being trained: text of a whole checkpoint, or one line."""
+    """Reads a run that is being trained: text from a complete checkpoint, or a one-line error."""
     env, found = environment(place), {}
     for word, n in (
         ("config.json", 1),
@@ -124,7 +124,7 @@ def generate_meanwhile(place: Path) -> dict[str, Any]:
 
 
 def two_packings(place: Path) -> dict[str, Any]:
-    """To one folder: without --overwrite the later one is refused, with it one model is there, whole."""
+    """Two packs to one folder: without --overwrite the later one is rejected; with it, one complete model remains."""
     env, found = environment(place), {}
     run(training(place, "to-pack"), env)
     for overwrite in (False, True):
@@ -174,7 +174,7 @@ def get_config(variant="base"):
 
 
 def two_sweeps(place: Path) -> dict[str, Any]:
-    """Share the runs: each is done once, and has one row."""
+    """Two sweeps share the runs: each is done once and has one row."""
     env = environment(place)
     run(training(place, "swept"), env)
     folder = place / "studies" / "toy"
@@ -213,7 +213,7 @@ def one_core(place: Path) -> dict[str, Any]:
         run(arguments, env, before=before)
         seconds[name] = round(time.monotonic() - began, 1)
     run(training(place, "all-cores"), env)
-    assert weights(place / "one-core") == weights(place / "all-cores"), "other bits on one core"
+    assert weights(place / "one-core") == weights(place / "all-cores"), "not bit-identical on one core"
     return {"seconds": seconds, "weights": "the same bits as on all cores"}
 
 
@@ -224,7 +224,7 @@ PROBES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def outcomes(place: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Of each probe: what it saw, or the fault it found."""
+    """The observations of each probe, or the fault it found."""
     found: dict[str, Any] = {"faults": []}
     for name in names:
         began = time.monotonic()

@@ -1,7 +1,7 @@
-"""Runs probes in full and keeps what they found, with commit, hardware and versions, in one file.
+"""Runs the probes in full and stores their results, with commit, hardware and versions, in one file.
 
 python -m tests.robustness.results                                  # all of them
-python -m tests.robustness.results --probes determinism clocks      # the others' results stay
+python -m tests.robustness.results --probes determinism clocks      # keeps the others' results
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROBES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def keep(file: Path, name: str, found: dict[str, Any], seconds: float) -> None:
-    """Puts what a probe found into the file, in place of what it found before."""
+    """Stores the results of a probe in the file, replacing its previous ones."""
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     kept[name] = found | {"seconds": round(seconds, 1)} | provenance()
     text = json.dumps(dict(sorted(kept.items())), indent=2)

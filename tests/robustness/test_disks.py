@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, for real (a small tmpfs), and processes killed outright."""
+"""Disks that are really full or read-only (a small tmpfs), and killed processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
+    """A 2 MB file system."""
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(
@@ -51,7 +51,7 @@ def variables() -> dict[str, Any]:
     )
 
 
-def test_a_disk_that_fills_up_while_a_model_is_written(disk: Path) -> None:
+def test_a_disk_that_fills_up_during_a_write(disk: Path) -> None:
     save_packed(disk / "model", variables(), CONFIG)
     with pytest.raises(StorageError, match=r"bytes free on its disk, expected at least [\d,]+"):
         save_packed(disk / "second", variables(), CONFIG)
@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_while_a_model_is_written(disk: Path) -> None:
     filler = disk / "filler"
 
     def fill(count: int) -> None:
-        with filler.open("ab", buffering=0) as file:  # as another process would, in between
+        with filler.open("ab", buffering=0) as file:  # as another process would meanwhile
             try:
                 while True:
                     file.write(bytes(1 << 16))
@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_while_a_model_is_written(disk: Path) -> None:
     load_packed(disk / "model", verify=True)
 
 
-def test_a_read_only_disk_is_refused_by_every_writer(disk: Path, tmp_path: Path) -> None:
+def test_every_writer_rejects_a_read_only_disk(disk: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path)
     save_packed(disk / "model", variables(), CONFIG)
     remount(disk, "ro")
@@ -101,12 +101,12 @@ def run_config(place: Path) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_and_room_lets_it_go_on(
+def test_a_disk_full_at_a_checkpoint_ends_the_run_which_can_resume_later(
     disk: Path, tmp_path: Path, repository: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
     (disk / "filler").write_bytes(bytes((2 << 20) - (60 << 10)))  # leaves less than a checkpoint needs
-    # A process of its own: TensorStore's threads report to the event loop of the failed save once it is closed.
+    # A separate process: TensorStore's threads report to the event loop of the failed save after it is closed.
     code = f"""
 from bitnet_jax.training import RunConfig, fit
 try:
@@ -128,7 +128,7 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
-def test_pack_killed_at_any_moment_leaves_whole_models_and_nothing_that_stays(
+def test_pack_killed_at_any_moment_leaves_complete_models_and_no_permanent_leftovers(
     tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(__file__).resolve().parent.parent.parent

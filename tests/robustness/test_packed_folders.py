@@ -1,4 +1,4 @@
-"""A few hundred cases of fuzz_packed_folders.py; the full number runs as its docstring says."""
+"""A few hundred cases of fuzz_packed_folders.py; its docstring gives the full command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.robustness.fuzz_packed_folders import CHANGES, fuzz
 
 
-def test_a_hostile_author_gets_a_valid_model_or_a_refusal(tmp_path: Path) -> None:
+def test_a_fuzzed_folder_loads_a_valid_model_or_is_rejected(tmp_path: Path) -> None:
     found = fuzz(300, seed=7, place=tmp_path)
     assert found["faults"] == []
     outcomes = found["outcomes"]

@@ -1,4 +1,4 @@
-"""The probes of processes.py, interrupts.py and determinism.py: they take minutes."""
+"""The probes of processes.py, interrupts.py and determinism.py, which take minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What results.py keeps."""
+"""The file that results.py writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.robustness.commands import ROOT
 from tests.robustness.results import keep
 
 
-def test_a_result_replaces_its_predecessor_and_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+def test_a_result_replaces_the_previous_one_and_contains_no_local_paths(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     keep(file, "one", {"faults": ["old"]}, 1.0)
     keep(file, "two", {"faults": []}, 2.0)

@@ -1,4 +1,4 @@
-"""Runs of the study: one convolutional network as each of the first binary networks, with and without shortcuts."""
+"""Runs of the study: a convolutional network with each of the early binary schemes, with and without shortcuts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 from bitnet_experiments.sections import arms_table, curves, pairs_table
 
-QUESTION = "What did each of the first binary networks cost a convolutional one, and what do shortcuts save?"
+QUESTION = (
+    "How much accuracy do early binary schemes cost a convolutional network, and do shortcuts recover it?"
+)
 SOURCE = "LAB 1611.01600 (CIFAR-10, one protocol for five schemes); Bi-Real Net as run by ReSTE's authors"
 PAPER_EFFECT = (
     "float 11.9 % error, W1 9.9 to 11.0, W1A1 12.4 to 12.9; W1A1 accuracy 86.75, 87.92 with shortcuts"
@@ -18,7 +20,7 @@ CONFIG = "mnist_cnn"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "float32"
 
-COMMON = {"model.widths": (16, 32), "training.steps": 600}  # an epoch
+COMMON = {"model.widths": (16, 32), "training.steps": 600}  # one epoch
 SMALL = {"model.widths": (8, 16), "training.steps": 120}
 
 

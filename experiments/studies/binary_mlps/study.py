@@ -1,10 +1,10 @@
-"""Runs of the study: one multilayer perceptron as each of the first binary networks."""
+"""Runs of the study: a multilayer perceptron with each of the early binary schemes."""
 
 from __future__ import annotations
 
 from bitnet_experiments.sections import arms_table, curves, pairs_table
 
-QUESTION = "What did each of the first binary networks cost a multilayer perceptron?"
+QUESTION = "How much accuracy do early binary schemes cost a multilayer perceptron?"
 SOURCE = "one protocol for five schemes in LAB 1611.01600 (MNIST, 3 x 2048, 50 epochs)"
 PAPER_EFFECT = "float 1.19 % error, BinaryConnect 1.28, BWN 1.20, BNN 1.47, XNOR-Net 1.45"
 VERDICT = "reproduced"

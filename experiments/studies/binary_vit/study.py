@@ -1,4 +1,4 @@
-"""Runs of the study: a vision transformer from float to signs everywhere, one piece after the other."""
+"""Runs of the study: a vision transformer from float to fully binary, one component at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from bitnet_experiments.sections import arms_table, curves, pairs_table
 
-QUESTION = "Which piece of a vision transformer minds being binary?"
+QUESTION = "Which parts of a vision transformer are sensitive to binarization?"
 SOURCE = "BiT 2205.13016, BinaryBERT and BiBERT (GLUE, table in the README of BiT's code); no table on MNIST"
 PAPER_EFFECT = "GLUE average: float 83.9, W1A4 79.9, W1A1 41.0 with fixed ranges, 71.0 with learned ones"
 VERDICT = "reproduced"
@@ -16,7 +16,7 @@ CONFIG = "mnist_vit"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "float32"
 
-COMMON = {"training.steps": 600}  # an epoch
+COMMON = {"training.steps": 600}  # one epoch
 SMALL = {"training.steps": 240}
 
 

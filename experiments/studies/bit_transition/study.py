@@ -1,4 +1,4 @@
-"""Runs of the study: float models trained on in ever fewer bits, and how far their weights go."""
+"""Runs of the study: float models fine-tuned at decreasing bit widths, and the distance their weights move."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bitnet_experiments.sections import Point, arms_table, points, values
 from bitnet_experiments.study import Study, load_study
 from bitnet_jax.training.load import load_run
 
-QUESTION = "Do weights compensate at three bits and more, and rebuild at two and less?"
+QUESTION = "Are weights compensated at three or more bits, and reconstructed at two or fewer?"
 SOURCE = "ParetoQ 2502.02631"
 PAPER_EFFECT = (
-    "weights move 10 to 20 % from the float ones at 3 and 4 bits, about 40 % at 2 and less (digests)"
+    "weights move 10 to 20 % from the float ones at 3 and 4 bits, about 40 % at 2 or fewer (digests)"
 )
 VERDICT = "partly"
 
@@ -26,7 +26,7 @@ METRIC = "valid_loss"
 BASELINE = "float32"
 SEEDS = (0, 1, 2)
 
-# ParetoQ's recipe: no weight decay, cosine without warm-up. One learning rate for all; theirs is 2e-5 or 1e-5.
+# ParetoQ's recipe: no weight decay, cosine without warm-up. One learning rate for all; the paper's is 2e-5 or 1e-5.
 COMMON = {
     "training.steps": 300,
     "training.checkpoint_every": 300,
@@ -56,7 +56,7 @@ _BITS = {"W4": 4, "W3": 3, "W2": 2, "W1.58": 1.585, "W1": 1}
 
 
 def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
-    """Training from the ladder's float model, and ||W - W0|| / ||W0|| over the latent weights of its blocks."""
+    """Trains from the ladder's float model; adds ||W - W0|| / ||W0|| over the latent weights of the blocks."""
     _, _, before = model_of("precision_ladder", "float32", seed, workdir, small)
     config = load_study("bit_transition").settings(arm, seed, small)
     row = train_from(before, config, workdir / f"{arm}-seed{seed}")

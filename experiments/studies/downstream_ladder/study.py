@@ -1,4 +1,4 @@
-"""Runs of the study: one byte-level language model at six precisions, packed, and what it is worth in use."""
+"""Runs of the study: a byte-level language model at six precisions, packed and evaluated downstream."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import packing
 from bitnet_jax.training.load import load_run
 
-QUESTION = "What are fewer bits worth downstream, in bytes, tokens a second and joules?"
+QUESTION = "What do fewer bits cost in downstream quality, and gain in bytes, tokens per second and joules?"
 SOURCE = "Spectra 2407.12327 (tasks by bits), BitNet b1.58 2402.17764 (memory, speed, energy by size)"
-PAPER_EFFECT = "ternary nears float as size grows; accuracy per byte is better with fewer bits"
+PAPER_EFFECT = "ternary approaches float as size grows; accuracy per byte is better with fewer bits"
 VERDICT = "not at this size"
 EFFECT = "ternary A8"
 
@@ -73,7 +73,7 @@ SEEDS = (0, 1, 2)
 def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
     """Trains, packs, and measures the packed model: other text, minimal pairs, speed; energy is counted.
 
-    --small reads no data, so it leaves other text and minimal pairs out.
+    --small reads no data, so it omits other text and minimal pairs.
     """
     folder = workdir / f"{arm}-seed{seed}"
     row = train(load_study("downstream_ladder").settings(arm, seed, small), folder)
@@ -95,7 +95,7 @@ def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
 
 
 def _speed(config: ModelConfig, variables: Mapping[str, Any]) -> float:
-    """Tokens a second of one text, greedy: the median of seven texts of _LENGTH tokens, after one to compile."""
+    """Tokens per second of greedy decoding: the median over seven texts of _LENGTH tokens, after a warm-up."""
     prompt = np.array([[32]], np.int32)
 
     def seconds() -> float:

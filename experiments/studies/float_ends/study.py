@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bitnet_experiments.sections import arms_table, curves
 
-QUESTION = "What do float first and last layers save a binary network?"
+QUESTION = "How much accuracy do float first and last layers recover in a binary network?"
 SOURCE = "larq's plot data of BinaryNet on CIFAR-10"
-PAPER_EFFECT = "accuracy 83.9 with float ends, 81.9 with binary weights there, 66.5 with binary inputs, too"
+PAPER_EFFECT = (
+    "accuracy 83.9 with float first and last layers, 81.9 with binary weights, 66.5 with binary inputs"
+)
 VERDICT = "reproduced"
 EFFECT = "W1A1 ends"
 

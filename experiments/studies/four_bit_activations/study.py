@@ -1,4 +1,4 @@
-"""Runs of the study: ternary weights under activations of eight and four bits, in the layouts of three papers."""
+"""Runs of the study: ternary weights with eight-bit and four-bit activations, in the layouts of three papers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from bitnet_experiments.sections import arms_table, curves, pairs_table
 
-QUESTION = "What do four-bit activations cost ternary models, and what mends them?"
+QUESTION = "What do four-bit activations cost ternary models, and which remedies work?"
 SOURCE = "BitNet a4.8 2411.04965, BitNet v2 2504.18415"
 PAPER_EFFECT = (
     "four bits everywhere diverge; hybrid +0 to 1.4 % perplexity; Hadamard +1.4 to 3 %; absmean >= absmax"
@@ -24,7 +24,7 @@ def _ternary(activation: str, **more: Any) -> dict[str, Any]:
     return {"weight": "ternary_absmean", "activation": activation, **more}
 
 
-_ABSMAX = _ternary("int8", activation_options={"peak": 7})  # absmax with seven levels a side
+_ABSMAX = _ternary("int8", activation_options={"peak": 7})  # absmax with seven levels per side
 ARMS: dict[str, dict[str, Any]] = {
     "A8": {"model.precision": "bitnet_b158"},
     "A4 absmean": {"model.precision": _ternary("int4")},

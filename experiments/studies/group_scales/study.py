@@ -1,4 +1,4 @@
-"""Runs of the study: one scale for a matrix, for a row, for groups of 256, 128 and 64 weights of a row."""
+"""Runs of the study: one scale per matrix, per row, and per group of 256, 128 and 64 weights of a row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "ternary, tensor"
 
-# Wide enough for groups of 256: a fraction of an epoch, for time.
+# Wide enough for groups of 256; a fraction of an epoch, to save time.
 COMMON = {
     "model.hidden_size": 256,
     "model.ffn_size": 512,

@@ -1,4 +1,4 @@
-"""Runs of the study: the scale of binary weights measured or learned, with and without batch norm behind it."""
+"""Runs of the study: measured or learned scales of binary weights, with and without a following batch norm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bitnet_experiments.study import product
 
 QUESTION = "Is a learned scale of binary weights better than mean|W|?"
 SOURCE = "BiT 2205.13016, ParetoQ 2502.02631, LSQ 1902.08153"
-PAPER_EFFECT = "learned >= analytic; little where a norm follows"
+PAPER_EFFECT = "learned >= analytic; little effect where a norm follows"
 VERDICT = "not at this size"
 EFFECT = "no norm, learned"
 

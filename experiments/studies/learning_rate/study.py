@@ -10,7 +10,7 @@ import numpy as np
 from bitnet_experiments.sections import Point, arms_table, points, values
 from bitnet_experiments.study import Study, product
 
-QUESTION = "Do models of few bits want a larger learning rate?"
+QUESTION = "Do low-bit models need a larger learning rate?"
 SOURCE = "BitNet 2310.11453, figure 5; Training Tips (2024); Spectra 2407.12327"
 PAPER_EFFECT = "published recipes: six times the float model's (2.4e-3 against 4e-4); babyBitNet at 0.2 M: no"
 VERDICT = "partly"

@@ -1,10 +1,10 @@
-"""Runs of the study: one small network, every layer of it, at six precisions."""
+"""Runs of the study: a small network with every layer at one of six precisions."""
 
 from __future__ import annotations
 
 from bitnet_experiments.sections import arms_table, curves
 
-QUESTION = "What does each precision of the weights cost a small network on MNIST?"
+QUESTION = "What does each weight precision cost a small network on MNIST?"
 SOURCE = "BitNetMCU, raw run files (w = 64, 30 epochs)"
 PAPER_EFFECT = "binary +1.2 points of error, ternary +0.6, 2 bits +0.3, 4 bits +0.2, 8 bits +0.1"
 VERDICT = "reproduced"
@@ -16,7 +16,7 @@ BASELINE = "float32"
 
 _NETWORK = {
     "model.hidden_size": 64,
-    "model.norm": "rmsnorm",  # in front of each layer, without gain
+    "model.norm": "rmsnorm",  # before each layer, without gain
     "model.activation": "relu",
     "optimizer.learning_rate": 1e-3,
 }

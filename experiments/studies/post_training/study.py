@@ -1,4 +1,4 @@
-"""Runs of the study: a float model rounded after training, beside models trained in that precision."""
+"""Runs of the study: a float model rounded after training, compared with models trained at that precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bitnet_experiments.runs import measure, model_of
 from bitnet_experiments.sections import Point, arms_table, difference, points
 from bitnet_experiments.study import Study
 
-QUESTION = "Below how many bits does rounding after training fail, where training in that precision does not?"
+QUESTION = "Below how many bits does post-training rounding fail where quantization-aware training does not?"
 SOURCE = "BitNet 2310.11453, table 3"
 PAPER_EFFECT = "W8A8 nearly free, W4A4 and W2 useless, W1A8 beyond 1e23 perplexity; trained W1A8 within 12 %"
 VERDICT = "partly"
@@ -25,7 +25,7 @@ def _rounded(weight: str, activation: str = "int8", **more: Any) -> dict[str, An
     return {"rounded": {"weight": weight, "activation": activation, "granularity": "channel", **more}}
 
 
-# What is done to the float model of the precision ladder, or which of the ladder's models is taken as trained.
+# How the float model of the precision ladder is rounded, or which of the ladder's trained models is used.
 ARMS: dict[str, dict[str, Any]] = {
     "float": {"trained": "float32"},
     "W8A8": _rounded("int8"),

@@ -1,4 +1,4 @@
-"""Runs of the study: one model, the same tokens and seeds, at every precision there is a recipe for."""
+"""Runs of the study: one model, with the same tokens and seeds, at every precision that has a recipe."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bitnet_experiments.frontier import Mark, frontier
 from bitnet_experiments.sections import Point, arms_table, pairs_table, points
 from bitnet_jax.quantization.recipes import resolve
 
-QUESTION = "What does each bit of weight and activation cost, all else equal?"
+QUESTION = "What does each bit of weights and activations cost, all else equal?"
 SOURCE = "ParetoQ 2502.02631, Spectra 2407.12327"
 PAPER_EFFECT = (
-    "1.58 to 3 bits on the frontier of quality and bytes; ternary above float, binary above ternary"
+    "1.58 to 3 bits on the frontier of quality and bytes; loss: ternary above float, binary above ternary"
 )
 VERDICT = "partly"
 

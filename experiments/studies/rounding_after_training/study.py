@@ -10,7 +10,7 @@ from bitnet_experiments.sections import arms_table
 from bitnet_experiments.study import read_study
 from bitnet_jax.training import load_image_run
 
-QUESTION = "Must a network be trained at the precision it is used with?"
+QUESTION = "Must a network be trained at the precision it is deployed with?"
 SOURCE = "BitNetMCU, table of quantization after training (w = 64)"
 PAPER_EFFECT = "accuracy at 1 bit 97.0 trained, 51.7 rounded; at 2 bits 97.7 and 80.1; at 8 bits equal"
 VERDICT = "reproduced"
@@ -22,7 +22,7 @@ BASELINE = "float32"
 
 _NETWORK = {
     "model.hidden_size": 64,
-    "model.norm": "rmsnorm",  # in front of each layer, without gain
+    "model.norm": "rmsnorm",  # before each layer, without gain
     "model.activation": "relu",
     "optimizer.learning_rate": 1e-3,
 }
@@ -43,7 +43,7 @@ REPORT = (arms_table("valid_loss"),)
 
 
 def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
-    """A rounded arm is the float one's weights, measured at its own precision."""
+    """A rounded arm evaluates the weights of the float arm at its own precision."""
     study = read_study(Path(__file__).parent)
     if not arm.endswith(" rounded"):
         return train(study.settings(arm, seed, small), workdir / f"{arm}-seed{seed}")

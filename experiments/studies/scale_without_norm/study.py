@@ -1,4 +1,4 @@
-"""Runs of the study: binary weights with and without a scale, with and without batch norm behind them."""
+"""Runs of the study: binary weights with and without a scale, with and without a following batch norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "no norm, float32"
 
-# The same sign, the same identity for its gradient, the same clip of the latents: only the factor mean|W| differs.
+# The same sign, identity gradient and clipping of latents: only the factor mean|W| differs.
 _SCALED = {"weight": "binary", "latent_clip": 1.0, "weight_options": {"window": "raw"}}
 ARMS = product(
     {

@@ -1,4 +1,4 @@
-"""Runs of the study: five widths of one model in three precisions, the same tokens for all."""
+"""Runs of the study: one model at five widths and three precisions, with the same tokens for all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bitnet_experiments.study import Study, product, zip_
 QUESTION = "How do the penalties of ternary and binary weights change with size?"
 SOURCE = "BitNet 2310.11453, BitNet b1.58 2402.17764, Spectra 2407.12327"
 PAPER_EFFECT = (
-    "ternary: 0.31 to 0.24 nats from 99 M to 390 M parameters, exponent 0.26; binary another 0.19 at 99 M"
+    "ternary: 0.31 to 0.24 nats from 99 M to 390 M parameters, exponent 0.26; binary a further 0.19 at 99 M"
 )
 VERDICT = "partly"
 

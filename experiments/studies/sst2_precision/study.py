@@ -1,4 +1,4 @@
-"""Runs of the study: one classifier of sentences from float to one bit, and the last learned from the first."""
+"""Runs of the study: a sentence classifier from float to one bit, and one-bit distillation from float."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bitnet_experiments.study import overridden, read_study
 from bitnet_jax.data.labelled_text import read_examples
 from bitnet_jax.training.config import RunConfig
 
-QUESTION = "What do fewer bits cost a text classifier, and do learned ranges or a teacher mend it at one bit?"
+QUESTION = "What do fewer bits cost a text classifier, and do learned ranges or distillation help at one bit?"
 SOURCE = "BiT 2205.13016, GLUE table (README of its code)"
 PAPER_EFFECT = (
     "SST-2 accuracy: float 93.2; W1A1 53.2 with fixed ranges, 87.7 with BiT's learned ones and a teacher"
@@ -54,7 +54,7 @@ SEEDS = (0, 1, 2)
 
 
 def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
-    """Trains an arm from labels; the taught one from the probabilities of the float arm of the same seed."""
+    """Trains an arm from labels; the taught arm from the probabilities of the float arm with the same seed."""
     study = read_study(Path(__file__).parent)
     base = {} if small else _SST2 | {"data.tokenizer": str(_tokenizer(workdir))}
 
@@ -69,7 +69,7 @@ def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
 
 
 def _tokenizer(workdir: Path) -> Path:
-    """Byte pairs of the training sentences, for letters say too little to so small a model."""
+    """A BPE tokenizer of the training sentences; characters carry too little for a model this small."""
     path = workdir.absolute() / "tokenizer.json"
     with locked(path.with_suffix(".lock")):
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Runs of the study: one W1A1 network under each estimator of the sign of its activations."""
+"""Runs of the study: a W1A1 network with each straight-through estimator for the sign of its activations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
 BASELINE = "clipped"
 
-# Without an activation in front of the sign, whose own window would hide the estimator's.
+# No activation function before the sign: its own window would hide the estimator's.
 ARMS = {
     ste: {"model.activation": "none", "model.precision": f"bnn(activation_ste={ste})"}
     for ste in ("identity", "clipped", "approx_sign", "swish_sign", "tanh", "reste")

@@ -1,4 +1,4 @@
-"""Runs of the study: BinaryConnect's two ways to a sign, and the weights that a stochastic training leaves."""
+"""Runs of the study: BinaryConnect's deterministic and stochastic signs, and the latents of the latter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bitnet_experiments.sections import arms_table, curves
 from bitnet_experiments.study import read_study
 from bitnet_jax.training import load_image_run
 
-QUESTION = "Does drawing the signs of the weights at random regularize?"
+QUESTION = "Does stochastic binarization of the weights regularize?"
 SOURCE = "BinaryConnect 1511.00363"
 PAPER_EFFECT = "MNIST: float 1.30 % error, deterministic 1.29, stochastic 1.18; higher training loss"
 VERDICT = "not at this size"
@@ -21,12 +21,12 @@ METRIC = "valid_error"  # per cent of the test images
 BASELINE = "deterministic"
 
 _NETWORK = {"model.activation": "relu"}
-_WIDE = {"model.init_std": 3**-0.5}  # of BinaryConnect's first latents, uniform in [-1, 1]
+_WIDE = {"model.init_std": 3**-0.5}  # of BinaryConnect's initial latents, uniform in [-1, 1]
 ARMS = {
     "float32": {**_NETWORK, "model.precision": "float32"},
     "deterministic": {**_NETWORK, "model.precision": "binaryconnect"},
     "stochastic": {**_NETWORK, "model.precision": "binaryconnect_stochastic"},
-    # of the stochastic arm, its latents as they are
+    # of the stochastic arm, with its real-valued latents
     "stochastic, real weights": {**_NETWORK, "model.precision": "float32"},
     "wide deterministic": {**_NETWORK, **_WIDE, "model.precision": "binaryconnect"},
     "wide stochastic": {**_NETWORK, **_WIDE, "model.precision": "binaryconnect_stochastic"},
@@ -40,7 +40,7 @@ REPORT = (
 
 
 def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
-    """Real weights: the training of the stochastic arm, measured with its latents in place of their signs."""
+    """Real weights: the stochastic arm evaluated with its latents instead of their signs."""
     study = read_study(Path(__file__).parent)
     trained = arm.removesuffix(", real weights")
     folder = workdir / f"{trained}-seed{seed}"

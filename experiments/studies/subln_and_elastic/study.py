@@ -1,10 +1,10 @@
-"""Runs of the study: where the norms stand and what scales activations, for binary weights."""
+"""Runs of the study: norm placements and activation scales for binary weights."""
 
 from __future__ import annotations
 
 from bitnet_experiments.sections import arms_table, curves, pairs_table
 
-QUESTION = "Do a norm in front of every quantized projection and absmax scales help?"
+QUESTION = "Do a norm before every quantized projection and absmax scales help?"
 SOURCE = "BitNet 2310.11453, table 4"
 PAPER_EFFECT = (
     "perplexity 20.34 SubLN absmax, 22.11 Pre-LN absmax, 24.05 Pre-LN elastic: -0.08 and +0.08 nats"
@@ -18,7 +18,7 @@ EFFECT = "SubLN absmax"
 SEEDS = (0, 1, 2, 3, 4)
 
 _ABSMAX = {"model.precision": "bitnet"}
-# BiT's elastic function at eight bits: a learned scale per layer in place of the largest input of each token.
+# BiT's elastic function at eight bits: a learned scale per layer instead of the absmax of each token.
 _ELASTIC = {
     "model.precision": {
         "weight": "binary_centred",

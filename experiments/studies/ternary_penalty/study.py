@@ -1,4 +1,4 @@
-"""Runs of the study: three precisions, three seeds, one setting."""
+"""Runs of the study: three precisions and three seeds in one setting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIG = "tiny_shakespeare"
 METRIC = "valid_loss"  # nats per character, mean over all held-out text after the last step
 BASELINE = "float32"
 
-# The yardstick trained its float model at 1e-3 and its quantized one at 9e-4; neither arm was searched by us.
+# The reference trained its float model at 1e-3 and its quantized one at 9e-4; we did not search either.
 ARMS = {
     "float32": {"model.precision": "float32", "optimizer.learning_rate": 1e-3},
     "ternary": {"model.precision": "bitnet_b158", "optimizer.learning_rate": 9e-4},

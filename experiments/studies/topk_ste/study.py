@@ -1,4 +1,4 @@
-"""Runs of the study: half of the inputs of every layer set to zero, with and without their gradient."""
+"""Runs of the study: half of the inputs of every layer zeroed, with and without a gradient through them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitnet_experiments.study import load_study
 from bitnet_jax.training.load import load_run
 from bitnet_jax.training.task import language_task
 
-QUESTION = "Must the gradient pass the inputs that top-k sets to zero?"
+QUESTION = "Must gradients pass through the inputs that top-k zeroes?"
 SOURCE = "Q-Sparse 2407.10969, figures 2 and 8"
 PAPER_EFFECT = "masked: gradients vanish in the bottom layers, worse loss (curves)"
 VERDICT = "not at this size"
@@ -24,7 +24,7 @@ METRIC = "valid_loss"
 BASELINE = "top 50 %"
 EFFECT = "top 50 %, masked"
 SEEDS = (0, 1, 2, 3, 4)
-COMMON = {"model.num_layers": 4}  # deep enough for a gradient to vanish in
+COMMON = {"model.num_layers": 4}  # deep enough for gradients to vanish
 SMALL = {"training.steps": 60, "data.batch_size": 4}
 
 
@@ -43,7 +43,7 @@ ARMS = {
 
 
 def run(arm: str, seed: int, workdir: Path, small: bool) -> dict[str, Any]:
-    """Training, and the gradient norm of the first block over that of the last, on one batch at the end."""
+    """Trains; adds the ratio of gradient norms of the first and the last block on one batch at the end."""
     folder = workdir / f"{arm}-seed{seed}"
     row = train(load_study("topk_ste").settings(arm, seed, small), folder)
     if row["status"] != "finished":

@@ -1,4 +1,4 @@
-"""Runs of the study: the second, lower learning rate and the end of weight decay, each with and without."""
+"""Runs of the study: the lower second learning rate and the end of weight decay, each with and without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bitnet_experiments.study import product
 QUESTION = "Do a lower learning rate and no weight decay in the second half help ternary models?"
 SOURCE = "Training Tips (2024), figure 1b; Spectra 2407.12327, table 11"
 PAPER_EFFECT = (
-    "both: -0.05 nats against neither (3.22 and 3.27, read off a curve); both < decay < rate < neither"
+    "both: -0.05 nats relative to neither (3.22 and 3.27, read off a curve); both < decay < rate < neither"
 )
 VERDICT = "not at this size"
 

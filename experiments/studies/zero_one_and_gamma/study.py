@@ -1,4 +1,4 @@
-"""Runs of the study: weights in {0, 1}, and ternary ones with smaller and larger scales."""
+"""Runs of the study: weights in {0, 1}, and ternary weights with smaller and larger scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from bitnet_experiments.sections import Point, arms_table, curves, points
 
-QUESTION = "Can weights be {0, 1}, and is the mean the right scale for ternary ones?"
+QUESTION = "Can weights be {0, 1}, and is the mean the right scale for ternary weights?"
 SOURCE = "BitNet Training Tips, Code and FAQ (2024)"
 PAPER_EFFECT = "{0, 1}: exploding gradients, early divergence; larger scales: more zeros, worse (no figures)"
 VERDICT = "partly"

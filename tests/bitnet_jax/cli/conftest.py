@@ -1,4 +1,4 @@
-"""A run on a text made here, for the commands that read one."""
+"""A run on a small generated text, for the commands that read a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def get_config(variant="float"):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """text.txt, config.py, `run` trained from them and `packed` made from that, all by command."""
+    """text.txt, config.py, `run` trained from them and `packed` packed from it, all with the CLI."""
     place = tmp_path_factory.mktemp("cli")
     (place / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
     (place / "config.py").write_text(CONFIG.replace("SOURCE", str(place / "text.txt")))

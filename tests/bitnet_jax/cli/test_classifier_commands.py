@@ -1,4 +1,4 @@
-"""Classifiers by command: train, pack, info, eval and predict, of images and of texts."""
+"""Classifiers on the command line: train, pack, info, eval and predict, for images and texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`images` and `texts`, runs; `images-packed` and `texts-packed`; digits.npy and their labels."""
+    """The runs `images` and `texts`, `images-packed` and `texts-packed`, digits.npy and its labels."""
     place = tmp_path_factory.mktemp("classifiers")
     sections = dict(
         training=dict(steps=2, eval_every=2, checkpoint_every=2, log_every=2),
@@ -71,12 +71,10 @@ def read(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_every_architecture_is_packed_saved_and_loaded_as_the_same_model(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_every_architecture_round_trips_through_pack_save_and_load(architecture: str, tmp_path: Path) -> None:
     config = model_config({"architecture": architecture} | MODELS[architecture])
     latent = jax.jit(init_variables, static_argnums=0)(config, jax.random.key(1))
-    if "batch_stats" in latent:  # not the initial ones, which a packed folder that forgot them would get too
+    if "batch_stats" in latent:  # not the initial values, which would hide a packed folder that drops them
         latent["batch_stats"] = jax.tree.map(lambda x: x + 0.5, latent["batch_stats"])
     storage.save_packed(tmp_path / "p", latent | packing.pack(latent["params"], config), config)
     loaded = storage.load_packed(tmp_path / "p", verify=True)
@@ -90,7 +88,7 @@ def test_every_architecture_is_packed_saved_and_loaded_as_the_same_model(
     config.module().apply(loaded.variables, inputs)
 
 
-def test_pack_keeps_statistics_labels_and_normalisation(place: Path) -> None:
+def test_pack_keeps_statistics_labels_and_normalization(place: Path) -> None:
     run, packed = load_model(place / "images"), load_model(place / "images-packed")
     assert packed.kind == "packed"
     assert packed.config == run.config
@@ -103,7 +101,7 @@ def test_pack_keeps_statistics_labels_and_normalisation(place: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "examples"), [("images", 1000), ("texts", 17)])
-def test_eval_measures_what_training_measured_held_out_with_an_interval(
+def test_eval_matches_the_held_out_metrics_of_training_and_adds_an_interval(
     place: Path, name: str, examples: int
 ) -> None:
     figures = []
@@ -113,13 +111,13 @@ def test_eval_measures_what_training_measured_held_out_with_an_interval(
     assert figures[0] == figures[1]
     trained = read(place / name / "result.json")["valid"]
     accuracy = figures[0]["metrics"]["accuracy"]
-    assert abs(figures[0]["examples"] - examples) <= (0 if name == "images" else 8)  # held out by a hash
+    assert abs(figures[0]["examples"] - examples) <= (0 if name == "images" else 8)  # held out by hash
     assert accuracy["value"] == pytest.approx(trained["accuracy"])
     assert accuracy["interval_95"][0] < accuracy["value"] < accuracy["interval_95"][1]
     assert figures[0]["details"]["loss"] == pytest.approx(trained["loss"], rel=1e-5)
 
 
-def test_eval_of_another_source_of_texts(place: Path, tmp_path: Path) -> None:
+def test_eval_on_another_text_source(place: Path, tmp_path: Path) -> None:
     source = tmp_path / "other.jsonl"
     source.write_text("\n".join(json.dumps({"text": f"bad {i}", "label": i % 2}) for i in range(10)))
     arguments = ["eval", f"{place}/texts-packed", "--source", str(source), "--split", "all", "--json"]
@@ -129,7 +127,7 @@ def test_eval_of_another_source_of_texts(place: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "e.json")["examples"] == 4
 
 
-def test_predictions_of_a_run_a_packed_model_and_the_model_itself_agree(
+def test_predictions_agree_for_a_run_its_packed_model_and_a_direct_call(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = []
@@ -152,7 +150,7 @@ def test_predictions_of_a_run_a_packed_model_and_the_model_itself_agree(
     assert [row["label"] for row in answers[0]] == np.argmax(expected, axis=-1).tolist()
 
 
-def test_every_kind_of_file_holds_the_same_image(place: Path, tmp_path: Path) -> None:
+def test_every_image_file_format_gives_the_same_prediction(place: Path, tmp_path: Path) -> None:
     image_module = pytest.importorskip("PIL.Image")
     images = np.load(place / "digits.npy")
     np.savez(tmp_path / "d.npz", images=images[..., 0])
@@ -191,7 +189,7 @@ def test_predict_reads_texts_from_arguments_a_file_and_stdin(
     assert capsys.readouterr().out == given.out
 
 
-def test_info_shows_classes_and_architecture(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_the_classes_and_the_architecture(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("images", "images-packed", "texts", "texts-packed"):
         assert cli.main(["info", f"{place}/{folder}", "--json", f"{place}/info.json"]) == 0
         figures, out = read(place / "info.json"), capsys.readouterr().out
@@ -230,7 +228,7 @@ def test_info_shows_classes_and_architecture(place: Path, capsys: pytest.Capture
         (["pack", "{place}/images", "{place}/again", "--json", "{place}"], "which is a folder"),
     ],
 )  # fmt: skip
-def test_wrong_input_is_one_line_before_any_work(
+def test_invalid_input_is_a_one_line_error_before_any_work(
     place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(place / "fractions.npy", np.full((16, 16), 0.5))
@@ -247,7 +245,7 @@ def test_wrong_input_is_one_line_before_any_work(
     assert not (place / "again").exists()
 
 
-def test_pack_refuses_a_target_before_it_reads_the_run(
+def test_pack_rejects_its_target_before_it_reads_the_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*args: Any) -> None:
@@ -259,7 +257,7 @@ def test_pack_refuses_a_target_before_it_reads_the_run(
         pack_run(place / "images", tmp_path / "there")
 
 
-def test_a_hugging_face_folder_is_no_run(place: Path, tmp_path: Path) -> None:
+def test_a_hugging_face_folder_is_not_accepted_as_a_run(place: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(
         ValueError, match="the folder of a hugging face model, expected the folder of a training run"

@@ -1,4 +1,4 @@
-"""The command from outside: what it prints, writes, and how it ends. One tiny run serves all tests."""
+"""The CLI end to end: output, files and exit codes. All tests share one tiny run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_train_reports_the_result_of_the_run(place: Path) -> None:
+def test_train_prints_the_result_of_the_run(place: Path) -> None:
     assert read(place / "train.json") == read(place / "run" / "result.json")
     assert read(place / "train.json")["status"] == "finished"
     assert read(place / "train.json")["step"] == 2
@@ -40,7 +40,7 @@ def test_a_finished_run_is_extended_or_overwritten(
     train = ["train", "--config", f"{place}/config.py", "--workdir", f"{tmp_path}/run", "--quiet"]
     typo = [*train, "--config.data.source=nowhere"]
     assert cli.main(typo) == 2
-    assert cli.main([*train, "--config.training.steps=1"]) == 0, "a typo leaves nothing to clean up"
+    assert cli.main([*train, "--config.training.steps=1"]) == 0, "a typo leaves no files to clean up"
     capsys.readouterr()
     assert cli.main([*train, "--config.training.steps=2"]) == 0
     told = capsys.readouterr()
@@ -53,7 +53,7 @@ def test_a_finished_run_is_extended_or_overwritten(
     assert cli.main([*train, "--config.training.steps=1"]) == 2
     assert "got 1, expected at least the 2" in capsys.readouterr().err
     assert cli.main([*typo, "--overwrite"]) == 2
-    assert read(tmp_path / "run" / "result.json")["step"] == 2, "what cannot be replaced stays"
+    assert read(tmp_path / "run" / "result.json")["step"] == 2, "what cannot be replaced is kept"
     assert cli.main([*train, "--config.training.steps=1", "--config.seed=1", "--overwrite"]) == 0
     assert read(tmp_path / "run" / "result.json")["step"] == 1
 
@@ -64,7 +64,7 @@ def test_variant_and_overrides_reach_the_run(place: Path) -> None:
     assert config["model"]["precision"] == "bitnet_b158"
 
 
-def test_pack_proves_and_writes(place: Path) -> None:
+def test_pack_writes_a_proven_model(place: Path) -> None:
     figures = read(place / "pack.json")
     assert figures["proof"]["matrices"] == 7
     assert figures["proof"]["tokens_identical"] >= 40
@@ -78,7 +78,7 @@ def test_pack_writes_nothing_when_the_proof_fails(
     pack = packing.pack
 
     def flipped(params: dict, config: object) -> dict:
-        """One sign of one packed matrix differs: the smallest way to be another model."""
+        """Flips one sign of one packed matrix: the smallest possible change to the model."""
         variables = pack(params, config)
         weight = variables["packed"]["layers_0"]["mlp"]["up_proj"]["weight"]
         codes = weight.codes.at[0, 0, 0].set(weight.codes[0, 0, 0] ^ 2)
@@ -93,7 +93,7 @@ def test_pack_writes_nothing_when_the_proof_fails(
     assert not list(tmp_path.iterdir())
 
 
-def test_pack_stores_another_head_and_info_shows_it(
+def test_pack_stores_the_requested_head_and_info_shows_it(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["pack", f"{place}/run", f"{tmp_path}/p", "--tokens", "40", "--head", "int8"]) == 0
@@ -122,12 +122,12 @@ def test_generate_with_an_exact_head_gives_the_same_text(
     assert "expected a head stored in bfloat16" in capsys.readouterr().err
 
 
-def test_info_reads_the_contents_of_a_large_model_where_that_is_asked_for(
+def test_info_verifies_the_contents_of_a_large_model_only_on_request(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(place / "packed", tmp_path / "packed")
     content = bytearray((folder / "model.safetensors").read_bytes())
-    content[8 + int.from_bytes(content[:8], "little")] ^= 1  # of the first tensor
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1  # first byte of the first tensor
     (folder / "model.safetensors").write_bytes(content)
     monkeypatch.setattr(storage, "VERIFIED_BYTES", 0)
     assert cli.main(["info", str(folder)]) == 0
@@ -136,7 +136,7 @@ def test_info_reads_the_contents_of_a_large_model_where_that_is_asked_for(
 
 
 @pytest.mark.parametrize("kv_format", [None, "int8"])
-def test_generate_streams_what_generate_gives(
+def test_streamed_text_equals_generated_text(
     place: Path, capsys: pytest.CaptureFixture[str], kv_format: str | None
 ) -> None:
     arguments = ["--prompt", "A tiny ", "--tokens", "9", "--json", f"{place}/generate.json"]
@@ -155,7 +155,7 @@ def test_generate_streams_what_generate_gives(
     assert "9 tokens" in output.err
 
 
-def test_generate_is_reproducible_by_its_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_is_reproducible_for_a_seed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def text(seed: str) -> str:
         arguments = ["--prompt", "A", "--tokens", "15", "--temperature", "1", "--seed", seed]
         assert cli.main(["generate", f"{place}/packed", *arguments]) == 0
@@ -166,7 +166,7 @@ def test_generate_is_reproducible_by_its_seed(place: Path, capsys: pytest.Captur
 
 
 def test_filters_sample_without_a_temperature(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--top-k 5` alone used to be greedy without a word."""
+    """`--top-k 5` alone used to be silently greedy."""
     texts = []
     for temperature in ([], ["--temperature", "1"], ["--temperature", "0"]):
         words = ["--prompt", "A", "--tokens", "15", "--top-k", "5", *temperature]
@@ -184,10 +184,10 @@ def test_generate_reads_the_prompt_from_a_file(place: Path, capsys: pytest.Captu
     assert out[:half] == out[half:]
 
 
-def test_generate_keeps_to_the_trained_length_and_warns_beyond_it(
+def test_generate_stops_at_the_trained_length_and_warns_beyond_it(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The model has 32 positions and was trained at 16: 25 tokens used to follow a prompt of 7 without a word."""
+    """The model has 32 positions and was trained at 16: a prompt of 7 used to get 25 new tokens without a warning."""
     for asked, tokens, warned in ([], 9, 0), (["--tokens", "20"], 20, 1):
         with warnings.catch_warnings():
             warnings.simplefilter("default")
@@ -205,7 +205,7 @@ ASCII_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOC
 def in_ascii_locale(
     place: Path, words: list[str | bytes], text: bytes | None = None
 ) -> tuple[int, bytes, bytes]:
-    """Exit code and output of a command where Python knows ASCII alone."""
+    """Exit code and output of a command in an ASCII-only locale."""
     environment = os.environ | ASCII_LOCALE
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment.pop("PYTHONIOENCODING", None)
@@ -216,17 +216,17 @@ def in_ascii_locale(
     return done.returncode, done.stdout, done.stderr
 
 
-def test_text_is_utf8_in_any_locale(place: Path) -> None:
+def test_text_is_utf8_in_every_locale(place: Path) -> None:
     prompt = "na\u00efve \u65e5\u672c"
     (place / "unicode.txt").write_bytes(prompt.encode())
-    # A model that always writes the letter \u00e9, so that what is printed is not ASCII either.
+    # A model that always generates the letter \u00e9, so that the output is not ASCII either.
     tokenizer = CharTokenizer("\u00e9" + "".join(sorted(set(prompt))))
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=8, num_layers=1, num_heads=1, ffn_size=8, max_length=32,
         precision="float32", tie_embeddings=False,
     )  # fmt: skip
     variables = jax.jit(Transformer(config).init)(jax.random.key(0), np.zeros((1, 2), np.int32))
-    variables["params"]["lm_head"]["weight"] *= 0  # of equal logits the first one is taken
+    variables["params"]["lm_head"]["weight"] *= 0  # ties go to the first logit
     storage.save_packed(place / "unicode", variables, config, tokenizer)
     expected = "\u00e9\u00e9\n"
     for words, text in (
@@ -246,7 +246,7 @@ def test_text_is_utf8_in_any_locale(place: Path) -> None:
         assert line.startswith(b"error: " + where + b": got text that is not UTF-8")
 
 
-def test_eval_of_packed_equals_eval_of_latent(place: Path) -> None:
+def test_eval_of_the_packed_model_equals_eval_of_the_run(place: Path) -> None:
     figures = []
     for folder in ("run", "packed"):
         source = ["--source", f"{place}/text.txt", "--split", "tail", "--json", f"{place}/eval.json"]
@@ -259,10 +259,10 @@ def test_eval_of_packed_equals_eval_of_latent(place: Path) -> None:
     assert own["split"] == "tail"
 
 
-def test_eval_takes_windows_of_the_trained_length_and_warns_beyond_it(
+def test_eval_uses_windows_of_the_trained_length_and_warns_beyond_it(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The model has 32 positions and was trained at 16: windows of 32 used to be taken without a word."""
+    """The model has 32 positions and was trained at 16: windows of 32 used to be scored without a warning."""
     source = ["--source", f"{place}/text.txt", "--split", "tail", "--json", f"{place}/eval.json"]
     figures = {}
     for asked in ("", "--length 16", "--stride 16", "--stride 4", "--length 32"):
@@ -280,11 +280,13 @@ def test_eval_takes_windows_of_the_trained_length_and_warns_beyond_it(
         assert default == figures["--length 16", folder] == figures["--stride 16", folder]
         near = figures["--stride 4", folder]
         assert (near["tokens"], near["text_bytes"]) == (default["tokens"], default["text_bytes"])
-        assert near["bits_per_byte"] != default["bits_per_byte"]  # each token has 12 or more in front
+        assert (
+            near["bits_per_byte"] != default["bits_per_byte"]
+        )  # each token has 12 or more tokens of context
         assert figures["--length 32", folder]["length"] == 32
 
 
-def test_a_config_of_somebody_else_downloads_only_with_leave(
+def test_a_foreign_config_downloads_only_with_permission(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -309,7 +311,7 @@ def test_a_config_of_somebody_else_downloads_only_with_leave(
         monkeypatch.setenv("BITNET_JAX_ALLOW_DOWNLOAD", "")
 
 
-def test_eval_leaves_bad_files_out_only_if_asked(
+def test_eval_skips_bad_files_only_on_request(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "good.txt").write_text("A tiny text. " * 9)
@@ -326,7 +328,7 @@ def test_eval_leaves_bad_files_out_only_if_asked(
     assert f"{13 * 9} bytes of" in output.out
 
 
-def test_eval_of_all_sees_more_than_the_held_out_part(place: Path) -> None:
+def test_eval_of_all_data_covers_more_than_the_held_out_split(place: Path) -> None:
     counted = {}
     for split in ("tail", "all"):
         source = ["--source", f"{place}/text.txt", "--split", split, "--json", f"{place}/eval.json"]
@@ -336,7 +338,7 @@ def test_eval_of_all_sees_more_than_the_held_out_part(place: Path) -> None:
     assert counted["tail"] < counted["all"]
 
 
-def test_info_names_recipe_format_and_layout_of_each_matrix(
+def test_info_lists_recipe_format_and_layout_of_each_matrix(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["info", f"{place}/packed", "--json", f"{place}/info.json"]) == 0

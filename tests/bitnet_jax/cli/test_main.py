@@ -1,4 +1,4 @@
-"""Wrong input, overrides, interrupts: what every command shares."""
+"""Behavior shared by all commands: invalid input, overrides, interrupts."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ from bitnet_jax.packed import packing
         (["train", "--config", "{place}/config.py", "--workdir", "{place}/run", "--config.seed=1"], "seed"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(
+def test_invalid_input_is_a_one_line_error_with_exit_code_2(
     place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(place.iterdir())
@@ -90,7 +90,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert last.startswith("error: ")
     assert message in last
     assert "Traceback" not in error
-    assert sorted(place.iterdir()) == before, "a refused command left something behind"
+    assert sorted(place.iterdir()) == before, "a rejected command left files behind"
 
 
 def test_debug_shows_the_traceback(place: Path) -> None:
@@ -98,7 +98,7 @@ def test_debug_shows_the_traceback(place: Path) -> None:
         cli.main(["eval", f"{place}/nowhere", "--debug"])
 
 
-def test_a_bug_is_not_dressed_up_as_wrong_input(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_reported_as_invalid_input(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "sizes", lambda variables: variables["no such key"])
     with pytest.raises(KeyError):
         cli.main(["info", f"{place}/packed"])
@@ -114,20 +114,20 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(place: Path, monkeypatch: pytest
         (["word", "--config=x.py"], [], ["word", "--config=x.py"]),
     ],
 )
-def test_overrides_are_told_from_the_other_words(
+def test_overrides_are_separated_from_other_arguments(
     words: list[str], overrides: list[str], others: list[str]
 ) -> None:
     assert cli.split_overrides(words) == (overrides, others)
 
 
-def test_the_value_of_an_override_may_be_the_next_word(place: Path, tmp_path: Path) -> None:
+def test_the_value_of_an_override_may_be_the_next_argument(place: Path, tmp_path: Path) -> None:
     train = ["train", "--config", f"{place}/config.py", "--config.training.steps", "1", "--quiet"]
     assert cli.main([*train, "--workdir", f"{tmp_path}/run", "--config.model.ffn_size", "16"]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["training"]["steps"], config["model"]["ffn_size"]) == (1, 16)
 
 
-def test_unknown_options_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_options_are_rejected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["info", f"{place}/packed", "--config.a=1"])
     assert ended.value.code == 2
@@ -135,7 +135,7 @@ def test_unknown_options_are_refused(place: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_help_text_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
@@ -143,8 +143,8 @@ def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[s
     assert f"example:\n  bitnet-jax {command}" in out
 
 
-def test_ctrl_c_ends_with_130_and_a_word(place: Path, tmp_path: Path) -> None:
-    """A real process and a real signal, sent while it waits for a prompt that never comes."""
+def test_ctrl_c_exits_with_130_and_a_message(place: Path, tmp_path: Path) -> None:
+    """Sends a real signal to a real process that waits for a prompt on stdin."""
     code = "import sys; print('up', flush=True); from bitnet_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "generate", f"{place}/packed"],
@@ -168,8 +168,8 @@ def test_ctrl_c_ends_with_130_and_a_word(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interrupted", ["cli.train.run", "cli.build_parser"])
-def test_an_interrupted_process_ends_without_the_interpreters_finalization(interrupted: str) -> None:
-    """JAX's modules crashed in it: `generate` ended with SIGSEGV after it had said "interrupted"."""
+def test_an_interrupted_process_skips_interpreter_finalization(interrupted: str) -> None:
+    """JAX's modules crashed in it: `generate` ended with SIGSEGV after printing "interrupted"."""
     code = f"""
 import atexit
 from bitnet_jax.cli import main as cli
@@ -186,7 +186,7 @@ cli.console()
     assert (done.returncode, done.stdout, done.stderr) == (130, "text so far", "interrupted\n")
 
 
-def test_an_unknown_option_suggests_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_option_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "--config", "byte_lm", "--workdir", "x"]
     for words, hint in (
         ([*train, "--training.steps=5"], "did you mean --config.training.steps=5?"),
@@ -202,10 +202,10 @@ def test_an_unknown_option_suggests_the_one_that_was_meant(capsys: pytest.Captur
         assert error.startswith(f"usage: bitnet-jax {words[0]} ")
 
 
-def test_ctrl_c_within_a_callback_that_drops_exceptions_is_not_lost(
+def test_ctrl_c_inside_a_callback_that_swallows_exceptions_is_not_lost(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As JAX's callback of the garbage collector does; a process that was being imported or traced went on."""
+    """JAX's garbage collector callback does this; an interrupted import or trace used to continue."""
 
     class Interrupted:
         def __del__(self) -> None:
@@ -222,8 +222,8 @@ def test_ctrl_c_within_a_callback_that_drops_exceptions_is_not_lost(
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_ctrl_c_while_a_class_is_made_is_an_interrupt_too(capsys: pytest.CaptureFixture[str]) -> None:
-    """Python 3.11 wraps what `__set_name__` raises, as it may during any import, in a RuntimeError."""
+def test_ctrl_c_during_class_creation_is_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python 3.11 wraps an exception of `__set_name__`, which any import may call, in a RuntimeError."""
 
     class Field:
         def __set_name__(self, owner: type, name: str) -> None:
@@ -238,7 +238,7 @@ def test_ctrl_c_while_a_class_is_made_is_an_interrupt_too(capsys: pytest.Capture
 
 
 def _waits_for_input(pid: int) -> bool:
-    """Linux tells where a process sleeps; elsewhere a moment has to do."""
+    """Whether the process is blocked on input; Linux exposes that, elsewhere a short wait has to do."""
     channel = Path(f"/proc/{pid}/wchan")
     if not channel.exists():
         time.sleep(10)
@@ -246,5 +246,5 @@ def _waits_for_input(pid: int) -> bool:
     return "pipe" in channel.read_text()
 
 
-def test_nothing_is_left_configured_by_the_command(place: Path) -> None:
+def test_the_command_leaves_no_global_configuration_behind(place: Path) -> None:
     assert jax.config.jax_numpy_dtype_promotion == "strict"

@@ -1,4 +1,4 @@
-"""Every window once per epoch, any batch by its step, and windows that score every token once."""
+"""Training batches (each window once per epoch, addressed by step) and evaluation windows (each token scored once)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(0, 40))
 
 
 def stream(count: int) -> np.ndarray:
-    """Tokens that tell their place."""
+    """Tokens whose value is their position."""
     return np.arange(count, dtype=np.int32)
 
 
 @settings(deadline=None)
 @given(SHAPES, st.integers(0, 2**64 - 1), st.integers(0, 50))
-def test_every_window_once_per_epoch(shape: tuple[int, int, int], seed: int, first_epoch: int) -> None:
+def test_every_window_occurs_once_per_epoch(shape: tuple[int, int, int], seed: int, first_epoch: int) -> None:
     length, batch_size, more = shape
     batches = TokenBatches(stream(length * batch_size + 1 + more), length, batch_size, seed)
     windows = batches.windows
-    # batch_size epochs from any epoch on fill whole steps, whatever the number of windows is
+    # batch_size consecutive epochs fill whole steps, whatever the number of windows
     first_epoch -= first_epoch % batch_size
     steps = range(first_epoch * windows // batch_size, (first_epoch + batch_size) * windows // batch_size)
     starts = np.concatenate([batches.starts(step) for step in steps]).reshape(batch_size, windows)
@@ -51,32 +51,32 @@ def test_inputs_and_targets(shape: tuple[int, int, int], sampling: str, step: in
 
 
 @pytest.mark.parametrize("sampling", ["epoch", "windows"])
-def test_a_batch_depends_on_seed_and_step_alone(sampling: str) -> None:
+def test_a_batch_depends_only_on_seed_and_step(sampling: str) -> None:
     tokens = stream(50_001)
     first = TokenBatches(tokens, 10, 4, seed=3, sampling=sampling)
-    in_order = [first.batch(step)["inputs"] for step in range(3000)]  # crosses two epochs of 1250 steps
+    in_order = [first.batch(step)["inputs"] for step in range(3000)]  # spans two epochs of 1250 steps
     again = TokenBatches(tokens.astype(np.int64), 10, 4, seed=3, sampling=sampling)
     for step in (2999, 1250, 7, 1249, 2500):  # resuming anywhere, in any order
         np.testing.assert_array_equal(again.batch(step)["inputs"], in_order[step])
     other = TokenBatches(tokens, 10, 4, seed=4, sampling=sampling)
     assert (other.batch(0)["inputs"] != in_order[0]).any()
     assert (in_order[1] != in_order[0]).any()
-    # one epoch is not the next one's order
+    # consecutive epochs have different orders
     assert any((in_order[step] != in_order[step + 1250]).any() for step in range(3))
 
 
 def test_the_order_is_pinned() -> None:
-    """A run that resumes under another NumPy, or another version of this file, must see the same batches."""
+    """A run resumed under another NumPy, or another version of the code, must see the same batches."""
     tokens = stream(1001)
     assert TokenBatches(tokens, 10, 4, seed=1).starts(0).tolist() == [900, 780, 30, 660]
     assert TokenBatches(tokens, 10, 4, seed=1).starts(30).tolist() == [160, 170, 460, 130]  # epoch 1
     assert TokenBatches(tokens, 10, 4, seed=1, sampling="windows").starts(5).tolist() == [299, 103, 195, 106]
 
 
-def test_random_windows_reach_every_place_equally() -> None:
+def test_random_windows_are_uniform_over_positions() -> None:
     batches = TokenBatches(stream(14), 4, 3, sampling="windows")
     counts = np.bincount(np.concatenate([batches.starts(step) for step in range(4000)]), minlength=10)
-    # 12,000 draws over 10 places: mean 1,200, standard deviation 33; the band is 5 of them
+    # 12,000 draws over 10 positions: mean 1,200, standard deviation 33; the tolerance is 5 of them
     assert len(counts) == 10
     assert counts.min() > 1035
     assert counts.max() < 1365
@@ -84,7 +84,7 @@ def test_random_windows_reach_every_place_equally() -> None:
 
 @settings(deadline=None)
 @given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 4), st.data())
-def test_consecutive_windows_score_every_token_once(
+def test_consecutive_windows_score_every_token_exactly_once(
     count: int, length: int, batch_size: int, data: st.DataObject
 ) -> None:
     stride = data.draw(st.none() | st.integers(1, length))
@@ -112,13 +112,13 @@ def test_consecutive_windows_score_every_token_once(
         ({"seed": -1}, "seed: got -1"),
     ],
 )
-def test_impossible_batches(change: dict[str, object], expected: str) -> None:
+def test_invalid_batch_sizes_are_rejected(change: dict[str, object], expected: str) -> None:
     TokenBatches(stream(41), length=10, batch_size=4)
     with pytest.raises(DataError, match=expected):
         TokenBatches(**({"tokens": stream(41), "length": 10, "batch_size": 4} | change))
 
 
-def test_impossible_steps_and_windows() -> None:
+def test_invalid_steps_and_windows_are_rejected() -> None:
     with pytest.raises(DataError, match="step: got -1"):
         TokenBatches(stream(41), 10, 4).batch(-1)
     with pytest.raises(DataError, match="expected at least 2"):
@@ -134,7 +134,7 @@ EXAMPLES = {
 }
 
 
-def test_examples_come_once_an_epoch_by_step_alone() -> None:
+def test_examples_occur_once_per_epoch_and_depend_only_on_the_step() -> None:
     batches = ExampleBatches(EXAMPLES, batch_size=4, seed=3)
     seen = [batches.batch(step) for step in range(5)]
     order = np.concatenate([batch["targets"] for batch in seen])
@@ -148,7 +148,7 @@ def test_examples_come_once_an_epoch_by_step_alone() -> None:
     assert other["targets"].tolist() != seen[0]["targets"].tolist()
 
 
-def test_whole_batches_hold_every_example_once() -> None:
+def test_whole_batches_contain_every_example_once() -> None:
     found = list(whole_batches(EXAMPLES, 4))
     assert [batch["inputs"].shape for batch in found] == [(4, 3)] * 3
     weights = np.concatenate([batch["weights"] for batch in found])
@@ -165,7 +165,9 @@ def test_whole_batches_hold_every_example_once() -> None:
         ({"inputs": np.zeros((0, 1)), "targets": np.zeros(0)}, 1, "at least one"),
     ],
 )
-def test_examples_that_cannot_be_used(examples: dict[str, np.ndarray], batch_size: int, message: str) -> None:
+def test_unusable_examples_are_rejected(
+    examples: dict[str, np.ndarray], batch_size: int, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         ExampleBatches(examples, batch_size)
     with pytest.raises(DataError, match="step: got -1"):

@@ -1,4 +1,4 @@
-"""Where arrays are kept, that entries are whole, and that they stay within their room."""
+"""The array cache: its location, atomic entries, and its size limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "deep" / "cache"
 
 
-def test_the_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_is_per_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BITNET_JAX_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "bitnet_jax"
@@ -47,7 +47,9 @@ def test_round_trip(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["key.arrays"]
 
 
-def test_what_was_not_used_for_longest_goes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_entry_is_evicted_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     array = {"a": np.zeros(1000, np.uint8)}
     for i in range(3):
         write_arrays(f"key{i}", array)
@@ -60,9 +62,7 @@ def test_what_was_not_used_for_longest_goes_first(folder: Path, monkeypatch: pyt
     assert len(list(folder.iterdir())) == 3
 
 
-def test_a_folder_that_cannot_be_written_to_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_folder_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot cache tokens"):
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_warning(
     assert read_arrays("key") is None
 
 
-def test_an_entry_is_whole_or_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_are_written_atomically(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""From a config's `data` section to streams."""
+"""Token streams built from a config's `data` section."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_stream_separates_documents_and_both_its_ends() -> None:
+def test_a_stream_has_separators_between_documents_and_at_both_ends() -> None:
     documents = [Document("a", "ab"), Document("b", "c")]
     assert token_stream(documents, ByteTokenizer()).tolist() == [0, 97, 98, 0, 99, 0]
     plain = token_stream(documents, CharTokenizer("abc"))
@@ -39,7 +39,7 @@ def test_a_stream_separates_documents_and_both_its_ends() -> None:
         token_stream(documents, CharTokenizer("ab"))
 
 
-def test_splits_and_their_figures(folder: Path) -> None:
+def test_splits_and_their_sizes(folder: Path) -> None:
     corpus = load_corpus("records.jsonl", split="record", root=folder)
     assert ByteTokenizer().decode(corpus.train) == "\0one two\0"
     assert ByteTokenizer().decode(corpus.valid) == "\0six\0"
@@ -57,21 +57,21 @@ def test_splits_and_their_figures(folder: Path) -> None:
     assert corpus.valid_token_bytes.tolist() == [0, 1, 1, 1, 0]
 
 
-def test_another_source_held_out(folder: Path) -> None:
+def test_a_separate_held_out_source(folder: Path) -> None:
     corpus = load_corpus("records.jsonl", valid_source="more.txt", tokenizer="char", root=folder)
     assert (corpus.train_documents, corpus.valid_documents, corpus.valid_bytes) == (3, 1, 5)
     assert corpus.tokenizer.decode(corpus.valid) == "\0h\u00e9ld\0"
     assert corpus.tokenizer.decode(corpus.train) == "\0one two\0six\0left out\0"
 
 
-def test_one_document_needs_no_separator(folder: Path) -> None:
+def test_a_single_document_needs_no_separator(folder: Path) -> None:
     corpus = load_corpus("more.txt", split="tail", valid_fraction=0.5, tokenizer="char", root=folder)
     assert (corpus.tokenizer.vocab_size, corpus.tokenizer.eos_id) == (4, None)
     assert corpus.train.tolist() == [1, 3]
     assert corpus.valid.tolist() == [2, 0]
 
 
-def test_tokenizers_by_name_path_and_value(folder: Path) -> None:
+def test_tokenizers_are_given_by_name_path_or_value(folder: Path) -> None:
     (folder / "t.json").write_text(CharTokenizer("\0xéhld", separator="\0").to_json())
     corpus = load_corpus("more.txt", split="tail", valid_fraction=0.5, tokenizer="t.json", root=folder)
     assert corpus.train.tolist() == [0, 3, 2, 0]
@@ -92,14 +92,14 @@ def test_the_default_corpus_trains() -> None:
     corpus = load_corpus()
     assert corpus.tokenizer.kind == "byte"
     assert corpus.train_bytes > 5_000_000
-    # 5 % of some 700 documents, whose sizes differ by thousands
+    # 5 % of about 700 documents, whose sizes differ by a factor of thousands
     assert 0.01 < corpus.valid_bytes / corpus.train_bytes < 0.15
-    assert np.count_nonzero(corpus.train) == corpus.train_bytes  # no byte 0 but the separators
+    assert np.count_nonzero(corpus.train) == corpus.train_bytes  # no zero byte except the separators
     assert len(corpus.train) == corpus.train_bytes + corpus.train_documents + 1
     again = load_corpus()
     np.testing.assert_array_equal(again.train, corpus.train)
     batch = TokenBatches(corpus.train, 128, 16).batch(0)
-    assert len({row.tobytes() for row in batch["inputs"]}) > 12  # not one text sixteen times
+    assert len({row.tobytes() for row in batch["inputs"]}) > 12  # not the same text sixteen times
 
 
 def test_real_corpora(data_root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Only regular files, within the limits, in constant memory; one-line errors for the rest."""
+"""Reading regular files within limits and in constant memory; one-line errors for everything else."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, reader: str) -> None:
-    """A pipe without a writer used to block its reader for ever; a device may never end."""
+def test_anything_but_a_regular_file_is_rejected_immediately(tmp_path: Path, reader: str) -> None:
+    """A pipe without a writer used to block forever; a device may never end."""
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "device.jsonl").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as server:
@@ -53,7 +53,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, reader: str)
 
 @settings(deadline=None)
 @given(content=st.binary(max_size=60), block=st.integers(1, 9))
-def test_lines_are_those_of_the_file(
+def test_lines_equal_those_of_the_file(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, block: int
 ) -> None:
     plain = tmp_path_factory.getbasetemp() / "lines"
@@ -69,8 +69,8 @@ def test_lines_are_those_of_the_file(
             assert read_file(path) == content
 
 
-def test_a_gzip_bomb_is_refused_in_constant_memory(tmp_path: Path) -> None:
-    """512 MiB of one letter in half a megabyte, as text, lines and images."""
+def test_a_gzip_bomb_is_rejected_in_constant_memory(tmp_path: Path) -> None:
+    """512 MiB of a single letter compressed to half a megabyte, read as text, lines and images."""
     for name in ("bomb.txt.gz", "bomb.jsonl.gz"):
         with gzip.open(tmp_path / name, "wb", compresslevel=9) as file:
             for _ in range(512):
@@ -90,7 +90,7 @@ def test_a_gzip_bomb_is_refused_in_constant_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_images_stop_where_their_header_says(tmp_path: Path) -> None:
+def test_images_are_read_up_to_the_size_in_their_header(tmp_path: Path) -> None:
     header = b"\0\0\x08\x01" + (5).to_bytes(4, "big")
     with gzip.open(tmp_path / "labels.gz", "wb") as file:
         file.write(header + bytes(50 << 20))
@@ -98,7 +98,7 @@ def test_images_stop_where_their_header_says(tmp_path: Path) -> None:
         read_idx(tmp_path / "labels.gz", axes=1)
 
 
-def test_limits_are_settable_and_sound_files_are_read(
+def test_limits_are_configurable_and_valid_files_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "text.txt.gz"
@@ -112,7 +112,7 @@ def test_limits_are_settable_and_sound_files_are_read(
     monkeypatch.setenv("BITNET_JAX_MAX_LINE_BYTES", "2999")
     with pytest.raises(DataError, match="txt.gz:1: got a line of more than 2999.*BITNET_JAX_MAX_LINE_BYTES"):
         list(read_lines(path))
-    assert len(read_documents(str(path)).documents[0].text) == 3000  # a text may be one line
+    assert len(read_documents(str(path)).documents[0].text) == 3000  # a text may be a single line
     monkeypatch.setenv("BITNET_JAX_MAX_LINE_BYTES", "3000")
     assert len(list(read_lines(path))) == 1
     for wrong in ("0", "-1", "1e6", "many"):
@@ -121,7 +121,7 @@ def test_limits_are_settable_and_sound_files_are_read(
             read_file(path)
 
 
-def test_a_tokenizer_file_has_a_limit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_files_have_a_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"x" * 101)
     with pytest.raises(DataError, match="got more than 100 bytes"):
         read_file(tmp_path / "file", limit=100)
@@ -137,7 +137,7 @@ DEEP = {
 
 
 @pytest.mark.parametrize("text", DEEP.values(), ids=DEEP)
-def test_deep_and_huge_json_is_one_line(tmp_path: Path, text: str) -> None:
+def test_deeply_nested_and_huge_json_is_a_one_line_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "file.jsonl").write_text(text)
     for reader in ("text", "tokenizer", "records", "examples"):
         with pytest.raises(DataError, match=r"JSON") as error:
@@ -149,9 +149,7 @@ def test_deep_and_huge_json_is_one_line(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("depth", [50, 500, 900, 950, 990])
-def test_a_value_that_parses_but_is_too_deep_to_print_is_refused_in_one_line(
-    tmp_path: Path, depth: int
-) -> None:
+def test_json_that_parses_but_is_too_deep_to_print_is_a_one_line_error(tmp_path: Path, depth: int) -> None:
     (tmp_path / "file.jsonl").write_text('{"text": ' + "[" * depth + "]" * depth + "}")
     for reader in ("text", "records", "examples"):
         with pytest.raises(DataError) as error:

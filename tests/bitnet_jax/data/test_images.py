@@ -1,4 +1,4 @@
-"""Images: idx files whole and damaged, shrinking, drawn digits, normalization."""
+"""Images: intact and damaged idx files, downscaling, drawn digits, normalization."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """30 and 10 images of 6 x 4 pixels in four files, one half of them compressed."""
+    """30 and 10 images of 6 x 4 pixels in four files, two of them compressed."""
     rng = np.random.default_rng(0)
     for part, count, ending in (("train", 30, ".gz"), ("t10k", 10, "")):
         write_idx(
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_four_files_become_two_normalized_parts(folder: Path) -> None:
+def test_four_files_become_two_normalized_splits(folder: Path) -> None:
     sets = load_images(folder.name, root=folder.parent)
     assert sets.classes == 3
     assert sets.train.images.shape == (30, 6, 4, 1)
@@ -40,7 +40,7 @@ def test_four_files_become_two_normalized_parts(folder: Path) -> None:
     raw = read_idx(folder / "train-images-idx3-ubyte.gz", 3).astype(np.float64)
     expected = (raw - raw.mean()) / raw.std()
     np.testing.assert_allclose(sets.train.images[..., 0], expected, rtol=1e-5, atol=1e-6)
-    # the held-out part is moved by the numbers of the trained one
+    # the held-out split is normalized with the statistics of the training split
     held_out = read_idx(folder / "t10k-images-idx3-ubyte", 3)
     expected = (held_out - raw.mean()) / raw.std()
     np.testing.assert_allclose(sets.valid.images[..., 0], expected, rtol=1e-5, atol=1e-6)
@@ -60,14 +60,14 @@ def test_four_files_become_two_normalized_parts(folder: Path) -> None:
         (lambda raw: b"", "begins with ''"),
     ],
 )
-def test_damaged_idx_files(folder: Path, damage: object, message: str) -> None:
+def test_damaged_idx_files_are_rejected(folder: Path, damage: object, message: str) -> None:
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(damage(gzip.decompress(path.read_bytes()))))  # type: ignore[operator]
     with pytest.raises(DataError, match=message):
         load_images(str(folder))
 
 
-def test_damaged_gzip_and_files_that_do_not_fit(folder: Path) -> None:
+def test_damaged_gzip_and_mismatched_files_are_rejected(folder: Path) -> None:
     path = folder / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     for damaged in (whole[:-9], b"no gzip", whole[:20] + bytes(20) + whole[40:]):
@@ -96,22 +96,22 @@ def test_damaged_gzip_and_files_that_do_not_fit(folder: Path) -> None:
         ({"size": 5}, "data.image_size: got 5, expected 1 to the 4 pixels"),
     ],
 )
-def test_wishes_that_cannot_be_met(folder: Path, options: dict[str, int], message: str) -> None:
+def test_invalid_options_are_rejected(folder: Path, options: dict[str, int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_images(str(folder), **options)  # type: ignore[arg-type]
 
 
-def test_shrinking_averages_areas() -> None:
+def test_downscaling_averages_areas() -> None:
     images = np.random.default_rng(0).normal(size=(2, 6, 4, 3)).astype(np.float32)
     expected = images.reshape(2, 2, 3, 2, 2, 3).mean(axis=(2, 4))
     np.testing.assert_allclose(shrink(images, 2), expected, rtol=1e-5, atol=1e-6)
-    # a pixel of 3 from 4 old ones covers 4/3 of them: all of one, a third of its neighbour
+    # of 4 pixels scaled to 3, each new one covers 4/3 old ones: one entirely and a third of its neighbour
     line = np.array([1.0, 2, 4, 8], np.float32).reshape(1, 1, 4, 1).repeat(4, axis=1)
     expected = [(1 + 2 / 3) * 3 / 4, (2 * 2 / 3 + 4 * 2 / 3) * 3 / 4, (4 / 3 + 8) * 3 / 4]
     np.testing.assert_allclose(shrink(line, 3)[0, 0, :, 0], expected, rtol=1e-6)
 
 
-def test_drawn_digits_are_the_same_everywhere_and_tell_the_classes_apart() -> None:
+def test_drawn_digits_are_reproducible_and_distinguish_the_classes() -> None:
     digits, again, other = drawn_digits(300, 0), drawn_digits(300, 0), drawn_digits(300, 1)
     np.testing.assert_array_equal(digits.images, again.images)
     assert (digits.images != other.images).any()
@@ -121,7 +121,7 @@ def test_drawn_digits_are_the_same_everywhere_and_tell_the_classes_apart() -> No
     flat, held_out = (part.images.reshape(len(part.labels), -1) for part in (sets.train, sets.valid))
     distance = np.square(held_out[:200, None] - flat[None]).sum(axis=-1)
     found = sets.train.labels[distance.argmin(axis=1)]
-    # the nearest of 500 is right more than twice as often as chance, and far from always
+    # the nearest neighbour among 500 is right more than twice as often as chance, but not nearly always
     assert 0.2 < np.mean(found == sets.valid.labels[:200]) < 0.9
 
 

@@ -1,4 +1,4 @@
-"""Labelled texts: reading, splitting, encoding, and what cannot be used."""
+"""Labelled texts: reading, splitting, encoding, and invalid input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write(path: Path, *rows: object) -> str:
     return str(path)
 
 
-def test_two_files_become_two_encoded_parts(tmp_path: Path) -> None:
+def test_two_files_become_two_encoded_splits(tmp_path: Path) -> None:
     rows = [
         {"text": "abc", "label": "x"},
         {"text": "abcdefgh", "label": "y", "fine": 1},
@@ -39,7 +39,7 @@ def test_two_files_become_two_encoded_parts(tmp_path: Path) -> None:
     assert len(few.train["targets"]) == 2
 
 
-def test_numbers_keep_their_order_and_a_share_is_held_out(tmp_path: Path) -> None:
+def test_numeric_labels_keep_their_order_and_a_fraction_is_held_out(tmp_path: Path) -> None:
     source = write(tmp_path / "all.jsonl", *[{"text": f"text {i}", "label": i % 3 + 9} for i in range(300)])
     made = load_labelled_text(source, length=8, valid_fraction=0.3)
     assert made.classes == (9, 10, 11)
@@ -75,7 +75,7 @@ def test_keywords_of_the_standard_library() -> None:
         ),
     ],
 )
-def test_files_that_cannot_be_used(tmp_path: Path, rows: list[object], message: str) -> None:
+def test_unusable_files_are_rejected(tmp_path: Path, rows: list[object], message: str) -> None:
     source = write(tmp_path / "all.jsonl", *rows)
     with pytest.raises(DataError, match=message):
         load_labelled_text(source, length=4, valid_fraction=0.2)
@@ -91,14 +91,14 @@ def test_files_that_cannot_be_used(tmp_path: Path, rows: list[object], message: 
         ({"valid_fraction": float("nan")}, "valid_fraction: got nan"),
     ],
 )
-def test_numbers_out_of_range(tmp_path: Path, wrong: dict[str, float], message: str) -> None:
-    """A limit of -5 used to drop the last five texts without a word."""
+def test_out_of_range_numbers_are_rejected(tmp_path: Path, wrong: dict[str, float], message: str) -> None:
+    """A limit of -5 used to silently drop the last five texts."""
     source = write(tmp_path / "all.jsonl", *({"text": f"t{i}", "label": i % 2} for i in range(40)))
     with pytest.raises(DataError, match=message):
         load_labelled_text(source, **{"length": 4} | wrong)  # type: ignore[arg-type]
 
 
-def test_damage_and_names(tmp_path: Path) -> None:
+def test_damaged_files_and_unknown_names_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(DataError, match=r"bad.jsonl:1: got damaged JSON"):
         read_examples(str(tmp_path / "bad.jsonl"))

@@ -1,4 +1,4 @@
-"""Records with the fields that a task asks for, and every way in which they can lack them."""
+"""Records with the fields that a task requires, and every way those fields can be missing."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_a_limit_is_spread_over_the_file(tmp_path: Path) -> None:
         ("\xff", "expected UTF-8"),
     ],
 )
-def test_a_damaged_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+def test_the_error_names_the_damaged_line(line: str, message: str, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"question": "?", "choices": ["a"], "label": 0})
     file.write_bytes(file.read_bytes().rstrip() + b"\n" + line.encode("latin-1"))
     with pytest.raises(DataError, match=message):
         read_records("a.jsonl", FIELDS, tmp_path)
 
 
-def test_no_file_and_no_record(tmp_path: Path) -> None:
+def test_missing_file_and_empty_file_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="got no file or folder at"):
         read_records("a.jsonl", FIELDS, tmp_path)
     (tmp_path / "a.jsonl").write_text("\n\n")

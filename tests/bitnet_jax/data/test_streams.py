@@ -1,4 +1,4 @@
-"""A stream's bytes are those of its documents, for every kind of tokenizer and in any windows; what is kept on disk."""
+"""Byte counts of token streams, for every kind of tokenizer and window; the token cache on disk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def library(model: Callable[[Any], Any], **parts: Callable[[Any], Any]) -> JsonT
 
 
 def byte_level(prefix: bool = True) -> JsonTokenizer:
-    """As GPT-2's; with a prefix a blank comes in front."""
+    """Like GPT-2's; with a prefix, a space is prepended."""
 
     def model(t: Any) -> Any:
         symbols = [*sorted(t.pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
@@ -56,7 +56,7 @@ def byte_level(prefix: bool = True) -> JsonTokenizer:
 
 
 def sentence_piece() -> JsonTokenizer:
-    """As Llama's: a blank in front, unknown characters as bytes, and the decoder strips the first blank."""
+    """Like Llama's: a leading space, byte fallback, and a decoder that strips the first space."""
 
     def model(t: Any) -> Any:
         symbols = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581abcth", "th", "\u2581th"]
@@ -95,7 +95,7 @@ def metaspace() -> JsonTokenizer:
 
 
 def words() -> JsonTokenizer:
-    """Compatibility forms, lower case, no accents, no blanks: the text does not come back."""
+    """NFKC, lower case, no accents, no spaces: decoding does not restore the text."""
     return library(
         lambda t: t.models.WordLevel({"<unk>": 0, "the": 1, "a": 2}, unk_token="<unk>"),
         normalizer=lambda t: t.normalizers.Sequence(
@@ -132,7 +132,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     stride=st.integers(1, 9),
     batch_size=st.integers(1, 4),
 )
-def test_bytes_are_those_of_the_text_in_any_windows(
+def test_byte_counts_match_the_text_for_any_windows(
     tokenizer: Tokenizer, texts: list[str], length: int, stride: int, batch_size: int
 ) -> None:
     documents = [Document(str(i), text) for i, text in enumerate(texts)]
@@ -144,15 +144,15 @@ def test_bytes_are_those_of_the_text_in_any_windows(
     assert token_bytes.sum() == whole
     batches = consecutive_batches(tokens, length, batch_size, min(stride, length), token_bytes)
     assert sum(int(batch["target_bytes"][batch["scored"]].sum()) for batch in batches) == whole
-    # Each document counts for what it has, wherever the others are.
+    # Each document counts its own bytes, wherever the others are.
     assert [len(text.encode()) for text in texts] == [
         int(measured_stream([document], tokenizer).token_bytes.sum()) for document in documents
     ]
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentence_piece"])
-def test_the_bytes_of_a_long_text_do_not_depend_on_the_windows(kind: str) -> None:
-    """1,320 bytes used to be counted as 1,323 to 1,760, for decoded slices lose blanks and cut characters."""
+def test_the_byte_count_of_a_long_text_does_not_depend_on_the_windows(kind: str) -> None:
+    """1,320 bytes used to be counted as 1,323 to 1,760: decoded slices lose spaces and split characters."""
     text = "the caf\u00e9 \u4e2d\u6587 th " * 66
     assert len(text.encode()) == 1320
     stream = measured_stream([Document("a", text)], KINDS[kind]())
@@ -161,7 +161,7 @@ def test_the_bytes_of_a_long_text_do_not_depend_on_the_windows(kind: str) -> Non
         assert sum(int(batch["target_bytes"][batch["scored"]].sum()) for batch in batches) == 1320
 
 
-def test_documents_that_cannot_be_encoded_are_named() -> None:
+def test_the_error_names_a_document_that_cannot_be_encoded() -> None:
     documents = [Document("a", "ab"), Document("b", "c")]
     for stream in (token_stream, measured_stream):
         with pytest.raises(DataError, match="b: got the character 'c' at 0"):
@@ -170,7 +170,7 @@ def test_documents_that_cannot_be_encoded_are_named() -> None:
         next(consecutive_batches(np.arange(3), 2, 1, None, np.arange(2)))
 
 
-def test_batches_of_documents_make_the_same_stream(
+def test_encoding_in_batches_gives_the_same_stream(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = [Document(str(i), "the cat " * (i % 5 + 1)) for i in range(30)]
@@ -187,7 +187,9 @@ def test_batches_of_documents_make_the_same_stream(
     text=st.text(st.sampled_from("  \n\n\r\tathe.9'\u00e9\u0301\u4e2d"), min_size=1, max_size=80),
     size=st.integers(1, 20),
 )
-def test_a_long_document_in_pieces_is_the_same_stream(tokenizer: Tokenizer, text: str, size: int) -> None:
+def test_encoding_a_long_document_in_pieces_gives_the_same_stream(
+    tokenizer: Tokenizer, text: str, size: int
+) -> None:
     documents = [Document("a", text), Document("b", text[::-1])]
     whole = measured_stream(documents, tokenizer)
     with pytest.MonkeyPatch.context() as patch:
@@ -197,8 +199,8 @@ def test_a_long_document_in_pieces_is_the_same_stream(tokenizer: Tokenizer, text
     np.testing.assert_array_equal(part.token_bytes, whole.token_bytes)
 
 
-def test_a_long_document_is_cut_where_words_end_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One file of 34 MB used to take 5 GB: the library keeps much for each token of a text until it is done."""
+def test_a_long_document_is_split_only_at_word_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single file of 34 MB used to take 5 GB: the library keeps data for every token until the text is done."""
     text = "the cat.\n the cat\n  9\n" * 20
     monkeypatch.setattr(streams, "AROUND_CUT", 10)
 
@@ -212,7 +214,7 @@ def test_a_long_document_is_cut_where_words_end_and_only_there(monkeypatch: pyte
     assert "".join(cut) == text
     assert max(map(len, cut)) < 80
     assert {piece[-3:] for piece in cut[:-1]} <= {"the", "cat"}
-    # A blank would come in front of each piece, or another text be normalized: these stay whole.
+    # These tokenizers would prepend a space to each piece, or normalize across pieces: the text stays whole.
     for kind in ("sentence_piece", "metaspace", "words"):
         assert pieces(kind) == [text]
 
@@ -224,9 +226,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_tokens_are_kept_for_the_next_start_and_only_for_the_same_text_and_tokenizer(
-    kept: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_are_cached_per_text_and_tokenizer(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [Document("a", "the caf\u00e9"), Document("b", "th")]
     first = measured_stream(documents, byte_level())
     assert len(list(kept.iterdir())) == 1
@@ -250,14 +250,14 @@ def test_tokens_are_kept_for_the_next_start_and_only_for_the_same_text_and_token
             token_stream(documents, byte_level())
         assert (
             len(measured_stream(documents, ByteTokenizer()).tokens) > 0
-        )  # quicker than the disk: never kept
+        )  # faster than the disk: never cached
         patch.setenv("BITNET_JAX_CACHE", "off")
         with pytest.raises(AssertionError, match="again"):
             measured_stream(documents, byte_level())
     assert len(list(kept.iterdir())) == 1
 
 
-def test_small_texts_and_damaged_entries_are_tokenized_again(
+def test_small_texts_and_damaged_cache_entries_are_tokenized_again(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = [Document("a", "the caf\u00e9")]
@@ -282,7 +282,7 @@ def test_small_texts_and_damaged_entries_are_tokenized_again(
         assert entry.read_bytes() == whole
 
 
-def test_a_wide_vocabulary_is_kept_whole(kept: Path) -> None:
+def test_a_wide_vocabulary_is_cached_losslessly(kept: Path) -> None:
     wide = json.loads(byte_level().to_json())
     wide["model"]["vocab"]["the"] = 70_000
     wide["model"]["vocab"] = {k: v for k, v in wide["model"]["vocab"].items() if v < 258 or k == "the"}

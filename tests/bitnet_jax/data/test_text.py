@@ -1,4 +1,4 @@
-"""Sources, splits, and the one-line error for every way a file can be wrong."""
+"""Text sources, splits, and a one-line error for every kind of invalid file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_records(path: Path, *records: object) -> Path:
 # ---- the standard library
 
 
-def test_stdlib_is_the_sorted_sources_without_tests_and_packages() -> None:
+def test_stdlib_is_the_sorted_sources_without_tests_and_site_packages() -> None:
     documents, skipped = read_documents("stdlib")
     names = [document.name for document in documents]
     assert names == sorted(names)
@@ -57,7 +57,9 @@ def test_stdlib_is_the_sorted_sources_without_tests_and_packages() -> None:
     assert documents[names.index("argparse.py")].text.encode() == (root / "argparse.py").read_bytes()
 
 
-def test_stdlib_skips_what_is_not_utf8_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdlib_skips_files_that_are_not_utf8_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "b.py").write_bytes(b"# latin \xe9")
     (tmp_path / "a.py").write_text("pass\n")
     (tmp_path / "empty.py").touch()
@@ -74,7 +76,7 @@ def test_stdlib_skips_what_is_not_utf8_and_says_so(tmp_path: Path, monkeypatch: 
 # ---- files and folders
 
 
-def test_text_is_kept_to_the_byte(tmp_path: Path) -> None:
+def test_text_is_read_byte_for_byte(tmp_path: Path) -> None:
     content = "line\r\nno end: é \u2028 \U0001f600 \x0c"
     (tmp_path / "a.txt").write_bytes(content.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(content.encode()))
@@ -82,7 +84,7 @@ def test_text_is_kept_to_the_byte(tmp_path: Path) -> None:
         assert read_documents(str(tmp_path / name)).documents == (Document(name, content),)
 
 
-def test_records_keep_title_and_split(tmp_path: Path) -> None:
+def test_records_keep_their_title_and_split(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.jsonl.gz"):
         path = write_records(
             tmp_path / name,
@@ -96,8 +98,16 @@ def test_records_keep_title_and_split(tmp_path: Path) -> None:
         )
 
 
-def test_a_folder_is_its_visible_files_in_order(tmp_path: Path) -> None:
-    for folder in ("z", ".git", "k", "y", "j", "x", "i"):  # made in no order: a listing in order is luck
+def test_a_folder_is_read_as_its_visible_files_in_order(tmp_path: Path) -> None:
+    for folder in (
+        "z",
+        ".git",
+        "k",
+        "y",
+        "j",
+        "x",
+        "i",
+    ):  # created out of order, so that a sorted listing is no coincidence
         (tmp_path / folder).mkdir()
     for folder in "kyjxi":
         (tmp_path / folder / "f").write_text(folder)
@@ -128,7 +138,7 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 # ---- bad input
 
 
-def test_empty_file_and_empty_folder(tmp_path: Path) -> None:
+def test_empty_files_and_folders_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     for source in (tmp_path / "empty.txt", tmp_path):
         message = one_line_error(source)
@@ -136,30 +146,30 @@ def test_empty_file_and_empty_folder(tmp_path: Path) -> None:
         assert "non-empty" in message
 
 
-def test_wrong_encoding_names_file_byte_and_offset(tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_encoding_names_file_byte_and_offset(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("caf\u00e9 noir".encode("latin-1"))
     message = one_line_error(tmp_path / "latin.txt")
     assert f"{tmp_path / 'latin.txt'}: got byte 0xe9 at offset 3" in message
     assert "UTF-8" in message
 
 
-def test_neither_file_nor_folder(tmp_path: Path) -> None:
+def test_a_path_that_is_neither_file_nor_folder_is_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert "got a pipe, expected a regular file" in one_line_error(tmp_path / "pipe")
     assert "got a device, expected a regular file" in one_line_error("/dev/zero")
     (tmp_path / "text.txt").write_text(
         "text"
-    )  # a folder with a pipe in it: it used to be passed over in silence
+    )  # a folder with a pipe in it, which used to be silently ignored
     assert "got 1 bad files among 2: pipe: got a pipe" in one_line_error(tmp_path)
 
 
-def test_paths_the_system_refuses() -> None:
+def test_paths_rejected_by_the_system() -> None:
     assert "cannot be looked up" in one_line_error("x" * 5000)
     one_line_error("nul\0byte")
 
 
-def test_unreadable_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stand-in for the system call: root, as whom tests often run, may read everything."""
+def test_unreadable_files_and_folders_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system call is mocked: root, which often runs the tests, may read everything."""
 
     def refuse(path: object, *args: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
@@ -185,7 +195,9 @@ def test_unreadable_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "JSON that cannot be read"),
     ],
 )
-def test_a_damaged_record_names_file_and_line(tmp_path: Path, line: bytes, expected: str) -> None:
+def test_the_error_for_a_damaged_record_names_file_and_line(
+    tmp_path: Path, line: bytes, expected: str
+) -> None:
     path = tmp_path / "records.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "fine"}\n\n' + line + b"\n"))
     message = one_line_error(path)
@@ -193,7 +205,7 @@ def test_a_damaged_record_names_file_and_line(tmp_path: Path, line: bytes, expec
     assert expected in message
 
 
-def test_damaged_gzip_names_file_and_place(tmp_path: Path) -> None:
+def test_the_error_for_damaged_gzip_names_file_and_position(tmp_path: Path) -> None:
     content = b"".join(b'{"text": "%d"}\n' % (i * 7919 % 10007) for i in range(3000))
     packed = gzip.compress(content)
     flipped = bytearray(packed)
@@ -249,7 +261,7 @@ def test_fuzzed_files_are_read_or_refused(
         assert all(document.text for document in result.documents)
 
 
-def test_all_bad_files_of_a_folder_are_named_and_left_out_only_if_asked(tmp_path: Path) -> None:
+def test_all_bad_files_of_a_folder_are_named_and_skipped_only_on_request(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     (tmp_path / "deep").mkdir()
@@ -261,7 +273,9 @@ def test_all_bad_files_of_a_folder_are_named_and_left_out_only_if_asked(tmp_path
     with pytest.warns(UserWarning, match=r"skipped 2 bad files of 3: b.txt: .*deep/c.jsonl:2") as warned:
         documents, skipped = read_documents(str(tmp_path), skip_bad_files=True)
     assert len(warned) == 1
-    assert [document.name for document in documents] == ["a.txt"]  # nothing of a file that is partly bad
+    assert [document.name for document in documents] == [
+        "a.txt"
+    ]  # nothing from a file that is partly invalid
     assert skipped == ("b.txt", "deep/c.jsonl")
     for number in range(20):
         (tmp_path / f"bad{number}.txt").write_bytes(b"\xff")
@@ -274,14 +288,14 @@ def test_all_bad_files_of_a_folder_are_named_and_left_out_only_if_asked(tmp_path
 # ---- Hugging Face
 
 
-def test_hugging_face_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_face_without_the_package_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = one_line_error("hf:roneneldan/TinyStories", allow_download=True)
     assert "roneneldan/TinyStories" in message
     assert "pip install datasets" in message
 
 
-def test_hugging_face_splits_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_face_splits_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load_dataset(path: str, name: str | None) -> dict[str, list[dict[str, object]]]:
@@ -313,24 +327,24 @@ def some_documents(count: int) -> list[Document]:
     return [Document(f"d{i}", f"text {i}\n" * (1 + i % 7)) for i in range(count)]
 
 
-def test_document_split_is_by_content_alone() -> None:
+def test_the_document_split_depends_only_on_content() -> None:
     documents = some_documents(2000)
     train, valid = split_documents(documents, "document", 0.05)
     assert sorted(train + valid) == sorted(documents)
-    # 2000 draws of probability 0.05: mean 100, standard deviation 9.7; the band is 4 of them
+    # 2000 draws with probability 0.05: mean 100, standard deviation 9.7; the tolerance is 4 of them
     assert 61 <= len(valid) <= 139
     renamed = [document._replace(name="other") for document in reversed(documents)]
     assert {d.text for d in split_documents(renamed, "document", 0.05)[1]} == {d.text for d in valid}
-    # adding documents moves none, and a larger share holds out what a smaller one does
+    # adding documents moves none, and a larger fraction holds out a superset of a smaller one
     assert set(split_documents(documents[:500], "document", 0.05)[1]) == set(valid) & set(documents[:500])
     assert set(valid) <= set(split_documents(documents, "document", 0.1)[1])
-    # pinned: the rule may not drift between machines, Pythons or versions of this file
+    # pinned: the rule may not change between machines, Python versions or versions of the code
     assert [d.name for d in valid[:4]] == ["d5", "d55", "d61", "d76"]
 
 
 @settings(deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=6), st.floats(0.01, 0.99))
-def test_tail_split_keeps_every_character_in_order(texts: list[str], fraction: float) -> None:
+def test_the_tail_split_keeps_every_character_in_order(texts: list[str], fraction: float) -> None:
     documents = [Document(str(i), text) for i, text in enumerate(texts)]
     whole = "".join(texts)
     border = int(len(whole) * (1 - fraction))
@@ -344,7 +358,7 @@ def test_tail_split_keeps_every_character_in_order(texts: list[str], fraction: f
     assert all(d.text for d in train + valid)
 
 
-def test_record_split_leaves_out_the_rest() -> None:
+def test_the_record_split_ignores_other_splits() -> None:
     documents = [Document(s, s, s) for s in ("train", "valid", "test", "dev", "validation")]
     train, valid = split_documents([*documents, Document("none", "x")], "record")
     assert [d.name for d in train] == ["train"]
@@ -362,6 +376,6 @@ def test_record_split_leaves_out_the_rest() -> None:
         ("record", 0.1, "give each record a field split"),
     ],
 )
-def test_impossible_splits(split: str, fraction: float, expected: str) -> None:
+def test_invalid_splits_are_rejected(split: str, fraction: float, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         split_documents(some_documents(3), split, fraction)

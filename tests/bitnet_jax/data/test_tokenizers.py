@@ -1,4 +1,4 @@
-"""Round trips, streams, files that come back the same, and damaged files that are refused."""
+"""Tokenizers: round trips, streaming, serialization, and damaged files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from bitnet_jax.data import ByteTokenizer, CharTokenizer, DataError, JsonTokenizer, Tokenizer, from_json
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # all but surrogates
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # everything except surrogates
 ALPHABET = "\n !abcé\u4e2d\U0001f600"
 
 
 def bpe(**changes: object) -> str:
-    """A byte-level BPE of the 256 bytes, two merges and an end token, as the tokenizers library writes it."""
+    """A byte-level BPE with 256 bytes, two merges and an end token, as written by the tokenizers library."""
     pytest.importorskip("tokenizers", reason="the tokenizers library is an extra")
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers
@@ -49,7 +49,7 @@ def text_for(tokenizer: Tokenizer) -> st.SearchStrategy[str]:
     return st.text(ALPHABET) if tokenizer.kind == "char" else TEXT
 
 
-# The fixture makes one stateless tokenizer for all examples, which is what is meant.
+# Sharing one stateless tokenizer between all examples is intended.
 ONE_TOKENIZER = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
 )
@@ -72,8 +72,8 @@ def test_round_trip(tokenizer: Tokenizer, data: st.DataObject) -> None:
 
 @ONE_TOKENIZER
 @given(data=st.data())
-def test_a_stream_joins_to_the_whole(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    """Any ids, also ones that are no text, in any pieces."""
+def test_streamed_pieces_join_to_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Any ids, including ones that are not valid text, in any pieces."""
     if data.draw(st.booleans()):
         ids = tokenizer.encode(data.draw(text_for(tokenizer))).tolist()
     else:
@@ -88,7 +88,7 @@ def test_a_stream_joins_to_the_whole(tokenizer: Tokenizer, data: st.DataObject) 
 
 
 @pytest.mark.parametrize("kind", ["byte", "json"])
-def test_a_stream_holds_back_half_a_character(kind: str) -> None:
+def test_a_stream_holds_back_incomplete_characters(kind: str) -> None:
     tokenizer = MAKERS[kind]()
     decoder = tokenizer.decoder()
     ids = tokenizer.encode("a\U0001f600b")
@@ -101,7 +101,7 @@ def test_a_stream_holds_back_half_a_character(kind: str) -> None:
 
 @ONE_TOKENIZER
 @given(data=st.data())
-def test_json_brings_the_tokenizer_back(tokenizer: Tokenizer, data: st.DataObject) -> None:
+def test_json_round_trip(tokenizer: Tokenizer, data: st.DataObject) -> None:
     again = from_json(tokenizer.to_json())
     assert type(again) is type(tokenizer)
     assert (again.kind, again.vocab_size, again.eos_id) == (
@@ -124,7 +124,7 @@ def test_separators() -> None:
     assert (json_tokenizer.vocab_size, json_tokenizer.eos_id) == (259, 258)
 
 
-def test_ids_that_are_none(tokenizer: Tokenizer) -> None:
+def test_invalid_ids_are_rejected(tokenizer: Tokenizer) -> None:
     for wrong in (-1, tokenizer.vocab_size):
         for use in (tokenizer.decode, tokenizer.decoder().push):
             with pytest.raises(DataError, match=f"got {wrong}, expected 0 to {tokenizer.vocab_size - 1}"):
@@ -134,7 +134,7 @@ def test_ids_that_are_none(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([]) == ""
 
 
-def test_text_that_cannot_be_written(tokenizer: Tokenizer) -> None:
+def test_text_that_cannot_be_encoded(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="lone surrogate"):
         tokenizer.encode("a\ud800")
 
@@ -143,16 +143,18 @@ def test_text_that_cannot_be_written(tokenizer: Tokenizer) -> None:
 
 
 def test_a_character_counts_with_its_first_token() -> None:
-    """A byte-level vocabulary cuts characters; bytes count where they are first touched, those of the text."""
+    """A byte-level vocabulary splits characters; a character's bytes are attributed to its first token."""
     text = "a\u00e9\U0001f600the"
     ((ids, sizes),) = JsonTokenizer(bpe()).encode_measured([text])
     assert len(ids) == 8
     assert sizes.tolist() == [1, 2, 0, 4, 0, 0, 0, 3]
     unknown = CharTokenizer("ab?", unknown="?").encode_measured(["a\u4e2d"])
-    assert [sizes.tolist() for _, sizes in unknown] == [[1, 3]]  # of the text, not of the question mark
+    assert [sizes.tolist() for _, sizes in unknown] == [
+        [1, 3]
+    ]  # the bytes of the text, not of the question mark
 
 
-def test_a_symbol_outside_the_alphabet() -> None:
+def test_symbols_outside_the_alphabet() -> None:
     with pytest.raises(
         DataError, match="got the character 'z' at 2, expected one of the tokenizer's 3 symbols"
     ):
@@ -172,7 +174,7 @@ def test_a_symbol_outside_the_alphabet() -> None:
         (("a\ud800",), "lone surrogate"),
     ],
 )
-def test_impossible_alphabets(arguments: tuple[str, ...], expected: str) -> None:
+def test_invalid_alphabets_are_rejected(arguments: tuple[str, ...], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         CharTokenizer(*arguments)
 
@@ -180,7 +182,7 @@ def test_impossible_alphabets(arguments: tuple[str, ...], expected: str) -> None
 # ---- tokenizer.json
 
 
-def test_llama3_cases_are_exact(oracles: Path) -> None:
+def test_llama3_cases_match_exactly(oracles: Path) -> None:
     pytest.importorskip("tokenizers", reason="the tokenizers library is an extra")
     folder = oracles / "tokenizer"
     tokenizer = from_json((folder / "tokenizer.json").read_text())
@@ -198,7 +200,7 @@ def test_llama3_cases_are_exact(oracles: Path) -> None:
         assert tokenizer.encode(case["text"]).tolist() == case["ids"]
 
 
-def test_cutting_and_filling_up_are_switched_off() -> None:
+def test_truncation_and_padding_are_disabled() -> None:
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     padding = {
         "strategy": {"Fixed": 8},
@@ -213,14 +215,14 @@ def test_cutting_and_filling_up_are_switched_off() -> None:
     assert len(tokenizer.encode("ab")) == 2
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_missing_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     content = bpe()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(DataError, match=r"pip install tokenizers"):
         from_json(content)
 
 
-def test_a_text_the_library_fails_on() -> None:
+def test_text_on_which_the_library_fails() -> None:
     """A word-level vocabulary without a token for unknown words raises inside the library."""
     model = {"type": "WordLevel", "vocab": {"known": 0}, "unk_token": "[UNK]"}
     tokenizer = JsonTokenizer(bpe(model=model, added_tokens=[], pre_tokenizer=None, decoder=None))
@@ -246,13 +248,13 @@ def test_a_text_the_library_fails_on() -> None:
         ('{"kind": {}}', "got kind {}"),
     ],
 )
-def test_damaged_files(content: str, expected: str) -> None:
+def test_damaged_files_are_rejected(content: str, expected: str) -> None:
     with pytest.raises(DataError, match=expected) as caught:
         from_json(content)
     assert "\n" not in str(caught.value)
 
 
-def test_files_the_library_refuses() -> None:
+def test_files_rejected_by_the_library() -> None:
     for content in (
         '{"model": {}}',
         bpe()[:-20] + "}",
@@ -265,7 +267,7 @@ def test_files_the_library_refuses() -> None:
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_fuzzed_files_are_read_or_refused(data: st.DataObject) -> None:
-    """Random text, random JSON, and small damages to good files; what is accepted must also work."""
+    """Random text, random JSON, and small damages to good files; whatever is accepted must also work."""
     good = data.draw(st.sampled_from(sorted(MAKERS)))
     content = MAKERS[good]().to_json()
     how = data.draw(st.sampled_from(["text", "json", "cut", "characters", "field"]))

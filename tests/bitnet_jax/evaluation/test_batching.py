@@ -1,4 +1,4 @@
-"""Every text stands in one batch, and few shapes occur."""
+"""Batches of texts: each text occurs once, in few distinct shapes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 from bitnet_jax.evaluation.batching import batches, widths
 
 
-def test_widths_end_with_the_longest() -> None:
+def test_the_last_width_is_that_of_the_longest_text() -> None:
     assert widths(20) == [20]
     assert widths(32) == [32]
     assert widths(100) == [32, 64, 100]
 
 
 @pytest.mark.parametrize("longest", [10, 64, 300])
-def test_every_text_once(longest: int) -> None:
+def test_every_text_is_in_exactly_one_batch(longest: int) -> None:
     sizes = np.random.default_rng(0).integers(1, longest + 1, 200)
     found = list(batches(sizes, longest, lambda width: 500 // width))
     assert sorted(i for batch in found for i in batch.texts) == list(range(200))
@@ -27,6 +27,6 @@ def test_every_text_once(longest: int) -> None:
     assert len({(rows, width) for _, rows, width in found}) <= len(widths(longest))
 
 
-def test_a_bar_counts_texts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_counts_texts(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list(batches(np.array([3, 4, 50]), 64, lambda width: 0, progress=True))) == 3
     assert "3/3" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Metrics of classes against their definitions, and classifiers against a forward pass of each text alone."""
+"""Classification metrics against their definitions, and classifiers against a forward pass per text."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def classifier() -> TextModel:
     return TextModel(CLASSIFIER, {"params": params}, ByteTokenizer())
 
 
-def test_f1_by_hand() -> None:
+def test_f1_matches_a_hand_computed_value() -> None:
     labels, predictions = np.array([1, 1, 1, 0, 0, 2]), np.array([1, 1, 0, 1, 0, 0])
     assert f1(labels, predictions) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert macro_f1(labels, predictions) == pytest.approx((f1(labels, predictions) + 2 / 5 + 0) / 3)
     assert f1(labels, predictions, positive=7) == 0
 
 
-def test_matthews_is_the_correlation_of_two_classes_and_its_generalization() -> None:
+def test_matthews_is_the_binary_correlation_and_its_multiclass_generalization() -> None:
     random = np.random.default_rng(0)
     labels = random.integers(0, 2, 300)
     predictions = np.where(random.random(300) < 0.7, labels, 1 - labels)
     assert matthews(labels, predictions) == pytest.approx(np.corrcoef(labels, predictions)[0, 1])
-    # Of several classes: the correlation of indicator vectors, summed over classes (Gorodkin 2004).
+    # For several classes: the correlation of indicator vectors, summed over classes (Gorodkin 2004).
     labels, predictions = random.integers(0, 5, 400), random.integers(0, 5, 400)
     predictions[:200] = labels[:200]
     x, y = (np.eye(5)[values] - np.eye(5)[values].mean(axis=0) for values in (labels, predictions))
@@ -50,7 +50,7 @@ def test_matthews_is_the_correlation_of_two_classes_and_its_generalization() -> 
     assert matthews(labels, np.zeros(400, int)) == 0
 
 
-def test_a_classifier_answers_with_its_head(classifier: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_classifier_predicts_with_its_head(classifier: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH_TOKENS", 80)
     texts = [
         "a",
@@ -59,13 +59,13 @@ def test_a_classifier_answers_with_its_head(classifier: TextModel, monkeypatch: 
         "gh" * 30,
         "i",
         "jklmn",
-    ]  # two widths, a filled-up batch, one text that is cut
+    ]  # two widths, a padded batch, one truncated text
     forward = jax.jit(Transformer(CLASSIFIER).apply)  # far faster to compile than operation by operation
     alone = []
     for text in texts:
         tokens = jnp.asarray(ByteTokenizer().encode(text)[:40])[None]
         alone.append(int(jnp.argmax(forward(classifier.variables, tokens).logits)))
-    assert len(set(alone)) > 1, "a constant classifier would prove nothing"
+    assert len(set(alone)) > 1, "a constant classifier would make this test vacuous"
     assert predict_classes(classifier, texts, 3).tolist() == alone
 
     labels = ["c", "a", "b", "a", "c", "b"]
@@ -78,7 +78,7 @@ def test_a_classifier_answers_with_its_head(classifier: TextModel, monkeypatch: 
     assert result.baselines == {"acc_of_the_largest_class": pytest.approx(1 / 3)}
 
 
-def test_a_language_model_answers_with_the_likeliest_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_language_model_predicts_the_most_likely_label_word(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def choose(model: TextModel, items: list, *, progress: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +100,7 @@ def test_a_language_model_answers_with_the_likeliest_word(monkeypatch: pytest.Mo
     assert result.details["predicted_shares"] == [0.25, 0.75]
 
 
-def test_what_cannot_be_classified(classifier: TextModel) -> None:
+def test_invalid_classification_tasks_are_rejected(classifier: TextModel) -> None:
     records = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
     with pytest.raises(DataError, match="got a head of 3 classes for 2 labels"):
         classification(classifier, records, template="{text}")

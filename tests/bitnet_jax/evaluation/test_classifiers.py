@@ -1,4 +1,4 @@
-"""Scores of classifiers against their definitions, and on a model."""
+"""Scores of classifiers: against their definitions, and computed on a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bitnet_jax.evaluation.classifiers import ClassificationScore, score_classif
 from bitnet_jax.models import BinaryMLP, BinaryMLPConfig
 
 
-def test_two_classes() -> None:
+def test_scores_of_two_classes() -> None:
     labels, predictions = np.repeat([0, 0, 1, 1], [50, 10, 5, 35]), np.repeat([0, 1, 0, 1], [50, 10, 5, 35])
     found = ClassificationScore(10.0, labels, predictions).summary()
     precision, recall = 35 / 45, 35 / 40
@@ -24,7 +24,7 @@ def test_two_classes() -> None:
     assert found["loss"] == pytest.approx(0.1)
 
 
-def test_more_classes_against_the_correlation_of_indicators() -> None:
+def test_multiclass_matthews_is_the_correlation_of_indicators() -> None:
     true, given = np.random.default_rng(0).integers(0, 4, (2, 90))
     x, y = np.eye(4)[true], np.eye(4)[given]
     covariance = [np.mean((a - a.mean(0)) * (b - b.mean(0))) for a, b in ((x, y), (x, x), (y, y))]
@@ -34,7 +34,7 @@ def test_more_classes_against_the_correlation_of_indicators() -> None:
     assert found["f1"] == pytest.approx(np.mean(f1))
 
 
-def test_a_model_is_scored_over_batches_as_over_all_at_once() -> None:
+def test_batched_scores_equal_scores_of_all_examples_at_once() -> None:
     config = BinaryMLPConfig(image_size=4, num_classes=3, hidden_size=16, num_layers=1)
     rng = np.random.default_rng(0)
     examples = {

@@ -1,4 +1,4 @@
-"""The energy model against every cell that the papers print, and its counts against plain loops."""
+"""The energy model against every value published in the papers, and its operation counts against plain loops."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bitnet_jax.evaluation.energy import (
     BITS_PER_WEIGHT,
     PICOJOULES,
     activated_parameters,
-    as_floats,
     ideal_bits,
     joules,
     operations,
+    without_quantization,
 )
 from bitnet_jax.models import PRESETS, ModelConfig
 from bitnet_jax.quantization.recipes import RECIPES
@@ -31,7 +31,7 @@ TABLE_1 = {
     "13B": {32: (8.58, 2.49, 24.23, 5.89), 16: (2.23, 1.05, 7.20, 2.62), 1: (0.04, 0.06, 0.12, 0.24)},
     "30B": {32: (20.09, 5.83, 56.73, 13.80), 16: (5.21, 2.45, 16.87, 6.13), 1: (0.06, 0.14, 0.20, 0.53)},
 }
-# The same cells as the formulas give them, with more digits.
+# The same cells computed from the formulas, with more digits.
 COMPUTED = {
     "6.7B": {32: (4.4111, 1.2796), 16: (1.1449, 0.5388, 3.7040, 1.3469), 1: (0.0238, 0.0341, 0.0769, 0.1264)},
     "13B": {32: (8.5803, 2.4889), 16: (2.2269, 1.0480, 7.2048, 2.6199), 1: (0.0371, 0.0623, 0.1202, 0.2362)},
@@ -41,12 +41,12 @@ COMPUTED = {
         1: (0.0624, 0.1349, 0.2019, 0.5267),
     },
 }
-# 2310.11453 Figure 1 and 2402.17764 Figure 3: how many times less energy, 7 nm.
+# 2310.11453 Figure 1 and 2402.17764 Figure 3: energy reduction factor, 7 nm.
 RATIOS = {
     "125M": (8.79, 8.8), "350M": (11.02, 11.0), "760M": (15.03, 15.0), "1.3B": (18.55, 18.6), "2.7B": (21.65, 21.7),
     "6.7B": (29.10, 29.1), "13B": (32.94, 32.9), "30B": (38.85, 38.8), "70B": (41.17, 41.2),
 }  # fmt: skip
-# 2504.12285: hidden, layers, q, kv, ffn -> billions of linear weights, joules computed and printed.
+# 2504.12285: hidden, layers, q, kv, ffn -> billions of linear weights, joules (computed, published).
 TABLE_2B4T = {
     "LLaMA3.2-1B": ((2048, 16, 2048, 512, 8192), 0.9731, 0.2577, 0.258),
     "Gemma-3-1B": ((1152, 26, 1024, 256, 6912), 0.6978, 0.1856, 0.186),
@@ -81,7 +81,7 @@ def cells(size: str, bits: int) -> tuple[float, ...]:
 def test_every_cell_of_table_1(size: str, bits: int) -> None:
     got = cells(size, bits)
     for column, (value, printed) in enumerate(zip(got, TABLE_1[size][bits], strict=True)):
-        # Rounding to two digits; the printed sums of 6.7B and 30B in one bit at 7 nm are rounded up.
+        # Rounding to two digits; the published 1-bit sums of 6.7B and 30B at 7 nm are rounded up.
         rounded_up = bits == 1 and column == 1 and size != "13B"
         assert value == pytest.approx(printed, abs=0.007 if rounded_up else 0.006)
     for value, computed in zip(got, COMPUTED[size][bits], strict=False):
@@ -89,15 +89,15 @@ def test_every_cell_of_table_1(size: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("size", RATIOS)
-def test_every_ratio(size: str) -> None:
+def test_every_published_ratio(size: str) -> None:
     config = b1(size)
-    energies = [joules(operations(c, 512), "7nm").total for c in (as_floats(config), config)]
+    energies = [joules(operations(c, 512), "7nm").total for c in (without_quantization(config), config)]
     computed, printed = RATIOS[size]
     assert energies[0] / energies[1] == pytest.approx(computed, abs=0.006)
     assert energies[0] / energies[1] == pytest.approx(printed, abs=0.06)
 
 
-def test_a_product_of_matrices_is_71_times_cheaper() -> None:
+def test_a_matrix_product_is_71_times_cheaper() -> None:
     prices = PICOJOULES["7nm"]
     assert sum(prices["float16"]) / prices["int8"].add == pytest.approx(71.4, abs=0.05)
     rows = [
@@ -120,12 +120,12 @@ def test_the_energy_column_of_2b4t(name: str) -> None:
     assert energy == pytest.approx(printed, abs=6e-4)
 
 
-def test_2b4t_itself() -> None:
+def test_the_energy_of_the_2b4t_config() -> None:
     config = PRESETS["2b4t"]
     rows = operations(config, 512)
     without_rescaling = joules(
         row for row in rows if row.part != "rescale"
-    ).total  # which the column leaves out
+    ).total  # which the column excludes
     assert without_rescaling == pytest.approx(0.0276, abs=5e-5)
     assert joules(rows).total == pytest.approx(0.028, abs=5e-4)
     parameters = activated_parameters(config, {}).parameters
@@ -156,7 +156,7 @@ def test_the_sparsity_of_a48(size: str) -> None:
     assert 100 * result.sparsity == pytest.approx(overall, abs=0.006)
     assert result.parameters == pytest.approx(1e6 * parameters, rel=1e-3)
     assert result.activated == pytest.approx(1e6 * activated, rel=1e-3)
-    # What the recipe says by itself: top-k leaves half of the inputs of o_proj.
+    # From the recipe alone: top-k keeps half of the inputs of o_proj.
     assert activated_parameters(config, {"*[!o]_proj": 0.0}).activated == pytest.approx(
         result.parameters - layers * hidden**2 / 2
     )
@@ -175,7 +175,7 @@ def test_the_bits_of_spectra(size: str) -> None:
     assert ideal_bits(config) == pytest.approx(ideal_bits(config, linear_bits=math.log2(3)))
 
 
-def test_packings() -> None:
+def test_packed_sizes() -> None:
     printed = {
         "I2_S": 2,
         "TL1": 2,
@@ -187,11 +187,11 @@ def test_packings() -> None:
     }
     for name, bits in printed.items():
         assert BITS_PER_WEIGHT[name] == pytest.approx(bits, abs=0.005)
-    assert set(FORMATS) <= set(BITS_PER_WEIGHT), "a format of the kernels without its size"
+    assert set(FORMATS) <= set(BITS_PER_WEIGHT), "a kernel format without a size"
 
 
 def by_loops(config: ModelConfig, length: int) -> dict[str, list[float]]:
-    """Additions and multiplications of a float model, counted one dot product at a time."""
+    """Additions and multiplications of a float model, counted dot product by dot product."""
     counts = {"linear": 0, "attention": 0, "head": 0}
     for path, (n, k) in config.linear_shapes().items():
         for _token in range(length):
@@ -206,7 +206,7 @@ def by_loops(config: ModelConfig, length: int) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_floats_are_counted_as_loops_do(tied: bool) -> None:
+def test_float_operation_counts_match_plain_loops(tied: bool) -> None:
     config = dataclasses.replace(PRESETS["tiny"], precision="float32", tie_embeddings=tied)
     for row in operations(config, 7):
         assert (row.number, row.adds, row.multiplies) == ("float16", *[by_loops(config, 7)[row.part]] * 2)
@@ -224,7 +224,7 @@ def test_floats_are_counted_as_loops_do(tied: bool) -> None:
         ("bnn", "int8", 0, "none"),
     ],
 )
-def test_what_a_recipe_saves(recipe: str, number: str, products_per_weight: int, rescales: str) -> None:
+def test_savings_of_a_recipe(recipe: str, number: str, products_per_weight: int, rescales: str) -> None:
     config = dataclasses.replace(PRESETS["tiny"], hidden_size=128, precision=recipe)
     shapes = config.linear_shapes().values()
     weights, groups = sum(n * k for n, k in shapes), 64 if recipe.endswith("group64") else None
@@ -239,7 +239,7 @@ def test_what_a_recipe_saves(recipe: str, number: str, products_per_weight: int,
     assert rows["rescale"].adds == (5 * sum(n * (k // groups - 1) for n, k in shapes) if groups else 0)
 
 
-def test_zeros_and_kinds_of_attention() -> None:
+def test_zeros_and_attention_kinds() -> None:
     config = PRESETS["tiny"]
     dense, sparse = (
         {row.part: row for row in operations(config, 9, zeros=zeros)} for zeros in ({}, {"*down_proj": 0.75})
@@ -255,9 +255,12 @@ def test_zeros_and_kinds_of_attention() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_has_a_price_below_floats_but_for_its_scales(recipe: str) -> None:
+def test_every_recipe_costs_less_than_float_apart_from_its_scales(recipe: str) -> None:
     config = dataclasses.replace(PRESETS["tiny"], precision=recipe)
-    rows = [[row for row in operations(c, 64) if row.part != "rescale"] for c in (config, as_floats(config))]
+    rows = [
+        [row for row in operations(c, 64) if row.part != "rescale"]
+        for c in (config, without_quantization(config))
+    ]
     assert 0 < joules(rows[0], head=True).total <= joules(rows[1], head=True).total
 
 
@@ -270,7 +273,7 @@ def test_every_recipe_has_a_price_below_floats_but_for_its_scales(recipe: str) -
         ({"zeros": {"*down_poj": 0.5}}, "expected one that matches a path such as layers_0/attention/q_proj"),
     ],
 )
-def test_what_cannot_be_counted(arguments: dict, message: str) -> None:
+def test_uncountable_models_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         operations(PRESETS["tiny"], **{"length": 4} | arguments)
     with pytest.raises(ValueError, match="process: got '5nm', expected one of 45nm, 7nm"):

@@ -1,4 +1,4 @@
-"""Intervals against known values and against how often they hold what they should."""
+"""Confidence intervals against known values and their empirical coverage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bitnet_jax.evaluation.intervals import bootstrap, mean, mean_of_proportions
 
 @pytest.mark.parametrize(
     ("successes", "count", "low", "high"),
-    # Wilson's formula in other words: the p at which (x / n - p)^2 = z^2 p (1 - p) / n.
+    # Wilson's formula restated: the p at which (x / n - p)^2 = z^2 p (1 - p) / n.
     [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],
 )
 def test_wilson(successes: int, count: int, low: float, high: float) -> None:
@@ -24,15 +24,15 @@ def test_wilson(successes: int, count: int, low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.5])
-def test_wilson_holds_the_truth_as_often_as_it_says(p: float) -> None:
+def test_wilson_has_its_nominal_coverage(p: float) -> None:
     draws = np.random.default_rng(1).binomial(200, p, 2000)
     held = np.mean([proportion(int(x), 200).low <= p <= proportion(int(x), 200).high for x in draws])
     assert held == pytest.approx(
         0.95, abs=0.025
-    )  # counts are discrete; 2,000 draws have a deviation of 0.005
+    )  # counts are discrete; the standard error of 2,000 draws is 0.005
 
 
-def test_impossible_counts() -> None:
+def test_invalid_counts_are_rejected() -> None:
     for successes, count in ((0, 0), (-1, 5), (6, 5)):
         with pytest.raises(ValueError, match="expected 0 to count"):
             proportion(successes, count)
@@ -44,7 +44,7 @@ def test_bootstrap_of_a_mean_is_the_normal_interval() -> None:
     assert estimate == mean(values)
     assert estimate.value == pytest.approx(values.mean())
     half = 1.96 * values.std() / 20
-    # 1000 resamples know a 2.5 % point to about 7 % of the half width.
+    # 1000 resamples estimate a 2.5 % quantile to about 7 % of the half width.
     assert estimate.high - estimate.value == pytest.approx(half, rel=0.2)
     assert estimate.value - estimate.low == pytest.approx(half, rel=0.2)
 
@@ -67,9 +67,9 @@ def test_the_mean_of_groups() -> None:
     assert single.high == 1
 
 
-def test_the_interval_of_groups_holds_the_truth() -> None:
+def test_the_interval_of_groups_covers_the_truth() -> None:
     truth, counts = np.linspace(0.1, 0.95, 20), np.full(20, 15)
     random = np.random.default_rng(3)
     estimates = [mean_of_proportions(random.binomial(counts, truth), counts) for _ in range(1000)]
     held = np.mean([e.low <= truth.mean() <= e.high for e in estimates])
-    assert held == pytest.approx(0.96, abs=0.025)  # Laplace's estimate is a little wide on purpose
+    assert held == pytest.approx(0.96, abs=0.025)  # Laplace's estimate is deliberately slightly wide

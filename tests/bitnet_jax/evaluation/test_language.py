@@ -1,4 +1,4 @@
-"""Scores against known distributions, against a plain loop, and the same for latent and packed weights."""
+"""Language model scores against known distributions and a plain loop, for latent and packed weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def latent() -> dict[str, object]:
 
 
 def sizes(tokens: np.ndarray) -> np.ndarray:
-    """Bytes that each token of a byte stream stands for."""
+    """The number of bytes of each token of a byte stream."""
     return (tokens != 0).astype(np.int32)
 
 
@@ -63,13 +63,13 @@ def uniform(variables: object, tokens: jax.Array) -> jax.Array:
     return jnp.zeros((*tokens.shape, 256), jnp.float32)
 
 
-def test_a_uniform_model_costs_eight_bits_a_byte_and_its_separators(tokens: np.ndarray) -> None:
+def test_a_uniform_model_costs_eight_bits_per_byte_and_separator(tokens: np.ndarray) -> None:
     score = evaluate(uniform, {}, consecutive_batches(tokens, 16, 4, None, sizes(tokens)))
     text_bytes = len(TEXT.encode())
     assert (score.tokens, score.text_bytes) == (
         text_bytes + 1,
         text_bytes,
-    )  # the last separator is predicted too
+    )  # the last separator is predicted as well
     # float32 logs, summed over 16 in float32 and then in float64
     assert score.nats_per_token == pytest.approx(math.log(256), rel=1e-6)
     assert score.bits_per_byte == pytest.approx(8 * (text_bytes + 1) / text_bytes, rel=1e-6)
@@ -83,7 +83,7 @@ def test_a_uniform_model_costs_eight_bits_a_byte_and_its_separators(tokens: np.n
     }
 
 
-def test_bytes_are_those_of_the_text_not_of_the_tokens() -> None:
+def test_bits_per_byte_counts_bytes_of_the_text_and_not_tokens() -> None:
     tokenizer = CharTokenizer.fit([TEXT])
     ids, token_bytes = measured_stream([Document("a", TEXT)], tokenizer)
 
@@ -94,16 +94,16 @@ def test_bytes_are_those_of_the_text_not_of_the_tokens() -> None:
     assert (score.tokens, score.text_bytes) == (
         len(TEXT) - 1,
         len(TEXT.encode()) - 1,
-    )  # the first one is given
+    )  # the first one is not predicted
     bits = math.log2(tokenizer.vocab_size) * (len(TEXT) - 1) / (len(TEXT.encode()) - 1)
     assert score.bits_per_byte == pytest.approx(bits, rel=1e-6)
 
 
 @pytest.mark.parametrize(("length", "stride"), [(16, None), (16, 5), (7, None), (200, 1)])
-def test_a_bigram_table_scores_the_same_in_any_windows(
+def test_a_bigram_model_scores_the_same_for_any_windows(
     tokens: np.ndarray, length: int, stride: int | None
 ) -> None:
-    """It looks one token back, so windows must not matter; and ngram.py says what the sum is."""
+    """It looks one token back, so windows must not matter; ngram.py gives the expected sum."""
     counts = ngram_counts(tokens, order=2)
     table = jnp.log(jnp.asarray((counts + 0.1) / (counts.sum(1, keepdims=True) + 25.6), jnp.float32))
 
@@ -114,8 +114,8 @@ def test_a_bigram_table_scores_the_same_in_any_windows(
     assert score.nats == pytest.approx(ngram_nats(counts, tokens, 0.1).sum(), rel=1e-6)
 
 
-def test_what_is_not_scored_may_be_impossible() -> None:
-    """log P = -inf at padded places must not spoil the sum."""
+def test_unscored_tokens_may_have_probability_zero() -> None:
+    """log P = -inf at padding must not affect the sum."""
     logits = jnp.where(jnp.arange(4) == 0, -jnp.inf, 0.0)
 
     def never_zero(variables: object, tokens: jax.Array) -> jax.Array:
@@ -136,7 +136,7 @@ def test_token_nats_is_the_negative_log_probability() -> None:
 
 
 @pytest.mark.parametrize("stride", [None, 4])
-def test_a_transformer_scores_as_a_plain_loop_does(
+def test_transformer_scores_match_a_plain_loop(
     tokens: np.ndarray, latent: dict[str, object], stride: int | None
 ) -> None:
     score = evaluate_text(CONFIG, latent, tokens, sizes(tokens), batch_size=4, stride=stride)
@@ -151,27 +151,27 @@ def test_a_transformer_scores_as_a_plain_loop_does(
                 nats -= float(log_p[i, target])
                 scored_up_to += 1
     assert scored_up_to == len(tokens) - 1 == score.tokens
-    # batches of 1 and 4 may be summed in another order: 1e-6 relative in the logits, halved by averaging
+    # batches of 1 and 4 may sum in a different order: 1e-6 relative in the logits, halved by averaging
     assert score.nats == pytest.approx(nats, rel=1e-5)
 
 
-def test_packed_weights_score_as_latent_ones(tokens: np.ndarray, latent: dict[str, object]) -> None:
+def test_packed_weights_score_like_latent_weights(tokens: np.ndarray, latent: dict[str, object]) -> None:
     packed = packing.pack(latent["params"], CONFIG)
     assert packed["packed"]
     scores = [evaluate_text(CONFIG, v, tokens, sizes(tokens), batch_size=4) for v in (latent, packed)]
-    # integer sums are equal bit for bit, what is around them may be fused in another way
+    # integer sums are bit-identical; the operations around them may be fused differently
     assert scores[0].nats == pytest.approx(scores[1].nats, rel=1e-6)
     assert scores[0].tokens == scores[1].tokens
 
 
-def test_a_part_of_the_text(tokens: np.ndarray, latent: dict[str, object]) -> None:
+def test_scoring_part_of_the_text(tokens: np.ndarray, latent: dict[str, object]) -> None:
     part = evaluate_text(CONFIG, latent, tokens, sizes(tokens), batch_size=4, max_tokens=50)
     whole = evaluate_text(CONFIG, latent, tokens[:51], sizes(tokens)[:51], batch_size=4)
     assert part == whole
     assert part.tokens == 50
 
 
-def test_windows_are_as_long_as_training_sequences_unless_asked_and_beyond_that_it_warns(
+def test_windows_default_to_the_training_length_and_longer_ones_warn(
     tokens: np.ndarray, latent: dict[str, object]
 ) -> None:
     trained = dataclasses.replace(CONFIG, trained_length=8)
@@ -200,12 +200,12 @@ def test_the_program_is_compiled_once(tokens: np.ndarray, latent: dict[str, obje
     assert model_logits(CONFIG) is model_logits(ModelConfig.from_dict(CONFIG.to_dict()))
 
 
-def test_extreme_scores() -> None:
+def test_extreme_logits() -> None:
     assert LanguageScore(1e6, 10, 10).perplexity == math.inf
     assert math.isnan(LanguageScore(math.nan, 10, 10).perplexity)
 
 
-def test_impossible_evaluations(tokens: np.ndarray, latent: dict[str, object]) -> None:
+def test_invalid_evaluations_are_rejected(tokens: np.ndarray, latent: dict[str, object]) -> None:
     token_bytes = sizes(tokens)
     with pytest.raises(DataError, match="length: got 17, expected at most the model's max_length 16"):
         evaluate_text(CONFIG, latent, tokens, token_bytes, length=17)

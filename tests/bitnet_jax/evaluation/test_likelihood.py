@@ -1,4 +1,4 @@
-"""Likelihoods of texts in batches against one text at a time, and against logits of Hugging Face transformers."""
+"""Batched likelihoods of texts against one text at a time, and against logits of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model() -> TextModel:
     params = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     params = jax.tree.map(
         lambda x: 8 * x if x.ndim == 2 else x, params
-    )  # so that tokens differ in likelihood
+    )  # so that tokens have different likelihoods
     return TextModel(CONFIG, {"params": params}, ByteTokenizer())
 
 
@@ -60,12 +60,12 @@ def by_itself(model: TextModel, tokens: np.ndarray, scored_from: int) -> float:
     return float(sum(log_p[i - 1, tokens[i]] for i in range(scored_from, len(tokens))))
 
 
-def test_texts_score_as_each_does_by_itself(model: TextModel) -> None:
+def test_batched_scores_equal_scores_of_single_texts(model: TextModel) -> None:
     scores = score_texts(model, CASES)
     for (context, continuation), score in zip(CASES, scores, strict=True):
         tokens = np.frombuffer(f"\0{context}{continuation}".encode(), np.uint8)
         expected = by_itself(model, tokens, 1 + len(context))
-        # Sums of other shapes in another order: 1e-6 of each logit.
+        # Other shapes sum in a different order: 1e-6 relative error per logit.
         assert score.log_probability == pytest.approx(expected, rel=1e-5)
         assert score.tokens == len(continuation)
     assert score_texts(model, CASES) == scores
@@ -75,7 +75,7 @@ def test_texts_score_as_each_does_by_itself(model: TextModel) -> None:
     assert alone == pytest.approx([score.log_probability for score in scores], rel=1e-6)
 
 
-def test_greedy_tells_the_most_likely_continuation(model: TextModel) -> None:
+def test_greedy_marks_the_most_likely_continuation(model: TextModel) -> None:
     tokens = np.array([0, 65, 66])
     for _ in range(4):
         tokens = np.append(tokens, int(jnp.argmax(logits(model.variables, jnp.asarray(tokens))[-1])))
@@ -84,18 +84,18 @@ def test_greedy_tells_the_most_likely_continuation(model: TextModel) -> None:
     assert [s.greedy for s in score_requests(model, [Request(tokens, 3), Request(other, 3)])] == [True, False]
 
 
-def test_packed_and_latent_models_score_alike(model: TextModel) -> None:
+def test_packed_and_latent_models_have_equal_scores(model: TextModel) -> None:
     packed = model._replace(variables=packing.pack(model.variables["params"], CONFIG))
     for a, b in zip(score_texts(model, CASES), score_texts(packed, CASES), strict=True):
         assert a.log_probability == pytest.approx(b.log_probability, rel=1e-6)
 
 
 def test_long_texts_are_scored_in_windows(model: TextModel) -> None:
-    """Every token once; a window holds as many tokens in front as fit."""
+    """Every token once; a window has as much context as fits."""
     text = np.random.default_rng(0).integers(1, 256, 130)
     whole = score_requests(model, [Request(text, 1)])[0]
     assert whole.tokens == 129
-    # Windows of 48 inputs: tokens 1 to 48, 49 to 96, and the last 33 behind as many as fit.
+    # Windows of 48 inputs: tokens 1 to 48, 49 to 96, and the last 33 with as much context as fits.
     pieces = [(text[:49], 1), (text[48:97], 1), (text[81:], 16)]
     assert whole.log_probability == pytest.approx(sum(by_itself(model, *p) for p in pieces), rel=1e-5)
     last = score_requests(model, [Request(text, 125)])[0]
@@ -111,7 +111,7 @@ def test_texts_beyond_the_trained_length_are_scored_with_a_warning(model: TextMo
     assert scores == score_texts(model, [("a", "b" * 29), ("a", "b" * 25)])
 
 
-def test_bits_per_byte_come_out_of_the_same_tokens(model: TextModel) -> None:
+def test_bits_per_byte_follows_from_the_same_likelihoods(model: TextModel) -> None:
     tokens = np.random.default_rng(1).integers(1, 256, 49).astype(np.int32)
     language = evaluate_text(CONFIG, model.variables, tokens, np.ones(len(tokens), int))
     score = score_requests(model, [Request(tokens, 1)])[0]
@@ -136,7 +136,7 @@ def test_few_shapes_are_compiled(model: TextModel, monkeypatch: pytest.MonkeyPat
         assert score.log_probability == pytest.approx(-score.tokens * np.log(256), rel=1e-6)
 
 
-def test_blanks_between_context_and_continuation_belong_to_the_latter() -> None:
+def test_spaces_between_context_and_continuation_belong_to_the_continuation() -> None:
     tokenizer = ByteTokenizer()
     for context, continuation in (("a b:", " c"), ("a b: ", "c")):
         request = text_request(tokenizer, context, continuation)
@@ -144,11 +144,11 @@ def test_blanks_between_context_and_continuation_belong_to_the_latter() -> None:
         assert request.scored_from == 5
 
 
-def test_what_a_text_begins_with() -> None:
+def test_start_tokens_of_a_text() -> None:
     assert start_ids(ByteTokenizer()).tolist() == [0]
     characters = CharTokenizer("abc ")
     assert start_ids(characters).tolist() == []
-    request = text_request(characters, "", "abc")  # the first one is given
+    request = text_request(characters, "", "abc")  # the first one is not scored
     assert (request.tokens.tolist(), request.scored_from) == ([0, 1, 2], 1)
     with pytest.raises(DataError, match="expected it to have at least one token after another"):
         text_request(characters, "", "a")
@@ -164,7 +164,7 @@ def test_what_a_text_begins_with() -> None:
     assert start_ids(Named()).tolist() == [7]  # type: ignore[arg-type]
 
 
-def test_models_that_cannot_score(model: TextModel) -> None:
+def test_models_that_cannot_score_are_rejected(model: TextModel) -> None:
     for config, message in (
         (dataclasses.replace(CONFIG, num_classes=2), "got a classifier"),
         (dataclasses.replace(CONFIG, causal=False), "bidirectional model"),
@@ -176,8 +176,8 @@ def test_models_that_cannot_score(model: TextModel) -> None:
             score_requests(model, [request])
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_serves_texts_without_them(model: TextModel) -> None:
-    larger = CharTokenizer("".join(map(chr, range(257))), separator="\0")  # bytes, and one symbol more
+def test_a_tokenizer_larger_than_the_vocabulary_can_score(model: TextModel) -> None:
+    larger = CharTokenizer("".join(map(chr, range(257))), separator="\0")  # bytes and one extra symbol
     with pytest.warns(UserWarning, match="the tokenizer has 257 tokens, the model 256: .* is refused"):
         assert score_texts(model._replace(tokenizer=larger), CASES) == score_texts(model, CASES)
     with (
@@ -190,7 +190,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_serves_texts_without_them(m
 
 
 @pytest.mark.parametrize("name", ["bitnet_online_bf16_gqa20x5", "bitnet_autobit_packed_fp32_untied"])
-def test_the_likelihoods_of_transformers(name: str, oracles: Path) -> None:
+def test_likelihoods_match_hugging_face_transformers(name: str, oracles: Path) -> None:
     """Teacher-forced sums from the logits of another library, for contexts of every length."""
     folder = oracles / "hf_bitnet" / name
     config, variables = huggingface.load(folder, dtype="float32")
@@ -208,5 +208,5 @@ def test_the_likelihoods_of_transformers(name: str, oracles: Path) -> None:
         for begin in range(1, len(row))
     ]
     got = [score.log_probability for score in score_requests(model, requests)]
-    # 1e-3 a logit, as for the logits themselves, over at most so many tokens.
+    # 1e-3 per logit, as for the logits themselves, times the maximum number of tokens.
     np.testing.assert_allclose(got, expected, atol=1e-3 * ids.shape[1])

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our model: its numbers are ours, on tasks and data made here."""
+"""lm-evaluation-harness on our models agrees with our own evaluation, on tasks and data generated here."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 
 
 class Asked:
-    """What the harness hands over, as far as a model looks at it."""
+    """A request of the harness, reduced to the attributes that a model reads."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -95,7 +95,7 @@ def test_the_three_kinds_of_requests(model: TextModel, lm_eval: Any) -> None:
     assert "256" in made.tokenizer_name
 
 
-def test_tasks_of_local_data_give_our_own_figures(
+def test_tasks_on_local_data_agree_with_our_own_scores(
     model: TextModel,
     lm_eval: Any,
     tmp_path: Path,
@@ -126,18 +126,16 @@ def test_tasks_of_local_data_give_our_own_figures(
     assert "got the harness tasks no_such_task" in capsys.readouterr().err
 
 
-def test_settings_of_a_generation(model: TextModel) -> None:
+def test_generation_settings(model: TextModel) -> None:
     read = harness._generation
-    assert read(model, {}) == (32, (), SamplingConfig())  # half of the positions
+    assert read(model, {}) == (32, (), SamplingConfig())  # half of the context length
     assert read(model, {"until": ["", "\n"], "max_gen_toks": 7}) == (7, ("\n",), SamplingConfig())
     sampled = {"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
     assert read(model, sampled)[2] == SamplingConfig(temperature=0.5, top_k=3, top_p=0.9)
     assert read(model, {"do_sample": False, "temperature": 0.5})[2] == SamplingConfig()
 
 
-def test_without_the_harness_there_is_a_word_about_it(
-    model: TextModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_missing_harness_is_reported(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(harness.HarnessError, match=r"pip install lm-eval"):
         harness.run_harness(model, ["arc_easy"])

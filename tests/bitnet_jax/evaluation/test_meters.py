@@ -1,4 +1,4 @@
-"""Meters on a made-up /sys/class/powercap and a made-up NVML; the real ones are asked wherever the tests run."""
+"""Energy meters on a fake /sys/class/powercap and a fake NVML; the real ones are queried wherever the tests run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
 
 
-def test_packages_are_metered_and_their_parts_are_not(tmp_path: Path, no_nvml: None) -> None:
+def test_packages_are_metered_and_their_subzones_are_not(tmp_path: Path, no_nvml: None) -> None:
     package = zone(tmp_path, "intel-rapl:0", "package-0", 99_000_000)
     zone(tmp_path, "intel-rapl:0:0", "core", 5)
     zone(tmp_path, "intel-rapl:1", "psys", 5)
@@ -35,12 +35,12 @@ def test_packages_are_metered_and_their_parts_are_not(tmp_path: Path, no_nvml: N
     assert "pip install nvidia-ml-py" in absent["NVML"]
 
     def work() -> None:
-        (package / "energy_uj").write_text("1500000\n")  # it has wrapped at 100 J
+        (package / "energy_uj").write_text("1500000\n")  # the counter wrapped at 100 J
 
     assert measure(work, meters).joules["RAPL package-0"] == pytest.approx(2.5)
 
 
-def test_no_counters_have_a_reason(tmp_path: Path, no_nvml: None) -> None:
+def test_missing_counters_have_a_reason(tmp_path: Path, no_nvml: None) -> None:
     meters, absent = open_meters(tmp_path / "nothing")
     assert meters == []
     assert "there is no" in absent["RAPL"]
@@ -51,7 +51,7 @@ def test_no_counters_have_a_reason(tmp_path: Path, no_nvml: None) -> None:
 def test_an_unreadable_counter_has_a_reason(
     tmp_path: Path, no_nvml: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As kernels since 2020 have it for ordinary users."""
+    """As Linux kernels since 2020 restrict it for ordinary users."""
     zone(tmp_path, "intel-rapl:0", "package-0", 5)
     read_text = Path.read_text
 

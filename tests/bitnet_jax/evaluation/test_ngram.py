@@ -1,4 +1,4 @@
-"""n-gram floors against a dictionary implementation and against published figures."""
+"""n-gram baselines against a dictionary implementation and published figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitnet_jax.evaluation import ngram_bits_per_byte, ngram_counts, ngram_nats
 
 
 def naive_nats(train: list[int], valid: list[int], order: int, vocab_size: int, k: float) -> list[float]:
-    """The formula, word for word."""
+    """A literal implementation of the formula."""
     runs = Counter(tuple(train[i : i + order]) for i in range(len(train) - order + 1))
     contexts = Counter()
     for run, count in runs.items():
@@ -27,7 +27,7 @@ def naive_nats(train: list[int], valid: list[int], order: int, vocab_size: int, 
 
 
 @pytest.mark.parametrize(("order", "vocab_size", "k"), [(3, 256, 0.1), (3, 7, 0.1), (2, 7, 1.0), (1, 7, 0.5)])
-def test_equals_a_dictionary(order: int, vocab_size: int, k: float) -> None:
+def test_matches_a_dictionary_implementation(order: int, vocab_size: int, k: float) -> None:
     rng = np.random.default_rng(0)
     train = (rng.integers(0, min(vocab_size, 9), 3000) ** 2 % vocab_size).astype(np.int32)
     valid = rng.integers(0, vocab_size, 500).astype(np.int32)
@@ -46,12 +46,12 @@ def test_probabilities_sum_to_one() -> None:
             assert np.exp(-np.array(nats)).sum() == pytest.approx(1, rel=1e-14)
 
 
-def test_unseen_runs_without_smoothing_cost_infinitely_much() -> None:
+def test_unseen_ngrams_without_smoothing_cost_infinity() -> None:
     counts = ngram_counts(np.array([0, 1, 0, 1]), order=2, vocab_size=2)
     np.testing.assert_array_equal(ngram_nats(counts, np.array([0, 1, 1]), k=0), [0, np.inf])
 
 
-def test_published_floors_of_tiny_shakespeare(data_root: Path) -> None:
+def test_published_baselines_of_tiny_shakespeare(data_root: Path) -> None:
     corpus = load_corpus(
         "lm/tinyshakespeare.txt.gz", tokenizer="char", split="tail", valid_fraction=0.1, root=data_root
     )
@@ -60,7 +60,7 @@ def test_published_floors_of_tiny_shakespeare(data_root: Path) -> None:
         assert nats == pytest.approx(published, abs=0.0005)  # published to three decimals
 
 
-def test_impossible_input() -> None:
+def test_invalid_input_is_rejected() -> None:
     with pytest.raises(DataError, match="got 2 tokens and order 3"):
         ngram_counts(np.array([1, 2]))
     with pytest.raises(DataError, match="got 3 tokens and order 0"):

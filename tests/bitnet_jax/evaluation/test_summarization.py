@@ -1,4 +1,4 @@
-"""Completions of many prompts against one at a time; ROUGE and what summaries are held against."""
+"""Batched completions against single ones; ROUGE and reference summaries."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def model() -> TextModel:
     return TextModel(CONFIG, {"params": params}, ByteTokenizer())
 
 
-def test_prompts_are_continued_as_each_is_by_itself(
+def test_batched_completions_equal_single_completions(
     model: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(completion, "MAX_ROWS", 2)
     prompts = [ByteTokenizer().encode(text) for text in ("ab", "c" * 35, "The quick", "x" * 80)]
     answers = complete(model, prompts, 10)
     for prompt, answer in zip(prompts, answers, strict=True):
-        kept = prompt[-50:]  # the longest one loses its beginning
+        kept = prompt[-50:]  # the longest one is truncated at its beginning
         result = generate(CONFIG, model.variables, kept[None], max_new_tokens=10, eos_ids=(0,))
         ids = np.asarray(result.tokens)[0, : int(result.lengths[0])]
         assert answer == ByteTokenizer().decode(ids[ids != 0])
@@ -45,13 +45,13 @@ def test_prompts_are_continued_as_each_is_by_itself(
     assert complete(model, prompts[:1], 10, stop=("never", letter)) == [answers[0].partition(letter)[0]]
 
 
-def test_a_text_ends_in_front_of_the_first_stop_string() -> None:
+def test_a_completion_ends_before_the_first_stop_string() -> None:
     assert cut("a. b\nc", ("\n", ".")) == "a"
     assert cut("a. b", ("\n",)) == "a. b"
     assert cut("a", ()) == "a"
 
 
-def test_impossible_completions(model: TextModel) -> None:
+def test_invalid_completions_are_rejected(model: TextModel) -> None:
     for count in (0, 60):
         with pytest.raises(DataError, match=f"max_new_tokens: got {count}, expected 1 to 59"):
             complete(model, [np.array([1])], count)
@@ -59,15 +59,15 @@ def test_impossible_completions(model: TextModel) -> None:
         complete(model, [np.array([1]), np.array([], int)], 5)
 
 
-def test_rouge_is_the_best_over_references() -> None:
+def test_rouge_is_the_maximum_over_references() -> None:
     scores = rouge([["a cat slept", "the dogs run far"]], ["the dog runs"])
-    # Stemmed: the, dog, run against the, dog, run, far; bigrams "the dog", "dog run" of two and three.
+    # Stemmed: the, dog, run against the, dog, run, far; bigrams "the dog", "dog run": two of two and of three.
     np.testing.assert_allclose(scores, [[6 / 7, 4 / 5, 6 / 7]])
     assert rouge([["same words"]], ["same words"]).tolist() == [[1, 1, 1]]
     assert rouge([["a"]], [""]).tolist() == [[0, 0, 0]]
 
 
-def test_summaries(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summarization_scores(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def told(model: TextModel, prompts: list, count: int, *, stop: tuple, progress: bool) -> list[str]:
@@ -80,14 +80,14 @@ def test_summaries(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
                {"source": ["Dogs run.", "They run far away."], "target": ["dogs run"]}]  # fmt: skip
     result = summarization.summarization(model, records)
     assert seen[0] == f"\0A cat.{CUE}"
-    # 20 positions for the answer; the text loses its end.
+    # 20 positions for the answer; the text is truncated at its end.
     assert seen[1] == "\0Dogs run. They run far away."[: 60 - 20 - len(CUE)] + CUE
     assert result.metrics["rouge1"].value == pytest.approx(0.5)
     assert result.baselines["rouge1_of_the_first_sentence"] == pytest.approx((0.8 + 1) / 2)
     assert result.details["new_tokens"] == 20
 
 
-def test_without_the_library_there_is_a_word_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(DataError, match=r"pip install rouge-score"):
         rouge([["a"]], ["a"])

@@ -1,4 +1,4 @@
-"""What tasks make of likelihoods, on hand-made ones; and all of them by command, on tiny files of their own."""
+"""Task metrics computed from hand-made likelihoods; and every task on the command line, with tiny data files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(values: dict[str, float]) -> Callable[..., list[Score]]:
-    """score_texts that knows likelihoods by the end of context + continuation, and nothing else."""
+    """A fake score_texts that looks up likelihoods by the end of context + continuation."""
 
     def score_texts(model: TextModel, pairs: list[tuple[str, str]], *, progress: bool) -> list[Score]:
         found = [next(v for end, v in values.items() if "".join(pair).endswith(end)) for pair in pairs]
@@ -69,10 +69,12 @@ def told(values: dict[str, float]) -> Callable[..., list[Score]]:
     return score_texts
 
 
-MODEL: TextModel = None  # type: ignore[assignment]  # never looked at where likelihoods are told
+MODEL: TextModel = None  # type: ignore[assignment]  # never used when likelihoods are given
 
 
-def test_acc_goes_by_likelihood_and_acc_norm_by_that_of_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_acc_uses_the_likelihood_and_acc_norm_the_likelihood_per_byte(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # "thüs": 5 bytes at -1.2 each; "a long answer": 13 bytes at -0.5 each.
     monkeypatch.setattr(multiple_choice, "score_texts", told({" thüs": -6.0, " a long answer": -6.5}))
     record = {"question": "{braces} stay?", "choices": ["a long answer", "thüs"]}
@@ -86,7 +88,7 @@ def test_acc_goes_by_likelihood_and_acc_norm_by_that_of_a_byte(monkeypatch: pyte
     assert item.lengths == (13, 5)
 
 
-def test_the_blank_is_filled_in_and_what_follows_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blank_is_filled_in_and_the_text_after_it_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"question": "Ann met Bo so _ left.", "choices": ["Ann", "Bo"], "label": 1}
     assert multiple_choice.blank_item(record).pairs == (
         ("Ann met Bo so Ann", " left."),
@@ -107,7 +109,7 @@ def test_labels_are_choices() -> None:
             multiple_choice.question_item("{question}", {"question": "", "choices": choices, "label": label})
 
 
-def test_paradigms_count_the_same_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paradigms_are_weighted_equally_and_ties_count_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minimal_pairs, "score_texts", told({"A": -1.0, "B": -2.0}))
     good, bad, tie = ({"good": g, "bad": b} for g, b in ("AB", "BA", "AA"))
     of_paradigms = {"x": ("one", [good, bad, tie, good]), "y": ("two", [good]), "z": ("two", [tie])}
@@ -122,7 +124,7 @@ def test_paradigms_count_the_same_and_a_tie_is_wrong(monkeypatch: pytest.MonkeyP
     assert result.details["acc_by_paradigm"] == {"x": 0.5, "y": 1.0, "z": 0.0}
 
 
-def test_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_word_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lambada, "score_texts", told({" sure": -0.5, " unsure": -3.5}))
     result = lambada.last_word(MODEL, [{"text": "I am sure"}, {"text": "I am unsure\n"}])
     assert result.metrics["acc"].value == 0.5
@@ -192,7 +194,7 @@ def test_the_command(
         ),
     ],
 )
-def test_wrong_questions(
+def test_invalid_tasks_are_rejected(
     arguments: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["eval", f"{place}/packed", *arguments]) == 2
@@ -204,7 +206,7 @@ def test_the_help_names_every_task() -> None:
     assert set(TASKS) <= set(evaluate.__doc__.replace(",", " ").split())
 
 
-def test_the_real_files_hold_what_the_tasks_ask_for(data_root: Path) -> None:
+def test_the_real_data_files_have_the_fields_the_tasks_require(data_root: Path) -> None:
     counts = {
         name: sum(len(read_records(f, task.fields, data_root)) for f in task.files)
         for name, task in TASKS.items()

@@ -1,4 +1,4 @@
-"""Prints what a process holds after every size has been met once, and after `rounds` random lengths more, as JSON.
+"""Prints a process's resource usage as JSON: after every size was used once, and after `rounds` more random lengths.
 
 Arguments: rounds, max_length of the model.
 """

@@ -1,4 +1,4 @@
-"""Generation with an exact head: the tokens of the bfloat16 head, greedy and by top-k."""
+"""Generation with an exact head gives the tokens of the bfloat16 head, greedy and with top-k sampling."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def variables() -> dict[str, Any]:
         SamplingConfig(temperature=0.7, top_k=20, top_p=0.9, min_p=0.05),
     ],
 )
-def test_the_tokens_are_those_of_the_bfloat16_head(
-    variables: dict[str, Any], sampling: SamplingConfig
-) -> None:
+def test_tokens_equal_those_of_the_bfloat16_head(variables: dict[str, Any], sampling: SamplingConfig) -> None:
     exact = with_exact_head(CONFIG, variables)
     arguments: dict[str, Any] = {"max_new_tokens": N, "sampling": sampling, "key": jax.random.key(4)}
     expected = np.asarray(generate(CONFIG, variables, TOKENS, MASK, **arguments).tokens)
@@ -71,7 +69,7 @@ def test_an_untied_head_and_bfloat16_activations() -> None:
         (SamplingConfig(repetition_penalty=1.1), "got repetition_penalty=1.1, expected 1"),
     ],
 )
-def test_sampling_that_needs_all_logits_is_refused(
+def test_sampling_that_needs_all_logits_is_rejected(
     variables: dict[str, Any], sampling: SamplingConfig, message: str
 ) -> None:
     exact = with_exact_head(CONFIG, variables)
@@ -80,7 +78,7 @@ def test_sampling_that_needs_all_logits_is_refused(
             function(CONFIG, exact, TOKENS, MASK, max_new_tokens=N, sampling=sampling, key=jax.random.key(0))
 
 
-def test_models_without_a_bfloat16_head_are_refused(variables: dict[str, Any]) -> None:
+def test_models_without_a_bfloat16_head_are_rejected(variables: dict[str, Any]) -> None:
     float32 = dataclasses.replace(CONFIG, embedding_dtype="float32")
     with pytest.raises(ValueError, match="got embed/embedding: float32, expected a head stored in bfloat16"):
         with_exact_head(float32, packed(float32))

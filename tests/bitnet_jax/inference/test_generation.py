@@ -1,4 +1,4 @@
-"""Generation: the loop against the definition (the whole text again for each token), and its edges."""
+"""Generation: the decode loop against the definition (the full text recomputed for each token), and edge cases."""
 
 from __future__ import annotations
 
@@ -63,21 +63,21 @@ def _whole_text(
     return Transformer(config).apply(variables, text, mask=mask).logits
 
 
-def test_greedy_is_the_argmax_of_the_whole_text(variables: dict[str, Any], greedy: np.ndarray) -> None:
+def test_greedy_is_the_argmax_over_the_full_text(variables: dict[str, Any], greedy: np.ndarray) -> None:
     assert greedy.shape == (3, N)
-    assert len(np.unique(greedy)) > 3  # a text, not one token over and over
+    assert len(np.unique(greedy)) > 3  # a text, not a single repeated token
     logits = whole_text_logits(CONFIG, variables, np.concatenate([TOKENS, greedy], axis=1))
     np.testing.assert_array_equal(greedy, np.argmax(logits[:, TOKENS.shape[1] - 1 : -1], axis=-1))
 
 
-def test_a_row_does_not_depend_on_padding_or_on_its_neighbours(
+def test_a_row_does_not_depend_on_padding_or_on_other_rows(
     variables: dict[str, Any], greedy: np.ndarray
 ) -> None:
-    # One row more and one column of padding more: every row sits elsewhere.
+    # One more row and one more column of padding: every row moves.
     tokens, mask = left_pad([[7] * 6, *PROMPTS])
     padded = generate(CONFIG, variables, tokens, mask, max_new_tokens=N).tokens
     np.testing.assert_array_equal(padded[1:], greedy)
-    # Alone, and up to the last position of the model: padding takes none, so 3 tokens leave room for 37.
+    # Alone, and up to the model's last position: padding uses no position, so 3 tokens leave room for 37.
     tokens, mask = np.pad(TOKENS[1:2], ((0, 0), (4, 0))), np.pad(MASK[1:2], ((0, 0), (4, 0)))
     alone = generate(CONFIG, variables, tokens, mask, max_new_tokens=37).tokens
     np.testing.assert_array_equal(alone[:, :N], greedy[1:2])
@@ -85,7 +85,7 @@ def test_a_row_does_not_depend_on_padding_or_on_its_neighbours(
         generate(CONFIG, variables, tokens, mask, max_new_tokens=38)
 
 
-def test_an_end_token_ends_its_row_and_the_last_one_the_loop(
+def test_an_end_token_ends_its_row_and_the_last_one_ends_the_loop(
     variables: dict[str, Any], greedy: np.ndarray
 ) -> None:
     ends = {int(row[4]) for row in greedy}
@@ -98,7 +98,7 @@ def test_an_end_token_ends_its_row_and_the_last_one_the_loop(
     chunks = list(
         stream_tokens(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, eos_ids=sorted(ends), chunk=2)
     )
-    # The loop itself ended: no more tokens were made than the longest row needed.
+    # The loop itself stopped: no more tokens were generated than the longest row needed.
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), tokens[:, : lengths.max()])
     np.testing.assert_array_equal(
         generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, eos_ids=()).lengths, [N] * 3
@@ -106,10 +106,10 @@ def test_an_end_token_ends_its_row_and_the_last_one_the_loop(
 
 
 @pytest.mark.parametrize("kv_format", [None, "float32", "bfloat16", "int8"])
-def test_each_format_of_the_cache_continues_a_clear_text(
+def test_each_cache_format_generates_the_same_text(
     variables: dict[str, Any], greedy: np.ndarray, kv_format: str | None
 ) -> None:
-    """Streamed and at once the same; rounding the cache changes a token only where two are close."""
+    """Streaming changes nothing; rounding the cache changes a token only where two logits are close."""
     tokens = generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, kv_format=kv_format).tokens
     chunks = stream_tokens(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, kv_format=kv_format, chunk=5)
     np.testing.assert_array_equal(np.concatenate(list(chunks), axis=1), tokens)
@@ -126,7 +126,9 @@ def test_each_format_of_the_cache_continues_a_clear_text(
 SAMPLED = SamplingConfig(temperature=1.2, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.3)
 
 
-def test_a_stream_is_the_same_text_in_any_chunks_and_a_seed_repeats_it(variables: dict[str, Any]) -> None:
+def test_streaming_does_not_depend_on_chunks_and_is_reproducible_for_a_seed(
+    variables: dict[str, Any],
+) -> None:
     arguments: dict[str, Any] = {"max_new_tokens": N, "sampling": SAMPLED}
     seeded = [
         np.asarray(generate(CONFIG, variables, TOKENS, MASK, key=jax.random.key(s), **arguments).tokens)
@@ -143,10 +145,10 @@ def test_a_stream_is_the_same_text_in_any_chunks_and_a_seed_repeats_it(variables
 
 
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
-def test_the_repetition_penalty_sees_the_prompt_and_the_text_so_far(
+def test_the_repetition_penalty_covers_the_prompt_and_the_generated_text(
     variables: dict[str, Any], attention: str
 ) -> None:
-    """Against the definition; also that both kinds of cache give the logits of the whole text."""
+    """Against the definition; also checks that both kinds of cache give the logits of the full text."""
     config = dataclasses.replace(CONFIG, attention=attention)
     sampling = SamplingConfig(repetition_penalty=2.0)
     tokens = np.asarray(generate(config, variables, TOKENS, MASK, max_new_tokens=N, sampling=sampling).tokens)
@@ -160,8 +162,8 @@ def test_the_repetition_penalty_sees_the_prompt_and_the_text_so_far(
             assert row[i] == np.argmax(np.where(seen, damped, row_logits[i]))
 
 
-def test_each_step_draws_anew() -> None:
-    """Equal logits at every step: one key for all of them would choose one token over and over."""
+def test_each_step_uses_a_new_key() -> None:
+    """Equal logits at every step: a reused key would choose the same token every time."""
     sampling, key, logits = SamplingConfig(temperature=1.0), jax.random.key(0), jnp.zeros((3, 50))
     empty = jnp.zeros(3, jnp.int32)
     state = generation.State(
@@ -182,10 +184,10 @@ def checked(variables: dict[str, Any], config: ModelConfig = CONFIG, **changes: 
     return generation._checked(config, variables, **arguments)
 
 
-def test_other_lengths_end_tokens_and_numbers_of_sampling_compile_nothing(
+def test_other_lengths_end_tokens_and_sampling_values_do_not_recompile(
     variables: dict[str, Any], compilations: list[str]
 ) -> None:
-    """In one bucket: the sizes, every number and the end tokens are arguments of the compiled programs."""
+    """Within a bucket, the sizes, all sampling values and the end tokens are arguments of the compiled programs."""
 
     def run(prompts: list[list[int]], new_tokens: int, eos: list[int], **numbers: float) -> None:
         tokens, mask = left_pad(prompts)
@@ -207,14 +209,14 @@ def test_other_lengths_end_tokens_and_numbers_of_sampling_compile_nothing(
 
 
 def with_exact_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is filled up from here on."""
-    for name in ("prompt_width", "cache_room"):
+    """Disables padding to buckets from here on."""
+    for name in ("prompt_width", "cache_capacity"):
         monkeypatch.setattr(generation, name, lambda config, size: size)
     monkeypatch.setattr(generation, "PROGRAMS", Programs())
 
 
 def written(run: generation._Run) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The tokens of a run, and of each row the numbers that its layers remember: what the logits are made of."""
+    """The generated tokens and, for each row, the values cached by its layers, from which the logits are computed."""
     state = run.advance(run.grown(run.start()), N)
     lengths = np.broadcast_to(state.cache.length, len(run.tokens))
     rows = []
@@ -224,8 +226,8 @@ def written(run: generation._Run) -> tuple[np.ndarray, list[np.ndarray]]:
     return np.asarray(state.tokens)[:, :N], rows
 
 
-# 0: bit for bit. Else float32 rounding: XLA compiles the sines of rotary positions, and the sums of linear attention
-# over the keys of a chunk, to other instructions for other sizes.
+# 0: bit-identical. Else float32 rounding: XLA compiles the sines of rotary positions, and the sums of linear attention
+# over the keys of a chunk, to different instructions for different sizes.
 @pytest.mark.parametrize(
     ("attention", "kv_format", "position", "rounding"),
     [
@@ -235,15 +237,15 @@ def written(run: generation._Run) -> tuple[np.ndarray, list[np.ndarray]]:
         ("linear", None, "learned", 1e-6),
     ],
 )
-def test_filling_up_changes_no_bit(
+def test_padding_to_buckets_changes_no_bit(
     attention: str, kv_format: str | None, position: str, rounding: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A packed model whose attention is the C++ kernel: what buckets add is never looked at."""
+    """A packed model with the C++ attention kernel, which never reads the positions that buckets add."""
     config = dataclasses.replace(
         CONFIG, attention=attention, position=position, precision="bitnet_b158", max_length=90
     )
     variables = packing.pack(init(config)["params"], config)
-    tokens, mask = left_pad([*PROMPTS, list(range(17))])  # 17 tokens: a width of 32, a room of 64
+    tokens, mask = left_pad([*PROMPTS, list(range(17))])  # 17 tokens: a width of 32, a cache of 64
     run = checked(variables, config, tokens=tokens, mask=mask, kv_format=kv_format)
     assert (run.tokens.shape, run.room) == ((4, 32), 64)
     got, got_rows = written(run)
@@ -257,7 +259,7 @@ def test_filling_up_changes_no_bit(
 
 
 @pytest.mark.parametrize("attention", ["softmax", "relu", "linear"])
-def test_alone_in_a_batch_streamed_and_in_a_longer_room_the_same_text(
+def test_the_text_does_not_depend_on_batching_streaming_or_cache_size(
     attention: str, variables: dict[str, Any]
 ) -> None:
     config = dataclasses.replace(CONFIG, attention=attention, max_length=300)
@@ -277,7 +279,7 @@ def test_a_prefill_computes_the_logits_of_one_position(variables: dict[str, Any]
     assert "f32[48,23]" not in compiled
 
 
-def test_the_cache_of_a_stream_is_donated_and_the_weights_are_not(variables: dict[str, Any]) -> None:
+def test_streaming_donates_the_cache_and_not_the_weights(variables: dict[str, Any]) -> None:
     run = checked(variables, sampling=SAMPLED, key=jax.random.key(0))
     state = run.grown(run.start())
     after = run.advance(state, 3)
@@ -339,12 +341,12 @@ def test_an_empty_cache() -> None:
         ({"config": dataclasses.replace(CONFIG, causal=False)}, "needs a causal language model"),
     ],
 )
-def test_what_cannot_be_generated_is_refused_before_any_computation(
+def test_invalid_requests_are_rejected_before_any_computation(
     variables: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     arguments: dict[str, Any] = {
         "config": CONFIG, "variables": {}, "tokens": TOKENS, "mask": MASK, "max_new_tokens": N,
     } | changes  # fmt: skip
-    for function in (generate, stream_tokens):  # a stream is not asked for its first token here
+    for function in (generate, stream_tokens):  # the first token of the stream is never requested here
         with pytest.raises(ValueError, match=message):
             function(**arguments)

@@ -1,4 +1,4 @@
-"""The bound on compiled programs: what is kept, what goes, and a long life with flat memory."""
+"""The cache of compiled programs: eviction, and constant memory in long-running processes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def scaled(factor: float, x: jax.Array) -> jax.Array:
     return x * factor
 
 
-def test_a_program_is_compiled_once_and_the_least_recently_used_one_goes(compilations: list[str]) -> None:
-    programs, x = Programs(most=2), jnp.ones(3)
+def test_a_program_is_compiled_once_and_the_least_recently_used_one_is_evicted(
+    compilations: list[str],
+) -> None:
+    programs, x = Programs(max_size=2), jnp.ones(3)
     first, second = programs.of(scaled, 2.0), programs.of(scaled, 3.0)
     np.testing.assert_array_equal(first(x) + second(x), 5 * np.ones(3))
     compilations.clear()
@@ -49,8 +51,8 @@ def maps() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list memory maps")
-def test_dropped_programs_leave_no_memory_maps() -> None:
-    programs, counts = Programs(most=2), []
+def test_evicted_programs_leave_no_memory_maps() -> None:
+    programs, counts = Programs(max_size=2), []
     for size in range(3, 15):
         x = jnp.asarray(np.ones((size, size), np.float32))
         jax.block_until_ready(programs.of(partial_sums, shapes=x.shape)(x))
@@ -66,11 +68,11 @@ def partial_sums(x: jax.Array) -> jax.Array:
 @pytest.mark.parametrize(
     "module", [classification, classifiers, language, likelihood], ids=lambda module: module.__name__
 )
-def test_forward_passes_of_evaluation_are_bounded_too(module: Any) -> None:
+def test_evaluation_programs_are_bounded_too(module: Any) -> None:
     assert module.PROGRAMS is PROGRAMS
     assert not any(
         hasattr(value, "clear_cache") for value in vars(module).values()
-    )  # nothing is jitted beside it
+    )  # nothing is jitted outside the cache
 
 
 SOAK = Path(__file__).parent / "soak.py"
@@ -78,10 +80,10 @@ SOAK = Path(__file__).parent / "soak.py"
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list memory maps")
 @pytest.mark.parametrize(("rounds", "longest"), [(60, 48), pytest.param(500, 160, marks=pytest.mark.slow)])
-def test_ever_new_lengths_keep_maps_memory_and_compilations_flat(
+def test_new_lengths_do_not_grow_memory_maps_memory_or_compilations(
     rounds: int, longest: int, repository: Path
 ) -> None:
-    """In a process of its own: generations, streams, and scores of texts, each of a length not seen before."""
+    """In a separate process: generates, streams and scores texts, each of a new length."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(repository), str(repository / "kernels")])}
     done = subprocess.run(
         [sys.executable, str(SOAK), str(rounds), str(longest)],
@@ -94,5 +96,5 @@ def test_ever_new_lengths_keep_maps_memory_and_compilations_flat(
     settled, end = json.loads(done.stdout)
     assert end["compilations"] == settled["compilations"]
     assert end["maps"] - settled["maps"] < 50
-    # Python's own objects come and go; 500 programs, one for every length, would take gigabytes.
+    # Python's own objects vary; 500 programs, one per length, would take gigabytes.
     assert end["bytes"] - settled["bytes"] < 20e6

@@ -1,4 +1,4 @@
-"""Sampling: each filter against its formula in NumPy, and what must hold for any logits."""
+"""Sampling: each filter against its formula in NumPy, and properties that hold for any logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bitnet_jax.inference import sampling
 from bitnet_jax.inference.sampling import SamplingConfig, filtered_logits, most_likely, next_token
 
 LOGITS = np.random.default_rng(3).normal(0, 2, (4, 11)).astype(np.float32)
-# Distinct quarters up to 20: no ties within the float32 error of a softmax.
+# Distinct multiples of 1/4 up to 20: no ties within the float32 error of a softmax.
 ANY_LOGITS = arrays(np.int8, (2, 7), elements=st.integers(-80, 80), unique=True).map(
     lambda a: a.astype(np.float32) / 4
 )
@@ -48,12 +48,12 @@ def test_top_k_keeps_the_k_largest(logits: np.ndarray, k: int) -> None:
 
 @settings(deadline=None)
 @given(ANY_LOGITS, st.floats(0.01, 1))
-def test_top_p_keeps_the_fewest_that_reach_p(logits: np.ndarray, p: float) -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: np.ndarray, p: float) -> None:
     filtered = kept(sampling.keep_top_p(jnp.asarray(logits), p))
     for row, mask, probability in zip(logits, filtered, softmax(logits), strict=True):
         assert mask.any()
-        assert row[mask].min() > np.max(row[~mask], initial=-np.inf)  # the most likely ones
-        # 1e-6: the cumulated float32 probabilities against float64 ones.
+        assert row[mask].min() > np.max(row[~mask], initial=-np.inf)  # the most likely tokens
+        # 1e-6: cumulative probabilities in float32 against float64.
         assert probability[mask].sum() >= p - 1e-6
         least = np.argmin(np.where(mask, row, np.inf))
         assert probability[mask].sum() - probability[least] < p + 1e-6
@@ -61,15 +61,15 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits: np.ndarray, p: float) -> No
 
 @settings(deadline=None)
 @given(ANY_LOGITS, st.floats(0.01, 1))
-def test_min_p_keeps_what_is_likely_enough(logits: np.ndarray, p: float) -> None:
+def test_min_p_keeps_tokens_above_the_relative_threshold(logits: np.ndarray, p: float) -> None:
     filtered = kept(sampling.keep_min_p(jnp.asarray(logits), p))
     ratio = softmax(logits) / softmax(logits).max(axis=-1, keepdims=True)
-    clear = abs(ratio / p - 1) > 1e-5  # at the edge itself float32 may decide either way
+    clear = abs(ratio / p - 1) > 1e-5  # exactly at the threshold float32 may round either way
     np.testing.assert_array_equal(filtered[clear], (ratio >= p)[clear])
     assert (filtered.sum(axis=-1) >= 1).all()
 
 
-def test_temperature_and_repetition_penalty_are_their_formulas() -> None:
+def test_temperature_and_repetition_penalty_match_their_formulas() -> None:
     for temperature in (0.1, 0.7, 1.0, 3.0):
         # float32 against float64: a few units in the last place of the exponent's argument.
         np.testing.assert_allclose(
@@ -81,7 +81,7 @@ def test_temperature_and_repetition_penalty_are_their_formulas() -> None:
     np.testing.assert_allclose(penalized, expected, rtol=1e-6)
 
 
-def test_ties_go_to_the_lower_id_everywhere() -> None:
+def test_ties_go_to_the_lower_id_in_every_filter() -> None:
     tied = jnp.asarray([[1.0, 3.0, 3.0, 0.0, 3.0]])
     assert kept(sampling.keep_top_k(tied, 2)).tolist() == [[False, True, True, False, False]]
     assert kept(sampling.keep_top_p(tied, 0.5)).tolist() == [[False, True, True, False, False]]
@@ -99,7 +99,7 @@ def test_ties_go_to_the_lower_id_everywhere() -> None:
         SamplingConfig(temperature=1e-5),
     ],
 )
-def test_what_leaves_one_token_is_greedy(config: SamplingConfig) -> None:
+def test_filters_that_leave_one_token_are_greedy(config: SamplingConfig) -> None:
     for seed in range(5):
         token = next_token(jnp.asarray(LOGITS), jax.random.key(seed), config.filters())
         np.testing.assert_array_equal(token, LOGITS.argmax(axis=-1))
@@ -113,7 +113,7 @@ def test_neutral_values_change_nothing() -> None:
     np.testing.assert_array_equal(filtered_logits(jnp.asarray(LOGITS), neutral), plain)
 
 
-def test_extreme_logits_stay_a_distribution() -> None:
+def test_extreme_logits_give_a_valid_distribution() -> None:
     logits = np.asarray([[1e30, -1e30, 0.0, 1e30], [-np.inf, -np.inf, -5.0, -np.inf]], np.float32)
     probability = distribution(logits, temperature=1e-5, top_k=3, top_p=0.9, min_p=0.1)
     np.testing.assert_allclose(probability, [[0.5, 0, 0, 0.5], [0, 0, 1, 0]])
@@ -128,15 +128,15 @@ EXTREMES = st.one_of(
 @given(
     arrays(np.float32, (2, 5), elements=EXTREMES),
     st.floats(min_value=0, exclude_min=True, allow_infinity=False),
-    st.floats(sampling.LOWEST_TEMPERATURE, allow_infinity=False),
+    st.floats(sampling.MIN_TEMPERATURE, allow_infinity=False),
     st.sampled_from(
         [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9, "min_p": 0.01}]
     ),
 )
-def test_no_penalty_and_no_temperature_leave_anything_but_a_distribution(
+def test_every_penalty_and_temperature_gives_a_valid_distribution(
     logits: np.ndarray, penalty: float, temperature: float, filters: dict[str, Any]
 ) -> None:
-    logits[:, 0] = np.maximum(logits[:, 0], -1e4)  # something is possible
+    logits[:, 0] = np.maximum(logits[:, 0], -1e4)  # at least one token is possible
     config = SamplingConfig(temperature=temperature, repetition_penalty=penalty, **filters)
     seen = jnp.asarray([[True] * 5, [True, False, True, False, False]])
     filtered = np.asarray(filtered_logits(jnp.asarray(logits), config.filters(), seen))
@@ -153,13 +153,13 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
     rows = jnp.broadcast_to(jnp.asarray(LOGITS[:1]), (8_000, 11))
     draws = np.asarray(next_token(rows, jax.random.key(7), config))
     expected = distribution(LOGITS[:1], temperature=1.3, top_k=4)[0]
-    # Standard error of a share is at most 0.5 / sqrt(8000) = 0.0056; five of them.
+    # The standard error of a proportion is at most 0.5 / sqrt(8000) = 0.0056; five of them.
     np.testing.assert_allclose(np.bincount(draws, minlength=11) / 8_000, expected, atol=0.028)
     np.testing.assert_array_equal(next_token(rows, jax.random.key(7), config), draws)
     assert (np.asarray(next_token(rows, jax.random.key(8), config)) != draws).any()
 
 
-def test_a_row_draws_the_same_in_any_batch() -> None:
+def test_the_draw_of_a_row_does_not_depend_on_the_batch() -> None:
     config = SamplingConfig(temperature=2.0).filters()
     key = jax.random.key(1)
     together = next_token(jnp.asarray(LOGITS), key, config)
@@ -185,7 +185,7 @@ def test_a_row_draws_the_same_in_any_batch() -> None:
         ({"top_p": None}, "top_p: got None, expected a number"),
     ],
 )
-def test_values_outside_their_range_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_out_of_range_values_are_rejected(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**fields)
 

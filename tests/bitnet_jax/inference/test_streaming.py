@@ -1,4 +1,4 @@
-"""Streamed text: stop strings and characters across any cut, and the ids of generate behind it."""
+"""Streamed text: stop strings and characters across piece boundaries, and the same ids as generate."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def cut(text: str, places: list[int]) -> list[str]:
     return [text[a:b] for a, b in pairwise(edges)]
 
 
-@example("\naa", [2], ["a", "\naa"])  # "a" is whole first, "\naa" begins first
+@example("\naa", [2], ["a", "\naa"])  # "a" is completed first, "\naa" begins first
 @given(
     st.text("ab\n", max_size=30),
     st.lists(st.integers(0, 30), max_size=8),
     st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
 )
-def test_text_is_cut_at_the_first_stop_string_wherever_pieces_end(
+def test_text_is_cut_at_the_first_stop_string_for_any_pieces(
     text: str, places: list[int], stop: list[str]
 ) -> None:
     first = min((text.index(s) for s in stop if s in text), default=len(text))
@@ -54,7 +54,7 @@ def test_text_is_cut_at_the_first_stop_string_wherever_pieces_end(
     assert all(pieces)
 
 
-def test_text_that_cannot_begin_a_stop_string_is_given_out_at_once() -> None:
+def test_text_that_cannot_begin_a_stop_string_is_emitted_immediately() -> None:
     given: list[str] = []
     pieces = cut_at_stop(iter(["one ", "two <", "end", "ing> ", "<end>", "never"]), ["<end>"])
     for piece in pieces:
@@ -63,7 +63,7 @@ def test_text_that_cannot_begin_a_stop_string_is_given_out_at_once() -> None:
     assert list(cut_at_stop(iter(["held <en"]), ["<end>"])) == ["held ", "<en"]
 
 
-def test_a_stream_is_the_decoded_text_of_generate(variables: dict[str, Any]) -> None:
+def test_a_stream_equals_the_decoded_text_of_generate(variables: dict[str, Any]) -> None:
     tokenizer = ByteTokenizer()
     prompt = tokenizer.encode("Grüße")[None]
     arguments = {name: value for name, value in SAMPLED.items() if name != "chunk"}
@@ -74,17 +74,17 @@ def test_a_stream_is_the_decoded_text_of_generate(variables: dict[str, Any]) -> 
     pieces = list(stream(CONFIG, variables, tokenizer, "Grüße", **SAMPLED))
     assert "".join(pieces) == expected
     assert len(pieces) > 1
-    # The same text up to a string of two of its characters, which no chunk needs to hold whole.
+    # The same text up to a stop string of two of its characters, which may span chunks.
     stop = expected[4:6]
     stopped = "".join(stream(CONFIG, variables, tokenizer, "Grüße", stop=["never there", stop], **SAMPLED))
     assert stopped == expected[: expected.index(stop)]
 
 
-def test_characters_of_several_tokens_come_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_of_several_tokens_are_emitted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "naïve Grüße, 世界 🙂"
     ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
     chunks = [ids[None, i : i + 3] for i in range(0, len(ids), 3)]
-    chunks.append(np.asarray([[0]]))  # the end token, which is no text
+    chunks.append(np.asarray([[0]]))  # the end token, which is not text
     monkeypatch.setattr(streaming, "stream_tokens", lambda *a, **k: iter(chunks))
     counts: list[int] = []
     pieces = list(
@@ -104,12 +104,12 @@ def test_characters_of_several_tokens_come_whole(monkeypatch: pytest.MonkeyPatch
         (ByteTokenizer(), {"prompt": "x" * 30}, "prompt of 30 tokens and 24 new ones need 54"),
     ],
 )
-def test_errors_come_when_it_is_called(tokenizer: Any, changes: dict[str, Any], message: str) -> None:
+def test_errors_are_raised_by_the_call_itself(tokenizer: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stream(CONFIG, {}, tokenizer, **{"prompt": "x"} | SAMPLED | changes)
 
 
-def test_a_tokenizer_with_more_tokens_serves_prompts_without_them(variables: dict[str, Any]) -> None:
+def test_a_tokenizer_larger_than_the_vocabulary_is_usable(variables: dict[str, Any]) -> None:
     larger = CharTokenizer("".join(map(chr, range(300))))
     with pytest.warns(UserWarning, match="the tokenizer has 300 tokens, the model 256"):
         pieces = list(stream(CONFIG, variables, larger, "xy", max_new_tokens=3))
@@ -122,7 +122,7 @@ def test_a_tokenizer_with_more_tokens_serves_prompts_without_them(variables: dic
         stream(CONFIG, variables, larger, "xī", max_new_tokens=3)
 
 
-def test_a_text_beyond_the_trained_length_is_warned_of_once(variables: dict[str, Any]) -> None:
+def test_exceeding_the_trained_length_warns_once(variables: dict[str, Any]) -> None:
     config = dataclasses.replace(CONFIG, trained_length=10)
     arguments: dict[str, Any] = {"max_new_tokens": 8}
     list(stream(config, variables, ByteTokenizer(), "xy", **arguments))

@@ -1,4 +1,4 @@
-"""Models of another library: the same checkpoints, run there and here.
+"""Hugging Face models: the same checkpoints run by transformers and by this library.
 
 `oracles/hf_bitnet/<name>` holds a tiny random checkpoint and, in oracle.npz, what Hugging Face transformers
 computes with it. Measured differences of the logits (std 3) are 2e-6 to 2e-5, from the order of float32 sums.
@@ -48,7 +48,7 @@ EVERY = FLOAT + ONLINE + OFFLINE
 # SPEC section 6: 30 times the noise of float32 sums, a 15th of one activation code rounded otherwise.
 LOGIT_TOLERANCE = 1e-3
 NEW_TOKENS = 10
-# The compiler is most of the time of these tests; what it would optimize is used once.
+# Compilation dominates the time of these tests, and each compiled program runs only once.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 
@@ -76,7 +76,7 @@ logits_of = jax.jit(forward, static_argnames="config")
 
 @functools.partial(jax.jit, static_argnames="config", compiler_options=QUICK_COMPILE)
 def greedy(config: ModelConfig, variables: Any, prompt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One token at a time through the cache, the prompt too: ids [N, B] and the logits that chose them."""
+    """Decodes one token at a time through the cache, prompt included: ids [N, B] and the logits that selected them."""
     B, T = prompt.shape
 
     def step(state: Any, prompted: jax.Array) -> tuple[Any, Any]:
@@ -97,12 +97,12 @@ def padded_difference(got: jax.Array, expected: np.ndarray, mask: np.ndarray) ->
     return float(np.abs((np.asarray(got) - expected)[mask.astype(bool)]).max())
 
 
-def test_every_fixture_is_tested(oracles: Path) -> None:
+def test_every_checkpoint_is_covered(oracles: Path) -> None:
     assert {path.name for path in (oracles / "hf_bitnet").iterdir() if path.is_dir()} == set(EVERY)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_parameters_are_those_of_the_model(oracles: Path, name: str) -> None:
+def test_parameter_shapes_match_the_model(oracles: Path, name: str) -> None:
     config, variables = loaded(oracles / "hf_bitnet" / name, packed=False)
     tokens = jnp.zeros((1, 2), jnp.int32)
     expected = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
@@ -138,15 +138,15 @@ def test_greedy_steps_with_cache(oracles: Path, name: str) -> None:
 
     compiled = difference(*greedy(config, variables, prompt))
     if compiled > LOGIT_TOLERANCE:
-        # One activation that lies on a rounding tie (SPEC section 6). Seen in bitnet_online_bf16_gqa20x5 at
-        # full optimization: by the order of float32 sums x * s is -21.500008 or -21.499996 (the library's is
-        # 2e-5 from the tie). The difference has the size of one code then; another order must find none.
+        # A single activation at a rounding tie (SPEC section 6). Seen in bitnet_online_bf16_gqa20x5 at
+        # full optimization: depending on the order of float32 sums x * s is -21.500008 or -21.499996 (the library's is
+        # 2e-5 from the tie). The difference is then one code; another summation order must not show it.
         assert compiled <= 0.25
         with jax.disable_jit():
             assert difference(*greedy(config, variables, prompt)) <= LOGIT_TOLERANCE
 
 
-def test_generate_finds_the_greedy_ids(oracles: Path) -> None:
+def test_generate_reproduces_the_greedy_ids(oracles: Path) -> None:
     folder = oracles / "hf_bitnet" / OFFLINE[0]
     (config, variables), truth = loaded(folder), oracle(folder)
     prompt = tokens_of(truth["prompt_ids"])
@@ -155,7 +155,7 @@ def test_generate_finds_the_greedy_ids(oracles: Path) -> None:
 
 
 def test_hidden_states(oracles: Path) -> None:
-    """Layer by layer: where the logits fail, this says from which layer on."""
+    """Layer by layer: if the logits differ, this shows the first layer that does."""
     folder = oracles / "hf_bitnet" / "llama_bitlinear_rmsnorm_bf16_untied"
     (config, variables), truth = loaded(folder), oracle(folder)
 
@@ -171,7 +171,7 @@ def test_hidden_states(oracles: Path) -> None:
     captured = blocks(tokens_of(truth["input_ids"]))
     for i in range(config.num_layers):
         hidden = captured[f"layers_{i}"]["__call__"][0][0]
-        # Hidden states reach 5 in size, and sums of up to 96 terms differ by a few float32 steps.
+        # Hidden states reach a magnitude of 5, and sums of up to 96 terms differ by a few float32 ulp.
         np.testing.assert_allclose(hidden, truth[f"fp32/hs/layer{i}_out"], rtol=0, atol=1e-4)
 
 
@@ -198,20 +198,22 @@ def test_loss_and_gradients(oracles: Path, name: str) -> None:
     for key in keys:
         expected = truth[key]
         difference = np.abs(np.asarray(gradient[ours[key.removeprefix("grad/")]]) - expected).max()
-        # The requirement is 1e-4. Float32 noise is near 1e-6, a wrong scale or estimator of order 1.
+        # The requirement is 1e-4. Float32 noise is about 1e-6, a wrong scale or estimator of order 1.
         assert difference <= 1e-4 * np.abs(expected).max(), key
 
 
 @pytest.mark.parametrize("name", [FLOAT[0], ONLINE[1], OFFLINE[0], OFFLINE[3]])
-def test_bfloat16_stays_in_the_band_of_the_library(oracles: Path, name: str) -> None:
-    """bfloat16 is no exact test (SPEC section 6): ours may be as far from float32 as the library's own is."""
+def test_bfloat16_error_is_comparable_to_that_of_transformers(oracles: Path, name: str) -> None:
+    """bfloat16 is not an exact test (SPEC section 6): our error against float32 may be as large as theirs."""
     folder = oracles / "hf_bitnet" / name
     (config, variables), truth = loaded(folder, dtype="bfloat16"), oracle(folder)
     tokens = tokens_of(truth["input_ids"])
     logits = np.asarray(logits_of(config, variables, tokens, jnp.ones(tokens.shape, bool)))
     exact, theirs = truth["fp32/logits"], truth["bf16/logits"]
     error = np.abs(logits - exact).mean()
-    assert 1e-3 < error < 1.5 * np.abs(theirs - exact).mean()  # below: it was not computed in bfloat16
+    assert (
+        1e-3 < error < 1.5 * np.abs(theirs - exact).mean()
+    )  # any smaller, and it was not computed in bfloat16
     assert (logits.argmax(-1) == exact.argmax(-1)).mean() >= 0.87
 
 
@@ -238,14 +240,14 @@ def test_logits_of_offline_models_with_latent_weights(oracles: Path, name: str) 
     assert padded_difference(logits, truth["fp32/logits"], mask) <= LOGIT_TOLERANCE
 
 
-def test_bit_layout_of_a_packed_weight() -> None:
-    """The library's own documented example (papers/bitnet_line.md 6.4)."""
+def test_bit_layout_of_packed_weights() -> None:
+    """The example documented by the library (papers/bitnet_line.md 6.4)."""
     packed = np.array([[0b10100001, 0b00011000], [0b10010000, 0b00001010]], np.uint8)
     codes = [[0, -1], [-1, 1], [-1, 1], [-1, 1], [1, 0], [0, -1], [1, -1], [1, -1]]
     np.testing.assert_array_equal(unpack_weight(packed), np.array(codes, np.int8))
     again, scale = pack_weight(jnp.asarray(codes, jnp.float32))
     np.testing.assert_array_equal(again, packed)
-    assert scale == np.float32(13 / 16)  # three of the sixteen codes are zero
+    assert scale == np.float32(13 / 16)  # three of the sixteen codes are zeros
 
 
 def test_pack_weight_needs_whole_bytes() -> None:
@@ -253,8 +255,8 @@ def test_pack_weight_needs_whole_bytes() -> None:
         pack_weight(jnp.ones((6, 4), jnp.float32))
 
 
-def test_packing_the_master_gives_the_published_bytes(oracles: Path) -> None:
-    """Four directories hold one model: latent, packed for either class, and unpacked."""
+def test_packing_the_master_weights_gives_the_published_bytes(oracles: Path) -> None:
+    """Four folders hold the same model: latent, packed for either class, and unpacked."""
     folder = oracles / "hf_bitnet"
     master = open_tensors(folder / "bitnet_online_bf16_tied")
     times = open_tensors(folder / "bitnet_autobit_packed_bf16_tied")
@@ -269,12 +271,12 @@ def test_packing_the_master_gives_the_published_bytes(oracles: Path) -> None:
         np.testing.assert_array_equal(unpack_weight(packed), plain[name].astype(np.float32))
         for stored, expected in ((times, scale), (plain, scale), (divides, 1 / scale)):
             value = stored[f"{name}_scale"].astype(np.float32)
-            assert abs(value - expected) <= 2.0**-8 * expected  # one step of bfloat16
+            assert abs(value - expected) <= 2.0**-8 * expected  # one bfloat16 ulp
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_config_is_that_of_the_file(oracles: Path, name: str) -> None:
-    """What hardly moves the logits: an epsilon of 1e-6 for 1e-5 changes them by 1e-4."""
+def test_config_matches_the_file(oracles: Path, name: str) -> None:
+    """Covers what hardly affects the logits: an epsilon of 1e-6 instead of 1e-5 changes them by 1e-4."""
     config, variables = loaded(oracles / "hf_bitnet" / name)
     text = json.loads((oracles / "hf_bitnet" / name / "config.json").read_text())
     rope = text.get("rope_parameters", text)
@@ -292,7 +294,7 @@ def test_config_is_that_of_the_file(oracles: Path, name: str) -> None:
 def test_packed_models_under_each_instruction_set(
     oracles: Path, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Last in the file, for it empties the compilation caches: the variable is read at tracing time."""
+    """Last in the file, because it clears the compilation caches: the variable is read at tracing time."""
     if isa not in cpu.available_isas():
         pytest.skip(f"{isa} is not available here: {cpu.unavailable() or cpu.available_isas()}")
     if isa != cpu.isa():
@@ -303,10 +305,10 @@ def test_packed_models_under_each_instruction_set(
         (config, variables), truth = loaded(folder), oracle(folder)
         inputs = tokens_of(truth["pad_input_ids"]), jnp.asarray(truth["pad_attention_mask"], bool)
         program = logits_of.lower(config, variables, *inputs).as_text().splitlines()
-        # All but the look-up of embeddings, which is the same for all.
+        # All except the embedding look-up, which is the same for all.
         calls = [line for line in program if "@bitnet_kernels_" in line and "_lookup" not in line]
         shapes = {shape for path, shape in config.linear_shapes().items() if path != "lm_head"}
-        assert len(calls) >= len(shapes)  # equal ones may share one function
+        assert len(calls) >= len(shapes)  # identical programs may share one function
         assert all(f'isa = "{isa}"' in line for line in calls)
         logits = logits_of(config, variables, *inputs)
         difference = padded_difference(logits, truth["fp32/pad_logits"], truth["pad_attention_mask"])

@@ -1,4 +1,4 @@
-"""config.json: what each key means, what an absent one means, and what is refused."""
+"""config.json: the meaning of each key, defaults of absent keys, and rejected values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config_of(**content: Any) -> ModelConfig:
     return read_config(content, tensor_count=1000, dtype="float32")[0]
 
 
-def test_absent_keys_mean_what_the_library_takes_them_for() -> None:
+def test_absent_keys_have_the_defaults_of_transformers() -> None:
     bitnet = config_of(model_type="bitnet")
     assert (bitnet.hidden_size, bitnet.ffn_size, bitnet.num_layers, bitnet.vocab_size) == (
         2560,
@@ -34,7 +34,7 @@ def test_absent_keys_mean_what_the_library_takes_them_for() -> None:
         128_256,
     )
     assert (bitnet.num_heads, bitnet.kv_heads, bitnet.head_size) == (20, 5, 128)
-    # The published model says 4096 and true in its file.
+    # The published model's file has 4096 and true.
     assert (bitnet.max_length, bitnet.tie_embeddings) == (2048, False)
     assert (bitnet.rope_theta, bitnet.norm_eps) == (500_000.0, 1e-5)
     assert (bitnet.mlp, bitnet.norm_placement, bitnet.precision) == ("relu2_glu", "sub", "float32")
@@ -44,7 +44,7 @@ def test_absent_keys_mean_what_the_library_takes_them_for() -> None:
     assert (llama.rope_theta, llama.norm_eps) == (10_000.0, 1e-6)
 
 
-def test_a_null_count_of_kv_heads_means_as_many_as_heads() -> None:
+def test_null_kv_heads_means_the_number_of_heads() -> None:
     assert config_of(num_key_value_heads=None).kv_heads == 20
 
 
@@ -61,11 +61,11 @@ def test_head_dim_is_honoured() -> None:
         {"rope_parameters": {"rope_theta": 12345.0}, "rope_theta": 12345.0},
     ],
 )
-def test_both_spellings_of_the_rope_base(content: dict[str, Any]) -> None:
+def test_both_spellings_of_rope_theta(content: dict[str, Any]) -> None:
     assert config_of(**content).rope_theta == 12345.0
 
 
-def test_quantization_config_with_only_the_method_is_bitlinear_offline() -> None:
+def test_a_quantization_config_with_only_the_method_means_offline_bitlinear() -> None:
     _, form = read_config({"quantization_config": {"quant_method": "bitnet"}}, 1000, "float32")
     assert (form.quantized, form.offline, form.scale_multiplies) == (True, True, False)
     assert (form.inside_norm, form.inside_norm_eps) == (False, 1e-6)
@@ -131,7 +131,7 @@ def test_modules_that_are_not_converted_stay_float(entry: str, floats: list[str]
         ),
     ],
 )
-def test_what_cannot_be_loaded_is_refused(content: dict[str, Any], message: str) -> None:
+def test_unsupported_configs_are_rejected(content: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(**content)
 
@@ -169,13 +169,13 @@ UP = "model.layers.0.mlp.up_proj.weight"
         ({"model.norm.weight": np.ones(64, np.uint8)}, r"got uint8\[64\], expected floats \[64\]"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(model: Path, change: dict[str, Any], message: str) -> None:
+def test_mismatched_tensors_are_rejected(model: Path, change: dict[str, Any], message: str) -> None:
     rewrite(model, change)
     with pytest.raises(ValueError, match=message):
         load(model)
 
 
-def test_too_small_a_scale_cannot_become_latent(model: Path) -> None:
+def test_a_scale_that_is_too_small_cannot_become_latent(model: Path) -> None:
     rewrite(model, {f"{UP}_scale": np.full(1, 1e-6, np.float32)})
     with pytest.raises(ValueError, match="load with packed=True"):
         load(model, packed=False)
@@ -183,7 +183,7 @@ def test_too_small_a_scale_cannot_become_latent(model: Path) -> None:
     assert weight.scale == np.float32(1e-6)
 
 
-def test_constants_and_a_second_copy_of_the_tied_head_are_no_error(oracles: Path, tmp_path: Path) -> None:
+def test_constants_and_a_second_copy_of_the_tied_head_are_accepted(oracles: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tied"
     shutil.copytree(oracles / "hf_bitnet" / "bitnet_plain_fp32_tied", folder)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
@@ -195,7 +195,7 @@ def test_constants_and_a_second_copy_of_the_tied_head_are_no_error(oracles: Path
         load(folder)
 
 
-def test_a_missing_file_is_named(model: Path) -> None:
+def test_the_error_names_a_missing_file(model: Path) -> None:
     (model / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         load(model)
@@ -210,7 +210,7 @@ JSON_VALUES = st.recursive(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_a_changed_config_loads_or_ends_in_a_value_error(oracles: Path, data: st.DataObject) -> None:
+def test_a_fuzzed_config_loads_or_raises_value_error(oracles: Path, data: st.DataObject) -> None:
     content = json.loads((oracles / "hf_bitnet" / PACKED / "config.json").read_text())
     content |= {"head_dim": 16, "rope_scaling": None}
     target = content if data.draw(st.booleans()) else content["quantization_config"]

@@ -1,4 +1,4 @@
-"""Files of other people: whole ones are read as the official library reads them, damaged ones are refused."""
+"""Foreign safetensors files: intact ones are read as by the official library, damaged ones are rejected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENSORS = {
 }
 
 
-def test_reads_what_the_official_library_wrote(tmp_path: Path) -> None:
+def test_reads_files_of_the_official_library(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
     tensors = open_tensors(tmp_path)
     assert set(tensors) == set(TENSORS)
@@ -63,8 +63,8 @@ def test_pickled_weights_are_never_opened(tmp_path: Path) -> None:
         open_tensors(tmp_path)
 
 
-def test_tensors_that_lie_at_odd_addresses(tmp_path: Path) -> None:
-    """Three bytes before the first float; other writers align nothing."""
+def test_unaligned_tensors(tmp_path: Path) -> None:
+    """Three bytes before the first float; other writers do not align tensors."""
     values = np.arange(4, dtype=np.float32)
     header = {
         "bytes": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
@@ -83,7 +83,7 @@ def test_tensors_that_lie_at_odd_addresses(tmp_path: Path) -> None:
     ("content", "message"),
     [(b"", "valid JSON"), (b"3", "a JSON int, expected an object"), (b"\xc3\x28", "valid JSON")],
 )
-def test_json_that_is_no_object_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_json_that_is_not_an_object_is_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(StorageError, match=message):
@@ -94,7 +94,7 @@ def test_json_that_is_no_object_is_refused(tmp_path: Path, content: bytes, messa
 @given(
     cut=st.integers(0, 400), changes=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=4)
 )
-def test_damaged_files_end_in_one_kind_of_error(
+def test_damaged_files_always_raise_the_same_error_class(
     tmp_path_factory: pytest.TempPathFactory, cut: int, changes: list[tuple[int, int]]
 ) -> None:
     content = bytearray(save(TENSORS))

@@ -35,7 +35,7 @@ def config_of(architecture: str, **changes: Any) -> Architecture:
 
 @lru_cache
 def trained(config: Architecture) -> dict[str, Any]:
-    """Variables with batch statistics that are not the initial ones, and latents larger than at first."""
+    """Variables with non-initial batch statistics, and latents larger than at initialization."""
     model = config.module()
     variables = jax.jit(model.init)(jax.random.key(1), IMAGES)
     observe = jax.jit(lambda v: model.apply(v, IMAGES, deterministic=False, mutable=["batch_stats"])[1])
@@ -45,7 +45,7 @@ def trained(config: Architecture) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_a_config_survives_json_and_names_the_parameters(architecture: str) -> None:
+def test_a_config_round_trips_through_json_and_names_the_parameters(architecture: str) -> None:
     config = config_of(architecture)
     assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert hash(config) == hash(config_of(architecture))
@@ -66,7 +66,7 @@ def test_a_config_survives_json_and_names_the_parameters(architecture: str) -> N
         ("vision_transformer", "bit"),
     ],
 )
-def test_packed_is_the_same_model(architecture: str, precision: str) -> None:
+def test_packed_models_are_equal_to_latent_models(architecture: str, precision: str) -> None:
     ends = (
         {"first": "float32"}
         if architecture == "vision_transformer"
@@ -81,7 +81,7 @@ def test_packed_is_the_same_model(architecture: str, precision: str) -> None:
     assert proof.logits == 6 * 5
 
 
-def test_packed_text_classifier_is_the_same_model() -> None:
+def test_a_packed_text_classifier_is_equal_to_the_latent_one() -> None:
     config = ModelConfig(
         vocab_size=50, hidden_size=32, ffn_size=64, num_layers=1, num_heads=2, max_length=12, mlp="relu",
         num_classes=3, causal=False, attention="binary", precision="bit_relu",
@@ -94,7 +94,7 @@ def test_packed_text_classifier_is_the_same_model() -> None:
 
 
 def integer_products(config: Architecture, variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Path -> what its linear layer gives, before anything follows it."""
+    """Path -> output of its linear layer, before any further operation."""
 
     @jax.jit
     def run(variables: dict[str, Any]) -> dict[str, Any]:
@@ -112,8 +112,8 @@ def integer_products(config: Architecture, variables: dict[str, Any]) -> dict[st
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_xnor_products_are_the_float_products_to_the_last_integer(architecture: str) -> None:
-    """Without a scale the layers give sums of +-1 products: whole numbers of the parity of k, equal bit for bit."""
+def test_xnor_products_equal_float_products_exactly(architecture: str) -> None:
+    """Without a scale the layers give sums of +-1 products: integers with the parity of k, bit-identical."""
     config = config_of(architecture, precision="bnn")
     latent = trained(config)
     packed = {**latent, **packing.pack(latent["params"], config)}
@@ -131,8 +131,8 @@ def test_xnor_products_are_the_float_products_to_the_last_integer(architecture: 
 
 
 @pytest.mark.parametrize("shortcut", [True, False])
-def test_a_shortcut_carries_what_the_convolutions_do_not(shortcut: bool) -> None:
-    """Binary convolutions whose batch norm has gain 0 say nothing of the image; what runs beside them does."""
+def test_the_shortcut_carries_the_image_past_silenced_convolutions(shortcut: bool) -> None:
+    """Binary convolutions whose batch norm has gain 0 carry no information about the image; the shortcut does."""
     config = config_of("cnn", shortcut=shortcut)
     variables = trained(config)
     params = {
@@ -166,15 +166,15 @@ def test_pooling() -> None:
         ("vision_transformer", {"num_classes": 0}, "model.num_classes: got 0"),
     ],
 )
-def test_configs_that_cannot_be(architecture: str, change: dict[str, Any], message: str) -> None:
+def test_invalid_configs_are_rejected(architecture: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(architecture, **change)
 
 
-def test_an_unknown_architecture_is_named() -> None:
+def test_the_error_names_an_unknown_architecture() -> None:
     with pytest.raises(ValueError, match="model.architecture: got 'rnn', expected one of transformer, mlp"):
         model_config({"architecture": "rnn"})
 
 
-def test_a_config_takes_lists_for_tuples() -> None:
-    assert BinaryCNNConfig(**IMAGE, widths=[8, 16]).widths == (8, 16)  # type: ignore[arg-type]  # as JSON has it
+def test_a_config_accepts_lists_for_tuples() -> None:
+    assert BinaryCNNConfig(**IMAGE, widths=[8, 16]).widths == (8, 16)  # type: ignore[arg-type]  # as in JSON

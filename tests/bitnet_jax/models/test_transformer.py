@@ -1,4 +1,4 @@
-"""Properties of the whole model, over attention kinds, norm placements and feed-forward kinds."""
+"""Properties of the transformer, over attention kinds, norm placements and feed-forward kinds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T, ROOM = 5, 7
 ATTENTIONS = ["softmax", "relu", "linear", "binary_qk", "binary"]
 PLACEMENTS = ["sub", "pre", "inside"]
 MLPS = ["relu", "relu2", "gelu", "silu_glu", "relu2_glu"]
-# Every pair of attention and placement and of placement and MLP, in 15 models.
+# Every pair (attention, placement) and (placement, MLP), in 15 models.
 TRIPLES = [
     (a, p, MLPS[(i + j) % 5])
     for (i, a), (j, p) in itertools.product(*map(enumerate, (ATTENTIONS, PLACEMENTS)))
@@ -30,7 +30,7 @@ TRIPLES = [
 PER_KIND = [  # each attention kind and each MLP once
     (a, PLACEMENTS[2 * i % 3], m) for i, (a, m) in enumerate(zip(ATTENTIONS, MLPS, strict=True))
 ]
-# Logits of size 1 through one or two layers of float32 sums of at most 24 terms, in another order.
+# Logits of magnitude 1 from one or two layers of float32 sums of at most 24 terms, in a different order.
 SAME = {"rtol": 1e-4, "atol": 1e-4}
 
 TOKENS = jnp.asarray([[3, 1, 4, 0, 5], [9, 2, 6, 8, 7]], jnp.int32)  # no token twice in a row
@@ -41,7 +41,7 @@ LEFT_PADDED = jnp.asarray([[False, False, True, True, True], [True] * T])
 def tiny(
     attention: str = "softmax", placement: str = "sub", mlp: str = "relu2_glu", **changes
 ) -> ModelConfig:
-    # Weights of size 1 / sqrt(D), so that every part matters to the logits.
+    # Weights of magnitude 1 / sqrt(D), so that every part affects the logits.
     fields = {
         "vocab_size": V, "hidden_size": H * h, "num_layers": 1, "num_heads": H, "num_kv_heads": K,
         "ffn_size": 24, "max_length": 8, "attention": attention, "norm_placement": placement, "mlp": mlp,
@@ -52,7 +52,7 @@ def tiny(
 
 @lru_cache
 def variables(config: ModelConfig, seed: int = 0) -> dict:
-    """What init gives, except that NumPy draws the matrices: XLA compiles an initializer for a second or more."""
+    """Like init, except that NumPy draws the matrices: compiling an initializer takes XLA a second or more."""
 
     def init() -> dict:
         return Transformer(config).init(jax.random.key(0), TOKENS)
@@ -88,7 +88,7 @@ def empty_cache(config: ModelConfig, batch: int) -> Cache:
 
 
 def in_pieces(config: ModelConfig, v: dict, pieces: list[int], mask: jax.Array) -> jax.Array:
-    """Logits of TOKENS, fed through a cache in pieces of these lengths."""
+    """Logits of TOKENS, decoded through a cache in pieces of these lengths."""
     cache, outputs, start = empty_cache(config, TOKENS.shape[0]), [], 0
     for length in pieces:
         part = slice(start, start + length)
@@ -101,8 +101,8 @@ def in_pieces(config: ModelConfig, v: dict, pieces: list[int], mask: jax.Array) 
 
 
 @pytest.mark.parametrize(("attention", "placement", "mlp"), TRIPLES)
-def test_finite_causal_and_trained_everywhere(attention, placement, mlp):
-    # Untied, the embedding of a token is used where the token stands and nowhere else.
+def test_logits_are_finite_and_causal_and_every_parameter_has_a_gradient(attention, placement, mlp):
+    # Untied, the embedding of a token is used only at that token's positions.
     config = tiny(attention, placement, mlp, precision="bitnet_b158", tie_embeddings=False)
     seen = 3
 
@@ -118,7 +118,7 @@ def test_finite_causal_and_trained_everywhere(attention, placement, mlp):
     for path, g in flatten_dict(grads["params"], sep="/").items():
         assert np.isfinite(g).all(), path
         assert np.any(g != 0.0), path
-    # Exactly zero at later tokens, padding and unused ids. (A ReLU score may be zero at an earlier one too.)
+    # Exactly zero at later tokens, padding and unused ids. (A ReLU score may be zero at an earlier token too.)
     to_embedding = grads["params"]["embed"]["embedding"]
     reached = set(np.flatnonzero(np.any(to_embedding != 0.0, axis=-1)).tolist())
     own, earlier = {0, 8}, {4, 9, 2, 6}
@@ -141,7 +141,7 @@ def test_left_padding_changes_nothing(attention, placement, mlp):
     config = tiny(attention, placement, mlp)
     v = variables(config)
     padded = logits(config, v, TOKENS, mask=LEFT_PADDED)
-    # The two padded tokens of row 0 moved behind the others, where causality hides them.
+    # The two padded tokens of row 0 moved after the others, where causality hides them.
     plain = logits(config, v, TOKENS.at[0].set(jnp.roll(TOKENS[0], -2)), mask=ALL)
     np.testing.assert_allclose(padded[0, 2:], plain[0, :-2], **SAME)
     np.testing.assert_allclose(padded[1], plain[1], **SAME)
@@ -164,23 +164,23 @@ def test_classifier_ignores_padding(attention):
     assert np.max(np.abs(on_left - logits(config, v, left.at[0, :2].set(7), mask=ALL))[0]) > 1e-3
 
 
-def test_classifier_of_a_padded_row_is_that_of_the_row_alone():
+def test_classifier_of_a_padded_row_equals_that_of_the_row_alone():
     config = tiny(causal=False, num_classes=3)
     v = variables(config)
     alone = logits(config, v, TOKENS[:1, 2:])
     np.testing.assert_allclose(logits(config, v, TOKENS, mask=LEFT_PADDED)[:1], alone, **SAME)
 
 
-def test_classifier_reads_both_directions():
+def test_classifier_is_bidirectional():
     config = tiny(causal=False, num_classes=3, position="none", norm_placement="pre")
     v = variables(config)
-    # Without positions and with a mean at the end, the order of tokens cannot matter; which tokens, does.
+    # Without positions and with mean pooling, the order of tokens cannot matter, but the set of tokens does.
     np.testing.assert_allclose(logits(config, v, TOKENS), logits(config, v, TOKENS[:, ::-1]), **SAME)
     other = logits(config, v, TOKENS.at[:, 0].set(12))
     assert np.max(np.abs(other - logits(config, v, TOKENS))) > 1e-3
 
 
-@pytest.mark.parametrize("attention", ["softmax", "linear"])  # every kind: nn/test_attention.py
+@pytest.mark.parametrize("attention", ["softmax", "linear"])  # all kinds: nn/test_attention.py
 def test_jit_equals_no_jit(attention):
     config = tiny(attention)
     v = variables(config)
@@ -189,7 +189,7 @@ def test_jit_equals_no_jit(attention):
 
 
 def test_vmap_over_parameters_equals_a_loop():
-    # Ternary weights: each model of the stack must have its own scale.
+    # Ternary weights: each model in the stack must have a separate scale.
     config = tiny(precision="bitnet_weight_only")
     models = [variables(config, seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
@@ -198,18 +198,18 @@ def test_vmap_over_parameters_equals_a_loop():
 
 
 @pytest.mark.parametrize("attention", ["softmax", "relu", "linear"])
-def test_bfloat16_stays_within_its_band(attention):
+def test_bfloat16_error_is_within_its_expected_range(attention):
     high, low = tiny(attention), tiny(attention, dtype="bfloat16")
     v = variables(high)
     exact, rounded = logits(high, v, TOKENS), logits(low, v, TOKENS)
     assert rounded.dtype == jnp.float32
-    # Some ten roundings of 2^-9 = 0.2 %, independent and of either sign: sqrt(10) * 0.2 % = 0.6 % of
-    # the logits' spread is expected; below 0.1 % nothing would be rounded, above 5 % something is wrong.
+    # About ten independent roundings of 2^-9 = 0.2 % with either sign: sqrt(10) * 0.2 % = 0.6 % of
+    # the logits' spread is expected; below 0.1 % nothing was rounded, above 5 % something is wrong.
     error = np.sqrt(np.mean(np.square(rounded - exact))) / np.std(exact)
     assert 1e-3 < error < 5e-2
 
 
-def test_parameter_paths_are_those_of_the_config():
+def test_parameter_paths_match_the_config():
     for changes in ({}, {"tie_embeddings": False}, {"num_classes": 3, "causal": False}, {"mlp": "relu2"}):
         config = tiny(**changes)
         params = flatten_dict(variables(config)["params"], sep="/")
@@ -219,7 +219,7 @@ def test_parameter_paths_are_those_of_the_config():
         assert weights == config.linear_shapes()
 
 
-def test_rope_sees_distances_and_learned_positions_see_places():
+def test_rope_depends_on_distances_and_learned_positions_on_positions():
     shifted = {"positions": jnp.broadcast_to(jnp.arange(2, 2 + T, dtype=jnp.int32), (2, T))}
     rope, learned = tiny(), tiny(position="learned")
     for config, same in ((rope, True), (learned, False)):
@@ -228,7 +228,7 @@ def test_rope_sees_distances_and_learned_positions_see_places():
         assert (moved < 1e-3) == same  # float32 angles up to 7 radians
 
 
-def test_dropout_only_when_asked():
+def test_dropout_is_off_by_default():
     config = tiny(dropout=0.5)
     v = variables(config)
     np.testing.assert_array_equal(logits(config, v, TOKENS), logits(tiny(), v, TOKENS))
@@ -252,7 +252,7 @@ def test_embeddings_are_rounded_to_what_packing_stores():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_one_position_of_each_row_alone_has_the_same_logits_and_hidden_states(tied: bool) -> None:
+def test_selected_positions_have_the_same_logits_and_hidden_states(tied: bool) -> None:
     config = tiny(tie_embeddings=tied)
     v = variables(config)
     read = jnp.asarray([T - 1, T - 2], jnp.int32)
@@ -266,7 +266,7 @@ def test_one_position_of_each_row_alone_has_the_same_logits_and_hidden_states(ti
 
 
 @pytest.mark.parametrize("precision", ["float32", "bitnet_b158"])
-def test_remat_changes_what_is_kept_and_no_gradient(precision: str) -> None:
+def test_remat_changes_residuals_and_not_gradients(precision: str) -> None:
     config = tiny(precision=precision, num_layers=2, dropout=0.3)
     v, key = variables(config), jax.random.key(5)
 
@@ -277,7 +277,7 @@ def test_remat_changes_what_is_kept_and_no_gradient(precision: str) -> None:
     kept, again = (jax.grad(partial(loss, remat)) for remat in (False, True))
     jaxpr = str(jax.make_jaxpr(again)(v))
     assert "remat" in jaxpr or "checkpoint" in jaxpr
-    # sums of a backward pass that is ordered otherwise
+    # sums of a backward pass in a different order
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         jax.jit(kept)(v),

@@ -1,4 +1,4 @@
-"""Attention: every kind by hand, heads, masks, caches, gradients, dtypes."""
+"""Attention: every kind against hand-computed values, heads, masks, caches, gradients, dtypes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ B, T, H, K, h = 2, 6, 4, 2, 4
 D = 16
 KINDS = ["softmax", "relu", "linear", "binary_qk", "binary"]
 SCORED = list(at.MIXING_WEIGHTS)
-# Sums of tens of float32 numbers of size 1 in another order.
+# Sums of tens of float32 numbers of magnitude 1 in a different order.
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 ALL = jnp.ones((B, T), bool)
 LEFT_PADDED = jnp.asarray([[False, False] + [True] * (T - 2), [True] * T])
@@ -30,7 +30,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-# Compiled once for all tests; one test below compares with the uncompiled module.
+# Compiled once for all tests; a test below compares with the uncompiled module.
 COMPILED = {kind: jax.jit(f, static_argnames=("scale", "progress")) for kind, f in at.MIXING_WEIGHTS.items()}
 mix_values = jax.jit(at.mix_values)
 
@@ -49,7 +49,7 @@ def tokens(*rows: list[float]) -> jax.Array:
     return jnp.asarray(rows)[None, :, None, :]
 
 
-# --- the kinds by hand
+# --- hand-computed values of each kind
 
 
 def test_softmax_by_hand():
@@ -69,7 +69,7 @@ def test_relu_by_hand_divides_by_the_number_of_visible_keys():
 Q, KEYS = (
     [3.0, -1.0],
     ([0.5, 0.5], [1.0, -3.0]),
-)  # mean magnitudes 2; 0.5 and 2. Signs agree in 1 and in 2 places.
+)  # mean magnitudes 2; 0.5 and 2. Signs agree in 1 and 2 channels.
 
 
 def test_binary_qk_by_hand():
@@ -91,7 +91,7 @@ def test_binary_by_hand(a, expected):
     np.testing.assert_allclose(p.ravel(), expected, rtol=1e-6)
 
 
-def test_binary_kinds_ignore_what_they_say_they_ignore():
+def test_binary_kinds_ignore_magnitudes_as_documented():
     q, k = normal(0, B, T, H, h), normal(1, B, T, K, h)
     visible = causal(LEFT_PADDED)
     signs = jnp.where(q >= 0, 1.0, -1.0), jnp.where(k >= 0, 1.0, -1.0)
@@ -115,14 +115,14 @@ def test_clipped_sign_window_bounds_the_gradient_to_q():
         return p[0, 0, 0, 0]
 
     inside, outside = jax.grad(total)(0.9), jax.grad(total)(1.1)
-    assert inside > 0.01  # turning the sign towards the first key raises its weight
+    assert inside > 0.01  # moving the sign towards the first key raises its weight
     assert outside == 0.0
 
 
-# --- all kinds with scores
+# --- all score-based kinds
 
 
-def test_query_head_j_reads_kv_head_j_over_group():
+def test_query_head_j_uses_kv_head_j_over_group():
     q, k, v = normal(4, B, T, H, h), normal(5, B, T, K, h), normal(6, B, T, K, h)
     visible = causal(LEFT_PADDED)
     o = mix_values(weigh("softmax")(q, k, visible, 0.5), v)
@@ -140,8 +140,8 @@ def test_mix_values_by_hand():
 
 
 @pytest.mark.parametrize("kind", SCORED)
-def test_hidden_keys_have_no_weight_and_blind_queries_no_gradient(kind):
-    visible = causal(LEFT_PADDED)  # the first two queries of row 0 see nothing
+def test_masked_keys_have_zero_weight_and_fully_masked_queries_zero_gradient(kind):
+    visible = causal(LEFT_PADDED)  # the first two queries of row 0 see no key
     v = normal(9, B, T, K, h)
 
     def output(q, k):
@@ -171,7 +171,7 @@ def test_softmax_rows_sum_to_one_at_extreme_scores():
     np.testing.assert_allclose(jnp.sum(p, -1), jnp.broadcast_to(rows[:, None], (B, H, T)), rtol=1e-6)
 
 
-def test_softmax_is_the_float64_formula():
+def test_softmax_matches_the_float64_formula():
     q, k = (np.asarray(x, np.float64) for x in (normal(13, 1, T, 1, h), normal(14, 1, T, 1, h)))
     e = np.exp(q[0, :, 0] @ k[0, :, 0].T / np.sqrt(h)) * np.tril(np.ones((T, T)))
     p = weigh("softmax")(
@@ -220,7 +220,7 @@ def run(config: ModelConfig, v: dict, x: jax.Array, call: dict) -> tuple:
 
 @lru_cache
 def variables(config: ModelConfig) -> dict:
-    """Parameters large enough that every part of the module matters to the output."""
+    """Parameters large enough for every part of the module to affect the output."""
     params = jax.jit(module(config).init)(jax.random.key(0), normal(0, B, T, D), **seeing(LEFT_PADDED))
     return jax.tree.map(lambda x: x * 15 if x.ndim == 2 else x, params)  # std 0.02 -> 0.3, about 1 / sqrt(D)
 
@@ -236,10 +236,10 @@ def seeing(mask: jax.Array, causally: bool = True) -> dict[str, jax.Array]:
 
 
 def cached(c: ModelConfig, v: dict, x: jax.Array, split: list[int], room: int) -> np.ndarray:
-    """The module over pieces of x, left padded, with a cache of `room` positions."""
+    """The module applied to pieces of x, left padded, with a cache of `room` positions."""
     empty = jnp.zeros((B, room, K, h))
     cache = zero_state(B, H, h) if c.attention == "linear" else KVCache(empty, empty)
-    # NumPy takes the pieces: JAX would compile each slice.
+    # Sliced in NumPy: JAX would compile each slice.
     x, mask, whole = np.asarray(x), np.asarray(LEFT_PADDED), jax.tree.map(np.asarray, seeing(LEFT_PADDED))
     visible, outputs = np.pad(whole["visible"], [(0, 0), (0, 0), (0, room - T)]), []
     for start, stop in zip([0, *split], [*split, T], strict=True):
@@ -256,7 +256,7 @@ def cached(c: ModelConfig, v: dict, x: jax.Array, split: list[int], room: int) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cache_equals_no_cache_however_split(kind):
+def test_cache_equals_no_cache_for_any_split(kind):
     c = config(kind)
     v, x = variables(c), normal(20, B, T, D)
     y, nothing = run(c, v, x, seeing(LEFT_PADDED))
@@ -275,7 +275,7 @@ def test_left_padding_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_reach_earlier_tokens_and_every_parameter_and_nothing_else(kind):
+def test_gradients_reach_exactly_the_visible_tokens_and_every_parameter(kind):
     c, seen = config(kind, norm_placement="sub"), 4
 
     def output(v, x):
@@ -334,19 +334,19 @@ def test_jit_equals_no_jit_and_vmap_equals_loop(kind):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "relu", "linear"])
-def test_bfloat16_stays_within_its_band(kind):
+def test_bfloat16_error_is_within_its_expected_range(kind):
     high, low = config(kind, norm_placement="pre"), config(kind, norm_placement="pre", dtype="bfloat16")
     v, x, call = variables(high), normal(27, B, T, D), seeing(LEFT_PADDED)
     y = run(low, v, x.astype(jnp.bfloat16), call)[0]
     assert y.dtype == jnp.bfloat16
     error = y.astype(jnp.float32) - module(high).apply(v, x, **call)[0]
-    # About eight roundings of 2^-9 lie between x and y, each of a number of size 1 and spread over sums that
-    # average them: 2 % of the size of y in the mean would be a defect, 0.1 % would be luck.
+    # About eight roundings of 2^-9 separate x and y, each of a number of magnitude 1 and spread over sums that
+    # average them: a mean error of 2 % of y would be a defect, 0.1 % would be luck.
     size = np.std(y.astype(jnp.float32))
     assert 1e-3 * size < np.sqrt(np.mean(np.square(error))) < 2e-2 * size
 
 
-def test_bfloat16_cache_under_a_float32_model():
+def test_bfloat16_cache_with_a_float32_model():
     c = config("softmax")
     v, x, call = variables(c), normal(28, B, T, D), seeing(LEFT_PADDED)
     empty = jnp.zeros((B, T, K, h), jnp.bfloat16)
@@ -357,13 +357,13 @@ def test_bfloat16_cache_under_a_float32_model():
     assert np.max(np.abs(y - exact)) < 2e-2 * np.max(np.abs(exact))  # keys and values rounded by 2^-9
 
 
-def test_quantized_keys_and_values_are_within_half_a_step():
+def test_quantized_keys_and_values_err_by_at_most_half_a_step():
     x = normal(30, 3, 5, K, 16) * jnp.asarray([1e-6, 1.0, 1e6], jnp.float32)[:, None, None, None]
     x = x.at[0, 0, 0].set(0.0)
     codes, scale = quantize_kv(x)
     assert (codes.dtype, scale.shape) == (jnp.int8, x.shape[:-1])
     np.testing.assert_array_equal(jnp.max(jnp.abs(codes.astype(jnp.int32)), axis=-1) == 127, scale > 0)
-    # Half a step, and the rounding of x / scale (of size 127) and of the product.
+    # Half a step, plus the rounding of x / scale (magnitude 127) and of the product.
     error = jnp.abs(codes.astype(jnp.float32) * scale[..., None] - x)
     assert np.all(error <= (0.5 + 127 * 2.0**-22) * scale[..., None])
     assert not codes[0, 0, 0].any()
@@ -376,18 +376,18 @@ def test_keys_and_values_of_few_bits(bits):
     assert set(np.unique(codes)) <= set(range(-q, q + 1))
     value, pull = jax.vjp(lambda x: fake_quantized_kv(x, bits), x)
     np.testing.assert_array_equal(value, codes.astype(jnp.float32) * scale[..., None])
-    assert np.all(np.abs(value - x) <= 0.50001 * scale[..., None])  # half a step, and float32's rounding
+    assert np.all(np.abs(value - x) <= 0.50001 * scale[..., None])  # half a step plus float32 rounding
     g = normal(32, *x.shape)
     np.testing.assert_array_equal(pull(g)[0], g)
 
 
-def test_eight_bits_without_a_cache_are_those_of_the_int8_cache():
+def test_eight_bit_keys_and_values_without_a_cache_match_the_int8_cache():
     c = dataclasses.replace(config("softmax"), kv_bits=8)
     v, x, call = variables(c), normal(28, B, T, D), seeing(LEFT_PADDED)
     cached, _ = run(config("softmax"), v, x, call | {"cache": empty_cache(T, "int8"), "length": jnp.int32(0)})
     np.testing.assert_allclose(
         module(c).apply(v, x, **call)[0], cached, rtol=1e-5, atol=1e-6
-    )  # order of sums
+    )  # summation order
 
 
 def empty_cache(room: int, dtype: str) -> KVCache:
@@ -396,8 +396,8 @@ def empty_cache(room: int, dtype: str) -> KVCache:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "relu"])
-def test_an_int8_cache_errs_as_its_steps_allow(kind):
-    """softmax by the kernel and relu by XLA remember the same codes."""
+def test_the_error_of_an_int8_cache_is_bounded_by_its_step(kind):
+    """softmax by the kernel and relu by XLA store the same codes."""
     c = config(kind)
     v, x, call = variables(c), normal(28, B, T, D), seeing(LEFT_PADDED)
     y, cache = run(c, v, x, call | {"cache": empty_cache(T, "int8"), "length": jnp.int32(0)})
@@ -411,7 +411,7 @@ def test_an_int8_cache_errs_as_its_steps_allow(kind):
     assert 0 < error < 2e-2
 
 
-def test_more_tokens_than_the_cache_holds_are_refused():
+def test_more_tokens_than_the_cache_holds_are_rejected():
     c = config("softmax")
     empty = jnp.zeros((B, T - 1, K, h))
     call = seeing(LEFT_PADDED) | {"cache": KVCache(empty, empty), "length": jnp.int32(0)}
@@ -427,7 +427,7 @@ def test_more_tokens_than_the_cache_holds_are_refused():
         ("softmax", KVCache(*[jnp.zeros((B, T, K, h))] * 2), None, "got a cache without its length"),
     ],
 )
-def test_a_cache_that_does_not_fit_is_refused(kind, cache, length, message):
+def test_a_mismatched_cache_is_rejected(kind, cache, length, message):
     c = config(kind)
     with pytest.raises((TypeError, ValueError), match=message):
         run(c, variables(c), normal(29, B, T, D), seeing(ALL) | {"cache": cache, "length": length})

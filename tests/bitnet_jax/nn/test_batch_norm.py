@@ -1,4 +1,4 @@
-"""Batch norm: its formula, what it remembers, and when."""
+"""Batch norm: its formula and its running statistics."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def formula(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
     return (np.asarray(X) - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
 
 
-def test_training_uses_the_batch_and_moves_the_running_statistics() -> None:
+def test_training_uses_batch_statistics_and_updates_the_running_ones() -> None:
     y, updated = NORM.apply(variables(), X, deterministic=False, mutable=["batch_stats"])
     mean, var = np.mean(np.asarray(X), axis=(0, 1)), np.var(np.asarray(X), axis=(0, 1))
-    # float32 against float32 in another order
+    # float32 against float32 in a different order
     np.testing.assert_allclose(y, formula(mean, var), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(updated["batch_stats"]["var"], 0.9 + 0.1 * var, rtol=1e-5)
 
 
-def test_a_deterministic_pass_uses_what_is_remembered_and_changes_nothing() -> None:
+def test_a_deterministic_pass_uses_the_running_statistics_and_does_not_update_them() -> None:
     known = variables() | {
         "batch_stats": {"mean": np.full(6, 2.0, np.float32), "var": np.full(6, 9.0, np.float32)}
     }
@@ -46,7 +46,7 @@ def test_without_a_mutable_collection_training_only_normalizes() -> None:
     assert NORM.apply(variables(), X, deterministic=False).shape == X.shape
 
 
-def test_initial_statistics_are_those_of_nothing_seen() -> None:
+def test_initial_statistics_are_zero_mean_and_unit_variance() -> None:
     statistics = variables()["batch_stats"]
     np.testing.assert_array_equal(statistics["mean"], np.zeros(6))
     np.testing.assert_array_equal(statistics["var"], np.ones(6))

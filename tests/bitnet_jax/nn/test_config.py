@@ -1,4 +1,4 @@
-"""ModelConfig: what it refuses, what it derives, and that it survives JSON."""
+"""ModelConfig: validation, derived values, and JSON round trips."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ WIDE = Precision(
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_json(name: str) -> None:
+def test_presets_round_trip_through_json(name: str) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(PRESETS[name].to_dict()))) == PRESETS[name]
 
 
-def test_rules_survive_json_and_stay_hashable() -> None:
+def test_rules_round_trip_through_json_and_stay_hashable() -> None:
     config = ModelConfig(**TINY | {"precision": [["layers_*/mlp/*", "bitnet"], ["*", "int8"]]})
     assert hash(config) == hash(ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))))
     assert config.precisions()["layers_1/mlp/up_proj"].weight == "binary_centred"
     assert config.precisions()["layers_1/attention/q_proj"].weight == "int8"
 
 
-def test_precisions_in_rules_survive_json() -> None:
+def test_precisions_in_rules_round_trip_through_json() -> None:
     own = Precision(weight="binary", granularity=64, weight_options=(("zero", -1),))
     config = ModelConfig(**TINY | {"precision": (("*", own),)})
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -63,13 +63,13 @@ def test_precisions_in_rules_survive_json() -> None:
         ),
     ],
 )
-def test_refused(change: dict[str, Any], message: str) -> None:
+def test_invalid_configs_are_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_dict(TINY | change)
 
 
-def test_the_trained_length_is_kept_and_is_no_other_model() -> None:
-    """An equal static argument finds the compiled program: the length compiles nothing anew."""
+def test_the_trained_length_is_stored_but_does_not_affect_equality() -> None:
+    """An equal static argument hits the compilation cache: the trained length never causes a recompilation."""
     config = ModelConfig(**TINY | {"trained_length": 64})
     again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert (again.trained_length, again.known_length) == (64, 64)
@@ -80,7 +80,7 @@ def test_the_trained_length_is_kept_and_is_no_other_model() -> None:
     assert ModelConfig(**TINY | {"trained_length": 10**6}).known_length == TINY["max_length"]
 
 
-def test_missing_fields_are_named() -> None:
+def test_the_error_names_missing_fields() -> None:
     with pytest.raises(ValueError, match="missing hidden_size, num_layers, num_heads, ffn_size, max_length"):
         ModelConfig.from_dict({"vocab_size": 3})
 
@@ -88,7 +88,7 @@ def test_missing_fields_are_named() -> None:
 @pytest.mark.parametrize(
     "change", [{}, {"tie_embeddings": False}, {"mlp": "relu"}, {"num_classes": 3, "causal": False}]
 )
-def test_linear_shapes_are_those_of_the_parameters(change: dict[str, Any]) -> None:
+def test_linear_shapes_match_the_parameters(change: dict[str, Any]) -> None:
     config = ModelConfig(**TINY | change)
     params = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))[
         "params"
@@ -97,21 +97,21 @@ def test_linear_shapes_are_those_of_the_parameters(change: dict[str, Any]) -> No
     assert {"/".join(path): shape for path, shape in weights.items()} == config.linear_shapes()
 
 
-def test_2b4t_has_the_linear_parameters_of_the_released_model() -> None:
+def test_2b4t_has_as_many_linear_parameters_as_the_released_model() -> None:
     # papers/bitnet_line 6.1: 69.47 M per layer, 2.0840 B in total, embedding 328.3 M
     shapes = PRESETS["2b4t"].linear_shapes().values()
     assert round(sum(n * k for n, k in shapes) / 1e9, 4) == 2.0840
     assert round(PRESETS["2b4t"].vocab_size * PRESETS["2b4t"].hidden_size / 1e6, 1) == 328.3
 
 
-def test_heads_stay_float_under_a_bare_recipe() -> None:
+def test_the_head_stays_float_under_a_bare_recipe() -> None:
     for change, head in (({"tie_embeddings": False}, "lm_head"), ({"num_classes": 2}, "classifier")):
         precisions = ModelConfig(**TINY | change).precisions()
         assert not precisions[head].quantizes_weights
         assert precisions["layers_0/mlp/up_proj"].quantizes_weights
 
 
-def test_a_head_in_integers_is_a_linear_layer_tied_or_not() -> None:
+def test_an_integer_head_is_a_linear_layer_tied_or_untied() -> None:
     for tied in (True, False):
         config = ModelConfig(**TINY | {"tie_embeddings": tied, "head": "int8"})
         assert config.linear_shapes()["lm_head"] == (config.vocab_size, config.hidden_size)
@@ -139,12 +139,12 @@ def test_a_head_in_integers_is_a_linear_layer_tied_or_not() -> None:
         ),
     ],
 )
-def test_heads_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+def test_invalid_heads_are_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**TINY | change)
 
 
-def test_float_layers_stay_float_beside_int8_products() -> None:
+def test_float_layers_stay_float_with_int8_products() -> None:
     assert ModelConfig(**TINY | {"product": "int8", "precision": "float32"}).product == "int8"
     mixed = ModelConfig(
         **TINY | {"product": "int8_gradients", "precision": [["*q_proj", "float32"], ["*", "bitnet"]]}

@@ -1,4 +1,4 @@
-"""Convolutions as products of patches: against XLA's convolution, XNOR-Net's formula, and packed."""
+"""Convolutions as matrix products of patches: against XLA's convolution, XNOR-Net's formula, and packed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N = 12
 
 
 def convolution(x: jax.Array, weight: jax.Array, kernel: int, stride: int, padding: int) -> jax.Array:
-    """XLA's own, with the weight [n, kh kw C] as [kh, kw, C, n]."""
+    """XLA's convolution, with the weight [n, kh kw C] as [kh, kw, C, n]."""
     n, channels = weight.shape[0], x.shape[-1]
     return jax.lax.conv_general_dilated(
         x,
@@ -34,7 +34,7 @@ def test_a_float_layer_is_a_convolution(kernel: int, stride: int, padding: int) 
     layer = BitConv(N, Precision(), kernel=kernel, stride=stride, padding=padding, init_std=1.0)
     params = layer.init(jax.random.key(1), X)["params"]
     expected = convolution(X, params["weight"], kernel, stride, padding)
-    # float32 sums of up to 45 products in another order
+    # float32 sums of up to 45 products in a different order
     np.testing.assert_allclose(layer.apply({"params": params}, X), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -46,12 +46,12 @@ def test_the_gradient_is_that_of_a_convolution() -> None:
     theirs = jax.grad(lambda w, x: jnp.sum(convolution(x, w, 3, 1, 1) * g), argnums=(0, 1))(
         params["weight"], X
     )
-    np.testing.assert_allclose(ours[0]["weight"], theirs[0], rtol=1e-4, atol=1e-4)  # the order of sums
+    np.testing.assert_allclose(ours[0]["weight"], theirs[0], rtol=1e-4, atol=1e-4)  # summation order
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
 
 
-def test_the_scale_of_a_window_is_the_map_of_xnor_net() -> None:
-    """I * W ~ (sign I conv sign W) K alpha, K = box filter of the channel mean of |I|; zeros around are signs +1."""
+def test_the_scale_of_a_window_is_the_scale_map_of_xnor_net() -> None:
+    """I * W ~ (sign I conv sign W) K alpha, K = box filter of the channel mean of |I|; zero padding has sign +1."""
     precision = RECIPES["xnor"]
     assert isinstance(precision, Precision)
     layer = BitConv(N, precision)
@@ -75,13 +75,13 @@ def test_packed_equals_latent(name: str) -> None:
     packed = pack(quantized.codes.astype(jnp.int8), quantized.scale, precision.packed_format)
     apply = jax.jit(layer.apply)
     latent, ours = apply({"params": params}, X), apply({"packed": {"weight": packed}}, X)
-    if precision.activation == "none":  # a float product, in another order
+    if precision.activation == "none":  # a float product in a different order
         np.testing.assert_allclose(latent, ours, rtol=1e-5, atol=1e-5)
     else:
         np.testing.assert_array_equal(latent, ours)
 
 
-def test_products_of_signs_are_whole_numbers_counted_exactly() -> None:
+def test_products_of_signs_are_exact_integers() -> None:
     precision = RECIPES["bnn"]
     assert isinstance(precision, Precision)
     layer = BitConv(N, precision)
@@ -92,6 +92,6 @@ def test_products_of_signs_are_whole_numbers_counted_exactly() -> None:
     np.testing.assert_array_equal(layer.apply({"packed": {"weight": packed}}, X), expected)
 
 
-def test_an_image_smaller_than_a_window_is_refused() -> None:
+def test_an_image_smaller_than_a_window_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"got an image of \(2, 2\) pixels, expected at least 3 x 3"):
         patches(jnp.zeros((1, 2, 2, 1)), 3)

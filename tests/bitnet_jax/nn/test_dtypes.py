@@ -1,4 +1,4 @@
-"""Layers and models take float32, bfloat16 or float16 (ids: integers); any other dtype is one line of ValueError.
+"""Layers and models take float32, bfloat16 or float16 (ids: integers); any other dtype is a one-line ValueError.
 
 An integer input once came back as zeros: results are cast to the dtype of the input.
 """
@@ -58,7 +58,7 @@ def module(layer: nn.Module, shape: tuple[int, ...], dtype: str = "float32", **o
 
 
 def with_scale(quantizer: ActivationQuantizer) -> Arguments:
-    """A learned scale, if the quantizer can have one."""
+    """Adds a learned scale if the quantizer supports one."""
     return Arguments(scale=jnp.float32(1.0) if "scale" in quantizer.uses else None)
 
 
@@ -125,13 +125,13 @@ FLOAT_INPUTS: dict[str, tuple[Callable[[], Call], tuple[int, ...]]] = {
 
 
 def check(call: Call, shape: tuple[int, ...], taken: tuple[str, ...]) -> None:
-    """Takes these of DTYPES with finite results, in one program, and refuses the others."""
+    """Checks that the given dtypes have finite results, in one program, and that the others are rejected."""
     arrays = {dtype: jnp.ones(shape, dtype) for dtype in taken}
     for dtype, result in jax.jit(lambda xs: {name: call(x) for name, x in xs.items()})(arrays).items():
         for leaf in jax.tree.leaves(result):
             assert jnp.isfinite(leaf.astype(jnp.float32)).all(), dtype
     for dtype in (name for name in DTYPES if name not in taken):
-        with jax.enable_x64(dtype == "float64"):  # without it there is no float64 in JAX
+        with jax.enable_x64(dtype == "float64"):  # JAX has no float64 without it
             array = jnp.ones(shape, dtype)
             with pytest.raises((ValueError, TypeError), match=dtype) as caught:
                 jax.jit(call)(array)
@@ -139,13 +139,13 @@ def check(call: Call, shape: tuple[int, ...], taken: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", FLOAT_INPUTS)
-def test_float_inputs(name: str) -> None:
+def test_float_input_dtypes(name: str) -> None:
     make, shape = FLOAT_INPUTS[name]
     call = make()
     check(call, shape, FLOATS)
 
 
-def test_vision_transformer() -> None:
+def test_vision_transformer_dtypes() -> None:
     config = VisionTransformerConfig.from_dict(
         {
             "image_size": 8,
@@ -162,19 +162,19 @@ def test_vision_transformer() -> None:
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_ids(stored: str) -> None:
+def test_id_dtypes(stored: str) -> None:
     embedding = Embedding(32, 64, stored, "float32", 0.02)
     table = {"params": {"embedding": jnp.ones((32, 64), stored)}}
     check(lambda ids: embedding.apply(table, ids), (2, 3), INTEGERS)
 
 
-def test_tokens_of_a_transformer() -> None:
+def test_token_dtypes_of_a_transformer() -> None:
     call = module(Transformer(CONFIG), (1, 3), "int32")
     check(call, (1, 3), INTEGERS)
 
 
-def test_the_result_of_a_layer_is_that_of_its_numbers() -> None:
-    """Half precision is rounded at the ends and nowhere else."""
+def test_half_precision_input_equals_the_same_values_in_float32() -> None:
+    """Half precision is rounded only at input and output."""
     layer = BitLinear(48, RECIPES["bitnet_b158"])
     x = jax.random.normal(jax.random.key(1), ROWS)
     variables = layer.init(jax.random.key(0), x)

@@ -1,4 +1,4 @@
-"""Tables: look-ups and logits of latent and stored values agree, and the gradient passes the rounding."""
+"""Embedding tables: look-ups and logits of latent and stored values agree, and gradients pass through rounding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def table(embedding: Embedding) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recipe", [None, Precision(), Precision(compute_dtype="bfloat16")])
-def test_stored_values_give_what_latent_ones_give(dtype: str, stored: str, recipe: Precision | None) -> None:
+def test_stored_and_latent_values_give_the_same_results(
+    dtype: str, stored: str, recipe: Precision | None
+) -> None:
     settings = config(dtype=dtype, embedding_dtype=stored)
     embedding = Embedding.of(settings, V, "embed") if recipe is None else Embedding.head(settings, recipe)
     latent = table(embedding)
@@ -43,7 +45,7 @@ def test_stored_values_give_what_latent_ones_give(dtype: str, stored: str, recip
     attend = jax.jit(lambda v: embedding.apply(v, jnp.asarray(X, dtype), method="attend"))
     logits = attend(kept)
     assert logits.dtype == jnp.float32
-    # The same products, summed in another order.
+    # The same products, summed in a different order.
     np.testing.assert_allclose(logits, attend(variables), rtol=1e-5, atol=1e-6)
 
     operand = ml_dtypes.bfloat16 if embedding.dtype == "bfloat16" else np.float32
@@ -52,7 +54,7 @@ def test_stored_values_give_what_latent_ones_give(dtype: str, stored: str, recip
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)  # float32 sums of 24 products
 
 
-def test_the_gradient_passes_the_rounding() -> None:
+def test_the_gradient_passes_straight_through_the_rounding() -> None:
     embedding = Embedding.of(config(embedding_dtype="bfloat16"), V, "embed")
     latent = jnp.asarray(table(embedding))
 

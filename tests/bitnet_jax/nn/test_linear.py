@@ -28,15 +28,15 @@ def recipe(name: str) -> Precision:
     return precision
 
 
-def test_float_layer_is_a_dense_layer() -> None:
+def test_a_float_layer_is_a_dense_layer() -> None:
     module, params = layer(recipe("float32"), use_bias=True)
     params["bias"] = jnp.arange(N, dtype=jnp.float32)
     expected = np.asarray(X) @ np.asarray(params["weight"]).T + np.arange(N, dtype=np.float32)
-    # float32 sums of 256 products, in another order
+    # float32 sums of 256 products in a different order
     np.testing.assert_allclose(module.apply({"params": params}, X), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_bfloat16_recipe_rounds_its_operands() -> None:
+def test_the_bfloat16_recipe_rounds_its_operands() -> None:
     module, params = layer(recipe("bfloat16"))
     x, w = (np.asarray(a.astype(jnp.bfloat16), np.float32) for a in (X, params["weight"]))
     np.testing.assert_allclose(module.apply({"params": params}, X), x @ w.T, rtol=1e-4, atol=1e-4)
@@ -44,12 +44,10 @@ def test_bfloat16_recipe_rounds_its_operands() -> None:
 
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_product_of_codes_is_exact(groups: int, dtype: str) -> None:
+def test_products_of_codes_are_exact(groups: int, dtype: str) -> None:
     rng = np.random.default_rng(0)
     x = Quantized(rng.integers(-128, 128, (2, 3, K)).astype(np.float32), np.full((2, 3, 1), 0.5, np.float32))
-    scale = 2.0 ** rng.integers(-3, 3, (N, groups)).astype(
-        np.float32
-    )  # powers of two: the scaling is exact too
+    scale = 2.0 ** rng.integers(-3, 3, (N, groups)).astype(np.float32)  # powers of two: scaling is exact too
     w = Quantized(rng.integers(-1, 2, (N, K)).astype(np.float32), scale)
     y = quantized_matmul(jax.tree.map(jnp.asarray, x), jax.tree.map(jnp.asarray, w), dtype)
     full = w.codes * np.repeat(scale, K // groups, axis=1)
@@ -59,7 +57,7 @@ def test_product_of_codes_is_exact(groups: int, dtype: str) -> None:
 @pytest.mark.parametrize(
     "name", ["bitnet", "bitnet_b158", "bitnet_b158_channel", "bitnet_group64", "xnor", "bnn"]
 )
-def test_packed_equals_latent_bit_for_bit(name: str) -> None:
+def test_packed_and_latent_are_bit_identical(name: str) -> None:
     precision = recipe(name)
     module, params = layer(precision)
     quantized = precision.quantize_weight(params["weight"])
@@ -70,7 +68,7 @@ def test_packed_equals_latent_bit_for_bit(name: str) -> None:
     np.testing.assert_array_equal(latent, ours)
 
 
-def test_gradients_are_those_of_fake_quantization() -> None:
+def test_gradients_equal_those_of_fake_quantization() -> None:
     module, params = layer(recipe("bitnet_b158"))
     g = jax.random.normal(jax.random.key(2), (3, 5, N))
 
@@ -85,7 +83,7 @@ def test_gradients_are_those_of_fake_quantization() -> None:
     np.testing.assert_allclose(dx, jnp.einsum("btn,nk->btk", g, wq), rtol=1e-4, atol=1e-4)
 
 
-def test_learned_scale_is_a_parameter_with_a_gradient() -> None:
+def test_a_learned_scale_is_a_parameter_with_a_gradient() -> None:
     module, params = layer(recipe("paretoq_1"))
     assert params["weight_scale"].shape == (N, 1)
     gradient = jax.grad(lambda p: jnp.sum(jnp.square(module.apply({"params": p}, X))))(params)
@@ -103,7 +101,7 @@ def test_stochastic_weights_need_a_key_to_be_random() -> None:
     assert (first != plain).any()
 
 
-def test_packed_weight_of_another_layer_is_refused() -> None:
+def test_the_packed_weight_of_another_layer_is_rejected() -> None:
     module, _ = layer(recipe("bitnet"))
     packed = pack(jnp.ones((N + 1, K), jnp.int8), jnp.ones((1, 1)), "binary")
     with pytest.raises(ValueError, match=r"packed weight is \(49, 256\), expected \(48, 256\)"):

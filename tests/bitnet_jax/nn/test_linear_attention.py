@@ -1,4 +1,4 @@
-"""Linear attention: the formula by hand, the three forms equal, masks, states, gradients."""
+"""Linear attention: hand-computed values, equality of the three forms, masks, states, gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ B, T, H, h = 2, 11, 2, 4
 # Compiled once for all tests; the last test compares with the uncompiled functions.
 parallel, recurrent = jax.jit(la.parallel), jax.jit(la.recurrent)
 chunked = jax.jit(la.chunked, static_argnames="chunk")
-# Sums of at most T h products of numbers around 1, in another order, then one division: some tens of 2^-24.
+# Sums of at most T h products of numbers around 1 in a different order, then one division: tens of 2^-24.
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -44,7 +44,7 @@ def test_two_tokens_by_hand():
     np.testing.assert_allclose(state.z.ravel(), [2.5], rtol=1e-6)
 
 
-def test_parallel_is_the_formula_in_float64():
+def test_parallel_matches_the_float64_formula():
     q, k, v = (np.asarray(x, np.float64) for x in qkv())
     phi = lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))  # noqa: E731
     expected = np.zeros_like(v)
@@ -69,7 +69,7 @@ def test_three_forms_agree(chunk):
 
 @pytest.mark.parametrize("split", [1, 10])
 @pytest.mark.parametrize("form", ["recurrent", "chunked"])
-def test_two_calls_with_the_state_between_equal_one(form, split):
+def test_two_calls_that_pass_the_state_equal_one_call(form, split):
     q, k, v = qkv(1)
     parts = [tuple(x[:, part] for x in (q, k, v)) for part in (slice(None, split), slice(split, None))]
     masks = LEFT_PADDED[:, :split], LEFT_PADDED[:, split:]
@@ -87,7 +87,7 @@ def test_padding_gives_zeros_and_no_gradient(form):
         return FORMS[form](q, k, v, la.zero_state(B, H, h), LEFT_PADDED)[0]
 
     o, pullback = jax.vjp(run, *qkv(3))
-    np.testing.assert_array_equal(o[0, :3], 0.0)  # queries that see no key
+    np.testing.assert_array_equal(o[0, :3], 0.0)  # fully masked queries
     dq, dk, dv = pullback(jnp.ones_like(o))
     assert all(np.isfinite(g).all() for g in (dq, dk, dv))
     for g in (dq, dk, dv):
@@ -123,23 +123,23 @@ def test_gradients_of_the_forms_agree():
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # differences of similar sums
 
 
-def test_bidirectional_queries_average_all_visible_keys():
+def test_bidirectional_queries_attend_to_all_visible_keys():
     q, k, v = qkv(6)
     both = jnp.broadcast_to(LEFT_PADDED[:, None, :], (B, T, T))
     o = parallel(q, k, v, both)
-    # The last causal query sees every real key, as all queries of the bidirectional form do.
+    # The last causal query sees every real key, like all queries of the bidirectional form.
     causal = parallel(q, k, v, visible(LEFT_PADDED))
     np.testing.assert_allclose(o[:, -1], causal[:, -1], **SAME)
     # A constant value is its own average; epsilon over a sum of similarities above 1.
     np.testing.assert_allclose(parallel(q, k, jnp.full_like(v, 2.5), both), 2.5, rtol=2e-6)
 
 
-def test_dtypes_and_bfloat16_band():
+def test_dtypes_and_bfloat16_error():
     low = tuple(x.astype(jnp.bfloat16) for x in qkv(7))
     o, state = chunked(*low, la.zero_state(B, H, h))
     assert o.dtype == jnp.bfloat16
     assert state.s.dtype == state.z.dtype == jnp.float32
-    # Everything inside is float32: the same inputs, and one rounding of outputs below 4 at the end.
+    # Everything inside is float32: the same inputs, and one final rounding of outputs below 4.
     exact, _ = chunked(*(x.astype(jnp.float32) for x in low), la.zero_state(B, H, h))
     np.testing.assert_allclose(o.astype(jnp.float32), exact, atol=4 * 2.0**-9)
 

@@ -25,18 +25,18 @@ def formula(kind: str, x: np.ndarray, eps: float) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("eps", [1e-5, 1.0])
-def test_formula(kind: str, eps: float) -> None:
+def test_norms_match_their_formulas(kind: str, eps: float) -> None:
     np.testing.assert_allclose(NORMS[kind](jnp.asarray(X), eps), formula(kind, X, eps), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", NORMS)
-def test_zero_row_is_zero_and_has_a_gradient(kind: str) -> None:
+def test_a_zero_row_stays_zero_and_has_a_finite_gradient(kind: str) -> None:
     zero = jnp.zeros((2, 8))
     np.testing.assert_array_equal(NORMS[kind](zero, 1e-5), zero)
     assert np.isfinite(jax.grad(lambda x: jnp.sum(NORMS[kind](x, 1e-5)))(zero)).all()
 
 
-def test_gain_multiplies_after_the_cast() -> None:
+def test_the_gain_multiplies_after_the_cast() -> None:
     x = jnp.asarray(X, jnp.bfloat16)
     scale = jnp.linspace(0.5, 1.5, 32)
     y = Norm("rmsnorm", 1e-5).apply({"params": {"scale": scale}}, x)
@@ -44,7 +44,7 @@ def test_gain_multiplies_after_the_cast() -> None:
     np.testing.assert_array_equal(y, NORMS["rmsnorm"](x, 1e-5) * scale.astype(jnp.bfloat16)[None, :])
 
 
-def test_mlp_kinds_are_their_formulas() -> None:
+def test_mlp_kinds_match_their_formulas() -> None:
     x = jax.random.normal(jax.random.key(0), (1, 3, 64))
     formulas = {
         "relu": lambda up, gate: np.maximum(up, 0),
@@ -65,5 +65,5 @@ def test_mlp_kinds_are_their_formulas() -> None:
         up = np.asarray(x) @ w["up_proj"].T
         gate = np.asarray(x) @ w["gate_proj"].T if "gate_proj" in w else None
         want = expected(up, gate) @ w["down_proj"].T
-        # float32 against float32 in another order of summation
+        # float32 against float32 in a different summation order
         np.testing.assert_allclose(module.apply({"params": params}, x), want, rtol=1e-4, atol=1e-4)

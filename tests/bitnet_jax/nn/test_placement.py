@@ -1,4 +1,4 @@
-"""Placement acts on a mesh in context and nowhere else."""
+"""Placement constraints apply only with a mesh in context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from bitnet_jax.nn.placement import split_over_batch, whole_rows
+from bitnet_jax.nn.placement import split_by_rows, split_over_batch
 
 
 @pytest.fixture
@@ -22,14 +22,14 @@ def mesh() -> Mesh:
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
-@pytest.mark.parametrize("place", [split_over_batch, whole_rows])
-def test_nothing_happens_without_a_mesh(place: Callable[[jax.Array], jax.Array]) -> None:
+@pytest.mark.parametrize("place", [split_over_batch, split_by_rows])
+def test_placement_is_a_no_op_without_a_mesh(place: Callable[[jax.Array], jax.Array]) -> None:
     x = jnp.asarray(X)
     assert place(x) is x
     assert "sharding" not in str(jax.make_jaxpr(place)(X))
 
 
-def test_a_batch_is_split_where_it_divides(mesh: Mesh) -> None:
+def test_a_batch_is_sharded_where_it_divides(mesh: Mesh) -> None:
     with jax.set_mesh(mesh):
         split = jax.jit(split_over_batch)(X)
         odd = jax.jit(split_over_batch)(X[:3])
@@ -38,14 +38,14 @@ def test_a_batch_is_split_where_it_divides(mesh: Mesh) -> None:
     np.testing.assert_array_equal(split, X)
 
 
-def test_rows_of_a_table_are_gathered(mesh: Mesh) -> None:
+def test_embedding_rows_are_gathered(mesh: Mesh) -> None:
     columns = jax.device_put(X[:, :2], jax.NamedSharding(mesh, P(None, "fsdp")))
     assert columns.addressable_shards[0].data.shape == (4, 1)
     with jax.set_mesh(mesh):
-        assert jax.jit(whole_rows)(columns).addressable_shards[0].data.shape == (4, 2)
+        assert jax.jit(split_by_rows)(columns).addressable_shards[0].data.shape == (4, 2)
 
 
-def test_a_shard_map_around_has_split_already(mesh: Mesh) -> None:
+def test_placement_is_a_no_op_inside_shard_map(mesh: Mesh) -> None:
     with jax.set_mesh(mesh):
         y = jax.jit(jax.shard_map(split_over_batch, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp")))(X)
     np.testing.assert_array_equal(y, X)

@@ -1,4 +1,4 @@
-"""Products on int8 operands: the numbers of fake quantization, and what is rounded where that is asked for."""
+"""Products of int8 operands: equal to fake quantization, with gradients rounded only on request."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def value_and_gradients(
     wrap: Callable[..., Any] = jax.jit,
     remat: bool = False,
 ) -> tuple[jax.Array, Gradients]:
-    """The layer's output, and the gradients of sum(output * G) to its parameters and its input."""
+    """The layer's output, and the gradients of sum(output * G) with respect to its parameters and input."""
 
     def run(params: dict[str, jax.Array], x: jax.Array) -> tuple[jax.Array, Gradients]:
         apply = jax.checkpoint(module.apply) if remat else module.apply
@@ -69,7 +69,7 @@ def value_and_gradients(
 
 
 def products(run: Callable[..., Any], *arguments: Any) -> Counter[tuple[str, ...]]:
-    """The matrix products of a function: the types of both operands and of the result."""
+    """The matrix products of a function: the dtypes of both operands and the result."""
     found: Counter[tuple[str, ...]] = Counter()
 
     def walk(jaxpr: Any) -> None:
@@ -85,7 +85,7 @@ def products(run: Callable[..., Any], *arguments: Any) -> Counter[tuple[str, ...
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
-    """Equal up to the rounding of float32 sums of at most K products, taken in another order."""
+    """Equal up to the rounding of float32 sums of at most K products in a different order."""
 
     def compare(a: jax.Array, b: jax.Array) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=K * EPS * float(jnp.abs(b).max()))
@@ -94,17 +94,17 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_the_numbers_of_fake_quantization(name: str) -> None:
+def test_integer_products_equal_fake_quantization(name: str) -> None:
     module, params = layer(PRECISIONS[name])
     y, gradients = value_and_gradients(module, params)
     ours, our_gradients = value_and_gradients(module.clone(product="int8"), params)
-    # The largest sum, 256 * 128 * 128, is below 2^24: both count exactly, and the scaling is the same.
+    # The largest sum, 256 * 128 * 128, is below 2^24: both are exact, and the scaling is the same.
     np.testing.assert_array_equal(ours, y)
     assert_same(our_gradients, gradients)
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_sums_of_codes_are_those_of_integers(name: str) -> None:
+def test_sums_of_codes_are_exact_integers(name: str) -> None:
     module, params = layer(PRECISIONS[name])
     learned = {k.removeprefix("activation_"): v for k, v in params.items() if k.startswith("activation_")}
     x = PRECISIONS[name].quantize_activation(X.reshape(M, K), **learned).codes
@@ -129,7 +129,7 @@ def test_long_sums_are_rounded_once() -> None:
     np.testing.assert_allclose(sums_of_products(*operands), exact, rtol=k * EPS / 2)
 
 
-def test_sums_that_int32_might_not_hold_are_refused() -> None:
+def test_sums_that_may_overflow_int32_are_rejected() -> None:
     def run(k: int) -> Any:
         rows = jax.ShapeDtypeStruct((1, k), jnp.float32)
         return jax.eval_shape(lambda x, w: sums_of_products(x, w, product="int8"), rows, rows)
@@ -147,7 +147,7 @@ def test_int8_gradients_round_only_the_gradient_to_the_input() -> None:
     np.testing.assert_array_equal(ours, y)
     np.testing.assert_array_equal(our_dparams["weight"], dparams["weight"])
     cosine = jnp.vdot(our_dx, dx) / jnp.linalg.norm(our_dx) / jnp.linalg.norm(dx)
-    # Normal gradients of 48 outputs peak near 2.5 sigma: steps of 0.02 sigma, an error of 0.006 sigma.
+    # Normal gradients of 48 outputs peak near 2.5 sigma: a step of 0.02 sigma, an error of 0.006 sigma.
     assert 0 < 1 - float(cosine) < 1e-4
 
 
@@ -167,7 +167,7 @@ def test_rounded_gradients_are_exact_products_of_their_codes(groups: int) -> Non
     codes = np.round(np.divide(g, step, out=np.zeros_like(step * g), where=step > 0)).astype(np.int64)
     to_x, to_w = ("gmn,ngk->mgk", "gmn,mgk->ngk") if groups > 1 else ("mn,nk->mk", "mn,mk->nk")
     step = step if groups == 1 else step.swapaxes(0, 1)
-    # the step, what divides by it and the product are rounded once each
+    # the step, its reciprocal and the product are rounded once each
     np.testing.assert_allclose(dx, np.einsum(to_x, codes, w) * step, rtol=4 * EPS, atol=0)
     bound = step / 2 * np.einsum(to_x, np.ones_like(codes), np.abs(w))
     assert (np.abs(dx - np.einsum(to_x, g.astype(np.float64), w)) <= bound * (1 + 1e-5)).all()
@@ -192,7 +192,7 @@ def test_nan_stays_visible(name: str) -> None:
     assert jnp.isnan(y[..., 7]).all()
 
 
-def test_the_products_are_of_the_types_that_were_asked_for() -> None:
+def test_products_have_the_requested_dtypes() -> None:
     for dtype in ("float32", "bfloat16"):
         floats, int8s = (dtype, dtype, "float32"), ("int8", "int8", "int32")
         for product, expected in {
@@ -208,7 +208,7 @@ def test_the_products_are_of_the_types_that_were_asked_for() -> None:
 
 
 @pytest.mark.parametrize("product", ["int8", "int8_gradients"])
-def test_a_byte_per_code_is_kept_for_the_backward_pass(product: str) -> None:
+def test_the_backward_pass_keeps_one_byte_per_code(product: str) -> None:
     def kept(product: str) -> Counter[str]:
         module, params = layer(TERNARY, product=product)
         _, pullback = jax.vjp(jax.jit(lambda p, x: module.apply({"params": p}, x)), params, X)
@@ -219,11 +219,13 @@ def test_a_byte_per_code_is_kept_for_the_backward_pass(product: str) -> None:
 
     sizes, scales = kept(product), 4 * (M + N)
     assert sizes["int8"] == (M + N) * K
-    assert sizes["float32"] <= 2 * scales  # by which rows were divided, and are multiplied in the end
+    assert (
+        sizes["float32"] <= 2 * scales
+    )  # the scales by which rows were divided and are multiplied at the end
     assert kept("float")["float32"] >= 4 * (M + N) * K
 
 
-def test_a_scan_over_layers_needs_three_bytes_less_for_every_code() -> None:
+def test_a_scan_over_layers_saves_three_bytes_per_code() -> None:
     rows, width, layers = 512, 128, 8
 
     def temporary_bytes(product: str) -> int:
@@ -241,12 +243,12 @@ def test_a_scan_over_layers_needs_three_bytes_less_for_every_code() -> None:
         return memory.temp_size_in_bytes
 
     codes = layers * (rows + width) * width
-    # Less one layer: a CPU makes int32 of both operands while it multiplies them.
+    # Minus one layer: a CPU converts both operands to int32 for the product.
     assert temporary_bytes("float") - temporary_bytes("int8") > 3 * codes * (layers - 1) / layers
 
 
 @pytest.mark.parametrize("product", ["int8", "int8_gradients"])
-def test_eager_compiled_and_rematerialized_are_the_same(product: str) -> None:
+def test_eager_compiled_and_rematerialized_results_are_equal(product: str) -> None:
     module, params = layer(TERNARY, product=product)
     compiled = value_and_gradients(module, params)
     assert_same(value_and_gradients(module, params, wrap=lambda run: run), compiled)
@@ -263,7 +265,7 @@ def test_vmap_over_layers() -> None:
 
 
 @pytest.mark.parametrize("product", ["int8", "int8_gradients"])
-def test_in_bfloat16(product: str) -> None:
+def test_bfloat16_inputs(product: str) -> None:
     x = X.astype(jnp.bfloat16)
     module, params = layer(TERNARY, dtype="bfloat16")
     y, (dparams, dx) = value_and_gradients(module, params, x)

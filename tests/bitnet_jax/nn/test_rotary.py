@@ -12,7 +12,7 @@ from bitnet_jax.nn.rotary import frequencies
 
 THETA = 10_000.0
 B, T, H, h = 2, 5, 3, 8
-rotate = jax.jit(rotary.rotate, static_argnums=2)  # compiled once for all tests but the last
+rotate = jax.jit(rotary.rotate, static_argnums=2)  # compiled once for all tests except the last
 
 
 def random(seed: int, *shape: int) -> jax.Array:
@@ -23,11 +23,11 @@ def positions(*rows: range) -> jax.Array:
     return jnp.asarray([list(row) for row in rows], jnp.int32)
 
 
-def test_one_plane_turns_by_hand():
+def test_one_plane_matches_a_hand_computed_rotation():
     x = jnp.asarray([[[[3.0, 4.0]]]])  # h = 2: one plane, angle = position
     turned = rotate(x, jnp.asarray([[1]], jnp.int32), THETA)[0, 0, 0]
     expected = [3 * np.cos(1) - 4 * np.sin(1), 3 * np.sin(1) + 4 * np.cos(1)]
-    np.testing.assert_allclose(turned, expected, rtol=1e-6)  # two float32 products and a sum
+    np.testing.assert_allclose(turned, expected, rtol=1e-6)  # two float32 products and one sum
 
 
 def test_frequencies_are_the_powers_of_theta():
@@ -47,7 +47,7 @@ def test_equals_complex_multiplication_of_channel_i_and_i_plus_half():
 
 
 @pytest.mark.parametrize("shift", [1, 100, 3000])
-def test_scores_depend_on_the_difference_of_positions_alone(shift):
+def test_scores_depend_only_on_relative_positions(shift):
     q, k = random(1, 1, T, H, h), random(2, 1, T, H, h)
 
     def scores(offset: int) -> jax.Array:
@@ -59,7 +59,7 @@ def test_scores_depend_on_the_difference_of_positions_alone(shift):
     assert not np.allclose(scores(0), jnp.einsum("bthd,bshd->bhts", q, k), atol=0.1)
 
 
-def test_position_zero_changes_nothing_and_lengths_stay():
+def test_position_zero_is_the_identity_and_norms_are_preserved():
     x = random(3, B, T, H, h)
     np.testing.assert_array_equal(rotate(x, jnp.zeros((B, T), jnp.int32), THETA), x)
     far = rotate(x, positions(range(900, 900 + T), range(T)), THETA)
@@ -83,7 +83,7 @@ def test_bfloat16_rounds_cos_and_sin_not_the_angle():
     np.testing.assert_allclose(low.astype(jnp.float32), rotate(x, at, THETA), atol=4 * 4 * 2.0**-8)
 
 
-def test_odd_head_dim_is_refused():
+def test_odd_head_dim_is_rejected():
     with pytest.raises(ValueError, match="head_dim=7 is odd"):
         rotate(jnp.zeros((1, T, H, 7)), positions(range(T)), THETA)
 

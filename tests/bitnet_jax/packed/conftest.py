@@ -1,4 +1,4 @@
-"""The packed model of folders.py, in memory, on disk, and as a copy that a test may damage."""
+"""The packed model of folders.py: in memory, on disk, and as a copy that a test may damage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def variables() -> dict[str, Any]:
     generator = np.random.default_rng(0)
 
     def values(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        # Learned scales, which have a side of 1 or none, are positive.
+        # Learned scales, which have a dimension of 1 or none, are positive.
         signs = generator.choice([-1, 1], leaf.shape) if min(leaf.shape, default=1) > 1 else 1
         return jnp.asarray(generator.uniform(0.1, 1, leaf.shape) * signs, leaf.dtype)
 

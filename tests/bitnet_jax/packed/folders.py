@@ -1,4 +1,4 @@
-"""A small packed model with layers of every kind, and ways to change its folder."""
+"""A small packed model with layers of every kind, and helpers to modify its folder."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def replace_header(folder: Path, header: dict[str, Any] | str) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Makes all checksums right again, as a hostile author would."""
+    """Recomputes all checksums, as a malicious author would."""
     take_apart(folder).write(folder)

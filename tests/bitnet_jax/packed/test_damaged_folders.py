@@ -1,4 +1,4 @@
-"""No damage to a packed folder goes unnoticed, whether its checksums were made right again or not."""
+"""No damage to a packed folder goes undetected, whether or not its checksums were recomputed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.robustness.fuzz_packed_folders import take_apart
 
 @given(data=st.data())
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_changed_bytes_are_refused_or_change_nothing(
+def test_changed_bytes_are_rejected_or_harmless(
     saved: Path, variables: dict[str, Any], tmp_path: Path, data: st.DataObject
 ) -> None:
     folder = tmp_path / "damaged"
@@ -41,7 +41,7 @@ def test_any_changed_bytes_are_refused_or_change_nothing(
     shutil.copytree(saved, folder)
     path = folder / data.draw(st.sampled_from(sorted(FILES)))
     content = bytearray(path.read_bytes())
-    # Headers are small beside tensors; draw from the front as often as from everywhere.
+    # Headers are small compared with tensors; draw offsets from the header as often as from the whole file.
     last = min(len(content), data.draw(st.sampled_from([64, 4000, len(content)]))) - 1
     kind = data.draw(st.sampled_from(["change", "change", "cut", "insert", "swap"]))
     place = data.draw(st.integers(0, last))
@@ -74,7 +74,7 @@ def test_any_changed_bytes_are_refused_or_change_nothing(
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, 4000, -1])
-def test_a_truncated_file_is_refused_without_reading_it_all(copy: Path, keep: int) -> None:
+def test_a_truncated_file_is_rejected_without_reading_all_of_it(copy: Path, keep: int) -> None:
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(StorageError, match="model.safetensors"):
@@ -82,7 +82,7 @@ def test_a_truncated_file_is_refused_without_reading_it_all(copy: Path, keep: in
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 56])
-def test_a_lying_header_length_is_refused_at_once(copy: Path, length: int) -> None:
+def test_a_false_header_length_is_rejected_immediately(copy: Path, length: int) -> None:
     path = copy / "model.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(StorageError, match=r"header claims|not valid JSON"):
@@ -123,7 +123,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_an_inconsistent_header_is_refused(copy: Path, case: str) -> None:
+def test_an_inconsistent_header_is_rejected(copy: Path, case: str) -> None:
     change, message = HEADERS[case]
     header, _ = header_of(copy)
     change(header)
@@ -144,7 +144,7 @@ def test_an_inconsistent_header_is_refused(copy: Path, case: str) -> None:
         '{"a": ' + "9" * 5000 + "}",
     ],
 )
-def test_a_header_that_is_no_plain_object_is_refused(copy: Path, text: str) -> None:
+def test_a_header_that_is_not_a_plain_object_is_rejected(copy: Path, text: str) -> None:
     replace_header(copy, text)
     with pytest.raises(StorageError, match=r"not valid JSON|expected an object"):
         load_packed(copy, verify=False)
@@ -177,7 +177,7 @@ def test_a_header_that_is_no_plain_object_is_refused(copy: Path, text: str) -> N
         ({"architecture": "cnn"}, "vocab_size is not a field"),
     ],
 )
-def test_a_config_that_does_not_fit_the_tensors_is_refused_quickly(
+def test_a_config_that_does_not_match_the_tensors_is_rejected_quickly(
     copy: Path, changes: dict[str, Any], message: str
 ) -> None:
     path = copy / "config.json"
@@ -188,10 +188,10 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused_quickly(
     started = time.process_time()
     with pytest.raises(StorageError, match=message):
         load_packed(copy, verify=False)
-    assert time.process_time() - started < 20  # a size believed would take minutes or all memory
+    assert time.process_time() - started < 20  # trusting the size would take minutes or all memory
 
 
-def test_missing_and_foreign_files_are_named(copy: Path, tmp_path: Path) -> None:
+def test_the_error_names_missing_and_unexpected_files(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="config.json cannot be read .No such file"):
         load_packed(tmp_path / "nowhere")
     (copy / "tokenizer.json").write_text("{}")
@@ -205,7 +205,7 @@ def test_missing_and_foreign_files_are_named(copy: Path, tmp_path: Path) -> None
     with pytest.raises(StorageError, match="tokenizer.json: tokenizer.json: got kind None"):
         load_packed(copy, verify=False)
     (copy / "tokenizer.json").unlink()
-    os.mkfifo(copy / "tokenizer.json")  # would block whoever opens it
+    os.mkfifo(copy / "tokenizer.json")  # would block when opened
     with pytest.raises(StorageError, match="tokenizer.json: got something other than a regular file"):
         load_packed(copy)
     (copy / "tokenizer.json").unlink()
@@ -218,7 +218,7 @@ def test_missing_and_foreign_files_are_named(copy: Path, tmp_path: Path) -> None
         load_packed(copy)
 
 
-def test_codes_that_no_packer_writes_are_refused_even_with_right_checksums(
+def test_invalid_codes_are_rejected_even_with_valid_checksums(
     variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = jax.tree.map(lambda leaf: leaf, variables)
@@ -237,7 +237,7 @@ def test_codes_that_no_packer_writes_are_refused_even_with_right_checksums(
 
 
 def flip(folder: Path, name: str) -> None:
-    """One bit of a tensor."""
+    """Flips one bit of a tensor."""
     path = folder / "model.safetensors"
     header, start = header_of(folder)
     content = bytearray(path.read_bytes())
@@ -245,7 +245,7 @@ def flip(folder: Path, name: str) -> None:
     path.write_bytes(content)
 
 
-def test_the_largest_tensors_of_a_large_model_are_verified_only_where_that_is_asked_for(
+def test_the_largest_tensors_of_a_large_model_are_verified_only_on_request(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     header, _ = header_of(copy)
@@ -263,16 +263,18 @@ def test_the_largest_tensors_of_a_large_model_are_verified_only_where_that_is_as
         load_packed(copy)
     load_packed(copy, verify=False)
     path = copy / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])  # what can be seen without reading is looked at always
+    path.write_bytes(
+        path.read_bytes()[:-1]
+    )  # whatever can be checked without reading the file is always checked
     with pytest.raises(StorageError, match="truncated"):
         load_packed(copy, verify=False)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_bit_of_a_small_file_is_never_overlooked_however_large_the_model(
+def test_small_files_are_always_verified_however_large_the_model(
     copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A changed rope_theta or vocabulary fits all tensors, and makes another model."""
+    """A changed rope_theta or vocabulary is consistent with all tensors, but is another model."""
     monkeypatch.setattr(storage, "VERIFIED_BYTES", 0)
     path = copy / name
     old, new = {"config.json": ("10000.0", "40000.0"), "tokenizer.json": ("abc", "acb")}[name]
@@ -283,7 +285,7 @@ def test_a_bit_of_a_small_file_is_never_overlooked_however_large_the_model(
             load_packed(copy, verify=verify)
 
 
-def test_scales_that_are_no_numbers_are_refused_even_unverified_and_signed(copy: Path) -> None:
+def test_non_finite_scales_are_rejected_even_unverified_and_with_valid_checksums(copy: Path) -> None:
     folder = take_apart(copy)
     np.frombuffer(folder.tensor("packed/layers_0/mlp/up_proj/weight/scale"), np.float32)[0] = np.nan
     folder.write(copy)

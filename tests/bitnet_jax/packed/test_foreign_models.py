@@ -1,4 +1,4 @@
-"""A flax module that this library does not know, with BitLinear layers in it: trained, packed and proved unchanged."""
+"""A user-defined flax module with BitLinear layers: trained, packed and proved unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LABELS = jnp.argmax(jnp.mean(IMAGES, axis=1)[:, :3], axis=-1)
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Any]:
-    """Parameters after a loop as any flax user writes it; the loss falls."""
+    """Parameters after an ordinary flax training loop; the loss decreases."""
     model, optimizer = Mixer(), optax.adam(1e-2)
 
     def loss(params: Any) -> Array:
@@ -70,7 +70,7 @@ def trained() -> dict[str, Any]:
     return params
 
 
-def test_the_precisions_are_read_off_the_module() -> None:
+def test_precisions_are_read_from_the_module() -> None:
     assert precisions_of(Mixer(), IMAGES) == PRECISIONS
     assert list(precisions_of(Mixer(), jax.ShapeDtypeStruct(IMAGES.shape, jnp.float32))) == list(PRECISIONS)
 
@@ -89,7 +89,7 @@ def test_a_foreign_module_is_packed_and_proved(trained: dict[str, Any]) -> None:
     assert (proof.matrices, proof.logits, proof.tokens_identical) == (4, 24 * 3, 0)
 
 
-def test_a_wrong_weight_or_precision_is_found(trained: dict[str, Any]) -> None:
+def test_a_wrong_weight_or_precision_is_detected(trained: dict[str, Any]) -> None:
     packed = pack(trained, PRECISIONS)
     other = {**trained, "tokens_in": {"weight": -trained["tokens_in"]["weight"]}}
     with pytest.raises(PackingError, match="tokens_in: code"):
@@ -102,7 +102,7 @@ def test_a_wrong_weight_or_precision_is_found(trained: dict[str, Any]) -> None:
         pack(trained, {"channels/up": dataclasses.replace(TERNARY, granularity=48)})
 
 
-def test_a_module_needs_its_precisions_and_a_config_has_them(trained: dict[str, Any]) -> None:
+def test_a_module_requires_precisions_and_a_config_provides_them(trained: dict[str, Any]) -> None:
     packed = pack(trained, PRECISIONS)
     with pytest.raises(ValueError, match="got a module without precisions"):
         prove(Mixer(), {"params": trained}, packed, IMAGES)
@@ -112,7 +112,7 @@ def test_a_module_needs_its_precisions_and_a_config_has_them(trained: dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig(Architecture):
-    """The same module as an Architecture: what training, statistics and packing ask of a model."""
+    """The same module as an Architecture: the interface that training, statistics and packing require."""
 
     precision: Any = (("tokens_*", BINARY), ("channels/up", TERNARY), ("channels/down", LEARNED))
     ternary_format: str = "ternary5"
@@ -132,7 +132,7 @@ class MixerConfig(Architecture):
         }
 
 
-def test_an_architecture_of_the_users_own_needs_no_entry_anywhere(trained: dict[str, Any]) -> None:
+def test_a_user_defined_architecture_needs_no_registration(trained: dict[str, Any]) -> None:
     config = MixerConfig()
     assert config.precisions() == PRECISIONS
     packed = pack(trained, config)
@@ -140,14 +140,16 @@ def test_an_architecture_of_the_users_own_needs_no_entry_anywhere(trained: dict[
     assert prove(config, {"params": trained}, packed, IMAGES).matrices == 4
 
 
-def test_what_a_file_could_not_name_is_refused_before_writing(trained: dict[str, Any], tmp_path: Any) -> None:
+def test_names_that_a_file_cannot_store_are_rejected_before_writing(
+    trained: dict[str, Any], tmp_path: Any
+) -> None:
     config = MixerConfig()
     with pytest.raises(ValueError, match="got a MixerConfig, expected a config class with a registered name"):
         bitnet_jax.save_packed(tmp_path / "packed", pack(trained, config), config)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unquantized_layer_stays_as_it_is(trained: dict[str, Any]) -> None:
+def test_an_unquantized_layer_is_unchanged(trained: dict[str, Any]) -> None:
     packed = pack(trained, {"tokens_in": Precision(), "tokens_out": BINARY})
     assert list(packed["packed"]) == ["tokens_out"]
     assert (packed["params"]["tokens_in"]["weight"] == trained["tokens_in"]["weight"]).all()
@@ -160,12 +162,12 @@ class WithFlag(nn.Module):
         return y + 1 if train else y
 
 
-def test_flags_of_a_call_stay_python_values() -> None:
+def test_call_flags_stay_python_values() -> None:
     assert precisions_of(WithFlag(), jnp.ones((2, 8)), train=False) == {"one": BINARY}
 
 
-def test_a_module_may_hold_a_list() -> None:
-    """nn.Sequential does, and cannot be hashed."""
+def test_a_module_may_have_a_list_attribute() -> None:
+    """As nn.Sequential does, which therefore cannot be hashed."""
     x, stack = jnp.ones((2, 8)), nn.Sequential([BitLinear(16, BINARY), BitLinear(4, TERNARY)])
     latent, precisions = stack.init(jax.random.key(0), x), precisions_of(stack, x)
     packed = pack(latent["params"], precisions)
@@ -179,7 +181,7 @@ class Pair(nn.Module):
         return y, y
 
 
-def test_an_output_without_logits_is_named() -> None:
+def test_the_error_names_an_output_without_logits() -> None:
     x = jnp.ones((2, 8))
     latent = Pair().init(jax.random.key(0), x)
     packed = pack(latent["params"], {"one": BINARY})

@@ -1,4 +1,4 @@
-"""Packing: every recipe with a packed form gives the same model, and a wrong one is found out."""
+"""Packing: every recipe with a packed form gives the same model, and errors are detected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES, resolve
 from bitnet_kernels import PackedArray, packed_matmul, unpack
 
-# ffn_size and head sizes that fill neither a panel of 16 rows nor a block of 16 or 32 inputs.
+# ffn_size and head sizes that are not multiples of a panel of 16 rows or a block of 16 or 32 inputs.
 SHAPE: dict[str, Any] = {
     "vocab_size": 29, "hidden_size": 24, "num_layers": 1, "num_heads": 2, "ffn_size": 40, "max_length": 48,
     "num_kv_heads": 1,
@@ -37,9 +37,9 @@ def init(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
 
 
 def pack(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """packing.pack, and that packing.abstract foresaw the result."""
+    """packing.pack; also checks that packing.abstract predicts the result."""
     packed, abstract = packing.pack(params, config), packing.abstract(config)
-    assert jax.tree.structure(packed) == jax.tree.structure(abstract)  # formats and shapes are part of it
+    assert jax.tree.structure(packed) == jax.tree.structure(abstract)  # including formats and shapes
     for leaf, described in zip(jax.tree.leaves(packed), jax.tree.leaves(abstract), strict=True):
         assert (leaf.shape, leaf.dtype) == (described.shape, described.dtype)
     return packed
@@ -55,7 +55,7 @@ def ternary() -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
 def greedy_without_cache(
     config: ModelConfig, variables: Any, tokens: np.ndarray, mask: np.ndarray, count: int
 ) -> np.ndarray:
-    """Greedy by definition: the whole text again for each token, for which padding on the left makes room."""
+    """Greedy by definition: recomputes the full text for each token, with left padding for the new ones."""
     assert not mask[:, :count].any()
     generated = []
     for _ in range(count):
@@ -67,13 +67,17 @@ def greedy_without_cache(
 
 
 def test_all_packable_recipes_in_one_model_are_proved() -> None:
-    """Each linear of the model has another recipe, so that one compilation covers them all."""
+    """Each linear layer of the model has a different recipe, so that one compilation covers them all."""
     grouped = [
         r for r in PACKABLE if isinstance(RECIPES[r], Precision) and isinstance(RECIPES[r].granularity, int)
     ]
     others = [r for r in PACKABLE if r not in grouped]
     layers = max(len(grouped), -(-len(others) // 5))
-    shape = SHAPE | {"num_layers": layers, "ffn_size": 256, "mlp": "relu2"}  # 256: whole groups of every size
+    shape = SHAPE | {
+        "num_layers": layers,
+        "ffn_size": 256,
+        "mlp": "relu2",
+    }  # 256: a multiple of every group size
     paths = ModelConfig(**shape).linear_shapes()
     downs, rest = cycle(grouped), cycle(others)
     rules = tuple((path, next(downs if path.endswith("down_proj") else rest)) for path in paths)
@@ -95,7 +99,7 @@ def test_all_packable_recipes_in_one_model_are_proved() -> None:
     assert proof.matrices == len(paths) >= len(PACKABLE) >= 10
     assert proof.tokens_identical == 60
     assert proof.logits == MASK.sum() * 29
-    # Integer codes are exact; left are the weight-only recipes, whose float sums XLA may order freely.
+    # Integer codes are exact; that leaves the weight-only recipes, whose float sums XLA may reorder.
     assert proof.max_relative_logit_error < 5e-6
 
 
@@ -110,7 +114,7 @@ def test_each_packable_recipe_alone_is_proved(recipe: str) -> None:
     assert proof.tokens_identical == 60
 
 
-def test_ternary_is_equal_bit_for_bit_and_generates_the_same(ternary: Any) -> None:
+def test_ternary_is_bit_identical_and_generates_the_same_text(ternary: Any) -> None:
     config, params, packed = ternary
     proof = prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=30)
     assert proof == Proof(
@@ -118,7 +122,7 @@ def test_ternary_is_equal_bit_for_bit_and_generates_the_same(ternary: Any) -> No
     )
 
 
-def test_bfloat16_models_are_proved_too_and_only_packed_layers_lose_their_latents() -> None:
+def test_bfloat16_models_are_proved_and_only_packed_layers_lose_their_latents() -> None:
     config = ModelConfig(
         **SHAPE, dtype="bfloat16", embedding_dtype="bfloat16", tie_embeddings=False, position="learned",
         precision=(
@@ -137,7 +141,7 @@ def test_bfloat16_models_are_proved_too_and_only_packed_layers_lose_their_latent
     assert prove(config, {"params": params}, packed, TOKENS, MASK).matrices == 6
 
 
-def test_packed_codes_and_scales_are_the_formula(ternary: Any) -> None:
+def test_packed_codes_and_scales_match_the_formula(ternary: Any) -> None:
     _, params, packed = ternary
     latent = np.asarray(params["layers_0"]["mlp"]["up_proj"]["weight"])
     weight = packed["packed"]["layers_0"]["mlp"]["up_proj"]["weight"]
@@ -147,7 +151,7 @@ def test_packed_codes_and_scales_are_the_formula(ternary: Any) -> None:
     np.testing.assert_allclose(weight.scale, [[mean]], rtol=1e-6)
 
 
-def test_a_classifier_is_packed_and_proved_by_its_logits() -> None:
+def test_a_classifier_is_packed_and_proved_on_its_logits() -> None:
     config = ModelConfig(**SHAPE, precision="bitnet", num_classes=3, causal=False)
     params = init(config)
     packed = pack(params, config)
@@ -183,14 +187,14 @@ DEEP: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", DEEP)
-def test_the_abstract_model_is_that_of_a_trace_of_all_layers(case: str) -> None:
+def test_the_abstract_model_equals_a_trace_of_all_layers(case: str) -> None:
     config = ModelConfig(**SHAPE | DEEP[case])
     abstract, traced = packing.abstract(config), packing._trace(config)
     assert jax.tree.structure(abstract) == jax.tree.structure(traced)
     assert jax.tree.leaves(abstract) == jax.tree.leaves(traced)
 
 
-def test_a_deep_model_is_described_as_fast_as_a_shallow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_describing_a_deep_model_is_as_fast_as_a_shallow_one(monkeypatch: pytest.MonkeyPatch) -> None:
     depths, trace = [], packing._trace
     monkeypatch.setattr(packing, "_trace", lambda config: depths.append(config.num_layers) or trace(config))
     described = packing.abstract(dataclasses.replace(PRESETS["100b"], precision="bitnet"))
@@ -200,11 +204,11 @@ def test_a_deep_model_is_described_as_fast_as_a_shallow_one(monkeypatch: pytest.
 
 def test_a_model_of_100_billion_binary_weights_takes_a_sixteenth_of_bfloat16() -> None:
     sizes = packing.sizes(packing.abstract(dataclasses.replace(PRESETS["100b"], precision="bitnet")))
-    assert sizes.packed_ratio == pytest.approx(1 / 16, rel=1e-4)  # a few scales come on top
+    assert sizes.packed_ratio == pytest.approx(1 / 16, rel=1e-4)  # plus a few scales
     assert sizes.packed == pytest.approx(12.5e9, rel=0.1)
 
 
-# What prove must find. Each mutation is the kind of mistake a packer, a file or a kernel could make.
+# What prove must detect. Each mutation is a mistake that a packer, a file or a kernel could make.
 
 
 def first_weight(packed: dict[str, Any]) -> PackedArray:
@@ -219,7 +223,7 @@ def with_first_weight(packed: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def reversed_fields(codes: np.ndarray) -> np.ndarray:
-    """The four 2-bit fields of each byte in the opposite order: the wrong end of the byte first."""
+    """The four 2-bit fields of each byte in reversed order."""
     return ((codes & 3) << 6) | ((codes & 12) << 2) | ((codes & 48) >> 2) | (codes >> 6)
 
 
@@ -240,14 +244,14 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_changed_weight_is_found(ternary: Any, mutation: str) -> None:
+def test_a_changed_weight_is_detected(ternary: Any, mutation: str) -> None:
     config, params, packed = ternary
     mutated = with_first_weight(packed, **MUTATIONS[mutation](first_weight(packed)))
     with pytest.raises(PackingError, match="layers_0/attention/q_proj: (code|the packed scale)"):
         prove(config, {"params": params}, mutated, TOKENS, MASK)
 
 
-def test_another_format_or_a_missing_matrix_is_found(ternary: Any) -> None:
+def test_another_format_or_a_missing_matrix_is_detected(ternary: Any) -> None:
     config, params, packed = ternary
     with pytest.raises(PackingError, match="format is binary, expected ternary2"):
         prove(config, {"params": params}, with_first_weight(packed, format="binary"), TOKENS)
@@ -260,7 +264,7 @@ def test_another_format_or_a_missing_matrix_is_found(ternary: Any) -> None:
         prove(config, {"params": params}, extra, TOKENS)
 
 
-def test_a_changed_float_parameter_is_found_in_the_logits(ternary: Any) -> None:
+def test_a_changed_float_parameter_is_detected_in_the_logits(ternary: Any) -> None:
     config, params, packed = ternary
     changed = jax.tree.map(lambda leaf: leaf, packed)
     changed["params"]["final_norm"]["scale"] = changed["params"]["final_norm"]["scale"].at[3].multiply(1.01)
@@ -275,16 +279,16 @@ def test_a_changed_float_parameter_is_found_in_the_logits(ternary: Any) -> None:
         prove(config, {"params": latent}, packed, TOKENS, MASK)
 
 
-def test_a_kernel_that_is_wrong_is_found_in_the_logits(ternary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_detected_in_the_logits(ternary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config, params, packed = ternary
-    # Another max_length is the same model under another compilation.
+    # A different max_length gives the same model but a separate compilation.
     config = dataclasses.replace(config, max_length=50)
     monkeypatch.setattr(linear, "packed_matmul", lambda *a, **k: packed_matmul(*a, **k) * (1 + 2.0**-10))
     with pytest.raises(PackingError, match="logits differ"):
         prove(config, {"params": params}, packed, TOKENS, MASK)
 
 
-def test_the_first_differing_greedy_token_is_named(ternary: Any) -> None:
+def test_the_error_names_the_first_differing_greedy_token(ternary: Any) -> None:
     config, params, packed = ternary
 
     def nearly(config: ModelConfig, variables: Any, tokens: Any, mask: Any, count: int) -> np.ndarray:
@@ -307,7 +311,7 @@ def test_the_first_differing_greedy_token_is_named(ternary: Any) -> None:
         (lambda w: w.at[2, 3].set(jnp.nan), "up_proj: the weights or scales contain NaN"),
     ],
 )
-def test_weights_that_cannot_be_packed_are_named(ternary: Any, change: Any, message: str) -> None:
+def test_the_error_names_weights_that_cannot_be_packed(ternary: Any, change: Any, message: str) -> None:
     config, params, _ = ternary
     params = jax.tree.map(lambda leaf: leaf, params)
     weight = change(params["layers_0"]["mlp"]["up_proj"].pop("weight"))
@@ -317,19 +321,19 @@ def test_weights_that_cannot_be_packed_are_named(ternary: Any, change: Any, mess
         packing.pack(params, config)
 
 
-def test_codes_and_scales_outside_the_packed_form_are_refused(
+def test_codes_and_scales_that_the_format_cannot_hold_are_rejected(
     ternary: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, params, _ = ternary
     groups_of_8 = Precision(weight="binary", activation="int8", granularity=8)
     with pytest.raises(PackingError, match="layers_0/attention/q_proj: .*scale has shape"):
         packing.pack(params, ModelConfig(**SHAPE, precision=(("*", groups_of_8),)))
-    monkeypatch.setattr(Precision, "packed_format", "binary")  # a quantizer that names the wrong format
+    monkeypatch.setattr(Precision, "packed_format", "binary")  # a quantizer that declares the wrong format
     with pytest.raises(PackingError, match="q_proj: got codes .* expected only"):
         packing.pack(params, ModelConfig(**SHAPE, precision="bitnet_b158"))
 
 
-def test_ternary_codes_five_in_a_byte_are_the_same_model(ternary: Any) -> None:
+def test_the_ternary5_format_gives_the_same_model(ternary: Any) -> None:
     config, params, packed = ternary
     dense = dataclasses.replace(config, ternary_format="ternary5")
     repacked = pack(params, dense)
@@ -341,7 +345,7 @@ def test_ternary_codes_five_in_a_byte_are_the_same_model(ternary: Any) -> None:
         prove(dense, {"params": params}, packed, TOKENS, MASK)
 
 
-# The output head in integers.
+# The integer output head.
 
 HEAD_SHAPE = SHAPE | {"hidden_size": 32, "embedding_dtype": "bfloat16"}
 
@@ -356,18 +360,18 @@ def test_a_quantized_head_is_packed_and_proved(head: str, tied: bool) -> None:
     assert (weight.format, weight.shape) == (head, (29, 32))
     assert "lm_head" not in packed["params"]
     assert packed["params"]["embed"]["embedding"].dtype == jnp.bfloat16  # for look-ups
-    # Compilation is most of the time: two of the four write text, each head and each kind of table once.
+    # Compilation dominates: two of the four generate text, covering each head and each kind of table once.
     new_tokens = 20 if tied == (head == "int8") else 0
     proof = prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=new_tokens)
     assert (proof.matrices, proof.tokens_identical) == (8, 3 * new_tokens)
     assert packing.sizes(packed).total == sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
 
-    # The codes are the formula on the rounded table: the largest of a row, or of 32 inputs, is 127 or 7.
+    # The codes follow the formula on the rounded table: the maximum of a row, or of 32 inputs, is 127 or 7.
     table = params["embed"]["embedding"] if tied else params["lm_head"]["weight"]
     table = np.asarray(table.astype(jnp.bfloat16), np.float32)
     scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127 if head == "int8" else 7)
     np.testing.assert_allclose(weight.scale, scale, rtol=1e-6)
-    assert (np.abs(np.asarray(unpack(weight)) - table / scale) <= 0.5001).all()  # rounded, but for an ulp
+    assert (np.abs(np.asarray(unpack(weight)) - table / scale) <= 0.5001).all()  # rounded, up to an ulp
 
     changed = jax.tree.map(lambda leaf: leaf, packed)
     changed["packed"]["lm_head"]["weight"] = dataclasses.replace(weight, codes=weight.codes ^ 1)
@@ -376,7 +380,7 @@ def test_a_quantized_head_is_packed_and_proved(head: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_with_head_gives_what_packing_with_that_head_gives(tied: bool) -> None:
+def test_with_head_equals_packing_with_that_head(tied: bool) -> None:
     config = ModelConfig(**HEAD_SHAPE, tie_embeddings=tied)
     params = init(config)
     packed = pack(params, config)
@@ -395,7 +399,7 @@ def test_with_head_gives_what_packing_with_that_head_gives(tied: bool) -> None:
         else:
             with pytest.raises(PackingError, match=f"got {head} codes, expected the float table"):
                 packing.with_head(changed, variables, "float")
-    assert "lm_head" not in packed["packed"]  # the variables that were given are untouched
+    assert "lm_head" not in packed["packed"]  # the given variables are untouched
 
 
 def test_a_quantized_head_trains_its_embedding() -> None:
@@ -407,4 +411,4 @@ def test_a_quantized_head_trains_its_embedding() -> None:
 
     gradient = jax.jit(jax.grad(total))(params)["embed"]["embedding"]
     assert np.isfinite(gradient).all()
-    assert np.abs(gradient[7]).max() > 1e-3  # token 7 is in no prompt but one; its row of the head is in all
+    assert np.abs(gradient[7]).max() > 1e-3  # only one prompt contains token 7, but its head row affects all

@@ -1,4 +1,4 @@
-"""Packed folders: the same bytes back without a copy, and what a tensor file may hold."""
+"""Packed folders: lossless round trips without a copy, and the limits of a tensor file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.bitnet_jax.packed.folders import (
 )
 
 
-def test_what_is_loaded_is_what_was_saved(saved: Path, variables: dict[str, Any]) -> None:
+def test_save_load_round_trip(saved: Path, variables: dict[str, Any]) -> None:
     assert {entry.name for entry in saved.iterdir()} == FILES
     for verify in (True, False):
         config, loaded, tokenizer, _ = load_packed(saved, verify=verify)
@@ -37,22 +37,22 @@ def test_what_is_loaded_is_what_was_saved(saved: Path, variables: dict[str, Any]
         assert tokenizer.to_json() == TOKENIZER.to_json()
 
 
-def test_the_trained_length_goes_along_and_a_folder_without_it_is_read(
+def test_the_trained_length_is_saved_and_folders_without_it_can_be_read(
     variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ModelConfig.from_dict(
         CONFIG.to_dict() | {"trained_length": 10**9}
-    )  # however much the file holds
+    )  # whatever else the file contains
     save_packed(tmp_path / "model", variables, config)
     assert load_packed(tmp_path / "model")[0].trained_length == 10**9
-    with monkeypatch.context() as patch:  # what versions without the field wrote
+    with monkeypatch.context() as patch:  # as written by versions without the field
         old = {name: value for name, value in config.to_dict().items() if name != "trained_length"}
         patch.setattr(ModelConfig, "to_dict", lambda config: old)
         save_packed(tmp_path / "old", variables, config)
     assert load_packed(tmp_path / "old")[0].trained_length is None
 
 
-def test_a_loaded_model_computes_what_the_saved_one_does(saved: Path, variables: dict[str, Any]) -> None:
+def test_a_loaded_model_has_the_outputs_of_the_saved_one(saved: Path, variables: dict[str, Any]) -> None:
     _, loaded, *_ = load_packed(saved)
     tokens = jnp.asarray([[5, 250, 7, 0, 31]])
     apply = jax.jit(Transformer(CONFIG).apply)
@@ -86,7 +86,7 @@ def test_tensors_are_aligned_and_loaded_without_a_copy(saved: Path) -> None:
         assert any(int(low, 16) <= address < int(high, 16) for low, high in spans)
 
 
-def test_the_official_library_reads_our_file(saved: Path, variables: dict[str, Any]) -> None:
+def test_the_official_library_reads_our_files(saved: Path, variables: dict[str, Any]) -> None:
     tensors = safetensors.numpy.load_file(saved / "model.safetensors")
     weight = variables["packed"]["layers_0"]["mlp"]["up_proj"]["weight"]
     np.testing.assert_array_equal(tensors["packed/layers_0/mlp/up_proj/weight/codes"], weight.codes)
@@ -103,8 +103,8 @@ def test_the_official_library_reads_our_file(saved: Path, variables: dict[str, A
     }  # fmt: skip
 
 
-def test_we_read_what_the_official_library_writes_if_it_is_aligned_and_else_say_so(tmp_path: Path) -> None:
-    # The official writer aligns to 8 bytes; a metadata string fills its header up to the next multiple of 64.
+def test_files_of_the_official_library_are_read_if_aligned_and_otherwise_rejected(tmp_path: Path) -> None:
+    # The official writer aligns to 8 bytes; a metadata string pads its header to a multiple of 64.
     tensors = {"a": np.arange(16, dtype=np.float32), "b": np.arange(64, dtype=np.uint8).reshape(8, 8)}
     path, aligned = tmp_path / "model.safetensors", 0
     for fill in range(64):
@@ -126,7 +126,9 @@ def test_we_read_what_the_official_library_writes_if_it_is_aligned_and_else_say_
     ("name", "tensor"),
     [("x", np.zeros(3, np.float64)), ("x", np.zeros((0, 3), np.uint8)), ("__pad.1", np.zeros(3, np.uint8))],
 )
-def test_the_writer_refuses_what_the_reader_would(tmp_path: Path, name: str, tensor: np.ndarray) -> None:
+def test_the_writer_rejects_whatever_the_reader_would_reject(
+    tmp_path: Path, name: str, tensor: np.ndarray
+) -> None:
     with (
         (tmp_path / "x").open("wb") as file,
         pytest.raises(StorageError, match=r"expected one of U8"),
@@ -134,7 +136,7 @@ def test_the_writer_refuses_what_the_reader_would(tmp_path: Path, name: str, ten
         tensor_file.write(file, {name: tensor}, {})
 
 
-def test_a_tensor_may_be_streamed_and_is_written_as_if_it_had_been_whole(tmp_path: Path) -> None:
+def test_a_streamed_tensor_is_written_like_an_array(tmp_path: Path) -> None:
     whole = {"a": np.arange(21, dtype=np.float32).reshape(7, 3), "b": np.ones(3, ml_dtypes.bfloat16)}
     chunks = (whole["a"][start : start + 2] for start in range(0, 7, 2))
     streamed = {"a": Streamed((7, 3), np.dtype(np.float32), chunks), "b": whole["b"]}
@@ -159,7 +161,7 @@ def test_a_tensor_may_be_streamed_and_is_written_as_if_it_had_been_whole(tmp_pat
         ([np.zeros(1, np.float32)], "x: got a chunk of float32, expected uint8"),
     ],
 )
-def test_a_stream_that_is_not_what_it_says_is_refused(
+def test_a_stream_that_does_not_match_its_declaration_is_rejected(
     tmp_path: Path, chunks: list[np.ndarray], message: str
 ) -> None:
     with (tmp_path / "x").open("wb") as file, pytest.raises(StorageError, match=message):

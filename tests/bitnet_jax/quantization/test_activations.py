@@ -1,4 +1,4 @@
-"""Activation quantizers: both formulas, edge tokens, learned ranges."""
+"""Activation quantizers: forward and backward formulas, edge cases, learned ranges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ X = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
 
 
 def quantize(name: str, **settings):
-    """The quantizer, with a learned scale where it cannot do without."""
+    """The quantizer, with a learned scale where it requires one."""
     if name not in MEASURED:
         settings = {"scale": jnp.float32(0.75)} | settings
     return partial(ACTIVATION_QUANTIZERS[name], args=Arguments(**settings))
@@ -84,13 +84,13 @@ def test_backward_formula(name: str, ste: str) -> None:
     if name in ("sign", "sign_absmean", "boolean"):  # windows on the raw input
         window = scale * (np.abs(X) <= 1) if ste == "clipped" else scale * np.ones_like(z)
     got = pull(quantize(name, ste=ste), X, g)
-    # a4.8 divides by mean|x| + 1e-5 and multiplies by mean|x|: 2e-5 here. Elsewhere a few ulp.
+    # a4.8 divides by mean|x| + 1e-5 and multiplies by mean|x|: 2e-5 here. Otherwise a few ulp.
     np.testing.assert_allclose(got, g * window, rtol=3e-5 if name == "int4" else 1e-6)
 
 
 @pytest.mark.parametrize("name", ["sign", "sign_absmean", "boolean", "elastic_signed"])
 @pytest.mark.parametrize("ste", ["approx_sign", "tanh"])
-def test_sign_like_quantizers_take_every_ste(name: str, ste: str) -> None:
+def test_sign_quantizers_accept_every_ste(name: str, ste: str) -> None:
     q = quantize(name)(jnp.asarray(X))
     z = X / 0.75 if name == "elastic_signed" else X
     slope = np.asarray(surrogate(ste, jnp.asarray(z), 0.7))
@@ -112,7 +112,7 @@ def test_zero_constant_and_tiny_tokens() -> None:
         if name in ("int8", "int4", "boolean", "sign_absmean", "none", "elastic_unsigned"):
             assert np.abs(value[:2]).max() == 0, name
     np.testing.assert_allclose(quantizers.int8(jnp.asarray(rows)).dequantize()[4:], rows[4:], rtol=1e-6)
-    # Below the clamp the step is 1e-5 / 127 and not the token's own: 1e-6 becomes round(12.7) steps.
+    # Below the clamp the step is 1e-5 / 127 instead of the token's: 1e-6 becomes round(12.7) steps.
     np.testing.assert_array_equal(quantizers.int8(jnp.asarray(rows)).codes[3], 13)
     np.testing.assert_allclose(quantizers.int8(jnp.asarray(rows)).scale[0], 1e-5 / 127, rtol=1e-6)
 
@@ -136,7 +136,7 @@ def test_nan_and_infinity_stay_in_their_token(name: str) -> None:
             assert not np.isfinite(value[2]).any()
 
 
-def test_vectors_of_the_papers_dossier() -> None:
+def test_published_vectors() -> None:
     x = jnp.asarray([[1.0, -0.6, 0.7], [-0.9, 0.4, -1.2], [0.8, -0.5, 0.3]], jnp.float32)
     q = quantizers.int8(x)
     np.testing.assert_array_equal(q.codes, [[127, -76, 89], [-95, 42, -127], [127, -79, 48]])
@@ -155,10 +155,10 @@ def test_codes_fit_in_int8(name: str) -> None:
     np.testing.assert_array_equal(codes.astype(np.int8), codes)
 
 
-# --- disputed details
+# --- details on which papers disagree
 
 
-def test_int8_range_of_the_first_paper() -> None:
+def test_int8_range_of_the_original_paper() -> None:
     q = quantizers.int8(jnp.asarray([[-2.0, 2.0, 1.0, 0.01]]), peak=128)
     np.testing.assert_array_equal(q.codes, [[-128, 127, 64, 1]])
     np.testing.assert_array_equal(q.scale, [[2 / 128]])
@@ -180,11 +180,11 @@ def test_int8_epsilon(epsilon: str, scale: float) -> None:
     np.testing.assert_array_equal(q.codes, [[127, -32]] if epsilon == "clamp" else [[85, -21]])
 
 
-def test_int4_clips_where_the_paper_says() -> None:
+def test_int4_clips_at_the_published_thresholds() -> None:
     x = np.random.default_rng(3).standard_normal((1, 4096)).astype(np.float32)
     q = quantizers.int4(jnp.asarray(x))
     top, bottom = float(q.scale.item()) * 7, float(q.scale.item()) * -8
-    # 7 b / sqrt(7) = 2.11 sigma and 8 b / sqrt(7) = 2.41 sigma; 5 % for the sampling error of b.
+    # 7 b / sqrt(7) = 2.11 sigma and 8 b / sqrt(7) = 2.41 sigma; 5 % tolerance for the sampling error of b.
     assert top == pytest.approx(2.11, rel=0.05)
     assert bottom == pytest.approx(-2.41, rel=0.05)
     heavy = quantizers.int4(jnp.asarray(x), multiplier=2.0)
@@ -195,7 +195,7 @@ def test_int4_clips_where_the_paper_says() -> None:
 
 
 def gradients(name: str, x: np.ndarray, scale: float, g: np.ndarray, shift=None):
-    """To x, to the learned scale, and to the shift if there is one."""
+    """With respect to x, the learned scale, and the shift if there is one."""
 
     def dequantized(x, *learned):
         settings = dict(zip(("scale", "shift"), learned, strict=False))
@@ -245,7 +245,7 @@ def test_elastic_unsigned_gradients() -> None:
     np.testing.assert_allclose(to_scale, (g * v).sum() / np.sqrt(8), rtol=1e-5)
 
 
-def test_elastic_edges() -> None:
+def test_elastic_edge_cases() -> None:
     x = jnp.asarray([[0.0, -0.0, 0.25, 0.250001, 0.5, 0.75, -1.0, jnp.inf]])
     q = quantizers.elastic_unsigned(x, Arguments(scale=jnp.float32(0.5)))
     np.testing.assert_array_equal(q.codes, [[0, 0, 0, 1, 1, 1, 0, 1]])  # half of the scale rounds to 0
@@ -255,7 +255,7 @@ def test_elastic_edges() -> None:
 
 @pytest.mark.parametrize("name", ["elastic_signed", "elastic_unsigned"])
 def test_elastic_scale_gradient_by_finite_differences(name: str) -> None:
-    """Where no code changes and the window is closed, the elastic gradient is the true derivative."""
+    """Where no code changes and the window is closed, the elastic gradient equals the true derivative."""
     x, eps = np.float32([[3.0, 4, 5, 9]]) * (1 if name == "elastic_unsigned" else -1), 1e-2
     loss = lambda scale: quantize(name, scale=scale)(jnp.asarray(x)).dequantize().sum()  # noqa: E731
     numerical = (loss(jnp.float32(1 + eps)) - loss(jnp.float32(1 - eps))) / (2 * eps)
@@ -283,7 +283,7 @@ def test_learned_threshold(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "scale"), [(name, None) for name in MEASURED] + [(name, 0.037) for name in LEARNED]
 )
-def test_same_bits_compiled_mapped_and_from_bfloat16(name: str, scale: float | None) -> None:
+def test_bit_identical_under_jit_vmap_and_for_bfloat16_input(name: str, scale: float | None) -> None:
     x = jnp.asarray(np.random.default_rng(8).standard_normal((2, 3, 100)), jnp.bfloat16)
     args = Arguments(scale=None if scale is None else jnp.float32(scale))
     function = partial(ACTIVATION_QUANTIZERS[name], args=args)

@@ -1,4 +1,4 @@
-"""Rotation and sparsity of inputs."""
+"""Input transforms: Hadamard rotation and top-k sparsity."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_hadamard_matrix() -> None:
 def test_hadamard_is_its_own_inverse_and_gradient() -> None:
     x = jnp.asarray(np.random.default_rng(7).standard_normal((2, 3, 64)), jnp.float32)
     y = hadamard(x)
-    np.testing.assert_allclose(hadamard(y), x, atol=2e-6)  # 12 additions deep, values up to 4
+    np.testing.assert_allclose(hadamard(y), x, atol=2e-6)  # a depth of 12 additions, values up to 4
     np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-6)
     g = jnp.roll(x, 1, axis=-1)
     np.testing.assert_allclose(jax.vjp(hadamard, x)[1](g)[0], hadamard(g), atol=2e-6)
@@ -38,7 +38,7 @@ def test_hadamard_spreads_an_outlier() -> None:
     np.testing.assert_allclose(jnp.abs(hadamard(x)), np.ones((1, 64)), rtol=1e-6)
 
 
-def test_hadamard_of_other_widths() -> None:
+def test_hadamard_of_widths_that_are_not_powers_of_two() -> None:
     x = jnp.arange(24.0).reshape(2, 12)
     with pytest.raises(ValueError, match="got an axis of 12, expected a power of two; .*blocks of 4"):
         hadamard(x)
@@ -63,22 +63,22 @@ def test_top_k_keeps_the_largest_and_passes_all_gradients() -> None:
 
 @settings(deadline=None)
 @given(
-    # Few shapes and fractions, for each of them compiles.
+    # Few shapes and fractions, because each one compiles.
     x=arrays(np.float32, st.sampled_from([(1, 1), (3, 2), (2, 9), (3, 40)]), elements=st.floats(width=32)),
     fraction=st.sampled_from([0.01, 0.34, 0.5, 0.75, 1.0]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )
-def test_top_k_finds_the_threshold_a_sort_finds(x: np.ndarray, fraction: float, dtype: str) -> None:
+def test_top_k_finds_the_same_threshold_as_a_sort(x: np.ndarray, fraction: float, dtype: str) -> None:
     values = jnp.asarray(x).astype(dtype)
     size = np.abs(np.asarray(values, np.float32))
     keep = max(1, round(fraction * x.shape[-1]))
     threshold = np.sort(size, axis=-1)[:, -keep, None]
     expected = np.where(size < threshold, 0, np.asarray(values, np.float32))
-    got = jax.jit(top_k, static_argnums=1)(values, fraction)  # its loop would compile again in every call
+    got = jax.jit(top_k, static_argnums=1)(values, fraction)  # its loop would be recompiled in every call
     np.testing.assert_array_equal(np.asarray(got, np.float32), expected)
 
 
-def test_top_k_ties_nan_and_bad_fractions() -> None:
+def test_top_k_ties_nan_and_invalid_fractions() -> None:
     np.testing.assert_array_equal(top_k(jnp.asarray([[1.0, -1, 1, 0.5]]), 0.25), [[1, -1, 1, 0]])
     assert np.isnan(top_k(jnp.asarray([[1.0, jnp.nan, 2, 3]]), 0.5)[0, 1])
     for fraction in (0.0, 1.5, -0.5):

@@ -1,4 +1,4 @@
-"""Weight quantizers with a learned scale: its gradient, and the one to the weights."""
+"""Weight quantizers with a learned scale: gradients with respect to the scale and the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.multilevel_weights import integer
 from bitnet_jax.quantization.registry import WEIGHT_QUANTIZERS
 
-WINDOWED = ("binary_raw", "binary_stochastic", "bwn")  # their window is on the raw latents
+WINDOWED = ("binary_raw", "binary_stochastic", "bwn")  # their STE window applies to the raw latents
 RANDOM = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
 
 
@@ -23,7 +23,7 @@ def half_open_odd(z: np.ndarray) -> np.ndarray:
 
 
 def learned_gradients(quantize, w, scale, g, **settings):
-    """Of codes * scale, to w and to the learned scale."""
+    """Of codes * scale, with respect to w and the learned scale."""
     dequantized = lambda w, scale: quantize(w, Arguments(scale=scale, **settings)).dequantize()  # noqa: E731
     return [np.asarray(a) for a in jax.vjp(dequantized, jnp.asarray(w), scale)[1](jnp.asarray(g))]
 
@@ -46,7 +46,7 @@ def test_lsq_gradients(bits: int, shape: tuple, count: str) -> None:
     quantize = partial(integer, bits=bits, count=count)
     to_w, to_scale = learned_gradients(quantize, RANDOM, jnp.asarray(scale), g, ste="clipped")
     np.testing.assert_allclose(to_w, g * inside, rtol=1e-6)
-    # z near 127 carries an error of 1e-5, sums of 96 terms; relative to the largest entry.
+    # z near 127 has an error of 1e-5, in sums of 96 terms; relative to the largest entry.
     wanted = per_scale / np.sqrt(number * high)
     np.testing.assert_allclose(to_scale, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
@@ -69,7 +69,7 @@ def test_stretched_elastic_gradients(name: str, levels: int, per_alpha: float, o
 
 @pytest.mark.parametrize("name", ["binary", "binary_centred", "binary_raw", "bwn"])
 def test_elastic_binary_gradients(name: str) -> None:
-    """BiT and ParetoQ at one bit: sign for the scale, a window of the scale's own size for the weights."""
+    """BiT and ParetoQ at one bit: sign for the scale, a window as wide as the scale for the weights."""
     g = np.random.default_rng(7).standard_normal(RANDOM.shape).astype(np.float32)
     scale = np.full((1, 1), 0.8, np.float32)
     inner = RANDOM - RANDOM.mean() if name == "binary_centred" else RANDOM

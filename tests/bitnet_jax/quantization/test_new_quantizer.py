@@ -1,4 +1,4 @@
-"""CONTRIBUTING says: a new quantizer is one function and one record. Here are two, used from training to the proof."""
+"""A new quantizer is one function and one record (CONTRIBUTING). Here are two, used from training to the proof."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bitnet_jax.quantization.ste import round_to_grid
 
 
 def ternary_absmax(w: Float[Array, "n k"], args: Arguments = DEFAULT, *, floor: float = 1e-5) -> Quantized:
-    """Ternary weights that the largest one scales.
+    """Ternary weights scaled by the largest magnitude.
 
     Forward:  s = 1 / max(max|W|, floor), codes = round(W s), scale = 1/s.
     Backward: g h.
@@ -34,7 +34,7 @@ def ternary_absmax(w: Float[Array, "n k"], args: Arguments = DEFAULT, *, floor: 
 
 
 def int6(x: Float[Array, "... k"], args: Arguments = DEFAULT) -> Quantized:
-    """Absmax of 6 bits.
+    """Absmax with 6 bits.
 
     Forward:  s = 31 / max(max|x|, 1e-5), codes = round(x s), scale = 1/s.
     Backward: g h.
@@ -62,7 +62,7 @@ def precision(**fields) -> Precision:
     return Precision(weight="ternary_absmax", activation="int6", granularity="channel", **fields)
 
 
-def test_a_precision_knows_it() -> None:
+def test_a_precision_accepts_it() -> None:
     own = precision(weight_options={"floor": 0.5}, weight_ste="clipped")
     assert (own.packed_format, own.weight_bits, own.activation_bits) == ("ternary2", np.log2(3), 6)
     assert own.codes_fit_int8
@@ -90,7 +90,7 @@ def test_a_layer_computes_and_learns_with_it() -> None:
     params = layer.init(jax.random.key(1), x)["params"]
     w = ternary_absmax(params["weight"], Arguments(granularity="channel"))
     y = layer.apply({"params": params}, x)
-    # codes of two factors, three products with scales: a few ulp.
+    # codes of two factors, three products with scales: a few ulp
     np.testing.assert_allclose(y, int6(x).dequantize() @ w.dequantize().T, rtol=1e-5, atol=1e-6)
     gradient = jax.grad(lambda params: layer.apply({"params": params}, x).sum())(params)["weight"]
     expected = np.broadcast_to(np.asarray(int6(x).dequantize().sum(0)), (5, 8))

@@ -1,4 +1,4 @@
-"""Precision values, recipes and the rules that give every linear one of them."""
+"""Precision values, recipes, and the rules that assign one to every linear layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def label(precision: Precision) -> str:
 
 
 def draws(precision: Precision) -> bool:
-    """Its weight quantizer draws random codes."""
+    """Whether its weight quantizer draws random codes."""
     return precision.weight_quantizer is not None and precision.weight_quantizer.random
 
 
@@ -49,13 +49,13 @@ bitnet_b158_channel bitnet_b158_group64 bitnet_weight_only
 
 
 @pytest.mark.parametrize("name", PROMISED.split())
-def test_recipes_that_are_promised_exist(name: str) -> None:
+def test_documented_recipes_exist(name: str) -> None:
     assert len(resolve(name, PATHS)) == len(PATHS)
 
 
 @pytest.mark.parametrize("precision", QUANTIZED, ids=label)
-def test_every_recipe_quantizes_and_learns(precision: Precision) -> None:
-    """A layer in a jitted loss: finite, a gradient for every parameter, codes that can be packed."""
+def test_every_recipe_quantizes_and_has_gradients(precision: Precision) -> None:
+    """A layer in a jitted loss: finite values, a gradient for every parameter, packable codes."""
     params = {"weight": W}
     scale = precision.weight_scale_init(W)
     if scale is not None:
@@ -113,7 +113,7 @@ def test_formats_and_bits() -> None:
     assert random == ["binaryconnect_stochastic"]
 
 
-def test_recipe_details_that_papers_fix() -> None:
+def test_recipe_details_specified_by_papers() -> None:
     a48, v2 = resolve("bitnet_a48", PATHS), resolve("bitnet_v2", PATHS)
     assert (a48["layers_0/attention/o_proj"].activation, a48["layers_0/attention/o_proj"].top_k) == (
         "int8",
@@ -130,10 +130,10 @@ def test_recipe_details_that_papers_fix() -> None:
     assert relu["layers_0/mlp/up_proj"].activation == "elastic_signed"
 
 
-# --- what a Precision does
+# --- behavior of a Precision
 
 
-def test_rotation_and_sparsity_come_before_and_after_the_quantizer() -> None:
+def test_rotation_precedes_and_sparsity_follows_the_quantizer() -> None:
     plain = ACTIVATION_QUANTIZERS["int8"]
     rotated = Precision(weight="binary", activation="int8", hadamard=True).quantize_activation(X)
     np.testing.assert_array_equal(rotated.codes, plain(hadamard(X)).codes)
@@ -166,7 +166,7 @@ def test_scale_none_leaves_the_codes_unscaled() -> None:
 
 @pytest.mark.parametrize("granularity", ["channel", 64])
 @pytest.mark.parametrize("weight", WEIGHT_QUANTIZERS)
-def test_learned_scale_starts_where_the_measured_one_is(weight: str, granularity) -> None:
+def test_a_learned_scale_is_initialized_with_the_measured_one(weight: str, granularity) -> None:
     unscaled = WEIGHT_QUANTIZERS[weight].unit_scale
     given = "tensor" if unscaled else granularity
     measured = Precision(weight=weight, granularity=given)
@@ -180,7 +180,7 @@ def test_learned_scale_starts_where_the_measured_one_is(weight: str, granularity
     np.testing.assert_array_equal(q.scale, reference.scale)
 
 
-def test_lsq_start() -> None:
+def test_lsq_initialization() -> None:
     precision = Precision(weight="int4", scale="learned", scale_init="lsq", granularity="channel")
     start = 2 * np.abs(np.asarray(W)).mean(1, keepdims=True) / np.sqrt(7)
     np.testing.assert_allclose(precision.weight_scale_init(W), start, rtol=1e-6)
@@ -205,7 +205,7 @@ def test_learned_activation_parameters() -> None:
     assert RECIPES["bitnet"].activation_param_shapes(256) == {}
 
 
-def test_learned_scales_are_given_exactly_when_they_exist() -> None:
+def test_learned_scales_must_be_given_exactly_when_they_exist() -> None:
     one = jnp.ones((1, 1))
     with pytest.raises(ValueError, match="scale='learned': got no learned scale"):
         RECIPES["paretoq_1"].quantize_weight(W)
@@ -219,11 +219,11 @@ def test_learned_scales_are_given_exactly_when_they_exist() -> None:
         RECIPES["float32"].quantize_weight(W)
 
 
-# --- the value itself
+# --- the Precision value
 
 
 @pytest.mark.parametrize("precision", QUANTIZED, ids=label)
-def test_json_round_trip_and_hash(precision: Precision) -> None:
+def test_json_round_trip_and_hashing(precision: Precision) -> None:
     copy = Precision.from_dict(json.loads(json.dumps(dataclasses.asdict(precision))))
     assert copy == precision
     assert hash(copy) == hash(precision)
@@ -274,7 +274,7 @@ def test_json_round_trip_and_hash(precision: Precision) -> None:
         ({"wieght": "binary"}, "Precision field: got 'wieght', .*did you mean 'weight'"),
     ],
 )
-def test_a_wrong_field_says_what_to_do(fields: dict, message: str) -> None:
+def test_the_error_for_a_wrong_field_says_what_to_do(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Precision.from_dict(fields)
 
@@ -282,7 +282,7 @@ def test_a_wrong_field_says_what_to_do(fields: dict, message: str) -> None:
 # --- rules
 
 
-def test_a_recipe_name_means_all_linears_but_the_head() -> None:
+def test_a_recipe_name_applies_to_all_linear_layers_except_the_head() -> None:
     resolved = resolve("bitnet", PATHS)
     assert list(resolved) == PATHS
     assert resolved.pop("lm_head") == RECIPES["float32"]
@@ -292,7 +292,7 @@ def test_a_recipe_name_means_all_linears_but_the_head() -> None:
     assert resolve("bitnet", [*PATHS[:-1], "classifier"])["classifier"] == RECIPES["float32"]
 
 
-def test_first_match_wins() -> None:
+def test_the_first_match_wins() -> None:
     rules = (("layers_0/mlp/*", "int8"), ("layers_*/mlp/*", "int4"), ("*", "bitnet_b158"))
     resolved = resolve(rules, PATHS)
     assert resolved["layers_0/mlp/up_proj"] == RECIPES["int8"]
@@ -319,14 +319,14 @@ def test_rules_may_come_from_json() -> None:
     assert resolve(rules, PATHS)["layers_0/mlp/up_proj"] == RECIPES["paretoq_2"]
 
 
-def test_a_name_may_be_followed_by_fields_that_differ() -> None:
+def test_a_recipe_name_may_be_followed_by_field_overrides() -> None:
     changed = resolve("bnn(activation_ste=approx_sign, latent_clip=None, activation_shift=True)", PATHS)
     expected = dataclasses.replace(
         RECIPES["bnn"], activation_ste="approx_sign", latent_clip=None, activation_shift=True
     )
     assert changed["layers_0/mlp/up_proj"] == expected
     assert resolve("bitnet(granularity=64)", PATHS)["layers_0/mlp/up_proj"] == RECIPES["bitnet_group64"]
-    by_path = resolve("bitnet_a48(top_k=0.25)", PATHS)  # of whichever rule of the recipe holds there
+    by_path = resolve("bitnet_a48(top_k=0.25)", PATHS)  # of whichever rule of the recipe applies there
     assert by_path["layers_0/attention/o_proj"].top_k == by_path["layers_0/mlp/up_proj"].top_k == 0.25
 
 
@@ -342,31 +342,31 @@ def test_a_name_may_be_followed_by_fields_that_differ() -> None:
         ("bnn(activation_ste=approx)", "activation_ste: got 'approx'"),
     ],
 )
-def test_differences_that_cannot_be_read(recipe: str, message: str) -> None:
+def test_invalid_field_overrides_are_rejected(recipe: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(recipe, PATHS)
 
 
-def test_unknown_recipe() -> None:
+def test_unknown_recipes_are_rejected() -> None:
     with pytest.raises(
         ValueError, match="recipe: got 'bitnet_b1.58', expected one of .*did you mean 'bitnet_b158'"
     ):
         resolve("bitnet_b1.58", PATHS)
 
 
-def test_paths_that_no_rule_matches() -> None:
+def test_paths_without_a_matching_rule_are_rejected() -> None:
     with pytest.raises(
         ValueError, match=r"leave out .*layers_1/mlp/up_proj.*end the rules with \('\*', recipe\)"
     ):
         resolve((("*/attention/*", "bitnet"), ("layers_0/mlp/*", "bitnet")), PATHS)
 
 
-def test_patterns_that_never_win() -> None:
+def test_patterns_that_never_match_first_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"unused precision patterns: got \['\*/ffn/\*'\]"):
         resolve((("*/ffn/*", "int8"), ("*", "bitnet")), PATHS)
     with pytest.raises(
         ValueError, match=r"unused precision patterns: got \['\*/mlp/\*'\].*before a wider one"
     ):
         resolve((("*", "bitnet"), ("*/mlp/*", "int8")), PATHS)
-    # The closing "*" of a complete list is a habit, not a mistake.
+    # A final "*" after a complete list is a convention, not a mistake.
     assert resolve((("layers_*", "bitnet"), ("*", "float32")), PATHS)["lm_head"] == RECIPES["float32"]

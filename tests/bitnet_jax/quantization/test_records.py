@@ -1,4 +1,4 @@
-"""What a record says about its quantizer is what the function does, and what it refuses."""
+"""Each record describes its quantizer function correctly, including what the function rejects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEY = jax.random.key(0)
 
 
 def usable(record: Quantizer, **settings) -> Arguments:
-    """The arguments that the record uses, and these."""
+    """The arguments that the record uses, updated with the given ones."""
     weights = isinstance(record, WeightQuantizer)
     arguments = {
         "granularity": "channel",
@@ -39,7 +39,7 @@ def codes(record: Quantizer, args: Arguments) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_docstring_says_forward_backward_and_source(name: str) -> None:
+def test_the_docstring_documents_forward_backward_and_source(name: str) -> None:
     text = inspect.getdoc(ALL[name].function) or ""
     for part in ("Forward:  ", "Backward: ", "Source:   "):
         assert text.count(f"\n{part}") == 1, part
@@ -47,7 +47,7 @@ def test_the_docstring_says_forward_backward_and_source(name: str) -> None:
 
 @pytest.mark.parametrize("argument", ["granularity", "scale", "shift", "key"])
 @pytest.mark.parametrize("name", ALL)
-def test_an_argument_makes_a_difference_or_is_refused(name: str, argument: str) -> None:
+def test_an_argument_has_an_effect_or_is_rejected(name: str, argument: str) -> None:
     record = ALL[name]
     needs_scale = isinstance(record, ActivationQuantizer) and not record.measures_scale
     base = Arguments(scale=jnp.float32(0.75)) if needs_scale else Arguments()
@@ -67,7 +67,7 @@ def test_an_argument_makes_a_difference_or_is_refused(name: str, argument: str) 
 
 @pytest.mark.parametrize("ste", STES)
 @pytest.mark.parametrize("name", ALL)
-def test_its_stes_have_a_gradient_and_others_are_refused(name: str, ste: str) -> None:
+def test_supported_stes_have_a_gradient_and_others_are_rejected(name: str, ste: str) -> None:
     record = ALL[name]
     gradient = jax.grad(lambda x: record(x, usable(record, ste=ste)).dequantize().sum())
     if ste in record.stes:
@@ -78,8 +78,8 @@ def test_its_stes_have_a_gradient_and_others_are_refused(name: str, ste: str) ->
 
 
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
-def test_codes_fill_what_the_record_says(name: str) -> None:
-    """At most 2^bits different codes, all of them seen, within the packed format."""
+def test_codes_match_the_bits_and_format_of_the_record(name: str) -> None:
+    """At most 2^bits distinct codes, all of them used, within the range of the packed format."""
     record = WEIGHT_QUANTIZERS[name]
     w = jnp.asarray(np.random.default_rng(1).standard_normal((64, 64)), jnp.float32)
     seen = np.unique(record(w, Arguments(scale=jnp.full((1, 1), 3 / 2**record.bits))).codes)
@@ -91,7 +91,7 @@ def test_codes_fill_what_the_record_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
-def test_the_mid_rise_grid_has_the_format_that_holds_it(bits: int) -> None:
+def test_the_mid_rise_grid_fits_its_format(bits: int) -> None:
     record, options = WEIGHT_QUANTIZERS[f"int{bits}"], {"levels": "midrise"}
     largest = float(jnp.abs(record(X, **options).codes).max())
     format = record.packed_format_with(options)
@@ -101,7 +101,7 @@ def test_the_mid_rise_grid_has_the_format_that_holds_it(bits: int) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATION_QUANTIZERS)
-def test_inputs_that_the_record_calls_signs_are(name: str) -> None:
+def test_inputs_declared_as_signs_are_signs(name: str) -> None:
     record = ACTIVATION_QUANTIZERS[name]
     seen = np.unique(record(X, usable(record)).codes)
     assert record.signs == (set(seen) == {-1, 1})
@@ -110,20 +110,20 @@ def test_inputs_that_the_record_calls_signs_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
-def test_a_measured_scale_is_one_where_the_record_says(name: str) -> None:
+def test_the_measured_scale_is_one_where_the_record_says_so(name: str) -> None:
     record = WEIGHT_QUANTIZERS[name]
     assert record.unit_scale == bool((record(X).scale == 1).all())
 
 
-def test_fixed_arguments_are_no_options() -> None:
-    """`bits` as an option would give int4 the codes of another quantizer, under the bits and format of int4."""
+def test_fixed_arguments_are_not_options() -> None:
+    """With `bits` as an option, int4 could have the codes of another quantizer but the bits and format of int4."""
     for weight, option in (("int4", ("bits", 8)), ("seq_ternary", ("levels", 4)), ("int2", ("bits", 3))):
         with pytest.raises(ValueError, match=f"weight_options: got '{option[0]}', expected one of"):
             Precision(weight=weight, weight_options=(option,))
 
 
 def test_arguments_pass_through_jit_and_grad() -> None:
-    """The arrays are leaves, the names are static: other values trace nothing again."""
+    """Arrays are leaves, names are static: other values do not retrace."""
     record, traced = WEIGHT_QUANTIZERS["binary"], 0
 
     @jax.jit
@@ -152,12 +152,12 @@ def test_arguments_pass_through_jit_and_grad() -> None:
         (lambda p: p.quantize_weight(X, key=KEY), "key: got one for the quantizer binary, which uses none"),
     ],
 )
-def test_a_precision_refuses_what_its_quantizer_does_not_use(call, message: str) -> None:
+def test_a_precision_rejects_fields_its_quantizer_does_not_use(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(Precision(weight="binary", activation="sign"))
 
 
-def test_a_precision_with_a_threshold_wants_it() -> None:
+def test_a_precision_with_a_threshold_requires_it() -> None:
     precision = Precision(weight="binary", activation="sign", activation_shift=True)
     with pytest.raises(ValueError, match="activation_shift=True: got no learned shift, expected one"):
         precision.quantize_activation(X)
@@ -181,6 +181,6 @@ def test_a_precision_with_a_threshold_wants_it() -> None:
         ),
     ],
 )
-def test_a_precision_says_at_once_what_cannot_run(fields: dict, message: str) -> None:
+def test_invalid_precisions_are_rejected_at_construction(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Precision(**fields)

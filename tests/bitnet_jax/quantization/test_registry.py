@@ -1,7 +1,7 @@
-"""The quantizers against vectors made by Hugging Face transformers, and the two indexes of names.
+"""The quantizers against vectors computed by Hugging Face transformers, and the two registries of names.
 
-Codes match exactly, scales within one float32 ulp: a mean is a sum, which every library takes in its own order.
-(Codes could differ only where a weight times 1 / scale is within an ulp of a half; no vector has one.)
+Codes match exactly, scales within one float32 ulp: a mean is a sum, whose order differs between libraries.
+(Codes could differ only where a weight times 1 / scale is within an ulp of a half; no vector has such a weight.)
 Dequantized activations are within 3 float32 ulp: the library divides, q / s, where we multiply, q * (1 / s), as one
 multiplication after an integer matmul does (one ulp); and torch computes s as (1 / max) * 127, we as 127 / max (one
 ulp of s, rounded again in 1 / s).
@@ -41,7 +41,7 @@ def test_ternary_weights(vectors, name: str, compiled: bool) -> None:
         np.testing.assert_array_max_ulp(np.asarray(q.dequantize()), wanted, 1)
     if name == "w":
         np.testing.assert_array_equal(q.codes, vectors["ternary"])
-        # autobit stores the float32 mean itself, bitlinear its reciprocal.
+        # autobit stores the float32 mean, bitlinear its reciprocal.
         np.testing.assert_allclose(q.scale[0], vectors["fp32/autobit_weight_scale"], rtol=2e-7)
         np.testing.assert_allclose(1 / q.scale[0], vectors["fp32/bitlinear_weight_scale"], rtol=2e-7)
 
@@ -50,7 +50,7 @@ def test_ternary_weights_from_bfloat16(vectors) -> None:
     q = ternary(jnp.asarray(vectors["w"]).astype(jnp.bfloat16))
     wanted = vectors["bf16/eager/weight_quant_w"]  # the library rounds the result to bfloat16 again
     np.testing.assert_array_equal(q.codes, np.sign(wanted))
-    # One ulp of the float32 scale may cross a boundary of bfloat16, whose ulp is 2^-8 to 2^-7 of a number.
+    # One ulp of the float32 scale may cross a bfloat16 rounding boundary; a bfloat16 ulp is 2^-8 to 2^-7 relative.
     got = q.dequantize().astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_allclose(got, wanted, rtol=2.0**-7)
 
@@ -78,20 +78,20 @@ def test_straight_through_gradients(vectors) -> None:
     x, w, gy = (jnp.asarray(vectors[name]) for name in ("x", "w", "ste/gy"))
     y, pull = jax.vjp(lambda x, w: int8(x).dequantize() @ ternary(w).dequantize().T, x, w)
     gx, gw = pull(gy)
-    # Sums of 32 or 7 products in another order than torch's: a few ulp of the largest term.
+    # Sums of 32 or 7 products in a different order from torch: a few ulp of the largest term.
     for got, wanted in ((y, "ste/eager/y"), (gx, "ste/eager/gx"), (gw, "ste/eager/gw")):
         scale = np.abs(vectors[wanted]).max()
         np.testing.assert_allclose(got, vectors[wanted], rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_integer_products_reproduce_the_offline_layer(vectors) -> None:
-    """codes @ codes, then both scales: the order of operations of the packed layer."""
+    """codes @ codes, then both scales: the operation order of the packed layer."""
     x, w = int8(jnp.asarray(vectors["x"])), ternary(jnp.asarray(vectors["w"]))
     y = (x.codes @ w.codes.T) * w.scale * x.scale
     wanted = vectors["fp32/eager/bitlinear_y"]
     np.testing.assert_allclose(
         y, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max()
-    )  # three roundings against two
+    )  # three roundings instead of two
 
 
 def measured_or_fixed_scale(name: str) -> Callable[[jax.Array], Quantized]:
@@ -110,8 +110,8 @@ def measured_or_fixed_scale(name: str) -> Callable[[jax.Array], Quantized]:
     ("shape", "compiled"),
     [((3, 8), True), ((64, 640), True), ((640, 64), True), ((2, 96, 128), True), ((64, 640), False)],
 )
-def test_nan_stays_visible_whatever_the_shape(shape: tuple[int, ...], compiled: bool) -> None:
-    """XLA's maximum on CPUs forgets NaN where it splits a reduction, which it does for some shapes."""
+def test_nan_propagates_for_every_shape(shape: tuple[int, ...], compiled: bool) -> None:
+    """XLA's maximum on CPUs drops NaN where it splits a reduction, which it does for some shapes."""
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     at = tuple(size // 2 for size in shape)
     row = at[:-1]
@@ -130,6 +130,6 @@ def test_nan_stays_visible_whatever_the_shape(shape: tuple[int, ...], compiled: 
         assert np.isnan(value[at]), name
         others = np.delete(value.reshape(-1, shape[-1]), np.ravel_multi_index(row, shape[:-1]), axis=0)
         assert np.isfinite(others).all(), name
-        # A measured scale, which doubles with its input, takes over the NaN for all that it belongs to.
+        # A measured scale (one that doubles with its input) spreads the NaN to all elements that share it.
         measured = not np.array_equal(scale, scale_of_twice)
         assert not measured or np.isnan(value[row]).all(), name

@@ -1,4 +1,4 @@
-"""Straight-through estimators: values and slopes against their formulas, on a grid with every edge."""
+"""Straight-through estimators: values and slopes against their formulas, on a grid with every edge case."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EDGES = np.array(
 
 
 def expected_slope(name: str, z: np.ndarray, progress: float) -> np.ndarray:
-    """h(z) from the formula in float64; NaN inputs are the caller's business."""
+    """h(z) from the formula in float64; the caller handles NaN inputs."""
     z = z.astype(np.float64)
     size = np.abs(z)
     with np.errstate(all="ignore"):
@@ -77,7 +77,7 @@ def test_backward_is_g_times_h(step, name: str, progress: float) -> None:
     got = backward(lambda z: step(z, name, progress), EDGES, g)
     number = ~np.isnan(EDGES)
     expected = g * expected_slope(name, EDGES, progress)
-    # 1 - tanh^2 and the power lose a few float32 digits: 2e-6 of the largest slope, 10.
+    # 1 - tanh^2 and the power lose some float32 precision: 2e-6 of the largest slope, 10.
     np.testing.assert_allclose(got[number], expected[number], rtol=1e-5, atol=2e-5)
     if name in ("identity", "clipped"):
         np.testing.assert_array_equal(got[number], expected[number].astype(np.float32))
@@ -111,12 +111,12 @@ SMOOTH = {
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-def test_slope_is_the_derivative_of_the_smooth_surrogate(name: str) -> None:
+def test_slopes_are_derivatives_of_the_smooth_surrogates(name: str) -> None:
     smooth, progress = SMOOTH[name]
     x = np.array([-1.3, -0.9, -0.6, -0.3, -0.15, 0.12, 0.4, 0.7, 0.95, 1.2])
     numerical = (smooth(x + 1e-5) - smooth(x - 1e-5)) / 2e-5
     got = ste.surrogate(name, jnp.asarray(x, jnp.float32), progress)
-    # Central differences are good to 1e-9 here; float32 slopes up to 5 to 1e-5.
+    # Central differences are accurate to 1e-9 here; float32 slopes up to 5 to 1e-5.
     np.testing.assert_allclose(got, numerical, atol=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_swish_sign_shape() -> None:
     assert slope(0.69) == pytest.approx(-0.37, abs=0.005)  # the minimum, to the digits it is quoted with
 
 
-def test_annealed_tanh_starts_as_the_identity_and_ends_as_a_peak() -> None:
+def test_annealed_tanh_starts_as_identity_and_ends_as_a_narrow_peak() -> None:
     inside = jnp.linspace(-1, 1, 21)
     # tanh(0.001)^2 is 1e-6, and 1 - 1e-6 is off by half a float32 ulp.
     np.testing.assert_allclose(ste.tanh(inside, 0.0), 1, atol=1.1e-6)
@@ -207,11 +207,11 @@ def test_straight_through_sums_over_broadcast_inputs_and_ignores_value_and_slope
 
 
 @pytest.mark.parametrize("name", ste.STES)
-def test_vmap_and_jit_change_nothing(name: str) -> None:
+def test_vmap_and_jit_do_not_change_results(name: str) -> None:
     z = jnp.asarray(EDGES[:24]).reshape(4, 6)
     slope = jax.grad(lambda z: ste.sign(z, name, 0.6).sum())
     one_by_one = jnp.stack([slope(row) for row in z])
-    # Compiled, the surrogate's products may be fused: one ulp of a slope up to 10.
+    # Under jit the surrogate's products may be fused: one ulp of a slope up to 10.
     np.testing.assert_allclose(jax.jit(jax.vmap(slope))(z), one_by_one, rtol=3e-7, atol=1e-6)
 
 
@@ -222,7 +222,7 @@ def test_bfloat16_stays_bfloat16() -> None:
         assert value.dtype == pull(value)[0].dtype == jnp.bfloat16
 
 
-def test_wrong_names() -> None:
+def test_unknown_names_are_rejected() -> None:
     z = jnp.zeros(3)
     with pytest.raises(ValueError, match="unknown STE: got 'aprox_sign', expected one of .*approx_sign"):
         ste.sign(z, "aprox_sign")

@@ -19,7 +19,7 @@ RANDOM = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
 
 
 def gaussian() -> np.ndarray:
-    """65,536 quantiles of N(0, 1): the distribution itself, with no sampling error."""
+    """65,536 quantiles of N(0, 1): the distribution without sampling error."""
     normal = statistics.NormalDist()
     quantiles = [normal.inv_cdf((i + 0.5) / 65536) for i in range(65536)]
     return np.random.default_rng(1).permutation(np.asarray(quantiles, np.float32)).reshape(256, 256)
@@ -31,7 +31,7 @@ def pull(quantize, w, g, args: Arguments = DEFAULT):
     return np.asarray(back(jnp.asarray(g))[0])
 
 
-def test_a_larger_scale_has_more_zeros() -> None:
+def test_a_larger_scale_gives_more_zeros() -> None:
     w = jnp.asarray(gaussian())
     zeros = []
     for factor in (0.5, 1.0, 1.5, 2.0):
@@ -59,7 +59,7 @@ def test_ties_and_signed_zeros() -> None:
 # --- published numbers
 
 
-def test_vectors_of_the_papers_dossier() -> None:
+def test_published_vectors() -> None:
     w = jnp.asarray([[0.8, -0.5, 1.2], [-1.5, 0.4, -0.9], [1.3, -0.7, 0.2]], jnp.float32)
     ternary = multilevel_weights.ternary_absmean(w)
     np.testing.assert_array_equal(ternary.codes, [[1, -1, 1], [-1, 0, -1], [1, -1, 0]])
@@ -99,14 +99,14 @@ def test_relative_error_on_a_gaussian(case: str) -> None:
     w = gaussian()
     args = Arguments(scale=None if scale is None else jnp.full((1, 1), scale, jnp.float32))
     error = np.mean((np.asarray(quantize(jnp.asarray(w), args).dequantize()) - w) ** 2) / np.mean(w**2)
-    # Half a unit of the last digit quoted, and 0.2 % for the tail beyond the last quantile.
+    # Half a unit in the last published digit, plus 0.2 % for the tail beyond the last quantile.
     digit = 0.5 * 10.0 ** -len(str(target).split(".")[1])
     assert abs(error - target) < digit + 0.002 * target
 
 
 def test_twn_scale_and_zeros_on_a_gaussian() -> None:
     q = multilevel_weights.ternary_twn(jnp.asarray(gaussian()))
-    assert float(q.scale.item()) == pytest.approx(1.184, abs=0.0006)  # the digits quoted
+    assert float(q.scale.item()) == pytest.approx(1.184, abs=0.0006)  # the published digits
     assert float(jnp.mean(q.codes == 0)) == pytest.approx(0.424, abs=0.0006)
 
 
@@ -127,7 +127,7 @@ def test_zero_fractions(draw: str, quantize, zeros: float) -> None:
         "uniform": lambda size: rng.uniform(-1, 1, size),
     }[draw]((512, 512))
     codes = quantize(jnp.asarray(w, jnp.float32)).codes
-    # Quoted to three digits; five standard errors of a fraction of 262,144 are 0.005.
+    # Published to three digits; five standard errors of a fraction of 262,144 are 0.005.
     assert float(jnp.mean(codes == 0)) == pytest.approx(zeros, abs=0.0055)
 
 
@@ -149,7 +149,7 @@ def test_stretched_elastic_levels() -> None:
     np.testing.assert_array_equal(np.unique(four), [-0.75, -0.25, 0.25, 0.75])
 
 
-# --- disputed details
+# --- details on which papers disagree
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_epsilon_of_the_ternary_scale(epsilon: str, scale: float, codes: list) -
     q = multilevel_weights.ternary_absmean(w, epsilon=epsilon, eps=0.5)
     assert q.scale.item() == pytest.approx(scale)
     np.testing.assert_array_equal(q.codes, [codes])
-    # 0.6 is above half of 1 and below half of 1.5: the guard decides its code.
+    # 0.6 is above half of 1 and below half of 1.5: epsilon decides its code.
     near = multilevel_weights.ternary_absmean(jnp.asarray([[0.6, 1.4]]), epsilon=epsilon, eps=0.5)
     assert near.codes[0, 0] == (1 if epsilon == "clamp" else 0)
 
 
-def test_gradient_through_the_centring_and_the_scale() -> None:
+def test_gradients_through_centring_and_scale() -> None:
     g = np.random.default_rng(8).standard_normal(RANDOM.shape).astype(np.float32)
     stopped = pull(binary_weights.binary_centred, RANDOM, g)
     centred = pull(partial(binary_weights.binary_centred, centre_gradient=True), RANDOM, g)
@@ -176,14 +176,14 @@ def test_gradient_through_the_centring_and_the_scale() -> None:
     np.testing.assert_allclose(scaled, g + (g * sign).sum() * sign / RANDOM.size, atol=1e-6)
 
 
-def test_magnitude_aware_window_is_on_the_raw_latents() -> None:
+def test_the_magnitude_aware_window_applies_to_the_raw_latents() -> None:
     got = pull(
         partial(binary_weights.binary, window="raw"), RANDOM, np.ones_like(RANDOM), Arguments(ste="clipped")
     )
     np.testing.assert_allclose(got, np.abs(RANDOM).mean() * (np.abs(RANDOM) <= 1), rtol=1e-6)
 
 
-def test_stochastic_needs_a_key_and_is_deterministic_without() -> None:
+def test_stochastic_is_deterministic_without_a_key() -> None:
     w = jnp.asarray(np.clip(RANDOM, -0.9, 0.9))
     first = binary_weights.binary_stochastic(w, Arguments(key=jax.random.key(0))).codes
     assert (first != binary_weights.binary_stochastic(w, Arguments(key=jax.random.key(1))).codes).any()
@@ -221,6 +221,6 @@ def test_stochastic_needs_a_key_and_is_deterministic_without() -> None:
         (partial(multilevel_weights.ternary_absmean, epsilon="in"), DEFAULT, "epsilon: got 'in'"),
     ],
 )
-def test_wrong_options(call, args: Arguments, message: str) -> None:
+def test_invalid_options_are_rejected(call, args: Arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(jnp.asarray(RANDOM), args)

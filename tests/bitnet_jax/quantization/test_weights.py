@@ -1,4 +1,4 @@
-"""Every weight quantizer: both formulas, edge values, the same bits in every program."""
+"""Every weight quantizer: forward and backward formulas, edge values, bit-identical results in every program."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LEVELS = {name: {-1, 1} for name in BINARY} | {name: {-1, 0, 1} for name in TERN
 LEVELS["zero_one"] = {0, 1}
 LEVELS |= {"int2": {-3, -1, 1, 3}, "seq_int2": {-3, -1, 1, 3}}
 LEVELS |= {f"int{bits}": set(range(-(2 ** (bits - 1)), 2 ** (bits - 1))) for bits in (3, 4, 8)}
-WINDOWED = ("binary_raw", "binary_stochastic", "bwn")  # their window is on the raw latents
+WINDOWED = ("binary_raw", "binary_stochastic", "bwn")  # their STE window applies to the raw latents
 
 RANDOM = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
 
 
 def told(name: str, granularity="tensor", **settings) -> Arguments:
-    """Arguments for a quantizer, without the granularity if its scale is 1."""
+    """Arguments for a quantizer, without the granularity if its scale is always 1."""
     uses_it = "granularity" in WEIGHT_QUANTIZERS[name].uses
     return Arguments(granularity=granularity if uses_it else "tensor", **settings)
 
@@ -37,7 +37,7 @@ def pull(quantize, w, g, args: Arguments = DEFAULT):
 
 
 def over(w: np.ndarray, granularity, reduce) -> np.ndarray:
-    """A statistic of the weights that share a scale, spread over them, in float64."""
+    """A statistic of the weights that share a scale, broadcast over them, in float64."""
     w = w.astype(np.float64)
     groups = {"tensor": w.reshape(1, -1), "channel": w}.get(granularity)
     if groups is None:
@@ -50,7 +50,7 @@ def half_open_odd(z: np.ndarray) -> np.ndarray:
 
 
 def expected(name: str, w: np.ndarray, granularity) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, scale spread over the weights) from the formulas, in float64."""
+    """(codes, scale broadcast over the weights) from the formulas, in float64."""
     w = w.astype(np.float64)
     size = over(np.abs(w), granularity, np.mean)
     sign = np.where(w >= 0, 1, -1)
@@ -94,7 +94,7 @@ def test_forward_formula(name: str, granularity) -> None:
     codes, scale = expected(name, RANDOM, granularity)
     got = WEIGHT_QUANTIZERS[name](jnp.asarray(RANDOM), told(name, granularity))
     np.testing.assert_array_equal(got.codes, codes)
-    # A mean over 96 float32 values, a handful of products: a few ulp.
+    # A mean over 96 float32 values and a few products: a few ulp.
     np.testing.assert_allclose(got.dequantize(), codes * scale, rtol=1e-6)
     assert set(np.unique(got.codes)) <= LEVELS[name]
     unscaled = name in ("binary_raw", "binary_stochastic")
@@ -130,7 +130,7 @@ def test_backward_formula(name: str, granularity, ste: str) -> None:
 
 @pytest.mark.parametrize("ste", ["approx_sign", "swish_sign", "tanh", "reste"])
 @pytest.mark.parametrize("name", BINARY)
-def test_binary_quantizers_take_every_ste(name: str, ste: str) -> None:
+def test_binary_quantizers_accept_every_ste(name: str, ste: str) -> None:
     args = told(name, "channel" if name == "bwn" else "tensor", ste=ste, progress=0.8)
     got = pull(WEIGHT_QUANTIZERS[name], RANDOM, np.ones_like(RANDOM), args)
     q = WEIGHT_QUANTIZERS[name](jnp.asarray(RANDOM), args)
@@ -148,7 +148,7 @@ def test_binary_quantizers_take_every_ste(name: str, ste: str) -> None:
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
 @pytest.mark.parametrize("value", [0.0, -0.0, -1e-40, 0.25])
 def test_constant_matrices(name: str, value: float) -> None:
-    """No division by zero anywhere; zeros and subnormals quantize to something of the order of the floor."""
+    """No division by zero; zeros and subnormals quantize to values of the order of the floor."""
     w = np.full(RANDOM.shape, value, np.float32)  # one shape for all: compiled once
     q = WEIGHT_QUANTIZERS[name](jnp.asarray(w), told(name, "channel"))
     codes, scale = np.asarray(q.codes), np.asarray(q.scale)
@@ -161,7 +161,7 @@ def test_constant_matrices(name: str, value: float) -> None:
     if value and abs(value) < 1 and abs(value) > 1e-30 and name not in ("seq_ternary", "seq_int2", "int2"):
         expected_value = (
             -1 if name == "binary_centred" else 1
-        )  # all weights equal their mean: sign(0) is -1 there
+        )  # all weights equal their mean: sign(0) is -1 here
         size = 1 if name in ("binary_raw", "binary_stochastic") else abs(value)
         np.testing.assert_allclose(codes * scale, expected_value * size * np.ones_like(w), rtol=1e-6)
     if abs(value) < 1e-30:
@@ -172,7 +172,7 @@ def test_constant_matrices(name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
-def test_nan_is_never_hidden(name: str) -> None:
+def test_nan_propagates(name: str) -> None:
     w = RANDOM.copy()
     w[2, 5] = np.nan
     value = np.asarray(WEIGHT_QUANTIZERS[name](jnp.asarray(w), told(name, "channel")).dequantize())
@@ -184,12 +184,12 @@ def test_nan_is_never_hidden(name: str) -> None:
 
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
 @pytest.mark.parametrize("infinity", [np.inf, -np.inf])
-def test_infinity_stays_in_its_row(name: str, infinity: float) -> None:
+def test_infinity_affects_only_its_row(name: str, infinity: float) -> None:
     w = RANDOM.copy()
     w[2, 5] = infinity
     value = np.asarray(WEIGHT_QUANTIZERS[name](jnp.asarray(w), told(name, "channel")).dequantize())
     assert np.isfinite(np.delete(value, 2, axis=0)).all()
-    if name in ("binary_raw", "binary_stochastic", "ternary_absmedian"):  # their scale does not see it
+    if name in ("binary_raw", "binary_stochastic", "ternary_absmedian"):  # their scale does not depend on it
         assert value[2, 5] == np.sign(infinity) * np.abs(value[2]).max()
     else:
         assert not np.isfinite(value[2]).any()
@@ -206,10 +206,10 @@ def test_infinity_stays_in_its_row(name: str, infinity: float) -> None:
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
-def test_same_bits_compiled_mapped_and_from_bfloat16(name: str, learned: bool) -> None:
-    """Packing and training quantize in different programs, which must not show in codes or scales."""
+def test_bit_identical_under_jit_vmap_and_for_bfloat16_input(name: str, learned: bool) -> None:
+    """Packing and training quantize in different programs, which must not affect codes or scales."""
     stack = np.random.default_rng(9).standard_normal((2, 6, 100)).astype(np.float32) * 0.02
-    stack[:, 3:] = stack[:, 3:, :1]  # constant rows: each weight is a rounding away from its own mean
+    stack[:, 3:] = stack[:, 3:, :1]  # constant rows: each weight is one rounding error away from the mean
     stack = jnp.asarray(stack).astype(jnp.bfloat16)
     scale = jnp.full((6, 4), 0.017) if learned else None
     quantize = partial(WEIGHT_QUANTIZERS[name], args=told(name, 25, scale=scale))

@@ -1,4 +1,4 @@
-"""The doctor finds a healthy machine healthy, and every kind of broken kernel broken."""
+"""The doctor passes on a healthy machine and detects every kind of broken kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bitnet_kernels import IMPLEMENTATIONS, cpu, pallas_gpu
 TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num_heads=2, max_length=16)
 
 
-def test_the_command_reports_every_implementation_and_exits_0(
+def test_the_command_reports_every_implementation_and_exits_with_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "TOKENS", 2)
@@ -57,8 +57,8 @@ def test_a_wrong_kernel_is_reported_and_fails(
     assert "1 of 1 differ" in wrong[0]
 
 
-def test_a_packed_model_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof names the code; every other instruction set finds it in its logits."""
+def test_a_packed_model_that_differs_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof names the differing code; every other instruction set detects it in its logits."""
     pack = packing.pack
 
     def spoiled(params: Any, config: Any) -> Any:
@@ -77,7 +77,9 @@ def test_a_packed_model_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -
     assert all("logits differ by" in check.detail for check in checks.values())
 
 
-def test_a_missing_library_is_absent_with_its_reason_and_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_with_its_reason_and_is_not_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cpu, "available_isas", lambda: ())
     monkeypatch.setattr(cpu, "unavailable", lambda: "_cpu.so was not built")
     absent = doctor._absent()
@@ -86,14 +88,14 @@ def test_a_missing_library_is_absent_with_its_reason_and_healthy(monkeypatch: py
     assert doctor.healthy(absent)
 
 
-def test_absent_instruction_sets_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_instruction_sets_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "available_isas", lambda: ("scalar",))
     monkeypatch.setattr(cpu, "known_isas", lambda: ("scalar", "avx2", "amx"))
     monkeypatch.setattr(cpu, "unavailable", lambda: None)
     assert [check.name for check in doctor._absent()] == ["cpu (avx2)", "cpu (amx)", "gpu", "tpu"]
 
 
-def test_accelerators_are_reported_as_packed_matmul_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerators_are_reported_with_the_choice_of_packed_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     details = {check.name: check.detail for check in doctor._absent()}
     assert details["tpu"].startswith("Pallas kernel for layout column, not checked: no tpu here")
     monkeypatch.setattr(pallas_gpu, "obstacle", lambda w: "the GPU kernel needs jax 99")

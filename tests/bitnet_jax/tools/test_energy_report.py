@@ -1,4 +1,4 @@
-"""`bitnet-jax energy`: presets, config files and folders, and what it says where nothing can be measured."""
+"""`bitnet-jax energy`: presets, config files and folders, and its message where nothing can be measured."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ def figures(tmp_path: Path, *arguments: str) -> dict:
     return json.loads((tmp_path / "energy.json").read_text())
 
 
-def test_2b4t(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_of_2b4t(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(energy_report, "open_meters", lambda: NO_METERS)
     got = figures(tmp_path, "--preset", "2b4t")
-    assert got["joules"]["7nm"]["total"] == pytest.approx(0.0278, abs=5e-5)  # printed 0.028
+    assert got["joules"]["7nm"]["total"] == pytest.approx(0.0278, abs=5e-5)  # published as 0.028
     assert got["joules"]["7nm"]["per_token"] == got["joules"]["7nm"]["total"] / 512
     assert got["joules"]["7nm"]["total_with_head"] > 3 * got["joules"]["7nm"]["total"]
     size = got["bytes"]
@@ -46,7 +48,7 @@ def test_2b4t(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "19.89 times less than in floats" in out
 
 
-def test_options_change_what_they_say(tmp_path: Path) -> None:
+def test_options_change_the_figures_they_document(tmp_path: Path) -> None:
     base = figures(tmp_path, "--preset", "125m", "--length", "64")
     small = figures(
         tmp_path, "--preset", "125m", "--length", "64", "--kv-format", "int8", "--zeros", "*down_proj=0.5"
@@ -76,7 +78,7 @@ def test_a_config_file_and_a_packed_folder_agree(tmp_path: Path) -> None:
     )
 
 
-def test_meters_are_read_while_it_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meters_are_read_during_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("IDLE_SECONDS", "WORK_SECONDS"):
         monkeypatch.setattr(energy_report, name, 0.01)
     readings = iter([0.0, 1.0, 10.0, 74.0])  # idle from 0 to 1 J, busy from 10 to 74 J
@@ -86,7 +88,7 @@ def test_meters_are_read_while_it_generates(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(energy_report.measured_figures.__kwdefaults__, "prompt", 4)
     assert "tiny" in PRESETS
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], num_layers=1))
-    # The meters are opened twice: with random weights to be made, and once they are there.
+    # The meters are opened twice: before and after the random weights are written.
     measured = figures(tmp_path, "--preset", "tiny", "--measure")["measured"]
     assert measured["joules_per_token"]["RAPL package-0"] == pytest.approx(64 / measured["tokens"])
     assert measured["idle_watts"]["RAPL package-0"] <= 1 / 0.01
@@ -94,7 +96,7 @@ def test_meters_are_read_while_it_generates(tmp_path: Path, monkeypatch: pytest.
     assert measured["tokens"] % 4 == 0
 
 
-def test_nothing_is_generated_for_no_meter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_generated_without_a_meter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy_report, "open_meters", lambda: NO_METERS)
     monkeypatch.setattr(energy_report, "generate", None)
     assert figures(tmp_path, "--preset", "100b", "--measure")["measured"] == {"absent": NO_METERS[1]}
@@ -113,7 +115,7 @@ def test_nothing_is_generated_for_no_meter(tmp_path: Path, monkeypatch: pytest.M
         (["--config", "{}/config.py", "--head", "int8"], "set them in the config file"),
     ],
 )
-def test_wrong_questions(
+def test_invalid_arguments_are_rejected(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.py").write_text(CONFIG.replace("MORE", ""))

@@ -1,4 +1,4 @@
-"""Every kind of kernel that goes wrong, in its last bit or with an exception, is found; right ones pass."""
+"""Kernel checks detect every kind of wrong kernel, off by the last bit or raising; correct ones pass."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def findings() -> dict[str, str]:
     return {check.name: check.detail for check in check_kernels() if not check.passed}
 
 
-def test_right_kernels_pass() -> None:
+def test_correct_kernels_pass() -> None:
     assert findings() == {}
     assert len(check_kernels()) == 4 * (1 + len(cpu.available_isas()))
 
 
 def last_bit(y: jax.Array) -> jax.Array:
-    """The first element, one unit in the last place away."""
+    """Changes the first element by one unit in the last place."""
     first = y.reshape(-1)[0]
     return y.reshape(-1).at[0].set(jnp.nextafter(first, jnp.inf)).reshape(y.shape)
 
@@ -42,7 +42,7 @@ def last_bit(y: jax.Array) -> jax.Array:
 def of_one_isa(
     function: Callable[..., Any], spoil: Callable[..., Any], place: str = "isa_name"
 ) -> Callable[..., Any]:
-    """`function`, spoiled where the fastest instruction set is asked for."""
+    """`function`, with a wrong result for the fastest instruction set."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
@@ -89,7 +89,7 @@ def of_one_isa(
         ),
     ],
 )  # fmt: skip
-def test_a_wrong_kernel_is_found(
+def test_a_wrong_kernel_is_detected(
     name: str, spoil: Callable[..., Any], kind: str, detail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, name, of_one_isa(getattr(cpu, name), spoil))
@@ -98,7 +98,7 @@ def test_a_wrong_kernel_is_found(
     assert detail in found[f"{kind}, cpu ({FAST})"]
 
 
-def test_a_wrong_definition_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_reference_definition_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def softer(*args: Any, **kwargs: Any) -> jax.Array:
         return kernel_checks_attention(*args, **kwargs) * 1.001
 
@@ -117,7 +117,7 @@ def test_a_wrong_definition_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @built
-def test_an_exception_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_is_reported_as_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("illegal instruction")
 
@@ -127,7 +127,7 @@ def test_an_exception_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["products, cpu (scalar)"] == "RuntimeError: illegal instruction"
 
 
-def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu.ISA_VARIABLE, "avx2")
     with instruction_set("scalar"), instruction_set(None):
         assert kernel_checks.os.environ[cpu.ISA_VARIABLE] == "scalar"

@@ -1,4 +1,4 @@
-"""What is told about the machine: the kernel chosen for a matrix, and for each layer of a model."""
+"""Machine reports: the kernel chosen for a matrix, and for each layer of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing
-from bitnet_jax.tools.machine import choice_here, chosen
+from bitnet_jax.tools.machine import chosen, local_choice
 from bitnet_kernels import cpu
 
 TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num_heads=2, max_length=16)
@@ -17,7 +17,7 @@ TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num
 def test_without_the_library_the_reference_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "available_isas", lambda: ())
     monkeypatch.setattr(cpu, "unavailable", lambda: "_cpu.so was not built")
-    assert choice_here().name == "reference"
+    assert local_choice().name == "reference"
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_without_the_library_the_reference_is_chosen(monkeypatch: pytest.MonkeyP
         ((("layers_0/mlp/*", "bitnet_weight_only"), ("*", "bitnet")), ["cpu", "reference"]),
     ],
 )
-def test_chosen_tells_what_a_model_runs_on(precision: object, names: list[str]) -> None:
+def test_chosen_lists_the_kernels_of_a_model(precision: object, names: list[str]) -> None:
     if not cpu.available_isas():
         pytest.skip(f"no C++ kernels: {cpu.unavailable()}")
     config = ModelConfig(**{**TINY.to_dict(), "precision": precision})

@@ -1,4 +1,4 @@
-"""The model benchmark measures what it says, writes the fields that others read, and cleans up behind itself."""
+"""The model benchmark measures what it documents, writes the documented fields, and cleans up after itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bitnet_jax.tools.random_model import write_random
 from bitnet_jax.tools.step_kernels import step_kernels
 from bitnet_kernels import cpu
 
-FIELDS = {  # what the contract promises, and then what this repository adds
+FIELDS = {  # the fields of the contract, then those that this repository adds
     "prefill_tokens_per_second", "decode_tokens_per_second", "bytes_per_token", "read_ceiling_gbytes_per_second",
     "ceiling_fraction", "model_bytes", "peak_rss_bytes", "load_seconds", "head_format", "kv_format",
     "implementation", "isa",
@@ -57,7 +57,7 @@ def figures(mixed: Path) -> dict[str, Any]:
     return model_bench.bench_model(mixed, prompt=6, new_tokens=5, repeats=3, kv_format="bfloat16")
 
 
-def test_the_fields_are_there_and_agree_with_each_other(figures: dict[str, Any]) -> None:
+def test_all_fields_are_present_and_consistent(figures: dict[str, Any]) -> None:
     assert set(figures) == FIELDS
     step, prefill = (figures[name]["median"] for name in ("decode_seconds_per_token", "prefill_seconds"))
     assert 0 < step < 1
@@ -65,7 +65,7 @@ def test_the_fields_are_there_and_agree_with_each_other(figures: dict[str, Any])
     np.testing.assert_allclose(figures["prefill_tokens_per_second"], 6 / prefill)
     kernels = figures["kernel_seconds_per_token"]["median"]
     np.testing.assert_allclose(figures["kernel_fraction"], kernels / step)
-    assert figures["compile_seconds"] > prefill  # a compiler is never faster than this model
+    assert figures["compile_seconds"] > prefill  # compilation is always slower than this model
     assert (figures["head_format"], figures["kv_format"]) == ("bfloat16", "bfloat16")
     if cpu.unavailable() is None:
         assert (figures["implementation"], figures["isa"]) == ("cpu", cpu.isa())
@@ -77,20 +77,18 @@ def test_the_fields_are_there_and_agree_with_each_other(figures: dict[str, Any])
     assert ModelConfig.from_dict(json.loads(json.dumps(figures["config"]))) == MIXED
 
 
-def test_bytes_per_token_are_all_weights_one_row_of_the_embedding_and_the_cache(
+def test_bytes_per_token_count_weights_one_embedding_row_and_the_cache(
     figures: dict[str, Any],
 ) -> None:
     sizes = packing.sizes(packing.abstract(MIXED))
-    cache = 2 * 2 * (6 + 5 // 2) * 64 * 2  # layers, keys and values, positions, numbers, bytes
+    cache = 2 * 2 * (6 + 5 // 2) * 64 * 2  # layers, keys and values, positions, channels, bytes
     assert figures["model_bytes"] == sizes.total
     assert (
         figures["bytes_per_token"] == sizes.packed + sizes.other + (40 * 64 + 64) * 2 + cache
-    )  # the head, a row
+    )  # the head and one row
 
 
-def test_the_format_of_the_cache_is_that_of_what_is_timed(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_timed_model_uses_the_reported_cache_format(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = []
 
     def recorded(*arguments: Any, **options: Any) -> Iterator[np.ndarray]:
@@ -102,7 +100,7 @@ def test_the_format_of_the_cache_is_that_of_what_is_timed(
     assert formats == ["int8", "int8"]  # once to compile, once timed
 
 
-def test_the_kernels_of_a_step_are_those_of_the_model(mixed: Path) -> None:
+def test_the_kernels_of_a_step_match_the_model(mixed: Path) -> None:
     config, variables, *_ = load_packed(mixed)
     assert step_kernels_module._calls(config)[:4] == [
         [f"layers_0/attention/{name}" for name in ("q_proj", "k_proj", "v_proj")],
@@ -117,7 +115,7 @@ def test_the_kernels_of_a_step_are_those_of_the_model(mixed: Path) -> None:
         assert step_kernels(model, variables, 2, 5, kv_format)(0) == 0
 
 
-def test_the_table_names_what_could_not_be_measured(figures: dict[str, Any]) -> None:
+def test_the_table_lists_what_could_not_be_measured(figures: dict[str, Any]) -> None:
     absent = dict.fromkeys(("read_ceiling_gbytes_per_second", "ceiling_fraction", "rss_anon_bytes"))
     for line in model_bench.table(figures | absent).splitlines():
         if line.strip().startswith(("of the read ceiling", "not of the model file")):
@@ -125,8 +123,8 @@ def test_the_table_names_what_could_not_be_measured(figures: dict[str, Any]) -> 
     assert f"{figures['decode_tokens_per_second']:.2f} tokens/s" in model_bench.table(figures)
 
 
-def test_the_command_on_one_thread_leaves_nothing_behind(tmp_path: Path, repository: Path) -> None:
-    """In a process of its own, for it keeps to one processor. The temporary folder goes, also with an error."""
+def test_the_command_on_one_thread_leaves_no_files_behind(tmp_path: Path, repository: Path) -> None:
+    """In a separate process, as it pins itself to one processor. An error removes the temporary folder too."""
     temporary, path = tmp_path / "temporary", tmp_path / "bench.json"
     temporary.mkdir()
     roots = os.pathsep.join([str(repository), str(repository / "kernels")])
@@ -146,7 +144,7 @@ def test_the_command_on_one_thread_leaves_nothing_behind(tmp_path: Path, reposit
     assert "tokens/s, 4 tokens" in done.stdout
 
 
-def test_a_kept_or_named_folder_stays_and_is_used_again(
+def test_a_kept_or_named_folder_is_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(model_bench.tempfile, "tempdir", str(tmp_path))
@@ -169,8 +167,8 @@ def test_a_kept_or_named_folder_stays_and_is_used_again(
         pass
 
 
-@pytest.mark.parametrize("preset", ["tiny", "125m"])  # with a tied head, and with one of its own
-def test_a_head_may_have_a_recipe_of_its_own(preset: str) -> None:
+@pytest.mark.parametrize("preset", ["tiny", "125m"])  # with a tied and an untied head
+def test_the_head_may_have_a_separate_recipe(preset: str) -> None:
     config = model_bench.preset_config(preset, "bitnet", "bitnet_b158")
     precisions = config.precisions()
     assert precisions["lm_head"] == RECIPES["bitnet_b158"]
@@ -181,7 +179,7 @@ def test_a_head_may_have_a_recipe_of_its_own(preset: str) -> None:
 
 
 @pytest.mark.parametrize("head", ["int8", "int4"])
-def test_a_head_in_integers_is_a_matrix_beside_the_embedding(head: str, tmp_path: Path) -> None:
+def test_an_integer_head_is_a_matrix_separate_from_the_embedding(head: str, tmp_path: Path) -> None:
     config = model_bench.preset_config("tiny", None, head)
     assert (config.head, config.tie_embeddings) == (head, True)
     write_random(tmp_path / "model", config, progress=False)
@@ -189,7 +187,7 @@ def test_a_head_in_integers_is_a_matrix_beside_the_embedding(head: str, tmp_path
     assert model_bench._head_format(config, variables) == head
     V = config.vocab_size
     assert step_kernels_module._calls(config)[-1] == ["lm_head"]
-    # Of the embedding, looked up and no longer multiplied, one row.
+    # One row of the embedding, which is looked up and no longer multiplied.
     table = variables["params"]["embed"]["embedding"]
     sizes, cache = (
         packing.sizes(variables),
@@ -211,7 +209,7 @@ def test_a_head_in_integers_is_a_matrix_beside_the_embedding(head: str, tmp_path
         (["--preset", "tiny", "--threads", "0"], "got --threads 0, expected 1 to"),
     ],
 )
-def test_wrong_words_are_one_line(
+def test_invalid_arguments_are_one_line_errors(
     arguments: list[str],
     message: str,
     tmp_path: Path,

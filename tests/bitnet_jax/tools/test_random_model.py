@@ -1,4 +1,4 @@
-"""A random model is a valid packed model of its config, and takes disk but no memory."""
+"""A random model is a valid packed model of its config, and is written without holding it in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed.storage import load_packed
 from bitnet_jax.tools.random_model import write_random
 
-# Sizes that fill neither panels nor blocks, scales of several kinds, and layers that stay float.
+# Sizes that are not multiples of panels or blocks, several kinds of scales, and layers that stay float.
 CONFIG = ModelConfig(
     vocab_size=301, hidden_size=72, num_layers=2, num_heads=2, ffn_size=128, max_length=32,
     embedding_dtype="bfloat16", use_bias=True, tie_embeddings=False,
@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def test_it_is_valid_reproducible_and_computes_sensible_numbers(tmp_path: Path) -> None:
+def test_it_is_valid_reproducible_and_has_plausible_outputs(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("same", 0), ("other", 1)):
         write_random(tmp_path / name, CONFIG, seed, progress=False)
     content = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "same", "other")}
@@ -41,11 +41,11 @@ def test_it_is_valid_reproducible_and_computes_sensible_numbers(tmp_path: Path) 
     assert len(np.unique(embedding, axis=0)) == CONFIG.vocab_size
     tokens = jnp.asarray([[5, 250, 7, 0, 31]])
     logits: Any = jax.jit(Transformer(config).apply)(variables, tokens)
-    # Scales are such that a product keeps the size of its input, here normalized to 1.
+    # The scales preserve the magnitude of the input, here normalized to 1.
     assert 0.5 < np.std(logits.logits) < 2
 
 
-def test_it_tells_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_random(tmp_path / "model", CONFIG)
     assert f"random weights to {tmp_path}/model: " in (told := capsys.readouterr().err)
     assert told.count("\n") == 1  # not a terminal: one line, no bar
@@ -80,8 +80,8 @@ print(written - before, loaded - written, memory("Anon") - loaded, memory("File"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_writing_loading_and_generating_hold_no_copy_of_the_weights(tmp_path: Path, repository: Path) -> None:
-    """Only the map of the file grows with the packed weights, 352 MiB."""
+def test_writing_loading_and_generating_make_no_copy_of_the_weights(tmp_path: Path, repository: Path) -> None:
+    """Only the file mapping grows with the packed weights, 352 MiB."""
     path = os.pathsep.join([str(repository), str(repository / "kernels")])
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "model")],
@@ -97,4 +97,4 @@ def test_writing_loading_and_generating_hold_no_copy_of_the_weights(tmp_path: Pa
     assert mapped > packed  # the generation did read them
     assert writing < 40
     assert loading < 40
-    assert generating < 150  # compiled code and the compiler's own
+    assert generating < 150  # compiled code and the compiler's memory

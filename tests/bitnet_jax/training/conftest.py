@@ -1,4 +1,4 @@
-"""A problem small enough to compile in a moment: one quantized matrix between an embedding and a softmax."""
+"""A toy problem that compiles quickly: one quantized matrix between an embedding and a softmax."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bitnet_jax.training.task import Task
 
 @pytest.fixture(scope="package", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """These tests build the same few jitted updates again and again: XLA compiles each only once."""
+    """These tests rebuild the same few jitted updates: a compilation cache makes XLA compile each only once."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -36,7 +36,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def orbax_litter() -> Iterator[None]:
-    """Reading a damaged checkpoint, Orbax leaves coroutines behind: their end is no failure."""
+    """When it reads a damaged checkpoint, Orbax leaves unawaited coroutines behind; that is not a failure."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "unraisablehook", lambda unraisable: None)
         yield
@@ -68,7 +68,7 @@ def toy_logits(variables: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
 def toy_loss(
     variables: Any, batch: Mapping[str, Any], key: Any, progress: Any
 ) -> tuple[LossSums, dict[str, Any]]:
-    """Its model state counts batches and, as batch norm does, remembers with decay what they held."""
+    """Its model state counts batches and, like batch norm, keeps a decaying average of their contents."""
     counts, inputs = variables["counts"], jnp.asarray(batch["inputs"])
     counts = {
         "batches": counts["batches"] + 1,

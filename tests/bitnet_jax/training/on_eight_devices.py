@@ -1,5 +1,5 @@
 """Updates on 2 x 2 x 2 devices against the same updates on one. test_sharding.py runs this file in a process that
-has eight virtual devices; its name keeps it out of the ordinary collection, where there are two."""
+has eight virtual devices; its name keeps pytest from collecting it otherwise, as other tests have two."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ ALONE, SPLIT = MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)
 STEPS, LEARNING_RATE = 4, 0.01
 TOKENS = np.random.default_rng(0).integers(0, 64, (STEPS, 8, 17)).astype(np.int32)
 
-# Devices add up parts of a float32 sum in another order. Relative to a gradient that is some 1e-6, which Adam
-# (its epsilon large, else it would blow up gradients that are zero on paper) makes that part of an update.
+# Devices add parts of a float32 sum in a different order. Relative to a gradient that is about 1e-6, which Adam
+# (with a large epsilon, or it would amplify gradients that are exactly zero in theory) makes that part of an update.
 TOLERANCE = {"float32": STEPS * LEARNING_RATE * 1e-4}
-# Now and then such a difference rounds one activation to the neighbouring of its 255 codes, which changes the
-# gradients of one token by a part in a hundred.
+# Occasionally such a difference rounds one activation to a neighbouring one of its 255 codes, which changes the
+# gradients of one token by about one percent.
 TOLERANCE |= {recipe: STEPS * LEARNING_RATE * 1e-2 for recipe in ("bitnet_b158", "bitnet")}
 
 
@@ -106,7 +106,7 @@ def assert_same(recipe: str, one: Run, other: Run) -> None:
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
         np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-3)
         a, b = ours["statistics"], theirs["statistics"]
-        # a mean over a part of the matrix would be off by percents; over all of it, only by the order of a sum
+        # a mean over part of the matrix would be off by percents; over all of it, only by summation order
         np.testing.assert_allclose(a.scale, b.scale, rtol=1e-5)
         assert np.array_equal(a.zero_fraction, b.zero_fraction)
         assert np.array_equal(a.flip_rate, b.flip_rate)
@@ -128,7 +128,7 @@ def alone() -> Mapping[str, Run]:
 
 
 @pytest.mark.parametrize("recipe", TOLERANCE)
-def test_updates_on_a_mesh_are_those_of_one_device(alone: Mapping[str, Run], recipe: str) -> None:
+def test_updates_on_a_mesh_equal_those_on_one_device(alone: Mapping[str, Run], recipe: str) -> None:
     split = updated(recipe, SPLIT, first_state(recipe), range(STEPS))
     assert_same(recipe, alone[recipe], split)
     assert len(codes(recipe, split.state)) == (0 if recipe == "float32" else 7)
@@ -144,7 +144,7 @@ def shards(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def test_a_run_goes_on_from_its_checkpoint_on_another_mesh(alone: Mapping[str, Run], tmp_path: Path) -> None:
+def test_a_run_resumes_from_its_checkpoint_on_another_mesh(alone: Mapping[str, Run], tmp_path: Path) -> None:
     recipe, other = "bitnet_b158", MeshConfig(fsdp=4, tensor=2)
     half = updated(recipe, SPLIT, first_state(recipe), range(STEPS // 2))
     held = shards(half.state)

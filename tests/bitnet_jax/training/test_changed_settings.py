@@ -1,4 +1,4 @@
-"""What a run's files say must be what its checkpoints were trained with."""
+"""The settings in a run's files must be those its checkpoints were trained with."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def edit(folder: Path, section: str, **changes: Any) -> RunConfig:
         ("optimizer", {"learning_rate": 0.5}, "optimizer.learning_rate"),
     ],
 )
-def test_settings_changed_after_training_are_named_and_nothing_is_set_aside(
+def test_settings_changed_after_training_are_errors_that_keep_the_checkpoints(
     copy: Path, section: str, changes: dict[str, Any], message: str
 ) -> None:
     config = edit(copy, section, **changes)
     with pytest.raises(RunError, match=f"was changed after training .*{message}"):
         load_run(copy)
-    (copy / "result.json").unlink()  # as if it had been cut off
+    (copy / "result.json").unlink()  # as if it had been interrupted
     with pytest.raises(RunError, match=f"was changed after training .*{message}"):
         fit(config, copy, progress=False)
     assert sorted(path.name for path in (copy / "checkpoints").iterdir() if path.is_dir()) == ["1", "2"]
     assert not (copy / "damaged").exists()
 
 
-def test_settings_that_leave_the_weights_alone_may_change(run: Path, copy: Path) -> None:
+def test_settings_that_do_not_affect_the_weights_may_change(run: Path, copy: Path) -> None:
     edit(copy, "training", steps=9, log_every=3)
     edit(copy, "evaluation", batches=3)
     edit(copy, "data", root=str(copy))
@@ -74,7 +74,7 @@ def test_settings_that_leave_the_weights_alone_may_change(run: Path, copy: Path)
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(copy: Path) -> None:
+def test_another_tokenizer_of_the_same_size_is_rejected(copy: Path) -> None:
     path = copy / "tokenizer.json"
     fields = json.loads(path.read_text())
     fields["symbols"] = fields["symbols"][::-1]

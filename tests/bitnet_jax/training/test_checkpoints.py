@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, retention, and what happens to damaged ones."""
+"""Checkpoints: exact round trips, retention, and recovery from damaged ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIMIZER = optax.scale_by_adam()
 def params_at(step: int) -> dict[str, Any]:
     rng = np.random.default_rng(step)
     weight = rng.normal(size=(16, 24)).astype(np.float32)
-    weight[0, :4] = [np.nan, -0.0, np.inf, 1e-45]  # bits that arithmetic would lose
+    weight[0, :4] = [np.nan, -0.0, np.inf, 1e-45]  # bits that arithmetic would not preserve
     return {"layer": {"weight": jnp.asarray(weight), "bias": jnp.asarray(rng.normal(size=3), jnp.bfloat16)}}
 
 
@@ -54,7 +54,7 @@ def two(folder: Path) -> Path:
     return folder
 
 
-def test_everything_comes_back_bit_for_bit(two: Path) -> None:
+def test_round_trip_is_bit_identical(two: Path) -> None:
     with Checkpoints(two) as checkpoints:
         restored = checkpoints.restore(*shapes())
     params = params_at(2)
@@ -64,7 +64,7 @@ def test_everything_comes_back_bit_for_bit(two: Path) -> None:
     assert jax.tree.structure(restored.opt_state) == jax.tree.structure(OPTIMIZER.init(params))
 
 
-def test_saving_is_safe_when_the_arrays_are_donated_at_once(folder: Path) -> None:
+def test_saving_is_safe_when_the_arrays_are_donated_immediately(folder: Path) -> None:
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 1, tree), donate_argnums=0)
     params = {"w": jnp.arange(1 << 16, dtype=jnp.float32)}
     expected = bits(params)
@@ -78,8 +78,8 @@ def test_saving_is_safe_when_the_arrays_are_donated_at_once(folder: Path) -> Non
         )
 
 
-def test_reading_only_parameters_of_a_named_step_changes_nothing(two: Path) -> None:
-    leftover = two / "3.orbax-checkpoint-tmp"  # of another process, which may still be writing
+def test_reading_only_the_parameters_of_a_given_step_changes_no_files(two: Path) -> None:
+    leftover = two / "3.orbax-checkpoint-tmp"  # as left by another process that may still be writing
     leftover.mkdir()
     with Checkpoints(two, read_only=True) as checkpoints:
         restored = checkpoints.restore(shapes()[0], step=1)
@@ -90,7 +90,7 @@ def test_reading_only_parameters_of_a_named_step_changes_nothing(two: Path) -> N
     assert leftover.exists()
 
 
-def test_the_newest_and_the_best_are_kept_also_across_processes(folder: Path) -> None:
+def test_the_newest_and_the_best_are_kept_across_processes(folder: Path) -> None:
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 2.5}
     for step, loss in losses.items():
         with Checkpoints(folder, keep=2, keep_best=True) as checkpoints:
@@ -104,12 +104,12 @@ def test_the_newest_and_the_best_are_kept_also_across_processes(folder: Path) ->
         assert checkpoints.steps() == [5, 6]
 
 
-def test_one_checkpoint_is_not_enough() -> None:
+def test_keeping_only_one_checkpoint_is_rejected() -> None:
     with pytest.raises(ValueError, match="keep=1: expected at least 2"):
         Checkpoints(Path("unused"), keep=1)
 
 
-def test_no_folder_to_read_and_no_folder_to_make(tmp_path: Path) -> None:
+def test_missing_and_uncreatable_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         Checkpoints(tmp_path / "absent", read_only=True)
     (tmp_path / "file").write_text("")
@@ -143,7 +143,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.usefixtures("orbax_litter")
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
     two: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     DAMAGE[damage](two / "2")
@@ -165,7 +165,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
 
 
 @pytest.mark.usefixtures("orbax_litter")
-def test_nothing_whole_left_is_an_error_and_nothing_saved_is_a_fresh_start(two: Path, tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_is_an_error_and_no_checkpoint_is_a_fresh_start(
+    two: Path, tmp_path: Path
+) -> None:
     for step in ("1", "2"):
         flip_a_bit(largest(two / step))
     with (
@@ -178,7 +180,7 @@ def test_nothing_whole_left_is_an_error_and_nothing_saved_is_a_fresh_start(two: 
 
 
 @pytest.mark.usefixtures("orbax_litter")
-def test_a_checkpoint_of_another_model_is_refused(two: Path) -> None:
+def test_a_checkpoint_of_another_model_is_rejected(two: Path) -> None:
     other = {"layer": {"weight": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
     with Checkpoints(two) as checkpoints, pytest.raises(CheckpointError, match="cannot be used"):
         checkpoints.restore(other)
@@ -207,7 +209,9 @@ checkpoints.close()
 """
 
 
-def test_a_full_disk_is_one_line_and_leaves_only_whole_checkpoints(tmp_path: Path, repository: Path) -> None:
+def test_a_full_disk_is_a_one_line_error_and_leaves_only_complete_checkpoints(
+    tmp_path: Path, repository: Path
+) -> None:
     environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{repository / 'kernels'}"}
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)],

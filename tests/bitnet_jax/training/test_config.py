@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from bitnet_jax.training.config import MAY_CHANGE, RunConfig, differing_fields
+from bitnet_jax.training.config import CHANGEABLE_ON_RESUME, RunConfig, differing_fields
 
 MODEL = dict(hidden_size=8, num_layers=1, num_heads=2, ffn_size=8)
 
@@ -40,7 +40,7 @@ def test_a_config_dict_with_all_sections() -> None:
     assert differing_fields(config, again) == []
 
 
-def test_the_hash_is_stable_and_sees_every_section() -> None:
+def test_the_hash_is_stable_and_covers_every_section() -> None:
     base = {"model": MODEL}
     changed: list[dict[str, Any]] = [
         base,
@@ -142,37 +142,37 @@ def test_the_hash_is_stable_and_sees_every_section() -> None:
         ),
     ],
 )
-def test_wrong_settings_are_named(fields: dict[str, Any], message: str) -> None:
+def test_errors_name_the_invalid_setting(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         RunConfig.from_dict(fields)
     assert "\n" not in str(error.value)
 
 
-def test_a_language_model_knows_the_length_it_was_trained_at() -> None:
+def test_a_language_model_records_its_training_length() -> None:
     fields: dict[str, Any] = {"model": MODEL | {"max_length": 512}, "data": {"length": 64}}
     config = RunConfig.from_dict(fields)
     model = config.model_config(256)
     assert (model.trained_length, model.known_length, model.max_length) == (64, 64, 512)
     assert "trained_length" not in config.to_json()
-    assert config.hash() == "3e26dfe3a475"  # as before the model knew it: runs and results keep their names
+    assert config.hash() == "3e26dfe3a475"  # as before this field existed: runs and results keep their names
     texts = fields | {"task": "text_classification", "model": MODEL | {"num_classes": 2}}
     assert RunConfig.from_dict(texts).model_config(256).trained_length is None
 
 
-def test_leaving_out_bad_files_is_a_setting_and_the_older_runs_keep_their_names() -> None:
+def test_skipping_bad_files_is_a_setting_and_older_runs_keep_their_hash() -> None:
     asked = RunConfig.from_dict({"model": MODEL, "data": {"skip_bad_files": True}})
     plain = RunConfig.from_dict({"model": MODEL, "data": {"skip_bad_files": False}})
     assert plain.hash() == RunConfig.from_dict({"model": MODEL}).hash() == "b90c6977cc6e" != asked.hash()
     assert differing_fields(asked, plain) == ["data.skip_bad_files: True, 'not set'"]
 
 
-def test_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
+def test_a_vocabulary_smaller_than_the_tokenizer_is_rejected() -> None:
     config = RunConfig.from_dict({"model": MODEL | {"vocab_size": 100}})
     with pytest.raises(ValueError, match="vocab_size: got 100, expected at least 256"):
         config.model_config(256)
 
 
-def test_json_of_something_else_is_refused() -> None:
+def test_other_json_is_rejected() -> None:
     with pytest.raises(ValueError, match="list, expected an object"):
         RunConfig.from_json("[1]")
     with pytest.raises(ValueError, match="nested too deeply"):
@@ -185,4 +185,4 @@ def test_differing_fields_names_both_values() -> None:
         {"model": MODEL | {"num_kv_heads": 1}, "training": {"steps": 6}, "mesh": {"data": 2}}
     )
     assert differing_fields(a, b) == ["model.num_kv_heads: 'not set', 1", "training.steps: 5, 6"]
-    assert differing_fields(a, b, ignored=MAY_CHANGE) == ["model.num_kv_heads: 'not set', 1"]
+    assert differing_fields(a, b, ignored=CHANGEABLE_ON_RESUME) == ["model.num_kv_heads: 'not set', 1"]

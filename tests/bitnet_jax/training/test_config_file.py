@@ -1,4 +1,4 @@
-"""Settings from a file: variants, overrides, and what is refused."""
+"""Config files: variants, overrides, and rejected input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_overrides_keep_the_type_of_their_field(spec: str) -> None:
     assert isinstance(config.model.rate, float)
 
 
-def test_the_command_line_of_the_process_is_not_looked_at(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_of_the_process_is_ignored(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["pytest", "--config=elsewhere.py", "--config.steps=1"])
     assert load_config_file(spec).steps == 100
 
@@ -62,15 +62,13 @@ def test_the_command_line_of_the_process_is_not_looked_at(spec: str, monkeypatch
         ("", "word", "got word"),
     ],
 )
-def test_refused_overrides_are_named_in_one_line(
-    spec: str, variant: str, override: str, message: str
-) -> None:
+def test_invalid_overrides_are_one_line_errors(spec: str, variant: str, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         load_config_file(spec + variant, [override])
     assert "\n" not in str(error.value)
 
 
-def test_refused_files(tmp_path: Path) -> None:
+def test_invalid_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_config_file(str(tmp_path / "none.py:small"))
     (tmp_path / "empty.py").write_text("")
@@ -103,7 +101,7 @@ def test_refused_files(tmp_path: Path) -> None:
         ("from ml_collections import ConfigDict\nConfigDict().a", 2, "AttributeError"),
     ],
 )
-def test_an_error_of_the_file_is_one_line_with_its_place(
+def test_an_error_in_the_file_is_one_line_with_its_location(
     tmp_path: Path, text: str, line: int, message: str
 ) -> None:
     file = tmp_path / "broken.py"
@@ -114,7 +112,7 @@ def test_an_error_of_the_file_is_one_line_with_its_place(
     assert "\n" not in str(error.value)
 
 
-def test_bytes_that_are_no_python_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_python_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "binary.py"
     file.write_bytes(b"\x00\xff\xfe")
     with pytest.raises(ValueError, match=r"binary.py"):
@@ -122,14 +120,14 @@ def test_bytes_that_are_no_python_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_config_may_define_dataclasses(tmp_path: Path) -> None:
-    """They look up their module by its name."""
+    """Dataclasses look up their module by name."""
     text = "from __future__ import annotations\nimport dataclasses\n"
     text += "@dataclasses.dataclass\nclass Sizes:\n    width: int = 3\n"
     (tmp_path / "config.py").write_text(text + CONFIG.replace("steps", "width"))
     assert load_config_file(str(tmp_path / "config.py")).width == 100
 
 
-def test_an_installed_config_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_config_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert named_configs()["byte_lm"].name == "byte_lm.py"
     by_file = load_config_file(f"{named_configs()['byte_lm']}:small", ["--config.seed=3"])
@@ -137,13 +135,13 @@ def test_an_installed_config_goes_by_its_name(tmp_path: Path, monkeypatch: pytes
     assert load_config_file("byte_lm").training.steps > by_file.training.steps
 
 
-def test_a_file_in_the_current_folder_comes_before_a_name(
+def test_a_file_in_the_current_folder_takes_precedence_over_a_name(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path(spec).rename("byte_lm.py")
     assert load_config_file("byte_lm.py:small").steps == 10
-    assert "steps" not in load_config_file("byte_lm:small"), "a name is no file"
+    assert "steps" not in load_config_file("byte_lm:small"), "a name is not a file"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +155,7 @@ def test_a_file_in_the_current_folder_comes_before_a_name(
         ("nowhere/byte_lm", "there is no file nowhere/byte_lm"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(
+def test_an_unknown_name_gets_a_suggestion(
     spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -166,7 +164,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(
     assert "\n" not in str(error.value)
 
 
-def test_names_need_the_package_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_require_the_package_that_contains_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="no package bitnet_experiments"):
         load_config_file("byte_lm")

@@ -53,14 +53,14 @@ def test_relations_are_normalized_products_of_real_tokens() -> None:
     assert found.shape == (B, 2, 3, 2, T, T)
     ((q, k, _),) = seen["layers_1"]["attention"]["qkv"]
     for head in range(2):
-        for index, x in ((0, q[:, :, head]), (1, k[:, :, 0])):  # one key head serves both
+        for index, x in ((0, q[:, :, head]), (1, k[:, :, 0])):  # both share one key head
             real = np.asarray(x[1, :2])  # the second text has two tokens
             expected = np.zeros((T, T), np.float32)
             expected[:2, :2] = real @ real.T / np.linalg.norm(real @ real.T)
             np.testing.assert_allclose(found[1, 1, index, head], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_distance_ignores_sizes_and_sees_directions() -> None:
+def test_the_distance_depends_on_directions_and_not_on_magnitudes() -> None:
     _, _, seen = captured(2)
     _, _, other = captured(3)
     own = relations(seen, MASK)
@@ -71,10 +71,10 @@ def test_the_distance_ignores_sizes_and_sees_directions() -> None:
     expected = np.sqrt(np.square(difference).sum((-2, -1))).mean(-1).sum((1, 2))
     np.testing.assert_allclose(relation_distance(own, theirs), expected, rtol=1e-4)
     slope = jax.grad(lambda x: relation_distance(x, own).sum())(own)
-    assert np.isfinite(slope).all()  # also where both agree
+    assert np.isfinite(slope).all()  # including where both agree
 
 
-def test_the_parts_are_added_with_their_weights() -> None:
+def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     variables, output, seen = captured(2)
     _, teacher_output, teacher_seen = captured(3)
     batch = {
@@ -93,6 +93,6 @@ def test_the_parts_are_added_with_their_weights() -> None:
 
 
 @pytest.mark.parametrize("change", [{"labels": -1.0}, {"temperature": 0.0}])
-def test_weights_that_mean_nothing(change: dict[str, float]) -> None:
+def test_invalid_weights_are_rejected(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"distillation.{next(iter(change))}: got"):
         DistillationConfig(**change)

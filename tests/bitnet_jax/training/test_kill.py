@@ -1,7 +1,7 @@
-"""SIGKILL at any moment: the next start ends in the same bits as a run that nobody disturbed.
+"""SIGKILL at any moment: the resumed run is bit-identical to an uninterrupted one.
 
-Each attempt is a process of its own that trains a real model with `fit`, and is really killed: right after a
-save was begun in the background, or a random moment into a random update.
+Each attempt is a separate process that trains a real model with `fit` and is really killed: right after a
+background save has begun, or at a random time within a random update.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ fit(config, workdir, progress=False)
 def start(
     tmp_path: Path, repository: Path, run_config: Callable[..., RunConfig]
 ) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a process that trains in a folder; it dies in the save of step `die_in_save`."""
+    """Starts a process that trains in a folder; it dies during the save of step `die_in_save`."""
     (tmp_path / "text.txt").write_text("A tiny text about quantized numbers. " * 20)
     config = run_config(
         data=dict(source=str(tmp_path / "text.txt"), split="tail", valid_fraction=0.2),
@@ -65,7 +65,7 @@ def start(
 
     def popen(workdir: str, die_in_save: int | None = None, cache: bool = True) -> subprocess.Popen[str]:
         environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{repository / 'kernels'}"}
-        if cache:  # compiled once: the attempts then take seconds less
+        if cache:  # compiled once, which saves seconds per attempt
             environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         arguments = [json.dumps(config.to_dict()), str(tmp_path / workdir), str(die_in_save)]
@@ -77,7 +77,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[str]) -> int:
-    """Exit status; a child that hangs is ended and fails the test."""
+    """Exit status; a child that hangs is killed and fails the test."""
     try:
         process.communicate(timeout=300)
     finally:
@@ -86,7 +86,7 @@ def finish(process: subprocess.Popen[str]) -> int:
 
 
 def kill_during(process: subprocess.Popen[str], step: int, rng: random.Random) -> bool:
-    """SIGKILL a moment after the batch of update `step` was asked for; False if the process was faster."""
+    """SIGKILL shortly after the batch of update `step` was requested; False if the process finished first."""
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) >= step:
@@ -97,7 +97,7 @@ def kill_during(process: subprocess.Popen[str], step: int, rng: random.Random) -
 
 
 def checksums(run: Path) -> dict[str, Any]:
-    """Of every array of the final checkpoint, parameters and optimizer state, as saved with it."""
+    """The saved checksums of every array of the final checkpoint: parameters and optimizer state."""
     meta = json.loads((run / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
     return {"crc32": meta["crc32"], "last": meta["last"], "position": meta["data_position"]}
 
@@ -107,20 +107,22 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in found]
 
 
-def test_killed_runs_end_in_the_bits_of_an_undisturbed_one(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_killed_and_resumed_runs_are_bit_identical_to_an_uninterrupted_one(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
     rng = random.Random(0)
     run, whole = tmp_path / "run", tmp_path / "whole"
 
     assert finish(start("run", die_in_save=3)) == -signal.SIGKILL
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert left != ["3"], "the first save was done before the process died: nothing was tested"
+    assert left != ["3"], "the first save finished before the process died: nothing was tested"
     assert not (run / "result.json").exists()
 
     kills = 1
     kills += kill_during(start("run"), rng.randrange(1, 8), rng)
     kills += finish(start("run", die_in_save=9)) == -signal.SIGKILL
     kills += kill_during(start("run"), STEPS - 1, rng)
-    assert kills >= 3, "too few attempts died"
+    assert kills >= 3, "too few attempts were killed"
 
     assert finish(start("run")) == 0
     assert finish(start("whole", cache=False)) == 0

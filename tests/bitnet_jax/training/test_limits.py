@@ -1,4 +1,4 @@
-"""Refusals before any work: sizes that no memory holds, and groups that could not be packed."""
+"""Checks before training: sizes that exceed memory, and groups that cannot be packed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def no_data(config: RunConfig) -> Any:
         ({"data": {"length": 2**30, "batch_size": 64}}, "GB to train"),
     ],
 )
-def test_absurd_sizes_are_refused_at_once(
+def test_absurd_sizes_are_rejected_immediately(
     tmp_path: Path, run_config: Config, sections: dict[str, Any], message: str
 ) -> None:
     config = run_config(**{"model": {"precision": "float32"} | sections.pop("model", {})}, **sections)
@@ -50,15 +50,15 @@ def test_absurd_sizes_are_refused_at_once(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_bound_is_below_what_training_takes(run_config: Config) -> None:
-    """Parameters of the formula against those of the model; what is left out makes it smaller."""
+def test_the_bound_is_below_the_memory_that_training_takes(run_config: Config) -> None:
+    """The formula's parameter count against the model's; whatever it omits makes it smaller."""
     for fields in ({}, {"tie_embeddings": False}, {"position": "learned"}, {"num_classes": 3}):
         model = ModelConfig(**MODEL | fields)
         real = sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(model)["params"]))
         assert 0.95 * real < limits.parameters(model) <= real
 
 
-def test_memory_is_that_of_the_devices_or_the_machine(
+def test_the_memory_limit_is_that_of_the_devices_or_the_machine(
     run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config()
@@ -93,7 +93,7 @@ def test_memory_is_that_of_the_devices_or_the_machine(
         ),
     ],
 )
-def test_groups_that_cannot_be_packed_are_refused_before_training(
+def test_groups_that_cannot_be_packed_are_rejected_before_training(
     tmp_path: Path, run_config: Config, precision: Any, message: str
 ) -> None:
     config = run_config(model=MODEL | {"precision": precision})
@@ -103,12 +103,12 @@ def test_groups_that_cannot_be_packed_are_refused_before_training(
 
 
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 96])
-def test_the_check_before_training_is_the_one_of_packing(group: int) -> None:
-    """A granularity is refused before training exactly where `pack` refuses the trained model."""
+def test_the_check_before_training_agrees_with_packing(group: int) -> None:
+    """A granularity is rejected before training exactly where `pack` rejects the trained model."""
     config = ModelConfig(
         **MODEL, precision=(("*down_proj", f"bitnet_b158(granularity={group})"), ("*", "bitnet"))
     )
-    if group in (32, 96):  # one group of 96 is a scale per output
+    if group in (32, 96):  # a single group of 96 is a scale per output
         packing.check_packable(config)
         packing.abstract(config)
     else:
@@ -117,7 +117,7 @@ def test_the_check_before_training_is_the_one_of_packing(group: int) -> None:
                 check(config)
 
 
-def test_more_inputs_than_a_format_can_add_up_are_refused() -> None:
+def test_more_inputs_than_a_format_can_sum_exactly_are_rejected() -> None:
     config = ModelConfig(**MODEL | {"ffn_size": 2**16 + 2}, precision="int8")
     with pytest.raises(
         packing.PackingError, match="down_proj: got 65538 inputs per scale, expected at most 65536"

@@ -1,4 +1,4 @@
-"""The loop: results, resuming, divergence, signals, folders that cannot be used."""
+"""The training loop: results, resuming, divergence, signals, unusable folders."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def final_bits(task: Task, config: RunConfig, path: Path) -> list[bytes]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Metrics without the one number that is a time."""
+    """Metrics without the timing field."""
     found = list(read_metrics(path / "metrics.jsonl"))
     for row in found:
         row.pop("tokens_per_second", None)
@@ -65,7 +65,7 @@ def test_a_run_of_a_real_model_on_real_text(tmp_path: Path, run_config: Config, 
     assert result["status"] == "finished"
     assert result["step"] == result["steps"] == 6
     assert result["tokens"] == 6 * 2 * 8
-    # 148 held-out bytes and the end of the document are predicted, and the bytes count
+    # 148 held-out bytes and the end of the document are predicted; only the bytes count
     assert result["valid"]["bits_per_byte"] == pytest.approx(result["valid"]["loss"] / np.log(2) * 149 / 148)
     assert result["config_hash"] == config.hash()
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
@@ -91,11 +91,11 @@ def test_a_run_of_a_real_model_on_real_text(tmp_path: Path, run_config: Config, 
     _, _, earlier, _ = load_run(tmp_path / "run", step=4)
     assert not np.array_equal(earlier["embed"]["embedding"], params["embed"]["embedding"])
 
-    assert fit(config, tmp_path / "run", progress=False) == result  # over: nothing is trained again
+    assert fit(config, tmp_path / "run", progress=False) == result  # finished: nothing is trained again
 
 
 class Calls:
-    """Wraps a train_batch: does something before the batch of one step is made."""
+    """Wraps a train_batch: runs a callback before the batch of a given step is made."""
 
     def __init__(self, task: Task, step: int, action: Callable[[], None]):
         self.task, self.step, self.action = task, step, action
@@ -107,7 +107,7 @@ class Calls:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_update_saves_and_the_next_start_ends_in_the_same_bits(
+def test_a_signal_saves_after_the_current_update_and_resuming_is_bit_identical(
     toy: Task, tmp_path: Path, run_config: Config, number: int, code: int, capsys: Any
 ) -> None:
     config = run_config(training=dict(steps=9, checkpoint_every=4, eval_every=5, accumulate=2))
@@ -129,7 +129,7 @@ def test_a_signal_finishes_the_update_saves_and_the_next_start_ends_in_the_same_
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
-def test_a_second_signal_is_not_held_back(toy: Task, tmp_path: Path, run_config: Config) -> None:
+def test_a_second_signal_is_immediate(toy: Task, tmp_path: Path, run_config: Config) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -139,12 +139,12 @@ def test_a_second_signal_is_not_held_back(toy: Task, tmp_path: Path, run_config:
 
 
 def test_a_thread_other_than_the_main_one_can_train(toy: Task, tmp_path: Path, run_config: Config) -> None:
-    """Python lets only the main thread handle signals; the others train without."""
+    """Python lets only the main thread handle signals; other threads train without signal handling."""
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(run, toy, run_config(), tmp_path).result()["status"] == "finished"
 
 
-def test_a_signal_during_the_last_update_is_no_interruption(
+def test_a_signal_during_the_last_update_does_not_interrupt_the_run(
     toy: Task, tmp_path: Path, run_config: Config
 ) -> None:
     last = Calls(toy, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -159,7 +159,7 @@ def with_weight(task: Task, at: int, weight: float) -> Task:
     return task._replace(train_batch=batch)
 
 
-@pytest.mark.parametrize("last", [3, 4])  # the update before a checkpoint, and one in between
+@pytest.mark.parametrize("last", [3, 4])  # the update before a checkpoint, and one between checkpoints
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     toy: Task, tmp_path: Path, run_config: Config, last: int, capsys: Any
 ) -> None:
@@ -176,7 +176,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
         assert checkpoints.steps()[-1] == kept
 
 
-def test_divergence_before_the_first_checkpoint_and_by_the_limit(
+def test_divergence_before_the_first_checkpoint_and_beyond_the_loss_limit(
     toy: Task, tmp_path: Path, run_config: Config, capsys: Any
 ) -> None:
     result = run(toy, run_config(training=dict(max_loss=0.1)), tmp_path)
@@ -195,7 +195,7 @@ def test_the_best_checkpoint_is_kept(toy: Task, tmp_path: Path, run_config: Conf
 
 
 @pytest.mark.usefixtures("orbax_litter")
-def test_a_damaged_newest_checkpoint_costs_some_updates_and_no_bits(
+def test_resuming_past_a_damaged_newest_checkpoint_is_bit_identical(
     toy: Task, tmp_path: Path, run_config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = run_config()
@@ -209,7 +209,7 @@ def test_a_damaged_newest_checkpoint_costs_some_updates_and_no_bits(
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
-def test_another_config_or_another_text_is_refused(toy: Task, tmp_path: Path, run_config: Config) -> None:
+def test_another_config_or_another_text_is_rejected(toy: Task, tmp_path: Path, run_config: Config) -> None:
     run(toy, run_config(), tmp_path)
     with pytest.raises(RunError, match=r"other settings \(optimizer.beta2: 0.95, 0.9; saved, then given\)"):
         run(toy, run_config(optimizer=dict(beta2=0.9)), tmp_path)
@@ -218,7 +218,7 @@ def test_another_config_or_another_text_is_refused(toy: Task, tmp_path: Path, ru
         run(toy._replace(fingerprint=2), run_config(), tmp_path)
 
 
-def test_folders_that_cannot_be_used(toy: Task, tmp_path: Path, run_config: Config) -> None:
+def test_unusable_folders_are_rejected(toy: Task, tmp_path: Path, run_config: Config) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot create the run folder .*: Not a directory"):
         run(toy, run_config(), tmp_path / "file" / "run")
@@ -239,17 +239,17 @@ def test_folders_that_cannot_be_used(toy: Task, tmp_path: Path, run_config: Conf
             run(toy, run_config(), tmp_path / "busy")
 
 
-def test_a_start_that_fails_on_its_data_leaves_nothing(tmp_path: Path, run_config: Config) -> None:
+def test_a_start_that_fails_on_its_data_leaves_no_files_behind(tmp_path: Path, run_config: Config) -> None:
     wrong = run_config(data=dict(source=str(tmp_path / "nowhere.txt")))
     with pytest.raises(ValueError, match="nowhere"):
         fit(wrong, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_start_that_ends_before_its_first_checkpoint_may_be_corrected(
+def test_a_run_without_a_checkpoint_may_be_restarted_with_other_settings(
     toy: Task, tmp_path: Path, run_config: Config
 ) -> None:
-    """Killed, out of memory, a wrong batch: what it left does not bind the next one."""
+    """Killed, out of memory, invalid batch: its files do not constrain the next start."""
 
     def fail() -> None:
         raise ValueError("a batch that cannot be made")
@@ -257,7 +257,7 @@ def test_a_start_that_ends_before_its_first_checkpoint_may_be_corrected(
     with pytest.raises(ValueError, match="cannot be made"):
         run(toy._replace(train_batch=Calls(toy, 1, fail)), run_config(optimizer=dict(beta2=0.9)), tmp_path)
     assert (tmp_path / "config.json").exists()
-    (tmp_path / "tokenizer.json").write_text('{"kind": "char", "characters": "ab"}')  # of another text
+    (tmp_path / "tokenizer.json").write_text('{"kind": "char", "characters": "ab"}')  # on another text
     config = run_config()
     assert run(toy, config, tmp_path)["status"] == "finished"
     folder = RunFolder(tmp_path)
@@ -271,7 +271,7 @@ def constant(run_config: Config, steps: int, **training: int) -> RunConfig:
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_an_extended_run_with_a_constant_schedule_is_the_longer_one_bit_for_bit(
+def test_an_extended_run_with_a_constant_schedule_is_bit_identical_to_the_longer_run(
     toy: Task, tmp_path: Path, run_config: Config, capsys: Any, interrupted: bool
 ) -> None:
     first, last = constant(run_config, 6), constant(run_config, 12)
@@ -293,11 +293,11 @@ def test_an_extended_run_with_a_constant_schedule_is_the_longer_one_bit_for_bit(
     assert "extended_from" not in whole
     assert json.loads((tmp_path / "run" / "config.json").read_text())["extended_from"] == [6]
     assert RunFolder(tmp_path / "run").read_config() == last
-    assert run(toy, last, tmp_path / "run") == result  # over: nothing is trained, nothing is told
+    assert run(toy, last, tmp_path / "run") == result  # finished: nothing is trained, nothing is printed
     assert capsys.readouterr().err == ""
 
 
-def test_an_extended_run_says_what_follows_the_new_total(
+def test_extending_a_run_reports_what_depends_on_the_new_total(
     toy: Task, tmp_path: Path, run_config: Config, capsys: Any
 ) -> None:
     until = dict(schedule="linear", weight_decay_until=0.5)
@@ -314,21 +314,21 @@ def test_an_extended_run_says_what_follows_the_new_total(
         for before, steps in ((4, 6), (6, 8))
     ]
     rates = [row["learning_rate"] for row in rows(tmp_path) if row["kind"] == "train"]
-    assert rates[3] < rates[4]  # 1 - 3/4 of the way through 4, then 1 - 4/6
+    assert rates[3] < rates[4]  # 1 - 3/4 with a total of 4 steps, then 1 - 4/6
     assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == list(range(1, 9))
 
 
-def test_a_killed_extension_goes_on_and_remembers(toy: Task, tmp_path: Path, run_config: Config) -> None:
+def test_a_killed_extension_can_be_resumed(toy: Task, tmp_path: Path, run_config: Config) -> None:
     run(toy, constant(run_config, 4), tmp_path)
     longer = constant(run_config, 9)
     stopped = toy._replace(train_batch=Calls(toy, 6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     with pytest.raises(Interrupted):
         run(stopped, longer, tmp_path)
-    assert not (tmp_path / "result.json").exists(), "it is not over any more"
+    assert not (tmp_path / "result.json").exists(), "it is no longer finished"
     assert run(toy, longer, tmp_path)["extended_from"] == [4]
 
 
-def test_steps_below_what_is_done_are_refused_and_others_shorten_the_run(
+def test_fewer_steps_than_trained_are_rejected_and_others_shorten_the_run(
     toy: Task, tmp_path: Path, run_config: Config
 ) -> None:
     stopped = toy._replace(train_batch=Calls(toy, 6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
@@ -345,7 +345,9 @@ def test_steps_below_what_is_done_are_refused_and_others_shorten_the_run(
         run(toy, constant(run_config, 6), tmp_path)
 
 
-def test_when_to_measure_and_keep_may_change(toy: Task, tmp_path: Path, run_config: Config) -> None:
+def test_evaluation_and_checkpoint_intervals_may_change(
+    toy: Task, tmp_path: Path, run_config: Config
+) -> None:
     config = constant(run_config, 12)
     run(toy, config, tmp_path / "whole")
     stopped = toy._replace(train_batch=Calls(toy, 4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
@@ -366,7 +368,7 @@ def test_a_diverged_run_cannot_be_extended(toy: Task, tmp_path: Path, run_config
         run(bad, run_config(training=dict(steps=9)), tmp_path)
 
 
-def test_overwriting_starts_anew(toy: Task, tmp_path: Path, run_config: Config) -> None:
+def test_overwriting_starts_from_scratch(toy: Task, tmp_path: Path, run_config: Config) -> None:
     run(toy, run_config(), tmp_path / "run")
     other = run_config(optimizer=dict(beta2=0.9), training=dict(steps=4))
 
@@ -385,10 +387,10 @@ def test_overwriting_starts_anew(toy: Task, tmp_path: Path, run_config: Config) 
 
     with pytest.raises(ValueError, match="no such data"):
         fit(run_config(), tmp_path / "run", False, task=no_data, overwrite=True)
-    assert RunFolder(tmp_path / "run").read_config() == other, "what cannot be replaced stays"
+    assert RunFolder(tmp_path / "run").read_config() == other, "what cannot be replaced is kept"
 
 
-def test_runs_that_cannot_be_read(toy: Task, tmp_path: Path, run_config: Config) -> None:
+def test_unreadable_runs_are_errors(toy: Task, tmp_path: Path, run_config: Config) -> None:
     with pytest.raises(RunError, match=r"no config.json, expected the folder of a training run"):
         load_run(tmp_path)
     (tmp_path / "config.json").write_text(run_config().to_json())
@@ -402,7 +404,7 @@ def test_runs_that_cannot_be_read(toy: Task, tmp_path: Path, run_config: Config)
         fit(run_config(), tmp_path)
 
 
-def test_a_disk_that_refuses_is_one_line(
+def test_a_failing_disk_is_a_one_line_error(
     toy: Task, tmp_path: Path, run_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: object) -> None:

@@ -38,7 +38,7 @@ def test_mean_over_weights_and_z_loss() -> None:
     assert z == pytest.approx(expected_loss(WEIGHTS, 1e-2), rel=CLOSE)
 
 
-def test_padding_with_weight_zero_has_no_influence_and_no_gradient() -> None:
+def test_padding_with_weight_zero_has_no_effect_and_no_gradient() -> None:
     changed = LOGITS.copy()
     changed[WEIGHTS == 0] = 1e4
     assert cross_entropy(changed, TARGETS, WEIGHTS) == cross_entropy(LOGITS, TARGETS, WEIGHTS)
@@ -54,7 +54,7 @@ def test_gradient_is_softmax_minus_one_hot() -> None:
     np.testing.assert_allclose(gradient, expected, atol=1e-6)  # probabilities in float32
 
 
-def test_sums_of_halves_are_the_sums_of_the_whole() -> None:
+def test_sums_of_two_halves_add_up_to_the_sums_of_the_whole() -> None:
     whole = cross_entropy_sums(LOGITS, TARGETS, WEIGHTS)
     halves = [cross_entropy_sums(LOGITS[i], TARGETS[i], WEIGHTS[i]) for i in range(2)]
     for name in whole._fields:
@@ -62,7 +62,7 @@ def test_sums_of_halves_are_the_sums_of_the_whole() -> None:
         assert float(getattr(whole, name)) == pytest.approx(total, rel=CLOSE)
 
 
-def test_accuracy_counts_weighted_hits() -> None:
+def test_accuracy_is_weighted() -> None:
     logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 5.0]])
     targets = jnp.array([0, 2, 2])  # hit, miss (the first of two equal logits counts), hit
     assert float(cross_entropy_sums(logits, targets).correct) == 2
@@ -77,5 +77,5 @@ def test_classification_and_half_precision_logits() -> None:
     assert float(loss) == pytest.approx(30.0)
 
 
-def test_no_weight_at_all_is_nan_and_not_zero() -> None:
+def test_zero_total_weight_gives_nan_and_not_zero() -> None:
     assert np.isnan(cross_entropy(LOGITS, TARGETS, jnp.zeros((2, 5))))

@@ -1,4 +1,4 @@
-"""The metrics file: valid JSON on every line, nothing twice after a resume."""
+"""The metrics file: valid JSON on every line, no duplicate rows after a resume."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_fresh_start_drops_everything(tmp_path: Path) -> None:
     assert rows(path) == [(1, "train")]
 
 
-def test_numbers_that_json_has_not_become_strings(tmp_path: Path) -> None:
+def test_non_finite_numbers_become_strings(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         values = {"loss": float("nan"), "layers": {"a": [float("inf"), -float("inf"), 1.0]}, "speed": None}
@@ -59,7 +59,7 @@ def test_numbers_that_json_has_not_become_strings(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_lines_that_are_no_rows_are_skipped(tmp_path: Path) -> None:
+def test_lines_that_are_not_rows_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(
         b'{"step": 1, "kind": "train"}\n\xff\xfe\n[1]\n{"kind": "x"}\n\n{"step": 2, "kind": "train"}\n'

@@ -1,4 +1,4 @@
-"""Schedules against their formulas, who is decayed, what is clipped."""
+"""Learning rate schedules against their formulas, weight decay and clipping."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lr(step: int, total: int, **fields: object) -> float:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_warm_up_is_linear_and_reaches_the_schedule(name: str) -> None:
     measured = [lr(t, 100, schedule=name, learning_rate=1.0, warmup_steps=10) for t in range(10)]
-    # of the schedules only two_stage decays from the first update on; the others start at the end of warm-up
+    # only two_stage decays from the first update; the other schedules start at the end of warm-up
     shape = [1 - t / 100 if name == "two_stage" else 1.0 for t in range(10)]
     np.testing.assert_allclose(measured, [s * (t + 1) / 10 for t, s in enumerate(shape)], rtol=CLOSE)
 
@@ -59,11 +59,11 @@ def test_warm_up_is_linear_and_reaches_the_schedule(name: str) -> None:
         (dict(schedule="two_stage", stage_switch=2 / 3, second_learning_rate=0.6), 67, 0.6 * 0.33),
     ],
 )
-def test_schedule_at_named_points(fields: dict[str, object], step: int, expected: float) -> None:
+def test_schedules_at_known_points(fields: dict[str, object], step: int, expected: float) -> None:
     assert lr(step, 100, learning_rate=2.0, **fields) == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-def test_two_stage_gives_the_numbers_of_the_700m_recipe() -> None:
+def test_two_stage_gives_the_published_rates_of_the_700m_recipe() -> None:
     """As plotted in the paper: 1.5e-3, about 0.75e-3 and 0.5e-3 on both sides of the switch, 0 at the end."""
     recipe = dict(
         schedule="two_stage",
@@ -97,7 +97,7 @@ def test_two_stage_gives_the_numbers_of_the_700m_recipe() -> None:
         (dict(weight_decay_until=float("nan")), "weight_decay_until"),
     ],
 )
-def test_wrong_settings_are_refused(fields: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_rejected(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**fields)
 
@@ -119,7 +119,7 @@ def test_every_parameter_of_every_recipe_has_a_label() -> None:
     assert learned["layers_0"]["attention"]["q_proj"]["weight_scale"] == "quantizer"
 
 
-def test_a_parameter_of_unknown_kind_is_refused() -> None:
+def test_a_parameter_of_unknown_kind_is_rejected() -> None:
     with pytest.raises(ValueError, match="layer/kernel.*no label"):
         label_parameters({"layer": {"kernel": jnp.ones(2)}})
 
@@ -147,7 +147,7 @@ def leaves(tree: object) -> list[tuple[object, jax.Array]]:
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
-def test_decay_acts_on_matrices_only_and_learned_scales_have_their_own_rate() -> None:
+def test_decay_applies_only_to_matrices_and_learned_scales_have_a_separate_rate() -> None:
     updates = one_update(0.0, weight_decay=0.5, clip_norm=None)
     assert updates["layer/weight"] == pytest.approx(-0.1 * 0.5 * 3.0)
     assert updates["embed/embedding"] == pytest.approx(-0.1 * 0.5 * 1.0)
@@ -155,11 +155,11 @@ def test_decay_acts_on_matrices_only_and_learned_scales_have_their_own_rate() ->
     assert one_update(0.0, decay_embeddings=False)["embed/embedding"] == 0
 
     updates = one_update(1.0, weight_decay=0.0, clip_norm=None, scale_learning_rate_factor=0.01)
-    assert updates["layer/bias"] == pytest.approx(-0.1, rel=1e-5)  # Adam's first step has size one
+    assert updates["layer/bias"] == pytest.approx(-0.1, rel=1e-5)  # Adam's first step has magnitude one
     assert updates["layer/weight_scale"] == pytest.approx(-0.001, rel=1e-5)
 
 
-def test_the_update_is_optax_adamw_where_both_can_say_it() -> None:
+def test_updates_equal_optax_adamw_for_shared_settings() -> None:
     config = OptimizerConfig(schedule="constant", learning_rate=0.01, weight_decay=0.1, clip_norm=0.3)
     ours = make_optimizer(config, 10)
     with jax.numpy_dtype_promotion("standard"):
@@ -176,11 +176,11 @@ def test_the_update_is_optax_adamw_where_both_can_say_it() -> None:
         with jax.numpy_dtype_promotion("standard"):
             updates, their_state = theirs.update(gradients, their_state, their_params)
         their_params = optax.apply_updates(their_params, updates)
-    # the same arithmetic but for the order of one product
+    # the same arithmetic except for the order of one product
     np.testing.assert_allclose(params["a"]["weight"], their_params["a"]["weight"], rtol=CLOSE)
 
 
-def test_clipping_bounds_what_adam_sees() -> None:
+def test_clipping_is_applied_before_adam() -> None:
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0, weight_decay=0.0), 10)
     params = {"a": {"weight": jnp.zeros(2)}}
     gradients = {"a": {"weight": jnp.array([30.0, 40.0])}}
@@ -189,7 +189,7 @@ def test_clipping_bounds_what_adam_sees() -> None:
     np.testing.assert_allclose(first_moment, [0.1 * 0.6, 0.1 * 0.8], rtol=1e-5)
 
 
-def test_latents_are_clipped_where_their_precision_says_so() -> None:
+def test_latents_are_clipped_where_their_precision_requires_it() -> None:
     params = {
         "a": {"weight": jnp.array([2.0, -0.5, -3.0]), "bias": jnp.array([2.0])},
         "b": {"weight": jnp.array([2.0])},

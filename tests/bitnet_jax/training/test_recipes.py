@@ -1,4 +1,4 @@
-"""Every named recipe trains: ten updates of a tiny language model, finite and downhill on a text it sees again."""
+"""Every named recipe trains: ten updates of a tiny language model on one text decrease a finite loss."""
 
 from __future__ import annotations
 
@@ -30,16 +30,18 @@ SHAPE: dict[str, Any] = {
     "max_length": 8,
     "mlp": "relu",
 }
-# Latents near 0 make codes that are coin flips, whose noise drowns what ten updates can learn.
+# Latents near 0 make codes that are coin flips, whose noise hides what ten updates can learn.
 RANDOM = ("binaryconnect_stochastic",)
 
-PRECISIONS: dict[Precision, str] = {}  # every one that some recipe gives to a layer, and a recipe that does
+PRECISIONS: dict[
+    Precision, str
+] = {}  # every Precision that some recipe assigns to a layer, and one such recipe
 for _name, _recipe in RECIPES.items():
     for _precision in (_recipe,) if isinstance(_recipe, Precision) else (value for _, value in _recipe):
         PRECISIONS.setdefault(_precision, _name)
-UNSIGNED = "elastic_unsigned"  # for inputs behind a ReLU, where all signs are one
+UNSIGNED = "elastic_unsigned"  # for inputs after a ReLU, where all signs are 1
 SIGNS = ("sign", "sign_absmean", "elastic_signed")
-# Codes without a scale, whose sums drown what other layers add to the residual stream: models of one layer.
+# Codes without a scale, whose sums dominate the residual stream: models of one layer.
 UNSCALED = ("binary_raw", "binary_stochastic")
 LINEARS = ("attention/v_proj", "attention/o_proj", "mlp/up_proj", "mlp/down_proj")
 
@@ -76,14 +78,14 @@ class Training:
             total_steps=STEPS,
             precisions=config.precisions(),
             accumulate=accumulate,
-            statistics_every=0,  # have their own tests; leaving them out halves the compilation
+            statistics_every=0,  # tested elsewhere; leaving them out halves compilation time
         )
         tokens = np.random.default_rng(0).integers(0, 17, (4, 9)).astype(np.int32)
         self.batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
         self.variables = jax.jit(init_variables, static_argnums=0)(config, jax.random.key(0))
 
     def run(self, only: str | None = None) -> tuple[TrainState, list[float]]:
-        """The state after ten updates, of all parameters or of one linear layer's, and the loss at each."""
+        """The state after ten updates of all parameters, or of one linear layer's, and the loss of each update."""
         state = TrainState.create(jax.tree.map(jnp.copy, self.variables), self.optimizer)
         losses = []
         for _ in range(STEPS):
@@ -109,7 +111,7 @@ def with_layer_of(params: Any, others: Any, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", range(len(MODELS)))
 def test_the_precisions_of_all_recipes_learn_alone_and_together(model: int) -> None:
-    """Recipes share models, because compilation is most of the time: each Precision has a layer in one of them."""
+    """Recipes share models, because compilation dominates the time: each Precision has a layer in one of them."""
     assert {precision for m in MODELS for precision in m.values()} >= set(PRECISIONS)
     chosen = MODELS[model]
     layers = len({path.split("/")[0] for path in chosen})
@@ -118,8 +120,8 @@ def test_the_precisions_of_all_recipes_learn_alone_and_together(model: int) -> N
     state, losses = training.run()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert losses[-1] < 0.8 * losses[0]
-    # The other layers learn, whatever one of them does. With all others frozen, a layer whose gradient is zero or
-    # has a wrong sign does not get down.
+    # The other layers learn regardless of any single one. With all others frozen, a layer whose gradient is zero or
+    # has the wrong sign does not reduce the loss.
     for path, precision in chosen.items():
         _, alone = training.run(only=path)
         recipe = PRECISIONS[precision]
@@ -127,18 +129,18 @@ def test_the_precisions_of_all_recipes_learn_alone_and_together(model: int) -> N
             assert alone[-1] < 0.9 * alone[0], f"{recipe} at {path}, alone"
 
 
-@pytest.mark.slow  # a compilation for each; the test above holds the same of every Precision, in shared models
+@pytest.mark.slow  # one compilation each; the test above checks the same for every Precision in shared models
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_ten_updates_of_each_recipe_are_finite_and_learn(recipe: str) -> None:
     state, losses = Training(ModelConfig(**SHAPE, precision=recipe)).run()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
-    # The same four lines ten times over: a layer without a working gradient would still let the embedding learn
-    # them a little, a wrong sign anywhere would not get this far down from ln 17 = 2.83.
+    # The same four lines ten times: a layer without a working gradient would still let the embedding learn
+    # them a little; with a wrong sign anywhere the loss would not drop this far from ln 17 = 2.83.
     if recipe not in RANDOM:
         assert losses[-1] < 0.8 * losses[0]
 
 
-def test_int8_products_train_alike() -> None:
+def test_int8_products_train_equally_well() -> None:
     options: dict[str, Any] = {"dtype": "bfloat16", "head": "int8"}
     losses = {
         product: np.array(
@@ -146,9 +148,9 @@ def test_int8_products_train_alike() -> None:
         )
         for product in ("float", "int8", "int8_gradients")
     }
-    # The same sums, and gradients that differ by rounding at most; a code may flip over it and move a loss a little.
+    # The same sums, and gradients that differ at most by rounding, which may flip a code and change a loss slightly.
     np.testing.assert_allclose(losses["int8"], losses["float"], rtol=1e-3)
-    # Rounded gradients are other gradients (the first loss has seen none), and as good.
+    # Rounded gradients differ (the first loss precedes them) but are as good.
     assert losses["int8_gradients"][0] == losses["float"][0]
     assert (losses["int8_gradients"][1:] != losses["float"][1:]).all()
     learned = {product: values[0] - values[-1] for product, values in losses.items()}

@@ -1,4 +1,4 @@
-"""Speeds of the log."""
+"""Throughput in the log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bitnet_jax.training.metrics import MetricsLog, read_metrics
 from bitnet_jax.training.recorder import Recorder
 
 
-def test_a_clock_that_goes_back_gives_no_negative_speed(
+def test_a_clock_that_goes_backwards_gives_no_negative_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter((100.0, 50.0, 51.0))

@@ -1,4 +1,4 @@
-"""The folder of a run: which files may be there, which are refused, and what overwriting removes."""
+"""The run folder: accepted files, rejected files, and what overwriting removes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from bitnet_jax.training import RunConfig, RunError
-from bitnet_jax.training.run_folder import LARGEST_JSON, RunFolder, write_atomic
+from bitnet_jax.training.run_folder import MAX_JSON_BYTES, RunFolder, write_atomic
 
 Config = Callable[..., RunConfig]
 
 
 def trained(path: Path, config: RunConfig) -> RunFolder:
-    """A folder with settings and a checkpoint that nobody reads."""
+    """A folder with settings and a dummy checkpoint that is never read."""
     (path / "checkpoints" / "2").mkdir(parents=True)
     folder = RunFolder(path)
     folder.write_config(config)
@@ -32,12 +32,14 @@ def trained(path: Path, config: RunConfig) -> RunFolder:
         b"\xff\xfe",
         b"[" * 100_000,
         b'{"a":' * 100_000,
-        b'"' + b"x" * LARGEST_JSON + b'"',
+        b'"' + b"x" * MAX_JSON_BYTES + b'"',
         b'{"model": {"hidden_size": NaN}}',
     ],
     ids=["cut", "list", "number", "binary", "deep list", "deep object", "huge", "no run"],
 )
-def test_damaged_files_are_one_line(tmp_path: Path, run_config: Config, name: str, content: bytes) -> None:
+def test_damaged_files_are_one_line_errors(
+    tmp_path: Path, run_config: Config, name: str, content: bytes
+) -> None:
     folder = trained(tmp_path, run_config())
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RunError, match=f"{name} cannot be read: ") as error:
@@ -55,9 +57,7 @@ def test_a_pipe_in_place_of_a_file_does_not_block(tmp_path: Path, run_config: Co
         folder.read_tokenizer() if name == "tokenizer.json" else folder.result_under(run_config())
 
 
-def test_a_folder_without_a_checkpoint_or_a_result_is_as_good_as_new(
-    tmp_path: Path, run_config: Config
-) -> None:
+def test_a_folder_without_a_checkpoint_or_result_counts_as_new(tmp_path: Path, run_config: Config) -> None:
     folder = RunFolder(tmp_path)
     for name in ("config.json", "tokenizer.json", "metrics.jsonl"):
         (tmp_path / name).write_text("anything")
@@ -65,7 +65,9 @@ def test_a_folder_without_a_checkpoint_or_a_result_is_as_good_as_new(
     assert folder.result_under(run_config()) is None
 
 
-def test_a_folder_whose_checkpoints_are_all_set_aside_is_not_new(tmp_path: Path, run_config: Config) -> None:
+def test_a_folder_whose_checkpoints_are_all_set_aside_does_not_count_as_new(
+    tmp_path: Path, run_config: Config
+) -> None:
     folder = trained(tmp_path, run_config())
     (tmp_path / "damaged").mkdir()
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "damaged" / "2")
@@ -75,7 +77,7 @@ def test_a_folder_whose_checkpoints_are_all_set_aside_is_not_new(tmp_path: Path,
         folder.result_under(run_config(seed=1))
 
 
-def test_overwriting_removes_what_a_run_writes(tmp_path: Path, run_config: Config) -> None:
+def test_overwriting_removes_the_files_of_a_run(tmp_path: Path, run_config: Config) -> None:
     folder = trained(tmp_path / "run", run_config())
     (tmp_path / "run" / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir()
     for name in ("tokenizer.json", "metrics.jsonl", "result.json", "result.json.tmp", ".lock"):
@@ -89,9 +91,7 @@ def test_overwriting_removes_what_a_run_writes(tmp_path: Path, run_config: Confi
 
 
 @pytest.mark.parametrize("other", ["thesis.tex", "model.safetensors", "checkpoints/mine.ckpt"])
-def test_folders_with_other_things_are_not_overwritten(
-    tmp_path: Path, run_config: Config, other: str
-) -> None:
+def test_folders_with_other_files_are_not_overwritten(tmp_path: Path, run_config: Config, other: str) -> None:
     folder = trained(tmp_path / "run", run_config())
     (tmp_path / "run" / other).touch()
     before = sorted((tmp_path / "run").rglob("*"))
@@ -105,7 +105,7 @@ def test_folders_with_other_things_are_not_overwritten(
     assert sorted((tmp_path / "run").rglob("*")) == sorted([*before, tmp_path / "run" / ".lock"])
 
 
-def test_a_config_that_is_no_run_config_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_config_that_is_not_a_run_config_is_not_overwritten(tmp_path: Path) -> None:
     write_atomic(tmp_path / "config.json", '{"model_type": "llama"}')
     with pytest.raises(RunError, match=r"config.json cannot be read: config.model_type is not a section"):
         RunFolder(tmp_path).check_overwritable()

@@ -1,4 +1,4 @@
-"""Meshes and where things lie on them; whole runs on the two devices of the test process, updates on eight."""
+"""Meshes and shardings; complete runs on the two devices of the test process, updates on eight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bitnet_jax.training import Interrupted, RunConfig
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.loop import train
 from bitnet_jax.training.run_folder import RunFolder
-from bitnet_jax.training.sharding import MeshConfig, make_mesh, must_wait, partition_spec
+from bitnet_jax.training.sharding import MeshConfig, make_mesh, needs_synchronous_dispatch, partition_spec
 from bitnet_jax.training.task import Task, abstract_variables
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 8}
@@ -45,35 +45,35 @@ SIZES = {"data": 2, "fsdp": 4, "tensor": 8}
         ("weight", (64, 32), P("tensor", "fsdp")),
     ],
 )
-def test_only_matrices_are_split_and_only_by_what_divides_them(
+def test_only_matrices_are_sharded_and_only_where_sizes_divide(
     path: str, shape: tuple[int, ...], expected: P
 ) -> None:
     assert partition_spec(path, shape, SIZES) == expected
 
 
-def test_all_matrices_of_a_large_model_are_split_over_tensor_and_fsdp() -> None:
+def test_all_matrices_of_a_large_model_are_sharded_over_tensor_and_fsdp() -> None:
     leaves = jax.tree_util.tree_leaves_with_path(abstract_variables(PRESETS["7b"]))
     for path, leaf in leaves:
         spec = partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, SIZES)
         assert set(spec) == ({"fsdp", "tensor"} if len(leaf.shape) == 2 else set()), path
 
 
-def test_a_mesh_of_more_devices_than_there_are_is_refused() -> None:
+def test_a_mesh_larger_than_the_number_of_devices_is_rejected() -> None:
     with pytest.raises(
         ValueError, match=r"mesh: got data=2, fsdp=2, tensor=16, which is 64 .* at most the 2 "
     ):
         make_mesh(MeshConfig(data=2, fsdp=2, tensor=16), jax.devices()[:2])
 
 
-def test_a_mesh_takes_the_first_devices() -> None:
+def test_a_mesh_uses_the_first_devices() -> None:
     assert make_mesh(MeshConfig()).devices.flatten().tolist() == jax.devices()[:1]
     both = make_mesh(MeshConfig(fsdp=2))
     assert dict(both.shape) == {"data": 1, "fsdp": 2, "tensor": 1}
-    assert must_wait(both)
-    assert not must_wait(make_mesh(MeshConfig()))
+    assert needs_synchronous_dispatch(both)
+    assert not needs_synchronous_dispatch(make_mesh(MeshConfig()))
 
 
-def test_a_run_may_go_on_with_another_mesh(
+def test_a_run_may_resume_on_another_mesh(
     toy: Task, tmp_path: Path, run_config: Callable[..., RunConfig]
 ) -> None:
     def start(folder: str, task: Task, **mesh: int) -> dict[str, object]:
@@ -101,11 +101,11 @@ def test_a_run_may_go_on_with_another_mesh(
     for folder in ("whole", "moved"):
         with Checkpoints(tmp_path / folder / "checkpoints", read_only=True) as checkpoints:
             ends.append(checkpoints.restore(shapes, step=6).variables)
-    # the order of float32 sums, behind Adam, whose learning rate is 0.01
+    # the order of float32 sums, after Adam with a learning rate of 0.01
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *ends)
 
 
-def test_on_eight_devices(repository: Path) -> None:
+def test_updates_on_eight_devices(repository: Path) -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     file = Path(__file__).with_name("on_eight_devices.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]

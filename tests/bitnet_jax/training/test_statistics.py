@@ -1,4 +1,4 @@
-"""Statistics of codes against a recomputation in NumPy."""
+"""Code statistics against a recomputation in NumPy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ternary_codes(w: np.ndarray) -> np.ndarray:
     return np.clip(np.round(w * (np.float32(1) / np.abs(w).mean())), -1, 1)
 
 
-def test_ternary() -> None:
+def test_statistics_of_ternary_codes() -> None:
     codes_before, codes = ternary_codes(BEFORE), ternary_codes(AFTER)
     assert measured(Precision(weight="ternary_absmean"), tree(BEFORE), tree(AFTER)) == pytest.approx(
         {
@@ -39,10 +39,10 @@ def test_ternary() -> None:
         },
         rel=1e-6,
     )
-    assert np.mean(codes != codes_before) > 0  # else the case would show nothing
+    assert np.mean(codes != codes_before) > 0  # otherwise the case would be vacuous
 
 
-def test_binary_with_one_scale_per_output() -> None:
+def test_statistics_of_binary_codes_with_one_scale_per_output() -> None:
     mean = np.abs(AFTER).mean(-1, keepdims=True)
     assert measured(
         Precision(weight="binary", granularity="channel"), tree(BEFORE), tree(AFTER)
@@ -57,7 +57,7 @@ def test_binary_with_one_scale_per_output() -> None:
     )
 
 
-def test_learned_scales_are_the_parameters_before_and_after() -> None:
+def test_learned_scales_are_compared_before_and_after() -> None:
     scales = [np.full((6, 1), size, np.float32) for size in (0.01, 0.02)]
     precision = Precision(weight="int4", scale="learned", granularity="channel")
     got = measured(precision, tree(BEFORE, weight_scale=scales[0]), tree(BEFORE, weight_scale=scales[1]))
@@ -80,7 +80,7 @@ def test_latents_at_their_clip_count_as_clipped() -> None:
     assert 0 < got["clipped_share"] < 1
 
 
-def test_a_stochastic_quantizer_flips_only_where_its_mean_changes_sign() -> None:
+def test_stochastic_quantizers_count_flips_only_where_the_mean_changes_sign() -> None:
     got = measured(Precision(weight="binary_stochastic"), tree(BEFORE), tree(BEFORE))
     assert got["flip_rate"] == 0
 

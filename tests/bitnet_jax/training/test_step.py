@@ -24,7 +24,7 @@ KEY = jax.random.key(7)
 
 
 def optimizer() -> Any:
-    # a large epsilon: else Adam blows up the rounding error of a gradient that is exactly zero on paper
+    # a large epsilon: otherwise Adam amplifies the rounding error of a gradient that is exactly zero in theory
     return make_optimizer(OptimizerConfig(schedule="constant", learning_rate=0.05, epsilon=1e-3), STEPS)
 
 
@@ -63,8 +63,8 @@ def test_one_update_is_the_gradient_of_the_mean_loss_through_the_optimizer(toy: 
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_micro_batches_add_up_to_the_big_batch(toy: Task, accumulate: int) -> None:
-    """Also with weights that differ between micro-batches, where a mean of means would be wrong."""
+def test_micro_batches_add_up_to_the_full_batch(toy: Task, accumulate: int) -> None:
+    """Including weights that differ between micro-batches, where a mean of means would be wrong."""
     weights = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [0, 2, 0]], np.float32)
     whole, parts = step_of(toy), step_of(toy, accumulate=accumulate)
     a, b = fresh(toy), fresh(toy)
@@ -74,17 +74,17 @@ def test_micro_batches_add_up_to_the_big_batch(toy: Task, accumulate: int) -> No
         b, metrics_b = parts(b, batch, KEY)
         for name in ("loss", "accuracy", "grad_norm"):
             assert float(metrics_a[name]) == pytest.approx(float(metrics_b[name]), rel=1e-5), name
-    # the same sums in another order
+    # the same sums in a different order
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a.params, b.params)
 
 
 def noisy(variables: Any, batch: Any, key: jax.Array, progress: jax.Array) -> tuple[LossSums, dict[str, Any]]:
-    """Its loss is a random number, its accuracy the progress."""
+    """A task whose loss is a random number and whose accuracy is the training progress."""
     loss = jax.random.uniform(key) + 0 * jnp.sum(variables["params"]["w"]["weight"])
     return LossSums(loss, progress, jnp.float32(1)), {}
 
 
-def test_randomness_and_progress_follow_from_key_and_step_alone() -> None:
+def test_randomness_and_progress_depend_only_on_key_and_step() -> None:
     def loss_at(step: int, seed: int, **options: Any) -> float:
         state = TrainState.create({"params": {"w": {"weight": jnp.ones(2)}}}, optimizer())
         update = make_train_step(noisy, optimizer(), total_steps=STEPS, **options)
@@ -95,7 +95,7 @@ def test_randomness_and_progress_follow_from_key_and_step_alone() -> None:
 
     assert loss_at(3, 1) == loss_at(3, 1)
     assert len({loss_at(step, seed) for step in (3, 4) for seed in (1, 2)}) == 4
-    # micro-batches draw different numbers: their mean is neither of the single draws
+    # micro-batches draw different numbers: their mean equals neither single draw
     assert loss_at(3, 1, accumulate=2) != loss_at(3, 1)
 
 
@@ -107,7 +107,7 @@ def exploding(variables: Any, batch: Any, key: Any, progress: Any) -> tuple[Loss
 @pytest.mark.parametrize(
     ("factor", "finite"), [(1.0, True), (np.nan, False), (np.inf, False), (3e38, False), (-1e30, False)]
 )
-def test_the_finite_flag_sees_losses_and_gradients_that_overflow(factor: float, finite: bool) -> None:
+def test_the_finite_flag_detects_overflowing_losses_and_gradients(factor: float, finite: bool) -> None:
     state = TrainState.create({"params": {"w": {"weight": jnp.array([1.0, 2.0])}}}, optimizer())
     _, metrics = make_train_step(exploding, optimizer(), total_steps=STEPS)(
         state, {"factor": np.full((2,), factor, np.float32)}, KEY
@@ -115,7 +115,7 @@ def test_the_finite_flag_sees_losses_and_gradients_that_overflow(factor: float, 
     assert bool(metrics["finite"]) is finite
 
 
-def test_statistics_can_be_rare_or_absent(toy: Task) -> None:
+def test_statistics_can_be_infrequent_or_disabled(toy: Task) -> None:
     batch = toy.train_batch(0)
     state, metrics = step_of(toy, statistics_every=2)(fresh(toy), batch, KEY)
     assert (np.asarray(metrics["statistics"].zero_fraction) == -1).all()
@@ -126,7 +126,7 @@ def test_statistics_can_be_rare_or_absent(toy: Task) -> None:
     assert "statistics" not in without
 
 
-def test_latents_stay_inside_their_clip(toy: Task) -> None:
+def test_latents_stay_within_their_clip_range(toy: Task) -> None:
     precisions = {"out": Precision(weight="binary_raw", latent_clip=0.5)}
     update = make_train_step(toy.loss, optimizer(), total_steps=STEPS, precisions=precisions)
     state, metrics = update(fresh(toy), toy.train_batch(0), KEY)
@@ -143,7 +143,7 @@ TOKENS = np.arange(8, dtype=np.int32).reshape(2, 4)
 
 
 def model_with_variables(**fields: Any) -> tuple[Transformer, Any, Any]:
-    """(model, variables, compiled loss); compiled, for running a model op by op takes seconds."""
+    """(model, variables, compiled loss); compiled, because running a model op by op takes seconds."""
     config = ModelConfig(**SHAPE, **fields)
     model = Transformer(config)
     loss = model_loss(model)
@@ -158,10 +158,10 @@ def test_the_loss_of_a_language_model() -> None:
     plain = cross_entropy_sums(logits, batch["targets"])
     assert float(quiet.loss / quiet.weight) == pytest.approx(float(plain.loss / plain.weight))
     draws = {float(loss(variables, batch, jax.random.key(seed), 1.0).loss) for seed in (1, 1, 2)}
-    assert len(draws) == 2  # a key switches dropout on, the same key gives the same mask
+    assert len(draws) == 2  # a key enables dropout, the same key gives the same mask
 
 
-def test_the_loss_of_a_classifier_sees_no_padding() -> None:
+def test_the_loss_of_a_classifier_ignores_padding() -> None:
     _, variables, loss = model_with_variables(num_classes=3, causal=False)
     mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
     batch = {"inputs": TOKENS, "targets": np.array([0, 2], np.int32), "mask": mask}
@@ -172,7 +172,7 @@ def test_the_loss_of_a_classifier_sees_no_padding() -> None:
 
 
 def test_the_model_state_passes_through_micro_batches_in_order(toy: Task) -> None:
-    """Two updates of two micro-batches: four steps of a decaying memory, whose order shows in its value."""
+    """Two updates of two micro-batches: four steps of a decaying average, whose value depends on their order."""
     update, state = step_of(toy, accumulate=2), fresh(toy)
     expected = 0.0
     for step in range(2):
@@ -184,7 +184,7 @@ def test_the_model_state_passes_through_micro_batches_in_order(toy: Task) -> Non
     assert float(state.model_state["counts"]["sum"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_batch_statistics_are_those_of_the_batches_seen() -> None:
+def test_batch_statistics_are_computed_from_the_training_batches() -> None:
     config = BinaryMLPConfig(image_size=2, num_classes=3, hidden_size=4, num_layers=1)
     update = make_train_step(
         model_loss(BinaryMLP(config)), optimizer(), total_steps=STEPS, precisions=config.precisions()
@@ -196,6 +196,6 @@ def test_batch_statistics_are_those_of_the_batches_seen() -> None:
     state, metrics = update(TrainState.create(variables, optimizer()), batch, KEY)
     assert bool(metrics["finite"])
     found = state.model_state["batch_stats"]["dense_0_norm"]
-    # float32 sums in another order
+    # float32 sums in a different order
     np.testing.assert_allclose(found["mean"], 0.1 * first.mean(axis=0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found["var"], 0.9 + 0.1 * first.var(axis=0), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""The tasks of classification, through `fit`: trained, resumed to the same bits, read again, refused."""
+"""Classification tasks with `fit`: training, bit-identical resuming, loading, rejected input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("architecture", ["mlp", pytest.param("vision_transformer", marks=pytest.mark.slow)])
-def test_an_image_run_that_was_cut_off_ends_in_the_same_bits(tmp_path: Path, architecture: str) -> None:
+def test_an_interrupted_image_run_resumes_bit_identically(tmp_path: Path, architecture: str) -> None:
     config = image_config(architecture)
     whole = fit(config, tmp_path / "whole", progress=False)
     assert (whole["status"], whole["tokens"]) == ("finished", 7 * 8)
@@ -74,8 +74,8 @@ def test_an_image_run_that_was_cut_off_ends_in_the_same_bits(tmp_path: Path, arc
         assert all(np.abs(mean).max() > 0 for mean in flatten_dict(ours["batch_stats"], sep="/").values())
 
 
-def test_batch_statistics_reach_the_evaluation(tmp_path: Path) -> None:
-    """Evaluated with the initial statistics, a trained network gives another result."""
+def test_evaluation_uses_the_trained_batch_statistics(tmp_path: Path) -> None:
+    """With the initial statistics, a trained network would give another result."""
     config = image_config()
     fit(config, tmp_path, progress=False)
     _, model, variables = load_image_run(tmp_path)
@@ -92,7 +92,9 @@ def test_batch_statistics_reach_the_evaluation(tmp_path: Path) -> None:
         ({"model": {"architecture": "transformer"}}, "got transformer for task"),
     ],
 )
-def test_models_that_do_not_fit_the_images(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+def test_models_that_do_not_match_the_images_are_rejected(
+    tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         fit(image_config(**sections), tmp_path, progress=False)
 
@@ -122,10 +124,10 @@ def text_config(source: str, **sections: Any) -> RunConfig:
     return RunConfig.from_dict(merged | {"task": "text_classification"})
 
 
-def test_a_text_run_teaches_another(tmp_path: Path, texts: str) -> None:
+def test_distillation_from_another_text_run(tmp_path: Path, texts: str) -> None:
     teacher = text_config(texts, training=dict(steps=60, eval_every=60, checkpoint_every=60))
     result = fit(teacher, tmp_path / "teacher", progress=False)
-    assert result["valid"]["accuracy"] == 1.0  # the first letter decides
+    assert result["valid"]["accuracy"] == 1.0  # the first letter determines the class
     _, model, params, tokenizer = load_run(tmp_path / "teacher")
     assert (model.num_classes, tokenizer.kind) == (2, "byte")
     held_out = load_labelled_text(texts, length=12, valid_fraction=0.3).valid
@@ -134,7 +136,7 @@ def test_a_text_run_teaches_another(tmp_path: Path, texts: str) -> None:
 
     distillation = dict(teacher=str(tmp_path / "teacher"), relations=0.1)
     taught = fit(text_config(texts, distillation=distillation), tmp_path / "student", progress=False)
-    # cross entropy with a teacher that is sure of itself, and distances at most 2 of one layer's 3 relations
+    # cross entropy with a confident teacher, and distances of at most 2 for one layer's 3 relations
     assert 0.1 < taught["train"]["loss"] < 0.9 + 0.1 * 3 * 2
 
     wrong = text_config(texts, distillation=distillation, model={"num_heads": 1})
@@ -145,7 +147,7 @@ def test_a_text_run_teaches_another(tmp_path: Path, texts: str) -> None:
         fit(nobody, tmp_path / "without", progress=False)
 
 
-def test_runs_of_the_wrong_kind_are_named(tmp_path: Path, texts: str) -> None:
+def test_runs_of_the_wrong_kind_are_rejected(tmp_path: Path, texts: str) -> None:
     (tmp_path / "config.json").write_text(text_config(texts).to_json())
     with pytest.raises(RunError, match="got a run of task 'text_classification', expected images"):
         load_image_run(tmp_path)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from bitnet_jax.packed.tensor_file import StorageError
 
-YOUNG_SECONDS = 60.0  # an empty folder younger than this may belong to a writer that is about to lock it
+GRACE_SECONDS = 60.0  # an empty folder younger than this may belong to a writer that is about to lock it
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def check_writable(folder: Path) -> None:
         )
 
 
-def clear_left_behind(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Removes leftovers of killed writers of `folder`; restores the old folder if one was killed between renames."""
     name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{12}}(\.old)?")
     try:
@@ -69,7 +69,7 @@ def clear_left_behind(folder: Path) -> None:
 def _abandoned(path: Path) -> bool:
     """Whether no process holds the lock of this folder, which its writer takes right after creating it."""
     try:
-        if time.time() - path.stat().st_mtime < YOUNG_SECONDS and not any(path.iterdir()):
+        if time.time() - path.stat().st_mtime < GRACE_SECONDS and not any(path.iterdir()):
             return False
         with _locked(path):
             return True
@@ -99,11 +99,11 @@ def _check_room(folder: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(folder: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
     """A hidden sibling to write into; it is renamed to `folder` if the body succeeds and removed if it fails.
 
     Only a process killed outright leaves its hidden sibling `.<name>.<random>` and, if killed between the two renames
-    of an overwrite, the old folder as `.<name>.<random>.old`. `clear_left_behind` cleans up after it.
+    of an overwrite, the old folder as `.<name>.<random>.old`. `remove_stale` cleans up after it.
 
     Args:
       nbytes: bytes to be written; checked against the free disk space first.

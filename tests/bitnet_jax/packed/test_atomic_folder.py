@@ -1,4 +1,4 @@
-"""A packed folder is written completely or not at all, whatever fails or is killed meanwhile."""
+"""A packed folder is written atomically, whatever fails or is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 
 from bitnet_jax.data.tokenizers import ByteTokenizer
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.packed.atomic_folder import atomic_folder
 from bitnet_jax.packed.storage import StorageError, load_packed, save_packed
-from bitnet_jax.packed.whole_folder import whole_folder
 from tests.bitnet_jax.packed.folders import (
     CONFIG,
     TOKENIZER,
@@ -25,7 +25,9 @@ from tests.bitnet_jax.packed.folders import (
 )
 
 
-def test_variables_of_another_config_are_not_written(variables: dict[str, Any], tmp_path: Path) -> None:
+def test_variables_that_do_not_match_the_config_are_not_written(
+    variables: dict[str, Any], tmp_path: Path
+) -> None:
     other = ModelConfig.from_dict(CONFIG.to_dict() | {"precision": "bitnet"})
     with pytest.raises(StorageError, match="the variables: packed/layers_0/attention/o_proj/weight/codes"):
         save_packed(tmp_path / "model", variables, other)
@@ -65,7 +67,7 @@ class Failing:
 
 @pytest.mark.parametrize("calls", range(5))
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_failure_at_any_moment_leaves_nothing_behind_and_the_old_model_whole(
+def test_a_failure_at_any_point_leaves_no_files_behind_and_the_old_model_intact(
     variables: dict[str, Any],
     saved: Path,
     tmp_path: Path,
@@ -92,7 +94,7 @@ def test_a_failure_at_any_moment_leaves_nothing_behind_and_the_old_model_whole(
         assert_same(load_packed(folder)[1], variables)
 
 
-def test_an_interrupt_cleans_up_too_and_is_passed_on(
+def test_an_interrupt_cleans_up_and_propagates(
     variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", Failing(1, KeyboardInterrupt()))
@@ -102,7 +104,7 @@ def test_an_interrupt_cleans_up_too_and_is_passed_on(
 
 
 def test_a_file_size_limit_of_the_system_is_a_clear_error(variables: dict[str, Any], tmp_path: Path) -> None:
-    """The real thing: the kernel refuses the write in the middle of the file, as it does on a full disk."""
+    """A real failure: the kernel rejects the write in the middle of the file, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
@@ -113,7 +115,7 @@ def test_a_file_size_limit_of_the_system_is_a_clear_error(variables: dict[str, A
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(
+def test_insufficient_disk_space_is_an_error_before_anything_is_written(
     variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -125,7 +127,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_places_that_cannot_be_written_to(
+def test_unwritable_targets_are_rejected(
     variables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -135,14 +137,12 @@ def test_places_that_cannot_be_written_to(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", refuse)  # root, who runs some test machines, is never refused
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root, as on some test machines, is never denied access
     with pytest.raises(StorageError, match="cannot be written .Permission denied"):
         save_packed(tmp_path / "model", variables, CONFIG)
 
 
-def test_overwriting_is_asked_for_and_never_removes_other_things(
-    variables: dict[str, Any], copy: Path
-) -> None:
+def test_overwriting_is_explicit_and_never_removes_other_files(variables: dict[str, Any], copy: Path) -> None:
     with pytest.raises(StorageError, match="exists; choose another folder or pass overwrite=True"):
         save_packed(copy, variables, CONFIG)
     save_packed(copy, variables, CONFIG, ByteTokenizer(), overwrite=True)
@@ -174,10 +174,10 @@ def test_a_model_in_use_survives_being_overwritten(variables: dict[str, Any], co
 # Writers that were killed
 
 
-def test_what_killed_writers_left_is_removed_and_an_old_folder_given_back(
+def test_leftovers_of_killed_writers_are_removed_and_the_old_folder_restored(
     variables: dict[str, Any], copy: Path
 ) -> None:
-    """As after kill -9 in the midst of writing, and between the two renames of an overwrite."""
+    """As after kill -9 during writing, and between the two renames of an overwrite."""
     begun = copy.with_name(".copy.0123456789ab")
     begun.mkdir()
     (begun / "model.safetensors").write_bytes(b"half")
@@ -190,16 +190,16 @@ def test_what_killed_writers_left_is_removed_and_an_old_folder_given_back(
     assert {entry.name for entry in copy.parent.iterdir()} == {"copy", ".copy.notes"}
 
 
-def test_a_writer_at_work_is_left_alone(copy: Path, variables: dict[str, Any]) -> None:
-    with whole_folder(copy, 0, overwrite=True) as temporary:
+def test_a_running_writer_is_left_alone(copy: Path, variables: dict[str, Any]) -> None:
+    with atomic_folder(copy, 0, overwrite=True) as temporary:
         (temporary / "model.safetensors").write_bytes(b"half")
         with pytest.raises(StorageError, match="copy exists"):
             save_packed(copy, variables, CONFIG)
         assert (temporary / "model.safetensors").exists()
 
 
-def test_a_folder_that_another_process_made_meanwhile_stays(copy: Path, variables: dict[str, Any]) -> None:
-    """Two packings to one folder: the target was free when each of them began."""
+def test_a_folder_created_meanwhile_by_another_process_is_kept(copy: Path, variables: dict[str, Any]) -> None:
+    """Two packs to the same folder: the target did not exist when either began."""
     target = copy.with_name("target")
 
     def meanwhile(count: int) -> None:
@@ -213,7 +213,7 @@ def test_a_folder_that_another_process_made_meanwhile_stays(copy: Path, variable
     assert {entry.name for entry in copy.parent.iterdir()} == {"copy", "target"}
 
 
-def test_a_name_taken_between_the_two_renames_of_an_overwrite_leaves_nothing(
+def test_a_target_taken_between_the_two_renames_leaves_no_files_behind(
     copy: Path, variables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = Path.rename
