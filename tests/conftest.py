@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}".strip()
+XLA_FLAGS = os.environ["XLA_FLAGS"]
 
 os.environ.setdefault("BITNET_JAX_CACHE", "off")  # tests of the cache set their own folder
 
@@ -68,54 +68,36 @@ def outside_folder(variable: str, beside: str) -> Path:
     pytest.skip(f"no folder ../{beside} beside the repository and {variable} is not set")
 
 
-# Tests that compare floats bit for bit, or against a tolerance of a few roundings, compile as users do. All others
-# check integers, structure, or what is done with numbers; compiling is most of their time, and takes a third of it
-# without XLA's optimizations.
-OPTIMIZED = (
-    "tests/bitnet_jax/inference/test_exact_head.py",
-    "tests/bitnet_jax/inference/test_generation.py",
-    "tests/bitnet_jax/nn/test_attention.py",
-    "tests/bitnet_jax/nn/test_linear.py",
-    "tests/bitnet_jax/packed/test_packing.py",
-    "tests/bitnet_jax/quantization/test_registry.py",
-    "tests/kernels/test_ahead_of_time.py",
-    "tests/kernels/test_attention.py",
-    "tests/kernels/test_bench.py",
-    "tests/kernels/test_cpu.py",
-    "tests/kernels/test_head.py",
-    "tests/kernels/test_head_exact.py",
-    "tests/kernels/test_matmul.py",
-    "tests/kernels/test_on_device.py",
-    "tests/kernels/test_reference.py",
-    "tests/kernels/test_special_values.py",
-)
-# jax 0.10's XLA can also compile without its slower second compiler, of fused loops; later versions cannot.
+# Most of a test's time is compilation, and XLA compiles in a third of it without its optimizations. Tests that compare
+# floats bit for bit, or within a few roundings, are marked `optimized` and compile as users do. All others check
+# integers, structure, or what is done with numbers. (XLA in jax 0.10 can also do without its emitters of fused loops,
+# a slower second compiler; later versions cannot.)
+DISABLED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 UNFUSED = "xla_cpu_use_fusion_emitters"
-CAN_UNFUSE = jax.__version_info__ < (0, 11)
+options_of_jax = compiler.get_compile_options
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles the programs of all tests but OPTIMIZED, in child processes too, without XLA's optimizations."""
-    if request.path.relative_to(ROOT).as_posix().startswith(OPTIMIZED):
-        jax.clear_caches()  # other modules' programs
-        yield
+def options_without_fusion(*args: Any, **kwargs: Any) -> Any:
+    options = options_of_jax(*args, **kwargs)
+    options.env_option_overrides = [*options.env_option_overrides, (UNFUSED, False)]
+    return options
+
+
+def compile_optimized(optimized: bool) -> None:
+    """Sets how programs are compiled from now on, in child processes too."""
+    if os.environ.get(DISABLED, "0") == str(int(not optimized)):
         return
-    options_of_jax = compiler.get_compile_options
+    if optimized:
+        jax.clear_caches()  # programs compiled without optimizations
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+    os.environ[DISABLED] = str(int(not optimized))
+    if jax.__version_info__ < (0, 11):
+        compiler.get_compile_options = options_of_jax if optimized else options_without_fusion
+        os.environ["XLA_FLAGS"] = XLA_FLAGS if optimized else f"{XLA_FLAGS} --{UNFUSED}=false"
 
-    def options(*args: Any, **kwargs: Any) -> Any:
-        made = options_of_jax(*args, **kwargs)
-        made.env_option_overrides = [*made.env_option_overrides, (UNFUSED, False)]
-        return made
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        if CAN_UNFUSE:
-            patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --{UNFUSED}=false")
-            patch.setattr(compiler, "get_compile_options", options)
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    compile_optimized(item.get_closest_marker("optimized") is not None)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from bitnet_kernels import attention, bench, cached_attention, cpu, reference_attention
 
+pytestmark = pytest.mark.optimized
+
 needs_library = pytest.mark.skipif(
     cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}"
 )

@@ -82,6 +82,7 @@ def test_every_instruction_set_is_exact(make_packed, format: str, n: int, k: int
             np.testing.assert_array_equal(got, wanted, err_msg=f"{isa}, m={m}")
 
 
+@pytest.mark.optimized
 @built
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k", "groups"), [(37, 100, 1), (100, 640, 20), (65, 1024, 32)])
@@ -101,6 +102,7 @@ def test_the_fused_rescale_is_bit_identical_to_the_definition(
                 np.testing.assert_array_equal(y, z, err_msg=f"{isa}, matrix {i}, {x.dtype}[{len(x)}, {k}]")
 
 
+@pytest.mark.optimized
 @built
 @pytest.mark.parametrize(("n", "k", "groups"), [(1, 1, 1), (37, 100, 1), (100, 640, 20), (33, 2049, 1)])
 def test_signs_times_signs_count_bits(make_packed, n: int, k: int, groups: int) -> None:
@@ -117,6 +119,7 @@ def test_signs_times_signs_count_bits(make_packed, n: int, k: int, groups: int) 
                     np.testing.assert_array_equal(y, z, err_msg=f"{isa}, m={m}, {len(ws)} matrices")
 
 
+@pytest.mark.optimized
 @built
 def test_matrices_of_different_formats_run_in_one_call(make_packed) -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 256)), jnp.float32)
@@ -127,6 +130,7 @@ def test_matrices_of_different_formats_run_in_one_call(make_packed) -> None:
             np.testing.assert_array_equal(got, wanted, err_msg=f"{isa}, {w.format}")
 
 
+@pytest.mark.optimized
 @built
 def test_activations_are_quantized_like_the_definition(make_packed) -> None:
     _, w = make_packed("int8", 16, 96)

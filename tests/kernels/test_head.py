@@ -10,6 +10,8 @@ import pytest
 
 from bitnet_kernels import bfloat16_logits, cpu, exact_top_logits, head_bounds, pack
 
+pytestmark = pytest.mark.optimized
+
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 ISAS = cpu.available_isas()
 # Less than a vector, vector tails, fewer rows than streams, more rows of x than a tile and a block.

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from bitnet_kernels import PackedArray, bfloat16_logits, cpu, exact_top_logits, head_bounds, pack, unpack
 
+pytestmark = pytest.mark.optimized
+
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 ISAS = cpu.available_isas()
 

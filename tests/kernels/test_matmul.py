@@ -38,6 +38,7 @@ def multiply(request: pytest.FixtureRequest):
     return functools.partial(packed_matmul, implementation=request.param)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_values(make_packed, multiply, format: str, groups: int) -> None:
@@ -82,6 +83,7 @@ def test_weight_only(make_packed, groups: int) -> None:
         packed_matmul(x, w, activation_bits=None, implementation="cpu")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_input_is_converted_to_float32(make_packed, multiply, dtype) -> None:
     _, w = make_packed("binary", 20, 40)
@@ -209,6 +211,7 @@ def test_shard_map_over_outputs_and_over_inputs(make_packed, multiply) -> None:
     np.testing.assert_allclose(jax.jit(by_inputs)(x, w.codes, w.scale), expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("m", "n", "k", "groups"), [(1, 100, 130, 1), (7, 33, 256, 4), (2, 16, 32, 1)])
 def test_all_implementations_are_bit_identical(

@@ -9,6 +9,8 @@ import pytest
 
 from bitnet_kernels import FORMATS, reference
 
+pytestmark = pytest.mark.optimized
+
 
 def test_activations_are_quantized_by_the_formula() -> None:
     x = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32)

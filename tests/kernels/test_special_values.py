@@ -28,6 +28,8 @@ from bitnet_kernels import (
 )
 from bitnet_kernels.reference import absmax, quantize_activations, rounded_product, scaled_matmuls
 
+pytestmark = pytest.mark.optimized
+
 F32 = np.float32
 SPECIAL = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, -1e-40, -0.0]
 # Small shapes, and shapes whose reductions XLA splits, where its maximum drops NaN.

@@ -16,6 +16,8 @@ from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = ModelConfig(
     vocab_size=203, hidden_size=32, num_layers=1, num_heads=2, ffn_size=32, max_length=40, mlp="relu2",
     init_std=0.5, embedding_dtype="bfloat16",

@@ -20,6 +20,8 @@ from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.packed import packing
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = ModelConfig(
     vocab_size=23, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=32, max_length=40,
     mlp="relu2", init_std=0.5, tie_embeddings=False, precision="float32",

@@ -13,6 +13,8 @@ from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_jax.quantization.scales import Quantized
 from bitnet_kernels import pack
 
+pytestmark = pytest.mark.optimized
+
 N, K = 48, 256
 X = jax.random.normal(jax.random.key(0), (3, 5, K))
 

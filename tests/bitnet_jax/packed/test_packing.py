@@ -66,6 +66,7 @@ def greedy_without_cache(
     return np.stack(generated, axis=1)
 
 
+@pytest.mark.optimized
 def test_all_packable_recipes_in_one_model_are_proved() -> None:
     """Each linear layer of the model has a different recipe, so that one compilation covers them all."""
     grouped = [
@@ -103,6 +104,7 @@ def test_all_packable_recipes_in_one_model_are_proved() -> None:
     assert proof.max_relative_logit_error < 5e-6
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", PACKABLE)
 def test_each_packable_recipe_alone_is_proved(recipe: str) -> None:
@@ -114,6 +116,7 @@ def test_each_packable_recipe_alone_is_proved(recipe: str) -> None:
     assert proof.tokens_identical == 60
 
 
+@pytest.mark.optimized
 def test_ternary_is_bit_identical_and_generates_the_same_text(ternary: Any) -> None:
     config, params, packed = ternary
     proof = prove(config, {"params": params}, packed, TOKENS, MASK, greedy=greedy, new_tokens=30)
@@ -122,6 +125,7 @@ def test_ternary_is_bit_identical_and_generates_the_same_text(ternary: Any) -> N
     )
 
 
+@pytest.mark.optimized
 def test_bfloat16_models_are_proved_and_only_packed_layers_lose_their_latents() -> None:
     config = ModelConfig(
         **SHAPE, dtype="bfloat16", embedding_dtype="bfloat16", tie_embeddings=False, position="learned",

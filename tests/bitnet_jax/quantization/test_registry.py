@@ -22,6 +22,8 @@ from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
 from bitnet_jax.quantization.scales import Quantized
 
+pytestmark = pytest.mark.optimized
+
 ternary, int8 = WEIGHT_QUANTIZERS["ternary_absmean"], ACTIVATION_QUANTIZERS["int8"]
 
 
