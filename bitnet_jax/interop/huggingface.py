@@ -83,7 +83,7 @@ def load(
             if packed:
                 packed_weights[key] = _packed_array(codes, scale)
             else:
-                params[key] = jnp.asarray(_latent(codes, scale))
+                params[key] = jnp.asarray(latent_weight(codes, scale.reshape(1, 1)))
         except ValueError as error:
             raise ValueError(f"{folder}: {name}: {error}") from error
     if not packed_weights:
@@ -222,15 +222,23 @@ def _packed_array(codes: np.ndarray, scale: np.float32) -> PackedArray:
     return pack(jnp.asarray(codes), jnp.full((1, 1), scale, jnp.float32), format="ternary2")
 
 
-def _latent(codes: np.ndarray, scale: np.float32) -> np.ndarray:
-    """Float weights W = T scale / f, with f the fraction of nonzero codes, so that mean abs W = scale.
+def latent_weight(
+    codes: Int8[np.ndarray, "n k"], scale: Float[np.ndarray, "#n G"]
+) -> Float[np.ndarray, "n k"]:
+    """Float weights W = T scale / f, with f the fraction of nonzero codes per scale, so that mean abs W = scale.
 
     Ternary absmean divides W by `scale`, then rounds and clips T / f, which gives T since 1 / f >= 1.
+
+    Raises:
+      ValueError: a scale that the ternary quantizer clamps.
     """
-    share = np.count_nonzero(codes) / codes.size
-    if share and scale < SMALLEST_SCALE:
+    groups = codes.reshape(scale.shape[0], scale.shape[1], -1)
+    share = np.count_nonzero(groups, axis=-1) / groups.shape[-1]
+    small = scale[(share > 0) & ~(scale >= SMALLEST_SCALE)]
+    if small.size:
         raise ValueError(
-            f"weight_scale {scale} is below {SMALLEST_SCALE}, where the ternary quantizer clamps; "
+            f"weight_scale {small[0]} is below {SMALLEST_SCALE}, where the ternary quantizer clamps; "
             "load with packed=True"
         )
-    return codes * np.float32(scale / share if share else 0.0)
+    magnitude = np.divide(scale, share, out=np.zeros_like(share), where=share > 0).astype(np.float32)
+    return (groups * magnitude[..., None]).reshape(codes.shape)
