@@ -79,32 +79,13 @@ NEUTRAL: dict[str, object] = {
 # Fields of ModelConfig that a file holds, and those on which the computation of a finished model does not depend. The
 # others have no key: they must have their default values.
 _WRITTEN = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "ffn_size",
-    "max_length",
-    "rope_theta",
-    "mlp",
-    "norm_eps",
-    "norm_placement",
-    "tie_embeddings",
-    "precision",
-)
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
+    "max_length", "rope_theta", "mlp", "norm_eps", "norm_placement", "tie_embeddings", "precision",
+)  # fmt: skip
 _FREE = (
-    "trained_length",
-    "dropout",
-    "inside_norm_eps",
-    "embedding_dtype",
-    "init_std",
-    "ternary_format",
-    "dtype",
-    "product",
-    "remat",
-)
+    "trained_length", "dropout", "inside_norm_eps", "embedding_dtype", "init_std", "ternary_format",
+    "dtype", "product", "remat",
+)  # fmt: skip
 
 
 def read_config(file: GgufFile, dtype: str) -> tuple[ModelConfig, Family]:

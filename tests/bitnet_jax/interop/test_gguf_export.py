@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,7 +26,10 @@ FLOAT = dataclasses.replace(TINY, precision="float32", mlp="silu_glu", norm_plac
 
 
 def variables(config: ModelConfig) -> dict[str, Any]:
-    return init_variables(config, jax.random.key(0))
+    """Random parameters; faster than to compile the initializers."""
+    generator = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), jnp.float32), shapes)
 
 
 def types(path: Path) -> dict[str, str]:
