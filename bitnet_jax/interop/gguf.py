@@ -26,6 +26,7 @@ from bitnet_jax.interop.gguf_ternary import Ternary, decode_ternary
 from bitnet_jax.interop.gguf_types import TERNARY
 from bitnet_jax.interop.huggingface import latent_weight
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.packed.tensor_file import StorageError
 from bitnet_kernels import pack
 
 _MODULES = {
@@ -44,7 +45,7 @@ RECIPE_OF = {"tensor": "bitnet_b158", "channel": "bitnet_b158_channel", "group":
 def read(
     path: str | Path, *, i2s_layout: str = "128x32", packed: bool = True, dtype: str = "float32"
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads a model; see `model` for the arguments. Raises StorageError, ValueError."""
+    """Reads a model; see `model` for the arguments. Raises StorageError."""
     return model(gguf_file.read(path), i2s_layout=i2s_layout, packed=packed, dtype=dtype)
 
 
@@ -64,12 +65,12 @@ def model(
       the config and `{"params": ...}` or `{"params": ..., "packed": ...}` for `Transformer(config).apply`.
 
     Raises:
-      ValueError: damaged tensors, or an unsupported model; the message names the file and the key or tensor.
+      StorageError: damaged tensors, or an unsupported model; the message names the file and the key or tensor.
     """
     try:
         return _model(file, i2s_layout, packed, dtype)
     except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from error
+        raise StorageError(f"{file.path}: {error}") from error
 
 
 def _model(file: GgufFile, i2s_layout: str, packed: bool, dtype: str) -> tuple[ModelConfig, dict[str, Any]]:

@@ -18,6 +18,7 @@ import numpy as np
 from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.interop.gguf_file import Value
 from bitnet_jax.interop.gguf_pretokenizers import PRE_TOKENIZERS
+from bitnet_jax.packed.tensor_file import StorageError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 KEY = "tokenizer.ggml."
@@ -30,7 +31,7 @@ def read_tokenizer(metadata: Mapping[str, Value]) -> str | None:
     """The text of a tokenizer.json; None if the file has no tokenizer.
 
     Raises:
-      ValueError: a kind, pre-tokenizer or token that is not supported, or keys that contradict each other.
+      StorageError: a kind, pre-tokenizer or token that is not supported, or keys that contradict each other.
     """
     if KEY + "model" not in metadata:
         return None
@@ -60,7 +61,7 @@ def read_tokenizer(metadata: Mapping[str, Value]) -> str | None:
 
 
 def read_conversation(metadata: Mapping[str, Value]) -> Conversation:
-    """Begin and end ids and the chat template. Raises ValueError: an id beyond the vocabulary, or an unsupported key.
+    """Begin and end ids and the chat template. Raises StorageError: an id beyond the vocabulary, or an unsupported key.
 
     Begin: bos_token_id if add_bos_token is true. Defaults as in llama.cpp (src/llama-vocab.cpp): true for "llama" and
     for "gpt2" with Llama 3's pre-tokenizer by name, else false; the ids 1 and 2 for bos and eos of "llama", else none.
@@ -68,18 +69,18 @@ def read_conversation(metadata: Mapping[str, Value]) -> Conversation:
     """
     template = metadata.get("tokenizer.chat_template")
     if template is not None and template.kind != "string":
-        raise ValueError(f"tokenizer.chat_template is of the kind {template.kind}, expected a string")
+        raise StorageError(f"tokenizer.chat_template is of the kind {template.kind}, expected a string")
     text = None if template is None else template.value
     if KEY + "model" not in metadata:
         return Conversation(template=text)
     kind, count = _kind(metadata), len(_tokens(metadata))
     if _flag(metadata, "add_eos_token", False):
-        raise ValueError(f"{KEY}add_eos_token is true: an end token after each prompt is not supported")
+        raise StorageError(f"{KEY}add_eos_token is true: an end token after each prompt is not supported")
     pre = metadata.get(KEY + "pre")
     begins = kind == "llama" or (pre is not None and PRE_TOKENIZERS[_pre(metadata)].begins)
     begin = _id(metadata, "bos_token_id", count, 1 if kind == "llama" else None)
     if _flag(metadata, "add_bos_token", begins) and begin is None:
-        raise ValueError(f"{KEY}add_bos_token is true, but there is no bos_token_id")
+        raise StorageError(f"{KEY}add_bos_token is true, but there is no bos_token_id")
     ends = [
         _id(metadata, key, count, 2 if kind == "llama" and key == "eos_token_id" else None) for key in ENDS
     ]
@@ -93,7 +94,7 @@ def read_conversation(metadata: Mapping[str, Value]) -> Conversation:
 def _kind(metadata: Mapping[str, Value]) -> str:
     kind = metadata[KEY + "model"]
     if kind.value not in ("gpt2", "llama"):
-        raise ValueError(f"{KEY}model is {str(kind.value)[:40]!r}, expected gpt2 or llama")
+        raise StorageError(f"{KEY}model is {str(kind.value)[:40]!r}, expected gpt2 or llama")
     return kind.value
 
 
@@ -102,7 +103,7 @@ def _pre(metadata: Mapping[str, Value]) -> str:
     absent = "llama-bpe" if str(architecture).startswith("bitnet") else "default"
     name = metadata.get(KEY + "pre", Value("string", absent)).value
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
-        raise ValueError(f"{KEY}pre is {str(name)[:40]!r}, expected one of {', '.join(PRE_TOKENIZERS)}")
+        raise StorageError(f"{KEY}pre is {str(name)[:40]!r}, expected one of {', '.join(PRE_TOKENIZERS)}")
     return name
 
 
@@ -111,7 +112,7 @@ def _tokens(metadata: Mapping[str, Value]) -> list[str]:
     if len(set(tokens)) != len(tokens):
         first = {token: index for index, token in reversed(list(enumerate(tokens)))}
         index = next(index for index, token in enumerate(tokens) if first[token] != index)
-        raise ValueError(
+        raise StorageError(
             f"{KEY}tokens: token {index} is a repetition of {first[tokens[index]]}: {tokens[index][:40]!r}"
         )
     return tokens
@@ -120,10 +121,10 @@ def _tokens(metadata: Mapping[str, Value]) -> list[str]:
 def _strings(metadata: Mapping[str, Value], key: str) -> list[str]:
     value = metadata.get(KEY + key, Value("nothing", None))
     if value.kind != "string[]" or (key == "tokens" and not value.value):
-        raise ValueError(f"{KEY}{key} is of the kind {value.kind}, expected a list of strings")
+        raise StorageError(f"{KEY}{key} is of the kind {value.kind}, expected a list of strings")
     wrong = next((index for index, text in enumerate(value.value) if not _encodable(text)), None)
     if wrong is not None:
-        raise ValueError(f"{KEY}{key}: entry {wrong} is not UTF-8")
+        raise StorageError(f"{KEY}{key}: entry {wrong} is not UTF-8")
     return value.value
 
 
@@ -134,14 +135,14 @@ def _encodable(text: str) -> bool:
 def _numbers(metadata: Mapping[str, Value], key: str, kind: str, count: int) -> np.ndarray | None:
     value = metadata.get(KEY + key)
     if value is not None and (value.kind != kind or len(value.value) != count):
-        raise ValueError(f"{KEY}{key} is of the kind {value.kind}, expected {kind} with {count} entries")
+        raise StorageError(f"{KEY}{key} is of the kind {value.kind}, expected {kind} with {count} entries")
     return None if value is None else value.value
 
 
 def _flag(metadata: Mapping[str, Value], key: str, default: bool) -> bool:
     value = metadata.get(KEY + key, Value("bool", default))
     if value.kind != "bool":
-        raise ValueError(f"{KEY}{key} is of the kind {value.kind}, expected bool")
+        raise StorageError(f"{KEY}{key} is of the kind {value.kind}, expected bool")
     return value.value
 
 
@@ -150,7 +151,7 @@ def _id(metadata: Mapping[str, Value], key: str, count: int, default: int | None
     if value is None:
         return default if default is not None and default < count else None
     if value.kind not in ("u32", "i32", "u64", "i64") or not 0 <= value.value < count:
-        raise ValueError(f"{KEY}{key} is {value}, expected an id from 0 to {count - 1}")
+        raise StorageError(f"{KEY}{key} is {value}, expected an id from 0 to {count - 1}")
     return value.value
 
 
@@ -161,7 +162,7 @@ def _byte_level(metadata: Mapping[str, Value], vocabulary: dict[str, int]) -> di
         cut = merge.find(" ", 1)  # a piece may be a space
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or any(piece not in vocabulary for piece in (left, right, left + right)):
-            raise ValueError(
+            raise StorageError(
                 f"{KEY}merges: entry {index}, {merge[:40]!r}, does not join two tokens to a third"
             )
         merges.append([left, right])
@@ -179,7 +180,7 @@ def _sentence_piece(
     """As transformers converts such vocabularies: the scores order the merges, spaces are U+2581."""
     scores = _numbers(metadata, "scores", "f32[]", len(tokens))
     if scores is None:
-        raise ValueError(f"{KEY}scores is missing, expected a score for each token of the model llama")
+        raise StorageError(f"{KEY}scores is missing, expected a score for each token of the model llama")
     unknown = _id(metadata, "unknown_token_id", len(tokens), 0)
     prefix = _flag(metadata, "add_space_prefix", True)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
