@@ -48,7 +48,7 @@ def write(
       type: of the matrices in the layers, for those that it can hold. Default: i2_s for ternary ones, and the smallest
         exact one of F16, BF16 and F32 for float ones. TQ1_0 and TQ2_0 round scales to float16.
       embedding: type of the embedding and of an untied head; None: the smallest exact one.
-      metadata: further entries, such as those of `gguf_tokenizer.metadata_of`.
+      metadata: further entries, such as those of `gguf_tokenizer_export.metadata_of`.
       name: general.name.
       overwrite: replace an existing file.
 
