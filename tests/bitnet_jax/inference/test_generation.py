@@ -20,8 +20,6 @@ from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.packed import packing
 
-pytestmark = pytest.mark.optimized
-
 CONFIG = ModelConfig(
     vocab_size=23, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=32, max_length=40,
     mlp="relu2", init_std=0.5, tie_embeddings=False, precision="float32",
@@ -72,6 +70,7 @@ def test_greedy_is_the_argmax_over_the_full_text(variables: dict[str, Any], gree
     np.testing.assert_array_equal(greedy, np.argmax(logits[:, TOKENS.shape[1] - 1 : -1], axis=-1))
 
 
+@pytest.mark.optimized
 def test_a_row_does_not_depend_on_padding_or_on_other_rows(
     variables: dict[str, Any], greedy: np.ndarray
 ) -> None:
@@ -230,6 +229,7 @@ def written(run: generation._Run) -> tuple[np.ndarray, list[np.ndarray]]:
 
 # 0: bit-identical. Else float32 rounding: XLA compiles the sines of rotary positions, and the sums of linear attention
 # over the keys of a chunk, to different instructions for different sizes.
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("attention", "kv_format", "position", "rounding"),
     [
@@ -260,6 +260,7 @@ def test_padding_to_buckets_changes_no_bit(
         np.testing.assert_allclose(row, other, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("attention", ["softmax", "relu", "linear"])
 def test_the_text_does_not_depend_on_batching_streaming_or_cache_size(
     attention: str, variables: dict[str, Any]

@@ -16,8 +16,6 @@ from bitnet_jax.nn.attention import Attention
 from bitnet_jax.nn.kv_cache import KVCache, fake_quantized_kv, quantize_kv
 from bitnet_jax.nn.linear_attention import zero_state
 
-pytestmark = pytest.mark.optimized
-
 B, T, H, K, h = 2, 6, 4, 2, 4
 D = 16
 KINDS = ["softmax", "relu", "linear", "binary_qk", "binary"]
