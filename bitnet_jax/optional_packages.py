@@ -9,6 +9,7 @@ from __future__ import annotations
 # Name on the package index -> its purpose. Each is in an extra of pyproject.toml.
 PURPOSES = {
     "datasets": "reads sources hf:NAME",
+    "jinja2": "renders chat templates",
     "lm-eval": "is lm-evaluation-harness",
     "markdown": "writes report pages",
     "matplotlib": "draws figures",
