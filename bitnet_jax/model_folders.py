@@ -17,9 +17,10 @@ import jax
 from jaxtyping import Array
 
 from bitnet_jax.data import Classes
+from bitnet_jax.data.conversation import Conversation, of_documents
 from bitnet_jax.data.tokenizers import Tokenizer, from_json
 from bitnet_jax.inference.generation import greedy
-from bitnet_jax.interop import huggingface
+from bitnet_jax.interop import huggingface, huggingface_conversation
 from bitnet_jax.models import Architecture, ModelConfig, config_fields, text_config
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.packed.proof import Proof, prove
@@ -38,6 +39,7 @@ class LoadedModel(NamedTuple, Generic[Config]):
     variables: dict[str, Any]  # for config.module().apply
     tokenizer: Tokenizer | None  # never None for a run on text
     classes: Classes | None = None  # only for classifiers
+    conversation: Conversation = Conversation()  # begin and end tokens, chat template
 
 
 def load_model(
@@ -61,22 +63,21 @@ def load_model(
         from bitnet_jax.training.load import read_run  # imports optax and orbax, not needed for packed models
 
         _, config, latent, tokenizer, classes = read_run(folder, step)
-        return LoadedModel(kind, config, latent, tokenizer, classes)
+        return LoadedModel(kind, config, latent, tokenizer, classes, of_documents(tokenizer))
     if kind == "packed":
         packed = storage.load_packed(folder, verify=verify)
-        return LoadedModel(
-            kind, packed.config, packing.for_this_platform(packed.variables), packed.tokenizer, packed.classes
-        )
+        return LoadedModel(kind, *packed._replace(variables=packing.for_this_platform(packed.variables)))
     config, variables = huggingface.load(folder)
     text = folder / "tokenizer.json"
     read = from_json(text.read_text(encoding="utf-8")) if text.exists() else None
-    return LoadedModel(kind, config, packing.for_this_platform(variables), read)
+    conversation = huggingface_conversation.read(folder, config.vocab_size, read)
+    return LoadedModel(kind, config, packing.for_this_platform(variables), read, None, conversation)
 
 
 def load_text_model(folder: str | Path, *, step: int | None = None) -> LoadedModel[ModelConfig]:
     """`load_model` of a Transformer on text. Also raises ValueError for an image model."""
     model = load_model(folder, step=step)
-    return LoadedModel(model.kind, text_config(model.config), model.variables, model.tokenizer, model.classes)
+    return LoadedModel(model.kind, text_config(model.config), *model[2:])
 
 
 def folder_kind(folder: Path) -> str:
@@ -176,7 +177,10 @@ def pack_run(
     variables = latent | packing.pack(latent["params"], config)
     inputs, new_tokens = _proof_inputs(config, tokens)
     proof = prove(config, latent, variables, inputs, greedy=greedy, new_tokens=new_tokens)
-    storage.save_packed(folder, variables, config, tokenizer, classes, overwrite=overwrite)
+    conversation = None if tokenizer is None or classes is not None else of_documents(tokenizer)
+    storage.save_packed(
+        folder, variables, config, tokenizer, classes, conversation=conversation, overwrite=overwrite
+    )
     storage.load_packed(folder, verify=True)
     return proof, packing.sizes(variables)
 

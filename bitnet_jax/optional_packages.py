@@ -10,6 +10,7 @@ from __future__ import annotations
 PURPOSES = {
     "datasets": "reads sources hf:NAME",
     "gguf": "decodes tensors of quantized GGUF files",
+    "jinja2": "renders chat templates",
     "lm-eval": "is lm-evaluation-harness",
     "markdown": "writes report pages",
     "matplotlib": "draws figures",

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     config = text_config(model.config)
     if model.tokenizer is None:
         raise ValueError(f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it")
-    text_model = TextModel(config, model.variables, model.tokenizer)
+    text_model = TextModel(config, model.variables, model.tokenizer, model.conversation)
     how = {"limit": args.limit, "progress": not args.quiet}
     if args.harness:
         from bitnet_jax.evaluation.lm_harness import run_harness

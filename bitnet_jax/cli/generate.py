@@ -1,10 +1,12 @@
-"""Continue a prompt, printing the text as it is generated.
+"""Continue a prompt or answer a message, printing the text as it is generated.
 
 The prompt is read from --prompt, --file or standard input, as UTF-8 whatever the locale. The same --seed gives the
-same text.
+same text. The text ends at an end token of the model; --chat formats the prompt as a message with its chat template
+and prints the answer alone.
 
-example:
+examples:
   bitnet-jax generate runs/first-packed --prompt "def " --temperature 0.8 --top-p 0.95 --seed 1
+  bitnet-jax generate models/SmolLM2-135M-Instruct --chat --prompt "What is a ternary weight?" --tokens 100
 """
 
 from __future__ import annotations
@@ -26,6 +28,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     source = command.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", type=Path, help="read the prompt from FILE")
+    command.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer the prompt as a user's message, formatted with the model's chat template",
+    )
+    command.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it")
     command.add_argument(
         "--tokens",
         type=int,
@@ -66,6 +74,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import jax
 
+    from bitnet_jax.data.chat_template import chat_ids
+    from bitnet_jax.data.conversation import prompt_ids
     from bitnet_jax.inference.exact_head import with_exact_head
     from bitnet_jax.inference.sampling import SamplingConfig
     from bitnet_jax.inference.streaming import stream
@@ -79,24 +89,30 @@ def run(args: argparse.Namespace) -> int:
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
     )
+    if args.system is not None and not args.chat:
+        raise ValueError("got --system without --chat, expected both; a plain prompt has no system message")
     prompt = _prompt(args)
     model = load_text_model(args.folder, step=args.step)
     if model.tokenizer is None:
         raise ValueError(f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it")
     variables = with_exact_head(model.config, model.variables) if args.exact_head else model.variables
-    used = len(model.tokenizer.encode(prompt))
+    if args.chat:
+        ids = chat_ids(model.tokenizer, model.conversation, _messages(args, prompt))
+    else:
+        ids = prompt_ids(model.tokenizer, model.conversation, prompt)
     # A prompt longer than the trained length may use the model's maximum, with a warning.
-    room = max(model.config.known_length - used, 0) or model.config.max_length - used
+    room = max(model.config.known_length - len(ids), 0) or model.config.max_length - len(ids)
     began = time.perf_counter()
     chunks: list[tuple[float, int]] = []  # (seconds, tokens) of each chunk
     pieces = stream(
         model.config,
         variables,
         model.tokenizer,
-        prompt,
+        ids,
         max_new_tokens=max(1, min(200, room)) if args.tokens is None else args.tokens,
         sampling=sampling,
         key=jax.random.key(args.seed),
+        conversation=model.conversation,
         stop=[utf8(word, "--stop") for word in args.stop],
         kv_format=args.kv_format,
         on_tokens=lambda count: chunks.append((time.perf_counter() - began, count)),
@@ -127,6 +143,11 @@ def _prompt(args: argparse.Namespace) -> str:
     if sys.stdin.isatty():
         raise ValueError("got no prompt; expected --prompt TEXT, --file FILE, or text on standard input")
     return _lines(utf8(sys.stdin.buffer.read(), "standard input"))
+
+
+def _messages(args: argparse.Namespace, prompt: str) -> list[dict[str, str]]:
+    system = [] if args.system is None else [{"role": "system", "content": utf8(args.system, "--system")}]
+    return [*system, {"role": "user", "content": prompt}]
 
 
 def _lines(text: str) -> str:

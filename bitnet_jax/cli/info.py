@@ -1,4 +1,5 @@
-"""Show the contents of a model folder: config, recipe of each layer, size of each part, packed formats.
+"""Show the contents of a model folder: config, recipe of each layer, size of each part, packed formats, begin and end
+tokens.
 
 The small files and the smallest tensors of a packed model, up to 256 MiB in total, are always compared with their
 checksums; the largest matrices of a larger model only with --verify.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from bitnet_jax.cli.shared import describe_sizes, size_figures, write_json
 
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         "config": config,
         "tokenizer": None if model.tokenizer is None else model.tokenizer.kind,
         "classes": None if classes is None else json.loads(classes.to_json()),
+        "conversation": json.loads(model.conversation.to_json()),
         "matrices": layers,
         "bytes": size_figures(sizes),
     }
@@ -50,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.folder}: {model.kind}, tokenizer {figures['tokenizer']}, {describe_sizes(sizes)}\n")
     if args.verify and model.kind == "packed":
         print("verified: every tensor has its checksum\n")
+    if model.tokenizer is not None and classes is None:
+        print(f"  {_describe_conversation(model.conversation)}\n")
     if classes is not None:
         print(f"  {classes.task}: {', '.join(map(str, classes.names))}")
         if classes.pixels is not None:
@@ -63,3 +68,11 @@ def run(args: argparse.Namespace) -> int:
         shape = "{} x {}".format(*row["shape"])
         print(f"  {path:34s} {shape:>13s}  {row['recipe']:22s} {row['stored']:18s} {row['bytes']:11,d}")
     return 0
+
+
+def _describe_conversation(conversation: Any) -> str:
+    begin, end = (", ".join(map(str, ids)) or "none" for ids in (conversation.begin, conversation.end))
+    if conversation.begin and not conversation.begins_prompts:
+        begin += " (of documents, not of prompts)"
+    template = "none" if conversation.template is None else f"{len(conversation.template)} characters"
+    return f"begin tokens: {begin}; end tokens: {end}; chat template: {template}"

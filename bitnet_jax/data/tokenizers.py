@@ -21,7 +21,8 @@ from bitnet_jax.optional_packages import missing_package
 
 Ids = Sequence[int] | np.ndarray
 
-# End-of-document tokens of published tokenizers; the first one present is used.
+# End-of-document tokens of published tokenizers; the first one present separates the documents of a stream. Which
+# tokens end a generation is stated by the model, see conversation.py.
 END_TOKENS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
@@ -41,7 +42,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int | None:
-        """The id that separates documents and ends a generation."""
+        """The id that separates documents, see streams.py."""
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [T], without added special tokens."""
@@ -205,7 +206,7 @@ class JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library (an optional package).
 
     `encode` adds no special tokens, but a special token spelled out in the text is encoded as that token; `decode`
-    drops special tokens. `eos_id` is the first of END_TOKENS in the vocabulary, or None.
+    drops special tokens. `eos_id`, used to separate documents, is the first of END_TOKENS in the vocabulary, or None.
     """
 
     kind = "json"
@@ -235,6 +236,11 @@ class JsonTokenizer:
 
     def decoder(self) -> Decoder:
         return _JsonDecoder(self)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary by its text, special or not."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     @property
     def splits_words(self) -> bool:

@@ -27,7 +27,7 @@ def complete(
     seed: int = 0,
     progress: bool = False,
 ) -> list[str]:
-    """The completion of each prompt, ending before the first stop string or separator.
+    """The completion of each prompt, ending before the first stop string or end token.
 
     Prompts are batched by similar length, see batching.py.
 
@@ -52,7 +52,6 @@ def complete(
         raise DataError("got an empty prompt, expected at least one token in each")
     for number, ids in enumerate(rows):
         check_tokens(model.config, model.tokenizer, ids, f"prompt {number}")
-    eos = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
 
     def rows_of(width: int) -> int:
         rows_that_fit = max(1, min(MAX_ROWS, BATCH_TOKENS // (width + max_new_tokens)))
@@ -67,12 +66,12 @@ def complete(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             key=jax.random.fold_in(jax.random.key(seed), int(indices[0])),
-            eos_ids=eos,
+            eos_ids=model.end,
         )
         written, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
         for row, i in enumerate(indices):
             ids = written[row, : lengths[row]]
-            ids = ids[:-1] if len(ids) and ids[-1] in eos else ids
+            ids = ids[:-1] if len(ids) and ids[-1] in model.end else ids
             answers[i] = cut(model.tokenizer.decode(ids), stop)
     return answers
 

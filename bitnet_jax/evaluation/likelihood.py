@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from bitnet_jax.data.conversation import Conversation, of_documents, with_begin
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.evaluation.batching import BATCH_TOKENS, batches
@@ -23,7 +24,6 @@ from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig
 
 BATCH_LOGITS = 2**25  # maximum logits per batch: 128 MiB
-START_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")  # of published tokenizers
 
 
 class TextModel(NamedTuple):
@@ -32,6 +32,21 @@ class TextModel(NamedTuple):
     config: ModelConfig
     variables: Mapping[str, Any]
     tokenizer: Tokenizer
+    conversation: Conversation | None = None  # None: of_documents(tokenizer), as for a model trained here
+
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """Ids before the first token of a text."""
+        return self._conversation.begin
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self._conversation.end
+
+    @property
+    def _conversation(self) -> Conversation:
+        return of_documents(self.tokenizer) if self.conversation is None else self.conversation
 
 
 class Score(NamedTuple):
@@ -55,17 +70,8 @@ def check_text_model(model: TextModel) -> None:
     warn_of_unknown_tokens(config, model.tokenizer)
 
 
-def start_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """int32 [0 or 1]: the start token of a text: one of START_TOKENS, or else the document separator."""
-    if tokenizer.kind == "json":
-        for name in START_TOKENS:
-            if len(ids := tokenizer.encode(name)) == 1:
-                return ids
-    return np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
-
-
-def text_request(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-    """The request for ln P(continuation | context), after a start token if the tokenizer has one.
+def text_request(model: TextModel, context: str, continuation: str) -> Request:
+    """The request for ln P(continuation | context), after the begin tokens of the model.
 
     Trailing whitespace of the context belongs to the continuation, since most vocabularies join it to the next word;
     both are encoded as one text and split at the token length of the stripped context.
@@ -74,11 +80,9 @@ def text_request(tokenizer: Tokenizer, context: str, continuation: str) -> Reque
       DataError: there is nothing to score, or no context for it.
     """
     stripped = context.rstrip()
-    ids = tokenizer.encode(context + continuation)
-    start = start_ids(tokenizer)
-    boundary = len(start) + (len(tokenizer.encode(stripped)) if stripped else 0)
-    tokens = np.concatenate([start, ids])
-    if boundary == 0:  # without start token and context the first token cannot be predicted
+    tokens = with_begin(model.begin, model.tokenizer.encode(context + continuation))
+    boundary = len(model.begin) + (len(model.tokenizer.encode(stripped)) if stripped else 0)
+    if boundary == 0:  # without begin tokens and context the first token cannot be predicted
         boundary = 1
     if boundary >= len(tokens):
         raise DataError(
@@ -90,7 +94,7 @@ def text_request(tokenizer: Tokenizer, context: str, continuation: str) -> Reque
 
 def score_texts(model: TextModel, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> list[Score]:
     """The scores of (context, continuation) pairs, see `text_request`."""
-    requests = [text_request(model.tokenizer, context, continuation) for context, continuation in pairs]
+    requests = [text_request(model, context, continuation) for context, continuation in pairs]
     return score_requests(model, requests, progress=progress)
 
 

@@ -2,7 +2,8 @@
 
     results = run_harness(TextModel(config, variables, tokenizer), ["arc_easy"], limit=100)
 
-Likelihoods are those of evaluation/likelihood.py, so a text begins with a start token or separator as in training.
+Likelihoods are those of evaluation/likelihood.py, so a text begins with the begin tokens of the model,
+the separator for a model trained here.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from bitnet_jax.data.conversation import with_begin
 from bitnet_jax.evaluation.completion import complete
 from bitnet_jax.evaluation.likelihood import (
     TextModel,
     check_text_model,
     score_requests,
-    start_ids,
     text_request,
 )
 from bitnet_jax.inference.sampling import SamplingConfig
@@ -79,12 +80,12 @@ def harness_model(model: TextModel, *, progress: bool = False) -> Any:
         tokenizer_name = f"bitnet_jax-{model.tokenizer.kind}-{model.tokenizer.vocab_size}"
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            pairs = [text_request(model.tokenizer, *request.args) for request in requests]
+            pairs = [text_request(model, *request.args) for request in requests]
             scores = score_requests(model, pairs, progress=progress)
             return self._cached("loglikelihood", requests, [(s.log_probability, s.greedy) for s in scores])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            texts = [text_request(model.tokenizer, "", request.args[0]) for request in requests]
+            texts = [text_request(model, "", request.args[0]) for request in requests]
             values = [score.log_probability for score in score_requests(model, texts, progress=progress)]
             return self._cached("loglikelihood_rolling", requests, values)
 
@@ -109,7 +110,7 @@ def harness_model(model: TextModel, *, progress: bool = False) -> Any:
 
 
 def _prompt(model: TextModel, context: str) -> np.ndarray:
-    return np.concatenate([start_ids(model.tokenizer), model.tokenizer.encode(context)])
+    return with_begin(model.begin, model.tokenizer.encode(context))
 
 
 def _generation(model: TextModel, settings: dict[str, Any]) -> tuple[int, tuple[str, ...], SamplingConfig]:

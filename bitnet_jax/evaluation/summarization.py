@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from bitnet_jax.data.conversation import with_begin
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.evaluation.completion import complete
 from bitnet_jax.evaluation.intervals import mean
-from bitnet_jax.evaluation.likelihood import TextModel, start_ids
+from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.result import Result
 from bitnet_jax.optional_packages import missing_package
 
@@ -47,16 +48,16 @@ def summarization(model: TextModel, records: Sequence[dict[str, Any]], *, progre
     tokenizer = model.tokenizer
     texts = [" ".join(s.strip() for s in record["source"]) for record in records]
     sources = tokenizer.encode_batch(texts)
-    cue, start = tokenizer.encode(CUE), start_ids(tokenizer)
+    cue = tokenizer.encode(CUE)
     bytes_per_token = sum(len(text.encode()) for text in texts) / sum(map(len, sources))
     new_tokens = max(1, min(round(SUMMARY_BYTES / bytes_per_token), model.config.max_length // 3))
-    room = model.config.max_length - new_tokens - len(cue) - len(start)
+    room = model.config.max_length - new_tokens - len(cue) - len(model.begin)
     if room < 1:
         raise DataError(
             f"got a model with {model.config.max_length} positions, expected room for a text, {len(cue)} tokens of "
             f"cue and {new_tokens} of answer"
         )
-    prompts = [np.concatenate([start, ids[:room], cue]) for ids in sources]
+    prompts = [with_begin(model.begin, np.concatenate([ids[:room], cue])) for ids in sources]
     summaries = complete(model, prompts, new_tokens, stop=("\n",), progress=progress)
     scores = rouge(references, [summary.strip() for summary in summaries])
     return Result(

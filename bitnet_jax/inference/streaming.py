@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from bitnet_jax.data.conversation import Conversation, of_documents, prompt_ids
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.inference.generation import GREEDY, Variables, left_pad, stream_tokens
 from bitnet_jax.inference.limits import check_tokens, warn_of_unknown_tokens
@@ -18,12 +19,12 @@ def stream(
     config: ModelConfig,
     variables: Variables,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | np.ndarray,
     *,
     max_new_tokens: int,
     sampling: SamplingConfig = GREEDY,
     key: PRNGKeyArray | None = None,
-    eos_ids: Sequence[int] | None = None,
+    conversation: Conversation | None = None,
     stop: Sequence[str] = (),
     kv_format: str | None = None,
     chunk: int = 16,
@@ -32,7 +33,10 @@ def stream(
     """Continues one prompt; yields pieces of text, never the prompt, an end token or a stop string.
 
     Args:
-      eos_ids: tokens that end the text; None: the tokenizer's own, if it has one.
+      prompt: a text, whose tokens follow the begin tokens of the conversation; or all its tokens, int [T], such as
+        those of `chat_template.chat_ids`.
+      conversation: its end tokens end the text; None: `conversation.of_documents(tokenizer)`, as for a model trained
+        here.
       stop: the text ends before the first of these, wherever the chunk or token boundaries are.
       on_tokens: called with the number of new tokens in each chunk, before their text is yielded.
       Others: see `generation.generate` and `generation.stream_tokens`.
@@ -47,12 +51,13 @@ def stream(
     warn_of_unknown_tokens(config, tokenizer)
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop: got {stop!r}, expected a list of non-empty strings")
-    ids = tokenizer.encode(prompt)
+    if conversation is None:
+        conversation = of_documents(tokenizer)
+    ids = prompt_ids(tokenizer, conversation, prompt) if isinstance(prompt, str) else np.asarray(prompt)
     if not len(ids):
-        raise ValueError(f"the prompt {prompt!r} has no tokens; begin with at least one, such as a newline")
+        given = f" {prompt!r}" if isinstance(prompt, str) else ""
+        raise ValueError(f"the prompt{given} has no tokens; begin with at least one, such as a newline")
     check_tokens(config, tokenizer, ids, "prompt")
-    if eos_ids is None:
-        eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     tokens, mask = left_pad([ids])
     chunks = stream_tokens(
         config,
@@ -62,7 +67,7 @@ def stream(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         key=key,
-        eos_ids=eos_ids,
+        eos_ids=conversation.end,
         kv_format=kv_format,
         chunk=chunk,
     )
@@ -73,7 +78,7 @@ def stream(
                 on_tokens(len(row))
             yield row
 
-    return cut_at_stop(_decoded(rows(), tokenizer, frozenset(eos_ids)), stop)
+    return cut_at_stop(_decoded(rows(), tokenizer, frozenset(conversation.end)), stop)
 
 
 def _decoded(chunks: Iterator[np.ndarray], tokenizer: Tokenizer, eos_ids: frozenset[int]) -> Iterator[str]:

@@ -4,6 +4,7 @@
     config.json         `architecture` (default: transformer) and the fields of its config
     tokenizer.json      the tokenizer, if any
     classes.json        for a classifier: labels and input preprocessing (data/classes.py)
+    conversation.json   begin and end tokens and the chat template, if stated (data/conversation.py)
 
 Metadata (strings, as the format requires): `format` and `version` of this layout, `bitnet_jax` the version that
 wrote it, and three JSON tables: `packed` path -> {format, layout, shape}, `crc32` of every tensor (by
@@ -29,6 +30,7 @@ from flax.traverse_util import flatten_dict
 import bitnet_jax
 from bitnet_jax.data import Classes, tokenizers
 from bitnet_jax.data.classes import CLASSES
+from bitnet_jax.data.conversation import CONVERSATION, Conversation, of_documents
 from bitnet_jax.models import Architecture, config_fields, config_kind, model_config
 from bitnet_jax.packed import packing, tensor_file
 from bitnet_jax.packed.atomic_folder import atomic_folder, check_writable, remove_stale, synced_file
@@ -42,7 +44,7 @@ MODEL, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 COLLECTIONS = ("params", "packed", "batch_stats")
 VERIFIED_BYTES = 1 << 28  # tensor bytes whose checksums are verified whenever a model is loaded
 # Maximum bytes of the small files, far above any real one.
-LIMITS = {CONFIG: 1 << 20, CLASSES: 1 << 24, TOKENIZER: 1 << 28}
+LIMITS = {CONFIG: 1 << 20, CONVERSATION: 1 << 23, CLASSES: 1 << 24, TOKENIZER: 1 << 28}
 # Fields not bounded by the tensors: loading the model allocates nothing of their size.
 UNBOUNDED = ("max_length", "trained_length", "image_size")
 
@@ -54,6 +56,7 @@ class PackedModel(NamedTuple):
     variables: dict[str, Any]  # for config.module().apply
     tokenizer: tokenizers.Tokenizer | None
     classes: Classes | None  # of a classifier
+    conversation: Conversation
 
 
 def save_packed(
@@ -63,6 +66,7 @@ def save_packed(
     tokenizer: tokenizers.Tokenizer | None = None,
     classes: Classes | None = None,
     *,
+    conversation: Conversation | None = None,
     overwrite: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -74,6 +78,8 @@ def save_packed(
     Args:
       variables: arrays, or `tensor_file.Streamed` for arrays that do not fit into memory; the contents of these are
         not validated.
+      conversation: begin and end tokens and the chat template; None: `conversation.of_documents(tokenizer)`, those of
+        a model trained here.
       on_bytes: called with the number of bytes of each piece written, for a progress bar.
 
     Raises:
@@ -107,6 +113,9 @@ def save_packed(
     if classes is not None:
         _check_classes(classes, config, folder)
         texts[CLASSES] = classes.to_json()
+    if conversation is not None:
+        _check_conversation(conversation, config, folder)
+        texts[CONVERSATION] = conversation.to_json()
     contents = {name: text.encode() for name, text in texts.items()}
     metadata = {
         "format": FORMAT,
@@ -146,7 +155,7 @@ def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
     folder = Path(folder)
     path = folder / MODEL
     contents = {CONFIG: _read(folder / CONFIG)}
-    contents |= {name: _read(folder / name) for name in (TOKENIZER, CLASSES) if (folder / name).exists()}
+    contents |= {name: _read(folder / name) for name in LIMITS if name != CONFIG and (folder / name).exists()}
     tensors, metadata = tensor_file.read(path)
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise StorageError(
@@ -192,7 +201,11 @@ def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
     if CLASSES in contents:
         classes = _parsed(Classes.from_json, folder / CLASSES, contents[CLASSES])
         _check_classes(classes, config, folder)
-    return PackedModel(config, variables, tokenizer, classes)
+    conversation = of_documents(tokenizer)  # also of folders written before conversation.json existed
+    if CONVERSATION in contents:
+        conversation = _parsed(Conversation.from_json, folder / CONVERSATION, contents[CONVERSATION])
+        _check_conversation(conversation, config, folder)
+    return PackedModel(config, variables, tokenizer, classes, conversation)
 
 
 def _parsed(parse: Callable[[str], Any], path: Path, content: bytes) -> Any:
@@ -209,6 +222,13 @@ def _check_classes(classes: Classes, config: Architecture, folder: Path) -> None
             f"{folder / CLASSES}: got {len(classes.names)} classes of task {classes.task}, the config has {outputs}; "
             "do both belong to the same model?"
         )
+
+
+def _check_conversation(conversation: Conversation, config: Architecture, folder: Path) -> None:
+    try:
+        conversation.check_vocabulary(getattr(config, "vocab_size", 0))
+    except ValueError as error:
+        raise StorageError(f"{folder / CONVERSATION}: {error}; do both belong to the same model?") from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -344,7 +364,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
         # Overwriting removes the folder: make sure that it is a packed model.
         is_folder = folder.is_dir() and not folder.is_symlink()
         names = {entry.name for entry in folder.iterdir()} if is_folder else set()
-        if not {MODEL, CONFIG} <= names <= {MODEL, CONFIG, TOKENIZER, CLASSES}:
+        if not {MODEL, CONFIG} <= names <= {MODEL, *LIMITS}:
             raise StorageError(
                 f"{folder} is not a packed model and will not be overwritten; choose another folder"
             )

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from bitnet_jax.data import Classes
+from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.images import Pixels
 from bitnet_jax.data.tokenizers import CharTokenizer
 from bitnet_jax.models import Architecture, BinaryCNNConfig, ModelConfig
@@ -122,7 +123,12 @@ def good_folders(place: Path) -> list[Folder]:
             if name == "images"
             else None
         )
-        save_packed(place / name, packed, config, tokenizer, classes)
+        said = (
+            Conversation((1,), (2, 7), "{{ bos_token }}", (("bos_token", "a"),))
+            if name == "language"
+            else None
+        )
+        save_packed(place / name, packed, config, tokenizer, classes, conversation=said)
         folders.append(take_apart(place / name))
     return folders
 
@@ -222,7 +228,7 @@ def metadata_tables(folder: Folder, random: Generator) -> None:
 
 
 def json_files(folder: Folder, random: Generator) -> None:
-    """Changes a field of config.json, tokenizer.json or classes.json, or the whole file."""
+    """Changes a field of config.json or another JSON file, or the whole file."""
     name = _one(random, ["config.json", *folder.files])
     if random.random() < 0.08:
         folder.files[name] = _one(
@@ -326,6 +332,9 @@ def outcome(folder: Path, verify: bool | None) -> str:
         assert np.isfinite(weight.scale).all()
     if model.tokenizer is not None:
         assert model.tokenizer.encode(model.tokenizer.decode([0])).tolist() == [0]
+    assert max((*model.conversation.begin, *model.conversation.end), default=-1) < getattr(
+        model.config, "vocab_size", 0
+    )
     if model.classes is not None:
         assert len(model.classes.names) == model.config.num_classes  # type: ignore[attr-defined]
     return "loaded"

@@ -108,7 +108,7 @@ def test_pack_stores_the_requested_head_and_info_shows_it(
 def test_generate_with_an_exact_head_gives_the_same_text(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, config, variables, tokenizer, _ = load_model(place / "packed")
+    _, config, variables, tokenizer, *_ = load_model(place / "packed")
     variables["params"]["embed"]["embedding"] = variables["params"]["embed"]["embedding"].astype("bfloat16")
     config = dataclasses.replace(config, embedding_dtype="bfloat16")
     storage.save_packed(tmp_path / "p", variables, config, tokenizer)

@@ -14,6 +14,7 @@ import pytest
 from scipy.special import log_softmax
 
 from bitnet_jax.data import ByteTokenizer, CharTokenizer, DataError
+from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.evaluation import likelihood
 from bitnet_jax.evaluation.language import evaluate_text, model_logits
 from bitnet_jax.evaluation.likelihood import (
@@ -21,7 +22,6 @@ from bitnet_jax.evaluation.likelihood import (
     TextModel,
     score_requests,
     score_texts,
-    start_ids,
     text_request,
 )
 from bitnet_jax.interop import huggingface
@@ -136,32 +136,31 @@ def test_few_shapes_are_compiled(model: TextModel, monkeypatch: pytest.MonkeyPat
         assert score.log_probability == pytest.approx(-score.tokens * np.log(256), rel=1e-6)
 
 
-def test_spaces_between_context_and_continuation_belong_to_the_continuation() -> None:
-    tokenizer = ByteTokenizer()
+def test_spaces_between_context_and_continuation_belong_to_the_continuation(model: TextModel) -> None:
     for context, continuation in (("a b:", " c"), ("a b: ", "c")):
-        request = text_request(tokenizer, context, continuation)
+        request = text_request(model, context, continuation)
         assert bytes(request.tokens.astype(np.uint8)) == b"\0a b: c"
         assert request.scored_from == 5
 
 
-def test_start_tokens_of_a_text() -> None:
-    assert start_ids(ByteTokenizer()).tolist() == [0]
-    characters = CharTokenizer("abc ")
-    assert start_ids(characters).tolist() == []
-    request = text_request(characters, "", "abc")  # the first one is not scored
+def test_a_text_begins_with_the_separator_of_a_model_trained_here(model: TextModel) -> None:
+    assert (model.begin, model.end) == ((0,), (0,))
+    without = model._replace(tokenizer=CharTokenizer("abc "))
+    assert (without.begin, without.end) == ((), ())
+    request = text_request(without, "", "abc")  # the first one is not scored
     assert (request.tokens.tolist(), request.scored_from) == ([0, 1, 2], 1)
     with pytest.raises(DataError, match="expected it to have at least one token after another"):
-        text_request(characters, "", "a")
+        text_request(without, "", "a")
     with pytest.raises(DataError, match="got the continuation ''"):
-        text_request(ByteTokenizer(), "a", "")
+        text_request(model, "a", "")
 
-    class Named:
-        kind, vocab_size, eos_id = "json", 10, 2
 
-        def encode(self, text: str) -> np.ndarray:
-            return np.array([7] if text == "<s>" else [1, 1], np.int32)
-
-    assert start_ids(Named()).tolist() == [7]  # type: ignore[arg-type]
+def test_a_text_begins_with_the_begin_tokens_that_a_model_states(model: TextModel) -> None:
+    """Not with a token whose name is known, nor with a separator."""
+    for begin in ((), (7,), (7, 8)):
+        stated = model._replace(conversation=Conversation(begin=begin, end=(9,)))
+        request = text_request(stated, "a", "b")
+        assert (request.tokens.tolist(), request.scored_from) == ([*begin, 97, 98], len(begin) + 1)
 
 
 def test_models_that_cannot_score_are_rejected(model: TextModel) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.data import ByteTokenizer, DataError
+from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.evaluation import completion, summarization
 from bitnet_jax.evaluation.completion import complete, cut
 from bitnet_jax.evaluation.likelihood import TextModel
@@ -43,6 +44,15 @@ def test_batched_completions_equal_single_completions(
     assert len(set(answers)) > 1
     letter = next(character for character in answers[0] if character.isprintable())
     assert complete(model, prompts[:1], 10, stop=("never", letter)) == [answers[0].partition(letter)[0]]
+
+
+def test_answers_end_at_every_end_token_that_the_model_states(model: TextModel) -> None:
+    prompt = np.array([65, 66, 67])
+    result = generate(CONFIG, model.variables, prompt[None], max_new_tokens=10)
+    ids = np.asarray(result.tokens)[0].tolist()
+    for end in ((ids[1],), (ids[2],), (ids[2], ids[1])):
+        (answer,) = complete(model._replace(conversation=Conversation(end=end)), [prompt], 10)
+        assert answer == ByteTokenizer().decode(ids[: min(map(ids.index, end))])
 
 
 def test_a_completion_ends_before_the_first_stop_string() -> None:

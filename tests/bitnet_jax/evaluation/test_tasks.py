@@ -137,7 +137,7 @@ def test_last_word_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_runs(name: str, place: Path) -> None:
-    config, variables, tokenizer, _ = storage.load_packed(place / "packed")
+    config, variables, tokenizer, *_ = storage.load_packed(place / "packed")
     assert tokenizer is not None
     model = TextModel(config, variables, tokenizer)
     figures = run_task(model, name, root=place / "data")

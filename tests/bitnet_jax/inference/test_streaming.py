@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 from bitnet_jax.inference import streaming
 from bitnet_jax.inference.generation import generate
@@ -78,6 +79,21 @@ def test_a_stream_equals_the_decoded_text_of_generate(variables: dict[str, Any])
     stop = expected[4:6]
     stopped = "".join(stream(CONFIG, variables, tokenizer, "Grüße", stop=["never there", stop], **SAMPLED))
     assert stopped == expected[: expected.index(stop)]
+
+
+def test_a_stream_begins_and_ends_as_the_model_states(variables: dict[str, Any]) -> None:
+    tokenizer, greedy = ByteTokenizer(), {"max_new_tokens": 12}
+    prompt = np.array([7, 8, *b"xy"])
+    ids = np.asarray(generate(CONFIG, variables, prompt[None], **greedy).tokens[0]).tolist()
+    states = Conversation(begin=(7, 8))
+    assert "".join(
+        stream(CONFIG, variables, tokenizer, "xy", conversation=states, **greedy)
+    ) == tokenizer.decode(ids)
+    for end in ((ids[2],), (ids[1],), (ids[2], ids[1])):
+        states = Conversation(begin=(7, 8), end=end)
+        text = "".join(stream(CONFIG, variables, tokenizer, "xy", conversation=states, **greedy))
+        assert text == tokenizer.decode(ids[: min(map(ids.index, end))])
+        assert text == "".join(stream(CONFIG, variables, tokenizer, prompt, conversation=states, **greedy))
 
 
 def test_characters_of_several_tokens_are_emitted_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_changed_bytes_are_rejected_or_harmless(
     path.write_bytes(content)
     refusal = None
     try:
-        config, loaded, tokenizer, _ = load_packed(folder)
+        config, loaded, tokenizer, *_ = load_packed(folder)
     except StorageError as error:
         refusal = str(error)
     if refusal is not None:

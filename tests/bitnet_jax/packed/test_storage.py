@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from bitnet_jax.data.conversation import Conversation, of_documents
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing, tensor_file
 from bitnet_jax.packed.storage import StorageError, load_packed, save_packed
@@ -24,13 +26,14 @@ from tests.bitnet_jax.packed.folders import (
     TOKENIZER,
     assert_same,
     header_of,
+    sign,
 )
 
 
 def test_save_load_round_trip(saved: Path, variables: dict[str, Any]) -> None:
     assert {entry.name for entry in saved.iterdir()} == FILES
     for verify in (True, False):
-        config, loaded, tokenizer, _ = load_packed(saved, verify=verify)
+        config, loaded, tokenizer, *_ = load_packed(saved, verify=verify)
         assert config == CONFIG
         assert_same(loaded, variables)
         assert tokenizer is not None
@@ -52,6 +55,37 @@ def test_the_trained_length_is_saved_and_folders_without_it_can_be_read(
     assert load_packed(tmp_path / "old")[0].trained_length is None
 
 
+def test_the_conversation_is_saved_and_checked(
+    saved: Path, variables: dict[str, Any], tmp_path: Path
+) -> None:
+    assert load_packed(saved).conversation == of_documents(TOKENIZER), "also of folders that are older"
+    said = Conversation((5,), (0, 299), "{{ bos_token }}é", (("bos_token", "<s>"),))
+    folder = tmp_path / "model"
+    save_packed(folder, variables, CONFIG, TOKENIZER, conversation=said)
+    assert {entry.name for entry in folder.iterdir()} == FILES | {"conversation.json"}
+    assert load_packed(folder).conversation == said
+    shutil.copytree(folder, tmp_path / "copy")
+    assert load_packed(tmp_path / "copy", verify=True).conversation == said
+    save_packed(folder, variables, CONFIG, TOKENIZER, conversation=said, overwrite=True)
+
+    path = folder / "conversation.json"
+    path.write_text(path.read_text().replace("299", "298"))
+    with pytest.raises(StorageError, match=r"conversation\.json has the checksum"):
+        load_packed(folder)
+    path.write_text(path.read_text().replace("298", "300"))
+    sign(folder)
+    with pytest.raises(
+        StorageError, match=r"conversation\.json: end: got the id 300, expected ids below 300"
+    ):
+        load_packed(folder)
+    path.unlink()
+    with pytest.raises(StorageError, match=r"conversation\.json has the checksum None"):
+        load_packed(folder)
+    with pytest.raises(StorageError, match="begin: got the id 300"):
+        save_packed(tmp_path / "wrong", variables, CONFIG, conversation=Conversation(begin=(300,)))
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_loaded_model_has_the_outputs_of_the_saved_one(saved: Path, variables: dict[str, Any]) -> None:
     _, loaded, *_ = load_packed(saved)
     tokens = jnp.asarray([[5, 250, 7, 0, 31]])
@@ -66,7 +100,7 @@ def test_without_a_tokenizer_and_with_float_recipes_only(tmp_path: Path) -> None
     abstract = packing.abstract(config)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     save_packed(tmp_path / "deep" / "er" / "model", zeros, config)
-    loaded_config, loaded, tokenizer, _ = load_packed(tmp_path / "deep" / "er" / "model")
+    loaded_config, loaded, tokenizer, *_ = load_packed(tmp_path / "deep" / "er" / "model")
     assert (loaded_config, tokenizer) == (config, None)
     assert_same(loaded, zeros)
 

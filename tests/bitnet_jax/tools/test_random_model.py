@@ -34,7 +34,7 @@ def test_it_is_valid_reproducible_and_has_plausible_outputs(tmp_path: Path) -> N
     content = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "same", "other")}
     assert content["a"] == content["same"] != content["other"]
 
-    config, variables, tokenizer, _ = load_packed(tmp_path / "a", verify=True)
+    config, variables, tokenizer, *_ = load_packed(tmp_path / "a", verify=True)
     assert (config, tokenizer) == (CONFIG, None)
     embedding = np.asarray(variables["params"]["embed"]["embedding"], np.float32)
     np.testing.assert_allclose(embedding.std(), CONFIG.init_std, rtol=0.05)  # of 21672 draws
