@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int8, Shaped, UInt8
 
 from bitnet_jax.interop.huggingface_config import Form, module_name, read_config
 from bitnet_jax.interop.safetensors_folder import open_tensors, read_json
@@ -148,9 +148,20 @@ def pack_weight(weight: Float[Array, "n k"]) -> tuple[UInt8[np.ndarray, "n/4 k"]
         raise ValueError(f"weight has {n} outputs, expected a multiple of 4: four rows share a byte")
     weight = weight.astype(jnp.float32)
     codes = np.asarray(WEIGHT_QUANTIZERS["ternary_absmean"](weight).codes)
+    return pack_codes(codes), mean_magnitude(weight)
+
+
+def pack_codes(codes: Shaped[np.ndarray, "n k"]) -> UInt8[np.ndarray, "n/4 k"]:
+    """Codes in {-1, 0, 1}, of any dtype -> bytes, the inverse of `unpack_weight`; n is a multiple of 4."""
+    n, k = codes.shape
     fields = (codes + 1).astype(np.uint8).reshape(_CODES_PER_BYTE, n // _CODES_PER_BYTE, k)
-    packed = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
-    return packed, np.float32(jnp.maximum(jnp.mean(jnp.abs(weight)), SMALLEST_SCALE))
+    packed: np.ndarray = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
+    return packed
+
+
+def mean_magnitude(weight: Float[Array, "n k"]) -> np.float32:
+    """The scale of a latent weight: `max(mean |W|, 1e-5)`, in float32."""
+    return np.float32(jnp.maximum(jnp.mean(jnp.abs(weight.astype(jnp.float32))), SMALLEST_SCALE))
 
 
 def _check_names(folder: Path, tensors: dict[str, np.ndarray], wanted: set[str], config: ModelConfig) -> None:

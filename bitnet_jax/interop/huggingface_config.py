@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 _NORM_PLACEMENTS = {"bitnet": "sub", "llama": "pre"}
-_ACTIVATIONS = {"relu2": "relu2_glu", "silu": "silu_glu"}
+ACTIVATIONS = {"relu2": "relu2_glu", "silu": "silu_glu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,9 @@ def read_config(content: dict[str, Any], tensor_count: int, dtype: str) -> tuple
                 f"config.json: {key} is {content[key]!r}; projections with a bias are not supported"
             )
     activation = value("hidden_act")
-    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
-            f"config.json: hidden_act is {activation!r}, expected one of {', '.join(_ACTIVATIONS)}"
+            f"config.json: hidden_act is {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
         )
     tied = value("tie_word_embeddings")
     if not isinstance(tied, bool):
@@ -103,7 +103,7 @@ def read_config(content: dict[str, Any], tensor_count: int, dtype: str) -> tuple
         ffn_size=_integer(value, "intermediate_size"),
         max_length=_integer(value, "max_position_embeddings"),
         rope_theta=_rope_theta(content, defaults["rope_theta"]),
-        mlp=_ACTIVATIONS[activation],
+        mlp=ACTIVATIONS[activation],
         norm_eps=_positive(value, "rms_norm_eps"),
         norm_placement=_NORM_PLACEMENTS[model_type],
         inside_norm=form.inside_norm,

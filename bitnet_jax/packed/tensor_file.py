@@ -78,11 +78,14 @@ def write(
     tensors: Mapping[str, np.ndarray | Streamed],
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None] = lambda count: None,
+    *,
+    aligned: bool = True,
 ) -> None:
     """Writes all tensors in the given order, and `metadata` with the entry `crc32` added.
 
     Args:
       file: empty and seekable: the header, which contains the checksums, is written last.
+      aligned: False writes no pads, for readers that take every tensor for a part of the model.
       on_bytes: called with the number of bytes of each piece written, for a progress bar.
 
     Raises:
@@ -101,7 +104,7 @@ def write(
         begin, end = end, end + tensor.nbytes
         offsets = {"shape": list(tensor.shape), "data_offsets": [begin, end]}
         entries[name] = {"dtype": names[tensor.dtype], **offsets}
-        if pad := -end % ALIGNMENT:
+        if (pad := -end % ALIGNMENT) and aligned:
             begin, end = end, end + pad
             entries[f"{PAD}{len(entries)}"] = {"dtype": "U8", "shape": [pad], "data_offsets": [begin, end]}
 
@@ -120,7 +123,8 @@ def write(
             crc32[name] = zlib.crc32(piece, crc32[name])
             file.write(piece)
             on_bytes(len(piece))
-        file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
+        if aligned:
+            file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
     file.seek(8)
     file.write(header(crc32).ljust(length))
 
