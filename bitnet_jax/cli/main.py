@@ -24,6 +24,7 @@ from typing import NoReturn, TextIO
 import bitnet_jax
 from bitnet_jax.cli import (
     bench,
+    convert,
     doctor,
     energy,
     evaluate,
@@ -35,6 +36,7 @@ from bitnet_jax.cli import (
     report,
     sweep,
     train,
+    verify,
 )
 from bitnet_jax.cli.shared import check_json_target
 
@@ -50,6 +52,8 @@ COMMANDS: dict[str, ModuleType] = {
     "init": init,
     "train": train,
     "pack": pack,
+    "convert": convert,
+    "verify": verify,
     "generate": generate,
     "predict": predict,
     "eval": evaluate,

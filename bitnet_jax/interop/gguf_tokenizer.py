@@ -23,6 +23,8 @@ from bitnet_jax.packed.tensor_file import StorageError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 KEY = "tokenizer.ggml."
 _SPACE = "\u2581"
+# Token in metadata -> variable of the chat template.
+NAMED_TOKENS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
@@ -73,7 +75,8 @@ def read_conversation(metadata: Mapping[str, Value]) -> Conversation:
     text = None if template is None else template.value
     if KEY + "model" not in metadata:
         return Conversation(template=text)
-    kind, count = _kind(metadata), len(_tokens(metadata))
+    kind, tokens = _kind(metadata), _tokens(metadata)
+    count = len(tokens)
     if _flag(metadata, "add_eos_token", False):
         raise StorageError(f"{KEY}add_eos_token is true: an end token after each prompt is not supported")
     pre = metadata.get(KEY + "pre")
@@ -88,7 +91,20 @@ def read_conversation(metadata: Mapping[str, Value]) -> Conversation:
         begin=(begin,) if begin is not None and _flag(metadata, "add_bos_token", begins) else (),
         end=tuple(dict.fromkeys(end for end in ends if end is not None)),
         template=text,
+        special_tokens=_special_tokens(metadata, kind, tokens),
     )
+
+
+def _special_tokens(
+    metadata: Mapping[str, Value], kind: str, tokens: list[str]
+) -> tuple[tuple[str, str], ...]:
+    """The variables of the chat template that name tokens, such as bos_token."""
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    found = []
+    for key, name in NAMED_TOKENS.items():
+        if (index := _id(metadata, f"{key}_token_id", len(tokens), defaults.get(key))) is not None:
+            found.append((name, tokens[index]))
+    return tuple(found)
 
 
 def _kind(metadata: Mapping[str, Value]) -> str:

@@ -17,6 +17,7 @@ from bitnet_jax.interop.gguf_tokenizer import (
     CONTROL,
     ENDS,
     KEY,
+    NAMED_TOKENS,
     NORMAL,
     UNKNOWN,
     UNUSED,
@@ -77,10 +78,12 @@ def metadata_of(
         types[token["id"]] = UNKNOWN if unknown else CONTROL if token.get("special") else USER_DEFINED
     entries |= {"tokens": Value("string[]", tokens), "token_type": Value("i32[]", types)}
     metadata = {KEY + key: value for key, value in entries.items()}
-    metadata |= {} if conversation is None else _conversation_keys(conversation)
+    metadata |= {} if conversation is None else _conversation_keys(conversation, tokens)
     _check_read_back(metadata, parsed, names, merges)
-    if conversation is not None and (found := read_conversation(metadata)) != conversation:
-        raise ValueError(f"got {conversation}, but a file with this tokenizer means {found}")
+    if conversation is not None:
+        found, begin = read_conversation(metadata), _begin(conversation)
+        if (found.begin, found.end, found.template) != (begin, conversation.end, conversation.template):
+            raise ValueError(f"got {conversation}, but a file with this tokenizer means {found}")
     return metadata
 
 
@@ -113,17 +116,26 @@ def _check_added(token: Mapping[str, Any], normalizer: Any) -> None:
         )
 
 
-def _conversation_keys(conversation: Conversation) -> dict[str, Value]:
-    if len(conversation.begin) > 1 or len(conversation.end) > len(ENDS):
+def _begin(conversation: Conversation) -> tuple[int, ...]:
+    """Those before prompts: the format has no others, such as those before documents of a model trained here."""
+    return conversation.begin if conversation.begins_prompts else ()
+
+
+def _conversation_keys(conversation: Conversation, tokens: list[str]) -> dict[str, Value]:
+    begin = _begin(conversation)
+    if len(begin) > 1 or len(conversation.end) > len(ENDS):
         raise ValueError(
-            f"got {len(conversation.begin)} begin and {len(conversation.end)} end ids, expected at most 1 and "
+            f"got {len(begin)} begin and {len(conversation.end)} end ids, expected at most 1 and "
             f"{len(ENDS)} in a GGUF file"
         )
     ids = dict(zip(ENDS, conversation.end, strict=False))
-    if conversation.begin:
-        ids["bos_token_id"] = conversation.begin[0]
+    if begin:
+        ids["bos_token_id"] = begin[0]
     metadata = {KEY + key: Value("u32", value) for key, value in ids.items()}
-    metadata[KEY + "add_bos_token"] = Value("bool", bool(conversation.begin))
+    for key, name in NAMED_TOKENS.items():
+        if (text := dict(conversation.special_tokens).get(name)) is not None and text in tokens:
+            metadata.setdefault(f"{KEY}{key}_token_id", Value("u32", tokens.index(text)))
+    metadata[KEY + "add_bos_token"] = Value("bool", bool(begin))
     if conversation.template is not None:
         metadata["tokenizer.chat_template"] = Value("string", conversation.template)
     return metadata

@@ -189,6 +189,7 @@ TYPES = {
 }  # fmt: skip
 NUMBERS = {record.name: number for number, record in TYPES.items()}
 
+WRITABLE = tuple(name for name in NUMBERS if name not in READ_ONLY)
 _CONVERT = "convert the model to one of them with llama-quantize"
 _TO_I2S = "convert the model to i2_s with the tools of microsoft/BitNet"
 _REFUSED = {

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from bitnet_jax.data.conversation import Conversation, of_documents
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.interop.huggingface import (
     mean_magnitude,
@@ -34,6 +35,7 @@ from bitnet_jax.interop.huggingface import (
     unpack_weight,
 )
 from bitnet_jax.interop.huggingface_config_export import FORMS, config_json
+from bitnet_jax.interop.huggingface_conversation_export import files_of
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import tensor_file
 from bitnet_jax.packed.atomic_folder import atomic_folder, check_writable, remove_stale, synced_file
@@ -54,6 +56,8 @@ def save(
     form: str,
     dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
+    conversation: Conversation | None = None,
+    overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes config.json, the weights, and tokenizer.json if a tokenizer is given.
@@ -67,7 +71,9 @@ def save(
       dtype: "float32" or "bfloat16", of all floats of the file; None: bfloat16 if it holds every value exactly, else
         float32. Tables that the model rounds to bfloat16 (config.embedding_dtype) are stored in it in either case.
         Ternary codes are made before anything is rounded.
-      tokenizer: of the kind that tokenizer.json holds; its end token becomes eos_token_id.
+      tokenizer: of the kind that tokenizer.json holds.
+      conversation: begin and end tokens and chat template; None: the end token of the tokenizer.
+      overwrite: replace an existing folder.
       shard_bytes: a larger model is split into files of at most this size (or one tensor) and an index.
 
     Raises:
@@ -80,22 +86,18 @@ def save(
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}, or None")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes is {shard_bytes}, expected a positive number")
-    texts = {}
-    if tokenizer is not None:
-        if tokenizer.kind != "json":
-            raise ValueError(
-                f"a {tokenizer.kind} tokenizer has no Hugging Face form; expected one read from tokenizer.json, or None"
-            )
-        texts["tokenizer.json"] = tokenizer.to_json()
+    conversation = of_documents(tokenizer) if conversation is None else conversation
+    texts = files_of(tokenizer, conversation)
     content = config_json(config, form, dtype or "float32")
     remove_stale(folder)
-    if folder.exists() or folder.is_symlink():
+    if not overwrite and (folder.exists() or folder.is_symlink()):
         raise StorageError(f"{folder} exists; choose another folder")
     check_writable(folder)
 
     sources = _sources(config, variables, form)
     content["torch_dtype"] = stored = dtype or _smallest_dtype(config, sources)
-    content["eos_token_id"] = tokenizer.eos_id if tokenizer is not None else None
+    ends = list(conversation.end)
+    content["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     texts["config.json"] = json.dumps(content, indent=2) + "\n"
     tables = {name for path, (name, _) in tensor_names(config).items() if path in TABLES}
     tensors = {
@@ -110,7 +112,7 @@ def save(
             "weight_map": {name: file for file, part in shards.items() for name in part},
         }
         texts[_INDEX] = json.dumps(index, indent=2) + "\n"
-    with atomic_folder(folder, nbytes, overwrite=False) as temporary:
+    with atomic_folder(folder, nbytes, overwrite=overwrite) as temporary:
         for file_name, part in shards.items():
             with synced_file(temporary / file_name) as file:
                 tensor_file.write(file, part, {"format": "pt"}, aligned=False)

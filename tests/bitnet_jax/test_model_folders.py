@@ -20,7 +20,7 @@ from bitnet_jax.tools.random_model import write_random
 def test_a_hugging_face_folder_is_recognized_and_keeps_its_packed_weights(oracles: Path) -> None:
     folder = oracles / "hf_bitnet" / "bitnet_autobit_packed_bf16_tied"
     model = load_model(folder)
-    assert model.kind == "hugging face"
+    assert model.kind == "huggingface"
     assert (model.tokenizer is not None) == (folder / "tokenizer.json").exists()
     rows = matrices(model.config, model.variables)
     assert {row["stored"] for row in rows.values()} == {"ternary2 panel16"}

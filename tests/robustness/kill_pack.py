@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_jax.model_folders import pack_run
 from bitnet_jax.packed.storage import load_packed
+from bitnet_jax.tools.pack_model import pack_model
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import fit
 
@@ -44,7 +44,7 @@ def make_run(place: Path) -> Path:
 
 def pack_for_ever(run: Path, folder: Path) -> None:
     while True:
-        pack_run(run, folder, tokens=0, overwrite=True)
+        pack_model(run, folder, tokens=0, overwrite=True)
         print("packed", flush=True)
 
 
@@ -70,7 +70,7 @@ def kill_often(kills: int, seed: int, place: Path) -> dict[str, Any]:
             load_packed(folder, verify=True)
         counts["whole" if folder.exists() else "absent"] += 1
         counts["with a hidden sibling"] += bool(litter)
-    pack_run(run, folder, tokens=0, overwrite=True)
+    pack_model(run, folder, tokens=0, overwrite=True)
     load_packed(folder, verify=True)
     left = sorted(entry.name for entry in folder.parent.iterdir())
     return {"kills": kills, "seed": seed, "outcomes": dict(counts), "left_after_the_next_pack": left}

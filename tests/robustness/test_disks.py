@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from bitnet_jax.model_folders import pack_run
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import packing
 from bitnet_jax.packed.storage import StorageError, load_packed, save_packed
+from bitnet_jax.tools.pack_model import pack_model
 from bitnet_jax.training import RunConfig, RunError, fit
 from tests.robustness.kill_pack import kill_often, make_run
 
@@ -80,7 +80,7 @@ def test_every_writer_rejects_a_read_only_disk(disk: Path, tmp_path: Path) -> No
         with pytest.raises(StorageError, match="is read-only or belongs to another user"):
             save_packed(disk / name, variables(), CONFIG, overwrite=overwrite)
     with pytest.raises(StorageError, match="is read-only or belongs to another user"):
-        pack_run(run, disk / "packed", tokens=0)
+        pack_model(run, disk / "packed", tokens=0)
     with pytest.raises(RunError, match="Read-only file system"):
         fit(run_config(tmp_path), disk / "run", progress=False)
     remount(disk, "rw")

@@ -15,10 +15,11 @@ import pytest
 from bitnet_jax.cli import main as cli
 from bitnet_jax.data.image_files import read_images
 from bitnet_jax.data.images import drawn_digits, load_images, shrink
-from bitnet_jax.model_folders import load_model, pack_run
+from bitnet_jax.model_folders import load_model
 from bitnet_jax.models import init_variables, model_config
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.packed.proof import prove
+from bitnet_jax.tools.pack_model import pack_model
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import fit
 
@@ -254,12 +255,9 @@ def test_pack_rejects_its_target_before_it_reads_the_run(
     monkeypatch.setattr("bitnet_jax.training.load.read_run", never)
     (tmp_path / "there").mkdir()
     with pytest.raises(storage.StorageError, match="exists; choose another folder or pass overwrite=True"):
-        pack_run(place / "images", tmp_path / "there")
+        pack_model(place / "images", tmp_path / "there")
 
 
-def test_a_hugging_face_folder_is_not_accepted_as_a_run(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(
-        ValueError, match="the folder of a hugging face model, expected the folder of a training run"
-    ):
-        pack_run(tmp_path, tmp_path / "packed")
+def test_a_packed_model_is_not_packed_again(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="packed model whose weights are packed, expected latent weights"):
+        pack_model(place / "images-packed", tmp_path / "packed")

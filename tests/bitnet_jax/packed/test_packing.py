@@ -337,6 +337,7 @@ def test_codes_and_scales_that_the_format_cannot_hold_are_rejected(
         packing.pack(params, ModelConfig(**SHAPE, precision="bitnet_b158"))
 
 
+@pytest.mark.optimized
 def test_the_ternary5_format_gives_the_same_model(ternary: Any) -> None:
     config, params, packed = ternary
     dense = dataclasses.replace(config, ternary_format="ternary5")

@@ -1,0 +1,148 @@
+"""Verify a model: the packed path against float arithmetic, or against another model or stored logits.
+
+Without --against, the packed weights are unpacked to floats and run layer by layer through plain JAX: the largest
+difference of each block is shown. With it, the other model (any folder or .gguf file) is the reference, or a .npz file
+with `input_ids` [B, T] and `logits` [B, S, V] at the last S positions, such as another program wrote.
+
+Both read the same text (--source, a sample of Python's standard library by default; random tokens for a model without
+a tokenizer). Exits with 1 if no position agrees on the most likely token.
+
+example:
+  bitnet-jax verify smollm2-int8 --against smollm2 --json verify.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from bitnet_jax.cli.shared import write_json
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, or pypi:PACKAGE")
+    command.add_argument(
+        "--against", metavar="OTHER", help="the reference: a model, or a .npz file of logits"
+    )
+    command.add_argument("--source", help="text to compare on: a file or a folder (default: stdlib)")
+    command.add_argument("--rows", type=int, default=4, help="rows of text (default %(default)s)")
+    command.add_argument("--length", type=int, default=128, help="tokens in each row (default %(default)s)")
+    command.add_argument(
+        "--new-tokens",
+        type=int,
+        default=16,
+        help="greedy tokens after each row's first half (default %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitnet_jax.model_folders import load_text_model
+    from bitnet_jax.packed.latent import unpack_model
+    from bitnet_jax.tools import agreement
+
+    for name in ("rows", "length", "new_tokens"):
+        least = 0 if name == "new_tokens" else 1
+        if getattr(args, name) < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"got --{option} {getattr(args, name)}, expected at least {least}")
+    loaded = load_text_model(args.model)
+    model = agreement.Model(loaded.config, loaded.variables)
+    if args.against is not None and args.against.endswith(".npz"):
+        rows = agreement.read_logits(Path(args.against))
+        figures: dict[str, Any] = dataclasses.asdict(agreement.compare(rows, model))
+    else:
+        tokens = _tokens(args, loaded)
+        if args.against is None:
+            if "packed" not in loaded.variables:
+                raise ValueError(f"got {args.model} without packed weights, expected --against another model")
+            reference = agreement.Model(loaded.config, unpack_model(loaded.config, loaded.variables))
+        else:
+            other = load_text_model(args.against)
+            _check_same_text(loaded, other)
+            reference = agreement.Model(other.config, other.variables)
+        figures = dataclasses.asdict(agreement.compare(agreement.logits_of(reference, tokens), model))
+        figures["layers"] = {
+            name: float(error)
+            for name, error in agreement.compare_layers(reference, model, tokens[0]).items()
+        }
+        room = loaded.config.max_length - tokens.shape[1] // 2
+        if (count := min(args.new_tokens, room)) and tokens.shape[1] > 1:
+            prompts = tokens[:, : tokens.shape[1] // 2]
+            greedy = agreement.compare_greedy(reference, model, prompts, count)
+            figures |= {
+                "greedy_equal": greedy.equal,
+                "greedy_tokens": greedy.tokens,
+                "first_difference": greedy.first_difference,
+            }
+    figures |= {"model": args.model, "against": args.against or "the same weights in floats"}
+    write_json(args.json, figures)
+    print(_describe(figures))
+    return 0 if figures["top1"] > 0 else 1
+
+
+def _tokens(args: argparse.Namespace, model: Any) -> Any:
+    """int32 [rows, length] of the text, or random ones."""
+    import numpy as np
+
+    from bitnet_jax.data import read_documents
+    from bitnet_jax.data.conversation import with_begin
+
+    length = min(args.length, model.config.max_length)
+    if model.tokenizer is None:
+        return (
+            np.random.default_rng(0)
+            .integers(0, model.config.vocab_size, (args.rows, length))
+            .astype(np.int32)
+        )
+    rows: list[np.ndarray] = []
+    for document in read_documents(args.source or "stdlib").documents:
+        text = document.text[: 64 * args.rows * length]  # far more than the tokens that are left
+        ids = model.tokenizer.encode(text)
+        ids = with_begin(model.conversation.begin, ids) if model.conversation.begins_prompts else ids
+        rows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        if len(rows) >= args.rows:
+            break
+    if not rows:
+        raise ValueError(
+            f"got fewer than {length} tokens in {args.source}, expected at least one row of --length"
+        )
+    return np.stack(rows[: args.rows])
+
+
+def _check_same_text(model: Any, other: Any) -> None:
+    if model.config.vocab_size != other.config.vocab_size:
+        raise ValueError(
+            f"got models of {model.config.vocab_size} and {other.config.vocab_size} tokens, expected one vocabulary"
+        )
+    if model.tokenizer is not None and other.tokenizer is not None:
+        sample = "The tokenizers of two models: 1.58 bits, naïve café\n\tint x = 0;"
+        if list(model.tokenizer.encode(sample)) != list(other.tokenizer.encode(sample)):
+            raise ValueError(
+                "got models with different tokenizers, expected one: their ids mean different text"
+            )
+
+
+def _describe(figures: dict[str, Any]) -> str:
+    lines = [
+        f"{figures['model']} against {figures['against']}, {figures['positions']} positions",
+        f"  logits           differ by at most {figures['max_logit_error']:.3g}, "
+        f"on average {figures['mean_logit_error']:.3g}",
+        f"  KL divergence    {figures['kl']:.3g} nats a token, at most {figures['max_kl']:.3g}",
+        f"  most likely token the same at {100 * figures['top1']:.2f} % of the positions",
+    ]
+    if figures["nats_per_token"] is not None:
+        lines.append(
+            f"  nats per token   {figures['nats_per_token']:.4f}, "
+            f"the reference {figures['reference_nats_per_token']:.4f}"
+        )
+    if "greedy_equal" in figures:
+        equal = "all equal"
+        if not figures["greedy_equal"]:
+            prompt, index = figures["first_difference"]
+            equal = f"first difference at new token {index} of row {prompt}"
+        lines.append(f"  greedy           {figures['greedy_tokens']} tokens, {equal}")
+    for name, error in figures.get("layers", {}).items():
+        lines.append(f"  {name:16s} differs by {error:.2e} of its largest output")
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""Latent weights for a packed model: the inverse of `packing.pack`, for training on and as a float reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bitnet_jax.models import Architecture
+from bitnet_jax.packed.packing import Layer, PackingError, Variables, layers, quantize
+from bitnet_kernels import PackedArray, unpack
+
+# Relative, of the scale that is measured on the latent weights: equal values summed one by one are all rounded alike,
+# which adds up to half an ulp for each of the thousands that XLA sums in one go.
+ROUNDING = 1e-3
+
+
+def unpack_model(config: Architecture, variables: Variables) -> dict[str, Any]:
+    """The variables of a packed model with latent weights in place of packed ones.
+
+    Each latent matrix quantizes to exactly the stored codes, and to the stored scales up to float32 rounding (exactly
+    where they are learned). Of a tied integer head, whose table the model still holds, only the codes are dropped.
+
+    Args:
+      config: of the model.
+      variables: {"params": ..., "packed": ...}; without "packed" they are returned as they are.
+
+    Returns: {"params": ...}, and "batch_stats" if the model has them.
+
+    Raises:
+      PackingError: no latent matrix quantizes to the codes of a layer; the message names it.
+    """
+    flat = flatten_dict(dict(variables["params"]), sep="/")
+    packed = flatten_dict(dict(variables.get("packed", {})), sep="/")
+    for path, layer in layers(config).items():
+        weight = packed.get(f"{path}/weight")
+        if weight is None or layer.latent in flat:
+            continue
+        flat |= _latent(path, layer, weight)
+    others = {name: part for name, part in variables.items() if name not in ("params", "packed")}
+    return {"params": unflatten_dict(flat, sep="/"), **others}
+
+
+def _latent(path: str, layer: Layer, weight: PackedArray) -> dict[str, Any]:
+    """The parameters of one layer.
+
+    Scales of quantizers double with their input, so the matrix of codes, times the stored over its own scale, has the
+    stored scale.
+    """
+    n, k = weight.shape
+    codes = np.asarray(unpack(weight), np.float32).reshape(n, weight.groups, -1)
+    stored = np.asarray(weight.scale, np.float32)
+    if layer.precision.scale == "learned":
+        found = {layer.latent: codes * stored[..., None], f"{path}/weight_scale": stored}
+        parameters = {name: jnp.asarray(value.reshape(n, -1)) for name, value in found.items()}
+    else:
+        own = quantize(path, layer, {layer.latent: jnp.asarray(codes.reshape(n, k))}).scale
+        values = codes * (stored / np.asarray(own))[..., None]
+        parameters = {layer.latent: jnp.asarray(values.reshape(n, k))}
+    again = quantize(path, layer, parameters)
+    same_codes = np.array_equal(np.asarray(again.codes), codes.reshape(n, k))
+    if not same_codes or not np.allclose(again.scale, stored, rtol=ROUNDING, atol=0):
+        raise PackingError(
+            f"{path}: no latent weights of the quantizer {layer.precision.weight!r} have these "
+            f"{'scales' if same_codes else 'codes'}; was the model packed with another quantizer, or are scales below "
+            "the smallest that it computes?"
+        )
+    return parameters
