@@ -7,6 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 
+def suggestion(got: Any, allowed: Iterable[str]) -> str:
+    """`; did you mean 'name'?` with the nearest allowed name, for the end of a message; "" if none is near."""
+    near = difflib.get_close_matches(str(got), list(allowed), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def check_name(what: str, got: Any, allowed: Iterable[str], also: str = "") -> None:
     """Checks that `got` is one of `allowed`.
 
@@ -18,6 +24,5 @@ def check_name(what: str, got: Any, allowed: Iterable[str], also: str = "") -> N
     """
     allowed = list(allowed)
     if got not in allowed:
-        near = difflib.get_close_matches(str(got), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what}: got {got!r}, expected one of {sorted(allowed)}{also}{hint}")
+        listed = ", ".join(allowed) or "none"
+        raise ValueError(f"{what}: got {got!r}, expected one of {listed}{also}{suggestion(got, allowed)}")
