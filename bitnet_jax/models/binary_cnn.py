@@ -11,7 +11,6 @@ real-valued sums bypass the signs. A shortcut is tiled where the channels grow a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ class BinaryCNNConfig(Architecture):
     image_size: int
     channels: int = 1
     num_classes: int
-    widths: Sequence[int] = (16, 32, 64)  # stored as a tuple
+    widths: tuple[int, ...] | list[int] = (16, 32, 64)  # stored as a tuple
     convolutions: int = 1  # per stage
     shortcut: bool = False
     activation: str = "hardtanh"

@@ -152,7 +152,7 @@ def label_parameters(params: Mapping[str, Any]) -> PyTree[str]:
       ValueError: a parameter whose name has no label.
     """
 
-    def label(path: tuple[Any, ...], leaf: Array) -> str:
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
         name = path[-1].key
         if name not in LABELS:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
