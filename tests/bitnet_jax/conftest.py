@@ -23,9 +23,9 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(autouse=True)
 def checked_annotations(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Checks annotations, unless the test has the mark `wrong_types`."""
+    """Checks annotations, unless the test has the mark `unchecked_annotations`."""
     if request.path.parent not in [HERE / package for package in CHECKED] or request.node.get_closest_marker(
-        "wrong_types"
+        "unchecked_annotations"
     ):
         yield
         return

@@ -28,6 +28,6 @@ def test_a_wrong_shape_is_found(package: str) -> None:
         WRONG[package]()
 
 
-@pytest.mark.wrong_types
-def test_a_test_may_pass_wrong_types_on_purpose() -> None:
+@pytest.mark.unchecked_annotations
+def test_a_test_may_pass_unchecked_annotations_on_purpose() -> None:
     assert Precision(weight="binary").quantize_weight(ONES[0]).codes.shape == ONES[0].shape

@@ -63,7 +63,7 @@ def test_precisions_in_rules_round_trip_through_json() -> None:
         ),
     ],
 )
-@pytest.mark.wrong_types
+@pytest.mark.unchecked_annotations
 def test_invalid_configs_are_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_dict(TINY | change)

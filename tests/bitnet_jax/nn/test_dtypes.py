@@ -38,7 +38,7 @@ from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_jax.quantization.records import ActivationQuantizer
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
 
-pytestmark = pytest.mark.wrong_types
+pytestmark = pytest.mark.unchecked_annotations
 
 FLOATS = ("float32", "bfloat16", "float16")
 INTEGERS = ("int8", "int32", "uint8")

@@ -277,7 +277,7 @@ def test_json_round_trip_and_hashing(precision: Precision) -> None:
         ({"wieght": "binary"}, "Precision field: got 'wieght', .*did you mean 'weight'"),
     ],
 )
-@pytest.mark.wrong_types
+@pytest.mark.unchecked_annotations
 def test_the_error_for_a_wrong_field_says_what_to_do(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Precision.from_dict(fields)

@@ -75,7 +75,7 @@ def toy_loss(
         "sum": 0.9 * counts["sum"] + jnp.sum(inputs).astype(jnp.float32),
     }
     logits = toy_logits(variables, inputs)
-    return cross_entropy_sums(logits, jnp.asarray(batch["targets"]), batch.get("weights")), {"counts": counts}
+    return cross_entropy_sums(logits, batch["targets"], batch.get("weights")), {"counts": counts}
 
 
 def toy_batch(step: int) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ def toy_batch(step: int) -> dict[str, np.ndarray]:
 
 def toy_evaluate(variables: Any) -> dict[str, float]:
     batch = toy_batch(10**6)
-    sums = cross_entropy_sums(toy_logits(variables, batch["inputs"]), jnp.asarray(batch["targets"]))
+    sums = cross_entropy_sums(toy_logits(variables, batch["inputs"]), batch["targets"])
     return {"loss": float(sums.loss / sums.weight)}
 
 
