@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+MOST_LISTED = 20  # the fields of a model are about 40
+
 
 def suggestion(got: Any, allowed: Iterable[str]) -> str:
     """`; did you mean 'name'?` with the nearest allowed name, for the end of a message; "" if none is near."""
@@ -20,9 +22,13 @@ def check_name(what: str, got: Any, allowed: Iterable[str], also: str = "") -> N
       what: the setting that holds the name, for the message.
       also: other allowed values, for the message, such as " or a positive group size".
     Raises:
-      ValueError: `got` is not allowed; the message lists the names and suggests the nearest one.
+      ValueError: `got` is not allowed; the message lists the names and suggests the nearest one. More than
+        MOST_LISTED names are only counted if one of them is near.
     """
     allowed = list(allowed)
     if got not in allowed:
-        listed = ", ".join(allowed) or "none"
-        raise ValueError(f"{what}: got {got!r}, expected one of {listed}{also}{suggestion(got, allowed)}")
+        hint = suggestion(got, allowed)
+        listed = (
+            f"{len(allowed)} names" if hint and len(allowed) > MOST_LISTED else ", ".join(allowed) or "none"
+        )
+        raise ValueError(f"{what}: got {got!r}, expected one of {listed}{also}{hint}")

@@ -20,6 +20,16 @@ def test_an_unknown_name_is_one_line_with_the_names_and_the_nearest() -> None:
         check_name("colour", 3, ())
 
 
+def test_a_long_list_does_not_bury_the_suggestion() -> None:
+    many = [f"{letter}_option" for letter in "abcdefghijklmnopqrstu"]
+    with pytest.raises(
+        ValueError, match="^x: got 'a_optoin', expected one of 21 names; did you mean 'a_option'[?]$"
+    ):
+        check_name("x", "a_optoin", many)
+    with pytest.raises(ValueError, match="^x: got '!', expected one of a_option, b_option, .*, u_option$"):
+        check_name("x", "!", many)
+
+
 def test_nothing_is_suggested_without_a_near_name() -> None:
     assert suggestion("train", {"train": 1, "bench": 2}) == "; did you mean 'train'?"
     assert suggestion("zzz", ["train"]) == ""

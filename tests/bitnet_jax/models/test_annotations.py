@@ -29,5 +29,5 @@ def test_a_wrong_shape_is_found(package: str) -> None:
 
 
 @pytest.mark.unchecked_annotations
-def test_a_test_may_pass_unchecked_annotations_on_purpose() -> None:
+def test_a_marked_test_may_pass_wrong_types() -> None:
     assert Precision(weight="binary").quantize_weight(ONES[0]).codes.shape == ONES[0].shape
