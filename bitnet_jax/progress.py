@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0  # between two lines
 
 
+@runtime_checkable
 class Progress(Protocol):
     """The interface of a progress display; a context manager that shows the last state on exit."""
 

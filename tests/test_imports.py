@@ -25,6 +25,7 @@ NO_MODEL: set[str] = set()  # arrays and pytrees only
 ARROWS: dict[str, set[str]] = {
     "": NO_MODEL,  # bitnet_jax/__init__.py: lazy names and a version, no work
     "optional_packages": NO_MODEL,
+    "names": NO_MODEL,
     "progress": NO_MODEL,
     "quantization": {"quantization"},
     "nn": {"quantization", "nn"},
@@ -47,8 +48,8 @@ ARROWS: dict[str, set[str]] = {
     "cli": MODEL
     | {"cli", "tools", "model_folders", "packed", "interop", "inference", "evaluation", "training", "data"},
 }
-# The version, the errors about missing packages, and the progress of long tasks.
-EVERYWHERE = {"", "optional_packages", "progress"}
+# The version, the errors about missing packages and unknown names, and the progress of long tasks.
+EVERYWHERE = {"", "optional_packages", "names", "progress"}
 
 # The only files outside kernels/ that may touch the kernels.
 TOUCH_KERNELS = {

@@ -99,17 +99,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from bitnet_jax.data.text import ROOT_VARIABLE, resolve_path
     from bitnet_jax.evaluation.likelihood import TextModel
     from bitnet_jax.evaluation.tasks import TASKS, describe, run_task
     from bitnet_jax.model_folders import load_model
     from bitnet_jax.models import text_config
+    from bitnet_jax.names import check_name
 
     names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
-    if unknown := [name for name in names if name not in ("language", "classification", *TASKS)]:
-        known = ", ".join(("language", "classification", *TASKS))
-        raise ValueError(f"got --tasks {', '.join(unknown)}, expected some of {known}")
+    for name in names:
+        check_name("--tasks", name, ("language", "classification", *TASKS))
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"got --limit {args.limit}, expected at least 1 record")
+    for name in names:
+        for file in TASKS[name].files if name in TASKS else ():
+            expected = f"the data of task {name}; pass its folder as --data-root or in ${ROOT_VARIABLE}"
+            resolve_path(file, args.data_root, expected)
     model = load_model(args.folder, step=args.step)
     classifier = bool(getattr(model.config, "num_classes", 0))
     names = names or ["classification" if classifier else "language"]

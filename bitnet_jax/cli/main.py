@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
-import difflib
 import io
 import os
 import re
@@ -39,6 +38,7 @@ from bitnet_jax.cli import (
     verify,
 )
 from bitnet_jax.cli.shared import check_json_target
+from bitnet_jax.names import check_name, suggestion
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 OWN_PACKAGES = ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
@@ -90,6 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _write_utf8()
     parser = build_parser()
     overrides, others = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    if others and not others[0].startswith("-"):
+        try:
+            check_name("command", others[0], COMMANDS)
+        except ValueError as error:
+            parser.error(str(error))
     args, unknown = parser.parse_known_args(others)
     args.overrides = overrides
     if args.run is not train.run:
@@ -117,9 +122,8 @@ def _suggestion(word: str, args: argparse.Namespace) -> str:
     """The option nearest to an unknown one, for the end of an error message."""
     name = word.partition("=")[0]
     if args.run is train.run and "." in name and name.startswith("--"):
-        return f"; did you mean --config.{word[2:]}?"
-    near = difflib.get_close_matches(name, re.findall(r"--[a-z][\w-]*", args.parser.format_help()), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+        return f"; did you mean '--config.{word[2:]}'?"
+    return suggestion(name, re.findall(r"--[a-z][\w-]*", args.parser.format_help()))
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -93,8 +93,23 @@ def read_documents(
     return Documents(documents, tuple(skipped))
 
 
-def resolve_path(path: str, root: str | os.PathLike[str] | None = None) -> Path:
-    """The absolute path of an existing file or folder. Raises DataError that lists every path tried."""
+EXPECTED_SOURCE = (
+    f"an existing path (relative ones are below data.root, else the current folder or ${ROOT_VARIABLE}), "
+    "source stdlib or hf:NAME, tokenizer byte or char; correct it"
+)
+
+
+def resolve_path(
+    path: str, root: str | os.PathLike[str] | None = None, expected: str = EXPECTED_SOURCE
+) -> Path:
+    """The absolute path of an existing file or folder.
+
+    Args:
+      path: absolute, or relative to root; without a root, to the current folder, else to $BITNET_JAX_DATA.
+      expected: for the message, what to give instead.
+    Raises:
+      DataError: there is none; the message lists every path tried.
+    """
     if root is not None:
         bases = [Path(root)]
     else:
@@ -110,11 +125,7 @@ def resolve_path(path: str, root: str | os.PathLike[str] | None = None) -> Path:
             f"{path!r}: got a path that cannot be looked up ({one_line(error)}); correct it"
         ) from error
     tried = " or ".join(map(str, candidates))
-    raise DataError(
-        f"got no file or folder at {tried}; expected an existing path (relative ones are below data.root, "
-        f"else the current folder or ${ROOT_VARIABLE}), source stdlib or hf:NAME, tokenizer byte or char; "
-        "correct it"
-    )
+    raise DataError(f"got no file or folder at {tried}; expected {expected}")
 
 
 def split_documents(

@@ -10,7 +10,7 @@ import codecs
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ Ids = Sequence[int] | np.ndarray
 END_TOKENS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """Streaming decoder: the concatenated pieces equal `decode` of all ids, and no piece ends inside a character."""
 
@@ -34,6 +35,7 @@ class Decoder(Protocol):
     def finish(self) -> str: ...
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     kind: str
 

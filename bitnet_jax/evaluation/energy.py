@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.names import check_name
 from bitnet_jax.quantization.precision import Precision
 
 HEADS = ("lm_head", "classifier")
@@ -99,8 +100,7 @@ def operations(
     Raises:
       ValueError: an unknown float format, a length below 1, a share outside [0, 1], or a pattern without a match.
     """
-    if floats not in FLOATS:
-        raise ValueError(f"floats: got {floats!r}, expected one of {', '.join(FLOATS)}")
+    check_name("floats", floats, FLOATS)
     if length < 1:
         raise ValueError(f"length: got {length}, expected at least 1 token")
     precisions, zero_shares = config.precisions(), _zero_shares(config, zeros or {})
@@ -152,8 +152,7 @@ def _summed(rows: Iterable[Operations]) -> tuple[Operations, ...]:
 
 def joules(rows: Iterable[Operations], process: str = "7nm", *, head: bool = False) -> Joules:
     """Energy of operations in a process technology, "45nm" or "7nm"; head: include the output head."""
-    if process not in PICOJOULES:
-        raise ValueError(f"process: got {process!r}, expected one of {', '.join(PICOJOULES)}")
+    check_name("process", process, PICOJOULES)
     counted = [row for row in rows if head or row.part != "head"]
     prices = PICOJOULES[process]
     return Joules(

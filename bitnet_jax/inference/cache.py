@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Cache
+from bitnet_jax.names import check_name
 from bitnet_jax.nn.kv_cache import KVCache
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 
@@ -32,8 +33,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
         )
 
     dtype = dtype or config.dtype
-    if dtype not in KV_FORMATS:
-        raise ValueError(f"got keys and values in {dtype!r}, expected one of {', '.join(KV_FORMATS)}")
+    check_name("dtype of keys and values", dtype, KV_FORMATS)
 
     def layer() -> KVCache | LinearState:
         if config.attention == "linear":

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.names import check_name
 
 # The defaults of the library's config classes.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -66,8 +67,7 @@ def read_config(content: dict[str, Any], tensor_count: int, dtype: str) -> tuple
       ValueError: an unsupported model, or values out of range.
     """
     model_type = content.get("model_type", "bitnet")
-    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
-        raise ValueError(f"config.json: model_type is {model_type!r}, expected one of {', '.join(_DEFAULTS)}")
+    check_name("config.json: model_type", model_type, _DEFAULTS)
     defaults = _DEFAULTS[model_type]
 
     def value(key: str) -> Any:
@@ -84,10 +84,7 @@ def read_config(content: dict[str, Any], tensor_count: int, dtype: str) -> tuple
                 f"config.json: {key} is {content[key]!r}; projections with a bias are not supported"
             )
     activation = value("hidden_act")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(
-            f"config.json: hidden_act is {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
-        )
+    check_name("config.json: hidden_act", activation, ACTIVATIONS)
     tied = value("tie_word_embeddings")
     if not isinstance(tied, bool):
         raise ValueError(f"config.json: tie_word_embeddings is {tied!r}, expected true or false")

@@ -12,6 +12,7 @@ from bitnet_jax.models.binary_mlp import BinaryMLP, BinaryMLPConfig
 from bitnet_jax.models.presets import PRESETS
 from bitnet_jax.models.transformer import Cache, ModelConfig, Output, Transformer
 from bitnet_jax.models.vision_transformer import VisionTransformer, VisionTransformerConfig
+from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import Architecture
 
 __all__ = [
@@ -56,8 +57,7 @@ def config_kind(fields: Mapping[str, Any]) -> type[Architecture]:
       ValueError: an unknown architecture.
     """
     name = fields.get("architecture", "transformer")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ValueError(f"model.architecture: got {name!r}, expected one of {', '.join(ARCHITECTURES)}")
+    check_name("model.architecture", name, ARCHITECTURES)
     return ARCHITECTURES[name]
 
 

@@ -37,7 +37,7 @@ class BinaryCNNConfig(Architecture):
     image_size: int
     channels: int = 1
     num_classes: int
-    widths: tuple[int, ...] = (16, 32, 64)
+    widths: tuple[int, ...] | list[int] = (16, 32, 64)  # stored as a tuple
     convolutions: int = 1  # per stage
     shortcut: bool = False
     activation: str = "hardtanh"
@@ -87,7 +87,7 @@ class BinaryCNNConfig(Architecture):
         return override_ends(self.precision, ("conv_0", self.first), ("classifier", self.last))
 
 
-def pooled(x: Float[Array, "B height width C"], kind: str) -> Float[Array, "B height/2 width/2 C"]:
+def pooled(x: Float[Array, "B height width C"], kind: str) -> Float[Array, "B height//2 width//2 C"]:
     """2 x 2 pooling by "max" or "mean"; an odd last row or column is dropped."""
     B, height, width, C = x.shape
     even = x[:, : height // 2 * 2, : width // 2 * 2]

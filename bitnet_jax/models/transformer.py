@@ -49,7 +49,7 @@ class Cache:
 @flax.struct.dataclass
 class Output:
     logits: Float[Array, "B T V"] | Float[Array, "B C"]  # float32; [B, C] for a classifier
-    hidden: Float[Array, "B T D"]  # after the final norm: the input of the head
+    hidden: Float[Array, "B *T D"]  # after the final norm: the input of the head; [B, D] without positions
     cache: Cache | None = None
 
 

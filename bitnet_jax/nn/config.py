@@ -7,16 +7,16 @@ the fields that the modules of this package need. models.ModelConfig adds the mo
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import typing
 from collections.abc import Mapping
-from typing import Any, Self, cast
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from bitnet_jax.names import check_name
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
 
@@ -74,6 +74,10 @@ def hashable(rules: Rules) -> Rules:
     return tuple((pattern, _recipe(recipe)) for pattern, recipe in rules)
 
 
+# Not typing.Self, which beartype, the checker of the tests, does not support in a decorated method.
+Config = TypeVar("Config", bound="Architecture")
+
+
 class Architecture:
     """Base class of model configs: frozen dataclasses with the fields `precision` and `ternary_format`.
 
@@ -121,17 +125,15 @@ class Architecture:
         return dataclasses.asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls: type[Config], fields: Mapping[str, Any]) -> Config:
         """The inverse of `to_dict`.
 
         Raises:
-          ValueError: an unknown or missing field (the message names the nearest valid ones).
+          ValueError: an unknown or missing field (the message names the nearest valid one).
         """
         known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in fields:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=3) or sorted(known)
-                raise ValueError(f"model.{name} is not a field; did you mean {', '.join(near)}?")
+            check_name("field of model", name, known)
         required = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
         if required:
             raise ValueError(f"model is missing {', '.join(required)}; got {', '.join(fields) or 'nothing'}")
@@ -145,9 +147,7 @@ class Architecture:
                 finite = "a finite " if float in expected else ""
                 raise ValueError(f"model.{name}: got {repr(value)[:60]}, expected {finite}{wanted}")
         for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"model.{name}: got {value!r}, expected one of {', '.join(allowed)}")
+            check_name(f"model.{name}", getattr(self, name), allowed)
         for name in positive:
             value = getattr(self, name)
             if value < 1:

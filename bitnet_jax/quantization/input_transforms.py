@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bitnet_jax.names import check_name
 from bitnet_jax.quantization.scales import as_float32
 from bitnet_jax.quantization.ste import straight_through
 
@@ -20,8 +21,7 @@ def top_k(
     Forward:  x 1[|by| >= its m-th largest], m = max(1, round(fraction k)), by = x by default; ties are all kept.
     Backward: g, also for zeroed entries; with ste="masked" (Q-Sparse's ablation), 0 for them.
     """
-    if ste not in TOP_K_STES:
-        raise ValueError(f"STE of top_k: got {ste!r}, expected one of {', '.join(TOP_K_STES)}")
+    check_name("STE of top_k", ste, TOP_K_STES)
     k = x.shape[-1]
     keep = max(1, round(fraction * k))
     if not 0 < fraction <= 1:

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from bitnet_jax.names import check_name
 from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.input_transforms import TOP_K_STES, hadamard, top_k
-from bitnet_jax.quantization.names import check_name
 from bitnet_jax.quantization.records import (
     ROUNDING_STES,
     ActivationQuantizer,
@@ -37,6 +37,8 @@ from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANT
 from bitnet_jax.quantization.scales import SMALLEST_SCALE, Granularity, Quantized, measure
 from bitnet_jax.quantization.ste import Progress
 
+Options = Mapping[str, Any] | tuple[tuple[str, Any], ...]
+OPTION_FIELDS = ("weight_options", "activation_options")
 UNIT_NORMAL_MEAN = math.sqrt(2 / math.pi)  # mean |x| of a standard normal input
 
 
@@ -62,15 +64,13 @@ class Precision:
     hadamard: bool | Literal["block"] = False  # rotate the input; "block": any width, not only powers of two
     top_k: float = 1.0  # fraction of inputs kept per token (a4.8, Q-Sparse)
     top_k_ste: Literal["identity", "masked"] = "identity"  # masked: no gradient to dropped inputs
-    # details on which papers differ: keyword arguments of the two quantizers, as (name, value) pairs
-    weight_options: tuple[tuple[str, Any], ...] = ()
-    activation_options: tuple[tuple[str, Any], ...] = ()
+    # details on which papers differ: keyword arguments of the two quantizers, stored as sorted (name, value) pairs
+    weight_options: Options = ()
+    activation_options: Options = ()
 
     def __post_init__(self) -> None:
-        for field in ("weight_options", "activation_options"):
-            value = getattr(self, field)
-            pairs = value.items() if isinstance(value, Mapping) else value
-            object.__setattr__(self, field, tuple(sorted((str(name), option) for name, option in pairs)))
+        for field in OPTION_FIELDS:
+            object.__setattr__(self, field, _pairs(getattr(self, field)))
         check_name("weight", self.weight, ("float", *WEIGHT_QUANTIZERS))
         check_name("activation", self.activation, ACTIVATION_QUANTIZERS)
         check_name("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
@@ -102,7 +102,7 @@ class Precision:
                     f"weight_options: got {self.weight_options} with weight='float', expected none"
                 )
         else:
-            for name, _ in self.weight_options:
+            for name in dict(self.weight_options):
                 check_name("weight_options", name, quantizer.options)
             if "granularity" not in quantizer.uses and self.granularity != "tensor":
                 raise ValueError(
@@ -111,15 +111,15 @@ class Precision:
                 )
         if self.scale != "analytic" and quantizer is not None:
             scaled = [name for name, record in WEIGHT_QUANTIZERS.items() if "scale" in record.uses]
-            _check_support(f"scale={self.scale!r}", "weight", self.weight, scaled)
+            check_name(f"weight with scale={self.scale!r}", self.weight, scaled)
         if self.scale_init == "lsq":
             by_lsq = [name for name, record in WEIGHT_QUANTIZERS.items() if record.lsq_code]
-            _check_support("scale_init='lsq'", "weight", self.weight, by_lsq)
+            check_name("weight with scale_init='lsq'", self.weight, by_lsq)
 
     def _check_activation(self) -> None:
         quantizer = self.activation_quantizer
         check_name("activation_ste", self.activation_ste, quantizer.stes)
-        for name, _ in self.activation_options:
+        for name in dict(self.activation_options):
             check_name("activation_options", name, quantizer.options)
         if not quantizer.measures_scale and self.activation_scale != "learned":
             raise ValueError(
@@ -127,10 +127,10 @@ class Precision:
             )
         if self.activation_scale == "learned":
             scaled = [name for name, record in ACTIVATION_QUANTIZERS.items() if "scale" in record.uses]
-            _check_support("activation_scale='learned'", "activation", self.activation, scaled)
+            check_name("activation with activation_scale='learned'", self.activation, scaled)
         if self.activation_shift:
             shifted = [name for name, record in ACTIVATION_QUANTIZERS.items() if "shift" in record.uses]
-            _check_support("activation_shift", "activation", self.activation, shifted)
+            check_name("activation with activation_shift=True", self.activation, shifted)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Precision:
@@ -138,7 +138,8 @@ class Precision:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             check_name("Precision field", name, names)
-        return cls(**values)
+        pairs = {field: _pairs(values[field]) for field in OPTION_FIELDS if field in values}
+        return cls(**{**values, **pairs})
 
     @property
     def weight_quantizer(self) -> WeightQuantizer | None:
@@ -273,10 +274,10 @@ class Precision:
         return declared
 
 
-def _check_support(setting: str, field: str, name: str, supported: Iterable[str]) -> None:
-    """Raises ValueError unless the quantizer `name` is among those that support a setting."""
-    if name not in supported:
-        raise ValueError(f"{setting}: got {field}={name!r}, expected one of {sorted(supported)}")
+def _pairs(options: Mapping[str, Any] | Iterable[Iterable[Any]]) -> tuple[tuple[str, Any], ...]:
+    """Options as sorted (name, value) pairs, from a mapping or from pairs, which are lists in JSON."""
+    pairs: Iterable[Iterable[Any]] = options.items() if isinstance(options, Mapping) else options
+    return tuple(sorted((str(name), option) for name, option in pairs))
 
 
 def _check_given(setting: str, what: str, value: Array | None, expected: bool) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from bitnet_jax.quantization.names import check_name
+from bitnet_jax.names import check_name
 from bitnet_jax.quantization.precision import Precision
 
 Recipe = str | Precision | Mapping[str, Any]  # a name in RECIPES, a Precision, or one as a dict (from JSON)
-Rules = Recipe | Sequence[tuple[str, Recipe]]
+Rules = Recipe | Sequence[tuple[str, Recipe] | list[Any]]  # ordered (path pattern, recipe); lists in JSON
 
 _BITNET = Precision(weight="binary_centred", activation="int8")
 _B158 = Precision(weight="ternary_absmean", activation="int8")

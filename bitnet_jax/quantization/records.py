@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float
 
+from bitnet_jax.names import check_name
 from bitnet_jax.quantization.arguments import DEFAULT, Arguments
-from bitnet_jax.quantization.names import check_name
 from bitnet_jax.quantization.scales import Granularity, Quantized
 from bitnet_jax.quantization.ste import STES
 

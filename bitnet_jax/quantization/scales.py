@@ -83,9 +83,11 @@ def spread(scale: Float[Array, "... G"], k: int) -> Float[Array, "... k"]:
 
 
 def measure(
-    statistic: Callable[..., Array], w: Float[Array, "... n k"], granularity: Granularity
-) -> Float[Array, "... #n G"]:
+    statistic: Callable[..., Array], w: Float[Array, "... k"], granularity: Granularity
+) -> Float[Array, "... G"]:
     """Applies a reduction such as jnp.mean(values, axis, keepdims) over the weights that share a scale.
+
+    The result is [..., n, G] for w [..., n, k], or [..., 1, 1] for one scale per matrix ("tensor").
 
     The barrier keeps XLA from merging the 1/n of a mean with a later constant factor, which would change the rounding
     in compiled code.

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from bitnet_jax.names import check_name
+
 Progress = float | Float[Array, ""]
 
 
@@ -123,8 +125,7 @@ ANNEALED = frozenset({"tanh", "reste"})  # depend on `progress`
 
 def surrogate(name: str, z: Array, progress: Progress = 1.0) -> Array:
     """h(z, progress) of the STE `name`, with stopped gradient. ValueError for an unknown name."""
-    if name not in STES:
-        raise ValueError(f"unknown STE: got {name!r}, expected one of {sorted(STES)}")
+    check_name("STE", name, STES)
     return jax.lax.stop_gradient(STES[name](jax.lax.stop_gradient(z), progress))
 
 

@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict
 from bitnet_jax.inference.cache import kv_bytes
 from bitnet_jax.inference.generation import stream_tokens
 from bitnet_jax.models import PRESETS, ModelConfig, text_config
+from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import HEADS
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.tools.machine import chosen
@@ -130,8 +131,7 @@ def preset_config(
     Raises:
       ValueError: an unknown preset or recipe.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"got --preset {preset}, expected one of {', '.join(PRESETS)}")
+    check_name("--preset", preset, PRESETS)
     changes: dict[str, Any] = {"precision": recipe, "ternary_format": ternary_format}
     config = dataclasses.replace(
         PRESETS[preset], **{name: value for name, value in changes.items() if value is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import sys
@@ -12,7 +11,10 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from bitnet_jax.models import Architecture, ModelConfig, model_config
+from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import LARGEST
 from bitnet_jax.training.optimizers import OptimizerConfig
 from bitnet_jax.training.sharding import MeshConfig
@@ -135,8 +137,7 @@ class RunConfig:
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
-        if self.task not in TASK_NAMES:
-            raise ValueError(f"config.task: got {self.task!r}, expected one of {', '.join(TASK_NAMES)}")
+        check_name("config.task", self.task, TASK_NAMES)
         used_by = {
             "limit": ("images", "text_classification"),
             "image_size": ("images",),
@@ -213,9 +214,9 @@ class RunConfig:
         return model_config(self.model)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> RunConfig:
+    def from_dict(cls, fields: Mapping[str, Any] | ConfigDict) -> RunConfig:
         """From nested dicts or an `ml_collections.ConfigDict`; the inverse of `to_dict`."""
-        fields = fields.to_dict() if hasattr(fields, "to_dict") else dict(fields)
+        fields = fields.to_dict() if isinstance(fields, ConfigDict) else dict(fields)
         sections: dict[str, type] = {
             "data": DataConfig,
             "optimizer": OptimizerConfig,
@@ -226,8 +227,7 @@ class RunConfig:
         }
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in fields.items():
-            if name not in known:
-                raise ValueError(f"config.{name} is not a section; {_nearest(name, known)}")
+            check_name("section of config", name, known)
             if name not in ("seed", "task") and not isinstance(value, Mapping):
                 raise ValueError(f"config.{name}: got {value!r}, expected a section of fields")
         if "model" not in fields:
@@ -302,17 +302,11 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _section(section: str, kind: type, fields: Mapping[str, Any]) -> Any:
     expected = typing.get_type_hints(kind)
     for name, value in fields.items():
-        if name not in expected:
-            raise ValueError(f"{section}.{name} is not a field; {_nearest(name, expected)}")
+        check_name(f"field of {section}", name, expected)
         if not _is_a(value, expected[name]):
             wanted = getattr(expected[name], "__name__", str(expected[name]))
             raise ValueError(f"{section}.{name}: got {value!r}, expected {wanted}")
     return kind(**{name: float(v) if expected[name] is float else v for name, v in fields.items()})
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"
 
 
 def _is_a(value: Any, expected: Any) -> bool:

@@ -10,7 +10,6 @@ installed package `bitnet_experiments.configs`.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from bitnet_jax.names import check_name, suggestion
 from bitnet_jax.training.python_file import load_python_file, one_line_errors
 
 
@@ -45,14 +45,13 @@ def named_config(name: str) -> Path:
     """The file of an installed config.
 
     Raises:
-      FileNotFoundError: no config of that name; the message lists close matches.
+      FileNotFoundError: no config of that name; the message names the nearest one.
     """
     configs = named_configs()
     if name not in configs:
-        nearest = difflib.get_close_matches(name, configs) or configs
         raise FileNotFoundError(
-            f"got config {name!r}, expected FILE.py[:VARIANT] or a name such as {', '.join(nearest)}; "
-            "`bitnet-jax init --list` lists all names"
+            f"config: got {name!r}, expected FILE.py[:VARIANT] or one of {', '.join(configs)}"
+            f"{suggestion(name, configs)}"
         )
     return configs[name]
 
@@ -66,8 +65,8 @@ def _resolve_spec(spec: str) -> tuple[Path, str | None]:
     if file.suffix != ".py" and file.name == spec:
         name, colon, variant = spec.partition(":")
         return named_config(name), variant if colon else None
-    nearest = difflib.get_close_matches(file.stem, named_configs())
-    by_name = f"; refer to installed configs by name, without .py: {', '.join(nearest)}" if nearest else ""
+    near = suggestion(file.stem, named_configs())
+    by_name = f"; installed configs are named without .py{near}" if near else ""
     raise FileNotFoundError(
         f"got config {spec!r}, expected FILE.py or FILE.py:variant; there is no file {file}{by_name}"
     )
@@ -109,12 +108,7 @@ def _check_path(config: ConfigDict, override: str) -> None:
     for part in name.removeprefix("--config.").split("."):
         field = part.partition("[")[0]  # sizes[0]=... sets one item of a list
         fields = list(node) if isinstance(node, ConfigDict) else []
-        if field not in fields:
-            near = difflib.get_close_matches(field, fields, n=3)
-            expected = (
-                f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(fields) or 'none'}"
-            )
-            raise ValueError(f"got {override}: {path} has no field {field!r}; {expected}")
+        check_name(f"{override}: field of {path}", field, fields)
         path, node = f"{path}.{field}", node.get(field)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -19,8 +20,8 @@ class LossSums(NamedTuple):
 
 def cross_entropy_sums(
     logits: Float[Array, "*batch V"],
-    targets: Int[Array, "*batch"],
-    weights: Float[Array, "*batch"] | None = None,
+    targets: Int[Array | np.ndarray, "*batch"],
+    weights: Float[Array | np.ndarray, "*batch"] | None = None,
     z_loss: float = 0.0,
 ) -> LossSums:
     """`sum w * (log Z - logits[target] + z_loss * (log Z)^2)` with `log Z = logsumexp(logits)`, in float32.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from bitnet_jax.names import check_name
 from bitnet_jax.quantization.precision import Precision
 
 
@@ -48,10 +49,7 @@ class OptimizerConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"optimizer.schedule: got {self.schedule!r}, expected one of {', '.join(SCHEDULES)}"
-            )
+        check_name("optimizer.schedule", self.schedule, SCHEDULES)
         limits = {
             "learning_rate": (0.0, math.inf),
             "stage_switch": (0.0, 1.0),
@@ -154,7 +152,7 @@ def label_parameters(params: Mapping[str, Any]) -> PyTree[str]:
       ValueError: a parameter whose name has no label.
     """
 
-    def label(path: tuple[Any, ...], leaf: Array) -> str:
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
         name = path[-1].key
         if name not in LABELS:
             where = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -74,11 +74,12 @@ class RunFolder:
 
         Raises:
           RunError: the folder holds a run with other settings, one that has done more than training.steps
-            updates, or a damaged one.
+            updates, or a damaged one; or it is a folder of other runs.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"cannot create the run folder {self.path}: Not a directory")
         if not self.trained():
+            self._check_no_other_runs()
             return None
         if not self.config.exists():
             raise RunError(
@@ -111,6 +112,16 @@ class RunFolder:
                 "copy, pass --overwrite or use another folder"
             )
         return None
+
+    def _check_no_other_runs(self) -> None:
+        """Raises RunError for a folder of runs, such as `runs/` instead of `runs/first`."""
+        children = sorted(self.path.iterdir()) if self.path.exists() else []
+        others = [child.name for child in children if child.is_dir() and RunFolder(child).trained()]
+        if others:
+            raise RunError(
+                f"{self.path}: got a folder with other runs ({', '.join(others[:5])}), expected the folder of one run; "
+                "use another folder, or one inside it"
+            )
 
     def check_overwritable(self) -> None:
         """Raise RunError unless the folder is missing or holds only files of a run."""

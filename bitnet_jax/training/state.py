@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from bitnet_jax.training.optimizers import Optimizer
 
@@ -18,7 +18,7 @@ class TrainState:
     It holds no random key and no data position: both follow from `step` and the run's seed.
     """
 
-    step: Int[Array, ""]
+    step: PyTree  # int32 []; like the others, its ShapeDtypeStruct or sharding in a tree of those
     params: PyTree
     opt_state: PyTree
     model_state: dict[str, PyTree] = flax.struct.field(default_factory=dict)  # batch statistics, or empty

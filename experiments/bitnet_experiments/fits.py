@@ -19,6 +19,8 @@ import numpy as np
 import scipy.optimize
 from numpy.typing import ArrayLike, NDArray
 
+from bitnet_jax.names import check_name
+
 Values = NDArray[np.float64]
 HUBER_DELTA = 1e-3  # as in Hoffmann et al.: quadratic below, linear above
 
@@ -92,8 +94,7 @@ def fit(
     Raises:
       ValueError: an unknown law, numbers that are not positive, or fewer points than constants.
     """
-    if law not in LAWS:
-        raise ValueError(f"law: got {law!r}, expected one of {', '.join(LAWS)}")
+    check_name("law", law, LAWS)
     formula, boxes = LAWS[law]
     columns, losses = [np.asarray(v, float) for v in x], np.asarray(L, float)
     if not all(np.all(np.isfinite(v) & (v > 0)) for v in (*columns, losses)):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitnet_jax.names import check_name
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.config_file import load_config_file
 from bitnet_jax.training.python_file import load_python_file
@@ -59,17 +60,13 @@ class Study:
     report: tuple[Callable[[Study, Sequence[Row]], Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.verdict not in VERDICTS:
-            raise ValueError(
-                f"{self.name}: got verdict {self.verdict!r}, expected one of {', '.join(VERDICTS)}"
-            )
+        check_name(f"{self.name}: verdict", self.verdict, VERDICTS)
         if not self.arms or not self.seeds:
             raise ValueError(
                 f"{self.name}: got {len(self.arms)} arms and {len(self.seeds)} seeds, expected some"
             )
         for arm in (self.baseline, *(self.small_arms or ())):
-            if arm not in self.arms:
-                raise ValueError(f"{self.name}: got arm {arm!r}, expected one of {', '.join(self.arms)}")
+            check_name(f"{self.name}: arm", arm, self.arms)
         if self.run is None and self.config is None:
             raise ValueError(f"{self.name}: got neither CONFIG nor run, expected at least one of them")
 
@@ -157,15 +154,11 @@ def load_study(name: str) -> Study:
     Raises:
       ValueError: there is none (the message lists the available ones), or see `read_study`.
     """
-    if name in study_names():
-        return read_study(STUDIES / name)
-    if (Path(name) / "study.py").is_file():
+    names = study_names()
+    if name not in names and (Path(name) / "study.py").is_file():
         return read_study(Path(name).resolve())
-    raise ValueError(f"got study {name!r}, expected a folder with study.py{_listed(study_names())}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f" or one of {', '.join(names)}" if names else ""
+    check_name("study", name, names, also=" or a folder with study.py")
+    return read_study(STUDIES / name)
 
 
 def read_study(folder: Path) -> Study:

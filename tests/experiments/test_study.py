@@ -52,7 +52,7 @@ def test_overrides_reach_the_config_and_do_not_modify_the_base(study: Study) -> 
         "and so do the settings of a small run"
     )
     wrong = dataclasses.replace(study, arms={"float32": {"training.stepz": 1}}, small_arms=None)
-    with pytest.raises(ValueError, match="training.stepz is not a field; did you mean steps"):
+    with pytest.raises(ValueError, match="field of training: got 'stepz', .*did you mean 'steps'"):
         wrong.settings("float32", 0)
 
 
@@ -67,9 +67,9 @@ def test_runs_are_named_by_arm_and_seed(study: Study) -> None:
     [
         (
             'VERDICT = "probably"',
-            "got verdict 'probably', expected one of reproduced, partly, not at this size, open",
+            "verdict: got 'probably', expected one of reproduced, partly, not at this size, open",
         ),
-        ('BASELINE = "float"', "got arm 'float', expected one of float32"),
+        ('BASELINE = "float"', "arm: got 'float', expected one of float32"),
         ("SEED = 1", "missing nothing, unknown SEED"),
         ("del METRIC", "missing METRIC, unknown nothing"),
         ("CONFIG = None", "neither CONFIG nor run"),
@@ -84,10 +84,10 @@ def test_errors_name_the_mistake(study: Study, change: str, message: str) -> Non
 
 
 def test_errors_name_unknown_studies_and_damaged_results(study: Study) -> None:
-    with pytest.raises(
-        ValueError, match="got study 'nothing', expected a folder .* one of .*ternary_penalty"
-    ):
+    with pytest.raises(ValueError, match="study: got 'nothing', expected one of .*ternary_penalty"):
         load_study("nothing")
+    with pytest.raises(ValueError, match="did you mean 'ternary_penalty'?"):
+        load_study("ternary_penalti")
     study.results.write_text("not json\n{}\n")
     with pytest.raises(ValueError, match=r"results\.jsonl:1 is not JSON"):
         read_results(study.results)

@@ -198,7 +198,7 @@ def test_runs_with_submitit(study: Study, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        ("", ["nothing"], "got study 'nothing', expected a folder with study.py or one of toy"),
+        ("", ["nothing"], "study: got 'nothing', expected one of toy or a folder with study.py"),
         ("x = y", ["toy"], "study.py:{line}: NameError"),
         ("raise SystemExit(3)", ["toy"], "study.py:{line}: SystemExit: 3"),
         ("CONFIG = 'nowhere.py'", ["toy", "--workdir={tmp_path}/file"], "Not a directory"),

@@ -219,7 +219,7 @@ def test_info_shows_the_classes_and_the_architecture(place: Path, capsys: pytest
         (["energy", "{place}/images-packed"], "got an image model (mlp)"),
         (["eval", "{place}/images-packed", "--tasks", "sst2"], "got an image model (mlp)"),
         (["eval", "{place}/images-packed", "--split", "all"], "expected none"),
-        (["eval", "{place}/texts-packed", "--tasks", "nothing"], "expected some of language, classification"),
+        (["eval", "{place}/texts-packed", "--tasks", "nothing"], "--tasks: got 'nothing', expected one of language"),
         (["pack", "{place}/images", "{place}/again", "--head", "int8"], "got an image model (mlp)"),
         (["pack", "{place}/images", "{place}/images-packed"], "expected a new folder, or --overwrite"),
         (["pack", "{place}/images", "{place}/texts.jsonl/x"], "Not a directory"),

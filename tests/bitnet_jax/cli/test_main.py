@@ -49,7 +49,7 @@ from bitnet_jax.packed import packing
         (["train", "--config", "{place}/config.py:huge", "--workdir", "{place}/x"], "'huge'"),
         (
             ["train", "--config", "{place}/config.py", "--workdir", "{place}/x", "--config.trainig.steps=3"],
-            "config has no field 'trainig'; did you mean training",
+            "did you mean 'training'",
         ),
         (
             [
@@ -189,10 +189,10 @@ cli.console()
 def test_an_unknown_option_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "--config", "byte_lm", "--workdir", "x"]
     for words, hint in (
-        ([*train, "--training.steps=5"], "did you mean --config.training.steps=5?"),
-        ([*train, "--quite"], "did you mean --quiet?"),
-        (["generate", "x", "--promt", "a"], "did you mean --prompt?"),
-        (["pack", "x", "y", "--overide"], "did you mean --overwrite?"),
+        ([*train, "--training.steps=5"], "did you mean '--config.training.steps=5'?"),
+        ([*train, "--quite"], "did you mean '--quiet'?"),
+        (["generate", "x", "--promt", "a"], "did you mean '--prompt'?"),
+        (["pack", "x", "y", "--overide"], "did you mean '--overwrite'?"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
@@ -200,6 +200,15 @@ def test_an_unknown_option_gets_a_suggestion(capsys: pytest.CaptureFixture[str])
         error = capsys.readouterr().err
         assert hint in error
         assert error.startswith(f"usage: bitnet-jax {words[0]} ")
+
+
+def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["trian", "--quiet"])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("bitnet-jax: error: command: got 'trian', expected one of init, train, ")
+    assert line.endswith("; did you mean 'train'?")
 
 
 def test_ctrl_c_inside_a_callback_that_swallows_exceptions_is_not_lost(

@@ -182,7 +182,11 @@ def test_encoding_in_batches_gives_the_same_stream(
         np.testing.assert_array_equal(part.token_bytes, whole.token_bytes)
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=80,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     text=st.text(st.sampled_from("  \n\n\r\tathe.9'\u00e9\u0301\u4e2d"), min_size=1, max_size=80),
     size=st.integers(1, 20),

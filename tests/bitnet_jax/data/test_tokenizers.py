@@ -51,7 +51,9 @@ def text_for(tokenizer: Tokenizer) -> st.SearchStrategy[str]:
 
 # Sharing one stateless tokenizer between all examples is intended.
 ONE_TOKENIZER = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    deadline=None,
+    max_examples=60,
 )
 
 

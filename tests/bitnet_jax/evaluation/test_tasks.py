@@ -185,18 +185,27 @@ def test_the_command(
     [
         (
             ["--tasks", "arc_hard"],
-            "got --tasks arc_hard, expected some of language, classification, arc_challenge",
+            "--tasks: got 'arc_hard', expected one of language, classification, arc_challenge",
         ),
         (["--tasks", "arc_easy", "--limit", "0"], "got --limit 0, expected at least 1"),
         (
             ["--tasks", "arc_easy", "--data-root", "/nowhere"],
             "got no file or folder at /nowhere/zeroshot/arc_easy",
         ),
+        (
+            ["--tasks", "language,arc_easy"],
+            "expected the data of task arc_easy; pass its folder as --data-root or in $BITNET_JAX_DATA",
+        ),
     ],
 )
 def test_invalid_tasks_are_rejected(
-    arguments: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("BITNET_JAX_DATA", raising=False)
     assert cli.main(["eval", f"{place}/packed", *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -92,9 +92,9 @@ def test_modules_that_are_not_converted_stay_float(entry: str, floats: list[str]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral', expected one of bitnet, llama"),
+        ({"model_type": "mistral"}, "model_type: got 'mistral', expected one of bitnet, llama"),
         ({"model_type": ["bitnet"]}, "model_type"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected one of relu2, silu"),
+        ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected one of relu2, silu"),
         ({"hidden_act": {}}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias is True; projections with a bias"),
         ({"mlp_bias": 1}, "mlp_bias"),

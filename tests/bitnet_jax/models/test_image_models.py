@@ -157,7 +157,7 @@ def test_pooling() -> None:
     [
         ("mlp", {"norm": "layernorm"}, "model.norm: got 'layernorm', expected one of batch"),
         ("mlp", {"hidden_size": 0}, "model.hidden_size: got 0, expected a positive integer"),
-        ("mlp", {"widths": (2,)}, "model.widths is not a field"),
+        ("mlp", {"widths": (2,)}, "field of model: got 'widths'"),
         ("cnn", {"widths": (8, 12)}, r"model.widths: got \(8, 12\), expected multiples"),
         ("cnn", {"widths": (8,)}, r"model.widths: got \(8,\), expected positive integers"),
         ("cnn", {"image_size": 1}, "model.image_size: got 1, expected at least 2"),

@@ -38,6 +38,8 @@ from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_jax.quantization.records import ActivationQuantizer
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
 
+pytestmark = pytest.mark.unchecked_annotations
+
 FLOATS = ("float32", "bfloat16", "float16")
 INTEGERS = ("int8", "int32", "uint8")
 DTYPES = (*FLOATS, *INTEGERS, "bool", "complex64", "float64")

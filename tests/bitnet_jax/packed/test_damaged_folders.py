@@ -32,7 +32,11 @@ from tests.robustness.fuzz_packed_folders import take_apart
 
 
 @given(data=st.data())
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=250,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 def test_changed_bytes_are_rejected_or_harmless(
     saved: Path, variables: dict[str, Any], tmp_path: Path, data: st.DataObject
 ) -> None:
@@ -161,7 +165,7 @@ def test_a_header_that_is_not_a_plain_object_is_rejected(copy: Path, text: str) 
         ({"precision": "bitnet"}, "the config expects"),
         ({"tie_embeddings": False}, "params/lm_head/weight: got no such tensor"),
         ({"embedding_dtype": "float32"}, r"got bfloat16\[300, 24\], the config expects float32"),
-        ({"hidden_sise": 24}, "hidden_sise is not a field; did you mean hidden_size"),
+        ({"hidden_sise": 24}, "got 'hidden_sise', .*did you mean 'hidden_size'"),
         ({"num_heads": "two"}, "config.json: "),
         ({"norm_eps": "small"}, "config.json: "),
         ({"precision": 5}, "config.json: "),
@@ -174,7 +178,7 @@ def test_a_header_that_is_not_a_plain_object_is_rejected(copy: Path, text: str) 
         ({"dropout": 1.5}, "model.dropout: got 1.5, expected a number from 0 to below 1"),
         ({"max_length": 2**70}, "max_length: got 1180591620717411303424, the file has room for 2147483647"),
         ({"architecture": "rnn"}, "model.architecture: got 'rnn', expected one of transformer, mlp"),
-        ({"architecture": "cnn"}, "vocab_size is not a field"),
+        ({"architecture": "cnn"}, "field of model: got 'vocab_size'"),
     ],
 )
 def test_a_config_that_does_not_match_the_tensors_is_rejected_quickly(

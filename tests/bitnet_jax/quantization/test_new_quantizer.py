@@ -72,13 +72,13 @@ def test_a_precision_accepts_it() -> None:
     for wrong, message in (
         ({"weight_options": {"flor": 0.5}}, "weight_options: got 'flor', .*did you mean 'floor'"),
         ({"weight_ste": "tanh"}, "weight_ste: got 'tanh'"),
-        ({"scale": "learned"}, "scale='learned': got weight='ternary_absmax', expected one of"),
-        ({"scale_init": "lsq"}, "scale_init='lsq': got weight='ternary_absmax', expected one of"),
+        ({"scale": "learned"}, "weight with scale='learned': got 'ternary_absmax', expected one of"),
+        ({"scale_init": "lsq"}, "weight with scale_init='lsq': got 'ternary_absmax', expected one of"),
         (
             {"activation_scale": "learned"},
-            "activation_scale='learned': got activation='int6', expected one of",
+            "activation with activation_scale='learned': got 'int6', expected one of",
         ),
-        ({"activation_shift": True}, "activation_shift: got activation='int6', expected one of"),
+        ({"activation_shift": True}, "activation with activation_shift=True: got 'int6', expected one of"),
     ):
         with pytest.raises(ValueError, match=message):
             precision(**wrong)

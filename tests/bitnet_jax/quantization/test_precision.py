@@ -239,7 +239,7 @@ def test_json_round_trip_and_hashing(precision: Precision) -> None:
         ({"scale_init": "zero"}, "scale_init: got 'zero'"),
         (
             {"weight": "binary", "scale": "learned", "scale_init": "lsq"},
-            "scale_init='lsq': got weight='binary'",
+            "weight with scale_init='lsq': got 'binary'",
         ),
         ({"weight": "ternary_absmean", "weight_ste": "tanh"}, "weight_ste: got 'tanh', expected .*clipped"),
         (
@@ -258,9 +258,12 @@ def test_json_round_trip_and_hashing(precision: Precision) -> None:
         ),
         (
             {"weight": "binary", "activation": "sign", "activation_scale": "learned"},
-            "got activation='sign', expected",
+            "activation with activation_scale='learned': got 'sign', expected",
         ),
-        ({"weight": "binary", "activation": "int8", "activation_shift": True}, "activation_shift: got"),
+        (
+            {"weight": "binary", "activation": "int8", "activation_shift": True},
+            "activation with activation_shift=True: got 'int8'",
+        ),
         (
             {"weight": "binary", "weight_options": {"zeros": 1}},
             "weight_options: got 'zeros', .*did you mean 'zero'",
@@ -274,6 +277,7 @@ def test_json_round_trip_and_hashing(precision: Precision) -> None:
         ({"wieght": "binary"}, "Precision field: got 'wieght', .*did you mean 'weight'"),
     ],
 )
+@pytest.mark.unchecked_annotations
 def test_the_error_for_a_wrong_field_says_what_to_do(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Precision.from_dict(fields)

@@ -28,6 +28,7 @@ def test_measure_reduces_over_elements_that_share_a_scale() -> None:
     np.testing.assert_array_equal(scales.measure(jnp.median, w, 6), [[2.5, 8.5], [14.5, 20.5]])
 
 
+@pytest.mark.unchecked_annotations
 @pytest.mark.parametrize("granularity", [5, 0, -4, 24, "row", 2.0])
 def test_measure_rejects_other_granularities(granularity) -> None:
     with pytest.raises(

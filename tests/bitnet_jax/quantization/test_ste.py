@@ -224,7 +224,9 @@ def test_bfloat16_stays_bfloat16() -> None:
 
 def test_unknown_names_are_rejected() -> None:
     z = jnp.zeros(3)
-    with pytest.raises(ValueError, match="unknown STE: got 'aprox_sign', expected one of .*approx_sign"):
+    with pytest.raises(
+        ValueError, match="STE: got 'aprox_sign', expected one of .*did you mean 'approx_sign'"
+    ):
         ste.sign(z, "aprox_sign")
     with pytest.raises(ValueError, match="rounding step: got 'tanh', expected 'identity' or 'clipped'"):
         ste.round_to_grid(z, -1, 1, "tanh")

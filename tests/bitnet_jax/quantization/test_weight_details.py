@@ -208,7 +208,7 @@ def test_stochastic_is_deterministic_without_a_key() -> None:
         (partial(integer, bits=8, statistic="absmean"), DEFAULT, "statistic: got 'absmean' for 8 bits"),
         (
             partial(integer, bits=4, count="all"),
-            Arguments(scale=np.ones((1, 1), np.float32)),
+            Arguments(scale=jnp.ones((1, 1), jnp.float32)),
             "count: got 'all'",
         ),
         (partial(multilevel_weights.stretched_elastic, levels=5), DEFAULT, "levels: got 5, expected 3 or 4"),

@@ -107,7 +107,7 @@ def test_nothing_is_generated_without_a_meter(tmp_path: Path, monkeypatch: pytes
     [
         ([], "expected one of FOLDER, --preset NAME and --config NAME or FILE.py"),
         (["--preset", "2b4t", "--config", "x.py"], "expected one of FOLDER"),
-        (["--preset", "9b"], "got --preset 9b, expected one of"),
+        (["--preset", "9b"], "--preset: got '9b', expected one of"),
         (["--preset", "tiny", "--zeros", "*=much"], "expected PATTERN=SHARE"),
         (["--preset", "tiny", "--zeros", "*wo=0.5"], "expected one that matches"),
         (["{}", "--preset", "tiny"], "got FOLDER with --preset"),

@@ -200,7 +200,7 @@ def test_an_integer_head_is_a_matrix_separate_from_the_embedding(head: str, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "3b"], "got --preset 3b, expected one of 125m, "),
+        (["--preset", "3b"], "--preset: got '3b', expected one of 125m, "),
         (["--preset", "tiny", "--recipe", "1bit"], "recipe: got '1bit'"),
         ([], "got no --preset, expected one of"),
         (["--model", "nowhere"], "got no --preset, expected one of"),

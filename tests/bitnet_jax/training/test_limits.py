@@ -38,6 +38,7 @@ def no_data(config: RunConfig) -> Any:
         ({"data": {"length": 2**30, "batch_size": 64}}, "GB to train"),
     ],
 )
+@pytest.mark.unchecked_annotations
 def test_absurd_sizes_are_rejected_immediately(
     tmp_path: Path, run_config: Config, sections: dict[str, Any], message: str
 ) -> None:

@@ -77,6 +77,23 @@ def test_a_folder_whose_checkpoints_are_all_set_aside_does_not_count_as_new(
         folder.result_under(run_config(seed=1))
 
 
+def test_a_folder_of_other_runs_is_rejected(tmp_path: Path, run_config: Config) -> None:
+    trained(tmp_path / "runs" / "first", run_config())
+    (tmp_path / "runs" / "notes").mkdir()
+    folder = RunFolder(tmp_path / "runs")
+    with (
+        pytest.raises(
+            RunError, match=r"runs: got a folder with other runs \(first\), expected the folder of one run"
+        ),
+        folder.training(run_config()),
+    ):
+        pass
+    assert not folder.config.exists()
+    assert RunFolder(tmp_path / "runs" / "second").result_under(run_config()) is None
+    trained(tmp_path / "runs", run_config())
+    assert folder.result_under(run_config()) is None  # its own run is resumed, whatever lies beside the files
+
+
 def test_overwriting_removes_the_files_of_a_run(tmp_path: Path, run_config: Config) -> None:
     folder = trained(tmp_path / "run", run_config())
     (tmp_path / "run" / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir()
@@ -107,7 +124,7 @@ def test_folders_with_other_files_are_not_overwritten(tmp_path: Path, run_config
 
 def test_a_config_that_is_not_a_run_config_is_not_overwritten(tmp_path: Path) -> None:
     write_atomic(tmp_path / "config.json", '{"model_type": "llama"}')
-    with pytest.raises(RunError, match=r"config.json cannot be read: config.model_type is not a section"):
+    with pytest.raises(RunError, match=r"config.json cannot be read: section of config: got 'model_type'"):
         RunFolder(tmp_path).check_overwritable()
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="which is not a folder"):

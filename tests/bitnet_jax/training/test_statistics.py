@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ def tree(weight: np.ndarray, **more: np.ndarray) -> dict[str, object]:
 
 def measured(precision: Precision, before: dict[str, object], after: dict[str, object]) -> dict[str, float]:
     precisions = {"layers_0/mlp/up_proj": precision, "lm_head": Precision()}
-    result = statistics(before, after, precisions)
+    result = statistics(*jax.tree.map(jnp.asarray, (before, after)), precisions)
     assert all(values.shape == (1,) for values in result)  # the float head is not measured
     return {name: float(values[0]) for name, values in result._asdict().items()}
 
