@@ -30,9 +30,9 @@ from bitnet_jax.interop import (
     huggingface_export,
 )
 from bitnet_jax.models import Architecture, ModelConfig, text_config
+from bitnet_jax.names import check_name
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.packed.latent import unpack_model
-from bitnet_jax.quantization.names import check_name
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 
