@@ -89,7 +89,7 @@ def load_model(
         if name not in FORMATS[kind].options:
             of = next(other for other, format in FORMATS.items() if name in format.options)
             raise ValueError(
-                f"got {name} {value} for {path}, a {kind} model; expected none: only {of} has it"
+                f"got {name} {value} for {path}, expected no {name}: only a {of} model has one, this is a {kind} model"
             )
     return FORMATS[kind].read(path, **options)
 
@@ -175,7 +175,7 @@ def folder_kind(path: Path) -> str:
     """The first key of FORMATS that recognizes the path. Raises FileNotFoundError: none does, or no such path."""
     if not path.exists():
         raise FileNotFoundError(
-            f"got {path}, expected the folder of a run or a model, or a .gguf file; there is none"
+            f"got {path}, expected the folder of a run or a model, or a .gguf file; there is no such folder or file"
         )
     for name, format in FORMATS.items():
         if format.recognizes(path):

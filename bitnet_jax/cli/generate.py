@@ -4,7 +4,7 @@ The prompt is read from --prompt, --file or standard input, as UTF-8 whatever th
 same text. The text ends at an end token of the model; --chat formats the prompt as a message with its chat template
 and prints the answer alone.
 
-examples:
+example:
   bitnet-jax generate runs/first-packed --prompt "def " --temperature 0.8 --top-p 0.95 --seed 1
   bitnet-jax generate models/SmolLM2-135M-Instruct --chat --prompt "What is a ternary weight?" --tokens 100
 """
