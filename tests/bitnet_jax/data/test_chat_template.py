@@ -36,6 +36,24 @@ def test_the_bitnet_template_gives_the_published_text_and_tokens(oracles: Path) 
             assert chat_ids(tokenizer, conversation, case["messages"]).tolist() == case["ids"]
 
 
+# Of SmolLM2-135M-Instruct, which inserts a system message.
+SMOLLM2 = """\
+{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+
+
+def test_the_smollm2_template_gives_the_texts_of_transformers(oracles: Path) -> None:
+    cases = json.loads((oracles / "smollm2" / "cases.json").read_text())["cases"]
+    chats = [case for case in cases if "messages" in case]
+    assert len(chats) >= 5
+    for case in chats:
+        assert render(Conversation(template=SMOLLM2), case["messages"]) == case["formatted"]
+
+
 def test_all_published_texts_of_the_tokenizer(oracles: Path) -> None:
     tokenizer = JsonTokenizer((oracles / "tokenizer" / "tokenizer.json").read_text())
     cases = json.loads((oracles / "tokenizer" / "cases.json").read_text())
