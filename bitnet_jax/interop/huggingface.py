@@ -1,4 +1,4 @@
-"""BitNet and Llama checkpoints in Hugging Face format -> (ModelConfig, variables).
+"""BitNet, Llama and related checkpoints in Hugging Face format -> (ModelConfig, variables).
 
 Storage forms (`quantization_config` of config.json):
 
@@ -43,7 +43,7 @@ def load(
     """Reads a model folder: `config.json` and `model.safetensors` (or its shards and their index).
 
     Args:
-      folder: of a model with model_type "bitnet" or "llama".
+      folder: of a model with a model_type in huggingface_families.FAMILIES.
       packed: how to load offline (already ternary) projections. True: as PackedArrays in the collection `packed`,
         with exactly the stored codes and scale. False: as latent weights in `params`, for further training; they
         quantize to exactly the stored codes, and to the scale up to float32 rounding. Float weights (plain and online
@@ -74,9 +74,14 @@ def load(
     params, packed_weights = {}, {}
     for path, (name, shape) in names.items():
         key = tuple(path.split("/"))
+        weight = f"{path.rpartition('/')[0]}/weight"
         try:
             if path not in ternary:
-                params[key] = jnp.asarray(_float32(tensors[name], shape))
+                value = _float32(tensors[name], shape)
+                if path.endswith("/bias") and weight in ternary and form.scale_multiplies:
+                    # The library multiplies the output by the scale after it has added the bias.
+                    value = value * _scale(tensors[f"{names[weight][0]}_scale"], form)
+                params[key] = jnp.asarray(value)
                 continue
             codes = _codes(tensors[name], shape, form)
             scale = _scale(tensors[f"{name}_scale"], form)
@@ -106,12 +111,20 @@ def tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
         ours, theirs = f"layers_{i}", f"model.layers.{i}"
         names[f"{ours}/attention_norm/scale"] = (f"{theirs}.input_layernorm.weight", (D,))
         names[f"{ours}/mlp_norm/scale"] = (f"{theirs}.post_attention_layernorm.weight", (D,))
+        if config.qk_norm:
+            for norm in ("q_norm", "k_norm"):
+                names[f"{ours}/attention/{norm}/scale"] = (
+                    f"{theirs}.self_attn.{norm}.weight",
+                    (config.head_size,),
+                )
         if config.norm_placement == "sub":
             names[f"{ours}/attention/sub_norm/scale"] = (f"{theirs}.self_attn.attn_sub_norm.weight", (A,))
             names[f"{ours}/mlp/sub_norm/scale"] = (f"{theirs}.mlp.ffn_sub_norm.weight", (F,))
     for path, (n, k) in config.linear_shapes().items():
         module = module_name(path)
         names[f"{path}/weight"] = (f"{module}.weight", (n, k))
+        if path.rpartition("/")[2] in config.biased:
+            names[f"{path}/bias"] = (f"{module}.bias", (n,))
         if config.inside_norm and path != "lm_head":
             names[f"{path}/norm/scale"] = (f"{module}.rms_norm.weight", (k,))
     return names

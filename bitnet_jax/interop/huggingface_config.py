@@ -1,45 +1,18 @@
-"""config.json of a BitNet or Llama checkpoint -> ModelConfig, and how its projections are stored."""
+"""config.json of a Hugging Face checkpoint -> ModelConfig, and how its projections are stored."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+from collections.abc import Callable
 from typing import Any
 
+from bitnet_jax.interop.huggingface_families import Family, family_of
+from bitnet_jax.interop.huggingface_rope import read_rope
+from bitnet_jax.interop.json_values import boolean, integer, positive
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.names import check_name
 
-# The defaults of the library's config classes.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "bitnet": {
-        "vocab_size": 128_256,
-        "hidden_size": 2560,
-        "intermediate_size": 6912,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 20,
-        "num_key_value_heads": 5,
-        "hidden_act": "relu2",
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "rope_theta": 500_000.0,
-    },
-    "llama": {
-        "vocab_size": 32_000,
-        "hidden_size": 4096,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "rope_theta": 10_000.0,
-    },
-}
-_NORM_PLACEMENTS = {"bitnet": "sub", "llama": "pre"}
 ACTIVATIONS = {"relu2": "relu2_glu", "silu": "silu_glu"}
 
 
@@ -66,52 +39,110 @@ def read_config(content: dict[str, Any], tensor_count: int, dtype: str) -> tuple
     Raises:
       ValueError: an unsupported model, or values out of range.
     """
-    model_type = content.get("model_type", "bitnet")
-    check_name("config.json: model_type", model_type, _DEFAULTS)
-    defaults = _DEFAULTS[model_type]
+    family = family_of(content)
 
     def value(key: str) -> Any:
-        return content.get(key, defaults.get(key))
+        return content.get(key, family.defaults.get(key))
 
-    layers = _integer(value, "num_hidden_layers")
+    layers = integer(value, "num_hidden_layers")
     if layers > tensor_count:
         raise ValueError(
             f"config.json: num_hidden_layers is {layers}, but the folder holds only {tensor_count} tensors"
         )
-    for key in ("attention_bias", "mlp_bias"):
-        if content.get(key, False):
-            raise ValueError(
-                f"config.json: {key} is {content[key]!r}; projections with a bias are not supported"
-            )
     activation = value("hidden_act")
     check_name("config.json: hidden_act", activation, ACTIVATIONS)
-    tied = value("tie_word_embeddings")
-    if not isinstance(tied, bool):
-        raise ValueError(f"config.json: tie_word_embeddings is {tied!r}, expected true or false")
-
+    max_length = integer(value, "max_position_embeddings")
+    no_rope = _no_rope_layers(value, layers)
+    theta, scaling = read_rope(content, family.defaults["rope_theta"], max_length)
     form = _form(content.get("quantization_config"))
     config = ModelConfig(
-        vocab_size=_integer(value, "vocab_size"),
-        hidden_size=_integer(value, "hidden_size"),
+        vocab_size=integer(value, "vocab_size"),
+        hidden_size=integer(value, "hidden_size"),
         num_layers=layers,
-        num_heads=_integer(value, "num_attention_heads"),
-        num_kv_heads=None if value("num_key_value_heads") is None else _integer(value, "num_key_value_heads"),
-        head_dim=None if value("head_dim") is None else _integer(value, "head_dim"),
-        ffn_size=_integer(value, "intermediate_size"),
-        max_length=_integer(value, "max_position_embeddings"),
-        rope_theta=_rope_theta(content, defaults["rope_theta"]),
+        num_heads=integer(value, "num_attention_heads"),
+        num_kv_heads=None if value("num_key_value_heads") is None else integer(value, "num_key_value_heads"),
+        head_dim=None if value("head_dim") is None else integer(value, "head_dim"),
+        ffn_size=integer(value, "intermediate_size"),
+        max_length=max_length,
+        rope_theta=theta,
+        rope_scaling=scaling,
         mlp=ACTIVATIONS[activation],
-        norm_eps=_positive(value, "rms_norm_eps"),
-        norm_placement=_NORM_PLACEMENTS[model_type],
+        norm_eps=positive(value, "rms_norm_eps"),
+        norm_placement=family.norm_placement,
+        qk_norm=family.qk_norm,
+        no_rope_layers=no_rope,
+        sliding_window=_sliding_window(value, family, layers, no_rope),
+        **_biases(value, family),
         inside_norm=form.inside_norm,
         inside_norm_eps=form.inside_norm_eps,
-        tie_embeddings=tied,
+        tie_embeddings=boolean(value, "tie_word_embeddings"),
         precision=dtype,
         dtype=dtype,
     )
     if form.quantized:
         config = dataclasses.replace(config, precision=_rules(config, form))
     return config, form
+
+
+def _biases(value: Callable[[str], Any], family: Family) -> dict[str, Any]:
+    """The fields of ModelConfig for the biases of the projections."""
+    attention, mlp = (
+        key in family.defaults and boolean(value, key) for key in ("attention_bias", "mlp_bias")
+    )
+    if attention and mlp:
+        return {"use_bias": True}
+    return {"attention_bias": "qkv" if family.qkv_bias else "qkvo" if attention else "none", "mlp_bias": mlp}
+
+
+def _no_rope_layers(value: Callable[[str], Any], layers: int) -> tuple[int, ...]:
+    """Indices of the layers without rotary positions: zeros of `no_rope_layers`, or every n-th layer."""
+    flags, interval = value("no_rope_layers"), value("no_rope_layer_interval")
+    if flags is None:
+        if interval is None:
+            return ()
+        interval = integer(value, "no_rope_layer_interval")
+        return tuple(range(interval - 1, layers, interval))
+    if not isinstance(flags, list) or len(flags) < layers or any(flag not in (0, 1) for flag in flags):
+        raise ValueError(
+            f"config.json: no_rope_layers is {str(flags)[:60]}, expected a list of 0 (none) and 1 (rotary), "
+            "one per layer"
+        )
+    return tuple(i for i in range(layers) if not flags[i])
+
+
+def _sliding_window(
+    value: Callable[[str], Any], family: Family, layers: int, no_rope: tuple[int, ...]
+) -> int | None:
+    """The window of all layers, or None."""
+    if value("sliding_window") is None or (
+        "use_sliding_window" in family.defaults and not boolean(value, "use_sliding_window")
+    ):
+        types = value("layer_types")
+        if types is not None and types != ["full_attention"] * layers:
+            raise ValueError(
+                f"config.json: layer_types is {str(types)[:60]} without a sliding window, expected full_attention "
+                "in every layer"
+            )
+        return None
+    window = integer(value, "sliding_window")
+    if "layer_types" not in family.defaults:
+        return window
+    types = value("layer_types")
+    if types is None:
+        # Defaults of the library: the layers from max_window_layers on; in smollm3 those without rotary positions.
+        first = value("max_window_layers")
+        if first is not None and (type(first) is not int or first < 0):
+            raise ValueError(f"config.json: max_window_layers is {first!r}, expected 0 or a positive integer")
+        windowed = [i in no_rope if first is None else i >= first for i in range(layers)]
+        types = ["sliding_attention" if slides else "full_attention" for slides in windowed]
+    if types == ["full_attention"] * layers:
+        return None
+    if types != ["sliding_attention"] * layers:
+        raise ValueError(
+            f"config.json: layer_types is {str(types)[:80]} with sliding_window {window}; only models with a sliding "
+            "window in every layer or in none are supported"
+        )
+    return window
 
 
 def module_name(path: str) -> str:
@@ -183,44 +214,5 @@ def _form(content: Any) -> Form:
         scale_multiplies=multiplies,
         not_converted=tuple(entries),
         inside_norm=inside_norm,
-        inside_norm_eps=_positive({"rms_norm_eps": 1e-6, **content}.get, "rms_norm_eps"),
+        inside_norm_eps=positive({"rms_norm_eps": 1e-6, **content}.get, "rms_norm_eps"),
     )
-
-
-def _rope_theta(content: dict[str, Any], default: float) -> float:
-    """The rotary base: `rope_theta`, at the top level or inside `rope_parameters` (older: `rope_scaling`)."""
-    found = {}
-    if "rope_theta" in content:
-        found["rope_theta"] = _positive(content.get, "rope_theta")
-    for key in ("rope_parameters", "rope_scaling"):
-        parameters = content.get(key)
-        if parameters is None:
-            continue
-        if not isinstance(parameters, dict):
-            raise ValueError(f"config.json: {key} is {parameters!r}, expected an object or null")
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        unknown = set(parameters) - {"rope_type", "type", "rope_theta"}
-        if kind != "default" or unknown:
-            raise ValueError(
-                f'config.json: {key} is {parameters}, expected rope_type "default" with a rope_theta; '
-                "scaled or partial rotary positions are not supported"
-            )
-        if "rope_theta" in parameters:
-            found[key] = _positive(parameters.get, "rope_theta")
-    if len(set(found.values())) > 1:
-        raise ValueError(f"config.json: rope_theta is given more than once, with different values: {found}")
-    return next(iter(found.values()), default)
-
-
-def _integer(value: Any, key: str) -> int:
-    number = value(key)
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 2**31:
-        raise ValueError(f"config.json: {key} is {number!r}, expected a positive integer")
-    return number
-
-
-def _positive(value: Any, key: str) -> float:
-    number = value(key)
-    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf:
-        raise ValueError(f"config.json: {key} is {number!r}, expected a positive number")
-    return float(number)

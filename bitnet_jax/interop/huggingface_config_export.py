@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 from bitnet_jax.interop.huggingface_config import ACTIVATIONS, Form, module_name, read_config
+from bitnet_jax.interop.huggingface_families import FAMILIES
+from bitnet_jax.interop.huggingface_rope import rope_json
 from bitnet_jax.models import ModelConfig, text_config
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
@@ -25,7 +27,10 @@ NOT_STORED = {
     "trained_length",
 }  # fmt: skip
 # Fields with a default that depends on other fields -> the property with the resolved value.
-RESOLVED = {"num_kv_heads": "kv_heads", "head_dim": "head_size", "attention_scale": "score_scale"}
+RESOLVED = {
+    "num_kv_heads": "kv_heads", "head_dim": "head_size", "attention_scale": "score_scale",
+    "use_bias": "biased", "attention_bias": "biased", "mlp_bias": "biased",
+}  # fmt: skip
 # What a Precision computes from given weights; its other fields only affect training.
 COMPUTED = (
     "weight", "activation", "scale", "granularity", "activation_scale", "activation_shift", "hadamard", "top_k",
@@ -53,6 +58,14 @@ def config_json(config: ModelConfig, form: str, dtype: str) -> dict[str, Any]:
                 raise ValueError(
                     f"{path} has {n} outputs, expected a multiple of 4 for form {form!r}: four rows share a byte"
                 )
+    ternary_with_bias = [
+        p for p in config.linear_shapes() if p not in floats and p.rpartition("/")[2] in config.biased
+    ]
+    if form in ("packed", "unpacked") and ternary_with_bias:
+        raise ValueError(
+            f"{ternary_with_bias[0]} has a bias, which the library multiplies by weight_scale in form {form!r}; "
+            "use form 'bitlinear' or 'online'"
+        )
     content = _content(config) | {"torch_dtype": dtype}
     if form != "plain":
         stored = FORMS[form]
@@ -122,9 +135,11 @@ def _content(config: ModelConfig) -> dict[str, Any]:
             f"model.head_dim={config.head_size} with {config.num_heads} heads has no form with sub norms: "
             f"transformers expects hidden_size={config.hidden_size} values in attn_sub_norm, got {attended}"
         )
+    model_type = _model_type(config)
+    family = FAMILIES[model_type]
     content = {
-        "architectures": ["BitNetForCausalLM" if sub else "LlamaForCausalLM"],
-        "model_type": "bitnet" if sub else "llama",
+        "architectures": [family.architecture],
+        "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,
@@ -135,14 +150,41 @@ def _content(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
+        **rope_json(config.rope_theta, config.rope_scaling),
         "tie_word_embeddings": config.tie_embeddings,
         # Absent keys would mean the ids of the published models.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    return content if config.head_dim is None else content | {"head_dim": config.head_dim}
+    if config.head_dim is not None:
+        content["head_dim"] = config.head_dim
+    slides = config.sliding_window is not None
+    optional = {
+        "attention_bias": "o_proj" in config.biased,
+        "mlp_bias": "down_proj" in config.biased,
+        "use_sliding_window": slides,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": 0 if slides else config.num_layers,
+        "layer_types": ["sliding_attention" if slides else "full_attention"] * config.num_layers,
+        "no_rope_layers": [int(i not in config.no_rope_layers) for i in range(config.num_layers)],
+    }
+    return content | {key: value for key, value in optional.items() if key in family.defaults}
+
+
+def _model_type(config: ModelConfig) -> str:
+    """The family whose code has the features of the model; `_check_reads_back` finds combinations that none has."""
+    if config.norm_placement == "sub":
+        return "bitnet"
+    if config.qk_norm:
+        return "qwen3"
+    if config.no_rope_layers:
+        return "smollm3"
+    if config.biased == ("q_proj", "k_proj", "v_proj"):
+        return "qwen2"
+    if config.sliding_window is not None:
+        return "smollm3" if config.biased else "mistral"
+    return "llama"
 
 
 def _check_reads_back(config: ModelConfig, content: dict[str, Any], form: str) -> None:

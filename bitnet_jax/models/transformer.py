@@ -59,6 +59,7 @@ class Block(nn.Module):
     config: ModelConfig
     precisions: dict[str, Precision]  # "attention/q_proj", ..., "mlp/down_proj"
     deterministic: bool
+    rotary: bool = True
 
     @nn.compact
     def __call__(
@@ -73,7 +74,7 @@ class Block(nn.Module):
         progress: Float[Array, ""] | float,
     ) -> tuple[Float[Array, "B T D"], KVCache | LinearState | None]:
         config = self.config
-        attention = Attention(config, self._of("attention"), name="attention")
+        attention = Attention(config, self._of("attention"), self.rotary, name="attention")
         mlp = MLP(config, self._of("mlp"), name="mlp")
         dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
         pre_norm = config.norm_placement != "inside"
@@ -118,7 +119,8 @@ def blocks(
     for i in range(config.num_layers):
         prefix = f"layers_{i}/"
         of_block = {p.removeprefix(prefix): v for p, v in precisions.items() if p.startswith(prefix)}
-        x, layer_cache = block(config, of_block, deterministic, name=f"layers_{i}")(
+        rotary = i not in config.no_rope_layers
+        x, layer_cache = block(config, of_block, deterministic, rotary, name=f"layers_{i}")(
             x,
             positions=positions,
             visible=visible,
@@ -186,6 +188,11 @@ class Transformer(nn.Module):
             query = jnp.reshape(length, (-1, 1)) + jnp.arange(T, dtype=jnp.int32)[None]  # [1 or B, T]
             key = jnp.arange(valid.shape[1], dtype=jnp.int32)
             visible = visible & (key[None, None, :] <= query[:, :, None])
+            if config.sliding_window is not None:
+                # Distances count real tokens, so padding anywhere in a row does not narrow the window.
+                rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
+                own = jnp.take_along_axis(rank, jnp.broadcast_to(query, (B, T)), axis=1)
+                visible = visible & (own[:, :, None] - rank[:, None, :] < config.sliding_window)
 
         embed = Embedding.of(config, config.vocab_size, "embed")
         x = embed(tokens)

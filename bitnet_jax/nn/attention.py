@@ -139,8 +139,8 @@ MIXING_WEIGHTS: dict[str, Callable[..., Array]] = {
 
 
 class Attention(nn.Module):
-    """Attention block. Parameters: the projections q_proj, k_proj, v_proj, o_proj, the sub norm (placement "sub")
-    and, for kind "binary", `probability_scale` [].
+    """Attention block. Parameters: the projections q_proj, k_proj, v_proj, o_proj, the norms q_norm and k_norm
+    (`qk_norm`), the sub norm (placement "sub") and, for kind "binary", `probability_scale` [].
 
     Call args:
       x: [B, T, D].
@@ -155,6 +155,7 @@ class Attention(nn.Module):
 
     config: TransformerShape
     precisions: Mapping[str, Precision]
+    rotary: bool = True  # False: a layer of config.no_rope_layers
 
     @nn.compact
     def __call__(
@@ -178,8 +179,11 @@ class Attention(nn.Module):
         ]
         q, k, v = (y.reshape(B, T, -1, config.head_size) for y in apply_fused(linears, x, progress))
         self.sow("intermediates", "qkv", (q, k, v))  # stored only if the caller requests it (distillation)
-        if config.position == "rope":
-            q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
+        if config.qk_norm:
+            q, k = block_norm(config, "q_norm")(q), block_norm(config, "k_norm")(k)
+        if config.position == "rope" and self.rotary:
+            turn = partial(rotate, positions=positions, theta=config.rope_theta, scaling=config.rope_scaling)
+            q, k = turn(q), turn(k)
         if config.kv_bits is not None:
             k, v = fake_quantized_kv(k, config.kv_bits), fake_quantized_kv(v, config.kv_bits)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bitnet_jax.names import check_name
+from bitnet_jax.nn.rope_scaling import RopeScaling
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
 
@@ -35,6 +36,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "mlp": ("relu", "relu2", "gelu", *GATED_MLPS),
     "attention": ("softmax", "relu", "linear", "binary_qk", "binary"),
     "position": ("rope", "learned", "none"),
+    "attention_bias": ("none", "qkv", "qkvo"),
     "embedding_dtype": ("float32", "bfloat16"),
     "head": HEADS,
     "ternary_format": ("ternary2", "ternary5"),
@@ -214,9 +216,19 @@ class TransformerShape(Architecture):
     )
     position: str = "rope"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None  # changed frequencies, for texts longer than at first trained on
+    no_rope_layers: tuple[int, ...] = ()  # indices of the layers without rotary positions (SmolLM3)
+    qk_norm: bool = False  # normalize q and k per head, before the rotary embedding (Qwen3)
+    sliding_window: int | None = (
+        None  # a token attends to itself and the sliding_window - 1 before it; None: to all
+    )
 
     mlp: str = "relu2_glu"
-    use_bias: bool = False
+    use_bias: bool = (
+        False  # on every projection of the blocks, or only on those that the next two fields name
+    )
+    attention_bias: str = "none"
+    mlp_bias: bool = False
     dropout: float = 0.0
 
     norm: str = "rmsnorm"
@@ -263,10 +275,44 @@ class TransformerShape(Architecture):
                 f"model.head: got {self.head!r} with causal={self.causal}, num_classes={self.num_classes}; "
                 "expected a causal language model, or head='float'"
             )
+        self._check_rotary()
+        if self.sliding_window is not None and (not self.causal or self.attention == "linear"):
+            raise ValueError(
+                f"model.sliding_window: got {self.sliding_window} with causal={self.causal}, "
+                f"attention={self.attention!r}; expected causal attention of another kind than linear, or None"
+            )
         object.__setattr__(self, "precision", hashable(self.precision))
         precisions = self.precisions()
         if self.product != "float":
             _check_int8(precisions, self.product)
+
+    def _check_rotary(self) -> None:
+        layers = self.no_rope_layers
+        if not isinstance(layers, list | tuple) or not all(
+            type(i) is int and 0 <= i < self.num_layers for i in layers
+        ):
+            raise ValueError(
+                f"model.no_rope_layers: got {str(layers)[:60]}, expected indices from 0 to {self.num_layers - 1}"
+            )
+        object.__setattr__(self, "no_rope_layers", tuple(sorted(set(layers))))
+        if layers and self.position != "rope":
+            raise ValueError(
+                f"model.no_rope_layers: got {str(layers)[:60]} with position={self.position!r}, expected "
+                "position='rope'"
+            )
+        scaling = self.rope_scaling
+        if isinstance(scaling, Mapping):
+            scaling = RopeScaling.from_dict(scaling)
+            object.__setattr__(self, "rope_scaling", scaling)
+        if scaling is None:
+            return
+        if not isinstance(scaling, RopeScaling):
+            raise ValueError(f"model.rope_scaling: got {str(scaling)[:60]!r}, expected None or a RopeScaling")
+        if self.position != "rope" or self.rope_theta <= 1:
+            raise ValueError(
+                f"model.rope_scaling: got position={self.position!r}, rope_theta={self.rope_theta}, expected "
+                "position='rope' with a rope_theta above 1"
+            )
 
     def _check_ranges(self) -> None:
         expected = {
@@ -276,6 +322,10 @@ class TransformerShape(Architecture):
             ),
             "head_dim": (self.head_dim is None or self.head_dim >= 1, "None or a positive integer"),
             "num_classes": (self.num_classes >= 0, "0 or more"),
+            "sliding_window": (
+                self.sliding_window is None or 1 <= self.sliding_window <= LARGEST,
+                "None or a positive integer",
+            ),
             "rope_theta": (self.rope_theta > 0, "a positive number"),
             "norm_eps": (self.norm_eps > 0, "a positive number"),
             "inside_norm_eps": (self.inside_norm_eps > 0, "a positive number"),
@@ -308,6 +358,15 @@ class TransformerShape(Architecture):
         """The product of an integer output head. Its gradient stays float: a softmax gradient has one large entry,
         relative to which int8 would round most others to 0."""
         return "int8" if self.product == "int8_gradients" else self.product
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The projections of a block that have a bias."""
+        attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+        if self.use_bias:
+            return (*attention, *self.mlp_linears)
+        count = {"none": 0, "qkv": 3, "qkvo": 4}[self.attention_bias]
+        return (*attention[:count], *(self.mlp_linears if self.mlp_bias else ()))
 
     @property
     def mlp_linears(self) -> tuple[str, ...]:

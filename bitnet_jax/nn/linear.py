@@ -97,7 +97,7 @@ class BitLinear(nn.Module):
         return cls(
             features,
             precision,
-            use_bias=config.use_bias and in_block,
+            use_bias=in_block and name in config.biased,
             norm=projection_norm(config) if in_block else None,
             dtype=config.dtype,
             product=config.product if in_block else config.head_product,

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bitnet_jax.nn.rope_scaling import RopeScaling
 from bitnet_jax.quantization.scales import floats
 
 
-def frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """Angle per position of each of the h/2 channel pairs: `theta^(-2i/h)`, float32.
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Angle per position of each of the h/2 channel pairs: `theta^(-2i/h)`, changed by `scaling`, float32.
 
     A NumPy constant, so that all devices use the same values.
 
@@ -19,11 +20,18 @@ def frequencies(head_dim: int, theta: float) -> np.ndarray:
     """
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim} is odd; rotary positions pair channels, use an even head_dim")
-    return (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    values = float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)
+    return (values if scaling is None else scaling.scaled(values, theta)).astype(np.float32)
 
 
-def rotate(x: Float[Array, "B T H h"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H h"]:
-    """Rotates each channel pair (i, i + h/2) of each head by the angle `position * theta^(-2i/h)`.
+def rotate(
+    x: Float[Array, "B T H h"],
+    positions: Int[Array, "B T"],
+    theta: float,
+    scaling: RopeScaling | None = None,
+) -> Float[Array, "B T H h"]:
+    """Rotates each channel pair (i, i + h/2) of each head by the angle `position * theta^(-2i/h)`, or by that of
+    scaled frequencies; `scaling` may also lengthen it (RopeScaling.magnitude).
 
     As complex numbers: `(x_i + 1j x_{i+h/2}) * exp(1j position theta^(-2i/h))`, so q.k depends only on the difference
     of positions. Cosines and sines are computed in float32 and then cast to the dtype of x: bfloat16 angles would be
@@ -32,8 +40,12 @@ def rotate(x: Float[Array, "B T H h"], positions: Int[Array, "B T"], theta: floa
     x = floats("x", x)
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"positions are {positions.dtype}; expected integers")
-    angles = positions[..., None].astype(jnp.float32) * frequencies(x.shape[-1], theta)[None, None, :]
+    angles = (
+        positions[..., None].astype(jnp.float32) * frequencies(x.shape[-1], theta, scaling)[None, None, :]
+    )
     both = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    if scaling is not None and scaling.magnitude != 1:
+        both = both * scaling.magnitude
     # Multiply by the identity, which is exact: otherwise XLA's CPU backend fuses the cosine into its users and
     # recomputes it for every head of every layer.
     both = jnp.einsum("btc,cd->btd", both, jnp.eye(both.shape[-1], dtype=jnp.float32), precision="highest")

@@ -227,7 +227,14 @@ def abstract(config: Architecture) -> dict[str, Any]:
         if not path.startswith("layers_") and path != "patch_embed"  # set by the field `first`
     ]
     rules = [(f"layers_{i}/{path}", value) for layer, i in kinds.items() for path, value in layer]
-    traced = _trace(dataclasses.replace(config, num_layers=len(kinds), precision=(*rules, *heads)))
+    traced = _trace(
+        dataclasses.replace(
+            config,
+            num_layers=len(kinds),
+            no_rope_layers=(),  # indices in the whole model; shapes do not depend on them
+            precision=(*rules, *heads),
+        )
+    )
 
     def deepened(variables: dict[str, Any]) -> dict[str, Any]:
         outside = {name: part for name, part in variables.items() if not name.startswith("layers_")}

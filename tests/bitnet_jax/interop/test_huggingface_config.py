@@ -15,9 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from bitnet_jax.interop.huggingface import load
 from bitnet_jax.interop.huggingface_config import read_config
+from bitnet_jax.interop.huggingface_families import INERT
 from bitnet_jax.models import ModelConfig
 
 PACKED = "bitnet_autobit_packed_fp32_untied"
+QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 4}
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
 
 
@@ -42,6 +44,37 @@ def test_absent_keys_have_the_defaults_of_transformers() -> None:
     llama = config_of(model_type="llama")
     assert (llama.mlp, llama.norm_placement, llama.kv_heads) == ("silu_glu", "pre", 32)
     assert (llama.rope_theta, llama.norm_eps) == (10_000.0, 1e-6)
+
+
+def test_defaults_of_the_other_families() -> None:
+    qwen2 = config_of(model_type="qwen2")
+    assert (qwen2.biased, qwen2.qk_norm, qwen2.sliding_window) == (
+        ("q_proj", "k_proj", "v_proj"),
+        False,
+        None,
+    )
+    qwen3 = config_of(model_type="qwen3")
+    assert (qwen3.biased, qwen3.qk_norm, qwen3.head_size) == ((), True, 128)
+    mistral = config_of(model_type="mistral")
+    assert (mistral.sliding_window, mistral.kv_heads, mistral.ffn_size) == (4096, 8, 14_336)
+    smollm3 = config_of(model_type="smollm3")
+    assert smollm3.no_rope_layers == tuple(range(3, 36, 4))
+    assert (smollm3.rope_theta, smollm3.tie_embeddings) == (2e6, True)
+
+
+def test_keys_without_effect_and_features_switched_off_are_accepted() -> None:
+    plain = config_of(model_type="llama")
+    inert = dict.fromkeys(INERT, 7)
+    off = {
+        "use_mup": False,
+        "logits_soft_cap": None,
+        "pruned_heads": {},
+        "extra": [],
+        "partial_rotary_factor": 1.0,
+    }
+    assert config_of(model_type="llama", **inert, **off) == plain
+    published = {"use_sliding_window": False, "sliding_window": 131_072, "max_window_layers": 28}
+    assert config_of(model_type="qwen2", use_mrope=False, **published) == config_of(model_type="qwen2")
 
 
 def test_null_kv_heads_means_the_number_of_heads() -> None:
@@ -92,12 +125,41 @@ def test_modules_that_are_not_converted_stay_float(entry: str, floats: list[str]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model_type": "mistral"}, "model_type: got 'mistral', expected one of bitnet, llama"),
+        ({"model_type": "gemma"}, "model_type: got 'gemma', expected one of bitnet, llama, qwen2"),
         ({"model_type": ["bitnet"]}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected one of relu2, silu"),
         ({"hidden_act": {}}, "hidden_act"),
-        ({"attention_bias": True}, "attention_bias is True; projections with a bias"),
-        ({"mlp_bias": 1}, "mlp_bias"),
+        ({"attention_bias": 1}, "attention_bias is 1, expected true or false"),
+        ({"mlp_bias": True}, "mlp_bias is 'True', which model_type 'bitnet' does not have here"),
+        ({"model_type": "llama", "mlp_bias": 1}, "mlp_bias is 1, expected true or false"),
+        (
+            {"model_type": "llama", "sliding_window": 64},
+            "sliding_window is '64', which model_type 'llama' does not",
+        ),
+        (
+            {"final_logit_softcapping": 30.0},
+            "final_logit_softcapping is '30.0', which .* may change the outputs",
+        ),
+        ({"embedding_multiplier": 12}, "embedding_multiplier is '12'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is '0.5'"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is 'True'"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, expected a positive integer"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"]}, "layer_types"),
+        (
+            QWEN2 | {"use_sliding_window": True, "max_window_layers": 2},
+            "only models with a sliding window in every",
+        ),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers is '2'"),
+        (QWEN2 | {"use_sliding_window": 1}, "use_sliding_window is 1, expected true or false"),
+        (QWEN2 | {"layer_types": ["sliding_attention"] * 4}, "layer_types is .* without a sliding window"),
+        (QWEN2 | {"use_sliding_window": True, "layer_types": 5}, "layer_types is 5"),
+        (
+            {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8},
+            "only models with a sliding",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "one per layer"),
+        ({"model_type": "smollm3", "no_rope_layers": [2] * 36}, "one per layer"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
         ({"num_hidden_layers": 10**12}, "expected a positive integer"),
         ({"num_hidden_layers": 1001}, "the folder holds only 1000 tensors"),
         ({"hidden_size": "2560"}, "hidden_size is '2560', expected a positive integer"),
@@ -108,8 +170,39 @@ def test_modules_that_are_not_converted_stay_float(entry: str, floats: list[str]
         ({"rms_norm_eps": None}, "rms_norm_eps is None"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected true or false"),
         ({"num_attention_heads": 7}, "not a multiple"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'expected rope_type "default"'),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "not supported"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type is 'dynamic', expected one of default",
+        ),
+        ({"rope_scaling": {"type": ["yarn"], "factor": 2.0}}, "rope_type is"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling has no factor"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "factor: got 0.5, expected a number of at least 1",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "factor: got True"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 3}},
+            "beta_fast is 3, which is not supported",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_factor"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "expected low < high",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 8, "mscale": "x", "mscale_all_dim": 1}},
+            "mscale is 'x'",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 8, "original_max_position_embeddings": 0}},
+            "original_length: got 0",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_theta": 5e5}},
+            "the scaling is given more than once",
+        ),
+        ({"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 8}}, "rope_theta above 1"),
         ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}, "not supported"),
         ({"rope_parameters": 5e5}, "expected an object or null"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "given more than once"),
@@ -212,8 +305,19 @@ JSON_VALUES = st.recursive(
 @given(data=st.data())
 def test_a_fuzzed_config_loads_or_raises_value_error(oracles: Path, data: st.DataObject) -> None:
     content = json.loads((oracles / "hf_bitnet" / PACKED / "config.json").read_text())
-    content |= {"head_dim": 16, "rope_scaling": None}
-    target = content if data.draw(st.booleans()) else content["quantization_config"]
+    if data.draw(st.booleans()):
+        scaling = {"type": "yarn", "factor": 2.0, "beta_fast": 8, "original_max_position_embeddings": 64}
+        content |= {"rope_scaling": scaling}
+        content |= {
+            "model_type": "smollm3",
+            "hidden_act": "silu",
+            "layer_types": None,
+            "no_rope_layers": None,
+        }
+    content |= {"head_dim": 16, "sliding_window": None}
+    target = data.draw(
+        st.sampled_from([v for v in content.values() if isinstance(v, dict) and v] + [content])
+    )
     target[data.draw(st.sampled_from(sorted(target)))] = data.draw(JSON_VALUES)
     try:
         config, _ = read_config(content, tensor_count=50, dtype="float32")

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
 
-from bitnet_jax.models import PRESETS, ModelConfig, Transformer
+from bitnet_jax.models import PRESETS, ModelConfig, Transformer, init_variables
+from bitnet_jax.nn.rope_scaling import RopeScaling
 from bitnet_jax.quantization.precision import Precision
 
 TINY = PRESETS["tiny"].to_dict()
@@ -37,6 +38,34 @@ def test_precisions_in_rules_round_trip_through_json() -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_rotary_settings_round_trip_through_json_and_stay_hashable() -> None:
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_length=32)
+    config = ModelConfig(**TINY | {"rope_scaling": scaling, "no_rope_layers": [1, 0]})
+    assert config.no_rope_layers == (0, 1)
+    again = ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert again.rope_scaling == scaling
+
+
+@pytest.mark.parametrize(
+    ("fields", "biased"),
+    [
+        ({}, ""),
+        ({"use_bias": True}, "q k v o gate up down"),
+        ({"attention_bias": "qkv"}, "q k v"),
+        ({"attention_bias": "qkvo"}, "q k v o"),
+        ({"mlp_bias": True}, "gate up down"),
+    ],
+)
+def test_biased_projections(fields: dict[str, Any], biased: str) -> None:
+    config = ModelConfig(**TINY | fields)
+    assert config.biased == tuple(f"{name}_proj" for name in biased.split())
+    params = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))["params"]
+    found = {path[-2] for path in flatten_dict(params) if path[-1] == "bias"}
+    assert found == set(config.biased)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -49,6 +78,24 @@ def test_precisions_in_rules_round_trip_through_json() -> None:
         ({"num_kv_heads": 3}, r"num_heads=4 is not a multiple of num_kv_heads=3"),
         ({"kv_bits": 1}, r"model\.kv_bits: got 1, expected None or 2 to 8"),
         ({"head_dim": 7}, r"head_dim=7 is odd"),
+        ({"attention_bias": "o"}, r"model\.attention_bias: got 'o', expected one of none, qkv, qkvo"),
+        ({"sliding_window": 0}, r"model\.sliding_window: got 0, expected None or a positive integer"),
+        ({"sliding_window": 4, "causal": False}, r"model\.sliding_window: got 4 with causal=False"),
+        ({"sliding_window": 4, "attention": "linear"}, r"sliding_window: got 4 .* attention='linear'"),
+        ({"no_rope_layers": [9]}, r"model\.no_rope_layers: got \[9\], expected indices from 0 to"),
+        ({"no_rope_layers": 1}, r"model\.no_rope_layers: got 1, expected indices"),
+        ({"no_rope_layers": [0], "position": "none"}, r"no_rope_layers: got \[0\] with position='none'"),
+        ({"rope_scaling": "yarn"}, r"model\.rope_scaling: got 'yarn', expected None or a RopeScaling"),
+        ({"rope_scaling": {"kind": "yarn"}}, r"rope_scaling: got kind, expected kind, factor and any of"),
+        (
+            {"rope_scaling": {"kind": "ntk", "factor": 2}},
+            r"rope_scaling\.kind: got 'ntk', expected one of linear",
+        ),
+        ({"rope_scaling": {"kind": "yarn", "factor": 2}}, r"rope_scaling\.original_length: got None"),
+        (
+            {"rope_scaling": {"kind": "linear", "factor": 2}, "position": "none"},
+            r"model\.rope_scaling: got position='none'",
+        ),
         ({"precision": "bitnet_b159"}, r"recipe: got 'bitnet_b159'.*did you mean 'bitnet_b158'"),
         ({"precision": [["layers_9/*", "int8"], ["*", "bitnet"]]}, r"layers_9"),
         ({"product": "int4"}, r"model\.product: got 'int4', expected one of float, int8, int8_gradients"),
