@@ -217,9 +217,8 @@ class TransformerShape(Architecture):
     position: str = "rope"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None  # changed frequencies, for texts longer than at first trained on
-    no_rope_layers: (
-        tuple[int, ...] | list[int]
-    ) = ()  # indices of the layers without rotary positions (SmolLM3)
+    # Indices of the layers without rotary positions (SmolLM3); stored as a tuple.
+    no_rope_layers: tuple[int, ...] | list[int] = ()
     qk_norm: bool = False  # normalize q and k per head, before the rotary embedding (Qwen3)
     sliding_window: int | None = (
         None  # a token attends to itself and the sliding_window - 1 before it; None: to all

@@ -125,7 +125,7 @@ def test_modules_that_are_not_converted_stay_float(entry: str, floats: list[str]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model_type": "gemma"}, "model_type: got .gemma., expected one of bitnet, llama, qwen2"),
+        ({"model_type": "gemma"}, "model_type: got 'gemma', expected one of bitnet, llama, qwen2"),
         ({"model_type": ["bitnet"]}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act: got 'gelu', expected one of relu2, silu"),
         ({"hidden_act": {}}, "hidden_act"),

@@ -128,6 +128,21 @@ def test_greedy_generation(folders: Path, name: str) -> None:
     np.testing.assert_array_equal(got, expected)
 
 
+def test_padding_inside_a_row_does_not_narrow_the_window(folders: Path) -> None:
+    """As between a prompt that is padded to its bucket and the tokens generated after it."""
+    (config, variables), truth = loaded(folders / "mistral"), arrays("mistral")
+    B, T, gap = 3, truth["input_ids"].shape[1], 4
+    tokens = np.tile(truth["input_ids"][:1], (B, 1))
+    gapped = np.insert(tokens, [8] * gap, 0, axis=1)[:, :T]
+    mask = np.ones((B, T), bool)
+    expected = np.asarray(cached_logits(config, variables, jnp.asarray(tokens), jnp.asarray(mask)))
+    mask[:, 8 : 8 + gap] = False
+    logits = np.asarray(cached_logits(config, variables, jnp.asarray(gapped), jnp.asarray(mask)))
+    np.testing.assert_allclose(
+        np.delete(logits, range(8, 8 + gap), axis=1), expected[:, :-gap], atol=TOLERANCE
+    )
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_match_the_model(folders: Path, name: str) -> None:
     config, variables = loaded(folders / name)

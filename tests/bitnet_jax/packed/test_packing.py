@@ -186,6 +186,9 @@ DEEP: dict[str, dict[str, Any]] = {
         "precision": (("*/q_proj", "bit"), ("lm_head", "paretoq_1.58"), ("*", "paretoq_1")),
     },
     "linear attention": {"num_layers": 2, "attention": "linear", "norm_placement": "inside"},
+    "layers without rotary positions": {
+        "num_layers": 5, "no_rope_layers": (3, 4), "qk_norm": True, "attention_bias": "qkv", "precision": "bitnet",
+    },
     "classifier": {"num_layers": 2, "num_classes": 3, "causal": False, "attention": "binary"},
 }  # fmt: skip
 
