@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from bitnet_jax.cli.shared import kv_format_argument, ternary_format_argument, write_json
+from bitnet_jax.cli.shared import kv_format_argument, model_argument, ternary_format_argument, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="a packed model, a run, ...")
+    model_argument(command, nargs="?")
     command.add_argument("--preset", metavar="NAME", help="or the shape of a preset: tiny, 125m, ..., 2b4t")
     command.add_argument(
         "--config", metavar="CONFIG", help="or the model of NAME[:VARIANT] or FILE.py[:VARIANT]"
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.folder is not None:
         if args.preset or args.config or args.recipe or args.head or args.ternary_format:
             raise ValueError(
-                "got FOLDER with --preset, --config or one of their options, expected only one of them"
+                "got MODEL with --preset, --config or one of their options, expected only one of them"
             )
         model = load_text_model(args.folder, step=args.step)
         config, variables = model.config, model.variables

@@ -28,13 +28,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import allow_download_argument, write_json
+from bitnet_jax.cli.shared import allow_download_argument, model_argument, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
-    )
+    model_argument(command)
     command.add_argument(
         "--tasks",
         metavar="NAME[,NAME...]",

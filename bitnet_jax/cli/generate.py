@@ -18,13 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import kv_format_argument, utf8, write_json
+from bitnet_jax.cli.shared import kv_format_argument, model_argument, utf8, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
-    )
+    model_argument(command)
     source = command.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", type=Path, help="read the prompt from FILE")

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import describe_sizes, size_figures, write_json
+from bitnet_jax.cli.shared import describe_sizes, model_argument, size_figures, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="a packed model, a run, or a Hugging Face model"
-    )
+    model_argument(command)
     command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
     command.add_argument(
         "--verify", action="store_true", help="compare all tensors of a packed model with their checksums"

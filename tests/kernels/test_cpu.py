@@ -52,13 +52,24 @@ def on_every_isa(product: Callable[..., object], xs: list[jax.Array], *operands:
     return program(xs, *operands)
 
 
-def defined(xs: list[jax.Array], ws: list[PackedArray]) -> list[list[np.ndarray]]:
-    """[[x times w for w in ws] for x in xs] by the definition, whose rows are independent: xs of a dtype at once."""
-    products = jax.jit(reference.scaled_matmuls)
+# Functions of the definition, compiled once for all formats.
+quantize, rescale, rounded = (
+    jax.jit(function)
+    for function in (reference.quantize_activations, reference.rescale, reference.rounded_product)
+)
+
+
+def defined(xs: list[jax.Array], ws: list[PackedArray], codes: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """[[x times w for w in ws] for x in xs] by the definition, from exact sums; xs of a dtype at once."""
     rows: dict[str, list[np.ndarray]] = {}
     for dtype in {x.dtype.name for x in xs}:
-        same = jnp.concatenate([x for x in xs if x.dtype.name == dtype])
-        rows[dtype] = [np.asarray(y) for y in products(same, ws)]
+        x = jnp.concatenate([x for x in xs if x.dtype.name == dtype])
+        q, scale = (x, None) if dtype == "int8" else quantize(x)
+        products = [
+            rescale(exact(np.asarray(q), c, w.groups).astype(np.int32), w.scale)
+            for w, c in zip(ws, codes, strict=True)
+        ]
+        rows[dtype] = [np.asarray(y if scale is None else rounded(y, scale)) for y in products]
     results = []
     for x in xs:
         results.append([y[: len(x)] for y in rows[x.dtype.name]])
@@ -89,13 +100,13 @@ def test_every_instruction_set_is_exact(make_packed, format: str, n: int, k: int
 def test_the_fused_rescale_is_bit_identical_to_the_definition(
     make_packed, format: str, n: int, k: int, groups: int
 ) -> None:
-    _, w = make_packed(format, n, k, groups)
+    codes, w = make_packed(format, n, k, groups)
     ws = [w, dataclasses.replace(w, scale=w.scale[:1])] if groups == 1 else [w]
     random, xs = np.random.default_rng(1), []
     for m in (1, 5, 50):  # 50 rows of 32 groups exceed one scratch tile
         xs.append(jnp.asarray(random.integers(-128, 128, (m, k), np.int8)))
         xs.append(jnp.asarray(random.normal(size=(m, k)), jnp.float32))
-    expected = defined(xs, ws)
+    expected = defined(xs, ws, [codes] * len(ws))
     for isa, products in on_every_isa(cpu.scaled_matmuls, xs, ws).items():
         for x, got, wanted in zip(xs, products, expected, strict=True):
             for i, (y, z) in enumerate(zip(got, wanted, strict=True)):
@@ -106,11 +117,11 @@ def test_the_fused_rescale_is_bit_identical_to_the_definition(
 @built
 @pytest.mark.parametrize(("n", "k", "groups"), [(1, 1, 1), (37, 100, 1), (100, 640, 20), (33, 2049, 1)])
 def test_signs_times_signs_count_bits(make_packed, n: int, k: int, groups: int) -> None:
-    _, w = make_packed("binary", n, k, groups)
-    _, other = make_packed("ternary2", n, k, groups)  # for comparison, signs as ordinary codes
+    codes, w = make_packed("binary", n, k, groups)
+    other_codes, other = make_packed("ternary2", n, k, groups)  # for comparison, signs as ordinary codes
     rows = (1, 3, 4, 5, 9)
     xs = [jnp.asarray(np.random.default_rng(m).choice(np.array([-1, 1], np.int8), (m, k))) for m in rows]
-    expected = defined(xs, [w, other])
+    expected = defined(xs, [w, other], [codes, other_codes])
     product = partial(cpu.scaled_matmuls, activation_bits=1)
     for ws in ([w], [w, other]):
         for isa, products in on_every_isa(product, xs, ws).items():

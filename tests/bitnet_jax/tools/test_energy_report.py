@@ -110,7 +110,7 @@ def test_nothing_is_generated_without_a_meter(tmp_path: Path, monkeypatch: pytes
         (["--preset", "9b"], "--preset: got '9b', expected one of"),
         (["--preset", "tiny", "--zeros", "*=much"], "expected PATTERN=SHARE"),
         (["--preset", "tiny", "--zeros", "*wo=0.5"], "expected one that matches"),
-        (["{}", "--preset", "tiny"], "got FOLDER with --preset"),
+        (["{}", "--preset", "tiny"], "got MODEL with --preset"),
         (["--config", "{}/config.py"], "set model.vocab_size"),
         (["--config", "{}/config.py", "--head", "int8"], "set them in the config file"),
     ],
