@@ -1,7 +1,7 @@
 # From a clean clone, with only Python 3.11+ and a C++ compiler:
 #
 #   make quickstart   train float, ternary and binary models on real text, pack them, prove them equal, generate
-#   make test         the tests            make lint   ruff and mypy
+#   make test         the quick tests      make lint   ruff and mypy
 #   make docs         the documentation, into site/, offline
 #   make test-all     the slow tests too (sanitizers, emulated machines, soaks, killed processes), with coverage
 #   make bench        kernel timings       make clean  remove all build products
@@ -10,6 +10,7 @@
 #
 # PYTHON=python3.13 make ...      another interpreter, for a new environment
 # make quickstart QUICKSTART_FLAGS=--short      a tenth of the training
+# make test PYTEST_FLAGS=--extended             the tests of continuous integration
 # make test PYTEST_FLAGS="-k packing"           any pytest flags
 # make test CONSTRAINTS=requirements/ci-py311.txt   a new environment with the versions of continuous integration
 # make lock                                     update that file to the newest versions, see CONTRIBUTING.md

@@ -1,7 +1,8 @@
 """Test configuration: strict JAX, two CPU devices, markers for slow and hardware tests, external data.
 
-    pytest                          the fast suite
-    pytest --run-slow               includes the tests marked slow (or BITNET_JAX_RUN_SLOW=1)
+    pytest                          the quick suite
+    pytest --extended               also the tests marked extended, as continuous integration does
+    pytest --run-slow               all of them, also those marked slow (or BITNET_JAX_RUN_SLOW=1)
     JAX_PLATFORMS=cuda,cpu pytest -m gpu    on a machine with a GPU
 
 Strict promotion is for our own code. Optax computes `decay ** step` with an int32 step, which it refuses, so
@@ -44,14 +45,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--extended", action="store_true", help="also run the tests marked extended")
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked extended and slow")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     run_slow = config.getoption("--run-slow") or os.environ.get("BITNET_JAX_RUN_SLOW") == "1"
+    extended = run_slow or config.getoption("--extended")
     for item in items:
         if item.get_closest_marker("slow") and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow: ask with --run-slow or BITNET_JAX_RUN_SLOW=1"))
+        elif item.get_closest_marker("extended") and not extended:
+            item.add_marker(
+                pytest.mark.skip(reason="extended: ask with --extended; continuous integration does")
+            )
         for platform in ("gpu", "tpu"):
             # The backend is queried only where a marker requires it: collection must not initialize a device.
             if item.get_closest_marker(platform) and jax.default_backend() != platform:

@@ -20,6 +20,8 @@ import pytest
 
 from bitnet_jax.training.config_file import named_configs
 
+pytestmark = pytest.mark.extended
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "bitnet_jax": "bitnet_jax",

@@ -8,6 +8,8 @@ from bitnet_jax.cli.main import build_parser
 from bitnet_jax.models import PRESETS
 from experiments import cpu_limits, training_cost
 
+pytestmark = pytest.mark.extended
+
 
 def test_the_tables_match_the_committed_results() -> None:
     machines = cpu_limits.load()

@@ -21,6 +21,8 @@ from bitnet_experiments.sections import (
 )
 from bitnet_experiments.study import Study, load_study, read_results, study_names
 
+pytestmark = pytest.mark.extended
+
 
 def row(arm: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
     history = [{"step": 1, "valid_loss": loss + 1}, {"step": 2, "valid_loss": loss}]

@@ -19,6 +19,8 @@ from bitnet_experiments.study import (
 )
 from bitnet_jax.quantization.recipes import RECIPES
 
+pytestmark = pytest.mark.extended
+
 
 def test_product_combines_and_zip_pairs() -> None:
     precisions = {"float": {"model.precision": "float32"}, "ternary": {"model.precision": "bitnet_b158"}}

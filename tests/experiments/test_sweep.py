@@ -145,6 +145,8 @@ def test_two_concurrent_sweeps_share_the_runs(study: Study, tmp_path: Path) -> N
 SLEEPER = """
 import time
 
+pytestmark = pytest.mark.extended
+
 def run(arm, seed, workdir, small):
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / f"{{arm}}-{{seed}}").touch()

@@ -23,6 +23,8 @@ from bitnet_jax.tools.pack_model import pack_model
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.loop import fit
 
+pytestmark = pytest.mark.extended
+
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": dict(image_size=8, num_classes=10, hidden_size=16, num_layers=2, precision="bnn"),
     "cnn": dict(image_size=8, num_classes=10, widths=[4, 8], precision="xnor"),

@@ -23,6 +23,8 @@ from bitnet_jax.model_folders import load_model
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing, storage
 
+pytestmark = pytest.mark.extended
+
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text())

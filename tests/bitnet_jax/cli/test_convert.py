@@ -19,6 +19,8 @@ from bitnet_jax.interop.differences import differences
 from bitnet_jax.model_folders import LoadedModel, load_model, load_text_model, save_model, with_recipe
 from bitnet_jax.models import ModelConfig, init_variables
 
+pytestmark = pytest.mark.extended
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 128, "ffn_size": 256, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
     "max_length": 64,

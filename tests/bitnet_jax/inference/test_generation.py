@@ -229,6 +229,7 @@ def written(run: generation._Run) -> tuple[np.ndarray, list[np.ndarray]]:
 
 # 0: bit-identical. Else float32 rounding: XLA compiles the sines of rotary positions, and the sums of linear attention
 # over the keys of a chunk, to different instructions for different sizes.
+@pytest.mark.extended
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("attention", "kv_format", "position", "rounding"),
@@ -260,6 +261,7 @@ def test_padding_to_buckets_changes_no_bit(
         np.testing.assert_allclose(row, other, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.extended
 @pytest.mark.optimized
 @pytest.mark.parametrize("attention", ["softmax", "relu", "linear"])
 def test_the_text_does_not_depend_on_batching_streaming_or_cache_size(

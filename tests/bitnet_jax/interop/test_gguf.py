@@ -23,6 +23,8 @@ from bitnet_jax.models import ModelConfig, init_variables
 from bitnet_jax.models.transformer import Transformer
 from bitnet_kernels import PackedArray, cpu, unpack
 
+pytestmark = pytest.mark.extended
+
 TOLERANCE = 1e-3  # oracles/hf_bitnet/SPEC.md section 6
 TYPES = ("i2_s", "tq1_0", "tq2_0")
 TINY = ModelConfig(

@@ -27,6 +27,8 @@ from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Block, Transformer
 from bitnet_kernels import cpu, unpack
 
+pytestmark = pytest.mark.extended
+
 FLOAT = ("bitnet_plain_bf16_untied", "bitnet_plain_fp32_tied", "llama_plain_fp32_untied")
 ONLINE = (
     "bitnet_online_bf16_gqa20x5",

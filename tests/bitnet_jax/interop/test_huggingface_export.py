@@ -25,6 +25,8 @@ from bitnet_jax.packed.packing import pack
 from bitnet_jax.packed.tensor_file import StorageError
 from bitnet_kernels import PackedArray, unpack
 
+pytestmark = pytest.mark.extended
+
 MASTER = "bitnet_online_bf16_tied"
 SAME_MODEL = {
     "online": MASTER,

@@ -25,6 +25,8 @@ from bitnet_jax.nn.rotary import frequencies
 from bitnet_jax.packed.packing import abstract
 from bitnet_kernels import PackedArray, unpack
 
+pytestmark = pytest.mark.extended
+
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = sorted(path.stem for path in FIXTURES.glob("*.npz") if path.stem != "rope")
 # Logits have a standard deviation of 1.5 to 6 and differ by 1e-5, the order of float32 sums. An activation code that is

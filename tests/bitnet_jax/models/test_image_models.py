@@ -56,6 +56,7 @@ def test_a_config_round_trips_through_json_and_names_the_parameters(architecture
     assert len(ends) == 2
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("architecture", "precision"),
     [

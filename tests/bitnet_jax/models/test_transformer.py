@@ -265,6 +265,7 @@ def test_selected_positions_have_the_same_logits_and_hidden_states(tied: bool) -
     np.testing.assert_allclose(whole.hidden @ head.T, whole.logits, **SAME)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("precision", ["float32", "bitnet_b158"])
 def test_remat_changes_residuals_and_not_gradients(precision: str) -> None:
     config = tiny(precision=precision, num_layers=2, dropout=0.3)

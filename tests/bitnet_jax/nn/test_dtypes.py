@@ -140,6 +140,7 @@ def check(call: Call, shape: tuple[int, ...], taken: tuple[str, ...]) -> None:
             assert "\n" not in str(caught.value)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", FLOAT_INPUTS)
 def test_float_input_dtypes(name: str) -> None:
     make, shape = FLOAT_INPUTS[name]

@@ -66,6 +66,7 @@ def greedy_without_cache(
     return np.stack(generated, axis=1)
 
 
+@pytest.mark.extended
 @pytest.mark.optimized
 def test_all_packable_recipes_in_one_model_are_proved() -> None:
     """Each linear layer of the model has a different recipe, so that one compilation covers them all."""
@@ -125,6 +126,7 @@ def test_ternary_is_bit_identical_and_generates_the_same_text(ternary: Any) -> N
     )
 
 
+@pytest.mark.extended
 @pytest.mark.optimized
 def test_bfloat16_models_are_proved_and_only_packed_layers_lose_their_latents() -> None:
     config = ModelConfig(
@@ -340,6 +342,7 @@ def test_codes_and_scales_that_the_format_cannot_hold_are_rejected(
         packing.pack(params, ModelConfig(**SHAPE, precision="bitnet_b158"))
 
 
+@pytest.mark.extended
 @pytest.mark.optimized
 def test_the_ternary5_format_gives_the_same_model(ternary: Any) -> None:
     config, params, packed = ternary
@@ -358,6 +361,7 @@ def test_the_ternary5_format_gives_the_same_model(ternary: Any) -> None:
 HEAD_SHAPE = SHAPE | {"hidden_size": 32, "embedding_dtype": "bfloat16"}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("head", ["int8", "int4"])
 def test_a_quantized_head_is_packed_and_proved(head: str, tied: bool) -> None:

@@ -13,6 +13,8 @@ from bitnet_jax.tools import kernel_checks
 from bitnet_jax.tools.kernel_checks import check_kernels, instruction_set
 from bitnet_kernels import cpu, reference
 
+pytestmark = pytest.mark.extended
+
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 FAST = cpu.available_isas()[-1] if cpu.available_isas() else ""
 

@@ -33,6 +33,8 @@ from bitnet_jax.data import TokenBatches
 from bitnet_jax.training import fit
 from bitnet_jax.training.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.extended
+
 config, workdir, die_in_save = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 save, batch = Checkpoints.save, TokenBatches.batch
 

@@ -19,6 +19,8 @@ from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
 from bitnet_jax.training.task import init_variables, model_loss
 
+pytestmark = pytest.mark.extended
+
 STEPS = 10
 # 256 inputs everywhere, so that the largest scale groups and the Hadamard rotation fit.
 SHAPE: dict[str, Any] = {

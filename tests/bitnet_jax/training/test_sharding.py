@@ -22,6 +22,8 @@ from bitnet_jax.training.run_folder import RunFolder
 from bitnet_jax.training.sharding import MeshConfig, make_mesh, needs_synchronous_dispatch, partition_spec
 from bitnet_jax.training.task import Task, abstract_variables
 
+pytestmark = pytest.mark.extended
+
 SIZES = {"data": 2, "fsdp": 4, "tensor": 8}
 
 
