@@ -161,9 +161,7 @@ def source_path(source: str | Path) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise FileNotFoundError(
-            f"got {source}, expected an installed package; install it: pip install {package}"
-        ) from error
+        raise FileNotFoundError(f"got {source}, expected an installed package; install {package}") from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
         kind = FileNotFoundError if not found else ValueError

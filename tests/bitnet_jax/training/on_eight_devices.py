@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -97,7 +98,7 @@ def codes(recipe: str, state: TrainState) -> dict[str, np.ndarray]:
     for path, precision in model(recipe).precisions().items():
         if precision.quantizes_weights:
             weight: Any = reduce(lambda tree, name: tree[name], path.split("/"), state.params)["weight"]
-            found[path] = np.asarray(precision.quantize_weight(jax.device_get(weight)).codes)
+            found[path] = np.asarray(precision.quantize_weight(jnp.asarray(jax.device_get(weight))).codes)
     return found
 
 
