@@ -36,11 +36,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--i2s-layout",
-        choices=("128x32", "64x16", "rows4"),
+        choices=("128x32", "arm-64x16", "rows4"),
         help="order of the codes in i2_s tensors of SOURCE; GGUF files do not say which (default: 128x32)",
     )
     command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
-    command.add_argument("--overwrite", action="store_true", help="replace an existing target")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing target of this format")
 
 
 def run(args: argparse.Namespace) -> int:

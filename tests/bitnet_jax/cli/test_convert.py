@@ -16,6 +16,7 @@ from bitnet_jax.data.bpe import train_bpe
 from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.text import Document
 from bitnet_jax.interop.differences import differences
+from bitnet_jax.interop.gguf_ternary import I2S_LAYOUTS
 from bitnet_jax.model_folders import LoadedModel, load_model, load_text_model, save_model, with_recipe
 from bitnet_jax.models import ModelConfig, init_variables
 
@@ -233,3 +234,46 @@ def test_a_float_model_is_packed_by_a_recipe_and_proved(
     assert packed.conversation.end == (7, 9)
     assert cli.main(["pack", f"{tmp_path}/int8", f"{tmp_path}/again"]) == 2
     assert "whose weights are packed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["packed", "huggingface", "gguf"])
+@pytest.mark.parametrize("other", ["folder", "file", "link", "run", "download", "other format"])
+def test_overwrite_never_replaces_anything_but_a_model_of_the_format(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, other: str
+) -> None:
+    target, old = tmp_path / "target", tmp_path / "old"
+    if other == "file":
+        target.write_text("notes")
+    elif other == "other format":
+        save_model(target, load_model(models / "float"), "gguf" if to == "packed" else "packed")
+    else:
+        old.mkdir()
+        (old / "checkpoints" if other == "run" else old / "notes.txt").write_text("notes")
+        if other == "download":  # a model of the format, with files that it would not write again
+            save_model(tmp_path / "new", load_model(models / "float"), "huggingface")
+            for file in (tmp_path / "new").iterdir():
+                file.rename(old / file.name)
+            (tmp_path / "new").rmdir()
+        target.symlink_to(old) if other == "link" else old.rename(target)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert cli.main(["convert", f"{models}/float", str(target), "--to", to, "--overwrite"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert "not be overwritten" in error or "exists; choose another file" in error
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("to", ["packed", "huggingface", "gguf"])
+def test_overwrite_replaces_a_model_of_the_format(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    for _ in range(2):
+        figures = convert(capsys, models / "float", tmp_path / "target", "--to", to, "--overwrite")
+        assert figures["lossless"]
+
+
+@pytest.mark.parametrize("layout", list(I2S_LAYOUTS))
+def test_every_layout_of_i2s_has_its_name_on_the_command_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    convert(capsys, models / "ternary", tmp_path / "a.gguf", "--to", "gguf:i2_s")
+    convert(capsys, tmp_path / "a.gguf", tmp_path / "b", "--i2s-layout", layout)
