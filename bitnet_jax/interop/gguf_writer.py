@@ -44,8 +44,8 @@ def write(
 
     Raises:
       StorageError: the file exists (without overwrite), is not a GGUF file (with it), a name or value
-        that the format cannot hold, a content of
-        another size than its type and shape need, or an operating system error.
+        that the format cannot hold, a content of another size than its type and shape need, or an operating system
+        error.
       ValueError: raised by `content`, after its tensor's name.
     """
     path = Path(path)

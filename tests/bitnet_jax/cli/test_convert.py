@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 FLOAT = ModelConfig(**SHAPE, precision="float32", norm_placement="pre", mlp="silu_glu", tie_embeddings=False)
 TERNARY = ModelConfig(**SHAPE, precision="bitnet_b158", norm_placement="sub", mlp="relu2_glu")
+NOTHING_STATED = Conversation()
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
@@ -277,3 +279,69 @@ def test_every_layout_of_i2s_has_its_name_on_the_command_line(
 ) -> None:
     convert(capsys, models / "ternary", tmp_path / "a.gguf", "--to", "gguf:i2_s")
     convert(capsys, tmp_path / "a.gguf", tmp_path / "b", "--i2s-layout", layout)
+
+
+def loaded(config: ModelConfig, conversation: Any = NOTHING_STATED, tokenizer: Any = None) -> Any:
+    return LoadedModel(
+        "run", config, init_variables(config, jax.random.key(2)), tokenizer, None, conversation
+    )
+
+
+def logits(model: Any) -> np.ndarray:
+    tokens = np.arange(20, 50, dtype=np.int32)[None]
+    return np.asarray(model.config.module().apply(model.variables, tokens).logits)
+
+
+@pytest.mark.parametrize("to", ["packed", "huggingface", "gguf"])
+@pytest.mark.parametrize("base", [FLOAT, TERNARY])
+def test_tables_rounded_to_bfloat16_stay_rounded(tmp_path: Path, base: ModelConfig, to: str) -> None:
+    model = loaded(dataclasses.replace(base, embedding_dtype="bfloat16"))
+    save_model(tmp_path / "new", model, to)
+    again = load_text_model(tmp_path / "new")
+    assert differences(model.variables, model.config, again.variables, again.config).lossless
+    np.testing.assert_allclose(logits(again), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "bitnet_b158"])
+def test_gguf_refuses_a_quantized_head(tmp_path: Path, recipe: str) -> None:
+    config = dataclasses.replace(FLOAT, precision=(("lm_head", recipe), ("*", "float32")))
+    with pytest.raises(ValueError, match="lm_head: the precision has weight="):
+        save_model(tmp_path / "new.gguf", loaded(config), "gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_a_format_cannot_hold_are_listed(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(FLOAT, trained_length=16, dtype="bfloat16", precision="bfloat16")
+    save_model(tmp_path / "a", loaded(config, Conversation(end=(7,))))
+    figures = convert(capsys, tmp_path / "a", tmp_path / "b.gguf", "--to", "gguf")
+    assert figures["lossless"]
+    assert figures["settings"] == {
+        "trained_length": [16, None],
+        "dtype": ["bfloat16", "float32"],
+        "compute_dtype": [["bfloat16", "float32"], ["float32"]],
+        "end": [[7], []],
+    }
+    assert cli.main(["convert", f"{tmp_path}/a", f"{tmp_path}/c", "--to", "huggingface"]) == 0
+    assert "not kept: trained_length was '16', is 'None'" in capsys.readouterr().out
+    for to in ("packed", "huggingface", "gguf"):
+        assert convert(capsys, models / "float", tmp_path / f"k{to}", "--to", to)["settings"] == {}
+
+
+def test_the_tokens_of_a_template_are_those_of_the_gguf_file_or_refused(models: Path, tmp_path: Path) -> None:
+    tokenizer = load_model(models / "float").tokenizer
+    assert tokenizer is not None
+    texts = json.loads(tokenizer.to_json())["model"]["vocab"]
+    name = {index: text for text, index in texts.items()}
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    # As Llama 3: the template's end token is not the first of those that end an answer.
+    tokens = (("bos_token", name[5]), ("eos_token", name[9]))
+    conversation = Conversation((5,), (7, 9), template, tokens)
+    save_model(tmp_path / "a.gguf", loaded(FLOAT, conversation, tokenizer), "gguf")
+    again = load_model(tmp_path / "a.gguf").conversation
+    assert again.template_tokens == dict(tokens)
+    assert set(again.end) == {7, 9}
+    other = dataclasses.replace(conversation, special_tokens=(("eos_token", name[11]),))
+    with pytest.raises(ValueError, match="the chat template uses eos_token"):
+        save_model(tmp_path / "b.gguf", loaded(FLOAT, other, tokenizer), "gguf")
