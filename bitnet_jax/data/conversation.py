@@ -58,6 +58,11 @@ class Conversation:
         if type(self.begins_prompts) is not bool:
             raise DataError(f"begins_prompts: got {str(self.begins_prompts)[:80]}, expected true or false")
 
+    @property
+    def template_tokens(self) -> dict[str, str]:
+        """The special tokens whose names occur in the template."""
+        return {name: text for name, text in self.special_tokens if name in (self.template or "")}
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises DataError if a begin or end id is not a token of a model with `vocab_size` tokens."""
         for name in ("begin", "end"):

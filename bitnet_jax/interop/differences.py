@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from bitnet_jax.models import Architecture
-from bitnet_jax.packed.packing import Layer, layers, quantize
+from bitnet_jax.models import Architecture, ModelConfig
+from bitnet_jax.nn.embedding import rounded
+from bitnet_jax.packed.packing import TABLES, Layer, layers, quantize
 from bitnet_kernels import PackedArray, unpack
 
 
@@ -58,7 +59,8 @@ def differences(
     """Compares the weights of two models of one shape, one tensor in memory at a time.
 
     A quantized matrix, packed or latent, is its codes and scales: latent weights that quantize to the same codes and
-    scales are equal. Where only one of the two is quantized, the values that the layers multiply with are compared.
+    scales are equal. Where only one of the two is quantized, the values that the layers multiply with are compared;
+    embeddings and float heads are those rounded to config.embedding_dtype.
 
     Raises:
       ValueError: the models have different parameters; the message names the first.
@@ -83,6 +85,13 @@ def _weights(
 ) -> dict[str, tuple[Any, Layer | None, dict[str, Any]]]:
     """Path -> (leaf, its layer if it is a linear one, all parameters)."""
     flat = flatten_dict(dict(variables["params"]), sep="/")
+    for path in TABLES:
+        if (
+            isinstance(config, ModelConfig)
+            and path in flat
+            and str(flat[path].dtype) != config.embedding_dtype
+        ):
+            flat[path] = rounded(flat[path], config.embedding_dtype)
     packed = flatten_dict(dict(variables.get("packed", {})), sep="/")
     found: dict[str, tuple[Any, Layer | None, dict[str, Any]]] = {}
     linear = layers(config)

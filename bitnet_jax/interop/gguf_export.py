@@ -19,6 +19,7 @@ from bitnet_jax.interop.gguf_ternary import Ternary, encode_ternary
 from bitnet_jax.interop.gguf_types import TERNARY, TensorType, named_type
 from bitnet_jax.interop.gguf_writer import NewTensor
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.nn.embedding import rounded
 from bitnet_jax.packed import packing
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
@@ -61,10 +62,19 @@ def write(
     precisions = {path: p for path, p in config.precisions().items() if path != "lm_head"}
     for layer, precision in precisions.items():
         _check_precision(layer, precision)
+    if (head := config.precisions().get("lm_head")) is not None and head.quantizes_weights:
+        raise ValueError(
+            f"lm_head: the precision has weight={head.weight!r}, expected a float head, which is what programs compute "
+            "with output.weight of a GGUF file"
+        )
     if any(p.quantizes_weights for p in precisions.values()) and "packed" not in variables:
         variables = packing.pack(variables["params"], config)
     packed = flatten_dict(dict(variables.get("packed", {})), sep="/")
     leaves = flatten_dict(dict(variables["params"]), sep="/") | packed
+    # No key says that the model rounds its tables, so the file has them rounded.
+    for path in TABLES:
+        if path in leaves and str(leaves[path].dtype) != config.embedding_dtype:
+            leaves[path] = rounded(leaves[path], config.embedding_dtype)
     ternary = {f"{layer}/weight" in packed for layer in precisions}
     if type is not None and (named_type(type).name in TERNARY) not in ternary:
         raise ValueError(

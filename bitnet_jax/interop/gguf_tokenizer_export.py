@@ -82,8 +82,15 @@ def metadata_of(
     _check_read_back(metadata, parsed, names, merges)
     if conversation is not None:
         found, begin = read_conversation(metadata), _begin(conversation)
-        if (found.begin, found.end, found.template) != (begin, conversation.end, conversation.template):
+        kept = (begin, set(conversation.end), conversation.template)
+        if (found.begin, set(found.end), found.template) != kept:
             raise ValueError(f"got {conversation}, but a file with this tokenizer means {found}")
+        for name, text in conversation.template_tokens.items():
+            if (means := dict(found.special_tokens).get(name)) != text:
+                raise ValueError(
+                    f"the chat template uses {name}, got {text!r}, but a GGUF file with these begin and end tokens "
+                    f"means {means!r}"
+                )
     return metadata
 
 
@@ -128,7 +135,10 @@ def _conversation_keys(conversation: Conversation, tokens: list[str]) -> dict[st
             f"got {len(begin)} begin and {len(conversation.end)} end ids, expected at most 1 and "
             f"{len(ENDS)} in a GGUF file"
         )
-    ids = dict(zip(ENDS, conversation.end, strict=False))
+    # The first is the eos_token of the template too; any of them ends an answer.
+    named = dict(conversation.special_tokens).get("eos_token")
+    ends = sorted(conversation.end, key=lambda index: index >= len(tokens) or tokens[index] != named)
+    ids = dict(zip(ENDS, ends, strict=False))
     if begin:
         ids["bos_token_id"] = begin[0]
     metadata = {KEY + key: Value("u32", value) for key, value in ids.items()}

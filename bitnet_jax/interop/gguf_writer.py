@@ -43,8 +43,9 @@ def write(
     """Writes a file that `gguf_file.read` reads: to a hidden sibling, which is renamed when it is complete.
 
     Raises:
-      StorageError: the file exists (without overwrite), a name or value that the format cannot hold, a content of
-        another size than its type and shape need, or an operating system error.
+      StorageError: the file exists (without overwrite), is not a GGUF file (with it), a name or value
+        that the format cannot hold, a content of another size than its type and shape need, or an operating system
+        error.
       ValueError: raised by `content`, after its tensor's name.
     """
     path = Path(path)
@@ -52,6 +53,12 @@ def write(
         raise StorageError(
             f"{path} exists; choose another file" + (" or pass overwrite=True" if path.is_file() else "")
         )
+    if path.exists():
+        with path.open("rb") as old:
+            if old.read(len(MAGIC)) != MAGIC:
+                raise StorageError(
+                    f"{path} is not a GGUF file and will not be overwritten; choose another file"
+                )
     header = _header(path, metadata, tensors)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,15 @@ from bitnet_jax.interop.huggingface import (
     unpack_weight,
 )
 from bitnet_jax.interop.huggingface_config_export import FORMS, config_json
+from bitnet_jax.interop.huggingface_conversation import (
+    CONFIG,
+    GENERATION,
+    TEMPLATE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
 from bitnet_jax.interop.huggingface_conversation_export import files_of
+from bitnet_jax.interop.safetensors_folder import read_json
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import tensor_file
 from bitnet_jax.packed.atomic_folder import atomic_folder, check_writable, remove_stale, synced_file
@@ -46,6 +55,7 @@ from bitnet_kernels import PackedArray, unpack
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5_000_000_000  # the library's own limit
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def save(
@@ -73,13 +83,13 @@ def save(
         Ternary codes are made before anything is rounded.
       tokenizer: of the kind that tokenizer.json holds.
       conversation: begin and end tokens and chat template; None: the end token of the tokenizer.
-      overwrite: replace an existing folder.
+      overwrite: replace an existing folder that has only files of this format.
       shard_bytes: a larger model is split into files of at most this size (or one tensor) and an index.
 
     Raises:
       ValueError: the form cannot hold the model (the message names the field, layer or parameter), or a value is not
         finite; nothing is written.
-      StorageError: the folder exists or cannot be written.
+      StorageError: the folder exists (without overwrite), has files of other formats (with it), or cannot be written.
     """
     folder = Path(folder)
     if dtype is not None and dtype not in DTYPES:
@@ -89,16 +99,13 @@ def save(
     conversation = of_documents(tokenizer) if conversation is None else conversation
     texts = files_of(tokenizer, conversation)
     content = config_json(config, form, dtype or "float32")
-    remove_stale(folder)
-    if not overwrite and (folder.exists() or folder.is_symlink()):
-        raise StorageError(f"{folder} exists; choose another folder")
-    check_writable(folder)
+    _check_target(folder, overwrite)
 
     sources = _sources(config, variables, form)
     content["torch_dtype"] = stored = dtype or _smallest_dtype(config, sources)
     ends = list(conversation.end)
     content["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
-    texts["config.json"] = json.dumps(content, indent=2) + "\n"
+    texts[CONFIG] = json.dumps(content, indent=2) + "\n"
     tables = {name for path, (name, _) in tensor_names(config).items() if path in TABLES}
     tensors = {
         name: source.stored_as(config.embedding_dtype if name in tables and stored == "float32" else stored)
@@ -119,6 +126,33 @@ def save(
         for file_name, text in texts.items():
             with synced_file(temporary / file_name) as file:
                 file.write(text.encode())
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    """Raises StorageError: the folder cannot be written, exists (without overwrite), or has other files than `save`
+    writes (with it): overwriting removes them all."""
+    remove_stale(folder)
+    if folder.exists() or folder.is_symlink():
+        if not overwrite:
+            raise StorageError(f"{folder} exists; choose another folder")
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        names = {entry.name for entry in folder.iterdir()} if is_folder else set()
+        written = {CONFIG, _INDEX, GENERATION, TOKENIZER, TOKENIZER_CONFIG, TEMPLATE}
+        others = sorted(name for name in names - written if not _SHARD.fullmatch(name))
+        if others or "model_type" not in _content(folder / CONFIG):
+            raise StorageError(
+                f"{folder} is not a folder that this format writes "
+                + (f"(it has {others[0]}) " if others else "")
+                + "and will not be overwritten; choose another folder"
+            )
+    check_writable(folder)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)

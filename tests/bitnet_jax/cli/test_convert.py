@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bitnet_jax.data.bpe import train_bpe
 from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.text import Document
 from bitnet_jax.interop.differences import differences
+from bitnet_jax.interop.gguf_ternary import I2S_LAYOUTS
 from bitnet_jax.model_folders import LoadedModel, load_model, load_text_model, save_model, with_recipe
 from bitnet_jax.models import ModelConfig, init_variables
 
@@ -27,6 +29,7 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 FLOAT = ModelConfig(**SHAPE, precision="float32", norm_placement="pre", mlp="silu_glu", tie_embeddings=False)
 TERNARY = ModelConfig(**SHAPE, precision="bitnet_b158", norm_placement="sub", mlp="relu2_glu")
+NOTHING_STATED = Conversation()
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
@@ -235,3 +238,112 @@ def test_a_float_model_is_packed_by_a_recipe_and_proved(
     assert packed.conversation.end == (7, 9)
     assert cli.main(["pack", f"{tmp_path}/int8", f"{tmp_path}/again"]) == 2
     assert "whose weights are packed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["packed", "huggingface", "gguf"])
+@pytest.mark.parametrize("other", ["folder", "file", "link", "run", "download", "other format"])
+def test_overwrite_never_replaces_anything_but_a_model_of_the_format(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, other: str
+) -> None:
+    target, old = tmp_path / "target", tmp_path / "old"
+    if other == "file":
+        target.write_text("notes")
+    elif other == "other format":
+        save_model(target, load_model(models / "float"), "gguf" if to == "packed" else "packed")
+    else:
+        old.mkdir()
+        (old / "checkpoints" if other == "run" else old / "notes.txt").write_text("notes")
+        if other == "download":  # a model of the format, with files that it would not write again
+            save_model(tmp_path / "new", load_model(models / "float"), "huggingface")
+            for file in (tmp_path / "new").iterdir():
+                file.rename(old / file.name)
+            (tmp_path / "new").rmdir()
+        target.symlink_to(old) if other == "link" else old.rename(target)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert cli.main(["convert", f"{models}/float", str(target), "--to", to, "--overwrite"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert "not be overwritten" in error or "exists; choose another file" in error
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("to", ["packed", "huggingface", "gguf"])
+def test_overwrite_replaces_a_model_of_the_format(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    for _ in range(2):
+        figures = convert(capsys, models / "float", tmp_path / "target", "--to", to, "--overwrite")
+        assert figures["lossless"]
+
+
+@pytest.mark.parametrize("layout", list(I2S_LAYOUTS))
+def test_every_layout_of_i2s_has_its_name_on_the_command_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    convert(capsys, models / "ternary", tmp_path / "a.gguf", "--to", "gguf:i2_s")
+    convert(capsys, tmp_path / "a.gguf", tmp_path / "b", "--i2s-layout", layout)
+
+
+def loaded(config: ModelConfig, conversation: Any = NOTHING_STATED, tokenizer: Any = None) -> Any:
+    return LoadedModel(
+        "run", config, init_variables(config, jax.random.key(2)), tokenizer, None, conversation
+    )
+
+
+def logits(model: Any) -> np.ndarray:
+    tokens = np.arange(20, 50, dtype=np.int32)[None]
+    return np.asarray(model.config.module().apply(model.variables, tokens).logits)
+
+
+@pytest.mark.parametrize("to", ["packed", "huggingface", "gguf"])
+@pytest.mark.parametrize("base", [FLOAT, TERNARY])
+def test_tables_rounded_to_bfloat16_stay_rounded(tmp_path: Path, base: ModelConfig, to: str) -> None:
+    model = loaded(dataclasses.replace(base, embedding_dtype="bfloat16"))
+    save_model(tmp_path / "new", model, to)
+    again = load_text_model(tmp_path / "new")
+    assert differences(model.variables, model.config, again.variables, again.config).lossless
+    np.testing.assert_allclose(logits(again), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "bitnet_b158"])
+def test_gguf_refuses_a_quantized_head(tmp_path: Path, recipe: str) -> None:
+    config = dataclasses.replace(FLOAT, precision=(("lm_head", recipe), ("*", "float32")))
+    with pytest.raises(ValueError, match="lm_head: the precision has weight="):
+        save_model(tmp_path / "new.gguf", loaded(config), "gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_a_format_cannot_hold_are_listed(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(FLOAT, trained_length=16, dtype="bfloat16", precision="bfloat16")
+    save_model(tmp_path / "a", loaded(config, Conversation(end=(7,))))
+    figures = convert(capsys, tmp_path / "a", tmp_path / "b.gguf", "--to", "gguf")
+    assert figures["lossless"]
+    assert figures["settings"] == {
+        "trained_length": [16, None],
+        "dtype": ["bfloat16", "float32"],
+        "compute_dtype": [["bfloat16", "float32"], ["float32"]],
+        "end": [[7], []],
+    }
+    assert cli.main(["convert", f"{tmp_path}/a", f"{tmp_path}/c", "--to", "huggingface"]) == 0
+    assert "not kept: trained_length was '16', is 'None'" in capsys.readouterr().out
+    for to in ("packed", "huggingface", "gguf"):
+        assert convert(capsys, models / "float", tmp_path / f"k{to}", "--to", to)["settings"] == {}
+
+
+def test_the_tokens_of_a_template_are_those_of_the_gguf_file_or_refused(models: Path, tmp_path: Path) -> None:
+    tokenizer = load_model(models / "float").tokenizer
+    assert tokenizer is not None
+    texts = json.loads(tokenizer.to_json())["model"]["vocab"]
+    name = {index: text for text, index in texts.items()}
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    # As Llama 3: the template's end token is not the first of those that end an answer.
+    tokens = (("bos_token", name[5]), ("eos_token", name[9]))
+    conversation = Conversation((5,), (7, 9), template, tokens)
+    save_model(tmp_path / "a.gguf", loaded(FLOAT, conversation, tokenizer), "gguf")
+    again = load_model(tmp_path / "a.gguf").conversation
+    assert again.template_tokens == dict(tokens)
+    assert set(again.end) == {7, 9}
+    other = dataclasses.replace(conversation, special_tokens=(("eos_token", name[11]),))
+    with pytest.raises(ValueError, match="the chat template uses eos_token"):
+        save_model(tmp_path / "b.gguf", loaded(FLOAT, other, tokenizer), "gguf")
