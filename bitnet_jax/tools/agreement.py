@@ -76,7 +76,9 @@ def logits_of(
 
 
 def _logits(model: Model, tokens: Int[np.ndarray, "T"]) -> Float[np.ndarray, "T V"]:
-    return np.asarray(_apply(model.config, model.variables, jnp.asarray(tokens)[None])[0], np.float32)
+    return np.asarray(
+        _apply(model.config, model.variables, jnp.asarray(tokens.astype(np.int32))[None])[0], np.float32
+    )
 
 
 @jax.jit(static_argnums=0)
@@ -87,6 +89,12 @@ def _apply(config: ModelConfig, variables: Mapping[str, Any], tokens: Array) -> 
 def _compare_row(
     tokens: Int[np.ndarray, "T"], theirs: Float[np.ndarray, "S V"], model: Model
 ) -> tuple[float, ...]:
+    limit = model.config.vocab_size
+    if tokens.min() < 0 or tokens.max() >= limit or len(tokens) > model.config.max_length:
+        raise ValueError(
+            f"got {len(tokens)} ids from {tokens.min()} to {tokens.max()}, expected at most {model.config.max_length} "
+            f"from 0 to {limit - 1}, as the model has"
+        )
     if len(theirs) > len(tokens) or theirs.shape[1] != model.config.vocab_size:
         raise ValueError(
             f"got logits {list(theirs.shape)} for {len(tokens)} tokens, expected at most one row a token of "
@@ -184,9 +192,10 @@ def read_logits(
             tokens, logits = arrays["input_ids"], arrays["logits"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: {error}; expected a .npz file with input_ids and logits") from error
-    if tokens.ndim != 2 or logits.ndim != 3 or len(tokens) != len(logits) or tokens.dtype.kind not in "iu":
+    fits = tokens.ndim == 2 and logits.ndim == 3 and len(tokens) == len(logits)
+    if not fits or not logits.size or tokens.dtype.kind not in "iu" or logits.dtype.kind != "f":
         raise ValueError(
             f"{path}: got input_ids {tokens.dtype}{list(tokens.shape)} and logits {list(logits.shape)}, expected "
             "integers [B, T] and floats [B, S, V]"
         )
-    yield from zip(tokens.astype(np.int32), logits.astype(np.float32), strict=True)
+    yield from zip(tokens, logits.astype(np.float32), strict=True)

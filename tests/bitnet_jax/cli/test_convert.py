@@ -347,3 +347,16 @@ def test_the_tokens_of_a_template_are_those_of_the_gguf_file_or_refused(models: 
     other = dataclasses.replace(conversation, special_tokens=(("eos_token", name[11]),))
     with pytest.raises(ValueError, match="the chat template uses eos_token"):
         save_model(tmp_path / "b.gguf", loaded(FLOAT, other, tokenizer), "gguf")
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions"), [([1, 300], 2), ([1, -2], 2), ([1, 2**32 + 5], 2), ([1, 2], 0), ([1] * 65, 1)]
+)
+def test_verify_rejects_stored_ids_that_the_model_does_not_have(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ids: list[int], positions: int
+) -> None:
+    logits = np.zeros((1, positions, 300), np.float32)
+    np.savez(tmp_path / "a.npz", input_ids=np.array([ids]), logits=logits)
+    assert cli.main(["verify", f"{models}/float", "--against", f"{tmp_path}/a.npz"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert "expected at most 64 from 0 to 299" in error or "floats [B, S, V]" in error
