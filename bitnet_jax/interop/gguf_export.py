@@ -72,9 +72,9 @@ def write(
     packed = flatten_dict(dict(variables.get("packed", {})), sep="/")
     leaves = flatten_dict(dict(variables["params"]), sep="/") | packed
     # No key says that the model rounds its tables, so the file has them rounded.
-    for path in TABLES:
-        if path in leaves and str(leaves[path].dtype) != config.embedding_dtype:
-            leaves[path] = rounded(leaves[path], config.embedding_dtype)
+    for table in TABLES:
+        if table in leaves and str(leaves[table].dtype) != config.embedding_dtype:
+            leaves[table] = rounded(leaves[table], config.embedding_dtype)
     ternary = {f"{layer}/weight" in packed for layer in precisions}
     if type is not None and (named_type(type).name in TERNARY) not in ternary:
         raise ValueError(
