@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,18 @@ def _check_same_text(model: Any, other: Any) -> None:
         raise ValueError(
             f"got models of {model.config.vocab_size} and {other.config.vocab_size} tokens, expected one vocabulary"
         )
-    if model.tokenizer is not None and other.tokenizer is not None:
-        sample = "The tokenizers of two models: 1.58 bits, naïve café\n\tint x = 0;"
-        if list(model.tokenizer.encode(sample)) != list(other.tokenizer.encode(sample)):
-            raise ValueError(
-                "got models with different tokenizers, expected one: their ids mean different text"
-            )
+    known = model.tokenizer is not None and other.tokenizer is not None
+    if known and _vocabulary(model.tokenizer) != _vocabulary(other.tokenizer):
+        raise ValueError("got models with different tokenizers, expected one: their ids mean different text")
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    """The token of each id; converted tokenizers have the same one, in files that differ."""
+    content = json.loads(tokenizer.to_json())
+    if tokenizer.kind != "json":
+        return content
+    added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    return {**content["model"]["vocab"], **added} if isinstance(content["model"]["vocab"], dict) else content
 
 
 def _describe(figures: dict[str, Any]) -> str:

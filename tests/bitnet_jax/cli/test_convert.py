@@ -21,8 +21,6 @@ from bitnet_jax.interop.gguf_ternary import I2S_LAYOUTS
 from bitnet_jax.model_folders import LoadedModel, load_model, load_text_model, save_model, with_recipe
 from bitnet_jax.models import ModelConfig, init_variables
 
-pytestmark = pytest.mark.extended
-
 SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 128, "ffn_size": 256, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
     "max_length": 64,
@@ -82,6 +80,7 @@ def test_a_float_model_goes_around_all_formats_unchanged(
     ).read_bytes()
 
 
+@pytest.mark.extended
 def test_a_ternary_model_keeps_its_codes_in_every_format(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +97,7 @@ def test_a_ternary_model_keeps_its_codes_in_every_format(
     ] == ("huggingface")
 
 
+@pytest.mark.extended
 def test_a_rounded_format_reports_how_much_changed(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +113,7 @@ def test_a_rounded_format_reports_how_much_changed(
     assert 0 < error < 0.01
 
 
+@pytest.mark.extended
 def test_differences_count_codes_and_scales(models: Path) -> None:
     model = load_text_model(models / "ternary")
     same = differences(model.variables, model.config, model.variables, model.config)
@@ -131,6 +132,7 @@ def test_differences_count_codes_and_scales(models: Path) -> None:
         differences(model.variables, model.config, other.variables, other.config)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -160,6 +162,7 @@ def test_refusals_are_one_line_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.extended
 def test_verify_compares_models_texts_and_stored_logits(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +202,7 @@ def test_verify_compares_models_texts_and_stored_logits(
     assert figures["kl"] > 1e-4
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -218,6 +222,7 @@ def test_verify_rejects_invalid_input(
     assert message in error[-1]
 
 
+@pytest.mark.extended
 def test_a_float_model_is_packed_by_a_recipe_and_proved(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +245,7 @@ def test_a_float_model_is_packed_by_a_recipe_and_proved(
     assert "whose weights are packed" in capsys.readouterr().err
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("to", ["packed", "huggingface", "gguf"])
 @pytest.mark.parametrize("other", ["folder", "file", "link", "run", "download", "other format"])
 def test_overwrite_never_replaces_anything_but_a_model_of_the_format(
@@ -266,6 +272,7 @@ def test_overwrite_never_replaces_anything_but_a_model_of_the_format(
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("to", ["packed", "huggingface", "gguf"])
 def test_overwrite_replaces_a_model_of_the_format(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
@@ -275,6 +282,7 @@ def test_overwrite_replaces_a_model_of_the_format(
         assert figures["lossless"]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("layout", list(I2S_LAYOUTS))
 def test_every_layout_of_i2s_has_its_name_on_the_command_line(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
@@ -294,6 +302,7 @@ def logits(model: Any) -> np.ndarray:
     return np.asarray(model.config.module().apply(model.variables, tokens).logits)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("to", ["packed", "huggingface", "gguf"])
 @pytest.mark.parametrize("base", [FLOAT, TERNARY])
 def test_tables_rounded_to_bfloat16_stay_rounded(tmp_path: Path, base: ModelConfig, to: str) -> None:
@@ -304,6 +313,7 @@ def test_tables_rounded_to_bfloat16_stay_rounded(tmp_path: Path, base: ModelConf
     np.testing.assert_allclose(logits(again), logits(model), rtol=0, atol=1e-5)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("recipe", ["int8", "bitnet_b158"])
 def test_gguf_refuses_a_quantized_head(tmp_path: Path, recipe: str) -> None:
     config = dataclasses.replace(FLOAT, precision=(("lm_head", recipe), ("*", "float32")))
@@ -312,6 +322,7 @@ def test_gguf_refuses_a_quantized_head(tmp_path: Path, recipe: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.extended
 def test_settings_that_a_format_cannot_hold_are_listed(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,6 +342,7 @@ def test_settings_that_a_format_cannot_hold_are_listed(
         assert convert(capsys, models / "float", tmp_path / f"k{to}", "--to", to)["settings"] == {}
 
 
+@pytest.mark.extended
 def test_the_tokens_of_a_template_are_those_of_the_gguf_file_or_refused(models: Path, tmp_path: Path) -> None:
     tokenizer = load_model(models / "float").tokenizer
     assert tokenizer is not None
@@ -349,6 +361,7 @@ def test_the_tokens_of_a_template_are_those_of_the_gguf_file_or_refused(models: 
         save_model(tmp_path / "b.gguf", loaded(FLOAT, other, tokenizer), "gguf")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("ids", "positions"), [([1, 300], 2), ([1, -2], 2), ([1, 2**32 + 5], 2), ([1, 2], 0), ([1] * 65, 1)]
 )
