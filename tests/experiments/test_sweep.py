@@ -19,6 +19,8 @@ from bitnet_experiments.runs import locked
 from bitnet_experiments.study import Study, read_results
 from bitnet_jax.cli.main import main
 
+pytestmark = pytest.mark.extended
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -144,8 +146,6 @@ def test_two_concurrent_sweeps_share_the_runs(study: Study, tmp_path: Path) -> N
 
 SLEEPER = """
 import time
-
-pytestmark = pytest.mark.extended
 
 def run(arm, seed, workdir, small):
     workdir.mkdir(parents=True, exist_ok=True)

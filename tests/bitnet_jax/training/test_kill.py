@@ -25,6 +25,8 @@ from bitnet_jax.training import load_run
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.extended
+
 STEPS = 12
 
 CHILD = """
@@ -32,8 +34,6 @@ import json, os, signal, sys
 from bitnet_jax.data import TokenBatches
 from bitnet_jax.training import fit
 from bitnet_jax.training.checkpoints import Checkpoints
-
-pytestmark = pytest.mark.extended
 
 config, workdir, die_in_save = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 save, batch = Checkpoints.save, TokenBatches.batch
