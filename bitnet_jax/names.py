@@ -1,9 +1,9 @@
-"""Validation of a name against the existing names."""
+"""Validation of names against the existing or expected ones."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 MOST_LISTED = 20  # the fields of a model are about 40
@@ -32,3 +32,11 @@ def check_name(what: str, got: Any, allowed: Iterable[str], also: str = "") -> N
             f"{len(allowed)} names" if hint and len(allowed) > MOST_LISTED else ", ".join(allowed) or "none"
         )
         raise ValueError(f"{what}: got {got!r}, expected one of {listed}{also}{hint}")
+
+
+def unmatched(wanted: Set[str], found: Set[str]) -> str:
+    """`2 missing (first a), 1 unexpected (first b)` for a message; "" if both have the same names."""
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    parts = (("missing", missing), ("unexpected", extra))
+    listed = (f"{len(names)} {what}" + (f" (first {names[0]})" if names else "") for what, names in parts)
+    return ", ".join(listed) if missing or extra else ""

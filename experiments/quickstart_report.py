@@ -54,7 +54,7 @@ def _report(summary: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
         "BPE) of the source text of Python's standard library. The table and the curves use the same held-out windows; "
         "the trigram (add 0.1) is counted on all of the training text and measured on the same held-out text. The "
         "file also contains the embedding (bfloat16) and the norms, which dominate a model this small. With one seed, "
-        "the ranking of ternary and binary is not significant.",
+        "nothing can be said about the ranking of ternary and binary.",
         "",
         f"Speed is measured by decoding one text with random weights of the shape {summary['preset']}; "
         "`bitnet-jax bench --preset 2b4t` measures a 2B model. "

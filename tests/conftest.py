@@ -80,7 +80,7 @@ def outside_folder(variable: str, beside: str) -> Path:
     pytest.skip(f"no folder ../{beside} beside the repository and {variable} is not set")
 
 
-# Most of a test's time is compilation, and XLA compiles in a third of it without its optimizations. Tests that compare
+# Most of a test's time is compilation, and XLA compiles faster without its optimizations. Tests that compare
 # floats bit for bit, or within a few roundings, are marked `optimized` and compile as users do. All others check
 # integers, structure, or what is done with numbers. (XLA in jax 0.10 can also do without its emitters of fused loops,
 # a slower second compiler; later versions cannot.)

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax.cli import main as cli
+from bitnet_jax.evaluation.language import evaluate_text
+from bitnet_jax.model_folders import load_text_model
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,27 +80,15 @@ def test_chats_have_the_answers_of_transformers_and_end_where_they_end(
     assert asked >= 8
 
 
-def test_the_perplexity_of_twenty_windows(workdir: Path, oracles: Path, tmp_path: Path) -> None:
-    import jax
-    import jax.numpy as jnp
-
-    from bitnet_jax.model_folders import load_text_model
-
+def test_the_perplexity_of_twenty_windows(workdir: Path, oracles: Path) -> None:
     model = load_text_model(workdir / "smollm2")
     with np.load(oracles / "smollm2" / "oracle.npz") as arrays:
         ids, expected = arrays["window_ids"], arrays["window_nats"]
-    module, length = model.config.module(), (len(ids) - 1) // len(expected)
-
-    @jax.jit
-    def nats(variables, tokens, targets):
-        logits = module.apply(variables, tokens[None]).logits[0]
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1).mean()
-
-    got = [
-        float(
-            nats(model.variables, jnp.asarray(ids[i : i + length]), jnp.asarray(ids[i + 1 : i + length + 1]))
+    length = (len(ids) - 1) // len(expected)
+    scores = [
+        evaluate_text(
+            model.config, model.variables, window, np.ones_like(window), length=length, batch_size=1
         )
-        for i in range(0, len(expected) * length, length)
+        for window in (ids[i : i + length + 1] for i in range(0, len(ids) - 1, length))
     ]
-    np.testing.assert_allclose(got, expected, atol=1e-4)
-    assert np.exp(np.mean(got)) == pytest.approx(float(np.exp(expected.mean())), rel=1e-4)
+    np.testing.assert_allclose([score.nats_per_token for score in scores], expected, atol=1e-4)

@@ -33,7 +33,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--recipe",
         metavar="R",
-        help="for --to packed and a float model: round its matrices by this recipe, without training",
+        help="of a float model: round its matrices by this recipe first, without training",
     )
     command.add_argument(
         "--i2s-layout",
@@ -45,38 +45,36 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax.interop.differences import differences
-    from bitnet_jax.model_folders import load_model, save_model, settings, text_model, with_recipe
+    from bitnet_jax.tools.conversion import convert
 
     if (args.target.exists() or args.target.is_symlink()) and not args.overwrite:
         raise FileExistsError(f"got {args.target}, which exists; expected a new path, or --overwrite")
-    source = load_model(args.source, step=args.step, i2s_layout=args.i2s_layout)
-    model = source if args.recipe is None else with_recipe(text_model(source), args.recipe)
-    save_model(args.target, model, args.to, overwrite=args.overwrite)
-    written = load_model(args.target)
-    found = differences(source.variables, source.config, written.variables, written.config)
-    before, after = settings(model), settings(written)
-    lost = {name: [value, after.get(name)] for name, value in before.items() if after.get(name) != value}
-    nbytes = sum(file.stat().st_size for file in _files(args.target))
+    done = convert(
+        args.source,
+        args.target,
+        args.to,
+        recipe=args.recipe,
+        step=args.step,
+        i2s_layout=args.i2s_layout,
+        overwrite=args.overwrite,
+    )
     figures = {
         "source": args.source,
-        "source_format": source.kind,
+        "source_format": done.source_format,
         "target": str(args.target),
-        "target_format": written.kind,
-        "lossless": found.lossless,
-        "weights": found.weights,
-        "tensors": found.tensors,
-        "changed": {path: dataclasses.asdict(change) for path, change in found.changed.items()},
-        "settings": lost,
-        "bytes": nbytes,
+        "target_format": done.target_format,
+        "lossless": done.weights.lossless,
+        "weights": done.weights.weights,
+        "tensors": done.weights.tensors,
+        "changed": {path: dataclasses.asdict(change) for path, change in done.weights.changed.items()},
+        "settings": done.settings,
+        "bytes": done.nbytes,
     }
     write_json(args.json, figures)
-    print(f"{args.source} ({source.kind}) -> {args.target} ({written.kind}), {nbytes:,d} bytes")
-    print(found.describe())
-    for name, (old, new) in lost.items():
+    print(
+        f"{args.source} ({done.source_format}) -> {args.target} ({done.target_format}), {done.nbytes:,d} bytes"
+    )
+    print(done.weights.describe())
+    for name, (old, new) in done.settings.items():
         print(f"not kept: {name} was {str(old)[:60]!r}, is {str(new)[:60]!r}")
     return 0
-
-
-def _files(target: Path) -> list[Path]:
-    return [file for file in target.rglob("*") if file.is_file()] if target.is_dir() else [target]

@@ -48,27 +48,23 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             option = name.replace("_", "-")
             raise ValueError(f"got --{option} {getattr(args, name)}, expected at least {least}")
-    loaded = load_text_model(args.model)
-    model = agreement.Model(loaded.config, loaded.variables)
+    model = load_text_model(args.model)
     if args.against is not None and args.against.endswith(".npz"):
         rows = agreement.read_logits(Path(args.against))
         figures: dict[str, Any] = dataclasses.asdict(agreement.compare(rows, model))
     else:
-        tokens = _tokens(args, loaded)
-        if args.against is None:
-            if "packed" not in loaded.variables:
-                raise ValueError(f"got {args.model} without packed weights, expected --against another model")
-            reference = agreement.Model(loaded.config, unpack_model(loaded.config, loaded.variables))
+        if args.against is not None:
+            reference = load_text_model(args.against)
+            _check_same_text(model, reference)
+        elif "packed" in model.variables:
+            reference = model._replace(variables=unpack_model(model.config, model.variables))
         else:
-            other = load_text_model(args.against)
-            _check_same_text(loaded, other)
-            reference = agreement.Model(other.config, other.variables)
+            raise ValueError(f"got {args.model} without packed weights, expected --against another model")
+        longest = min(model.config.max_length, reference.config.max_length)
+        tokens = _tokens(args, model, min(args.length, longest))
         figures = dataclasses.asdict(agreement.compare(agreement.logits_of(reference, tokens), model))
-        figures["layers"] = {
-            name: float(error)
-            for name, error in agreement.compare_layers(reference, model, tokens[0]).items()
-        }
-        room = loaded.config.max_length - tokens.shape[1] // 2
+        figures["layers"] = agreement.compare_layers(reference, model, tokens[0])
+        room = longest - tokens.shape[1] // 2
         if (count := min(args.new_tokens, room)) and tokens.shape[1] > 1:
             prompts = tokens[:, : tokens.shape[1] // 2]
             greedy = agreement.compare_greedy(reference, model, prompts, count)
@@ -83,14 +79,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if figures["top1"] > 0 else 1
 
 
-def _tokens(args: argparse.Namespace, model: Any) -> Any:
+def _tokens(args: argparse.Namespace, model: Any, length: int) -> Any:
     """int32 [rows, length] of the text, or random ones."""
     import numpy as np
 
     from bitnet_jax.data import read_documents
     from bitnet_jax.data.conversation import with_begin
 
-    length = min(args.length, model.config.max_length)
     if model.tokenizer is None:
         return (
             np.random.default_rng(0)

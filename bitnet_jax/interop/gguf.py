@@ -24,8 +24,8 @@ from bitnet_jax.interop.gguf_config import Family, read_config
 from bitnet_jax.interop.gguf_file import GgufFile, Tensor
 from bitnet_jax.interop.gguf_ternary import Ternary, decode_ternary
 from bitnet_jax.interop.gguf_types import TERNARY
-from bitnet_jax.interop.huggingface import latent_weight
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.names import unmatched
 from bitnet_jax.packed.tensor_file import StorageError
 from bitnet_kernels import pack
 
@@ -43,21 +43,19 @@ RECIPE_OF = {"tensor": "bitnet_b158", "channel": "bitnet_b158_channel", "group":
 
 
 def read(
-    path: str | Path, *, i2s_layout: str = "128x32", packed: bool = True, dtype: str = "float32"
+    path: str | Path, *, i2s_layout: str = "128x32", dtype: str = "float32"
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads a model; see `model` for the arguments. Raises StorageError."""
-    return model(gguf_file.read(path), i2s_layout=i2s_layout, packed=packed, dtype=dtype)
+    return model(gguf_file.read(path), i2s_layout=i2s_layout, dtype=dtype)
 
 
 def model(
-    file: GgufFile, *, i2s_layout: str = "128x32", packed: bool = True, dtype: str = "float32"
+    file: GgufFile, *, i2s_layout: str = "128x32", dtype: str = "float32"
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """The model of an open file.
 
     Args:
       i2s_layout: order of the codes in i2_s tensors, a key of gguf_ternary.I2S_LAYOUTS; no file says which it has.
-      packed: ternary matrices as PackedArrays in the collection `packed`; False: as latent weights in `params`, for
-        training, which quantize to exactly the stored codes, and to the scales up to float32 rounding.
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32, except that the embedding and head of a
         packed model stay in bfloat16 if they are stored in it.
 
@@ -68,12 +66,12 @@ def model(
       StorageError: damaged tensors, or an unsupported model; the message names the file and the key or tensor.
     """
     try:
-        return _model(file, i2s_layout, packed, dtype)
+        return _model(file, i2s_layout, dtype)
     except ValueError as error:
         raise StorageError(f"{file.path}: {error}") from error
 
 
-def _model(file: GgufFile, i2s_layout: str, packed: bool, dtype: str) -> tuple[ModelConfig, dict[str, Any]]:
+def _model(file: GgufFile, i2s_layout: str, dtype: str) -> tuple[ModelConfig, dict[str, Any]]:
     config, family = read_config(file, dtype)
     names = tensor_names(config)
     _check_tensors(file.tensors, names, config)
@@ -97,18 +95,11 @@ def _model(file: GgufFile, i2s_layout: str, packed: bool, dtype: str) -> tuple[M
             if not np.isfinite(scale).all():
                 raise ValueError("a scale is NaN or infinity; the file is damaged")
             recipes[layer] = RECIPE_OF[kind]
-            if packed:
-                ternary[path] = pack(jnp.asarray(codes), jnp.asarray(scale), format="ternary2")
-            else:
-                params[path] = jnp.asarray(latent_weight(codes, scale))
+            ternary[path] = pack(jnp.asarray(codes), jnp.asarray(scale), format="ternary2")
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     config = dataclasses.replace(config, precision=_rules(config, recipes))
-    if (
-        packed
-        and ternary
-        and all(file.tensors[names[p][0]].type.name == "BF16" for p in TABLES if p in names)
-    ):
+    if ternary and all(file.tensors[names[p][0]].type.name == "BF16" for p in TABLES if p in names):
         config = dataclasses.replace(config, embedding_dtype="bfloat16")
         params |= {path: params[path].astype("bfloat16") for path in TABLES if path in params}
     variables = {"params": unflatten_dict(params, sep="/")}
@@ -173,15 +164,8 @@ def _check_tensors(
     for name in sorted(found):
         if name.endswith((".bias", "_q_norm.weight", "_k_norm.weight")):
             raise ValueError(f"{name}: biases, and norms of q and k, are not supported")
-    missing, extra = sorted(set(wanted) - found), sorted(found - set(wanted) - set(optional))
-    if missing or extra:
-        raise ValueError(
-            f"the tensors do not match the metadata: {len(missing)} missing"
-            + (f" (first {missing[0]})" if missing else "")
-            + f", {len(extra)} unexpected"
-            + (f" (first {extra[0]})" if extra else "")
-            + "; such models are not supported"
-        )
+    if differ := unmatched(wanted.keys(), found - optional.keys()):
+        raise ValueError(f"the tensors do not match the metadata: {differ}; such models are not supported")
     for name, shape in (wanted | {name: shape for name, shape in optional.items() if name in found}).items():
         if tensors[name].shape != shape:
             raise ValueError(

@@ -28,6 +28,8 @@ from jaxtyping import Array, Float, Int8, Shaped, UInt8
 from bitnet_jax.interop.huggingface_config import Form, module_name, read_config
 from bitnet_jax.interop.safetensors_folder import open_tensors, read_json
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.names import unmatched
+from bitnet_jax.packed.latent import unpack_model
 from bitnet_jax.packed.packing import TABLES
 from bitnet_jax.quantization.registry import WEIGHT_QUANTIZERS
 from bitnet_jax.quantization.scales import SMALLEST_SCALE
@@ -84,11 +86,7 @@ def load(
                 params[key] = jnp.asarray(value)
                 continue
             codes = _codes(tensors[name], shape, form)
-            scale = _scale(tensors[f"{name}_scale"], form)
-            if packed:
-                packed_weights[key] = _packed_array(codes, scale)
-            else:
-                params[key] = jnp.asarray(latent_weight(codes, scale.reshape(1, 1)))
+            packed_weights[key] = _packed_array(codes, _scale(tensors[f"{name}_scale"], form))
         except ValueError as error:
             raise ValueError(f"{folder}: {name}: {error}") from error
     if not packed_weights:
@@ -97,7 +95,8 @@ def load(
         key = tuple(path.split("/"))
         if key in params:
             params[key] = params[key].astype(config.embedding_dtype)
-    return config, {"params": unflatten_dict(params), "packed": unflatten_dict(packed_weights)}
+    variables = {"params": unflatten_dict(params), "packed": unflatten_dict(packed_weights)}
+    return config, variables if packed else unpack_model(config, variables)
 
 
 def tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -187,14 +186,10 @@ def _check_names(folder: Path, tensors: dict[str, np.ndarray], wanted: set[str],
                 f"{folder}: tie_word_embeddings is true but lm_head.weight differs from the embedding; "
                 "set it to false in config.json"
             )
-    missing, extra = sorted(wanted - found), sorted(found - wanted)
-    if missing or extra:
+    if differ := unmatched(wanted, found):
         raise ValueError(
-            f"{folder}: the tensors do not match config.json: {len(missing)} missing"
-            + (f" (first {missing[0]})" if missing else "")
-            + f", {len(extra)} unexpected"
-            + (f" (first {extra[0]})" if extra else "")
-            + "; check model_type, num_hidden_layers, tie_word_embeddings and quantization_config"
+            f"{folder}: the tensors do not match config.json: {differ}; check model_type, num_hidden_layers, "
+            "tie_word_embeddings and quantization_config"
         )
 
 
@@ -244,25 +239,3 @@ def _scale(tensor: np.ndarray, form: Form) -> np.float32:
 
 def _packed_array(codes: np.ndarray, scale: np.float32) -> PackedArray:
     return pack(jnp.asarray(codes), jnp.full((1, 1), scale, jnp.float32), format="ternary2")
-
-
-def latent_weight(
-    codes: Int8[np.ndarray, "n k"], scale: Float[np.ndarray, "#n G"]
-) -> Float[np.ndarray, "n k"]:
-    """Float weights W = T scale / f, with f the fraction of nonzero codes per scale, so that mean abs W = scale.
-
-    Ternary absmean divides W by `scale`, then rounds and clips T / f, which gives T since 1 / f >= 1.
-
-    Raises:
-      ValueError: a scale that the ternary quantizer clamps.
-    """
-    groups = codes.reshape(scale.shape[0], scale.shape[1], -1)
-    share = np.count_nonzero(groups, axis=-1) / groups.shape[-1]
-    small = scale[(share > 0) & ~(scale >= SMALLEST_SCALE)]
-    if small.size:
-        raise ValueError(
-            f"weight_scale {small[0]} is below {SMALLEST_SCALE}, where the ternary quantizer clamps; "
-            "load with packed=True"
-        )
-    magnitude = np.divide(scale, share, out=np.zeros_like(share), where=share > 0).astype(np.float32)
-    return (groups * magnitude[..., None]).reshape(codes.shape)

@@ -10,8 +10,8 @@ import jax
 from jaxtyping import Array
 
 from bitnet_jax.inference.generation import greedy
-from bitnet_jax.model_folders import load_model, with_recipe
-from bitnet_jax.models import Architecture, config_fields, text_config
+from bitnet_jax.model_folders import LoadedModel, load_model, quantizes_layers, text_model
+from bitnet_jax.models import Architecture, ModelConfig, config_fields, text_config
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.packed.proof import Proof, prove
 
@@ -64,7 +64,7 @@ def pack_model(
             "or latent model; `bitnet-jax convert` copies packed weights into another format"
         )
     if recipe is not None:
-        model = with_recipe(model, recipe)
+        model = with_recipe(text_model(model), recipe)
     config = model.config
     if head is not None and head != getattr(config, "head", "float"):
         text_config(config)
@@ -88,6 +88,24 @@ def pack_model(
     )
     storage.load_packed(folder, verify=True)
     return proof, packing.sizes(variables)
+
+
+def with_recipe(model: LoadedModel[ModelConfig], recipe: str) -> LoadedModel[ModelConfig]:
+    """A float model whose linear layers are rounded by a recipe, without training.
+
+    Raises:
+      ValueError: the model is quantized already, an unknown recipe, or one with learned parameters.
+    """
+    if quantizes_layers(model.config):
+        raise ValueError(f"got recipe {recipe!r} for a quantized {model.kind} model, expected a float model")
+    config = dataclasses.replace(model.config, precision=recipe)
+    for path, precision in config.precisions().items():
+        if "learned" in (precision.scale, precision.activation_scale) or precision.activation_shift:
+            raise ValueError(
+                f"{path}: the recipe {recipe!r} has learned parameters, which rounding alone does not find; train with "
+                "it, or choose a recipe with measured scales"
+            )
+    return model._replace(config=config)
 
 
 def _proof_inputs(config: Architecture, tokens: int) -> tuple[Array, int]:

@@ -18,8 +18,9 @@ from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.text import Document
 from bitnet_jax.interop.differences import differences
 from bitnet_jax.interop.gguf_ternary import I2S_LAYOUTS
-from bitnet_jax.model_folders import LoadedModel, load_model, load_text_model, save_model, with_recipe
+from bitnet_jax.model_folders import LoadedModel, load_model, load_text_model, save_model
 from bitnet_jax.models import ModelConfig, init_variables
+from bitnet_jax.tools.pack_model import with_recipe
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 128, "ffn_size": 256, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,

@@ -21,6 +21,7 @@ from bitnet_jax.interop.gguf_types import encode, named_type
 from bitnet_jax.interop.gguf_writer import NewTensor
 from bitnet_jax.models import ModelConfig, init_variables
 from bitnet_jax.models.transformer import Transformer
+from bitnet_jax.packed.latent import unpack_model
 from bitnet_kernels import PackedArray, cpu, unpack
 
 pytestmark = pytest.mark.extended
@@ -34,7 +35,8 @@ TINY = ModelConfig(
 
 @functools.cache
 def loaded(path: Path, packed: bool = True) -> tuple[ModelConfig, dict[str, Any]]:
-    return gguf.read(path, packed=packed)
+    config, variables = gguf.read(path)
+    return config, variables if packed else unpack_model(config, variables)
 
 
 @functools.cache
@@ -194,8 +196,7 @@ def test_scales_of_blocks(
         codes * np.repeat(np.asarray(weight.scale), 512 // groups[1], axis=1), values
     )
 
-    latent_config, latent = gguf.model(file, packed=False)
-    assert latent_config == config
+    latent = unpack_model(config, variables)
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
     mask = jnp.ones((1, 8), bool)
     got, wanted = (logits(config, v, tokens, mask) for v in (latent, variables))
@@ -241,7 +242,7 @@ def test_llama_rows_of_q_and_k_are_reordered_both_ways(tmp_path: Path, packed: b
     variables = random_variables(config)
     path = tmp_path / "m.gguf"
     gguf_export.write(path, config, variables)
-    got_config, got = gguf.read(path, packed=packed)
+    got_config, got = gguf.read(path)
     assert got_config == config
     file = gguf_file.read(path)
     assert file.metadata["general.architecture"].value == "llama"

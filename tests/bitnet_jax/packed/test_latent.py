@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -15,7 +16,7 @@ from bitnet_jax.packed.latent import _latent, unpack_model
 from bitnet_jax.packed.packing import PackingError
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.registry import WEIGHT_QUANTIZERS
-from bitnet_kernels import unpack
+from bitnet_kernels import pack, unpack
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -50,6 +51,16 @@ def test_latent_weights_pack_to_the_same_codes_and_scales(weight: str, granulari
     ):
         np.testing.assert_array_equal(codes_again, codes)
         np.testing.assert_allclose(scale_again, scale, rtol=SUM)
+
+
+@pytest.mark.parametrize("weight", ["ternary_absmean", "int8", "int4"])
+def test_the_scale_of_zeros_is_arbitrary(weight: str) -> None:
+    """Files of other programs store 0 or 1 for a matrix of zeros, which the quantizer would not."""
+    precision = Precision(weight=weight, activation="int8")
+    params = {"layer/weight": jnp.zeros((32, 64))}
+    layer = packing.layers({"layer": precision}, params)["layer"]
+    packed = pack(jnp.zeros((32, 64), jnp.int8), jnp.ones((1, 1)), format=layer.format)
+    np.testing.assert_array_equal(_latent("layer", layer, packed)["layer/weight"], params["layer/weight"])
 
 
 @pytest.mark.parametrize(
