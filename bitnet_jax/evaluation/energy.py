@@ -130,6 +130,7 @@ def _product(
         return [Operations(part, floats, macs, macs)]
     integers = precision.activation != "none"
     adds_only = precision.packed_format in ("binary", "ternary2")
+    macs *= precision.input_digits  # each digit is multiplied
     product = Operations(part, "int8" if integers else floats, macs, 0 if adds_only else macs)
     inputs = count * k if precision.activation_bits > 1 and integers else 0  # a sign needs no product
     unit = precision.scale == "none" or (precision.scale == "analytic" and quantizer.unit_scale)

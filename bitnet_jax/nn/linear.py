@@ -24,8 +24,9 @@ from bitnet_jax.nn.norms import Norm, projection_norm
 from bitnet_jax.nn.products import sums_of_products
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import Quantized, floats
+from bitnet_jax.quantization.ste import straight_through
 from bitnet_kernels import PackedArray, packed_matmul, packed_matmuls
-from bitnet_kernels.reference import rescale, rounded_product
+from bitnet_kernels.reference import digits, join_digits, rescale, rounded_product
 
 
 def dense(
@@ -38,7 +39,7 @@ def dense(
 
 
 def quantized_matmul(
-    x: Quantized, w: Quantized, dtype: str = "float32", product: str = "float"
+    x: Quantized, w: Quantized, dtype: str = "float32", product: str = "float", input_digits: int = 1
 ) -> Float[Array, "*rows n"]:
     """`x.dequantize() @ w.dequantize().T` in float32, with one exact integer sum per scale group.
 
@@ -46,15 +47,31 @@ def quantized_matmul(
       x: codes [..., k], scale [..., 1].
       w: codes [n, k], scale [1 or n, G]; each group has k // G consecutive inputs.
       dtype, product: arithmetic of the product and its gradients, see bitnet_jax.nn.products.
+      input_digits: int8 digits of the codes of x that are multiplied separately, as in `packed_product`.
     """
     if product != "float":
         x, w = _visible_nan(x), _visible_nan(w)
+    multiply = functools.partial(_scaled_sums, w=w, dtype=dtype, product=product)
+    y = multiply(x.codes) if input_digits == 1 else join_digits(*map(multiply, _digits(x.codes)))
+    return rounded_product(y, x.scale)
+
+
+def _scaled_sums(
+    x: Float[Array, "*rows k"], w: Quantized, dtype: str, product: str
+) -> Float[Array, "*rows n"]:
+    """Integer codes times a quantized matrix, without the scale of the codes."""
     (n, k), groups = w.codes.shape, w.scale.shape[-1]
-    rows, w_codes = x.codes.reshape(-1, k), w.codes
+    rows, w_codes = x.reshape(-1, k), w.codes
     if groups > 1:
         rows, w_codes = rows.reshape(-1, groups, k // groups), w_codes.reshape(n, groups, k // groups)
     sums = sums_of_products(rows, w_codes, dtype, product).reshape(groups, -1, n)
-    return rounded_product(rescale(sums, w.scale).reshape(*x.codes.shape[:-1], n), x.scale)
+    return rescale(sums, w.scale).reshape(*x.shape[:-1], n)
+
+
+def _digits(codes: Float[Array, "*rows k"]) -> tuple[Array, Array]:
+    """The digits of codes; all of the gradient goes to the high one, which counts 256-fold."""
+    high, low = digits(jax.lax.stop_gradient(codes))
+    return straight_through(high, (codes,), (jnp.full_like(codes, 1 / 256),)), low
 
 
 def _visible_nan(quantized: Quantized) -> Quantized:
@@ -67,8 +84,9 @@ def packed_product(x: Quantized, w: PackedArray, precision: Precision) -> Float[
     """`quantized_matmul` for a packed matrix, by the kernel that suits the codes of the input."""
     if precision.activation == "none":
         return packed_matmul(x.codes.astype(jnp.float32), w, activation_bits=None)
-    bits = 1 if precision.input_is_signs else 8
-    return rounded_product(packed_matmul(x.codes.astype(jnp.int8), w, activation_bits=bits), x.scale)
+    bits = 1 if precision.input_is_signs else 8 * precision.input_digits
+    codes = x.codes.astype(jnp.int16 if bits == 16 else jnp.int8)
+    return rounded_product(packed_matmul(codes, w, activation_bits=bits), x.scale)
 
 
 class BitLinear(nn.Module):
@@ -150,8 +168,8 @@ class BitLinear(nn.Module):
             x = self.norm(x)
         precision, k = self.precision, x.shape[-1]
         packed = self.packed_weight(k)
-        if packed is not None and precision.quantizes_input_by_absmax:
-            return packed_matmul(x, packed)
+        if packed is not None and precision.absmax_bits:
+            return packed_matmul(x, packed, activation_bits=precision.absmax_bits)
         learned = {
             name.removeprefix("activation_"): self.param(
                 name, nn.initializers.constant(value), shape, jnp.float32
@@ -169,7 +187,9 @@ class BitLinear(nn.Module):
             if precision.scale == "learned":
                 scale = self.param("weight_scale", lambda _: precision.weight_scale_init(weight))
             w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
-            return quantized_matmul(x_quantized, w_quantized, self.dtype, self.product)
+            return quantized_matmul(
+                x_quantized, w_quantized, self.dtype, self.product, precision.input_digits
+            )
         dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
         return dense(x_quantized.dequantize(), weight, dtype)
 
@@ -198,11 +218,16 @@ def apply_fused(
 ) -> list[Float[Array, "*rows n"]]:
     """Applies several layers to one input. Packed layers with the same input quantizer (q, k, v; gate, up) share the
     quantized input and run as one product; results are bit-identical to separate calls."""
-    alike = {
-        layer.name: weight
-        for layer in layers
-        if layer.norm is None and layer.precision.quantizes_input_by_absmax
-        if (weight := layer.packed_weight(x.shape[-1])) is not None
-    }
-    products = dict(zip(alike, packed_matmuls(x, list(alike.values())), strict=True)) if alike else {}
+    products: dict[str | None, Array] = {}
+    for bits in (8, 16):
+        alike = {
+            layer.name: weight
+            for layer in layers
+            if layer.norm is None and layer.precision.absmax_bits == bits
+            if (weight := layer.packed_weight(x.shape[-1])) is not None
+        }
+        if alike:
+            products |= dict(
+                zip(alike, packed_matmuls(x, list(alike.values()), activation_bits=bits), strict=True)
+            )
     return [layer(x, progress, products.get(layer.name)) for layer in layers]

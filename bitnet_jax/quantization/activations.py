@@ -1,8 +1,8 @@
 """Activation quantizers: f(x [..., k], args, *, options) -> codes [..., k], scale [..., 1].
 
 One scale per token (last axis), measured, or learned as one scalar per quantizer. All codes except those of
-`unquantized` fit in int8. Conventions shared by all quantizers are in registry.py. "Backward" is
-d(codes * scale)/dx times the incoming gradient g; h is the slope of the STE named by `args`.
+`unquantized` fit in int8, those of int16 as two digits. Conventions shared by all quantizers are in registry.py.
+"Backward" is d(codes * scale)/dx times the incoming gradient g; h is the slope of the STE named by `args`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bitnet_jax.quantization.scales import (
     round_scaled,
 )
 from bitnet_jax.quantization.ste import straight_through
+from bitnet_kernels.reference import PEAK_16
 
 
 def _ones(x: Array) -> Array:
@@ -89,6 +90,22 @@ def int8(
     scale = multiplier * (1 / peak) if epsilon == "divisor" else reciprocal(s)
     codes = ste_lib.round_to_grid(x * s, -128, 127, args.ste)
     return Quantized(codes, jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
+
+
+def int16(
+    x: Float[Array, "... k"],
+    args: Arguments = DEFAULT,
+) -> Quantized:
+    """Absmax 16-bit integers, for weight-only recipes whose products stay exact and fast.
+
+    Forward:  s = 32512 / max(max|x|, 1e-5), codes = round(x s), scale = 1/s. Kernels multiply the two digits of
+              codes = 256 high + low as int8.
+    Backward: g h, h = 1 or the window between the outermost codes.
+    Source:   none; a token keeps 15 bits below its largest value, where bfloat16 keeps 8 below each value.
+    """
+    x = as_float32(x)
+    s = PEAK_16 / jnp.maximum(absmax(jax.lax.stop_gradient(x), keepdims=True), SMALLEST_SCALE)
+    return Quantized(ste_lib.round_to_grid(x * s, -PEAK_16, PEAK_16, args.ste), reciprocal(s))
 
 
 def _lsq(x: Array, bits: int, scale: Array, ste: str, levels: str = "zero") -> Quantized:

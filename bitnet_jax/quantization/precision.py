@@ -163,15 +163,22 @@ class Precision:
 
     @property
     def codes_fit_int8(self) -> bool:
-        """True if weights and input both have integer codes in [-128, 127]."""
+        """True if weights and input both have integer codes in [-128, 127], or digits of such codes."""
         return self.activation != "none" and self.packed_format is not None
 
     @property
-    def quantizes_input_by_absmax(self) -> bool:
-        """True if the input is quantized by plain per-token absmax int8, which packed_matmul does itself."""
-        plain = Precision(weight=self.weight, activation="int8") if self.quantizes_weights else None
-        fields = ("activation", "activation_scale", "hadamard", "top_k", "activation_options")
-        return plain is not None and all(getattr(self, f) == getattr(plain, f) for f in fields)
+    def input_digits(self) -> int:
+        """How many int8 digits a code of the input has: 2 for int16, else 1."""
+        return 2 if self.activation == "int16" else 1
+
+    @property
+    def absmax_bits(self) -> int | None:
+        """8 or 16 if the input is quantized by plain per-token absmax, which packed_matmul does itself; else None."""
+        if not self.quantizes_weights or self.activation not in ("int8", "int16"):
+            return None
+        plain = Precision(weight=self.weight, activation=self.activation)
+        fields = ("activation_scale", "hadamard", "top_k", "activation_options")
+        return 8 * self.input_digits if all(getattr(self, f) == getattr(plain, f) for f in fields) else None
 
     @property
     def input_is_signs(self) -> bool:

@@ -45,6 +45,9 @@ RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
     "int4": Precision(weight="int4", activation="int8", granularity="channel"),
     "int3": Precision(weight="int3", activation="int8", granularity="channel"),
     "int2": Precision(weight="int2", activation="int8", granularity="channel"),
+    # weight-only: 16-bit activations, multiplied exactly
+    "int8_a16": Precision(weight="int8", activation="int16", granularity="channel"),
+    "int4_a16": Precision(weight="int4", activation="int16", granularity=32),
     "lsq4": Precision(
         weight="int4", weight_ste="clipped", scale="learned", scale_init="lsq", activation="int4",
         activation_ste="clipped", activation_scale="learned",

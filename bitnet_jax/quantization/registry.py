@@ -95,6 +95,7 @@ ACTIVATION_QUANTIZERS: dict[str, ActivationQuantizer] = {
     "int8": ActivationQuantizer(
         function=activations.int8, bits=8, stes=ROUNDING_STES, first_scale=2 / math.sqrt(127)
     ),
+    "int16": ActivationQuantizer(function=activations.int16, bits=16, stes=ROUNDING_STES),
     "int4": ActivationQuantizer(
         function=activations.int4, bits=4, stes=ROUNDING_STES, first_scale=2 / math.sqrt(7)
     ),

@@ -109,14 +109,19 @@ def _multiply(
     precisions = config.precisions()
     weights = {path: packed.get(f"{path}/weight", params.get(f"{path}/weight")) for path in paths}
     x = jnp.ones((1, weights[paths[0]].shape[1]), jnp.float32) + wait
-    fused = [
-        weight
-        for path, weight in weights.items()
-        if isinstance(weight, PackedArray) and precisions[path].quantizes_input_by_absmax
-    ]
-    ys = list(packed_matmuls(x, fused)) if fused else []
+    ys: list[jax.Array] = []
+    fused: list[str] = []
+    for bits in (8, 16):
+        alike = [
+            path
+            for path, weight in weights.items()
+            if isinstance(weight, PackedArray) and precisions[path].absmax_bits == bits
+        ]
+        if alike:
+            ys += packed_matmuls(x, [weights[path] for path in alike], activation_bits=bits)
+        fused += alike
     for path, weight in weights.items():
-        if not any(weight is other for other in fused):
+        if path not in fused:
             ys.append(_product(config, path, precisions[path], weight, x))
     return jnp.stack([y.reshape(-1)[0] for y in ys])
 

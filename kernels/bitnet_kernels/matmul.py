@@ -21,6 +21,7 @@ from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
 
 # (x [m, k], int8 codes or float32; packed matrices) -> float32 [m, n] for each
 ScaledMatmuls = Callable[[jax.Array, Sequence[PackedArray]], tuple[jax.Array, ...]]
+CODES = (np.int8, np.int16)
 IMPLEMENTATIONS = ("cpu", "gpu", "reference", "tpu")
 _XLA_PLATFORM = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # names in lax.platform_dependent
 
@@ -91,9 +92,13 @@ def packed_matmul(
     (reference.quantize_activations), multiplied in integers and rescaled in float32,
     y = sum_g(sums_g * w.scale_g) * x.scale. The gradient to x is straight-through, dx = dy @ dequantize(w); w gets
     none.
-    x int8: x holds codes; returns sum_g(sums_g * w.scale_g), which the caller multiplies by the scale of the tokens.
-    activation_bits=1 asserts that all codes are -1 or 1 (unchecked); products with a binary w then use popcounts.
-    x float, activation_bits=None: weight-only; a float32 product with the unpacked codes, by XLA.
+    activation_bits=16: likewise with 16-bit codes, which are multiplied as two int8 digits,
+    y = (256 y_high + y_low) * x.scale. The input loses less than in bfloat16, so this is the fast way to quantize
+    only the weights; it takes two rows of x for one.
+    x int8, or int16 with activation_bits=16 or None: x holds codes (int16: within +-reference.PEAK_16); returns
+    sum_g(sums_g * w.scale_g), which the caller multiplies by the scale of the tokens.
+    activation_bits=1 asserts that all int8 codes are -1 or 1 (unchecked); products with a binary w then use popcounts.
+    x float, activation_bits=None: a float32 product with the unpacked codes, by XLA.
 
     implementation=None selects what choose_implementation returns for the platform compiled for, whose kernels need
     their own layout of w (LAYOUTS; relayout converts). A name forces an implementation. All are bit-identical.
@@ -120,9 +125,9 @@ def packed_matmuls(
     for w in ws:
         validate(w, contents=False)
     x = jnp.asarray(x)
-    if x.dtype != np.int8 and x.dtype.name not in FLOATS:
+    if x.dtype not in CODES and x.dtype.name not in FLOATS:
         raise ValueError(
-            f"x is {x.dtype}; expected a float type, or int8 for codes: {', '.join(FLOATS)}, int8"
+            f"x is {x.dtype}; expected a float type, or int8 or int16 for codes: {', '.join(FLOATS)}, int8, int16"
         )
     for w in ws:
         if x.ndim < 1 or x.shape[-1] != w.shape[1]:
@@ -131,14 +136,20 @@ def packed_matmuls(
             )
     if not ws:
         raise ValueError("got no matrices; expected at least one")
-    if activation_bits not in (8, None) and not (activation_bits == 1 and x.dtype == np.int8):
-        raise ValueError(f"activation_bits={activation_bits}; expected 8, None, or 1 for int8 x of -1 and 1")
+    widths = {"int8": (8, 1), "int16": (16,)}.get(x.dtype.name, (8, 16))
+    if activation_bits not in (*widths, None):
+        raise ValueError(
+            f"activation_bits={activation_bits}; expected None or one of {', '.join(map(str, widths))} for {x.dtype} x"
+            + (" (1 if all codes are -1 or 1)" if x.dtype == np.int8 else "")
+        )
+    if x.dtype in CODES and activation_bits is None:
+        activation_bits = widths[0]
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={implementation!r}; expected None or one of {sorted(IMPLEMENTATIONS)}"
         )
 
-    if x.dtype != np.int8 and activation_bits is None:
+    if activation_bits is None:
         if implementation not in (None, "reference"):
             raise NotImplementedError(
                 f"implementation={implementation!r} has no product of float activations; use 'reference'"
@@ -176,12 +187,17 @@ def _matmuls(
     ordered: bool,
 ) -> tuple[jax.Array, ...]:
     rows = x.reshape(-1, x.shape[-1])
-    if x.dtype != np.int8 and activation_bits is None:
+    if activation_bits is None:
         ys = tuple(reference.rescale(reference.float_matmul(rows, w), w.scale) for w in ws)
     else:
         multiply = _scaled_matmuls(implementation, activation_bits, isa, ordered)
-        rows = rows if x.dtype == np.int8 else rows.astype(jnp.float32)
-        ys = multiply(rows, ws) if x.dtype == np.int8 else _quantized_matmuls(multiply, rows, ws)
+        if activation_bits == 16:
+            multiply = functools.partial(reference.matmuls_of_digits, multiply=multiply)
+        ys = (
+            multiply(rows, ws)
+            if x.dtype in CODES
+            else _quantized_matmuls(multiply, rows.astype(jnp.float32), ws)
+        )
     return tuple(y.reshape(*x.shape[:-1], w.shape[0]) for y, w in zip(ys, ws, strict=True))
 
 
@@ -192,7 +208,8 @@ def _scaled_matmuls(
     if implementation == "reference":
         return reference.scaled_matmuls
     if implementation == "cpu":
-        kernels = functools.partial(cpu.scaled_matmuls, activation_bits=activation_bits or 8, isa_name=isa)
+        bits = 1 if activation_bits == 1 else 8
+        kernels = functools.partial(cpu.scaled_matmuls, activation_bits=bits, isa_name=isa)
     else:
         kernels = _pallas(implementation).scaled_matmuls
     branches = {_XLA_PLATFORM[implementation]: kernels} | (

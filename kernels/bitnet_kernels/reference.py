@@ -19,6 +19,7 @@ from bitnet_kernels.formats import unpack
 from bitnet_kernels.packed import PackedArray
 
 EPSILON = 1e-5  # lower bound of the absmax of a token, as in the released BitNet b1.58 2B-4T
+PEAK_16 = 127 * 256  # largest 16-bit code: its high digit is 127
 
 
 def absmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, keepdims: bool = False) -> jax.Array:
@@ -30,21 +31,42 @@ def absmax(x: jax.Array, axis: int | tuple[int, ...] | None = -1, keepdims: bool
     return jnp.where(has_nan, jnp.nan, jnp.max(jnp.abs(x), axis=axis, keepdims=keepdims))
 
 
-def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Absmax int8 per token: x float [..., k] -> (codes int8 [..., k], scale float32 [..., 1]).
+def quantize_activations(x: jax.Array, bits: int = 8) -> tuple[jax.Array, jax.Array]:
+    """Absmax integers per token: x float [..., k] -> (codes int8 or int16 [..., k], scale float32 [..., 1]).
 
-    s = 127 / max(max|x|, 1e-5);  codes = clip(round(x s), -128, 127);  scale = 1 / s.
+    s = peak / max(max|x|, 1e-5);  codes = clip(round(x s));  scale = 1 / s.
+    8 bits: peak = 127, codes in [-128, 127]. 16 bits: peak = 127 * 256 = 32512, codes in [-peak, peak], which split
+    into two int8 digits (`digits`).
     With NaN or infinity in a token all its codes are 0 and its scale is NaN or infinity, so its products are NaN.
 
     Raises:
       ValueError: the dtype of x is not float32, bfloat16 or float16.
     """
     x = floats("x", x).astype(jnp.float32)
-    s = 127.0 / jnp.maximum(absmax(x, keepdims=True), EPSILON)
+    peak, low, high, dtype = {
+        8: (127.0, -128, 127, jnp.int8),
+        16: (float(PEAK_16), -PEAK_16, PEAK_16, jnp.int16),
+    }[bits]
+    s = peak / jnp.maximum(absmax(x, keepdims=True), EPSILON)
     # Without the barrier XLA rewrites 1 / (127 / max) as max * (1 / 127), which rounds differently.
     scale = 1.0 / jax.lax.optimization_barrier(s)
-    codes = jnp.clip(jnp.round(x * s), -128, 127)
-    return jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int8), scale
+    codes = jnp.clip(jnp.round(x * s), low, high)
+    return jnp.where(jnp.isnan(codes), 0, codes).astype(dtype), scale
+
+
+def digits(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Integers in [-32640, 32639] -> float32 (high, low), both in [-128, 127], with codes = 256 high + low.
+
+    The product of 16-bit codes with a matrix is thereby two exact products of int8 codes, see `join_digits`.
+    """
+    codes = codes.astype(jnp.float32)
+    high = jnp.floor((codes + 128) * (1 / 256))
+    return high, codes - 256 * high
+
+
+def join_digits(high: jax.Array, low: jax.Array) -> jax.Array:
+    """256 high + low, of products with the digits: the first term is exact, so there is one rounding."""
+    return high * 256 + _unfused(low)
 
 
 def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
@@ -67,12 +89,25 @@ def scaled_matmuls(
 ) -> tuple[jax.Array, ...]:
     """x [m, k] times packed matrices and their scales -> float32 [m, n] for each.
 
-    int8 x holds codes; float x is quantized, and its per-row scale is applied last.
+    int8 x holds codes; float x is quantized to 8 bits, and its per-row scale is applied last.
     """
     if x.dtype == np.int8:
         return tuple(multiply(x, w) for w in ws)
     codes, scale = quantize_activations(x)
     return tuple(rounded_product(multiply(codes, w), scale) for w in ws)
+
+
+def matmuls_of_digits(
+    x: jax.Array, ws: Sequence[PackedArray], multiply: Callable[..., tuple[jax.Array, ...]] = scaled_matmuls
+) -> tuple[jax.Array, ...]:
+    """`scaled_matmuls` with 16-bit codes: x [m, k], int16 codes or float, becomes 2 m rows of int8 digits.
+
+    multiply: any implementation of `scaled_matmuls` for int8 rows.
+    """
+    codes, scale = (x, None) if x.dtype == np.int16 else quantize_activations(x, 16)
+    ys = multiply(jnp.concatenate(digits(codes)).astype(jnp.int8), ws)
+    joined = tuple(join_digits(*jnp.split(y, 2)) for y in ys)
+    return joined if scale is None else tuple(rounded_product(y, scale) for y in joined)
 
 
 def float_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
@@ -108,12 +143,16 @@ def _add_group(y: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Ar
 
 
 def rounded(values: jax.Array, scale: jax.Array) -> jax.Array:
-    """values * scale, rounded before anything is added to it.
+    """values * scale, rounded before anything is added to it."""
+    return _unfused(values * scale)
+
+
+def _unfused(product: jax.Array) -> jax.Array:
+    """A product that XLA does not fuse with a sum that follows.
 
     The minimum changes no value, but without an operation in between XLA fuses product and sum into one rounding, and
     compiled code would differ from uncompiled code and from C++ (jax 0.10 removes an optimization_barrier too early).
     """
-    product = values * scale
     return jnp.where(jnp.isfinite(product), jnp.minimum(product, jnp.finfo(jnp.float32).max), product)
 
 

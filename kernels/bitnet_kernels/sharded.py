@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from bitnet_kernels import reference
-from bitnet_kernels.matmul import packed_matmul
+from bitnet_kernels.matmul import CODES, packed_matmul
 from bitnet_kernels.packed import COLUMN_K, FORMATS, PANEL_ROWS, PLANE_K, PLANE_ROWS, PackedArray
 
 SPLITS = ("outputs", "inputs")
@@ -41,7 +40,8 @@ def sharded_matmul(
 
         return _on_devices(part, mesh, (PartitionSpec(), spec), PartitionSpec(None, axis))(x, w)
 
-    codes, x_scale = (x, None) if x.dtype == np.int8 else reference.quantize_activations(x)
+    bits = options.get("activation_bits", 8)
+    codes, x_scale = (x, None) if x.dtype in CODES else reference.quantize_activations(x, bits)
     one_scale = w.groups == 1
 
     def partial_sum(x: jax.Array, w: PackedArray) -> jax.Array:

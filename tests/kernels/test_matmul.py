@@ -70,6 +70,52 @@ def test_int8_input_is_taken_as_codes(make_packed, multiply) -> None:
         np.testing.assert_array_equal(y, reference.rescale(sums, w.scale))
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_16_bit_input(make_packed, multiply, format: str, groups: int) -> None:
+    codes, w = make_packed(format, 37, 96, groups)
+    x = activations(2, 3, 96)
+    y = multiply(x, w, activation_bits=16)
+    np.testing.assert_array_equal(jax.jit(functools.partial(multiply, activation_bits=16))(x, w), y)
+
+    q, s = (np.asarray(a) for a in reference.quantize_activations(x, 16))
+    assert q.dtype == np.int16
+    assert np.abs(q).max() == reference.PEAK_16
+    np.testing.assert_array_equal(multiply(jnp.asarray(q), w, activation_bits=16) * s, y)
+    exact = (q.astype(np.float64) * s) @ np.asarray(dequantize(w), np.float64).T
+    size = np.abs(q * s) @ np.abs(np.asarray(dequantize(w))).T
+    # roundings to float32: of a scaled sum and of a sum of groups for each digit, of their sum, of the last product
+    assert (np.abs(y - exact) <= (2 * groups + 2) * 2.0**-23 * size).all()
+    # half a step of scale s per input, in the worst case all in one direction
+    bound = 0.51 * s * np.abs(dequantize(w)).sum(1)
+    assert (np.abs(y - x @ dequantize(w).T) <= bound + 1e-5).all()
+
+
+def test_digits_are_int8_and_give_back_every_16_bit_code() -> None:
+    codes = np.arange(-reference.PEAK_16, reference.PEAK_16 + 1, dtype=np.int16)
+    high, low = (np.asarray(digit) for digit in reference.digits(jnp.asarray(codes)))
+    assert np.minimum(high, low).min() >= -128
+    assert np.maximum(high, low).max() <= 127
+    np.testing.assert_array_equal(256 * high + low, codes)
+    np.testing.assert_array_equal(reference.join_digits(high, low), codes)
+
+
+def test_the_gradient_of_16_bit_input_is_straight_through(make_packed, multiply) -> None:
+    _, w = make_packed("int4", 37, 64, 2)
+    x, dy = activations(5, 64), activations(5, 37)
+    dx = jax.vjp(lambda x: multiply(x, w, activation_bits=16), x)[1](dy)[0]
+    np.testing.assert_allclose(dx, dy @ dequantize(w), rtol=1e-5, atol=1e-5)
+
+
+def test_int16_input_is_taken_as_codes(make_packed, multiply) -> None:
+    _, w = make_packed("ternary2", 37, 64, 2)
+    x = jnp.asarray(np.random.default_rng(0).integers(-32512, 32513, (5, 64)).astype(np.int16))
+    for bits in (16, None):
+        y = multiply(x, w, activation_bits=bits)
+        np.testing.assert_allclose(y, x.astype(np.float32) @ dequantize(w).T, rtol=1e-5, atol=1)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_weight_only(make_packed, groups: int) -> None:
     _, w = make_packed("ternary2", 37, 64, groups)
@@ -235,10 +281,16 @@ def test_all_implementations_are_bit_identical(
             r"x has shape \(2, 63\); expected \(..., 64\) for a matrix of shape \(37, 64\)",
         ),
         (jnp.ones(()), {}, r"x has shape \(\)"),
-        (jnp.ones((2, 64), jnp.int32), {}, "x is int32; expected a float type, or int8"),
+        (jnp.ones((2, 64), jnp.int32), {}, "x is int32; expected a float type, or int8 or int16"),
         (jnp.ones((2, 64), jnp.uint8), {}, "x is uint8"),
-        (jnp.ones((2, 64)), {"activation_bits": 4}, "activation_bits=4; expected 8, None, or 1"),
-        (jnp.ones((2, 64)), {"activation_bits": 1}, "activation_bits=1; expected 8, None, or 1 for int8 x"),
+        (
+            jnp.ones((2, 64)),
+            {"activation_bits": 4},
+            "activation_bits=4; expected None or one of 8, 16 for float32",
+        ),
+        (jnp.ones((2, 64)), {"activation_bits": 1}, "activation_bits=1; expected None or one of 8, 16"),
+        (jnp.ones((2, 64), jnp.int8), {"activation_bits": 16}, "expected None or one of 8, 1 for int8 x"),
+        (jnp.ones((2, 64), jnp.int16), {}, "activation_bits=8; expected None or one of 16 for int16 x"),
         (jnp.ones((2, 64)), {"implementation": "cuda"}, "implementation='cuda'; expected None or one of"),
     ],
 )

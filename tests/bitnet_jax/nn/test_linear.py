@@ -57,7 +57,7 @@ def test_products_of_codes_are_exact(groups: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bitnet", "bitnet_b158", "bitnet_b158_channel", "bitnet_group64", "xnor", "bnn"]
+    "name", ["bitnet", "bitnet_b158", "bitnet_b158_channel", "bitnet_group64", "xnor", "bnn", "int8_a16"]
 )
 def test_packed_and_latent_are_bit_identical(name: str) -> None:
     precision = recipe(name)
@@ -70,16 +70,17 @@ def test_packed_and_latent_are_bit_identical(name: str) -> None:
     np.testing.assert_array_equal(latent, ours)
 
 
-def test_gradients_equal_those_of_fake_quantization() -> None:
-    module, params = layer(recipe("bitnet_b158"))
+@pytest.mark.parametrize("name", ["bitnet_b158", "int8_a16"])
+def test_gradients_equal_those_of_fake_quantization(name: str) -> None:
+    module, params = layer(recipe(name))
     g = jax.random.normal(jax.random.key(2), (3, 5, N))
 
     def loss(w: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.sum(module.apply({"params": {"weight": w}}, x) * g)
 
     dw, dx = jax.grad(loss, argnums=(0, 1))(params["weight"], X)
-    xq = recipe("bitnet_b158").quantize_activation(X).dequantize()
-    wq = recipe("bitnet_b158").quantize_weight(params["weight"]).dequantize()
+    xq = recipe(name).quantize_activation(X).dequantize()
+    wq = recipe(name).quantize_weight(params["weight"]).dequantize()
     # identity through both quantizers (papers: dL/dW = g^T x_q, dL/dx = g W_q), up to the order of float32 sums
     np.testing.assert_allclose(dw, jnp.einsum("btn,btk->nk", g, xq), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(dx, jnp.einsum("btn,nk->btk", g, wq), rtol=1e-4, atol=1e-4)

@@ -103,7 +103,7 @@ def test_integer_products_equal_fake_quantization(name: str) -> None:
     assert_same(our_gradients, gradients)
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("name", [name for name, p in PRECISIONS.items() if p.input_digits == 1])
 def test_sums_of_codes_are_exact_integers(name: str) -> None:
     module, params = layer(PRECISIONS[name])
     learned = {k.removeprefix("activation_"): v for k, v in params.items() if k.startswith("activation_")}

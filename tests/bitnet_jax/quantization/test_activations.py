@@ -13,6 +13,7 @@ from bitnet_jax.quantization import activations as quantizers
 from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS
 from bitnet_jax.quantization.ste import surrogate
+from bitnet_kernels.reference import digits
 
 LEARNED = ("int8", "int4", "int2", "elastic_signed", "elastic_unsigned")
 MEASURED = tuple(name for name, record in ACTIVATION_QUANTIZERS.items() if record.measures_scale)
@@ -42,6 +43,9 @@ def expected(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         case "int8":
             size = np.abs(x).max(-1, keepdims=True)
             return np.round(x * 127 / size), size / 127
+        case "int16":
+            size = np.abs(x).max(-1, keepdims=True)
+            return np.round(x * 32512 / size), size / 32512
         case "int4":
             return np.clip(np.round(np.sqrt(7) * x / (mean + 1e-5)), -8, 7), mean / np.sqrt(7)
         case "int2":
@@ -75,9 +79,13 @@ def test_backward_formula(name: str, ste: str) -> None:
     g = np.random.default_rng(1).standard_normal(X.shape).astype(np.float32)
     codes, scale = expected(name, X)
     z = X / scale
-    low, high = {"int8": (-128, 127.01), "int4": (-8, 7), "int2": (-4, 4), "none": (-np.inf, np.inf)}.get(
-        name, (-1, 1)
-    )
+    low, high = {
+        "int8": (-128, 127.01),
+        "int16": (-32513, 32513),
+        "int4": (-8, 7),
+        "int2": (-4, 4),
+        "none": (-np.inf, np.inf),
+    }.get(name, (-1, 1))
     if name == "elastic_unsigned":
         low = 0
     window = (z >= low) & (z <= high) if ste == "clipped" else np.ones_like(z)
@@ -132,7 +140,13 @@ def test_nan_and_infinity_stay_in_their_token(name: str) -> None:
         assert np.isfinite(np.delete(value, 2, axis=0)).all()
         if np.isnan(bad):
             assert np.isnan(value[2, 3])
-        if name in ("int8", "int4", "int2", "sign_absmean"):  # the whole token shares a measured scale
+        if name in (
+            "int8",
+            "int16",
+            "int4",
+            "int2",
+            "sign_absmean",
+        ):  # the whole token shares a measured scale
             assert not np.isfinite(value[2]).any()
 
 
@@ -149,10 +163,11 @@ def test_half_rounds_to_even() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ACTIVATION_QUANTIZERS if name != "none"])
-def test_codes_fit_in_int8(name: str) -> None:
+def test_codes_or_their_digits_fit_in_int8(name: str) -> None:
     x = jnp.asarray(np.random.default_rng(2).standard_cauchy((5, 8)), jnp.float32)
-    codes = np.asarray(quantize(name)(x).codes)
-    np.testing.assert_array_equal(codes.astype(np.int8), codes)
+    codes = quantize(name)(x).codes
+    for digit in digits(codes) if name == "int16" else (codes,):
+        np.testing.assert_array_equal(np.asarray(digit).astype(np.int8), digit)
 
 
 # --- details on which papers disagree

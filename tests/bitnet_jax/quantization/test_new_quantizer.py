@@ -67,7 +67,7 @@ def test_a_precision_accepts_it() -> None:
     assert (own.packed_format, own.weight_bits, own.activation_bits) == ("ternary2", np.log2(3), 6)
     assert own.codes_fit_int8
     assert not own.input_is_signs
-    assert not own.quantizes_input_by_absmax
+    assert own.absmax_bits is None
     assert Precision.from_dict({"weight": "ternary_absmax", "weight_options": {"floor": 0.5}}).weight_bits < 2
     for wrong, message in (
         ({"weight_options": {"flor": 0.5}}, "weight_options: got 'flor', .*did you mean 'floor'"),

@@ -87,7 +87,8 @@ def test_every_recipe_quantizes_and_has_gradients(precision: Precision) -> None:
     if precision.input_is_signs:
         assert set(np.unique(a.codes)) == {-1, 1}
     if precision.activation != "none":
-        np.testing.assert_array_equal(np.asarray(a.codes).astype(np.int8), a.codes)
+        integers = {1: np.int8, 2: np.int16}[precision.input_digits]
+        np.testing.assert_array_equal(np.asarray(a.codes).astype(integers), a.codes)
 
 
 def test_formats_and_bits() -> None:
@@ -233,7 +234,7 @@ def test_json_round_trip_and_hashing(precision: Precision) -> None:
     ("fields", "message"),
     [
         ({"weight": "ternry_absmean"}, "weight: got 'ternry_absmean', .*did you mean 'ternary_absmean'"),
-        ({"activation": "int16", "weight": "int8"}, "activation: got 'int16', expected one of"),
+        ({"activation": "int7", "weight": "int8"}, "activation: got 'int7', expected one of"),
         ({"compute_dtype": "float16"}, "compute_dtype: got 'float16'"),
         ({"scale": "fixed"}, "scale: got 'fixed'"),
         ({"scale_init": "zero"}, "scale_init: got 'zero'"),
