@@ -42,6 +42,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="format of the output head; int8 and int4 are smaller and faster but approximate the trained head "
         "(default: as in the run's config)",
     )
+    command.add_argument(
+        "--embedding",
+        choices=("float32", "bfloat16", "int8", "int4"),
+        help="format of the embedding table, often most of a small model; integers have one scale per 32 inputs and "
+        "approximate the trained table (default: as in the run's config)",
+    )
     ternary_format_argument(command)
     command.add_argument("--overwrite", action="store_true", help="replace an existing packed model")
 
@@ -58,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         step=args.step,
         tokens=args.tokens,
         head=args.head,
+        embedding=args.embedding,
         ternary_format=args.ternary_format,
         overwrite=args.overwrite,
     )

@@ -10,7 +10,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bitnet_jax.models import Architecture, ModelConfig
-from bitnet_jax.nn.embedding import rounded
+from bitnet_jax.nn.config import INTEGER_TABLES
+from bitnet_jax.nn.embedding import rounded, stored_dtype
 from bitnet_jax.packed.packing import TABLES, Layer, layers, quantize
 from bitnet_kernels import PackedArray, unpack
 
@@ -86,19 +87,18 @@ def _weights(
     """Path -> (leaf, its layer if it is a linear one, all parameters)."""
     flat = flatten_dict(dict(variables["params"]), sep="/")
     for path in TABLES:
-        if (
-            isinstance(config, ModelConfig)
-            and path in flat
-            and str(flat[path].dtype) != config.embedding_dtype
-        ):
-            flat[path] = rounded(flat[path], config.embedding_dtype)
+        if isinstance(config, ModelConfig) and path in flat:
+            dtype = stored_dtype(config, path.split("/")[0])
+            if dtype not in (str(flat[path].dtype), *INTEGER_TABLES):
+                flat[path] = rounded(flat[path], dtype)
+    linear = layers(config)
     packed = flatten_dict(dict(variables.get("packed", {})), sep="/")
     found: dict[str, tuple[Any, Layer | None, dict[str, Any]]] = {}
-    linear = layers(config)
     for path, layer in linear.items():
-        leaf = packed.get(f"{path}/weight", flat.get(layer.latent))
-        if f"{path}/weight" in packed or layer.latent != "embed/embedding":
-            found[f"{path}/weight"] = (leaf, layer, flat)
+        own = layer.latent.startswith(f"{path}/")  # not the embedding of a tied head
+        if own or f"{path}/weight" in packed:
+            leaf = packed.get(f"{path}/weight", flat.get(layer.latent))
+            found[layer.latent if own else f"{path}/weight"] = (leaf, layer, flat)
     scales = {f"{path}/weight_scale" for path in linear}
     return found | {
         path: (leaf, None, flat) for path, leaf in flat.items() if path not in found and path not in scales
@@ -112,7 +112,7 @@ def _values(
     if isinstance(leaf, PackedArray):
         return np.asarray(unpack(leaf)), np.asarray(leaf.scale)
     if layer is not None and layer.precision.quantizes_weights:
-        quantized = quantize(name.removesuffix("/weight"), layer, flat)
+        quantized = quantize(name.rpartition("/")[0], layer, flat)
         return np.asarray(quantized.codes), np.asarray(quantized.scale)
     return np.asarray(leaf).astype(np.float32), None
 

@@ -21,6 +21,7 @@ from bitnet_jax.interop.gguf_writer import NewTensor
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.nn.embedding import rounded
 from bitnet_jax.packed import packing
+from bitnet_jax.packed.latent import with_float_tables
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 from bitnet_kernels import PackedArray, unpack
@@ -58,6 +59,7 @@ def write(
         that names it), or `type` fits no matrix.
       StorageError: the file exists or cannot be written.
     """
+    config, variables = with_float_tables(config, variables)
     architecture = family_of(config)
     precisions = {path: p for path, p in config.precisions().items() if path != "lm_head"}
     for layer, precision in precisions.items():

@@ -48,6 +48,7 @@ from bitnet_jax.interop.safetensors_folder import read_json
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.packed import tensor_file
 from bitnet_jax.packed.atomic_folder import atomic_folder, check_writable, remove_stale, synced_file
+from bitnet_jax.packed.latent import with_float_tables
 from bitnet_jax.packed.packing import TABLES
 from bitnet_jax.packed.tensor_file import StorageError, Streamed
 from bitnet_kernels import PackedArray, unpack
@@ -98,6 +99,7 @@ def save(
         raise ValueError(f"shard_bytes is {shard_bytes}, expected a positive number")
     conversation = of_documents(tokenizer) if conversation is None else conversation
     texts = files_of(tokenizer, conversation)
+    config, variables = with_float_tables(config, variables)
     content = config_json(config, form, dtype or "float32")
     _check_target(folder, overwrite)
 

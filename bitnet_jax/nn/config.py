@@ -23,6 +23,8 @@ from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
 
 GATED_MLPS = ("silu_glu", "relu2_glu")
 HEADS = ("float", "int8", "int4")
+INTEGER_TABLES = ("int8", "int4")
+TABLE_GROUP = 32  # inputs per scale of an integer table
 FLOAT32_MAX = 3.4028234e38  # settings enter float32 computations
 
 # Upper bound of all integer settings: JAX indexes in int32. Layers are Python objects traced one by one, so their
@@ -37,7 +39,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("softmax", "relu", "linear", "binary_qk", "binary"),
     "position": ("rope", "learned", "none"),
     "attention_bias": ("none", "qkv", "qkvo"),
-    "embedding_dtype": ("float32", "bfloat16"),
+    "embedding_dtype": ("float32", "bfloat16", *INTEGER_TABLES),
     "head": HEADS,
     "ternary_format": ("ternary2", "ternary5"),
     "dtype": ("float32", "bfloat16"),
@@ -57,6 +59,20 @@ def head_precision(head: str, inputs: int) -> Precision:
     if group is None:
         raise ValueError(f"model.head={head!r}: got hidden_size={inputs}, expected a multiple of 32")
     return Precision(weight=head, activation="int8", granularity=group)
+
+
+def table_precision(embedding_dtype: str, inputs: int) -> Precision | None:
+    """Of an integer embedding table, as rows are looked up and as a head is multiplied; None for a float one.
+
+    One scale per 32 inputs, as in the embeddings of GGUF files; the input of a head has 16 bits.
+    """
+    if embedding_dtype not in INTEGER_TABLES:
+        return None
+    if inputs % TABLE_GROUP:
+        raise ValueError(
+            f"model.embedding_dtype={embedding_dtype!r}: got hidden_size={inputs}, expected a multiple of {TABLE_GROUP}"
+        )
+    return Precision(weight=embedding_dtype, activation="int16", granularity=TABLE_GROUP)
 
 
 def _check_int8(precisions: Mapping[str, Precision], product: str) -> None:
@@ -240,8 +256,9 @@ class TransformerShape(Architecture):
     inside_norm_eps: float = 1e-6
 
     tie_embeddings: bool = True
-    head: str = "float"  # output head: the float table, or its integer codes times int8 activations
-    embedding_dtype: str = "float32"  # of embeddings (and head) in the forward pass and in packed models
+    head: str = "float"  # output head: the table as stored, or its integer codes times int8 activations
+    # Of embeddings (and head) in the forward pass and in packed models; integers have one scale per 32 inputs.
+    embedding_dtype: str = "float32"
     init_std: float = 0.02
 
     precision: Rules = "bitnet_b158"  # a recipe name, or ordered (path pattern, recipe) rules
@@ -281,6 +298,11 @@ class TransformerShape(Architecture):
             raise ValueError(
                 f"model.sliding_window: got {self.sliding_window} with causal={self.causal}, "
                 f"attention={self.attention!r}; expected causal attention of another kind than linear, or None"
+            )
+        if self.head != "float" and self.embedding_dtype in INTEGER_TABLES:
+            raise ValueError(
+                f"model.head: got {self.head!r} with embedding_dtype={self.embedding_dtype!r}, expected head='float': "
+                "the head multiplies with the integers of the table"
             )
         object.__setattr__(self, "precision", hashable(self.precision))
         precisions = self.precisions()
@@ -397,6 +419,9 @@ class TransformerShape(Architecture):
         """
         paths = [path for path in self.linear_shapes() if path != "lm_head" or not self.tie_embeddings]
         precisions = resolve(self.rules(), paths)
+        table = table_precision(self.embedding_dtype, self.hidden_size)
+        if table is not None and precisions.get("lm_head") == Precision():
+            return precisions | {"lm_head": table}
         if self.head == "float":
             return precisions
         if precisions.get("lm_head", Precision()) != Precision():

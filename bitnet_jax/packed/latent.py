@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bitnet_jax.models import Architecture
+from bitnet_jax.models import Architecture, ModelConfig
+from bitnet_jax.nn.config import INTEGER_TABLES
+from bitnet_jax.nn.embedding import rounded
 from bitnet_jax.packed.packing import TABLES, Layer, PackingError, Variables, layers, quantize
-from bitnet_kernels import PackedArray, unpack
+from bitnet_kernels import PackedArray, dequantize, unpack
 
 # Relative, of the scale that is measured on the latent weights: equal values summed one by one are all rounded alike,
 # which adds up to half an ulp for each of the thousands that XLA sums in one go.
@@ -43,6 +46,25 @@ def unpack_model(config: Architecture, variables: Variables) -> dict[str, Any]:
     flat |= {path: flat[path].astype(jnp.float32) for path in TABLES if path in flat}
     others = {name: part for name, part in variables.items() if name not in ("params", "packed")}
     return {"params": unflatten_dict(flat, sep="/"), **others}
+
+
+def with_float_tables(config: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
+    """A model whose integer embedding table, and an untied head like it, are float32 with the same values.
+
+    For formats without such tables. Logits differ by the rounding of the head's input to 16 bits.
+    """
+    if config.embedding_dtype not in INTEGER_TABLES:
+        return config, variables
+    changed = dataclasses.replace(config, embedding_dtype="float32")
+    params, packed = dict(variables["params"]), dict(variables.get("packed", {}))
+    for path in {"embed", "lm_head"} & {*config.precisions(), "embed"}:
+        leaf = "embedding" if path == "embed" else "weight"
+        if path in packed:
+            table = dequantize(packed.pop(path)["weight"])
+        else:
+            table = rounded(params[path][leaf], config.embedding_dtype)
+        params[path] = {leaf: table}
+    return changed, {**variables, "params": params, **({"packed": packed} if "packed" in variables else {})}
 
 
 def _latent(path: str, layer: Layer, weight: PackedArray) -> dict[str, Any]:

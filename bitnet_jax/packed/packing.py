@@ -25,7 +25,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
 from bitnet_jax.models import Architecture, ModelConfig, init_variables
-from bitnet_jax.nn.embedding import rounded
+from bitnet_jax.nn.config import table_precision
+from bitnet_jax.nn.embedding import rounded, stored_dtype
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import Quantized
 from bitnet_kernels import FORMATS, PackedArray, for_platform, unpack
@@ -72,7 +73,7 @@ class Layer:
 
 
 def layers(config: Architecture | Precisions, flat: Mapping[str, Any] | None = None) -> dict[str, Layer]:
-    """Every linear layer by its path.
+    """Every linear layer by its path, and an integer embedding table, which is packed like one, as `embed`.
 
     Args:
       config: of a model; or the Precision of each linear layer by path (nn.linear.precisions_of collects them from
@@ -101,6 +102,11 @@ def layers(config: Architecture | Precisions, flat: Mapping[str, Any] | None = N
         integer_head = isinstance(config, ModelConfig) and path == "lm_head" and config.head != "float"
         rounded_to = config.embedding_dtype if integer_head else "float32"  # type: ignore[attr-defined]
         found[path] = Layer(precisions[path], shape, formats.get(path), latent_path(config, path), rounded_to)
+    if isinstance(config, ModelConfig):
+        table = table_precision(config.embedding_dtype, config.hidden_size)
+        if table is not None:
+            shape = (config.vocab_size, config.hidden_size)
+            found["embed"] = Layer(table, shape, table.packed_format, "embed/embedding")
     return found
 
 
@@ -108,7 +114,7 @@ def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
     """Packs every linear layer whose Precision has a packed format; the others keep their latent weights.
 
     Embeddings and a float head of a Transformer are stored in config.embedding_dtype, to which their forward pass
-    rounds them anyway.
+    rounds them anyway; integers are packed.
 
     Args:
       params: latent parameters, nested or flat dicts of a flax module.
@@ -134,13 +140,14 @@ def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
         if layer.format is None:
             continue
         codes = quantize(path, layer, flat)
-        flat.pop(f"{path}/weight", None)  # a tied head leaves the embedding
+        if layer.latent.startswith(f"{path}/"):  # not the embedding of a tied head
+            flat.pop(layer.latent)
         flat.pop(f"{path}/weight_scale", None)
         packed[f"{path}/weight"] = _pack_one(path, codes, layer.format)
     if isinstance(config, ModelConfig):
         for path in TABLES:
             if path in flat:
-                flat[path] = flat[path].astype(config.embedding_dtype)
+                flat[path] = flat[path].astype(stored_dtype(config, path.split("/")[0]))
     return {"params": unflatten_dict(flat, sep="/"), "packed": unflatten_dict(packed, sep="/")}
 
 
@@ -332,11 +339,12 @@ def sizes(variables: Variables) -> Sizes:
     flat = flatten_dict(dict(variables["params"]), sep="/")
     nbytes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in flat.items()}
     statistics = jax.tree.leaves(variables.get("batch_stats", {}))
-    weights = flatten_dict(dict(variables.get("packed", {}))).values()
-    embeddings = sum(nbytes.get(path, 0) for path in TABLES)
+    weights = flatten_dict(dict(variables.get("packed", {})), sep="/")
+    table = weights.pop("embed/weight", None)
+    tables = sum(nbytes.get(path, 0) for path in TABLES)
     return Sizes(
-        packed=sum(weight.nbytes for weight in weights),
-        embeddings=embeddings,
-        other=sum(nbytes.values()) - embeddings + sum(leaf.size * leaf.dtype.itemsize for leaf in statistics),
-        quantized_bfloat16=sum(2 * weight.shape[0] * weight.shape[1] for weight in weights),
+        packed=sum(weight.nbytes for weight in weights.values()),
+        embeddings=tables + (0 if table is None else table.nbytes),
+        other=sum(nbytes.values()) - tables + sum(leaf.size * leaf.dtype.itemsize for leaf in statistics),
+        quantized_bfloat16=sum(2 * weight.shape[0] * weight.shape[1] for weight in weights.values()),
     )

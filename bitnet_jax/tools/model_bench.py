@@ -245,19 +245,22 @@ def _generation(
 
 def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_format: str | None) -> int:
     """Bytes a decode step reads: all weights (one row of a table that is only looked up) and `length` positions."""
-    params: dict[str, Any] = flatten_dict(dict(variables["params"]), sep="/")
+    leaves: dict[str, Any] = flatten_dict(dict(variables["params"]), sep="/")
+    leaves |= flatten_dict(dict(variables.get("packed", {})), sep="/")
     embedding_is_head = config.tie_embeddings and config.head == "float"
-    looked_up = ["position_embed/embedding"] + ([] if embedding_is_head else ["embed/embedding"])
-    tables = [params[path] for path in looked_up if path in params]
-    unread = sum(table.nbytes - table.nbytes // len(table) for table in tables)
+    looked_up = ["position_embed/embedding"]
+    looked_up += [] if embedding_is_head else ["embed/embedding", "embed/weight"]
+    tables = [leaves[path] for path in looked_up if path in leaves]
+    unread = sum(table.nbytes - table.nbytes // table.shape[0] for table in tables)
     return packing.sizes(variables).total - unread + kv_bytes(config, length, kv_format)
 
 
 def _head_format(config: ModelConfig, variables: Variables) -> str:
-    packed = variables.get("packed", {}).get("lm_head")
-    if packed:
-        return packed["weight"].format
+    packed = variables.get("packed", {})
     name, leaf = ("embed", "embedding") if config.tie_embeddings else ("lm_head", "weight")
+    for head in ("lm_head", name):
+        if head in packed:
+            return packed[head]["weight"].format
     return str(variables["params"][name][leaf].dtype)
 
 

@@ -27,6 +27,7 @@ def pack_model(
     step: int | None = None,
     tokens: int = 2000,
     head: str | None = None,
+    embedding: str | None = None,
     ternary_format: str | None = None,
     overwrite: bool = False,
 ) -> tuple[Proof, packing.Sizes]:
@@ -42,6 +43,8 @@ def pack_model(
       step: of a run: the checkpoint; None: the newest.
       head: "float", "int8" or "int4" in place of the model's setting: the packed model then equals the latent one with
         such a head, not the trained one.
+      embedding: "float32", "bfloat16", "int8" or "int4" in place of the model's `embedding_dtype`, likewise. A table of
+        integers is also the head, unless the head is untied.
       ternary_format: "ternary2" or "ternary5" in place of the model's setting: the same codes, packed differently.
       tokens: minimum number of greedy tokens to compare, over at least PROMPTS prompts; ignored for classifiers, whose
         logits are compared.
@@ -66,10 +69,11 @@ def pack_model(
     if recipe is not None:
         model = with_recipe(text_model(model), recipe)
     config = model.config
-    if head is not None and head != getattr(config, "head", "float"):
-        text_config(config)
+    overrides = {"head": head, "embedding_dtype": embedding, "ternary_format": ternary_format}
     fields = config_fields(config)
-    overrides = {"head": head, "ternary_format": ternary_format}
+    for name in ("head", "embedding_dtype"):
+        if overrides[name] not in (None, fields.get(name, {"head": "float"}.get(name))):
+            text_config(config)
     config = dataclasses.replace(
         config, **{name: value for name, value in overrides.items() if value is not None and name in fields}
     )

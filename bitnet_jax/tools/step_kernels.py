@@ -105,7 +105,8 @@ def _multiply(
 ) -> jax.Array:
     """The products of layers that share an input; one element of each output."""
     if paths[0] == "embed":
-        return _attend_to(Embedding.of(config, config.vocab_size, "embed"), params["embed/embedding"], wait)
+        module = Embedding.of(config, config.vocab_size, "embed")
+        return _attend_to(module, packed.get("embed/weight", params.get("embed/embedding")), wait)
     precisions = config.precisions()
     weights = {path: packed.get(f"{path}/weight", params.get(f"{path}/weight")) for path in paths}
     x = jnp.ones((1, weights[paths[0]].shape[1]), jnp.float32) + wait
@@ -134,7 +135,9 @@ def _product(config: ModelConfig, path: str, precision: Precision, weight: Any, 
     return packed_product(Quantized(x, jnp.ones((1, 1), jnp.float32)), weight, precision)
 
 
-def _attend_to(module: Embedding, table: jax.Array, wait: jax.Array) -> jax.Array:
+def _attend_to(module: Embedding, table: Any, wait: jax.Array) -> jax.Array:
     x = jnp.ones((1, 1, table.shape[1]), jnp.float32) + wait
-    logits: Any = module.apply({"params": {module.parameter: table}}, x, method="attend")
+    is_packed = isinstance(table, PackedArray)
+    variables = {"packed": {"weight": table}} if is_packed else {"params": {module.parameter: table}}
+    logits: Any = module.apply(variables, x, method="attend")
     return logits[0]

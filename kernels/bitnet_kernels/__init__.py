@@ -1,7 +1,7 @@
 """Kernels for matrices with 1 to 8 bits per element; depends on jax, not on bitnet_jax."""
 
 from bitnet_kernels.attention import cached_attention, reference_attention
-from bitnet_kernels.formats import dequantize, pack, relayout, unpack
+from bitnet_kernels.formats import dequantize, pack, packed_rows, relayout, unpack
 from bitnet_kernels.head import bfloat16_logits
 from bitnet_kernels.head_exact import TopLogits, exact_top_logits, head_bounds
 from bitnet_kernels.lookup import bfloat16_rows
@@ -34,6 +34,7 @@ __all__ = [
     "pack",
     "packed_matmul",
     "packed_matmuls",
+    "packed_rows",
     "reference_attention",
     "relayout",
     "sharded_matmul",

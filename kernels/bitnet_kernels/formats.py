@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bitnet_kernels.dtypes import integers
 from bitnet_kernels.packed import (
     FORMATS,
     PANEL_ROWS,
@@ -77,6 +78,32 @@ def unpack(w: PackedArray) -> jax.Array:
     return decode(w.codes, w.format, w.shape, w.groups)
 
 
+def packed_rows(w: PackedArray, indices: jax.Array) -> jax.Array:
+    """Rows of the matrix [n, k] that w represents, at integer indices [...] -> float32 [..., k].
+
+    Equal to dequantize(w)[indices], but unpacks only these rows; NaN for out-of-range indices.
+
+    Raises:
+      ValueError: w violates an invariant of PackedArray, or the indices are not integers.
+    """
+    validate(w, contents=False)
+    (n, k), flat = w.shape, integers("indices", indices).reshape(-1)
+    inside = (flat >= 0) & (flat < n)
+    flat = jnp.where(inside, flat, 0).astype(jnp.int32)
+    m = flat.shape[0]
+    if w.layout == "panel16":
+        words = w.codes.reshape(*w.codes.shape[:2], PANEL_ROWS, 4)[flat // PANEL_ROWS, :, flat % PANEL_ROWS]
+        codes = _decode_rows(words, w.format, (m, k), w.groups)
+    else:
+        _, decode = _CODECS[w.layout]
+        chosen = jnp.take(w.codes, flat, axis=1 if w.layout == "column" else 0)
+        codes = decode(chosen, w.format, (m, k), w.groups)
+    scale = w.scale if w.scale.shape[0] == 1 else jnp.take(w.scale, flat, axis=0)
+    by_group = codes.astype(jnp.float32).reshape(m, w.groups, w.group_size)
+    rows = (by_group * scale[:, :, None]).reshape(m, k)
+    return jnp.where(inside[:, None], rows, jnp.nan).reshape(*indices.shape, k)
+
+
 def _fields(codes: jax.Array, format: str) -> jax.Array:
     """Codes as indices into the values of the format, computed in uint8, where code - lowest cannot overflow."""
     values = FORMATS[format].values
@@ -92,13 +119,18 @@ def _codes(fields: jax.Array, format: str) -> jax.Array:
 @jax.jit(static_argnames=("format", "shape", "groups"))
 def _decode_panels(packed: jax.Array, format: str, shape: tuple[int, int], groups: int) -> jax.Array:
     """uint8 [panels, blocks, 64] -> int8 [n, k]."""
-    form = FORMATS[format]
-    (n, k), (panels, blocks, _) = shape, packed.shape
+    panels, blocks, _ = packed.shape
     # Treat the four bytes of a row as one word: a quarter of the elements to transpose.
     words = jax.lax.bitcast_convert_type(packed.reshape(panels, blocks, PANEL_ROWS, 4), jnp.uint32)
     row_bytes = jax.lax.bitcast_convert_type(words.transpose(0, 2, 1), jnp.uint8)
+    return _decode_rows(row_bytes.reshape(panels * PANEL_ROWS, blocks, 4), format, shape, groups)
+
+
+def _decode_rows(row_bytes: jax.Array, format: str, shape: tuple[int, int], groups: int) -> jax.Array:
+    """The bytes of at least n rows of panels, uint8 [rows, blocks, 4] -> int8 [n, k]."""
+    form, (n, k), (rows, blocks, _) = FORMATS[format], shape, row_bytes.shape
     fields = [_digit(row_bytes, s, form.base) for s in range(form.fields)]
-    padded = jnp.stack(fields, axis=-2).reshape(panels * PANEL_ROWS, groups, blocks * form.block_k // groups)
+    padded = jnp.stack(fields, axis=-2).reshape(rows, groups, blocks * form.block_k // groups)
     return _codes(padded[:n, :, : k // groups].reshape(n, k), format)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_kernels import FORMATS, pack, relayout, unpack, validate
+from bitnet_kernels import FORMATS, dequantize, pack, packed_rows, relayout, unpack, validate
 
 ONE = np.ones((1, 1), np.float32)
 
@@ -143,3 +143,17 @@ def test_plane_bytes_match_the_invariants() -> None:
 def test_errors_name_the_invalid_input(codes, scale, format: str, layout: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack(codes, scale, format, layout)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("format", "layout"), LAYOUTS_OF)
+def test_rows_of_a_packed_matrix(format: str, layout: str, groups: int) -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.choice(np.array(FORMATS[format].values, np.int8), (37, 96))
+    w = pack(codes, rng.uniform(0.1, 2, (37, groups)).astype(np.float32), format, layout)
+    indices = np.array([[0, 36, 5], [16, 15, 36]])
+    rows = jax.jit(packed_rows)(w, indices)
+    np.testing.assert_array_equal(rows, np.asarray(dequantize(w))[indices])
+    assert np.isnan(packed_rows(w, np.array([-1, 37]))).all()
+    with pytest.raises(ValueError, match="indices is float32; expected an integer type"):
+        packed_rows(w, np.ones(2, np.float32))
