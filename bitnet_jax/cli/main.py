@@ -37,6 +37,7 @@ from bitnet_jax.cli import (
     train,
     verify,
 )
+from bitnet_jax.cli.compilation_cache import use_compilation_cache
 from bitnet_jax.cli.shared import check_json_target
 from bitnet_jax.names import check_name, suggestion
 
@@ -111,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         # Fail before the work, not after it.
         check_json_target(args.json)
+        use_compilation_cache()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return args.run(args)

@@ -1,0 +1,62 @@
+"""Compiled programs kept from one command to the next: the second start of a model compiles nothing.
+
+JAX keeps them in a folder, by a hash of the program, its own version and the compiler's options. Here it is
+`programs/<jaxlib version>-<hash of the processor>` in the cache folder of data/cache.py, so that no other processor
+loads code for instructions that it lacks. `BITNET_JAX_CACHE=off` disables it; JAX_COMPILATION_CACHE_DIR, JAX's own
+variable, overrides it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from bitnet_jax.data.cache import cache_folder
+
+MAX_BYTES = 1 << 29  # of all programs, at the start of a command; those of a model take about half a megabyte
+SETTINGS = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
+
+
+def use_compilation_cache() -> None:
+    """Sets the environment variables that JAX reads when it is imported; does nothing afterwards."""
+    folder = cache_folder()
+    if folder is None or "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    programs = folder / "programs"
+    evict(programs)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs / f"{version('jaxlib')}-{processor()}")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def processor() -> str:
+    """A hash of the processor's name and features."""
+    described = platform.processor() + platform.machine()
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        lines = first.splitlines()
+        described += "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
+    except OSError:
+        pass
+    return hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
+
+
+def evict(folder: Path, max_bytes: int = MAX_BYTES) -> None:
+    """Removes the oldest programs while all of them take more than max_bytes. A folder that cannot be read is left."""
+    try:
+        files = [(file, file.stat()) for file in folder.rglob("*") if file.is_file()]
+        total = sum(status.st_size for _, status in files)
+        for file, status in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
+            if total <= max_bytes:
+                return
+            file.unlink(missing_ok=True)
+            total -= status.st_size
+    except OSError:
+        return
