@@ -102,6 +102,10 @@ def _check_precision(layer: str, precision: Precision) -> None:
     """Raises ValueError unless a reader of the file computes what the layer computes."""
     if not precision.quantizes_weights:
         return
+    if not (precision.packed_format or "").startswith("ternary"):
+        raise ValueError(
+            f"{layer}: the precision has weight={precision.weight!r}, expected a ternary quantizer"
+        )
     own = {
         "compute_dtype",
         "weight",
@@ -120,10 +124,6 @@ def _check_precision(layer: str, precision: Precision) -> None:
                 f"{layer}: the precision has {field.name}={got!r}, expected {getattr(usual, field.name)!r}, "
                 "which is what programs compute with ternary GGUF types"
             )
-    if not (precision.packed_format or "").startswith("ternary"):
-        raise ValueError(
-            f"{layer}: the precision has weight={precision.weight!r}, expected a ternary quantizer"
-        )
 
 
 def _type_of(leaf: str, weight: Any, wanted: str | None) -> TensorType:

@@ -17,12 +17,20 @@ from bitnet_kernels.packed import (
     PackedArray,
     codes_shape,
     validate,
+    validate_minimum,
     validate_scale,
 )
 
 
-def pack(codes: jax.Array, scale: jax.Array, format: str, layout: str = "panel16") -> PackedArray:
-    """Packs integer codes int8 [n, k] and their scale (for its shape see PackedArray).
+def pack(
+    codes: jax.Array,
+    scale: jax.Array,
+    format: str,
+    layout: str = "panel16",
+    *,
+    minimum: jax.Array | None = None,
+) -> PackedArray:
+    """Packs integer codes int8 [n, k], their scale (for its shape see PackedArray) and, for uint4, their minimum.
 
     Raises:
       ValueError: an unknown format or layout, a wrong dtype or shape, or, unless traced, a code that the format
@@ -37,18 +45,21 @@ def pack(codes: jax.Array, scale: jax.Array, format: str, layout: str = "panel16
     n, k = codes.shape
     scale = jnp.asarray(scale)
     validate_scale(scale, (n, k))
+    minimum = None if minimum is None else jnp.asarray(minimum)
+    validate_minimum(minimum, scale, format)
     form = FORMATS[format]
     if not isinstance(codes, jax.core.Tracer):
         found = np.unique(np.asarray(codes))
         if not set(found.tolist()) <= set(form.values):
             raise ValueError(f"codes hold the values {found.tolist()}; {format} can hold {list(form.values)}")
     encode, _ = _CODECS[layout]
-    return PackedArray(encode(jnp.asarray(codes), format, scale.shape[1]), scale, format, layout, (n, k))
+    packed = encode(jnp.asarray(codes), format, scale.shape[1])
+    return PackedArray(packed, scale, format, layout, (n, k), minimum)
 
 
 def relayout(w: PackedArray, layout: str) -> PackedArray:
-    """The same matrix, with identical codes and scale, in another layout."""
-    return w if w.layout == layout else pack(unpack(w), w.scale, w.format, layout)
+    """The same matrix, with identical codes, scale and minimum, in another layout."""
+    return w if w.layout == layout else pack(unpack(w), w.scale, w.format, layout, minimum=w.minimum)
 
 
 @jax.jit(static_argnames=("format", "groups"))
@@ -166,7 +177,13 @@ _CODECS = {
 
 
 def dequantize(w: PackedArray) -> jax.Array:
-    """The float32 [n, k] matrix represented by w: codes * scale, group by group."""
+    """The float32 [n, k] matrix represented by w: codes * scale (+ minimum), group by group.
+
+    The products are exact for float16 scales, which have 11 bits.
+    """
     n, k = w.shape
     codes = unpack(w).astype(jnp.float32).reshape(n, w.groups, w.group_size)
-    return (codes * w.scale[:, :, None]).reshape(n, k)
+    values = codes * w.scale.astype(jnp.float32)[:, :, None]
+    if w.minimum is not None:
+        values = values + w.minimum.astype(jnp.float32)[:, :, None]
+    return values.reshape(n, k)
