@@ -13,7 +13,6 @@ using Widen = void (*)(const uint16_t* halves, int64_t count, float* floats);
 void widen_scalar(const uint16_t* halves, int64_t count, float* floats);
 #if defined(__x86_64__)
 void widen_f16c(const uint16_t* halves, int64_t count, float* floats);  // with AVX2
-void widen_avx512(const uint16_t* halves, int64_t count, float* floats);
 #elif defined(__aarch64__)
 void widen_neon(const uint16_t* halves, int64_t count, float* floats);
 #endif

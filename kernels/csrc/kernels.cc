@@ -31,17 +31,17 @@ namespace {
 auto make_table([[maybe_unused]] const Processor& cpu) {
   const Kernels scalar = {"scalar", true, &kScalarInteger, &kScalarSign, &kScalarFloats, nullptr, widen_scalar};
 #if defined(__x86_64__)
-  // What an instruction set name does not promise: FMA and F16C with AVX2, and vpopcntd with AVX-512.
+  // What an instruction set name does not promise: FMA and F16C with AVX2, vpopcntd with AVX-512.
   const FloatKernels* floats256 = cpu.fma ? &kAvx2Floats : &kScalarFloats;
   const MatmulKernels* sign512 = cpu.avx512vpopcntdq ? &kAvx512Sign : &kAvx2Sign;
-  const Widen widen256 = cpu.f16c ? widen_f16c : widen_scalar;
+  const Widen widen = cpu.f16c ? widen_f16c : widen_scalar;
   const DotPeak peak512 = dot_peak_avx512vnni;
-  const Kernels avx2 = {"avx2", cpu.avx2, &kAvx2Integer, &kAvx2Sign, floats256, dot_peak_avx2, widen256};
-  const Kernels avxvnni = {"avxvnni", cpu.avxvnni, &kAvxVnniInteger, &kAvx2Sign, floats256, dot_peak_avxvnni, widen256};
-  const Kernels vnni = {"avx512vnni", cpu.avx512vnni, &kAvx512VnniInteger, sign512, &kAvx512Floats, peak512, widen_avx512};
-  const Kernels vbmi = {"avx512vbmi", cpu.avx512vbmi, &kAvx512VbmiInteger, sign512, &kAvx512Floats, peak512, widen_avx512};
-  const Kernels lookup = {"avx512lookup", cpu.avx512vbmi, &kAvx512LookupInteger, sign512, &kAvx512Floats, peak512, widen_avx512};
-  const Kernels amx = {"amx", cpu.amx_int8, &kAmxInteger, sign512, &kAvx512Floats, dot_peak_amx, widen_avx512};
+  const Kernels avx2 = {"avx2", cpu.avx2, &kAvx2Integer, &kAvx2Sign, floats256, dot_peak_avx2, widen};
+  const Kernels avxvnni = {"avxvnni", cpu.avxvnni, &kAvxVnniInteger, &kAvx2Sign, floats256, dot_peak_avxvnni, widen};
+  const Kernels vnni = {"avx512vnni", cpu.avx512vnni, &kAvx512VnniInteger, sign512, &kAvx512Floats, peak512, widen};
+  const Kernels vbmi = {"avx512vbmi", cpu.avx512vbmi, &kAvx512VbmiInteger, sign512, &kAvx512Floats, peak512, widen};
+  const Kernels lookup = {"avx512lookup", cpu.avx512vbmi, &kAvx512LookupInteger, sign512, &kAvx512Floats, peak512, widen};
+  const Kernels amx = {"amx", cpu.amx_int8, &kAmxInteger, sign512, &kAvx512Floats, dot_peak_amx, widen};
   return std::array{scalar, avx2, avxvnni, vnni, cpu.fast_shuffles ? vbmi : lookup, cpu.fast_shuffles ? lookup : vbmi,
                     amx};
 #elif defined(__aarch64__)
