@@ -141,8 +141,7 @@ def drawing(quantize: Callable[[jax.Array], Any]) -> str:
     x = jnp.linspace(-2, 2, 401, dtype=jnp.float32)
 
     def value(x: jax.Array) -> jax.Array:
-        codes, scale = quantize(x)
-        return (codes * scale).reshape(-1)
+        return quantize(x).dequantize().reshape(-1)
 
     y, backward = jax.vjp(value, x)
     (gradient,) = backward(jnp.ones_like(y))

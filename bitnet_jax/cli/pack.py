@@ -44,7 +44,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--embedding",
-        choices=("float32", "bfloat16", "int8", "int4"),
+        choices=("float32", "bfloat16", "int8", "int4", "uint4"),
         help="format of the embedding table, often most of a small model; integers have one scale per 32 inputs and "
         "approximate the trained table (default: as in the run's config)",
     )

@@ -53,6 +53,7 @@ BITS_PER_WEIGHT: dict[str, float] = {
     "ternary5": 8 / 5,  # five base-3 digits in a byte
     "int4": 4,
     "int8": 8,
+    "uint4": 4,
 }
 
 # attention kind -> operands of q.k and of P.v. Floats multiply and add; signs and 0/1-selected values only add.

@@ -13,7 +13,7 @@ from bitnet_jax.models import Architecture, ModelConfig
 from bitnet_jax.nn.config import INTEGER_TABLES
 from bitnet_jax.nn.embedding import rounded, stored_dtype
 from bitnet_jax.packed.packing import TABLES, Layer, layers, quantize
-from bitnet_kernels import PackedArray, unpack
+from bitnet_kernels import PackedArray, dequantize, unpack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +108,15 @@ def _weights(
 def _values(
     name: str, leaf: Any, layer: Layer | None, flat: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(codes [n, k], scale [n or 1, groups]) of a quantized matrix, else (float32 values, None)."""
+    """(codes [n, k], scale [n or 1, groups]) of a quantized matrix without a minimum, else (float32 values, None)."""
+    if isinstance(leaf, PackedArray) and leaf.minimum is not None:
+        return np.asarray(dequantize(leaf)), None
     if isinstance(leaf, PackedArray):
-        return np.asarray(unpack(leaf)), np.asarray(leaf.scale)
+        return np.asarray(unpack(leaf)), np.asarray(leaf.scale, np.float32)
     if layer is not None and layer.precision.quantizes_weights:
         quantized = quantize(name.rpartition("/")[0], layer, flat)
+        if quantized.minimum is not None:
+            return np.asarray(quantized.dequantize()), None
         return np.asarray(quantized.codes), np.asarray(quantized.scale)
     return np.asarray(leaf).astype(np.float32), None
 

@@ -33,6 +33,10 @@ _FILE_TYPES = {
 }  # fmt: skip
 
 
+# Types that hold an integer table exactly, by the embedding_dtype of the config.
+_TABLE_TYPES = {"int8": "Q8_0", "int4": "Q4_0", "uint4": "Q4_1"}
+
+
 def write(
     path: str | Path,
     config: ModelConfig,
@@ -59,6 +63,7 @@ def write(
         that names it), or `type` fits no matrix.
       StorageError: the file exists or cannot be written.
     """
+    embedding = embedding or _TABLE_TYPES.get(config.embedding_dtype)
     config, variables = with_float_tables(config, variables)
     architecture = family_of(config)
     precisions = {path: p for path, p in config.precisions().items() if path != "lm_head"}
@@ -104,6 +109,10 @@ def _check_precision(layer: str, precision: Precision) -> None:
     """Raises ValueError unless a reader of the file computes what the layer computes."""
     if not precision.quantizes_weights:
         return
+    if not (precision.packed_format or "").startswith("ternary"):
+        raise ValueError(
+            f"{layer}: the precision has weight={precision.weight!r}, expected a ternary quantizer"
+        )
     own = {
         "compute_dtype",
         "weight",
@@ -122,10 +131,6 @@ def _check_precision(layer: str, precision: Precision) -> None:
                 f"{layer}: the precision has {field.name}={got!r}, expected {getattr(usual, field.name)!r}, "
                 "which is what programs compute with ternary GGUF types"
             )
-    if not (precision.packed_format or "").startswith("ternary"):
-        raise ValueError(
-            f"{layer}: the precision has weight={precision.weight!r}, expected a ternary quantizer"
-        )
 
 
 def _type_of(leaf: str, weight: Any, wanted: str | None) -> TensorType:

@@ -19,12 +19,11 @@ from jaxtyping import Array
 from bitnet_jax.names import check_name
 from bitnet_jax.nn.rope_scaling import RopeScaling
 from bitnet_jax.quantization.precision import Precision
-from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
+from bitnet_jax.quantization.recipes import RECIPES, Recipe, Rules, resolve
 
 GATED_MLPS = ("silu_glu", "relu2_glu")
 HEADS = ("float", "int8", "int4")
-INTEGER_TABLES = ("int8", "int4")
-TABLE_GROUP = 32  # inputs per scale of an integer table
+INTEGER_TABLES = {name: f"{name}_a16" for name in ("int8", "int4", "uint4")}  # embedding_dtype -> recipe
 FLOAT32_MAX = 3.4028234e38  # settings enter float32 computations
 
 # Upper bound of all integer settings: JAX indexes in int32. Layers are Python objects traced one by one, so their
@@ -64,15 +63,19 @@ def head_precision(head: str, inputs: int) -> Precision:
 def table_precision(embedding_dtype: str, inputs: int) -> Precision | None:
     """Of an integer embedding table, as rows are looked up and as a head is multiplied; None for a float one.
 
-    One scale per 32 inputs, as in the embeddings of GGUF files; the input of a head has 16 bits.
+    Blocks and scales are those of the types Q8_0, Q4_0 and Q4_1 of GGUF files; the input of a head has 16 bits.
     """
     if embedding_dtype not in INTEGER_TABLES:
         return None
-    if inputs % TABLE_GROUP:
+    precision = RECIPES[INTEGER_TABLES[embedding_dtype]]
+    assert isinstance(precision, Precision)
+    assert isinstance(precision.granularity, int)
+    if inputs % precision.granularity:
         raise ValueError(
-            f"model.embedding_dtype={embedding_dtype!r}: got hidden_size={inputs}, expected a multiple of {TABLE_GROUP}"
+            f"model.embedding_dtype={embedding_dtype!r}: got hidden_size={inputs}, expected a multiple of "
+            f"{precision.granularity}"
         )
-    return Precision(weight=embedding_dtype, activation="int16", granularity=TABLE_GROUP)
+    return precision
 
 
 def _check_int8(precisions: Mapping[str, Precision], product: str) -> None:

@@ -2,7 +2,7 @@
 
 Both operands are multiplied as integer *codes*, and the scales are applied once, to the result:
 
-    y = (x_codes @ w_codes.T) * w_scale * x_scale
+    y = (x_codes @ w_codes.T) * w_scale * x_scale        (+ sum(x_codes) * w_minimum * x_scale if there is a minimum)
 
 Products and sums of small integers are exact in float32 (while |sum| < 2^24), in any order. The latent layer in
 float arithmetic and the packed layer in int32 arithmetic are therefore bit-identical.
@@ -45,7 +45,7 @@ def quantized_matmul(
 
     Args:
       x: codes [..., k], scale [..., 1].
-      w: codes [n, k], scale [1 or n, G]; each group has k // G consecutive inputs.
+      w: codes [n, k], scale [1 or n, G], and a minimum like scale or None; each group has k // G consecutive inputs.
       dtype, product: arithmetic of the product and its gradients, see bitnet_jax.nn.products.
       input_digits: int8 digits of the codes of x that are multiplied separately, as in `packed_product`.
     """
@@ -65,7 +65,8 @@ def _scaled_sums(
     if groups > 1:
         rows, w_codes = rows.reshape(-1, groups, k // groups), w_codes.reshape(n, groups, k // groups)
     sums = sums_of_products(rows, w_codes, dtype, product).reshape(groups, -1, n)
-    return rescale(sums, w.scale).reshape(*x.shape[:-1], n)
+    x_sums = None if w.minimum is None else rows.sum(axis=-1).reshape(-1, groups).T
+    return rescale(sums, w.scale, w.minimum, x_sums).reshape(*x.shape[:-1], n)
 
 
 def _digits(codes: Float[Array, "*rows k"]) -> tuple[Array, Array]:

@@ -62,8 +62,9 @@ def _backward(dtype: str, product: str, saved: tuple[Array, Array], dsums: Array
     if product == "int8_gradients":
         # Round to nearest: half the variance of stochastic rounding and no random bits for the m n entries. The cost
         # is a bias: entries below 1/254 of their token's largest become 0.
-        codes, scale = int8(dsums, eps=SMALLEST_GRADIENT)  # per token and per group
-        dx = _sums("gmn,ngk->mgk", codes.astype("int8"), w) * (scale if x.ndim == 2 else scale.swapaxes(0, 1))
+        quantized = int8(dsums, eps=SMALLEST_GRADIENT)  # per token and per group
+        scale = quantized.scale if x.ndim == 2 else quantized.scale.swapaxes(0, 1)
+        dx = _sums("gmn,ngk->mgk", quantized.codes.astype("int8"), w) * scale
     else:
         dx = _sums("gmn,ngk->mgk", rounded, w.astype(dtype))
     return dx, _sums("gmn,mgk->ngk", rounded, x.astype(dtype))

@@ -71,23 +71,32 @@ def _latent(path: str, layer: Layer, weight: PackedArray) -> dict[str, Any]:
     """The parameters of one layer.
 
     Scales of quantizers double with their input, so the matrix of codes, times the stored over its own scale, has the
-    stored scale.
+    stored scale. A quantizer with a minimum measures it, and the maximum, on the matrix itself.
     """
     n, k = weight.shape
     codes = np.asarray(unpack(weight), np.float32).reshape(n, weight.groups, -1)
     stored = np.asarray(weight.scale, np.float32)
-    if layer.precision.scale == "learned":
+    if weight.minimum is not None:
+        values = codes * stored[..., None] + np.asarray(weight.minimum, np.float32)[..., None]
+        parameters = {layer.latent: jnp.asarray(values.reshape(n, k))}
+    elif layer.precision.scale == "learned":
         found = {layer.latent: codes * stored[..., None], f"{path}/weight_scale": stored}
         parameters = {name: jnp.asarray(value.reshape(n, -1)) for name, value in found.items()}
     else:
-        own = quantize(path, layer, {layer.latent: jnp.asarray(codes.reshape(n, k))}).scale
-        values = codes * (stored / np.asarray(own))[..., None]
+        own = np.asarray(quantize(path, layer, {layer.latent: jnp.asarray(codes.reshape(n, k))}).scale)
+        # Where all codes are zero the quantizer's scale may be zero too.
+        factor = np.divide(stored, own, out=np.ones_like(own * stored), where=own != 0)
+        values = codes * factor[..., None]
         parameters = {layer.latent: jnp.asarray(values.reshape(n, k))}
     again = quantize(path, layer, parameters)
     same_codes = np.array_equal(np.asarray(again.codes), codes.reshape(n, k))
     # The scale of codes that are all zero is arbitrary.
     used = codes.any(axis=-1) if len(stored) == n else codes.any(axis=(0, 2)).reshape(1, -1)
-    if not same_codes or not np.allclose(np.asarray(again.scale)[used], stored[used], rtol=ROUNDING, atol=0):
+    same_scales = np.allclose(np.asarray(again.scale)[used], stored[used], rtol=ROUNDING, atol=0)
+    if weight.minimum is not None and again.minimum is not None:
+        minimum = np.asarray(weight.minimum, np.float32)
+        same_scales &= np.allclose(np.asarray(again.minimum), minimum, rtol=ROUNDING, atol=0)
+    if not (same_codes and same_scales):
         raise PackingError(
             f"{path}: no latent weights of the quantizer {layer.precision.weight!r} have these "
             f"{'scales' if same_codes else 'codes'}; was the model packed with another quantizer, or are scales below "

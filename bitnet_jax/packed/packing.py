@@ -28,7 +28,7 @@ from bitnet_jax.models import Architecture, ModelConfig, init_variables
 from bitnet_jax.nn.config import table_precision
 from bitnet_jax.nn.embedding import rounded, stored_dtype
 from bitnet_jax.quantization.precision import Precision
-from bitnet_jax.quantization.scales import Quantized
+from bitnet_jax.quantization.scales import FLOAT16_MAX, Quantized
 from bitnet_kernels import FORMATS, PackedArray, for_platform, unpack
 from bitnet_kernels import pack as pack_codes
 from bitnet_kernels.packed import validate_scale
@@ -143,7 +143,7 @@ def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
         if layer.latent.startswith(f"{path}/"):  # not the embedding of a tied head
             flat.pop(layer.latent)
         flat.pop(f"{path}/weight_scale", None)
-        packed[f"{path}/weight"] = _pack_one(path, codes, layer.format)
+        packed[f"{path}/weight"] = _pack_one(path, codes, layer.format, layer.precision.scale_dtype)
     if isinstance(config, ModelConfig):
         for path in TABLES:
             if path in flat:
@@ -200,8 +200,9 @@ def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[Mod
         )
     packed.pop("lm_head", None)
     if head != "float":
-        codes = quantize("lm_head", layers(changed)["lm_head"], flatten_dict(params, sep="/"))
-        packed["lm_head"] = {"weight": _pack_one("lm_head", codes, head)}
+        layer = layers(changed)["lm_head"]
+        codes = quantize("lm_head", layer, flatten_dict(params, sep="/"))
+        packed["lm_head"] = {"weight": _pack_one("lm_head", codes, head, layer.precision.scale_dtype)}
         params.pop("lm_head", None)
     return changed, {"params": params, "packed": packed}
 
@@ -297,12 +298,13 @@ def quantize(path: str, layer: Layer, flat: Mapping[str, Any]) -> Quantized:
         raise PackingError(f"{path}: {error}") from error
 
 
-def _pack_one(path: str, quantized: Quantized, format: str) -> PackedArray:
+def _pack_one(path: str, quantized: Quantized, format: str, scale_dtype: str) -> PackedArray:
     values = FORMATS[format].values
     concrete = not isinstance(quantized.codes, jax.core.Tracer)
-    if concrete and not np.isfinite(np.asarray(quantized.scale)).all():
+    if concrete and not all(np.isfinite(np.asarray(part)).all() for part in _scales(quantized)):
+        beyond = f", or scales beyond the {FLOAT16_MAX:g} of float16" if scale_dtype == "float16" else ""
         raise PackingError(
-            f"{path}: the weights or scales contain NaN or infinity; pack an earlier checkpoint"
+            f"{path}: the weights or scales contain NaN or infinity{beyond}; pack an earlier checkpoint"
         )
     # Checked as floats: a cast to int8 would turn NaN or 0.5 into a code.
     if concrete and not np.isin(np.asarray(quantized.codes), values).all():
@@ -311,7 +313,11 @@ def _pack_one(path: str, quantized: Quantized, format: str) -> PackedArray:
             f"expected only {list(values)} in the format {format}"
         )
     try:
-        packed = pack_codes(quantized.codes.astype(jnp.int8), quantized.scale, format)
+        # Exact: the quantizer has rounded them to this dtype.
+        scale, *minimum = (part.astype(scale_dtype) for part in _scales(quantized))
+        packed = pack_codes(
+            quantized.codes.astype(jnp.int8), scale, format, minimum=minimum[0] if minimum else None
+        )
     except ValueError as error:
         raise PackingError(f"{path}: {error}") from error
     if concrete:
@@ -319,8 +325,13 @@ def _pack_one(path: str, quantized: Quantized, format: str) -> PackedArray:
     return packed
 
 
+def _scales(weight: Quantized | PackedArray) -> list[Array]:
+    """The scale and, if there is one, the minimum."""
+    return [part for part in (weight.scale, weight.minimum) if part is not None]
+
+
 def check_codes(path: str, packed: PackedArray, quantized: Quantized) -> None:
-    """Raises PackingError unless a packed matrix has exactly these codes and scales."""
+    """Raises PackingError unless a packed matrix has exactly these codes, scales and minima."""
     codes, expected = np.asarray(unpack(packed)), np.asarray(quantized.codes)
     if codes.shape != expected.shape:
         raise PackingError(f"{path}: the packed matrix is {codes.shape}, the latent one {expected.shape}")
@@ -330,8 +341,12 @@ def check_codes(path: str, packed: PackedArray, quantized: Quantized) -> None:
             f"{path}: code [{row}, {column}] is {codes[row, column]} packed and {expected[row, column]:g} "
             f"latent ({(codes != expected).sum()} of {codes.size} differ)"
         )
-    if not np.array_equal(np.asarray(packed.scale), np.asarray(quantized.scale)):
-        raise PackingError(f"{path}: the packed scale differs from the latent one")
+    ours, theirs = _scales(packed), _scales(quantized)
+    for name, one, other in zip(("scale", "minimum"), ours, theirs, strict=False):
+        if not np.array_equal(np.asarray(one), np.asarray(other)):
+            raise PackingError(f"{path}: the packed {name} differs from the latent one")
+    if len(ours) != len(theirs):
+        raise PackingError(f"{path}: only one of the packed and the latent matrix has a minimum")
 
 
 def sizes(variables: Variables) -> Sizes:

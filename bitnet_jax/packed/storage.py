@@ -9,7 +9,7 @@
 Metadata (strings, as the format requires): `format` and `version` of this layout, `bitnet_jax` the version that
 wrote it, and three JSON tables: `packed` path -> {format, layout, shape}, `crc32` of every tensor (by
 tensor_file.py), and `files_crc32` of the other files. Tensors are named `params/<path>`, `packed/<path>/codes`,
-`packed/<path>/scale` and `batch_stats/<path>`.
+`packed/<path>/scale`, for uint4 `packed/<path>/minimum`, and `batch_stats/<path>`.
 """
 
 from __future__ import annotations
@@ -190,8 +190,10 @@ def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
     )
     for name, weight in _flatten(variables["packed"]).items():
         try:
-            if not np.isfinite(tensors[f"packed/{name}/scale"]).all():
-                raise ValueError("scale contains NaN or infinity; expected finite values")
+            for leaf in ("scale", "minimum"):
+                numbers = tensors.get(f"packed/{name}/{leaf}")
+                if numbers is not None and not np.isfinite(numbers).all():
+                    raise ValueError(f"{leaf} contains NaN or infinity; expected finite values")
             validate(weight, contents=len(verified) == len(tensors))
         except ValueError as error:
             raise StorageError(f"{path}: {name}: {error}; {RESTORE}") from error
@@ -260,7 +262,8 @@ def _tensors(variables: Mapping[str, Any]) -> dict[str, Any]:
         for path, leaf in _flatten(variables.get(collection, {})).items()
     }
     for path, weight in _flatten(variables["packed"]).items():
-        tensors |= {f"packed/{path}/codes": weight.codes, f"packed/{path}/scale": weight.scale}
+        leaves = {"codes": weight.codes, "scale": weight.scale, "minimum": weight.minimum}
+        tensors |= {f"packed/{path}/{name}": leaf for name, leaf in leaves.items() if leaf is not None}
     return tensors
 
 

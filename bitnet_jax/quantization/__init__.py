@@ -3,7 +3,7 @@
     ste.py                 straight-through estimators: surrogate gradients of rounding steps
     scales.py              Quantized(codes, scale); measured and learned scales
     arguments.py           arguments shared by all quantizers
-    binary_weights.py multilevel_weights.py activations.py
+    binary_weights.py multilevel_weights.py block_weights.py activations.py
                            the quantizers, one pure function each
     records.py registry.py the properties of a quantizer as a record; all records by name
     input_transforms.py    rotation before an activation quantizer, sparsity after it

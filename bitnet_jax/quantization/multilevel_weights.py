@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bitnet_jax.quantization import block_weights
 from bitnet_jax.quantization import ste as ste_lib
 from bitnet_jax.quantization.arguments import DEFAULT, Arguments
 from bitnet_jax.quantization.scales import (
@@ -149,6 +150,7 @@ def integer(
     bits: int,
     levels: str = "zero",
     statistic: str = "absmax",
+    rounding: str = "even",
     count: str = "shared",
 ) -> Quantized:
     """Uniform symmetric b-bit weights; with a learned scale, LSQ.
@@ -158,11 +160,31 @@ def integer(
               levels="midrise": no zero, odd codes clip(2 floor(W / step) + 1, -(2^b - 1), 2^b - 1), scale =
                                 step / 2; measured step = max|W| / 2^(b-1). Cell edges round up.
               statistic="absmean": the step that minimizes the error on a Gaussian, c mean|W| (2-4 bits).
+              statistic="signed": scale = (the weight of largest magnitude) / -2^(b-1), which may be negative,
+                                codes = clip(trunc(W / scale + 2^(b-1) + 1/2), 0, 2^b - 1) - 2^(b-1); with 4 bits
+                                and granularity 32 llama.cpp's Q4_0.
+              rounding="away":  halves away from zero and a scale without a floor; with 8 bits and granularity 32
+                                llama.cpp's Q8_0.
     Backward: g h, h = 1 or the window of the grid; a learned scale gets sum g (codes - W/scale) inside the
               grid and g (outermost code) outside, over sqrt(N Qp), Qp = 2^(b-1) - 1.
-    Source:   LSQ (1902.08153) for the learned scale and its gradients.
+    Source:   LSQ (1902.08153) for the learned scale and its gradients; ggml-quants.c of llama.cpp.
     """
     w = as_float32(w)
+    if rounding not in ("even", "away"):
+        raise ValueError(f"rounding: got {rounding!r}, expected 'even' or 'away'")
+    if statistic == "signed" or rounding == "away":
+        plain = {"levels": (levels, "zero"), "learned scale": (args.scale is not None, False)}
+        plain |= {"statistic": (statistic, "absmax")} if rounding == "away" else {}
+        for name, (got, wanted) in plain.items():
+            if got != wanted:
+                raise ValueError(
+                    f"{name}: got {got!r} with statistic={statistic!r}, rounding={rounding!r}, expected {wanted!r}"
+                )
+        return (
+            block_weights.signed(w, args, bits)
+            if rounding == "even"
+            else block_weights.symmetric(w, args, bits)
+        )
     if args.scale is not None:
         scale = learned(
             as_float32(args.scale), shared_count(w, args.scale, count), max(2 ** (bits - 1) - 1, 1)
@@ -200,7 +222,7 @@ def integer_scale(w: Array, bits: int, granularity: Granularity, levels: str, st
         mean = jnp.maximum(measure(jnp.mean, jnp.abs(w), granularity), SMALLEST_SCALE)
         return mean * (unit * GAUSSIAN_STEP[levels, bits])
     raise ValueError(
-        f"statistic: got {statistic!r} for {bits} bits, expected 'absmax', or 'absmean' with 2, 3 or 4 bits"
+        f"statistic: got {statistic!r} for {bits} bits, expected 'absmax', 'signed', or 'absmean' with 2, 3 or 4 bits"
     )
 
 

@@ -4,7 +4,8 @@ In training, a layer with `p: Precision` computes
 
     wq = p.quantize_weight(w, scale=learned or None, progress=..., key=...)
     xq = p.quantize_activation(x, scale=learned or None, shift=learned or None, progress=..., key=...)
-    y = (xq.codes @ wq.codes.T) * wq.scale * xq.scale        (x @ w.T where p.quantizes_weights is False)
+    y = (xq.codes @ wq.codes.T) * wq.scale * xq.scale        (x @ w.T where p.quantizes_weights is False;
+                                                              + sum(xq.codes) * wq.minimum * xq.scale if there is one)
 
 and creates its extra parameters, all float32, from
 
@@ -34,7 +35,13 @@ from bitnet_jax.quantization.records import (
     WeightQuantizer,
 )
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS, WEIGHT_QUANTIZERS
-from bitnet_jax.quantization.scales import SMALLEST_SCALE, Granularity, Quantized, measure
+from bitnet_jax.quantization.scales import (
+    SMALLEST_SCALE,
+    Granularity,
+    Quantized,
+    float16_values,
+    measure,
+)
 from bitnet_jax.quantization.ste import Progress
 
 Options = Mapping[str, Any] | tuple[tuple[str, Any], ...]
@@ -58,6 +65,9 @@ class Precision:
     scale: Literal["analytic", "learned", "none"] = "analytic"
     scale_init: Literal["analytic", "lsq"] = "analytic"  # of a learned one: lsq is 2 mean|w| / sqrt(Qp)
     granularity: Granularity = "tensor"  # "tensor", "channel", or inputs per scale
+    scale_dtype: Literal["float32", "float16"] = (
+        "float32"  # measured scales and minima are rounded to it and stored so
+    )
     activation_scale: Literal["analytic", "learned"] = "analytic"
     activation_shift: bool = False  # learned threshold per input feature
     # around the activation quantizer: BitNet v2, a4.8
@@ -76,6 +86,7 @@ class Precision:
         check_name("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         check_name("scale", self.scale, ("analytic", "learned", "none"))
         check_name("scale_init", self.scale_init, ("analytic", "lsq"))
+        check_name("scale_dtype", self.scale_dtype, ("float32", "float16"))
         check_name("activation_scale", self.activation_scale, ("analytic", "learned"))
         size = self.granularity
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -112,6 +123,11 @@ class Precision:
         if self.scale != "analytic" and quantizer is not None:
             scaled = [name for name, record in WEIGHT_QUANTIZERS.items() if "scale" in record.uses]
             check_name(f"weight with scale={self.scale!r}", self.weight, scaled)
+        if self.scale_dtype != "float32" and (quantizer is None or self.scale != "analytic"):
+            raise ValueError(
+                f"scale_dtype: got {self.scale_dtype!r} with weight={self.weight!r}, scale={self.scale!r}, expected "
+                "'float32'; only measured scales are rounded, learned ones are parameters in float32"
+            )
         if self.scale_init == "lsq":
             by_lsq = [name for name, record in WEIGHT_QUANTIZERS.items() if record.lsq_code]
             check_name("weight with scale_init='lsq'", self.weight, by_lsq)
@@ -207,7 +223,10 @@ class Precision:
         progress: Progress = 1.0,
         key: PRNGKeyArray | None = None,
     ) -> Quantized:
-        """Codes and scale of latent weights.
+        """Codes and scale of latent weights, and their minimum if the quantizer has one.
+
+        Codes follow from the float32 scale, which scale_dtype="float16" rounds afterwards; what exceeds float16 is
+        infinite.
 
         Args:
           scale: the learned scale; required if and only if the scale is learned.
@@ -224,7 +243,11 @@ class Precision:
         args = Arguments(
             granularity=self.granularity, ste=self.weight_ste, scale=scale, progress=progress, key=key
         )
-        return quantizer(w, args, **dict(self.weight_options))
+        quantized = quantizer(w, args, **dict(self.weight_options))
+        if self.scale_dtype == "float32":
+            return quantized
+        minimum = None if quantized.minimum is None else float16_values(quantized.minimum)
+        return quantized._replace(scale=float16_values(quantized.scale), minimum=minimum)
 
     def quantize_activation(
         self,

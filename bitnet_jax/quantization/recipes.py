@@ -35,6 +35,7 @@ _PARETOQ = Precision(
     granularity="channel",
     weight_options=(("count", "matrix"),),
 )
+_BLOCKS = Precision(weight="int8", activation="int8", granularity=32, scale_dtype="float16")
 _replace = dataclasses.replace
 
 RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
@@ -45,9 +46,14 @@ RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
     "int4": Precision(weight="int4", activation="int8", granularity="channel"),
     "int3": Precision(weight="int3", activation="int8", granularity="channel"),
     "int2": Precision(weight="int2", activation="int8", granularity="channel"),
+    # blocks of 32 with float16 scales: llama.cpp's Q8_0, Q4_0 and Q4_1
+    "int8_group32": _replace(_BLOCKS, weight="int8", weight_options=(("rounding", "away"),)),
+    "int4_group32": _replace(_BLOCKS, weight="int4", weight_options=(("statistic", "signed"),)),
+    "uint4_group32": _replace(_BLOCKS, weight="uint4"),
     # weight-only: 16-bit activations, multiplied exactly
-    "int8_a16": Precision(weight="int8", activation="int16", granularity="channel"),
-    "int4_a16": Precision(weight="int4", activation="int16", granularity=32),
+    "int8_a16": _replace(_BLOCKS, weight="int8", activation="int16", weight_options=(("rounding", "away"),)),
+    "int4_a16": _replace(_BLOCKS, weight="int4", activation="int16", weight_options=(("statistic", "signed"),)),
+    "uint4_a16": _replace(_BLOCKS, weight="uint4", activation="int16"),
     "lsq4": Precision(
         weight="int4", weight_ste="clipped", scale="learned", scale_init="lsq", activation="int4",
         activation_ste="clipped", activation_scale="learned",

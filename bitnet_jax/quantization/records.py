@@ -21,7 +21,7 @@ from bitnet_jax.quantization.ste import STES
 SIGN_STES = tuple(STES)  # every surrogate models the single jump of a sign
 ROUNDING_STES = ("identity", "clipped")  # those that are defined for a staircase
 
-PackedFormat = Literal["binary", "ternary2", "int4", "int8"]
+PackedFormat = Literal["binary", "ternary2", "int4", "int8", "uint4"]
 Options = Mapping[str, Any]
 
 

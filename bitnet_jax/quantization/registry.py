@@ -1,6 +1,6 @@
 """All quantizers by name: records of pure functions from a real array to `Quantized(codes, scale)`.
 
-Weights:      f(w [n, k],   args, *, options) -> codes [n, k],   scale [#n, G]
+Weights:      f(w [n, k],   args, *, options) -> codes [n, k],   scale [#n, G], minimum like scale or None
 Activations:  f(x [..., k], args, *, options) -> codes [..., k], scale [..., 1]
 
 `args` (arguments.py) is common to all. With `args.scale=None` the scale is measured and gets no gradient; an array is
@@ -8,7 +8,7 @@ a learned scale with LSQ's gradient and its 1/sqrt(N Qp) factor. Options are det
 disagree; defaults follow the released 2B-4T checkpoint for ternary and int8, and the paper for BitNet's binary.
 
 All arithmetic is float32 regardless of the input dtype; codes and scale are float32. Gradients are autodiff through
-codes * scale, with the derivative of a step given by its STE (ste.py).
+codes * scale (+ minimum), with the derivative of a step given by its STE (ste.py).
 
 Non-finite input is never hidden. A NaN makes its own code NaN and, if the scale is measured, the scale that it
 contributes to. An infinity gets the outermost code if the scale does not depend on it; otherwise the scale is
@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from bitnet_jax.quantization import activations, binary_weights, multilevel_weights
+from bitnet_jax.quantization import activations, binary_weights, block_weights, multilevel_weights
 from bitnet_jax.quantization.records import (
     ROUNDING_STES,
     SIGN_STES,
@@ -85,6 +85,9 @@ WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {
     "int3": _integer(3),
     "int4": _integer(4),
     "int8": _integer(8),
+    "uint4": WeightQuantizer(
+        function=block_weights.uint4, bits=4, packed_format="uint4", stes=ROUNDING_STES, first_scale=None
+    ),
 }
 
 _sign = partial(ActivationQuantizer, bits=1, stes=SIGN_STES, has_threshold=True)

@@ -27,7 +27,7 @@ SMALLEST_SCALE = 1e-5  # the clamp of the released BitNet code, and the floor of
 
 
 class Quantized(NamedTuple):
-    """Integer-valued float32 codes and their float32 scale: array = codes * scale.
+    """Integer-valued float32 codes and their float32 scale: array = codes * scale (+ minimum, if there is one).
 
     Sums of products of codes are exact in float32 below 2^24, in any order of summation, so a packed integer matmul
     can be bit-identical to the one in training. The only exceptions are `unquantized` activations, whose codes are the
@@ -36,9 +36,12 @@ class Quantized(NamedTuple):
 
     codes: Float[Array, "... k"]
     scale: Float[Array, "... G"]
+    minimum: Float[Array, "... G"] | None = None  # of asymmetric weight quantizers
 
     def dequantize(self) -> Float[Array, "... k"]:
-        return self.codes * spread(self.scale, self.codes.shape[-1])
+        k = self.codes.shape[-1]
+        array = self.codes * spread(self.scale, k)
+        return array if self.minimum is None else array + spread(self.minimum, k)
 
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -110,6 +113,26 @@ def measure(
 def reciprocal(scale: Array) -> Array:
     """1 / scale, protected from XLA, which would simplify 1 / (1 / m) to m, an ulp off the uncompiled value."""
     return 1 / jax.lax.optimization_barrier(scale)
+
+
+FLOAT16_MAX = 65504.0
+
+
+def float16_values(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """float32 x rounded to the nearest float16, half to even; beyond FLOAT16_MAX infinity. Gradient: as if not rounded.
+
+    Equal to x.astype(float16).astype(float32), a pair of conversions that XLA removes; lax.reduce_precision makes
+    subnormal numbers zero.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    odd = (bits >> 13) & jnp.uint32(1)
+    kept = (bits + jnp.uint32(0xFFF) + odd) & jnp.uint32(0xFFFFE000)
+    size = jnp.abs(x)
+    value = jax.lax.bitcast_convert_type(kept, jnp.float32)
+    value = jnp.where(size < 2.0**-14, jnp.round(x * 2.0**24) * 2.0**-24, value)
+    value = jnp.where(jnp.abs(value) > FLOAT16_MAX, jnp.sign(x) * jnp.inf, value)
+    value = jnp.where(jnp.isnan(x), x, value)
+    return ste_lib.straight_through(value, (x,), (jnp.ones_like(x),))
 
 
 def guarded(value: Array, eps: float, epsilon: str) -> tuple[Array, Array]:

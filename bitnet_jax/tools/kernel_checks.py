@@ -34,9 +34,13 @@ from bitnet_kernels import (
     reference,
     reference_attention,
 )
+from bitnet_kernels.packed import SCALE_DTYPES
 
 # m rows, n outputs, k inputs, G groups: one of everything, odd sizes, full blocks, groups, and a prefill.
-SHAPES = ((1, 1, 1, 1), (1, 16, 64, 1), (3, 17, 65, 1), (2, 48, 256, 4), (7, 100, 1000, 1), (64, 256, 512, 2))
+SHAPES = (
+    (1, 1, 1, 1), (1, 16, 64, 1), (3, 17, 65, 1), (2, 48, 256, 4), (7, 100, 1000, 1), (64, 256, 512, 2),
+    (12, 50, 192, 6),
+)  # fmt: skip
 # B, T, H, K, h, S and written positions: one query of one key, groups of heads and odd sizes, several chunks of keys.
 ATTENTIONS = ((1, 1, 1, 1, 8, 1, 1), (2, 3, 6, 3, 20, 150, 149), (1, 1, 4, 1, 128, 300, 280))
 HEADS = ((1, 1, 1), (1, 37, 16), (7, 70, 33), (2, 1000, 160))  # m rows of x, n of the table, k inputs
@@ -107,13 +111,16 @@ def _in_one_program(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> 
 
 
 def _case(
-    random: np.random.Generator, format: str, shape: tuple[int, int, int, int]
+    random: np.random.Generator, format: str, shape: tuple[int, int, int, int], scale_dtype: str = "float32"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, PackedArray]:
     """x int8 [m, k], codes int8 [n, k], their exact sums [G, m, n], and the codes packed with random scales."""
     m, n, k, groups = shape
     codes = random.choice(np.array(FORMATS[format].values, np.int8), (n, k))
     x = random.integers(-128, 128, (m, k), dtype=np.int8)
-    w = pack(jnp.asarray(codes), jnp.asarray(random.random((n, groups), np.float32)), format)
+    scale, minimum = (
+        jnp.asarray(random.random((n, groups), np.float32)).astype(scale_dtype) for _ in range(2)
+    )
+    w = pack(jnp.asarray(codes), scale, format, minimum=minimum if FORMATS[format].has_minimum else None)
     return x, codes, _sums(x, codes, groups), w
 
 
@@ -123,10 +130,14 @@ def _sums(x: np.ndarray, codes: np.ndarray, groups: int) -> np.ndarray:
     return (rows.transpose(1, 0, 2) @ weights.transpose(1, 2, 0)).astype(np.int64)
 
 
-def _scaled(sums: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _scaled(x: np.ndarray, codes: np.ndarray, w: PackedArray) -> np.ndarray:
     """float32 [m, n]: groups times their scales, with every product and sum rounded, in order."""
-    products = sums.astype(np.float32) * scale.T[:, None, :]
-    return functools.reduce(np.add, products)
+    sums = _sums(x, codes, w.groups).astype(np.float32)
+    terms = sums * np.asarray(w.scale, np.float32).T[:, None, :]
+    if w.minimum is not None:
+        x_sums = x.reshape(len(x), w.groups, -1).sum(axis=-1, dtype=np.int32).T.astype(np.float32)
+        terms = terms + x_sums[:, :, None] * np.asarray(w.minimum, np.float32).T[:, None, :]
+    return functools.reduce(np.add, terms)
 
 
 def _products(isa: str | None) -> str:
@@ -155,13 +166,14 @@ def _scaled_products(isa: str | None) -> str:
         expected.append(
             {
                 f"{kind} times {format} m={m} n={n} k={k} groups={groups}": x_scale
-                * _scaled(_sums(x_codes, codes[format], groups), np.asarray(w.scale))
+                * _scaled(x_codes, codes[format], w)
                 for format, w in zip(formats, ws, strict=True)
             }
         )
 
-    for m, n, k, groups in SHAPES:
-        cases = {format: _case(random, format, (m, n, k, groups)) for format in FORMATS}
+    for i, (m, n, k, groups) in enumerate(SHAPES):
+        dtype = SCALE_DTYPES[i % 2]
+        cases = {format: _case(random, format, (m, n, k, groups), dtype) for format in FORMATS}
         codes = {format: case[1] for format, case in cases.items()}
         packed = {format: case[3] for format, case in cases.items()}
         x = cases["binary"][0]

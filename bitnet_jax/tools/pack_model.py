@@ -43,8 +43,8 @@ def pack_model(
       step: of a run: the checkpoint; None: the newest.
       head: "float", "int8" or "int4" in place of the model's setting: the packed model then equals the latent one with
         such a head, not the trained one.
-      embedding: "float32", "bfloat16", "int8" or "int4" in place of the model's `embedding_dtype`, likewise. A table of
-        integers is also the head, unless the head is untied.
+      embedding: "float32", "bfloat16", "int8", "int4" or "uint4" in place of the model's `embedding_dtype`, likewise. A
+        table of integers is also the head, unless the head is untied.
       ternary_format: "ternary2" or "ternary5" in place of the model's setting: the same codes, packed differently.
       tokens: minimum number of greedy tokens to compare, over at least PROMPTS prompts; ignored for classifiers, whose
         logits are compared.

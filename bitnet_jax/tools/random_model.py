@@ -69,13 +69,17 @@ def _random(path: str, leaf: Any, std: float, seed: int) -> Any:
 
 def _random_matrix(leaf: PackedArray, seed: int) -> PackedArray:
     chunks = random_panels(leaf.format, leaf.shape, leaf.groups, seed)
-    mean_square = np.mean(np.square(FORMATS[leaf.format].values, dtype=np.float64))
-    size = 1 / math.sqrt(leaf.shape[1] * mean_square)
+    values = np.array(FORMATS[leaf.format].values, np.float64)
+    centre = values.mean() if leaf.minimum is not None else 0.0  # which the minimum takes away
+    size = 1 / math.sqrt(leaf.shape[1] * np.mean(np.square(values - centre)))
     scale = size * np.random.default_rng(seed).uniform(0.9, 1.1, leaf.scale.shape)
+    minimum = None if leaf.minimum is None else jnp.asarray(-centre * scale, leaf.scale.dtype)
     stream: Any = Streamed(
         leaf.codes.shape, leaf.codes.dtype, chunks
     )  # stands in for the array until written
-    return dataclasses.replace(leaf, codes=stream, scale=jnp.asarray(scale, jnp.float32))
+    return dataclasses.replace(
+        leaf, codes=stream, scale=jnp.asarray(scale, leaf.scale.dtype), minimum=minimum
+    )
 
 
 def _normal(leaf: jax.ShapeDtypeStruct, std: float, seed: int) -> Iterator[np.ndarray]:

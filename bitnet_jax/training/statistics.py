@@ -39,11 +39,12 @@ def statistics(
         old = _quantize(_subtree(before, path), precision, progress)
         linear = _subtree(after, path)
         new = _quantize(linear, precision, progress)
-        size = jnp.abs(linear["weight"])
+        weight, k = linear["weight"], linear["weight"].shape[-1]
         if precision.latent_clip is None:
-            clipped = size > jnp.max(jnp.abs(new.codes)) * spread(new.scale, size.shape[-1])
+            above = weight if new.minimum is None else weight - spread(new.minimum, k)
+            clipped = jnp.abs(above) > jnp.max(jnp.abs(new.codes)) * jnp.abs(spread(new.scale, k))
         else:
-            clipped = size >= precision.latent_clip
+            clipped = jnp.abs(weight) >= precision.latent_clip
         rows.append(
             Statistics(
                 zero_fraction=jnp.mean(new.codes == 0, dtype=jnp.float32),

@@ -177,7 +177,7 @@ def scaled_matmuls(
     matrices = tuple((w.format, w.shape[0]) for w in ws)
     bits = 1 if activation_bits == 1 and all(w.format == "binary" for w in ws) else 8
     return _scaled_call(matrices, bits, isa_name or isa())(
-        x, *(leaf for w in ws for leaf in (w.codes, w.scale))
+        x, *(leaf for w in ws for leaf in (w.codes, w.scale, w.minimum) if leaf is not None)
     )
 
 
@@ -238,11 +238,11 @@ def _scaled_call(
     load()
     numbers = np.array([list(FORMATS).index(format) for format, _ in matrices], np.int64)
 
-    def call(x: jax.Array, *codes_and_scales: jax.Array) -> tuple[jax.Array, ...]:
+    def call(x: jax.Array, *leaves: jax.Array) -> tuple[jax.Array, ...]:
         results = tuple(jax.ShapeDtypeStruct((x.shape[0], n), np.float32) for _, n in matrices)
         call = jax.ffi.ffi_call(_SCALED_TARGET, results)
         bits = np.int64(activation_bits)
-        return tuple(call(x, *codes_and_scales, formats=numbers, activation_bits=bits, isa=isa_name))
+        return tuple(call(x, *leaves, formats=numbers, activation_bits=bits, isa=isa_name))
 
     return fold_batches(call, rows_axis=0)
 

@@ -18,12 +18,20 @@ from bitnet_kernels.packed import (
     PackedArray,
     codes_shape,
     validate,
+    validate_minimum,
     validate_scale,
 )
 
 
-def pack(codes: jax.Array, scale: jax.Array, format: str, layout: str = "panel16") -> PackedArray:
-    """Packs integer codes int8 [n, k] and their scale (for its shape see PackedArray).
+def pack(
+    codes: jax.Array,
+    scale: jax.Array,
+    format: str,
+    layout: str = "panel16",
+    *,
+    minimum: jax.Array | None = None,
+) -> PackedArray:
+    """Packs integer codes int8 [n, k], their scale (for its shape see PackedArray) and, for uint4, their minimum.
 
     Raises:
       ValueError: an unknown format or layout, a wrong dtype or shape, or, unless traced, a code that the format
@@ -38,18 +46,21 @@ def pack(codes: jax.Array, scale: jax.Array, format: str, layout: str = "panel16
     n, k = codes.shape
     scale = jnp.asarray(scale)
     validate_scale(scale, (n, k))
+    minimum = None if minimum is None else jnp.asarray(minimum)
+    validate_minimum(minimum, scale, format)
     form = FORMATS[format]
     if not isinstance(codes, jax.core.Tracer):
         found = np.unique(np.asarray(codes))
         if not set(found.tolist()) <= set(form.values):
             raise ValueError(f"codes hold the values {found.tolist()}; {format} can hold {list(form.values)}")
     encode, _ = _CODECS[layout]
-    return PackedArray(encode(jnp.asarray(codes), format, scale.shape[1]), scale, format, layout, (n, k))
+    packed = encode(jnp.asarray(codes), format, scale.shape[1])
+    return PackedArray(packed, scale, format, layout, (n, k), minimum)
 
 
 def relayout(w: PackedArray, layout: str) -> PackedArray:
-    """The same matrix, with identical codes and scale, in another layout."""
-    return w if w.layout == layout else pack(unpack(w), w.scale, w.format, layout)
+    """The same matrix, with identical codes, scale and minimum, in another layout."""
+    return w if w.layout == layout else pack(unpack(w), w.scale, w.format, layout, minimum=w.minimum)
 
 
 @jax.jit(static_argnames=("format", "groups"))
@@ -98,9 +109,11 @@ def packed_rows(w: PackedArray, indices: jax.Array) -> jax.Array:
         _, decode = _CODECS[w.layout]
         chosen = jnp.take(w.codes, flat, axis=1 if w.layout == "column" else 0)
         codes = decode(chosen, w.format, (m, k), w.groups)
-    scale = w.scale if w.scale.shape[0] == 1 else jnp.take(w.scale, flat, axis=0)
-    by_group = codes.astype(jnp.float32).reshape(m, w.groups, w.group_size)
-    rows = (by_group * scale[:, :, None]).reshape(m, k)
+
+    def of_rows(leaf: jax.Array) -> jax.Array:
+        return leaf if leaf.shape[0] == 1 else jnp.take(leaf, flat, axis=0)
+
+    rows = _scaled(codes, of_rows(w.scale), None if w.minimum is None else of_rows(w.minimum))
     return jnp.where(inside[:, None], rows, jnp.nan).reshape(*indices.shape, k)
 
 
@@ -198,7 +211,17 @@ _CODECS = {
 
 
 def dequantize(w: PackedArray) -> jax.Array:
-    """The float32 [n, k] matrix represented by w: codes * scale, group by group."""
-    n, k = w.shape
-    codes = unpack(w).astype(jnp.float32).reshape(n, w.groups, w.group_size)
-    return (codes * w.scale[:, :, None]).reshape(n, k)
+    """The float32 [n, k] matrix represented by w: codes * scale (+ minimum), group by group.
+
+    The products are exact for float16 scales, which have 11 bits.
+    """
+    return _scaled(unpack(w), w.scale, w.minimum)
+
+
+def _scaled(codes: jax.Array, scale: jax.Array, minimum: jax.Array | None) -> jax.Array:
+    """codes int8 [n, k] * scale (+ minimum) [n or 1, G] -> float32 [n, k]."""
+    (n, k), groups = codes.shape, scale.shape[1]
+    values = codes.astype(jnp.float32).reshape(n, groups, k // groups) * scale.astype(jnp.float32)[:, :, None]
+    if minimum is not None:
+        values = values + minimum.astype(jnp.float32)[:, :, None]
+    return values.reshape(n, k)

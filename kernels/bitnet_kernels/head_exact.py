@@ -41,7 +41,7 @@ def head_bounds(table: jax.Array, w: PackedArray) -> jax.Array:
     """
     if table.dtype != jnp.bfloat16 or table.shape != w.shape:
         raise ValueError(f"table is {table.dtype}{list(table.shape)}; expected bfloat16{list(w.shape)}")
-    codes, scale = unpack(w).astype(jnp.float32), w.scale
+    codes, scale = unpack(w).astype(jnp.float32), w.scale.astype(jnp.float32)
     difference = table.astype(jnp.float32) - codes * scale
     up = np.float32(1 + (table.shape[1] + 16) * 2.0**-23)
     weight = _norm(codes) * scale[:, 0] * up + np.float32(2.0**-100)
@@ -113,8 +113,9 @@ def _by_cpu(
     k: int, isa: str, rows: jax.Array, table: jax.Array, w: PackedArray, bounds: jax.Array
 ) -> TopLogits:
     digits, scale = two_digits(rows)
+    w_scale = w.scale.astype(jnp.float32)
     sums = cpu.integer_matmul(digits.reshape(-1, rows.shape[1]), w, isa_name=isa)[0]
-    return TopLogits(*cpu.exact_top_logits(rows, table, digits, scale, sums, w.scale, bounds, k, isa))
+    return TopLogits(*cpu.exact_top_logits(rows, table, digits, scale, sums, w_scale, bounds, k, isa))
 
 
 def _reference(rows: jax.Array, table: jax.Array) -> TopLogits:

@@ -90,13 +90,13 @@ def packed_matmul(
 
     x float (one of dtypes.FLOATS), activation_bits=8: x is quantized to int8 per token
     (reference.quantize_activations), multiplied in integers and rescaled in float32,
-    y = sum_g(sums_g * w.scale_g) * x.scale. The gradient to x is straight-through, dx = dy @ dequantize(w); w gets
-    none.
+    y = sum_g(sums_g * w.scale_g) * x.scale. In uint4 a group adds sums_g * w.scale_g + x_sums_g * w.minimum_g, where
+    x_sums_g is the sum of the codes of x. The gradient to x is straight-through, dx = dy @ dequantize(w); w gets none.
     activation_bits=16: likewise with 16-bit codes, which are multiplied as two int8 digits,
     y = (256 y_high + y_low) * x.scale. The input loses less than in bfloat16, so this is the fast way to quantize
     only the weights; it takes two rows of x for one.
-    x int8, or int16 with activation_bits=16 or None: x holds codes (int16: within +-reference.PEAK_16); returns
-    sum_g(sums_g * w.scale_g), which the caller multiplies by the scale of the tokens.
+    x int8, or int16 with activation_bits=16 or None: x holds codes (int16: within +-reference.PEAK_16); returns the sum
+    over groups, which the caller multiplies by the scale of the tokens.
     activation_bits=1 asserts that all int8 codes are -1 or 1 (unchecked); products with a binary w then use popcounts.
     x float, activation_bits=None: a float32 product with the unpacked codes, by XLA.
 
@@ -188,7 +188,7 @@ def _matmuls(
 ) -> tuple[jax.Array, ...]:
     rows = x.reshape(-1, x.shape[-1])
     if activation_bits is None:
-        ys = tuple(reference.rescale(reference.float_matmul(rows, w), w.scale) for w in ws)
+        ys = tuple(reference.scaled_float_matmul(rows, w) for w in ws)
     else:
         multiply = _scaled_matmuls(implementation, activation_bits, isa, ordered)
         if activation_bits == 16:

@@ -23,6 +23,7 @@ class Format(NamedTuple):
     values: range  # the possible codes
     max_inputs: int = 2**18  # per scale group, without int32 overflow in any kernel
     layouts: tuple[str, ...] = ("panel16", "column")
+    has_minimum: bool = False  # besides a scale
 
     @property
     def bits(self) -> float:
@@ -41,20 +42,25 @@ FORMATS: dict[str, Format] = {
     "ternary5": Format(base=3, fields=5, values=range(-1, 2), layouts=("panel16",)),
     "int4": Format(base=16, fields=2, values=range(-8, 8), max_inputs=2**17),
     "int8": Format(base=256, fields=1, values=range(-128, 128), max_inputs=2**16),
+    "uint4": Format(
+        base=16, fields=2, values=range(16), max_inputs=2**17, layouts=("panel16",), has_minimum=True
+    ),
 }
+SCALE_DTYPES = ("float32", "float16")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedArray:
-    """A matrix W [n, k] with W[r, c] = code(r, c) * scale(r, c).
+    """A matrix W [n, k] with W[r, c] = code(r, c) * scale(r, c), in the format uint4 + minimum(r, c).
 
-    Invariants, checked by `validate` (n, k = shape; P codes per byte: binary 8, ternary2 4, ternary5 5, int4 2,
-    int8 1):
+    Invariants, checked by `validate` (n, k = shape; P codes per byte: binary 8, ternary2 4, ternary5 5, int4 and
+    uint4 2, int8 1):
 
     * `format` is a key of FORMATS, `layout` one of its layouts, n >= 1, k >= 1.
-    * `scale` is finite float32: [1, 1] per matrix, [n, 1] per output, or [n, G] per group of g = k / G inputs, g a
-      multiple of 32; input c is in group c // g.
+    * `scale` is finite float32 or float16: [1, 1] per matrix, [n, 1] per output, or [n, G] per group of g = k / G
+      inputs, g a multiple of 32; input c is in group c // g. Arithmetic converts it to float32, exactly.
+    * `minimum` has the shape and dtype of `scale` and is finite in uint4, and is None in every other format.
 
     Layout panel16:
 
@@ -63,7 +69,7 @@ class PackedArray:
     * byte 4 i + j of a block of panel p holds P fields as digits in base 2, 4, 3, 16 or 256, field 0 lowest;
       field s in block b of a group is the code of row 16 p + i and of input 4 P b + 4 s + j of the group.
     * a field is (code + 1) / 2 for binary, code + 1 for ternary2 (never 3) and ternary5, code + 8 for
-      int4, code + 128 for int8.
+      int4, code + 128 for int8, code for uint4.
     * fields of rows >= n and of inputs beyond their group are zero.
 
     Layout column, transposed: each column holds the inputs of one output:
@@ -91,10 +97,11 @@ class PackedArray:
     format: str = dataclasses.field(metadata={"static": True})
     layout: str = dataclasses.field(metadata={"static": True})
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    minimum: jax.Array | None = None
 
     def __repr__(self) -> str:
         """One line, without the arrays."""
-        if not all(hasattr(leaf, "shape") and hasattr(leaf, "size") for leaf in (self.codes, self.scale)):
+        if not all(hasattr(leaf, "dtype") and hasattr(leaf, "size") for leaf in (self.codes, self.scale)):
             held = f"codes={self.codes}, scale={self.scale}"  # placeholders of tree functions
         else:
             held = f"groups={self.groups}, nbytes={self.nbytes}"
@@ -112,8 +119,9 @@ class PackedArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scale."""
-        return self.codes.size + 4 * self.scale.size
+        """Bytes of codes, scale and minimum."""
+        scales = 1 if self.minimum is None else 2
+        return self.codes.size + scales * self.scale.size * self.scale.dtype.itemsize
 
 
 def codes_shape(
@@ -140,6 +148,7 @@ def validate(w: PackedArray, *, contents: bool = True) -> None:
     if len(w.shape) != 2 or min(w.shape) < 1:
         raise ValueError(f"shape={w.shape} of a packed matrix must be (n, k) with n >= 1 and k >= 1")
     validate_scale(w.scale, w.shape)
+    validate_minimum(w.minimum, w.scale, w.format)
     expected = codes_shape(w.format, w.shape, w.groups, w.layout)
     if w.codes.shape != expected or w.codes.dtype != np.uint8:
         raise ValueError(
@@ -151,10 +160,11 @@ def validate(w: PackedArray, *, contents: bool = True) -> None:
 
 
 def validate_scale(scale: jax.Array, shape: tuple[int, int]) -> None:
-    """Raises ValueError unless scale is float32 [1, 1], [n, 1] or [n, G] with a multiple of 32 inputs per group."""
+    """Raises ValueError unless scale is of SCALE_DTYPES, [1, 1], [n, 1] or [n, G] with a multiple of 32 inputs per
+    group."""
     n, k = shape
-    if scale.dtype != np.float32:
-        raise ValueError(f"scale is {scale.dtype}; expected float32")
+    if scale.dtype.name not in SCALE_DTYPES:
+        raise ValueError(f"scale is {scale.dtype}; expected {' or '.join(SCALE_DTYPES)}")
     if scale.ndim != 2 or scale.shape[0] not in (1, n) or scale.shape[1] < 1:
         raise ValueError(f"scale has shape {scale.shape}; expected (1, 1), ({n}, 1) or ({n}, groups)")
     groups = scale.shape[1]
@@ -165,11 +175,27 @@ def validate_scale(scale: jax.Array, shape: tuple[int, int]) -> None:
         )
 
 
+def validate_minimum(minimum: jax.Array | None, scale: jax.Array, format: str) -> None:
+    """Raises ValueError unless a format with a minimum has one like its scale, and any other format has none."""
+    if not FORMATS[format].has_minimum:
+        if minimum is not None:
+            having = [name for name, form in FORMATS.items() if form.has_minimum]
+            raise ValueError(f"got a minimum for {format}; expected none: only {', '.join(having)} has one")
+    elif minimum is None:
+        raise ValueError(f"got no minimum for {format}; expected {scale.dtype}{list(scale.shape)}")
+    elif minimum.shape != scale.shape or minimum.dtype != scale.dtype:
+        raise ValueError(
+            f"minimum is {minimum.dtype}{list(minimum.shape)}; expected {scale.dtype}{list(scale.shape)}, as the scale"
+        )
+
+
 def _validate_contents(w: PackedArray) -> None:
     form, n = FORMATS[w.format], w.shape[0]
     codes, scale = np.asarray(w.codes), np.asarray(w.scale)
     if not np.isfinite(scale).all():
         raise ValueError("scale holds NaN or infinity; expected finite values")
+    if w.minimum is not None and not np.isfinite(np.asarray(w.minimum)).all():
+        raise ValueError("minimum holds NaN or infinity; expected finite values")
     low, high = (codes & 0x55, codes >> 1 & 0x55)  # of ternary2 fields
     if w.layout == "column":
         if w.format == "ternary2" and (high & ~low).any():

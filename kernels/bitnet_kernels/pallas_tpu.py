@@ -57,7 +57,9 @@ def scaled_matmul(
     """int8 codes [m, k] times a packed matrix and its scale -> float32 [m, n]; see reference.rescale."""
     if w.groups == 1:  # XLA fuses this product into whatever follows
         return reference.rescale(integer_matmul(x, w, device_kind=device_kind, interpret=interpret), w.scale)
-    return _call(w.format, w.shape, w.groups, True, device_kind, interpret)(x, w.codes, w.scale.T)
+    return _call(w.format, w.shape, w.groups, True, device_kind, interpret)(
+        x, w.codes, w.scale.T.astype(jnp.float32)
+    )
 
 
 def scaled_matmuls(x: jax.Array, ws: Sequence[PackedArray], **options: Any) -> tuple[jax.Array, ...]:

@@ -35,11 +35,14 @@ def random_panels(
         yield _pool(format, rest, k, groups)
 
 
-def random_packed(format: str, shape: tuple[int, int], groups: int = 1, seed: int = 0) -> PackedArray:
-    """A random valid matrix in memory, with scales 1."""
+def random_packed(
+    format: str, shape: tuple[int, int], groups: int = 1, seed: int = 0, scale_dtype: str = "float32"
+) -> PackedArray:
+    """A random valid matrix in memory, with scales and minima 1."""
     codes = np.concatenate(list(random_panels(format, shape, groups, seed)))
-    scale = np.ones((1, 1) if groups == 1 else (shape[0], groups), np.float32)
-    return PackedArray(jnp.asarray(codes), jnp.asarray(scale), format, "panel16", shape)
+    scale = jnp.ones((1, 1) if groups == 1 else (shape[0], groups), scale_dtype)
+    minimum = scale + 0 if FORMATS[format].has_minimum else None
+    return PackedArray(jnp.asarray(codes), scale, format, "panel16", shape, minimum)
 
 
 @functools.lru_cache(maxsize=8)
@@ -47,5 +50,6 @@ def _pool(format: str, rows: int, k: int, groups: int) -> np.ndarray:
     """The packed bytes of random codes [rows, k]."""
     values = np.array(FORMATS[format].values, np.int8)
     codes = np.random.default_rng(0).choice(values, (rows, k))
-    scale = np.ones((rows, groups) if groups > 1 else (1, 1), np.float32)
-    return np.asarray(pack(jnp.asarray(codes), jnp.asarray(scale), format).codes)
+    scale = jnp.ones((rows, groups) if groups > 1 else (1, 1), jnp.float32)
+    minimum = scale if FORMATS[format].has_minimum else None
+    return np.asarray(pack(jnp.asarray(codes), scale, format, minimum=minimum).codes)

@@ -79,7 +79,14 @@ def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
 
 def scaled_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
     """int8 codes [m, k] times a packed matrix and its scale -> float32 [m, n]."""
-    return rescale(integer_matmul(x, w), w.scale)
+    return rescale(integer_matmul(x, w), w.scale, w.minimum, group_sums(x, w, jnp.int32))
+
+
+def group_sums(x: jax.Array, w: PackedArray, dtype: DTypeLike) -> jax.Array | None:
+    """[G, m]: the sums of x [m, k] over the inputs of each scale group, by which a minimum is multiplied, or None."""
+    if w.minimum is None:
+        return None
+    return jnp.sum(x.reshape(x.shape[0], w.groups, w.group_size), axis=-1, dtype=dtype).T
 
 
 def scaled_matmuls(
@@ -117,6 +124,12 @@ def float_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
     )
 
 
+def scaled_float_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
+    """float [m, k] times the unpacked codes and their scale -> float32 [m, n]."""
+    x = floats("x", x).astype(jnp.float32)
+    return rescale(float_matmul(x, w), w.scale, w.minimum, group_sums(x, w, jnp.float32))
+
+
 def _group_sums(x: jax.Array, codes: jax.Array, groups: int, dtype: DTypeLike) -> jax.Array:
     """[G, m, n]: the products of x [m, k] and codes [n, k] for each group of inputs."""
     dot = functools.partial(jnp.einsum, precision="highest", preferred_element_type=dtype)
@@ -126,20 +139,43 @@ def _group_sums(x: jax.Array, codes: jax.Array, groups: int, dtype: DTypeLike) -
     return dot("mgk,ngk->gmn", x.reshape(m, groups, k // groups), codes.reshape(n, groups, k // groups))
 
 
-def rescale(sums: jax.Array, scale: jax.Array) -> jax.Array:
+def rescale(
+    sums: jax.Array, scale: jax.Array, minimum: jax.Array | None = None, x_sums: jax.Array | None = None
+) -> jax.Array:
     """Sums [G, m, n] and the scale of the matrix -> float32 [m, n]; all implementations rescale this way.
 
-    y = sums[0] * scale[:, 0] + sums[1] * scale[:, 1] + ..., each product and sum rounded, in this order.
+    y = t[0] + t[1] + ... in this order, t[g] = sums[g] * scale[:, g], plus x_sums[g] * minimum[:, g] where there is a
+    minimum; each product and sum is rounded to float32.
+
+    Args:
+      scale, minimum: [n, G] (or [1, 1]), float32 or float16.
+      x_sums: [G, m], sums of x over each group; needed with a minimum.
     """
+    scale = scale.astype(jnp.float32)
+    if minimum is not None and x_sums is not None:
+        parts: tuple[jax.Array, ...] = (sums, scale.T, x_sums, minimum.astype(jnp.float32).T)
+    elif sums.shape[0] == 1:
+        return sums[0].astype(jnp.float32) * scale.T  # nothing is added that it could be fused with
+    else:
+        parts = (sums, scale.T)
     if sums.shape[0] == 1:
-        return sums[0].astype(jnp.float32) * scale.T
+        return _term(*(part[0] for part in parts))
     # Starts from -0.0, the identity of addition: +0.0 would change a first product of -0.0.
-    return jax.lax.scan(_add_group, jnp.full(sums.shape[1:], -0.0, jnp.float32), (sums, scale.T))[0]
+    return jax.lax.scan(_add_group, jnp.full(sums.shape[1:], -0.0, jnp.float32), parts)[0]
 
 
-def _add_group(y: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-    sums, scale = group
-    return y + rounded_product(sums.astype(jnp.float32), scale[None, :]), None
+def _add_group(y: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    return y + _term(*group), None
+
+
+def _term(
+    sums: jax.Array, scale: jax.Array, x_sums: jax.Array | None = None, minimum: jax.Array | None = None
+) -> jax.Array:
+    """The float32 [m, n] that one group adds: sums [m, n], scale and minimum [n], x_sums [m]."""
+    product = rounded_product(sums.astype(jnp.float32), scale[None, :])
+    if x_sums is None or minimum is None:
+        return product
+    return product + rounded_product(x_sums.astype(jnp.float32)[:, None], minimum[None, :])
 
 
 def rounded(values: jax.Array, scale: jax.Array) -> jax.Array:

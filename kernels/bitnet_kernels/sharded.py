@@ -45,13 +45,15 @@ def sharded_matmul(
     one_scale = w.groups == 1
 
     def partial_sum(x: jax.Array, w: PackedArray) -> jax.Array:
-        scale = jnp.ones((1, 1), jnp.float32) if one_scale else w.scale
-        local = dataclasses.replace(w, scale=scale, shape=(w.shape[0], w.shape[1] // devices))
+        local = dataclasses.replace(w, shape=(w.shape[0], w.shape[1] // devices))
+        if one_scale:
+            zero = None if w.minimum is None else jnp.zeros((1, 1), jnp.float32)
+            local = dataclasses.replace(local, scale=jnp.ones((1, 1), jnp.float32), minimum=zero)
         return jax.lax.psum(packed_matmul(x, local, **options), axis)
 
     y = _on_devices(partial_sum, mesh, (PartitionSpec(None, axis), spec), PartitionSpec())(codes, w)
     if one_scale:
-        y = y * w.scale.T
+        y = reference.rescale(y[None], w.scale, w.minimum, reference.group_sums(codes, w, jnp.int32))
     return y if x_scale is None else reference.rounded_product(y, x_scale)
 
 
@@ -63,8 +65,8 @@ def specs(w: PackedArray, axis: str, split: str) -> PackedArray:
     per_output = split == "outputs" and w.scale.shape[0] > 1
     per_group = split == "inputs" and w.groups > 1
     scale = PartitionSpec(axis if per_output else None, axis if per_group else None)
-    leaves: Any = PartitionSpec(*codes), scale
-    return dataclasses.replace(w, codes=leaves[0], scale=leaves[1])
+    leaves: Any = PartitionSpec(*codes), scale, None if w.minimum is None else scale
+    return dataclasses.replace(w, codes=leaves[0], scale=leaves[1], minimum=leaves[2])
 
 
 def _on_devices(part: Any, mesh: Mesh, in_specs: Any, out_specs: PartitionSpec) -> Any:

@@ -207,6 +207,17 @@ void prepare_signs(const int8_t* codes, int64_t k, Rows& rows, Problem& p) {
   p.x_sums = rows.sums.data();
 }
 
+// Fills `to` from scales or minima, or says what does not fit.
+ffi::Error scale_matrix(ffi::AnyBuffer scale, Widen widen, ScaleMatrix& to) {
+  if (scale.dimensions().size() != 2 || (scale.element_type() != ffi::F32 && scale.element_type() != ffi::F16)) {
+    return invalid("expected scales as float32 or float16 [n, groups]; got rank " +
+                   std::to_string(scale.dimensions().size()));
+  }
+  const auto size = scale.dimensions();
+  to = {scale.untyped_data(), scale.element_type() == ffi::F16, size[0] == 1 ? 0 : size[1], widen};
+  return ffi::Error::Success();
+}
+
 ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<const int64_t> formats,
                        int64_t activation_bits, std::string_view isa, ffi::RemainingRets results) {
   if (x.dimensions().size() != 2 || (x.element_type() != ffi::S8 && x.element_type() != ffi::F32)) {
@@ -214,22 +225,27 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
   }
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   const size_t count = formats.size();
-  if (count == 0 || matrices.size() != 2 * count || results.size() != count) {
-    return invalid("expected codes and scale for each of " + std::to_string(count) + " formats and results; got " +
-                   std::to_string(matrices.size()) + " arrays");
+  const size_t minima = std::count_if(formats.begin(), formats.end(), [](int64_t format) { return has_minimum(static_cast<Format>(format)); });
+  if (count == 0 || matrices.size() != 2 * count + minima || results.size() != count) {
+    return invalid("expected codes, scale and, for uint4, minimum of each of " + std::to_string(count) +
+                   " formats and results; got " + std::to_string(matrices.size()) + " arrays");
   }
   std::vector<Problem> problems(count);
-  std::vector<Scales> scales(count);
+  std::vector<MatmulScales> scales(count);
   std::vector<float*> outputs(count);
-  for (size_t i = 0; i < count; ++i) {
-    const auto w = matrices.get<Codes>(2 * i);
-    const auto scale = matrices.get<Floats>(2 * i + 1);
+  const Kernels* found = find_kernels(isa);
+  if (found == nullptr) return unknown_isa(isa);
+  for (size_t i = 0, argument = 0; i < count; ++i) {
+    const auto w = matrices.get<Codes>(argument++);
+    const auto scale = matrices.get<ffi::AnyBuffer>(argument++);
     auto y = results.get<Floats>(i);
     if (!w) return w.error();
     if (!scale) return scale.error();
     if (!y) return y.error();
+    ffi::Error error = scale_matrix(*scale, found->widen, scales[i].matrix);
+    if (error.failure()) return error;
     const int64_t n = (*y)->dimensions()[1], rows = scale->dimensions()[0], groups = scale->dimensions()[1];
-    ffi::Error error = make_problem(m, k, *w, formats[i], groups, n, problems[i]);
+    error = make_problem(m, k, *w, formats[i], groups, n, problems[i]);
     if (error.failure()) return error;
     if ((*y)->dimensions()[0] != m) {
       return invalid("expected y[" + std::to_string(m) + ", n]; got y" + dims((*y)->dimensions()));
@@ -238,7 +254,16 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
       return invalid("expected scale[1, 1] or scale[" + std::to_string(n) + ", groups]; got scale" +
                      dims(scale->dimensions()));
     }
-    scales[i] = {scale->typed_data(), rows == 1 ? 0 : groups, nullptr};
+    if (has_minimum(problems[i].format)) {
+      const auto minimum = matrices.get<ffi::AnyBuffer>(argument++);
+      if (!minimum) return minimum.error();
+      error = scale_matrix(*minimum, found->widen, scales[i].minimum);
+      if (error.failure()) return error;
+      if (dims(minimum->dimensions()) != dims(scale->dimensions())) {
+        return invalid("expected minimum" + dims(scale->dimensions()) + ", as the scale; got minimum" +
+                       dims(minimum->dimensions()));
+      }
+    }
     outputs[i] = (*y)->typed_data();
   }
   const bool binary = std::all_of(problems.begin(), problems.end(), [](const Problem& p) { return p.format == Format::kBinary; });
@@ -247,8 +272,6 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
     return invalid("activation_bits=" + std::to_string(activation_bits) +
                    "; expected 8, or 1 for int8 signs and binary matrices");
   }
-  const Kernels* found = find_kernels(isa);
-  if (found == nullptr) return unknown_isa(isa);
   if (m == 0) return ffi::Error::Success();
   const MatmulKernels& kernels = signs ? *found->sign : *found->integer;
 
@@ -263,7 +286,7 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
     scales[i].activation = activations.scales;
   }
   run(problems, kernels.table_rows, [&](size_t i, const Problem& part, int64_t row, int64_t begin, int64_t end) {
-    Scales of_part = scales[i];
+    MatmulScales of_part = scales[i];
     if (of_part.activation != nullptr) of_part.activation += row;
     scaled_matmul(kernels, part, of_part, outputs[i] + row * part.n, begin, end);
   });
@@ -284,7 +307,7 @@ BITNET_FFI_HANDLER(bitnet_kernels_integer_matmul, bitnet::integer_call,
 BITNET_FFI_HANDLER(bitnet_kernels_scaled_matmul, bitnet::scaled_call,
                    ffi::Ffi::Bind()
                        .Arg<ffi::AnyBuffer>()  // x [m, k], int8 codes or float32
-                       .RemainingArgs()        // of each matrix codes [panels, blocks, 64], scale
+                       .RemainingArgs()        // of each matrix codes [panels, blocks, 64], scale; of uint4 minimum
                        .Attr<ffi::Span<const int64_t>>("formats")
                        .Attr<int64_t>("activation_bits")
                        .Attr<std::string_view>("isa")

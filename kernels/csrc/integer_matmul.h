@@ -26,12 +26,14 @@ enum class Format : int64_t {
   kTernary5,  // 5 codes -1, 0, 1 as digits to the base 3, field 0 the lowest: field = code + 1
   kInt4,      // 2 codes -8 .. 7: field = code + 8
   kInt8,      // 1 code -128 .. 127: field = code + 128
+  kUint4,     // 2 codes 0 .. 15: field = code; besides a scale there is a minimum
 };
 
-constexpr Format kFormats[] = {Format::kBinary, Format::kTernary2, Format::kTernary5, Format::kInt4, Format::kInt8};
+constexpr Format kFormats[] = {Format::kBinary, Format::kTernary2, Format::kTernary5,
+                               Format::kInt4,   Format::kInt8,     Format::kUint4};
 
 constexpr int fields(Format format) {
-  constexpr int kFields[] = {8, 4, 5, 2, 1};
+  constexpr int kFields[] = {8, 4, 5, 2, 1, 2};
   return kFields[static_cast<int>(format)];
 }
 // A byte is the sum of field s times base^s.
@@ -40,15 +42,20 @@ constexpr int highest_field(Format format) { return format == Format::kTernary2 
 constexpr int64_t block_inputs(Format format) { return 4 * fields(format); }
 constexpr int32_t multiplier(Format format) { return format == Format::kBinary ? 2 : 1; }
 constexpr int32_t offset(Format format) {
-  constexpr int32_t kOffsets[] = {1, 1, 1, 8, 128};
+  constexpr int32_t kOffsets[] = {1, 1, 1, 8, 128, 0};
   return kOffsets[static_cast<int>(format)];
 }
+// W = code * scale + minimum.
+constexpr bool has_minimum(Format format) { return format == Format::kUint4; }
 
 // Decoding leaves a field where it stands in its byte, so a product is as large as (byte & field) * 128: 162 * 128 per
-// five inputs at most for base 3, 240 * 128 per two for int4, 255 * 128 for int8. Sums of that stay below 2^31.
+// five inputs at most for base 3, 240 * 128 per two for four bits, 255 * 128 for int8. Sums of that stay below 2^31.
 constexpr int64_t max_group_inputs(Format format) {
-  return int64_t{1} << (format == Format::kInt8 ? 16 : format == Format::kInt4 ? 17 : 18);
+  return int64_t{1} << (fields(format) == 1 ? 16 : fields(format) == 2 ? 17 : 18);
 }
+
+constexpr int64_t kTileInputs = 2048;  // of the matrix, unpacked at a time: 32 KiB a panel
+constexpr int64_t kMaxTilePanels = 4;  // of every instruction set
 
 struct Problem {
   Format format;
@@ -88,11 +95,17 @@ using Sum = int32_t (*)(const int8_t* x, int64_t count);
 // 0 where a product uses no tables.
 using TableRows = int64_t (*)(const Problem&);
 
+struct MatmulScales;  // scaled_matmul.h
+// Writes the float32 results out[m, n] for the matrix panels [begin, end), each group of up to kTileInputs inputs scaled
+// while its sums are in registers. scratch: kMaxTilePanels * groups * kPanelRows floats, twice as many with a minimum.
+using Scaled = void (*)(const Problem&, const MatmulScales&, float* out, int64_t begin, int64_t end, float* scratch);
+
 // The loops of one instruction set; defined in integer_matmul_<name>.cc and sign_matmul.cc, listed in kernels.cc.
 struct MatmulKernels {
   Matmul matmul;
   Sum sum;
   TableRows table_rows;  // null where no product uses tables
+  Scaled scaled;         // null where sums of groups are written to memory before they are scaled
 };
 
 }  // namespace bitnet

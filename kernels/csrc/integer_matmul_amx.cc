@@ -1,6 +1,6 @@
 // AMX for many rows of x, AVX-512 for few (panel_amx.h).
 
-#include "integer_matmul.h"
+#include "scaled_matmul.h"
 
 #if defined(__x86_64__)
 
@@ -19,11 +19,12 @@
 #endif
 
 #include "panel_amx.h"
+#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kAmxInteger;
-const MatmulKernels kAmxInteger = {matmul_amx, sum, nullptr};
+const MatmulKernels kAmxInteger = {matmul_amx, sum, nullptr, scaled<Avx512Vbmi>};
 
 }  // namespace bitnet
 

@@ -1,6 +1,6 @@
 // AVX2 (panel_avx2.h).
 
-#include "integer_matmul.h"
+#include "scaled_matmul.h"
 
 #if defined(__x86_64__)
 
@@ -18,12 +18,12 @@
 #endif
 
 #include "panel_avx2.h"
-#include "panel_matmul.h"
+#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kAvx2Integer;
-const MatmulKernels kAvx2Integer = {matmul<Avx2>, sum, nullptr};
+const MatmulKernels kAvx2Integer = {matmul<Avx2>, sum, nullptr, scaled<Avx2>};
 
 }  // namespace bitnet
 

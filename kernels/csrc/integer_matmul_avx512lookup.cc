@@ -1,6 +1,6 @@
 // AVX-512 with VNNI and VBMI: binary products of many rows are looked up.
 
-#include "integer_matmul.h"
+#include "scaled_matmul.h"
 
 #if defined(__x86_64__)
 
@@ -19,11 +19,12 @@
 #endif
 
 #include "panel_lookup.h"
+#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kAvx512LookupInteger;
-const MatmulKernels kAvx512LookupInteger = {matmul_lookup, sum, table_rows};
+const MatmulKernels kAvx512LookupInteger = {matmul_lookup, sum, table_rows, scaled<Avx512Lookup>};
 
 }  // namespace bitnet
 

@@ -1,6 +1,6 @@
 // AVX-512 with VNNI and VBMI: the digits of ternary5 are looked up.
 
-#include "integer_matmul.h"
+#include "scaled_matmul.h"
 
 #if defined(__x86_64__)
 
@@ -19,12 +19,12 @@
 #endif
 
 #include "panel_avx512vbmi.h"
-#include "panel_matmul.h"
+#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kAvx512VbmiInteger;
-const MatmulKernels kAvx512VbmiInteger = {matmul<Avx512Vbmi>, sum, nullptr};
+const MatmulKernels kAvx512VbmiInteger = {matmul<Avx512Vbmi>, sum, nullptr, scaled<Avx512Vbmi>};
 
 }  // namespace bitnet
 

@@ -1,6 +1,6 @@
 // AVX-512 with VNNI (panel_avx512.h).
 
-#include "integer_matmul.h"
+#include "scaled_matmul.h"
 
 #if defined(__x86_64__)
 
@@ -18,12 +18,12 @@
 #endif
 
 #include "panel_avx512.h"
-#include "panel_matmul.h"
+#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kAvx512VnniInteger;
-const MatmulKernels kAvx512VnniInteger = {matmul<Avx512Vnni>, sum, nullptr};
+const MatmulKernels kAvx512VnniInteger = {matmul<Avx512Vnni>, sum, nullptr, scaled<Avx512Vnni>};
 
 }  // namespace bitnet
 

@@ -1,6 +1,6 @@
 // AVX2 with AVX-VNNI (panel_avxvnni.h).
 
-#include "integer_matmul.h"
+#include "scaled_matmul.h"
 
 #if defined(__x86_64__)
 
@@ -18,12 +18,12 @@
 #endif
 
 #include "panel_avxvnni.h"
-#include "panel_matmul.h"
+#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kAvxVnniInteger;
-const MatmulKernels kAvxVnniInteger = {matmul<AvxVnni>, sum, nullptr};
+const MatmulKernels kAvxVnniInteger = {matmul<AvxVnni>, sum, nullptr, scaled<AvxVnni>};
 
 }  // namespace bitnet
 

@@ -1,6 +1,6 @@
 // NEON with i8mm (panel_i8mm.h).
 
-#include "integer_matmul.h"
+#include "scaled_matmul.h"
 
 #if defined(__aarch64__)
 
@@ -16,12 +16,12 @@
 #endif
 
 #include "panel_i8mm.h"
-#include "panel_matmul.h"
+#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kI8mmInteger;
-const MatmulKernels kI8mmInteger = {matmul<NeonI8mm>, sum, nullptr};
+const MatmulKernels kI8mmInteger = {matmul<NeonI8mm>, sum, nullptr, scaled<NeonI8mm>};
 
 }  // namespace bitnet
 

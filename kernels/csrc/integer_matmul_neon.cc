@@ -1,6 +1,6 @@
 // NEON with dot products (panel_neon.h).
 
-#include "integer_matmul.h"
+#include "scaled_matmul.h"
 
 #if defined(__aarch64__)
 
@@ -16,12 +16,12 @@
 #endif
 
 #include "panel_neon.h"
-#include "panel_matmul.h"
+#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kNeonInteger;
-const MatmulKernels kNeonInteger = {matmul<NeonDot>, sum, nullptr};
+const MatmulKernels kNeonInteger = {matmul<NeonDot>, sum, nullptr, scaled<NeonDot>};
 
 }  // namespace bitnet
 

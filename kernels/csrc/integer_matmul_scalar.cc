@@ -59,6 +59,7 @@ void matmul(const Problem& p, int64_t begin, int64_t end) {
     case Format::kTernary5: return matmul_format<Format::kTernary5>(p, begin, end);
     case Format::kInt4: return matmul_format<Format::kInt4>(p, begin, end);
     case Format::kInt8: return matmul_format<Format::kInt8>(p, begin, end);
+    case Format::kUint4: return matmul_format<Format::kUint4>(p, begin, end);
   }
 }
 
@@ -71,6 +72,6 @@ int32_t sum(const int8_t* x, int64_t count) {
 }  // namespace
 
 extern const MatmulKernels kScalarInteger;
-const MatmulKernels kScalarInteger = {matmul, sum, nullptr};
+const MatmulKernels kScalarInteger = {matmul, sum, nullptr, nullptr};
 
 }  // namespace bitnet

@@ -29,23 +29,24 @@ namespace {
 
 // The table, slowest instruction set first: the last available row is the default.
 auto make_table([[maybe_unused]] const Processor& cpu) {
-  const Kernels scalar = {"scalar", true, &kScalarInteger, &kScalarSign, &kScalarFloats, nullptr};
+  const Kernels scalar = {"scalar", true, &kScalarInteger, &kScalarSign, &kScalarFloats, nullptr, widen_scalar};
 #if defined(__x86_64__)
-  // What an instruction set name does not promise: FMA with AVX2, and vpopcntd with AVX-512.
+  // What an instruction set name does not promise: FMA and F16C with AVX2, vpopcntd with AVX-512.
   const FloatKernels* floats256 = cpu.fma ? &kAvx2Floats : &kScalarFloats;
   const MatmulKernels* sign512 = cpu.avx512vpopcntdq ? &kAvx512Sign : &kAvx2Sign;
+  const Widen widen = cpu.f16c ? widen_f16c : widen_scalar;
   const DotPeak peak512 = dot_peak_avx512vnni;
-  const Kernels avx2 = {"avx2", cpu.avx2, &kAvx2Integer, &kAvx2Sign, floats256, dot_peak_avx2};
-  const Kernels avxvnni = {"avxvnni", cpu.avxvnni, &kAvxVnniInteger, &kAvx2Sign, floats256, dot_peak_avxvnni};
-  const Kernels vnni = {"avx512vnni", cpu.avx512vnni, &kAvx512VnniInteger, sign512, &kAvx512Floats, peak512};
-  const Kernels vbmi = {"avx512vbmi", cpu.avx512vbmi, &kAvx512VbmiInteger, sign512, &kAvx512Floats, peak512};
-  const Kernels lookup = {"avx512lookup", cpu.avx512vbmi, &kAvx512LookupInteger, sign512, &kAvx512Floats, peak512};
-  const Kernels amx = {"amx", cpu.amx_int8, &kAmxInteger, sign512, &kAvx512Floats, dot_peak_amx};
+  const Kernels avx2 = {"avx2", cpu.avx2, &kAvx2Integer, &kAvx2Sign, floats256, dot_peak_avx2, widen};
+  const Kernels avxvnni = {"avxvnni", cpu.avxvnni, &kAvxVnniInteger, &kAvx2Sign, floats256, dot_peak_avxvnni, widen};
+  const Kernels vnni = {"avx512vnni", cpu.avx512vnni, &kAvx512VnniInteger, sign512, &kAvx512Floats, peak512, widen};
+  const Kernels vbmi = {"avx512vbmi", cpu.avx512vbmi, &kAvx512VbmiInteger, sign512, &kAvx512Floats, peak512, widen};
+  const Kernels lookup = {"avx512lookup", cpu.avx512vbmi, &kAvx512LookupInteger, sign512, &kAvx512Floats, peak512, widen};
+  const Kernels amx = {"amx", cpu.amx_int8, &kAmxInteger, sign512, &kAvx512Floats, dot_peak_amx, widen};
   return std::array{scalar, avx2, avxvnni, vnni, cpu.fast_shuffles ? vbmi : lookup, cpu.fast_shuffles ? lookup : vbmi,
                     amx};
 #elif defined(__aarch64__)
-  const Kernels neon = {"neon", cpu.dotprod, &kNeonInteger, &kScalarSign, &kNeonFloats, nullptr};
-  const Kernels i8mm = {"i8mm", cpu.i8mm, &kI8mmInteger, &kScalarSign, &kNeonFloats, nullptr};
+  const Kernels neon = {"neon", cpu.dotprod, &kNeonInteger, &kScalarSign, &kNeonFloats, nullptr, widen_neon};
+  const Kernels i8mm = {"i8mm", cpu.i8mm, &kI8mmInteger, &kScalarSign, &kNeonFloats, nullptr, widen_neon};
   return std::array{scalar, neon, i8mm};
 #else
   return std::array{scalar};

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "compiler.h"
+#include "float16.h"
 #include "float_kernels.h"
 #include "integer_matmul.h"
 
@@ -22,6 +23,7 @@ struct Kernels {
   const MatmulKernels* sign;      // activations -1 and 1, as bits (sign_matmul.h)
   const FloatKernels* floats;     // attention and output heads
   DotPeak dot_peak;               // null where there is no such loop
+  Widen widen;                    // float16 to float32
 };
 
 // The kernels of a named instruction set; null for a name that is unknown or not available on this processor.

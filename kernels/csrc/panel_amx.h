@@ -133,6 +133,7 @@ void matmul_amx(const Problem& p, int64_t begin, int64_t end) {
     case Format::kTernary5: return many_rows_amx<Format::kTernary5>(p, begin, end);
     case Format::kInt4: return many_rows_amx<Format::kInt4>(p, begin, end);
     case Format::kInt8: return many_rows_amx<Format::kInt8>(p, begin, end);
+    case Format::kUint4: return many_rows_amx<Format::kUint4>(p, begin, end);
   }
 }
 

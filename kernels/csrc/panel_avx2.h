@@ -14,6 +14,7 @@ namespace {
 struct Avx2 {
   using Bytes = __m256i;
   using Sums = __m256i;
+  using Floats = __m256;
   static constexpr int kLanes = 8;
   static constexpr int slots(Format format, int rows) {
     if (rows > 1) return 1;
@@ -82,6 +83,12 @@ struct Avx2 {
   static BITNET_INLINE void store(int32_t* target, Sums sums) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), sums);
   }
+  static BITNET_INLINE Floats to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
+  static BITNET_INLINE Floats load_floats(const float* source) { return _mm256_loadu_ps(source); }
+  static BITNET_INLINE Floats splat_float(float value) { return _mm256_set1_ps(value); }
+  static BITNET_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static BITNET_INLINE Floats add_floats(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static BITNET_INLINE void store_floats(float* target, Floats values) { _mm256_storeu_ps(target, values); }
 };
 
 }  // namespace

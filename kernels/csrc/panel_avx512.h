@@ -14,6 +14,7 @@ namespace {
 struct Avx512Vnni {
   using Bytes = __m512i;
   using Sums = __m512i;
+  using Floats = __m512;
   static constexpr int kLanes = 16;
   // At most 16 of the 32 registers, 20 for ternary5, are accumulators of two panels.
   static constexpr int slots(Format format, int rows) {
@@ -73,6 +74,12 @@ struct Avx512Vnni {
   }
   static BITNET_INLINE Sums load_sums(const int32_t* source) { return _mm512_loadu_si512(source); }
   static BITNET_INLINE void store(int32_t* target, Sums sums) { _mm512_storeu_si512(target, sums); }
+  static BITNET_INLINE Floats to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+  static BITNET_INLINE Floats load_floats(const float* source) { return _mm512_loadu_ps(source); }
+  static BITNET_INLINE Floats splat_float(float value) { return _mm512_set1_ps(value); }
+  static BITNET_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static BITNET_INLINE Floats add_floats(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static BITNET_INLINE void store_floats(float* target, Floats values) { _mm512_storeu_ps(target, values); }
 };
 
 }  // namespace

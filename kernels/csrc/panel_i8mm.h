@@ -10,7 +10,7 @@ namespace {
 
 struct NeonI8mm : NeonDot {
   static constexpr int slots(Format format, int rows) {
-    return format == Format::kInt4 && rows == 1 ? 2 : NeonDot::slots(format, rows);
+    return fields(format) == 2 && rows == 1 ? 2 : NeonDot::slots(format, rows);
   }
   static constexpr int32_t offset(Format format) { return bitnet::offset(format); }
 

@@ -14,6 +14,8 @@
 //   dot<format>(partial, fields, x)    a partial sum with four products more in each lane
 //   finish<format>(partial)            a partial sum as Sums
 //   zero, fill, add, divide<scale> (exact), load_sums, store    on Sums
+//
+// and what panel_scaled.h lists for scales.
 
 #ifndef BITNET_KERNELS_PANEL_MATMUL_H_
 #define BITNET_KERNELS_PANEL_MATMUL_H_
@@ -26,7 +28,6 @@ namespace {
 // How far ahead of each stream lines are fetched into L1. From DRAM much hangs on it: the instructions of a block fill
 // the window in which a processor sees its own next loads. Tuned on a Xeon; 2 and 4 KiB, or into L2, were no better.
 constexpr int64_t kPrefetchBytes = 3072;
-constexpr int64_t kTileInputs = 2048;  // of the matrix, unpacked at a time: 32 KiB a panel
 
 // How many products of a field of 1, of each pair of x, an accumulator of a partial sum holds.
 template <typename Isa, Format kFormat>
@@ -61,51 +62,56 @@ BITNET_INLINE void add_to_outputs(const Problem& p, int64_t g, int64_t row, int6
   if (rows < kPanelRows) std::memcpy(y, edge, rows * sizeof(int32_t));
 }
 
-// kRows rows of x times kPanels panels, panel_step apart and walked in step: as many streams from memory.
+// Sums of fields over one group: kRows rows of x, which begin at x, times kPanels panels, which begin at w and are walked
+// in step, stream bytes apart.
 template <typename Isa, Format kFormat, int kRows, int kPanels>
-void multiply_packed(const Problem& p, int64_t row, int64_t panel, int64_t panel_step) {
+BITNET_INLINE void packed_sums(const uint8_t* w, int64_t stream, const int8_t* x, int64_t x_stride, int64_t group_blocks,
+                               typename Isa::Sums (*totals)[kPanels * kPanelRows / Isa::kLanes]) {
   constexpr int kPanelVectors = kPanelRows / Isa::kLanes, kVectors = kPanels * kPanelVectors;
   constexpr int kSlots = Isa::slots(kFormat, kRows);
   using BlockFields = Fields<Isa, kFormat, kSlots>;
-  const int64_t stream = panel_step * p.panel_bytes(), x_stride = p.x_stride;
-  for (int64_t g = 0; g < p.groups; ++g) {
-    const uint8_t* w = p.block(panel, g, 0);
-    const int8_t* x = p.inputs(row, g, 0);
-    typename Isa::Sums totals[kRows][kVectors];
-    unrolled<kRows * kVectors>([&](auto i) BITNET_INLINE_BODY { totals[i / kVectors][i % kVectors] = Isa::zero(); });
-    for (int64_t left = p.group_blocks, blocks = left; left > 0; left -= blocks) {
-      if constexpr (Isa::partial_limit(kFormat) > 0) blocks = std::min(left, partial_blocks<Isa, kFormat, kSlots>());
-      typename Isa::Sums sums[kRows][kVectors][kSlots];
-      unrolled<kRows * kVectors * kSlots>([&](auto i) BITNET_INLINE_BODY {
-        sums[i / (kVectors * kSlots)][i / kSlots % kVectors][i % kSlots] = Isa::zero();
+  unrolled<kRows * kVectors>([&](auto i) BITNET_INLINE_BODY { totals[i / kVectors][i % kVectors] = Isa::zero(); });
+  for (int64_t left = group_blocks, blocks = left; left > 0; left -= blocks) {
+    if constexpr (Isa::partial_limit(kFormat) > 0) blocks = std::min(left, partial_blocks<Isa, kFormat, kSlots>());
+    typename Isa::Sums sums[kRows][kVectors][kSlots];
+    unrolled<kRows * kVectors * kSlots>([&](auto i) BITNET_INLINE_BODY {
+      sums[i / (kVectors * kSlots)][i / kSlots % kVectors][i % kSlots] = Isa::zero();
+    });
+    for (int64_t b = 0; b < blocks; ++b, w += kBlockBytes, x += block_inputs(kFormat)) {
+      BlockFields block[kVectors];
+      unrolled<kPanels>([&](auto i) BITNET_INLINE_BODY { __builtin_prefetch(w + i * stream + kPrefetchBytes, 0, 3); });
+      unrolled<kVectors>([&](auto v) BITNET_INLINE_BODY {
+        block[v].start(Isa::load(w + v / kPanelVectors * stream + v % kPanelVectors * 4 * Isa::kLanes));
       });
-      for (int64_t b = 0; b < blocks; ++b, w += kBlockBytes, x += block_inputs(kFormat)) {
-        BlockFields block[kVectors];
-        unrolled<kPanels>([&](auto i) BITNET_INLINE_BODY {
-          __builtin_prefetch(w + i * stream + kPrefetchBytes, 0, 3);
-        });
-        unrolled<kVectors>([&](auto v) BITNET_INLINE_BODY {
-          block[v].start(Isa::load(w + v / kPanelVectors * stream + v % kPanelVectors * 4 * Isa::kLanes));
-        });
-        unrolled<fields(kFormat)>([&](auto i) BITNET_INLINE_BODY {
-          constexpr int s = fields(kFormat) - 1 - i;
-          typename Isa::Bytes taken[kVectors];
-          unrolled<kVectors>([&](auto v) BITNET_INLINE_BODY { taken[v] = block[v].template take<s>(); });
-          unrolled<kRows>([&](auto t) BITNET_INLINE_BODY {
-            const auto x4 = Isa::broadcast(x + t * x_stride + 4 * s);
-            unrolled<kVectors>([&](auto v) BITNET_INLINE_BODY {
-              auto& sum = sums[t][v][s % kSlots];
-              sum = Isa::template dot<kFormat>(sum, taken[v], x4);
-            });
+      unrolled<fields(kFormat)>([&](auto i) BITNET_INLINE_BODY {
+        constexpr int s = fields(kFormat) - 1 - i;
+        typename Isa::Bytes taken[kVectors];
+        unrolled<kVectors>([&](auto v) BITNET_INLINE_BODY { taken[v] = block[v].template take<s>(); });
+        unrolled<kRows>([&](auto t) BITNET_INLINE_BODY {
+          const auto x4 = Isa::broadcast(x + t * x_stride + 4 * s);
+          unrolled<kVectors>([&](auto v) BITNET_INLINE_BODY {
+            auto& sum = sums[t][v][s % kSlots];
+            sum = Isa::template dot<kFormat>(sum, taken[v], x4);
           });
         });
-      }
-      unrolled<kRows * kVectors * kSlots>([&](auto i) BITNET_INLINE_BODY {
-        constexpr int t = i / (kVectors * kSlots), v = i / kSlots % kVectors, slot = i % kSlots;
-        const auto sum = Isa::template finish<kFormat>(sums[t][v][slot]);
-        totals[t][v] = Isa::add(totals[t][v], Isa::template divide<BlockFields::scale(slot)>(sum));
       });
     }
+    unrolled<kRows * kVectors * kSlots>([&](auto i) BITNET_INLINE_BODY {
+      constexpr int t = i / (kVectors * kSlots), v = i / kSlots % kVectors, slot = i % kSlots;
+      const auto sum = Isa::template finish<kFormat>(sums[t][v][slot]);
+      totals[t][v] = Isa::add(totals[t][v], Isa::template divide<BlockFields::scale(slot)>(sum));
+    });
+  }
+}
+
+// kRows rows of x times kPanels panels, panel_step apart and walked in step: as many streams from memory.
+template <typename Isa, Format kFormat, int kRows, int kPanels>
+void multiply_packed(const Problem& p, int64_t row, int64_t panel, int64_t panel_step) {
+  constexpr int kPanelVectors = kPanelRows / Isa::kLanes;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    typename Isa::Sums totals[kRows][kPanels * kPanelVectors];
+    packed_sums<Isa, kFormat, kRows, kPanels>(p.block(panel, g, 0), panel_step * p.panel_bytes(), p.inputs(row, g, 0),
+                                              p.x_stride, p.group_blocks, totals);
     unrolled<kRows * kPanels>([&](auto i) BITNET_INLINE_BODY {
       constexpr int t = i / kPanels, j = i % kPanels;
       add_to_outputs<Isa, kFormat>(p, g, row + t, panel + j * panel_step, true, totals[t] + j * kPanelVectors);
@@ -134,16 +140,13 @@ void unpack(const Problem& p, int64_t panel, int64_t panels, int64_t g, int64_t 
   }
 }
 
-// kRows rows of x times an unpacked tile of the matrix, added to y.
+// Sums of fields: kRows rows of x, which begin at x, times `length` steps of four inputs of an unpacked tile.
 template <typename Isa, Format kFormat, int kRows>
-void multiply_unpacked(const Problem& p, int64_t row, int64_t panel, int64_t panels, int64_t g, int64_t b,
-                       int64_t blocks, const typename Isa::Bytes* unpacked) {
-  constexpr int kPanelVectors = kPanelRows / Isa::kLanes, kVectors = Isa::kTilePanels * kPanelVectors;
-  const int8_t* x = p.inputs(row, g, b);
-  const int64_t x_stride = p.x_stride;
-  typename Isa::Sums totals[kRows][kVectors];
+BITNET_INLINE void unpacked_sums(const typename Isa::Bytes* unpacked, const int8_t* x, int64_t x_stride, int64_t length,
+                                 typename Isa::Sums (*totals)[Isa::kTilePanels * kPanelRows / Isa::kLanes]) {
+  constexpr int kVectors = Isa::kTilePanels * kPanelRows / Isa::kLanes;
   unrolled<kRows * kVectors>([&](auto i) BITNET_INLINE_BODY { totals[i / kVectors][i % kVectors] = Isa::zero(); });
-  for (int64_t left = blocks * fields(kFormat), steps = left; left > 0; left -= steps) {
+  for (int64_t left = length, steps = left; left > 0; left -= steps) {
     if constexpr (Isa::partial_limit(kFormat) > 0) steps = std::min(left, kPartialTerms<Isa, kFormat>);
     typename Isa::Sums sums[kRows][kVectors];
     unrolled<kRows * kVectors>([&](auto i) BITNET_INLINE_BODY { sums[i / kVectors][i % kVectors] = Isa::zero(); });
@@ -162,6 +165,15 @@ void multiply_unpacked(const Problem& p, int64_t row, int64_t panel, int64_t pan
       total = Isa::add(total, Isa::template finish<kFormat>(sums[i / kVectors][i % kVectors]));
     });
   }
+}
+
+// kRows rows of x times an unpacked tile of the matrix, added to y.
+template <typename Isa, Format kFormat, int kRows>
+void multiply_unpacked(const Problem& p, int64_t row, int64_t panel, int64_t panels, int64_t g, int64_t b,
+                       int64_t blocks, const typename Isa::Bytes* unpacked) {
+  constexpr int kPanelVectors = kPanelRows / Isa::kLanes;
+  typename Isa::Sums totals[kRows][Isa::kTilePanels * kPanelVectors];
+  unpacked_sums<Isa, kFormat, kRows>(unpacked, p.inputs(row, g, b), p.x_stride, blocks * fields(kFormat), totals);
   for (int64_t i = 0; i < panels; ++i) {
     unrolled<kRows>([&](auto t) BITNET_INLINE_BODY {
       add_to_outputs<Isa, kFormat>(p, g, row + t, panel + i, b == 0, totals[t] + i * kPanelVectors);
@@ -228,6 +240,7 @@ void matmul(const Problem& p, int64_t begin, int64_t end) {
     case Format::kTernary5: return matmul_format<Isa, Format::kTernary5>(p, begin, end);
     case Format::kInt4: return matmul_format<Isa, Format::kInt4>(p, begin, end);
     case Format::kInt8: return matmul_format<Isa, Format::kInt8>(p, begin, end);
+    case Format::kUint4: return matmul_format<Isa, Format::kUint4>(p, begin, end);
   }
 }
 

@@ -14,8 +14,9 @@ namespace {
 struct NeonDot {
   using Bytes = uint8x16_t;
   using Sums = int32x4_t;
+  using Floats = float32x4_t;
   static constexpr int kLanes = 4;
-  // With two slots a binary field stands at 1 or 2, a ternary one at up to 8; 15 is the highest of int4.
+  // With two slots a binary field stands at 1 or 2, a ternary one at up to 8; 15 is the highest of four bits.
   static constexpr int slots(Format format, int rows) {
     return rows == 1 && (format == Format::kBinary || format == Format::kTernary2) ? 2 : 1;
   }
@@ -67,6 +68,12 @@ struct NeonDot {
   }
   static BITNET_INLINE Sums load_sums(const int32_t* source) { return vld1q_s32(source); }
   static BITNET_INLINE void store(int32_t* target, Sums sums) { vst1q_s32(target, sums); }
+  static BITNET_INLINE Floats to_floats(Sums sums) { return vcvtq_f32_s32(sums); }
+  static BITNET_INLINE Floats load_floats(const float* source) { return vld1q_f32(source); }
+  static BITNET_INLINE Floats splat_float(float value) { return vdupq_n_f32(value); }
+  static BITNET_INLINE Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
+  static BITNET_INLINE Floats add_floats(Floats a, Floats b) { return vaddq_f32(a, b); }
+  static BITNET_INLINE void store_floats(float* target, Floats values) { vst1q_f32(target, values); }
 };
 
 }  // namespace

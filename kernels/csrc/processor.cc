@@ -49,10 +49,11 @@ Processor detect_processor() {
   uint32_t eax, ebx, ecx, edx, vendor;
   if (!__get_cpuid(0, &eax, &vendor, &ecx, &edx) || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return cpu;
   const uint32_t saved = saved_states(ecx);
-  const bool fma = has(ecx, 1u << 12);
+  const bool fma = has(ecx, 1u << 12), f16c = has(ecx, 1u << 29);
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return cpu;
   cpu.avx2 = has(saved, 0x06) && has(ebx, 1u << 5);
   cpu.fma = cpu.avx2 && fma;
+  cpu.f16c = cpu.avx2 && f16c;
   const bool avx512 = has(saved, 0xe6) && has(ebx, 1u << 16 | 1u << 30 | 1u << 31);  // F, BW, VL
   cpu.avx512vnni = avx512 && has(ecx, 1u << 11);
   cpu.avx512vbmi = cpu.avx512vnni && has(ecx, 1u << 1);

@@ -10,6 +10,7 @@ struct Processor {
   // x86-64
   bool avx2 = false;
   bool fma = false;              // besides AVX2
+  bool f16c = false;             // besides AVX2
   bool avxvnni = false;          // besides AVX2
   bool avx512vnni = false;       // with AVX-512 F, BW and VL
   bool avx512vbmi = false;       // besides avx512vnni

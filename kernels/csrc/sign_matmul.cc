@@ -117,11 +117,11 @@ POPCNT void count_popcnt(const uint8_t* w, const uint32_t* const* x, int64_t blo
 }  // namespace
 
 extern const MatmulKernels kScalarSign;
-const MatmulKernels kScalarSign = {matmul<count_scalar<1>, count_scalar<kMaxRows>>, nullptr, nullptr};
+const MatmulKernels kScalarSign = {matmul<count_scalar<1>, count_scalar<kMaxRows>>, nullptr, nullptr, nullptr};
 #if defined(__x86_64__)
 extern const MatmulKernels kAvx2Sign, kAvx512Sign;
-const MatmulKernels kAvx2Sign = {matmul<count_avx2<1>, count_avx2<kMaxRows>>, nullptr, nullptr};
-const MatmulKernels kAvx512Sign = {matmul<count_popcnt<1>, count_popcnt<kMaxRows>>, nullptr, nullptr};
+const MatmulKernels kAvx2Sign = {matmul<count_avx2<1>, count_avx2<kMaxRows>>, nullptr, nullptr, nullptr};
+const MatmulKernels kAvx512Sign = {matmul<count_popcnt<1>, count_popcnt<kMaxRows>>, nullptr, nullptr, nullptr};
 #endif
 
 void pack_signs(const int8_t* x, int64_t count, uint32_t* words) {

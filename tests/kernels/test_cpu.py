@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from bitnet_kernels import FORMATS, PackedArray, cpu, matmul, pack, packed_matmul, reference
+from bitnet_kernels.packed import SCALE_DTYPES
 
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 ISAS = cpu.available_isas()
@@ -59,6 +60,11 @@ quantize, rescale, rounded = (
 )
 
 
+def x_sums(q: jax.Array, w: PackedArray) -> np.ndarray:
+    """[G, m]: the sums of int8 codes [m, k] over each scale group of w."""
+    return np.asarray(q).reshape(len(q), w.groups, -1).sum(axis=-1, dtype=np.int32).T
+
+
 def defined(xs: list[jax.Array], ws: list[PackedArray], codes: list[np.ndarray]) -> list[list[np.ndarray]]:
     """[[x times w for w in ws] for x in xs] by the definition, from exact sums; xs of a dtype at once."""
     rows: dict[str, list[np.ndarray]] = {}
@@ -66,7 +72,7 @@ def defined(xs: list[jax.Array], ws: list[PackedArray], codes: list[np.ndarray])
         x = jnp.concatenate([x for x in xs if x.dtype.name == dtype])
         q, scale = (x, None) if dtype == "int8" else quantize(x)
         products = [
-            rescale(exact(np.asarray(q), c, w.groups).astype(np.int32), w.scale)
+            rescale(exact(np.asarray(q), c, w.groups).astype(np.int32), w.scale, w.minimum, x_sums(q, w))
             for w, c in zip(ws, codes, strict=True)
         ]
         rows[dtype] = [np.asarray(y if scale is None else rounded(y, scale)) for y in products]
@@ -96,14 +102,23 @@ def test_every_instruction_set_is_exact(make_packed, format: str, n: int, k: int
 @pytest.mark.optimized
 @built
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("n", "k", "groups"), [(37, 100, 1), (100, 640, 20), (65, 1024, 32)])
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize(
+    (
+        "n",
+        "k",
+        "groups",
+    ),  # one group; groups of 32, 64 and 128; more inputs than a tile; more inputs in a group
+    [(37, 100, 1), (100, 640, 20), (65, 1024, 32), (33, 576, 9), (47, 384, 3), (50, 2592, 81), (20, 4224, 2)],
+)
 def test_the_fused_rescale_is_bit_identical_to_the_definition(
-    make_packed, format: str, n: int, k: int, groups: int
+    make_packed, format: str, n: int, k: int, groups: int, scale_dtype: str
 ) -> None:
-    codes, w = make_packed(format, n, k, groups)
-    ws = [w, dataclasses.replace(w, scale=w.scale[:1])] if groups == 1 else [w]
+    codes, w = make_packed(format, n, k, groups, scale_dtype=scale_dtype)
+    one = dataclasses.replace(w, scale=w.scale[:1], minimum=None if w.minimum is None else w.minimum[:1])
+    ws = [w, one] if groups == 1 else [w]
     random, xs = np.random.default_rng(1), []
-    for m in (1, 5, 50):  # 50 rows of 32 groups exceed one scratch tile
+    for m in (1, 2, 3, 7, 50):  # 50 rows of 32 groups exceed one scratch tile
         xs.append(jnp.asarray(random.integers(-128, 128, (m, k), np.int8)))
         xs.append(jnp.asarray(random.normal(size=(m, k)), jnp.float32))
     expected = defined(xs, ws, [codes] * len(ws))
@@ -142,6 +157,20 @@ def test_matrices_of_different_formats_run_in_one_call(make_packed) -> None:
 
 
 @pytest.mark.optimized
+@pytest.mark.optimized
+@built
+def test_every_float16_scale_is_the_same_float32() -> None:
+    """Subnormal numbers, which XLA's threads would flush if they were float32, infinity and NaN included."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)[:, None]
+    sound = pack(np.ones((2**16, 4), np.int8), np.ones_like(halves), "int4")
+    w = dataclasses.replace(sound, scale=jnp.asarray(halves))
+    x = jnp.asarray([[1, 0, 0, 0]], jnp.int8)
+    for isa, ((y,),) in on_every_isa(cpu.scaled_matmuls, [x], [w]).items():
+        np.testing.assert_array_equal(np.asarray(y)[0], halves[:, 0].astype(np.float32), err_msg=isa)
+    y = reference.scaled_matmuls(x, [w])[0]
+    np.testing.assert_array_equal(np.asarray(y)[0], halves[:, 0].astype(np.float32))
+
+
 @built
 def test_activations_are_quantized_like_the_definition(make_packed) -> None:
     _, w = make_packed("int8", 16, 96)
@@ -164,7 +193,8 @@ def test_the_largest_sums_do_not_overflow(format: str, k: int) -> None:
     values, k = FORMATS[format].values, k or FORMATS[format].max_inputs
     extremes = [max(values), min(values)]
     codes = np.repeat(np.array(extremes, np.int8)[:, None], k, axis=1)
-    w = pack(codes, np.ones((1, 1), np.float32), format)
+    one = np.ones((1, 1), np.float32)
+    w = pack(codes, one, format, minimum=one if FORMATS[format].has_minimum else None)
     inputs = [(value, m) for value in (-128, 127) for m in (1, 5, 12)]
     xs = [jnp.asarray(np.full((m, k), value, np.int8)) for value, m in inputs]
     for isa, sums in on_every_isa(cpu.integer_matmul, xs, w).items():
@@ -195,7 +225,7 @@ def test_no_rows_give_no_rows(make_packed, product, groups: int) -> None:
     ("x", "codes", "sums", "attributes", "message"),
     [
         ((2, 32), (1, 1, 64), (1, 2, 16), {"isa": "mmx"}, "isa=mmx is not available; expected one of scalar"),
-        ((2, 32), (1, 1, 64), (1, 2, 16), {"format": np.int64(9)}, "format=9; expected a number below 5"),
+        ((2, 32), (1, 1, 64), (1, 2, 16), {"format": np.int64(9)}, "format=9; expected a number below 6"),
         ((2, 32), (1, 1, 64), (1, 3, 16), {}, r"expected y\[groups, 2, n\]; got y\[1, 3, 16\]"),
         (
             (2, 0),
@@ -232,6 +262,7 @@ def test_the_custom_call_rejects_invalid_operands(x, codes, sums, attributes: di
         ((17, 1), (2, 16), r"expected scale\[1, 1\] or scale\[16, groups\]; got scale\[17, 1\]"),
         ((16, 0), (2, 16), "at least one scale group"),
         ((1, 2), (2, 16), r"got scale\[1, 2\]"),
+        ((16,), (2, 16), "expected scales as float32 or float16"),
         ((1, 1), (3, 16), r"expected y\[2, n\]; got y\[3, 16\]"),
         ((1, 1), (2, 17), r"has codes \[2, 2, 64\]; got \[1, 2, 64\]"),
     ],
@@ -248,6 +279,29 @@ def test_the_scaled_custom_call_rejects_invalid_operands(scale, y, message: str)
             activation_bits=np.int64(8),
             isa="scalar",
         )
+
+
+@built
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        (
+            (jnp.ones((16, 1)),),
+            r"expected codes, scale and, for uint4, minimum of each of 1 formats.*got 2 arrays",
+        ),
+        (
+            (jnp.ones((16, 1)), jnp.ones((1, 1))),
+            r"expected minimum\[16, 1\], as the scale; got minimum\[1, 1\]",
+        ),
+        ((jnp.ones((16, 1)), jnp.ones((16, 1), jnp.int32)), "expected scales as float32 or float16"),
+    ],
+)
+def test_the_scaled_custom_call_rejects_an_invalid_minimum(leaves: tuple, message: str) -> None:
+    call = jax.ffi.ffi_call("bitnet_kernels_scaled_matmul", (jax.ShapeDtypeStruct((2, 16), jnp.float32),))
+    operands = jnp.zeros((2, 64), jnp.int8), jnp.zeros((1, 8, 64), jnp.uint8), *leaves
+    uint4 = np.array([list(FORMATS).index("uint4")], np.int64)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        call(*operands, formats=uint4, activation_bits=np.int64(8), isa="scalar")
 
 
 @built

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,11 @@ from bitnet_kernels import FORMATS, dequantize, pack, packed_rows, relayout, unp
 ONE = np.ones((1, 1), np.float32)
 
 
+def minimum_of(format: str) -> np.ndarray | None:
+    """Of a matrix whose scale is ONE."""
+    return ONE if FORMATS[format].has_minimum else None
+
+
 LAYOUTS_OF = [(format, layout) for format, form in FORMATS.items() for layout in form.layouts]
 
 
@@ -21,14 +27,15 @@ LAYOUTS_OF = [(format, layout) for format, form in FORMATS.items() for layout in
 def test_round_trip(names: tuple[str, str], n: int, k: int, seed: int) -> None:
     format, layout = names
     codes = np.random.default_rng(seed).choice(np.array(FORMATS[format].values, np.int8), (n, k))
-    w = pack(codes, ONE, format, layout)
+    w = pack(codes, ONE, format, layout, minimum=minimum_of(format))
     validate(w)  # zero padding included
     np.testing.assert_array_equal(unpack(w), codes)
     assert unpack(w).dtype == np.int8
     for other in FORMATS[format].layouts:
         moved = relayout(w, other)
         validate(moved)
-        np.testing.assert_array_equal(moved.codes, pack(codes, ONE, format, other).codes)
+        again = pack(codes, ONE, format, other, minimum=minimum_of(format))
+        np.testing.assert_array_equal(moved.codes, again.codes)
 
 
 def test_ternary_bytes_match_the_layout_page() -> None:
@@ -71,11 +78,13 @@ def test_ternary5_bytes_match_the_layout_page() -> None:
     assert np.count_nonzero(packed) == 5
 
 
-def test_int4_and_int8_bytes_match_the_layout_page() -> None:
+def test_int4_uint4_and_int8_bytes_match_the_layout_page() -> None:
     codes = np.full((1, 9), -8, np.int8)
     codes[0, [0, 5, 8]] = [7, -7, 3]  # fields 0 and 1 of bytes 0 and 1; the second block
     packed = np.asarray(pack(codes, ONE, "int4").codes)
     assert packed.shape == (1, 2, 64)
+    assert packed[0, :, :4].tolist() == [[15, 1 << 4, 0, 0], [11, 0, 0, 0]]
+    packed = np.asarray(pack((codes + 8).astype(np.int8), ONE, "uint4", minimum=ONE).codes)
     assert packed[0, :, :4].tolist() == [[15, 1 << 4, 0, 0], [11, 0, 0, 0]]
     packed = np.asarray(pack(np.array([[-128, 0, 127, -1, 5]], np.int8), ONE, "int8").codes)
     assert packed[0, :, :4].tolist() == [[0, 128, 255, 127], [133, 0, 0, 0]]
@@ -84,7 +93,9 @@ def test_int4_and_int8_bytes_match_the_layout_page() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_packing_under_jit_and_vmap(make_packed, format: str) -> None:
     codes = np.stack([make_packed(format, 20, 50, seed=seed)[0] for seed in range(3)])
-    stacked = jax.jit(jax.vmap(lambda c: pack(c, jax.numpy.ones((1, 1)), format)))(codes)
+    stacked = jax.jit(jax.vmap(lambda c: pack(c, jnp.ones((1, 1)), format, minimum=minimum_of(format))))(
+        codes
+    )
     np.testing.assert_array_equal(jax.vmap(unpack)(stacked), codes)
 
 
@@ -150,7 +161,8 @@ def test_errors_name_the_invalid_input(codes, scale, format: str, layout: str, m
 def test_rows_of_a_packed_matrix(format: str, layout: str, groups: int) -> None:
     rng = np.random.default_rng(0)
     codes = rng.choice(np.array(FORMATS[format].values, np.int8), (37, 96))
-    w = pack(codes, rng.uniform(0.1, 2, (37, groups)).astype(np.float32), format, layout)
+    scale, minimum = rng.uniform(0.1, 2, (2, 37, groups)).astype(np.float32)
+    w = pack(codes, scale, format, layout, minimum=minimum if format == "uint4" else None)
     indices = np.array([[0, 36, 5], [16, 15, 36]])
     rows = jax.jit(packed_rows)(w, indices)
     np.testing.assert_array_equal(rows, np.asarray(dequantize(w))[indices])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_kernels import FORMATS, PackedArray, dequantize, pack, validate
+from bitnet_kernels import FORMATS, PackedArray, dequantize, pack, packed_matmul, validate
 
 
 def with_byte(w: PackedArray, index: tuple[int, int, int], value: int) -> PackedArray:
@@ -22,7 +22,7 @@ def test_a_packed_matrix_is_valid(make_packed, format: str, n: int, k: int, grou
     _, w = make_packed(format, n, k, groups)
     validate(w)
     assert (w.groups, w.group_size) == (groups, k // groups)
-    assert w.nbytes == w.codes.nbytes + w.scale.nbytes
+    assert w.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(w))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_packed_matrix_is_valid(make_packed, format: str, n: int, k: int, grou
         ({"shape": (49, 100), "scale": jnp.ones((1, 1))}, r"uint8\[3, 7, 64\]; expected uint8\[4, 7, 64\]"),
         ({"shape": (37, 113)}, r"uint8\[3, 7, 64\]; expected uint8\[3, 8, 64\]"),
         ({"codes": jnp.zeros((3, 7, 64), jnp.int8)}, r"int8\[3, 7, 64\]; expected uint8"),
-        ({"scale": jnp.ones((1, 1), jnp.int32)}, "scale is int32; expected float32"),
+        ({"scale": jnp.ones((1, 1), jnp.int32)}, "scale is int32; expected float32 or float16"),
         ({"scale": jnp.ones((1,), jnp.float32)}, r"scale has shape \(1,\)"),
         (
             {"scale": jnp.ones((36, 1), jnp.float32)},
@@ -53,6 +53,39 @@ def test_errors_name_each_violated_invariant(make_packed, change: dict, message:
     _, w = make_packed("ternary2", 37, 100)
     with pytest.raises(ValueError, match=message):
         validate(dataclasses.replace(w, **change))
+
+
+def test_scales_may_be_float16(make_packed) -> None:
+    _, w = make_packed("int4", 37, 64, 2, scale_dtype="float16")
+    validate(w)
+    assert w.nbytes == w.codes.nbytes + 2 * 37 * 2
+    exact = dataclasses.replace(w, scale=w.scale.astype(jnp.float32))
+    np.testing.assert_array_equal(dequantize(w), dequantize(exact))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
+    for bits in (8, None):
+        y = packed_matmul(x, w, activation_bits=bits)
+        np.testing.assert_array_equal(y, packed_matmul(x, exact, activation_bits=bits))
+
+
+@pytest.mark.parametrize(
+    ("format", "minimum", "message"),
+    [
+        ("int4", jnp.ones((37, 2)), "got a minimum for int4; expected none: only uint4 has one"),
+        ("uint4", None, r"got no minimum for uint4; expected float32\[37, 2\]"),
+        ("uint4", jnp.ones((37, 1)), r"minimum is float32\[37, 1\]; expected float32\[37, 2\], as the scale"),
+        ("uint4", jnp.ones((37, 2), jnp.float16), r"minimum is float16\[37, 2\]; expected float32\[37, 2\]"),
+        ("uint4", jnp.full((37, 2), jnp.inf), "minimum holds NaN or infinity"),
+    ],
+)
+def test_a_minimum_belongs_to_uint4_and_is_like_the_scale(
+    make_packed, format: str, minimum, message: str
+) -> None:
+    codes, w = make_packed(format, 37, 64, 2)
+    with pytest.raises(ValueError, match=message):
+        validate(dataclasses.replace(w, minimum=minimum))
+    if minimum is None or np.isfinite(np.asarray(minimum)).all():
+        with pytest.raises(ValueError, match=message):
+            pack(codes, w.scale, format, minimum=minimum)
 
 
 def test_groups_of_half_a_binary_block_are_rejected(make_packed) -> None:
@@ -97,7 +130,9 @@ def test_the_padding_check_starts_at_the_end_of_a_group(format: str, groups: int
                 continue  # the group fills its blocks
             codes = np.zeros((1, groups * blocks, 64), np.uint8)
             codes[0, blocks - 1, c % 4] = form.base ** (c % form.block_k // 4)
-            w = PackedArray(codes, np.ones((16, groups), np.float32), format, "panel16", (16, groups * k))
+            scale = np.ones((16, groups), np.float32)
+            minimum = scale if form.has_minimum else None
+            w = PackedArray(codes, scale, format, "panel16", (16, groups * k), minimum)
             if c < k:
                 validate(w)
             else:
@@ -116,6 +151,14 @@ def test_contents_of_traced_arrays_are_not_checked(make_packed) -> None:
         return w.scale
 
     inside(bad)
+
+
+def test_the_minimum_is_a_third_leaf(make_packed) -> None:
+    codes, w = make_packed("uint4", 16, 64, 2)
+    assert [leaf.shape for leaf in jax.tree.leaves(w)] == [w.codes.shape, (16, 2), (16, 2)]
+    assert "minimum" in jax.tree_util.keystr(jax.tree_util.tree_flatten_with_path(w)[0][2][0])
+    each = [np.repeat(np.asarray(leaf), 32, axis=1) for leaf in (w.scale, w.minimum)]
+    np.testing.assert_array_equal(dequantize(w), codes * each[0] + each[1])
 
 
 def test_it_is_a_pytree_with_two_leaves(make_packed) -> None:

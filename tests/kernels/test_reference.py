@@ -70,3 +70,19 @@ def test_rescale_rounds_every_product_and_sum_in_order(groups: int) -> None:
         expected = expected + sums[g].astype(np.float32) * scale[:, g]
     np.testing.assert_array_equal(reference.rescale(jnp.asarray(sums), jnp.asarray(scale)), expected)
     np.testing.assert_array_equal(jax.jit(reference.rescale)(sums, scale), expected)  # no fused multiply-add
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rescale_adds_the_minimum_times_the_sums_of_x_to_each_group(groups: int, dtype: str) -> None:
+    random = np.random.default_rng(groups)
+    sums = random.integers(-(2**20), 2**20, (groups, 33, 64)).astype(np.int32)
+    x_sums = random.integers(-(2**12), 2**12, (groups, 33)).astype(np.int32)
+    scale, minimum = (random.normal(size=(64, groups)).astype(dtype) for _ in range(2))
+    expected = np.full((33, 64), -0.0, np.float32)
+    for g in range(groups):
+        term = sums[g].astype(np.float32) * scale[:, g].astype(np.float32)
+        term = term + x_sums[g].astype(np.float32)[:, None] * minimum[:, g].astype(np.float32)
+        expected = expected + term
+    np.testing.assert_array_equal(reference.rescale(sums, scale, minimum, x_sums), expected)
+    np.testing.assert_array_equal(jax.jit(reference.rescale)(sums, scale, minimum, x_sums), expected)

@@ -85,7 +85,11 @@ def test_packed_products(shape: tuple[int, int], groups: int, monkeypatch: pytes
     codes = {name: random.choice(np.array(form.values, np.int8), (n, k)) for name, form in FORMATS.items()}
     for name, c in codes.items():  # sums that are 0, times negative scales
         codes[name] = c if name == "binary" else np.where(np.arange(n)[:, None] < 3, 0, c).astype(np.int8)
-    ws = [pack(c, scale, name) for name, c in codes.items()]
+    minimum = normal(n, groups, seed=4)
+    ws = [
+        pack(c, scale, name, minimum=minimum if FORMATS[name].has_minimum else None)
+        for name, c in codes.items()
+    ]
     for value in SPECIAL:
         x, touched = with_special(normal(m, k), value)
         results = run_all(

@@ -81,8 +81,10 @@ def test_gradients_equal_those_of_fake_quantization(name: str) -> None:
     dw, dx = jax.grad(loss, argnums=(0, 1))(params["weight"], X)
     xq = recipe(name).quantize_activation(X).dequantize()
     wq = recipe(name).quantize_weight(params["weight"]).dequantize()
-    # identity through both quantizers (papers: dL/dW = g^T x_q, dL/dx = g W_q), up to the order of float32 sums
-    np.testing.assert_allclose(dw, jnp.einsum("btn,btk->nk", g, xq), rtol=1e-4, atol=1e-4)
+    # identity through both quantizers (papers: dL/dW = g^T x_q, dL/dx = g W_q), up to the order of float32 sums, and
+    # to the rounding of scales to float16, which the slope of the codes does not know
+    rtol = 2.0**-11 if recipe(name).scale_dtype == "float16" else 1e-4
+    np.testing.assert_allclose(dw, jnp.einsum("btn,btk->nk", g, xq), rtol=rtol, atol=1e-4)
     np.testing.assert_allclose(dx, jnp.einsum("btn,nk->btk", g, wq), rtol=1e-4, atol=1e-4)
 
 

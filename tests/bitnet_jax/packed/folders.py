@@ -17,8 +17,8 @@ CONFIG = ModelConfig(
     vocab_size=300, hidden_size=24, num_layers=1, num_heads=2, ffn_size=40, max_length=32,
     embedding_dtype="bfloat16",
     precision=(
-        ("*/q_proj", "paretoq_1.58"), ("*/k_proj", "bit"), ("*/mlp/*", "bitnet"), ("*/o_proj", "float32"),
-        ("*", "bitnet_b158"),
+        ("*/q_proj", "paretoq_1.58"), ("*/k_proj", "bit"), ("*/gate_proj", "uint4_group32(granularity=tensor)"),
+        ("*/mlp/*", "bitnet"), ("*/o_proj", "float32"), ("*", "bitnet_b158"),
     ),
 )  # fmt: skip
 TOKENIZER = CharTokenizer("abcdefé\n", separator="\n")

@@ -289,9 +289,17 @@ def test_small_files_are_always_verified_however_large_the_model(
             load_packed(copy, verify=verify)
 
 
-def test_non_finite_scales_are_rejected_even_unverified_and_with_valid_checksums(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("up_proj/weight/scale", np.float32), ("gate_proj/weight/scale", np.float16),
+     ("gate_proj/weight/minimum", np.float16)],
+)  # fmt: skip
+def test_non_finite_scales_are_rejected_even_unverified_and_with_valid_checksums(
+    copy: Path, name: str, dtype: Any
+) -> None:
     folder = take_apart(copy)
-    np.frombuffer(folder.tensor("packed/layers_0/mlp/up_proj/weight/scale"), np.float32)[0] = np.nan
+    np.frombuffer(folder.tensor(f"packed/layers_0/mlp/{name}"), dtype)[0] = np.nan
     folder.write(copy)
-    with pytest.raises(StorageError, match="up_proj/weight: scale contains NaN"):
+    path, _, leaf = name.rpartition("/")
+    with pytest.raises(StorageError, match=f"{path}: {leaf} contains NaN"):
         load_packed(copy, verify=False)

@@ -29,7 +29,7 @@ def init(config: ModelConfig) -> dict[str, Any]:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("embedding", ["int8", "int4"])
+@pytest.mark.parametrize("embedding", ["int8", "int4", "uint4"])
 def test_packed_and_latent_integers_are_bit_identical(embedding: str) -> None:
     config = ModelConfig(**SHAPE, embedding_dtype=embedding)
     module, params = Embedding.of(config, config.vocab_size, "embed"), init(config)

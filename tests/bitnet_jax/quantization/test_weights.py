@@ -18,7 +18,9 @@ TERNARY = ("ternary_absmean", "ternary_absmedian", "ternary_twn", "seq_ternary")
 LEVELS = {name: {-1, 1} for name in BINARY} | {name: {-1, 0, 1} for name in TERNARY}
 LEVELS["zero_one"] = {0, 1}
 LEVELS |= {"int2": {-3, -1, 1, 3}, "seq_int2": {-3, -1, 1, 3}}
+LEVELS["uint4"] = set(range(16))
 LEVELS |= {f"int{bits}": set(range(-(2 ** (bits - 1)), 2 ** (bits - 1))) for bits in (3, 4, 8)}
+LEARNED = [name for name, record in WEIGHT_QUANTIZERS.items() if "scale" in record.uses]
 WINDOWED = ("binary_raw", "binary_stochastic", "bwn")  # their STE window applies to the raw latents
 
 RANDOM = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
@@ -85,7 +87,15 @@ def expected(name: str, w: np.ndarray, granularity) -> tuple[np.ndarray, np.ndar
             high = 2 ** (int(name[3]) - 1) - 1
             scale = over(np.abs(w), granularity, np.max) / high
             return np.clip(np.round(w / scale), -high - 1, high), scale
+        case "uint4":
+            low = over(w, granularity, np.min)
+            scale = (over(w, granularity, np.max) - low) / 15
+            return np.clip(np.trunc((w - low) / scale + 0.5), 0, 15), scale
     raise AssertionError(name)
+
+
+def minimum_of(name: str, w: np.ndarray, granularity) -> np.ndarray:
+    return over(w, granularity, np.min) if name == "uint4" else np.zeros(w.shape)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
@@ -95,7 +105,8 @@ def test_forward_formula(name: str, granularity) -> None:
     got = WEIGHT_QUANTIZERS[name](jnp.asarray(RANDOM), told(name, granularity))
     np.testing.assert_array_equal(got.codes, codes)
     # A mean over 96 float32 values and a few products: a few ulp.
-    np.testing.assert_allclose(got.dequantize(), codes * scale, rtol=1e-6)
+    values = codes * scale + minimum_of(name, RANDOM, granularity)
+    np.testing.assert_allclose(got.dequantize(), values, rtol=1e-6, atol=1e-6 if name == "uint4" else 0)
     assert set(np.unique(got.codes)) <= LEVELS[name]
     unscaled = name in ("binary_raw", "binary_stochastic")
     shape = {"tensor": (1, 1), "channel": (6, 1), 4: (6, 4)}[granularity]
@@ -118,6 +129,8 @@ def test_backward_formula(name: str, granularity, ste: str) -> None:
     if name in ("int3", "int4", "int8"):
         high = 2 ** (int(name[3]) - 1) - 1 + 1e-5  # the largest weight is an end point, up to rounding
         low = -high - 1
+    if name == "uint4":
+        z, low, high = (w - minimum_of(name, RANDOM, granularity)) / scale, 0, 15.5
     window = (z >= low) & (z <= high) if ste == "clipped" else np.ones_like(z)
     if name in WINDOWED:
         window = scale * (np.abs(w) <= 1) if ste == "clipped" else scale * np.ones_like(z)
@@ -151,11 +164,11 @@ def test_constant_matrices(name: str, value: float) -> None:
     """No division by zero; zeros and subnormals quantize to values of the order of the floor."""
     w = np.full(RANDOM.shape, value, np.float32)  # one shape for all: compiled once
     q = WEIGHT_QUANTIZERS[name](jnp.asarray(w), told(name, "channel"))
-    codes, scale = np.asarray(q.codes), np.asarray(q.scale)
+    codes, scale, values = np.asarray(q.codes), np.asarray(q.scale), np.asarray(q.dequantize())
     assert set(np.unique(codes)) <= LEVELS[name]
     assert len(np.unique(codes)) == 1
     assert np.isfinite(scale).all()
-    assert (scale > 0).all()
+    assert (scale > 0).all() or name == "uint4"  # whose minimum is the value
     grad = pull(WEIGHT_QUANTIZERS[name], w, np.ones_like(w), told(name, "channel"))
     assert np.isfinite(grad).all()
     if value and abs(value) < 1 and abs(value) > 1e-30 and name not in ("seq_ternary", "seq_int2", "int2"):
@@ -163,10 +176,10 @@ def test_constant_matrices(name: str, value: float) -> None:
             -1 if name == "binary_centred" else 1
         )  # all weights equal their mean: sign(0) is -1 here
         size = 1 if name in ("binary_raw", "binary_stochastic") else abs(value)
-        np.testing.assert_allclose(codes * scale, expected_value * size * np.ones_like(w), rtol=1e-6)
+        np.testing.assert_allclose(values, expected_value * size * np.ones_like(w), rtol=1e-6)
     if abs(value) < 1e-30:
         unscaled = name in ("binary_raw", "binary_stochastic")
-        assert np.abs(codes * scale).max() <= (1 if unscaled else 1.1e-5)
+        assert np.abs(values).max() <= (1 if unscaled else 1.1e-5)
         if name in TERNARY + ("int3", "int4", "int8"):
             assert not codes.any()
 
@@ -193,6 +206,8 @@ def test_infinity_affects_only_its_row(name: str, infinity: float) -> None:
         assert value[2, 5] == np.sign(infinity) * np.abs(value[2]).max()
     else:
         assert not np.isfinite(value[2]).any()
+    if name not in LEARNED:
+        return
     learned = WEIGHT_QUANTIZERS[name](jnp.asarray(w), told(name, "channel", scale=jnp.full((6, 1), 0.7)))
     if name != "binary_centred" and name != "ternary_twn":  # these two still measure a mean
         assert np.isfinite(learned.dequantize()).all()
@@ -204,8 +219,9 @@ def test_infinity_affects_only_its_row(name: str, infinity: float) -> None:
 # --- transformations and dtypes
 
 
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
+@pytest.mark.parametrize(
+    ("name", "learned"), [*((name, False) for name in WEIGHT_QUANTIZERS), *((name, True) for name in LEARNED)]
+)
 def test_bit_identical_under_jit_vmap_and_for_bfloat16_input(name: str, learned: bool) -> None:
     """Packing and training quantize in different programs, which must not affect codes or scales."""
     stack = np.random.default_rng(9).standard_normal((2, 6, 100)).astype(np.float32) * 0.02
@@ -226,3 +242,5 @@ def test_bit_identical_under_jit_vmap_and_for_bfloat16_input(name: str, learned:
         np.testing.assert_array_equal(one.codes, in_training.codes[index])
         np.testing.assert_array_equal(one.scale, from_float32.scale)
         np.testing.assert_array_equal(one.scale, in_training.scale[index])
+        if one.minimum is not None:
+            np.testing.assert_array_equal(one.minimum, in_training.minimum[index])
