@@ -57,9 +57,7 @@ class Format(NamedTuple):
     recognizes: Callable[[Path], bool]
     read: Callable[..., LoadedModel[Any]]  # (path, **options)
     options: tuple[str, ...] = ()  # of `read`
-    writers: Mapping[
-        str, Callable[[Path, LoadedModel[Any], bool], None]
-    ] = {}  # by target; (path, model, overwrite)
+    writers: Mapping[str, Callable[..., None]] = {}  # by target; (path, model, overwrite, **options)
 
 
 def load_model(
@@ -105,13 +103,19 @@ def text_model(model: LoadedModel[Architecture]) -> LoadedModel[ModelConfig]:
 
 
 def save_model(
-    target: str | Path, model: LoadedModel[Any], to: str = "packed", *, overwrite: bool = False
+    target: str | Path,
+    model: LoadedModel[Any],
+    to: str = "packed",
+    *,
+    embedding_type: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a model in another format; the target is complete or absent.
 
     Args:
       target: new folder or file.
       to: "packed", "huggingface", "huggingface-packed", "gguf:Q8_0", ...: a writer in FORMATS.
+      embedding_type: for GGUF, the type of the embedding and of an untied head; None: the smallest exact one.
       overwrite: replace an existing model of this format.
 
     Raises:
@@ -120,7 +124,14 @@ def save_model(
     """
     writers = {name: write for format in FORMATS.values() for name, write in format.writers.items()}
     check_name("format", to, writers)
-    writers[to](Path(target), model, overwrite)
+    options = {}
+    if embedding_type is not None:
+        if to not in FORMATS["gguf"].writers:
+            raise ValueError(f"got an embedding type {embedding_type} for {to}, expected one for gguf only")
+        names = [name for name in gguf_types.WRITABLE if name not in gguf_types.TERNARY]
+        check_name("embedding type", embedding_type, names)
+        options["embedding"] = embedding_type
+    writers[to](Path(target), model, overwrite, **options)
 
 
 def quantizes_layers(config: ModelConfig) -> bool:
@@ -274,14 +285,29 @@ def _read_gguf(path: Path, i2s_layout: str = "128x32") -> LoadedModel[Any]:
     return LoadedModel("gguf", config, packing.for_this_platform(variables), tokenizer, None, conversation)
 
 
-def _write_gguf(path: Path, model: LoadedModel[Any], overwrite: bool, *, type: str | None = None) -> None:
+def _write_gguf(
+    path: Path,
+    model: LoadedModel[Any],
+    overwrite: bool,
+    *,
+    type: str | None = None,
+    embedding: str | None = None,
+) -> None:
     config = text_config(model.config)
     metadata = {}
     if model.tokenizer is not None:
         metadata = gguf_tokenizer_export.metadata_of(
             model.tokenizer.to_json(), model.conversation, vocab_size=config.vocab_size
         )
-    gguf_export.write(path, config, model.variables, type=type, metadata=metadata, overwrite=overwrite)
+    gguf_export.write(
+        path,
+        config,
+        model.variables,
+        type=type,
+        embedding=embedding,
+        metadata=metadata,
+        overwrite=overwrite,
+    )
 
 
 FORMATS: dict[str, Format] = {

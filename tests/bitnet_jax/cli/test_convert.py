@@ -16,6 +16,7 @@ from bitnet_jax.cli import main as cli
 from bitnet_jax.data.bpe import train_bpe
 from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.text import Document
+from bitnet_jax.interop import gguf_file
 from bitnet_jax.interop.differences import differences
 from bitnet_jax.interop.gguf_ternary import I2S_LAYOUTS
 from bitnet_jax.model_folders import LoadedModel, load_model, load_text_model, save_model
@@ -141,6 +142,11 @@ def test_differences_count_codes_and_scales(models: Path) -> None:
         (["{models}/float", "{new}", "--to", "gguff"], "did you mean 'gguf'"),
         (["{models}/float", "{new}", "--to", "gguf:i2_s"], "is for ternary matrices; the model has none"),
         (["{models}/float", "{new}", "--to", "huggingface-packed"], "float"),
+        (
+            ["{models}/float", "{new}", "--to", "packed", "--embedding-type", "Q8_0"],
+            "expected one for gguf only",
+        ),
+        (["{models}/float", "{new}", "--to", "gguf", "--embedding-type", "Q8_1"], "did you mean 'Q8_0'"),
         (
             ["{models}/ternary", "{new}", "--recipe", "int8"],
             "quantized huggingface model, expected a float model",
@@ -281,6 +287,18 @@ def test_overwrite_replaces_a_model_of_the_format(
     for _ in range(2):
         figures = convert(capsys, models / "float", tmp_path / "target", "--to", to, "--overwrite")
         assert figures["lossless"]
+
+
+@pytest.mark.extended
+def test_the_embedding_of_a_gguf_file_has_the_type_that_is_asked_for(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--to", "gguf:F32", "--embedding-type", "Q8_0"]
+    figures = convert(capsys, models / "float", tmp_path / "a.gguf", *words)
+    assert set(figures["changed"]) == {"embed/embedding", "lm_head/weight"}
+    types = {name: tensor.type.name for name, tensor in gguf_file.read(tmp_path / "a.gguf").tensors.items()}
+    assert [types.pop(name) for name in ("token_embd.weight", "output.weight")] == ["Q8_0", "Q8_0"]
+    assert set(types.values()) == {"F32"}
 
 
 @pytest.mark.extended
