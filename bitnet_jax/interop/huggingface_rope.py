@@ -74,16 +74,16 @@ def _scaling(key: str, parameters: dict[str, Any], max_length: int) -> RopeScali
         del given["partial_rotary_factor"]
     if kind not in ("default", *KINDS):
         raise ValueError(
-            f"config.json: {key}.rope_type is {shown(kind)}, expected one of default, {', '.join(KINDS)}; other scalings "
-            "of rotary positions are not supported"
+            f"config.json: {key}.rope_type is {shown(kind)}, expected one of default, {', '.join(KINDS)}; other "
+            "scalings of rotary positions are not supported"
         )
     mscales = [given.pop(name, None) for name in ("mscale", "mscale_all_dim")] if kind == "yarn" else []
     known = _OF_KIND.get(kind, ())
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(
-            f"config.json: {key}.{unknown[0]} is {shown(given[unknown[0]])}, which is not supported with rope_type {shown(kind)}"
-            f"; expected only {', '.join(('rope_type', 'rope_theta', *known))}"
+            f"config.json: {key}.{unknown[0]} is {shown(given[unknown[0]])}, which is not supported with rope_type "
+            f"{shown(kind)}; expected only {', '.join(('rope_type', 'rope_theta', *known))}"
         )
     if kind == "default":
         return None
