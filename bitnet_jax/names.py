@@ -31,7 +31,7 @@ def check_name(what: str, got: Any, allowed: Iterable[str], also: str = "") -> N
         listed = (
             f"{len(allowed)} names" if hint and len(allowed) > MOST_LISTED else ", ".join(allowed) or "none"
         )
-        raise ValueError(f"{what}: got {got!r}, expected one of {listed}{also}{hint}")
+        raise ValueError(f"{what}: got {repr(got)[:80]}, expected one of {listed}{also}{hint}")
 
 
 def unmatched(wanted: Set[str], found: Set[str]) -> str:

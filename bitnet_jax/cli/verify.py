@@ -5,10 +5,14 @@ difference of each block is shown. With it, the other model (any folder or .gguf
 with `input_ids` [B, T] and `logits` [B, S, V] at the last S positions, such as another program wrote.
 
 Both read the same text (--source, a sample of Python's standard library by default; random tokens for a model without
-a tokenizer). Exits with 1 if no position agrees on the most likely token.
+a tokenizer).
+
+The models agree if the mean KL divergence is at most --max-kl nats a token and, if --max-logit-error is given, no logit
+differs by more. Exit code: 0 if they agree, 1 if not, 2 for invalid input. A lossless conversion has a KL divergence
+below 1e-6, a model rounded to int8 one of about 1e-3.
 
 example:
-  bitnet-jax verify smollm2-int8 --against smollm2 --json verify.json
+  bitnet-jax verify smollm2-int8 --against smollm2 --max-kl 0.01 --json verify.json
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from typing import Any
 
 from bitnet_jax.cli.shared import write_json
 
+LENGTH = 128  # tokens in a row
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, or pypi:PACKAGE")
@@ -29,7 +35,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--source", help="text to compare on: a file or a folder (default: stdlib)")
     command.add_argument("--rows", type=int, default=4, help="rows of text (default %(default)s)")
-    command.add_argument("--length", type=int, default=128, help="tokens in each row (default %(default)s)")
+    command.add_argument(
+        "--length", type=int, help=f"tokens in each row (default {LENGTH}, or the positions of the models)"
+    )
+    command.add_argument(
+        "--max-kl",
+        type=float,
+        default=1e-4,
+        metavar="NATS",
+        help="mean KL divergence a token with which the models agree (default %(default)s)",
+    )
+    command.add_argument(
+        "--max-logit-error",
+        type=float,
+        metavar="X",
+        help="largest difference of a logit with which they agree (default: any)",
+    )
     command.add_argument(
         "--new-tokens",
         type=int,
@@ -43,11 +64,9 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.packed.latent import unpack_model
     from bitnet_jax.tools import agreement
 
-    for name in ("rows", "length", "new_tokens"):
-        least = 0 if name == "new_tokens" else 1
-        if getattr(args, name) < least:
-            option = name.replace("_", "-")
-            raise ValueError(f"got --{option} {getattr(args, name)}, expected at least {least}")
+    for name, least in {"rows": 1, "length": 1, "new_tokens": 0, "max_kl": 0, "max_logit_error": 0}.items():
+        if (value := getattr(args, name)) is not None and not value >= least:  # NaN is not
+            raise ValueError(f"got --{name.replace('_', '-')} {value}, expected at least {least}")
     model = load_text_model(args.model)
     if args.against is not None and args.against.endswith(".npz"):
         rows = agreement.read_logits(Path(args.against))
@@ -61,7 +80,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             raise ValueError(f"got {args.model} without packed weights, expected --against another model")
         longest = min(model.config.max_length, reference.config.max_length)
-        tokens = _tokens(args, model, min(args.length, longest))
+        if args.length is not None and args.length > longest:
+            shorter = args.model if model.config.max_length == longest else args.against
+            raise ValueError(
+                f"got --length {args.length}, expected at most {longest}, the positions of {shorter}"
+            )
+        tokens = _tokens(args, model, args.length or min(LENGTH, longest))
         figures = dataclasses.asdict(agreement.compare(agreement.logits_of(reference, tokens), model))
         figures["layers"] = agreement.compare_layers(reference, model, tokens[0])
         room = longest - tokens.shape[1] // 2
@@ -74,9 +98,19 @@ def run(args: argparse.Namespace) -> int:
                 "first_difference": greedy.first_difference,
             }
     figures |= {"model": args.model, "against": args.against or "the same weights in floats"}
+    limits = {"kl": args.max_kl, "max_logit_error": args.max_logit_error}
+    beyond = [name for name, most in limits.items() if most is not None and not figures[name] <= most]
+    figures |= {"limits": limits, "agree": not beyond}
     write_json(args.json, figures)
     print(_describe(figures))
-    return 0 if figures["top1"] > 0 else 1
+    for name in beyond:
+        print(f"do not agree: {_LIMITED[name]} {figures[name]:.3g}, expected at most {limits[name]:.3g}")
+    if not beyond:
+        print("agree")
+    return 1 if beyond else 0
+
+
+_LIMITED = {"kl": "KL divergence", "max_logit_error": "largest difference of a logit"}
 
 
 def _tokens(args: argparse.Namespace, model: Any, length: int) -> Any:

@@ -37,15 +37,16 @@ class TextModel(NamedTuple):
     @property
     def begin(self) -> tuple[int, ...]:
         """Ids before the first token of a text."""
-        return self._conversation.begin
+        return self.stated.begin
 
     @property
     def end(self) -> tuple[int, ...]:
         """Ids that end an answer."""
-        return self._conversation.end
+        return self.stated.end
 
     @property
-    def _conversation(self) -> Conversation:
+    def stated(self) -> Conversation:
+        """What the model says about its texts."""
         return of_documents(self.tokenizer) if self.conversation is None else self.conversation
 
 

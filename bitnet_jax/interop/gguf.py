@@ -123,6 +123,14 @@ def tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
                 if module.startswith(f"{part}/"):
                     path = f"layers_{i}/{module}"
                     names[f"{path}/weight"] = (f"blk.{i}.{theirs}.weight", shapes[path])
+                    if module.rpartition("/")[2] in config.biased:
+                        names[f"{path}/bias"] = (f"blk.{i}.{theirs}.bias", shapes[path][:1])
+            if config.qk_norm and part == "attention":
+                for head in ("q", "k"):
+                    names[f"layers_{i}/attention/{head}_norm/scale"] = (
+                        f"blk.{i}.attn_{head}_norm.weight",
+                        (config.head_size,),
+                    )
             if config.norm_placement == "sub":
                 names[f"layers_{i}/{part}/sub_norm/scale"] = (f"blk.{i}.{sub_norm}.weight", (width,))
     names["final_norm/scale"] = ("output_norm.weight", (D,))
@@ -161,9 +169,11 @@ def _check_tensors(
         if not (_floats(tensors["rope_freqs.weight"], "128x32") == 1).all():
             raise ValueError("rope_freqs.weight is not 1; scaled rotary positions are not supported")
         found.remove("rope_freqs.weight")
-    for name in sorted(found):
+    for name in sorted(found - wanted.keys()):
         if name.endswith((".bias", "_q_norm.weight", "_k_norm.weight")):
-            raise ValueError(f"{name}: biases, and norms of q and k, are not supported")
+            raise ValueError(
+                f"{name}: biases, and norms of q and k, are not supported in this architecture or place"
+            )
     if differ := unmatched(wanted.keys(), found - optional.keys()):
         raise ValueError(f"the tensors do not match the metadata: {differ}; such models are not supported")
     for name, shape in (wanted | {name: shape for name, shape in optional.items() if name in found}).items():

@@ -7,25 +7,38 @@ NEUTRAL are passed over. The architectures differ in the activation, the norms a
 |---|---|---|---|---|
 | bitnet-b1.58, bitnet-25 | BitNet b1.58 2B-4T | squared ReLU | yes | as in Hugging Face files |
 | bitnet | BitNet b1.58 of 1bitLLM | SiLU | yes | as in Hugging Face files |
-| llama | Llama, SmolLM | SiLU | no | pairs of a rotation side by side |
-| qwen2, qwen3 | Qwen without biases and norms of q and k | SiLU | no | as in Hugging Face files |
+| llama | Llama, SmolLM; any biases | SiLU | no | pairs of a rotation side by side |
+| qwen2 | Qwen2, with biases of q, k and v | SiLU | no | as in Hugging Face files |
+| qwen3 | Qwen3, with norms of q and k | SiLU | no | as in Hugging Face files |
+
+Biases and norms of q and k are there if the file has their tensors in its first layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bitnet_jax.interop.gguf_file import GgufFile, Value
 from bitnet_jax.models import ModelConfig
 
+NO_BIAS = ("none", False)  # ModelConfig.attention_bias and mlp_bias
+BIASES = {
+    "attention": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "mlp": ("ffn_gate", "ffn_up", "ffn_down"),
+}
+
 
 class Family(NamedTuple):
     norm_placement: str
     mlp: str
+    biases: tuple[tuple[str, bool], ...] = (
+        NO_BIAS,
+    )  # with which a model is written; it is read without any too
+    qk_norm: bool = False
     always_tied: bool = False  # the graph of llama.cpp multiplies with the embedding, whatever the file holds
     paired_rows: bool = False  # llama.cpp rotates channels 2i, 2i + 1 of a head, this package i, i + h/2
 
@@ -34,9 +47,14 @@ FAMILIES = {
     "bitnet-b1.58": Family("sub", "relu2_glu", always_tied=True),
     "bitnet-25": Family("sub", "relu2_glu", always_tied=True),
     "bitnet": Family("sub", "silu_glu", always_tied=True),
-    "llama": Family("pre", "silu_glu", paired_rows=True),
-    "qwen2": Family("pre", "silu_glu"),
-    "qwen3": Family("pre", "silu_glu"),
+    "qwen2": Family("pre", "silu_glu", biases=(("qkv", False),)),
+    "llama": Family(
+        "pre",
+        "silu_glu",
+        biases=tuple((attention, mlp) for attention in ("none", "qkv", "qkvo") for mlp in (False, True)),
+        paired_rows=True,
+    ),
+    "qwen3": Family("pre", "silu_glu", qk_norm=True),
 }
 
 _READ = (  # after the name of the architecture
@@ -81,6 +99,7 @@ NEUTRAL: dict[str, object] = {
 _WRITTEN = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
     "max_length", "rope_theta", "mlp", "norm_eps", "norm_placement", "tie_embeddings", "precision",
+    "use_bias", "attention_bias", "mlp_bias", "qk_norm",
 )  # fmt: skip
 _FREE = (
     "trained_length", "dropout", "inside_norm_eps", "embedding_dtype", "init_std", "ternary_format",
@@ -142,11 +161,28 @@ def read_config(file: GgufFile, dtype: str) -> tuple[ModelConfig, Family]:
         mlp=family.mlp,
         norm_eps=_positive(metadata, f"{name}.attention.layer_norm_rms_epsilon"),
         norm_placement=family.norm_placement,
+        qk_norm=family.qk_norm and "blk.0.attn_q_norm.weight" in file.tensors,
+        **_biases(file, family),
         tie_embeddings=family.always_tied or "output.weight" not in file.tensors,
         precision=dtype,
         dtype=dtype,
     )
     return config, family
+
+
+def _biases(file: GgufFile, family: Family) -> dict[str, Any]:
+    """The fields of ModelConfig for the biases in the first layer; those that the family lacks are left to the check of
+    the tensors' names."""
+    found = {
+        part: [module for module in modules if f"blk.0.{module}.bias" in file.tensors]
+        for part, modules in BIASES.items()
+    }
+    attention = "qkvo" if "attn_output" in found["attention"] else "qkv" if found["attention"] else "none"
+    if (attention, bool(found["mlp"])) not in family.biases:
+        return {}
+    if (attention, bool(found["mlp"])) == ("qkvo", True):
+        return {"use_bias": True}
+    return {"attention_bias": attention, "mlp_bias": bool(found["mlp"])}
 
 
 def _check_keys(metadata: Mapping[str, Value], architecture: str) -> None:
@@ -176,13 +212,24 @@ def family_of(config: ModelConfig) -> str:
             raise ValueError(
                 f"model.{field.name} is {value!r}, which GGUF files cannot hold; expected {field.default!r}"
             )
-    for name, family in FAMILIES.items():
-        if (family.norm_placement, family.mlp) == (config.norm_placement, config.mlp):
+    biases = ("qkvo", True) if config.use_bias else (config.attention_bias, config.mlp_bias)
+    of_shape = {
+        name: family
+        for name, family in FAMILIES.items()
+        if (family.norm_placement, family.mlp) == (config.norm_placement, config.mlp)
+    }
+    for name, family in of_shape.items():
+        if biases in family.biases and family.qk_norm == config.qk_norm:
             if family.always_tied and not config.tie_embeddings:
                 raise ValueError(
                     f"model.tie_embeddings is False, but the architecture {name} has a tied head"
                 )
             return name
+    if of_shape:
+        raise ValueError(
+            f"got model.qk_norm={config.qk_norm} with biases of {'+'.join(config.biased) or 'no layer'}, which none of "
+            f"the architectures {', '.join(of_shape)} has"
+        )
     raise ValueError(
         f"got model.norm_placement={config.norm_placement!r} with model.mlp={config.mlp!r}, expected one of "
         + ", ".join(sorted({f"{family.norm_placement} with {family.mlp}" for family in FAMILIES.values()}))

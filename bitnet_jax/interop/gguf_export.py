@@ -60,7 +60,7 @@ def write(
 
     Raises:
       ValueError: the format has no key or architecture for a setting of the config, no type for the weights (one line
-        that names it), or `type` fits no matrix.
+        that names it), a value is not finite, or `type` fits no matrix.
       StorageError: the file exists or cannot be written.
     """
     embedding = embedding or _TABLE_TYPES.get(config.embedding_dtype)
@@ -90,6 +90,11 @@ def write(
     tensors = []
     for leaf, (tensor_name, shape) in tensor_names(config).items():
         weight, order = leaves[leaf], row_order(leaf, config, FAMILIES[architecture])
+        values = weight.scale if isinstance(weight, PackedArray) else weight
+        if not np.isfinite(np.asarray(values).astype(np.float32)).all():
+            raise ValueError(
+                f"{leaf} ({tensor_name}): got NaN or infinity, expected finite values; export another checkpoint"
+            )
         rows = np.argsort(order) if isinstance(order, np.ndarray) else order
         kind = _type_of(leaf, weight, embedding if leaf in TABLES else type)
         content = _ternary if isinstance(weight, PackedArray) else _floats

@@ -35,7 +35,7 @@ from bitnet_jax.quantization.registry import WEIGHT_QUANTIZERS
 from bitnet_jax.quantization.scales import SMALLEST_SCALE
 from bitnet_kernels import PackedArray, pack
 
-_CODES_PER_BYTE = 4
+CODES_PER_BYTE = 4
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -138,7 +138,7 @@ def unpack_weight(packed: UInt8[np.ndarray, "rows k"]) -> Int8[np.ndarray, "n k"
     Raises:
       ValueError: a byte contains the invalid bit pair 3.
     """
-    fields = np.concatenate([(packed >> (2 * i)) & 3 for i in range(_CODES_PER_BYTE)], axis=0)
+    fields = np.concatenate([(packed >> (2 * i)) & 3 for i in range(CODES_PER_BYTE)], axis=0)
     if (fields == 3).any():
         row, column = np.argwhere(fields == 3)[0]
         raise ValueError(
@@ -156,17 +156,20 @@ def pack_weight(weight: Float[Array, "n k"]) -> tuple[UInt8[np.ndarray, "n/4 k"]
       ValueError: the number of outputs is not a multiple of 4.
     """
     n, k = weight.shape
-    if n % _CODES_PER_BYTE:
+    if n % CODES_PER_BYTE:
         raise ValueError(f"weight has {n} outputs, expected a multiple of 4: four rows share a byte")
-    weight = weight.astype(jnp.float32)
-    codes = np.asarray(WEIGHT_QUANTIZERS["ternary_absmean"](weight).codes)
-    return pack_codes(codes), mean_magnitude(weight)
+    return pack_codes(ternary_codes(weight)), mean_magnitude(weight)
+
+
+def ternary_codes(weight: Float[Array, "n k"]) -> Shaped[np.ndarray, "n k"]:
+    """The codes in {-1, 0, 1} of a latent weight."""
+    return np.asarray(WEIGHT_QUANTIZERS["ternary_absmean"](weight.astype(jnp.float32)).codes)
 
 
 def pack_codes(codes: Shaped[np.ndarray, "n k"]) -> UInt8[np.ndarray, "n/4 k"]:
     """Codes in {-1, 0, 1}, of any dtype -> bytes, the inverse of `unpack_weight`; n is a multiple of 4."""
     n, k = codes.shape
-    fields = (codes + 1).astype(np.uint8).reshape(_CODES_PER_BYTE, n // _CODES_PER_BYTE, k)
+    fields = (codes + 1).astype(np.uint8).reshape(CODES_PER_BYTE, n // CODES_PER_BYTE, k)
     packed: np.ndarray = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
     return packed
 
@@ -209,7 +212,7 @@ def _float32(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _codes(tensor: np.ndarray, shape: tuple[int, ...], form: Form) -> np.ndarray:
     """int8 codes [n, k] from packed bytes [n/4, k] or from floats [n, k], as the library saves a loaded model."""
     n, k = shape
-    if tensor.dtype == np.uint8 and tensor.shape == (n / _CODES_PER_BYTE, k):
+    if tensor.dtype == np.uint8 and tensor.shape == (n / CODES_PER_BYTE, k):
         return unpack_weight(tensor)
     if not form.scale_multiplies or tensor.dtype == np.uint8 or tensor.shape != shape:
         floats = f" or floats [{n}, {k}]" if form.scale_multiplies else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from bitnet_jax.interop.huggingface_families import Family, family_of
 from bitnet_jax.interop.huggingface_rope import read_rope
-from bitnet_jax.interop.json_values import boolean, integer, positive
+from bitnet_jax.interop.json_values import boolean, integer, positive, shown
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.names import check_name
 
@@ -132,7 +132,9 @@ def _sliding_window(
         # Defaults of the library: the layers from max_window_layers on; in smollm3 those without rotary positions.
         first = value("max_window_layers")
         if first is not None and (type(first) is not int or first < 0):
-            raise ValueError(f"config.json: max_window_layers is {first!r}, expected 0 or a positive integer")
+            raise ValueError(
+                f"config.json: max_window_layers is {shown(first)}, expected 0 or a positive integer"
+            )
         windowed = [i in no_rope if first is None else i >= first for i in range(layers)]
         types = ["sliding_attention" if slides else "full_attention" for slides in windowed]
     if types == ["full_attention"] * layers:
@@ -161,7 +163,7 @@ def _rules(config: ModelConfig, form: Form) -> str | tuple[tuple[str, str], ...]
         anywhere = {p for p, name in names.items() if entry in name}
         if re.search(r"[^\w.]", entry) or matched != anywhere:
             raise ValueError(
-                f"config.json: modules_to_not_convert holds {entry!r}, which library versions interpret "
+                f"config.json: modules_to_not_convert holds {shown(entry)}, which library versions interpret "
                 "differently; write full module names, such as model.layers.0.mlp.down_proj"
             )
         floats |= matched
@@ -178,7 +180,7 @@ def _form(content: Any) -> Form:
     if content is None:
         return Form()
     if not isinstance(content, dict):
-        raise ValueError(f"config.json: quantization_config is {content!r}, expected an object or null")
+        raise ValueError(f"config.json: quantization_config is {shown(content)}, expected an object or null")
     choices = {
         "quant_method": ("bitnet",),
         "linear_class": ("bitlinear", "autobitlinear"),
@@ -188,12 +190,12 @@ def _form(content: Any) -> Form:
     for key in content:
         if key not in known:
             raise ValueError(
-                f"config.json: quantization_config.{key} is unknown, expected only {', '.join(known)}"
+                f"config.json: quantization_config.{key[:80]} is unknown, expected only {', '.join(known)}"
             )
     for key, allowed in choices.items():
         if content.get(key, allowed[0]) not in allowed:
             raise ValueError(
-                f"config.json: quantization_config.{key} is {content[key]!r}, expected {' or '.join(allowed)}"
+                f"config.json: quantization_config.{key} is {shown(content[key])}, expected {' or '.join(allowed)}"
             )
     multiplies = content.get("linear_class", "bitlinear") == "autobitlinear"
     offline = content.get("quantization_mode", "offline") == "offline"
@@ -202,12 +204,12 @@ def _form(content: Any) -> Form:
     inside_norm = content.get("use_rms_norm", False)
     if not isinstance(inside_norm, bool):
         raise ValueError(
-            f"config.json: quantization_config.use_rms_norm is {inside_norm!r}, expected true or false"
+            f"config.json: quantization_config.use_rms_norm is {shown(inside_norm)}, expected true or false"
         )
     entries = content.get("modules_to_not_convert")
     entries = [] if entries is None else entries
     if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
-        raise ValueError(f"config.json: modules_to_not_convert is {entries!r}, expected a list of names")
+        raise ValueError(f"config.json: modules_to_not_convert is {shown(entries)}, expected a list of names")
     return Form(
         quantized=True,
         offline=offline,

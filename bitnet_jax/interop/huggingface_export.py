@@ -29,11 +29,12 @@ from flax.traverse_util import flatten_dict
 from bitnet_jax.data.conversation import Conversation, of_documents
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.interop.huggingface import (
+    CODES_PER_BYTE,
     mean_magnitude,
     pack_codes,
     pack_weight,
     tensor_names,
-    unpack_weight,
+    ternary_codes,
 )
 from bitnet_jax.interop.huggingface_config_export import FORMS, config_json
 from bitnet_jax.interop.huggingface_conversation import (
@@ -200,7 +201,7 @@ def _sources(config: ModelConfig, variables: Mapping[str, Any], form: str) -> di
         if form == "unpacked":
             sources[name] = _Source(shape, _unpacked(weight))
         else:
-            sources[name] = _Source((n // 4, k), _bytes(weight), packed=True)
+            sources[name] = _Source((n // CODES_PER_BYTE, k), _bytes(weight), packed=True)
         scale = np.float32(weight.scale[0, 0]) if isinstance(weight, PackedArray) else mean_magnitude(weight)
         sources[f"{name}_scale"] = _Source((1,), _scale(path, scale, FORMS[form].scale_multiplies))
     return sources
@@ -219,7 +220,7 @@ def _bytes(weight: Any) -> Callable[[np.dtype], np.ndarray]:
 def _unpacked(weight: Any) -> Callable[[np.dtype], np.ndarray]:
     if isinstance(weight, PackedArray):
         return lambda dtype: np.asarray(unpack(weight)).astype(dtype)
-    return lambda dtype: unpack_weight(pack_weight(weight)[0]).astype(dtype)
+    return lambda dtype: ternary_codes(weight).astype(dtype)
 
 
 def _scale(path: str, scale: np.float32, multiplies: bool) -> Callable[[np.dtype], np.ndarray]:

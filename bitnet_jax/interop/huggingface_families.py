@@ -163,8 +163,9 @@ def family_of(content: dict[str, Any]) -> Family:
             continue
         off = value is None or value is False or value in ({}, [])
         if not off and (key not in NEUTRAL or isinstance(value, bool) or value != NEUTRAL[key]):
+            shown = key if key.isidentifier() and len(key) <= 80 else repr(key[:80])
             raise ValueError(
-                f"config.json: {key} is {str(value)[:60]!r}, which model_type {name!r} does not have here and "
+                f"config.json: {shown} is {str(value)[:60]!r}, which model_type {name!r} does not have here and "
                 "which may change the outputs; remove it if it has no effect"
             )
     return family

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bitnet_jax.interop.json_values import positive
+from bitnet_jax.interop.json_values import positive, shown
 from bitnet_jax.nn.rope_scaling import KINDS, RopeScaling
 
 # Keys of the file -> fields of RopeScaling.
@@ -53,7 +53,7 @@ def read_rope(
         if parameters is None:
             continue
         if not isinstance(parameters, dict):
-            raise ValueError(f"config.json: {key} is {parameters!r}, expected an object or null")
+            raise ValueError(f"config.json: {key} is {shown(parameters)}, expected an object or null")
         if "rope_theta" in parameters:
             thetas[key] = positive(parameters.get, "rope_theta")
         scalings[key] = _scaling(key, parameters, max_length)
@@ -74,16 +74,16 @@ def _scaling(key: str, parameters: dict[str, Any], max_length: int) -> RopeScali
         del given["partial_rotary_factor"]
     if kind not in ("default", *KINDS):
         raise ValueError(
-            f"config.json: {key}.rope_type is {kind!r}, expected one of default, {', '.join(KINDS)}; other scalings "
-            "of rotary positions are not supported"
+            f"config.json: {key}.rope_type is {shown(kind)}, expected one of default, {', '.join(KINDS)}; other "
+            "scalings of rotary positions are not supported"
         )
     mscales = [given.pop(name, None) for name in ("mscale", "mscale_all_dim")] if kind == "yarn" else []
     known = _OF_KIND.get(kind, ())
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(
-            f"config.json: {key}.{unknown[0]} is {given[unknown[0]]!r}, which is not supported with rope_type {kind!r}"
-            f"; expected only {', '.join(('rope_type', 'rope_theta', *known))}"
+            f"config.json: {key}.{unknown[0]} is {shown(given[unknown[0]])}, which is not supported with rope_type "
+            f"{shown(kind)}; expected only {', '.join(('rope_type', 'rope_theta', *known))}"
         )
     if kind == "default":
         return None
@@ -93,7 +93,7 @@ def _scaling(key: str, parameters: dict[str, Any], max_length: int) -> RopeScali
         given["factor"] = max_length / positive(given.get, "original_max_position_embeddings")
     missing = [name for name in _REQUIRED.get(kind, ("factor",)) if name not in given]
     if missing:
-        raise ValueError(f"config.json: {key} has no {missing[0]}, which rope_type {kind!r} needs")
+        raise ValueError(f"config.json: {key} has no {missing[0]}, which rope_type {shown(kind)} needs")
     if kind == "yarn":  # the library treats 0 like an absent value
         given = {
             name: value for name, value in given.items() if value or name not in ("beta_fast", "beta_slow")

@@ -37,7 +37,8 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
 
     Raises:
       FileNotFoundError: the folder contains neither.
-      StorageError: a file is damaged, or the index and the shards disagree.
+      StorageError: a file is damaged, the index and the shards disagree, or two shards have one tensor with different
+        contents.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -61,7 +62,22 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     }
     for file, tensors in shards.items():
         listed = {name for name, place in shard_of.items() if place == file}
-        if listed != set(tensors):
-            first = sorted(listed ^ set(tensors))[0]
-            raise StorageError(f"{index} and {file} disagree on {first}; download the folder again")
-    return {name: shards[file][name] for name, file in shard_of.items()}
+        if wrong := sorted((listed - set(tensors)) | (set(tensors) - set(shard_of))):
+            raise StorageError(f"{index} and {file} disagree on {wrong[0]}; download the folder again")
+    found = {name: shards[file][name] for name, file in shard_of.items()}
+    for file, tensors in shards.items():
+        for name in sorted(set(tensors)):
+            if shard_of[name] != file and not _equal(tensors[name], found[name]):
+                raise StorageError(
+                    f"{index}: {name} is in {file} and {shard_of[name]} with different contents, expected one; "
+                    "download the folder again"
+                )
+    return found
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and np.array_equal(
+        np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)
+    )

