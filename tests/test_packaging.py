@@ -35,6 +35,7 @@ DISTRIBUTIONS = {
     "tensorboardX": "tensorboardx",
     "pynvml": "nvidia-ml-py",
     "PIL": "pillow",
+    "llama_cpp": "llama-cpp-python",
 }
 # Installed with every jax.
 WITH_JAX = {"jaxlib", "ml-dtypes", "scipy"}
@@ -222,7 +223,10 @@ TYPES_ONLY = re.compile(r"^if TYPE_CHECKING:\n(?: +.*\n|\n)+", re.MULTILINE)
 
 
 def test_every_import_of_an_optional_package_says_how_to_install_it() -> None:
-    modules = {"lm-eval": "lm_eval", "nvidia-ml-py": "pynvml", "rouge-score": "rouge_score", "pillow": "PIL"}
+    modules = {
+        "lm-eval": "lm_eval", "llama-cpp-python": "llama_cpp", "nvidia-ml-py": "pynvml",
+        "rouge-score": "rouge_score", "pillow": "PIL",
+    }  # fmt: skip
     for name in PURPOSES:
         imported = re.compile(rf"^ +(?:import|from) {modules.get(name, name)}\b", re.MULTILINE)
         users = [
