@@ -90,7 +90,7 @@ def method_pages() -> dict[str, str]:
         )
     note = (
         "Generated from the registry (`bitnet_jax/quantization/registry.py`) and the docstrings of the functions. In "
-        "the drawings the solid line is `codes * scale` for inputs from -2 to 2 whose mean absolute value is 1, the "
+        "the drawings the solid line is `codes * scale`, plus a minimum if there is one, for inputs from -2 to 2 whose mean absolute value is 1, the "
         "dashed line the gradient for an incoming gradient of 1, with the estimator `clipped`."
     )
     pages = {
@@ -302,7 +302,8 @@ def byte_drawing(name: str) -> str:
     values = [form.values[(5 * s + 2) % len(form.values)] for s in range(form.fields)]
     row = np.zeros((1, form.block_k), np.int8)
     row[0, ::4] = values  # field s of byte 0 holds input 4 s
-    packed = pack(jnp.asarray(row if 0 in form.values else np.where(row, row, 1)), jnp.ones((1, 1)), name)
+    codes, one = jnp.asarray(row if 0 in form.values else np.where(row, row, 1)), jnp.ones((1, 1))
+    packed = pack(codes, one, name, minimum=one if form.has_minimum else None)
     byte = int(packed.codes.reshape(-1)[0])
     bits = int(form.bits) if form.bits == int(form.bits) else 0
     cells = []

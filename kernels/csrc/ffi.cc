@@ -225,7 +225,8 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
   }
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
   const size_t count = formats.size();
-  const size_t minima = std::count_if(formats.begin(), formats.end(), [](int64_t format) { return has_minimum(static_cast<Format>(format)); });
+  const auto with_minimum = [](int64_t format) { return has_minimum(static_cast<Format>(format)); };
+  const size_t minima = std::count_if(formats.begin(), formats.end(), with_minimum);
   if (count == 0 || matrices.size() != 2 * count + minima || results.size() != count) {
     return invalid("expected codes, scale and, for uint4, minimum of each of " + std::to_string(count) +
                    " formats and results; got " + std::to_string(matrices.size()) + " arrays");
@@ -278,10 +279,16 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
   const Activations activations = Activations::of(x);
   std::vector<Rows> rows(count);
   for (size_t i = 0; i < count; ++i) {
+    Problem& p = problems[i];
+    const auto alike = [&](const Problem& other) { return other.groups == p.groups && other.x_stride == p.x_stride; };
+    const Problem* same = std::find_if(problems.data(), &p, alike);  // which has the same padding, and sums of groups
     if (signs) {
-      prepare_signs(activations.codes, k, rows[i], problems[i]);
+      prepare_signs(activations.codes, k, rows[i], p);
+    } else if (same != &p) {
+      p.x = same->x;
+      p.x_sums = same->x_sums;
     } else {
-      rows[i].prepare(activations.codes, k, kernels, problems[i]);
+      rows[i].prepare(activations.codes, k, kernels, p);
     }
     scales[i].activation = activations.scales;
   }

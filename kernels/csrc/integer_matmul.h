@@ -98,7 +98,8 @@ using TableRows = int64_t (*)(const Problem&);
 struct MatmulScales;  // scaled_matmul.h
 // Writes the float32 results out[m, n] for the matrix panels [begin, end), each group of up to kTileInputs inputs scaled
 // while its sums are in registers. scratch: kMaxTilePanels * groups * kPanelRows floats, twice as many with a minimum.
-using Scaled = void (*)(const Problem&, const MatmulScales&, float* out, int64_t begin, int64_t end, float* scratch);
+using Scaled = void (*)(const Problem&, const MatmulScales& s, float* out, int64_t begin, int64_t end,
+                        float* scratch);
 
 // The loops of one instruction set; defined in integer_matmul_<name>.cc and sign_matmul.cc, listed in kernels.cc.
 struct MatmulKernels {

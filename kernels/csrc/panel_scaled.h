@@ -73,7 +73,9 @@ void multiply_packed_scaled(const Problem& p, const MatmulScales& s, int64_t row
   const int64_t panel_floats = kScaleKinds<kFormat> * p.groups * kPanelRows;
   typename Isa::Floats totals[kRows][kVectors];
   // -0.0 is the identity of addition: +0.0 would change a first term of -0.0.
-  unrolled<kRows * kVectors>([&](auto i) BITNET_INLINE_BODY { totals[i / kVectors][i % kVectors] = Isa::splat_float(-0.0f); });
+  unrolled<kRows * kVectors>([&](auto i) BITNET_INLINE_BODY {
+    totals[i / kVectors][i % kVectors] = Isa::splat_float(-0.0f);
+  });
   for (int64_t g = 0; g < p.groups; ++g) {
     typename Isa::Sums sums[kRows][kVectors];
     packed_sums<Isa, kFormat, kRows, kPanels>(p.block(panel, g, 0), panel_step * p.panel_bytes(), p.inputs(row, g, 0),
@@ -86,13 +88,14 @@ void multiply_packed_scaled(const Problem& p, const MatmulScales& s, int64_t row
   }
   unrolled<kRows * kPanels>([&](auto i) BITNET_INLINE_BODY {
     constexpr int t = i / kPanels, j = i % kPanels;
-    store_totals<Isa>(p, row + t, panel + j * panel_step, activation_scale(s, row + t), totals[t] + j * kPanelVectors, out);
+    const float factor = activation_scale(s, row + t);
+    store_totals<Isa>(p, row + t, panel + j * panel_step, factor, totals[t] + j * kPanelVectors, out);
   });
 }
 
 template <typename Isa, Format kFormat, int kPanels, int kRows = Isa::kFusedRows>
-void multiply_packed_scaled_rows(const Problem& p, const MatmulScales& s, int64_t row, int64_t panel, int64_t panel_step,
-                                 const float* scales, float* out) {
+void multiply_packed_scaled_rows(const Problem& p, const MatmulScales& s, int64_t row, int64_t panel,
+                                 int64_t panel_step, const float* scales, float* out) {
   if constexpr (kRows > 0) {
     for (; row + kRows <= p.m; row += kRows) {
       multiply_packed_scaled<Isa, kFormat, kRows, kPanels>(p, s, row, panel, panel_step, scales, out);
@@ -127,7 +130,9 @@ void multiply_unpacked_scaled(const Problem& p, const MatmulScales& s, int64_t r
   const int64_t panel_floats = kScaleKinds<kFormat> * p.groups * kPanelRows;
   const int64_t steps = p.group_blocks * fields(kFormat);
   typename Isa::Floats totals[kRows][kVectors];
-  unrolled<kRows * kVectors>([&](auto i) BITNET_INLINE_BODY { totals[i / kVectors][i % kVectors] = Isa::splat_float(-0.0f); });
+  unrolled<kRows * kVectors>([&](auto i) BITNET_INLINE_BODY {
+    totals[i / kVectors][i % kVectors] = Isa::splat_float(-0.0f);
+  });
   if (begin > 0) {
     for (int64_t j = 0; j < panels; ++j) {
       unrolled<kRows>([&](auto t) BITNET_INLINE_BODY {

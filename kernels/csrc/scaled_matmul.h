@@ -19,9 +19,9 @@ struct MatmulScales {
 //   t[g, m, n] = float(y[g, m, n]) * matrix[n, g]  (+ float(x_sums[m, g]) * minimum[n, g]  where there is a minimum),
 //
 // every product and sum rounded: the same bits as rescale of bitnet_kernels/reference.py. For the matrix panels
-// [begin, end); p.y is not used.
-void scaled_matmul(const MatmulKernels& kernels, const Problem& p, const MatmulScales& scales, float* out, int64_t begin,
-                   int64_t end);
+// [begin, end), of which there is at least one; p.y is not used.
+void scaled_matmul(const MatmulKernels& kernels, const Problem& p, const MatmulScales& scales, float* out,
+                   int64_t begin, int64_t end);
 
 }  // namespace bitnet
 

@@ -1,8 +1,9 @@
-// Integer and sign products of every instruction set of this processor against plain loops, on buffers of exactly the
-// right size and on two threads: run by itself, under the sanitizers (test_sanitizers.py) and in emulated processors (test_emulated.py). Prints a line
+// Integer, sign and scaled products of every instruction set of this processor against plain loops, on buffers of exactly
+// the right size and on two threads: run by itself, under the sanitizers (test_sanitizers.py) and in emulated processors (test_emulated.py). Prints a line
 // for each instruction set; the exit status tells whether all outputs were right.
 
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <sstream>
 #include <string>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "scaled_matmul.h"
 #include "sign_matmul.h"
 
 using namespace bitnet;
@@ -109,12 +111,54 @@ int64_t wrong_sign_outputs(const MatmulKernels& kernels, Case& c, int64_t used) 
   return wrong_outputs(kernels, c, p);
 }
 
+// Bits of float32 results that are not those of the scalar kernels, which write the sums of all groups to memory first.
+int64_t wrong_scaled(const Kernels& kernels, const Case& c, bool half, std::mt19937& random) {
+  const Kernels& scalar = *find_kernels("scalar");
+  Problem p = c.p;
+  std::vector<int32_t> x_sums(p.m * p.groups);
+  for (size_t i = 0; i < x_sums.size(); ++i) {
+    x_sums[i] = scalar.integer->sum(p.x + i * p.group_inputs(), p.group_inputs());
+  }
+  p.x_sums = x_sums.data();
+  std::vector<float> floats[2], activation(p.m);
+  std::vector<uint16_t> halves[2];
+  for (int kind = 0; kind < 2; ++kind) {  // scales and minima; as float16 all but infinity and NaN
+    for (int64_t i = 0; i < p.n * p.groups; ++i) {
+      floats[kind].push_back(static_cast<float>(random() % 2001) - 1000.0f);
+      halves[kind].push_back(static_cast<uint16_t>((random() & 1) << 15 | random() % 0x7c00));
+    }
+  }
+  for (float& scale : activation) scale = static_cast<float>(random() % 1000) * 0.001f;
+  const auto run = [&](const Kernels& with, int64_t begin, int64_t end, std::vector<float>& y) {
+    MatmulScales s;
+    for (int kind = 0; kind < 2; ++kind) {
+      const void* data = half ? static_cast<const void*>(halves[kind].data()) : floats[kind].data();
+      (kind == 0 ? s.matrix : s.minimum) = {data, half, p.groups, with.widen};
+    }
+    if (!has_minimum(p.format)) s.minimum = {};
+    s.activation = activation.data();
+    scaled_matmul(*with.integer, p, s, y.data(), begin, end);
+  };
+  std::vector<float> expected(p.m * p.n), y(p.m * p.n);
+  const int64_t middle = (p.panels() + 1) / 2;
+  run(scalar, 0, p.panels(), expected);
+  std::thread helper([&] {
+    if (middle < p.panels()) run(kernels, middle, p.panels(), y);
+  });
+  run(kernels, 0, middle, y);
+  helper.join();
+  int64_t wrong = 0;
+  for (size_t i = 0; i < y.size(); ++i) wrong += std::memcmp(&y[i], &expected[i], sizeof(float)) != 0;
+  return wrong;
+}
+
 }  // namespace
 
 int main() {
   // One of everything; odd sizes; several panels of every instruction set's tiles; more inputs than a tile; groups.
   const Shape shapes[] = {{1, 1, 1},     {3, 31, 1},     {37, 100, 1},  {129, 160, 1},
-                          {65, 2100, 1}, {100, 640, 20}, {33, 288, 3}, {290, 520, 1}};
+                          {65, 2100, 1}, {100, 640, 20}, {33, 288, 3}, {290, 520, 1},
+                          {18, 2592, 81}};
   int64_t all_wrong = 0;
   std::istringstream names(bitnet_kernels_available_isas());
   for (std::string isa; std::getline(names, isa, ',');) {
@@ -126,6 +170,7 @@ int main() {
         for (int64_t m = 1; m <= 20; ++m, ++cases) {
           Case c = make_case(format, m, shape, m % 4 == 3, random);
           wrong += wrong_outputs(kernels, c);
+          if (m < 4 || m > 17) wrong += wrong_scaled(*find_kernels(isa), c, m % 2 == 0, random);
         }
       }
       for (int64_t m : {1, 2, 17, 33, 70}) {

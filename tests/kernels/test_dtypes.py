@@ -27,6 +27,7 @@ from bitnet_kernels import (
     validate,
 )
 from bitnet_kernels.dtypes import FLOATS, floats, integers
+from bitnet_kernels.packed import SCALE_DTYPES
 from bitnet_kernels.reference import float_matmul, quantize_activations
 
 DTYPES = ("bool", "int8", "int32", "uint8", "uint16", "complex64", "float64", *FLOATS)
@@ -59,7 +60,7 @@ OPERANDS: dict[str, tuple[Callable[[jax.Array], object], np.ndarray, tuple[str, 
     "packed_matmul x, weight-only": (lambda x: packed_matmul(x, W, activation_bits=None), X, (*FLOATS, "int8")),
     "packed_matmuls x": (lambda x: packed_matmuls(x, (W, W)), X, (*FLOATS, "int8")),
     "packed_matmul codes": (lambda c: packed_matmul(jnp.ones((2, 64)), with_part("codes", c)), W.codes, ("uint8",)),
-    "packed_matmul scale": (lambda s: packed_matmul(jnp.ones((2, 64)), with_part("scale", s)), SCALE, ("float32",)),
+    "packed_matmul scale": (lambda s: packed_matmul(jnp.ones((2, 64)), with_part("scale", s)), SCALE, SCALE_DTYPES),
     "sharded_matmul x": (
         lambda x: sharded_matmul(x, W, jax.make_mesh((1,), ("d",), (jax.sharding.AxisType.Auto,)), "d", "inputs"),
         X, (*FLOATS, "int8"),
@@ -79,9 +80,9 @@ OPERANDS: dict[str, tuple[Callable[[jax.Array], object], np.ndarray, tuple[str, 
     ),
     "head_bounds table": (lambda t: head_bounds(t, W), TABLE, ("bfloat16",)),
     "pack codes": (lambda c: pack(c, SCALE, "int8"), CODES, ("int8",)),
-    "pack scale": (lambda s: pack(CODES, s, "int8"), SCALE, ("float32",)),
+    "pack scale": (lambda s: pack(CODES, s, "int8"), SCALE, SCALE_DTYPES),
     "unpack codes": (lambda c: unpack(with_part("codes", c)), W.codes, ("uint8",)),
-    "dequantize scale": (lambda s: dequantize(with_part("scale", s)), SCALE, ("float32",)),
+    "dequantize scale": (lambda s: dequantize(with_part("scale", s)), SCALE, SCALE_DTYPES),
     "relayout codes": (lambda c: relayout(with_part("codes", c), "column"), W.codes, ("uint8",)),
     "validate codes": (lambda c: validate(with_part("codes", c)), W.codes, ("uint8",)),
     "floats": (lambda x: floats("x", x), X, FLOATS),

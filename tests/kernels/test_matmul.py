@@ -51,7 +51,11 @@ def test_values(make_packed, multiply, format: str, groups: int) -> None:
     expected = np.zeros((2, 3, 37), np.float32)
     for g, part in enumerate(np.split(np.arange(96), groups)):
         sums = q[..., part].astype(np.int32) @ codes[:, part].T.astype(np.int32)
-        expected = expected + sums.astype(np.float32) * np.asarray(w.scale)[:, g]
+        term = sums.astype(np.float32) * np.asarray(w.scale)[:, g]
+        if w.minimum is not None:
+            x_sums = q[..., part].sum(axis=-1, keepdims=True, dtype=np.int32)
+            term = term + x_sums.astype(np.float32) * np.asarray(w.minimum)[:, g]
+        expected = expected + term
     np.testing.assert_array_equal(y, expected * s)
     np.testing.assert_array_equal(jax.jit(multiply)(x, w), expected * s)
 
