@@ -49,6 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.extended
 def test_it_writes_one_row_per_shape_and_format(results: dict[str, Any]) -> None:
     rows = results["rows"]
     assert [(row["op"], row["m"], row["format"]) for row in rows] == [

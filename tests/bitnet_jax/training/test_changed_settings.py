@@ -43,6 +43,7 @@ def edit(folder: Path, section: str, **changes: Any) -> RunConfig:
     return RunConfig.from_dict(fields)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
