@@ -90,6 +90,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
+@pytest.mark.extended
 def test_every_recipe_and_quantizer_is_on_a_generated_page() -> None:
     """In a separate process: the mkdocs hook is not a module of a package."""
     done = subprocess.run(
