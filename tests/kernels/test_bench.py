@@ -100,6 +100,7 @@ def test_each_operation_is_timed_and_reported_with_its_own_time(monkeypatch: pyt
         np.testing.assert_allclose(rows[0]["read_ceiling_gbytes_per_second"], (1 << 20) / read / 1e9)
 
 
+@pytest.mark.extended
 def test_the_summary_is_the_ratio_of_the_rows(results: dict[str, Any]) -> None:
     times = {
         (row["format"], row["m"]): row["microseconds"]

@@ -139,6 +139,7 @@ def test_a_run_and_its_packed_model_say_the_same(place: Path, capsys: pytest.Cap
     assert "chat template: no\n" in out
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -67,6 +67,7 @@ def test_settings_changed_after_training_are_errors_that_keep_the_checkpoints(
     assert not (copy / "damaged").exists()
 
 
+@pytest.mark.extended
 def test_settings_that_do_not_affect_the_weights_may_change(run: Path, copy: Path) -> None:
     edit(copy, "training", steps=9, log_every=3)
     edit(copy, "evaluation", batches=3)
