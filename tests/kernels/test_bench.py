@@ -113,6 +113,7 @@ def test_the_summary_is_the_ratio_of_the_rows(results: dict[str, Any]) -> None:
         np.testing.assert_allclose(results["summary"][f"binary_over_ternary2_m{shape.m}"], ratio)
 
 
+@pytest.mark.extended
 def test_the_results_record_their_provenance(results: dict[str, Any]) -> None:
     told = results["provenance"]
     assert told["jax"] == jax.__version__
@@ -122,6 +123,7 @@ def test_the_results_record_their_provenance(results: dict[str, Any]) -> None:
     assert told["processor"]
 
 
+@pytest.mark.extended
 def test_a_row_is_printed_as_one_line_under_the_columns(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         words = bench.show(row).split()

@@ -76,6 +76,7 @@ def test_settings_that_do_not_affect_the_weights_may_change(run: Path, copy: Pat
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.extended
 def test_another_tokenizer_of_the_same_size_is_rejected(copy: Path) -> None:
     path = copy / "tokenizer.json"
     fields = json.loads(path.read_text())
