@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked extended and slow")
 
 
+def pytest_collectstart() -> None:
+    compile_optimized(False)  # files of tests may compile programs when they are imported
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     run_slow = config.getoption("--run-slow") or os.environ.get("BITNET_JAX_RUN_SLOW") == "1"
     extended = run_slow or config.getoption("--extended")
+    cases: Counter[str] = Counter()
     for item in items:
-        if item.get_closest_marker("slow") and not run_slow:
+        test = item.nodeid.partition("[")[0]
+        if is_marked(item, "slow", cases[test]) and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow: ask with --run-slow or BITNET_JAX_RUN_SLOW=1"))
-        elif item.get_closest_marker("extended") and not extended:
+        elif is_marked(item, "extended", cases[test]) and not extended:
             item.add_marker(
                 pytest.mark.skip(reason="extended: ask with --extended; continuous integration does")
             )
+        cases[test] += 1
         for platform in ("gpu", "tpu"):
             # The backend is queried only where a marker requires it: collection must not initialize a device.
             if item.get_closest_marker(platform) and jax.default_backend() != platform:
                 reason = f"needs a {platform}, this run has {jax.default_backend()!r} (see JAX_PLATFORMS)"
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # Optimized and other tests share no programs: within a file, those marked optimized run after all others.
+    files = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (files[item.path], is_marked(item, "optimized")))
+
+
+def is_marked(item: pytest.Item, name: str, case: int = 0) -> bool:
+    """Whether case number `case` of a test has this mark: with `after=n`, the first n cases have not."""
+    return any(case >= mark.kwargs.get("after", 0) for mark in item.iter_markers(name))
 
 
 def outside_folder(variable: str, beside: str) -> Path:
@@ -83,33 +99,37 @@ def outside_folder(variable: str, beside: str) -> Path:
 # Most of a test's time is compilation, and XLA compiles faster without its optimizations. Tests that compare
 # floats bit for bit, or within a few roundings, are marked `optimized` and compile as users do. All others check
 # integers, structure, or what is done with numbers. (XLA in jax 0.10 can also do without its emitters of fused loops,
-# a slower second compiler; later versions cannot.)
+# a slower second compiler; later versions cannot. It then compiles faster in one piece than in pieces for 32 threads.)
 DISABLED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 UNFUSED = "xla_cpu_use_fusion_emitters"
+PIECES = "xla_cpu_parallel_codegen_split_count"
 options_of_jax = compiler.get_compile_options
+compiles_optimized: bool | None = None  # before the first file of tests
 
 
 def options_without_fusion(*args: Any, **kwargs: Any) -> Any:
     options = options_of_jax(*args, **kwargs)
-    options.env_option_overrides = [*options.env_option_overrides, (UNFUSED, False)]
+    options.env_option_overrides = [*options.env_option_overrides, (UNFUSED, False), (PIECES, 1)]
     return options
 
 
 def compile_optimized(optimized: bool) -> None:
     """Sets how programs are compiled from now on, in child processes too."""
-    if os.environ.get(DISABLED, "0") == str(int(not optimized)):
+    global compiles_optimized
+    if compiles_optimized is optimized:
         return
+    compiles_optimized = optimized
     if optimized:
         jax.clear_caches()  # programs compiled without optimizations
     jax.config.update("jax_disable_most_optimizations", not optimized)
     os.environ[DISABLED] = str(int(not optimized))
     if jax.__version_info__ < (0, 11):
         compiler.get_compile_options = options_of_jax if optimized else options_without_fusion
-        os.environ["XLA_FLAGS"] = XLA_FLAGS if optimized else f"{XLA_FLAGS} --{UNFUSED}=false"
+        os.environ["XLA_FLAGS"] = XLA_FLAGS if optimized else f"{XLA_FLAGS} --{UNFUSED}=false --{PIECES}=1"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    compile_optimized(item.get_closest_marker("optimized") is not None)
+    compile_optimized(is_marked(item, "optimized"))
 
 
 @pytest.fixture(scope="session")

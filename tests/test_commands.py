@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,28 @@ REPOSITORY = [
     command for command in RUN if not re.match(r"bitnet-jax (?!sweep |report )", command)
 ]  # or its studies
 INSTALLED = [command for command in RUN if command not in REPOSITORY and command != DOCTOR]
+
+
+# Runs commands in one process: importing JAX for each takes as long as most of them.
+ALL = """
+import shlex, sys
+from bitnet_jax.cli.main import main
+for command in sys.argv[1:]:
+    program, *arguments = shlex.split(command)
+    assert program == "bitnet-jax", command
+    try:
+        code = main(arguments)
+    except SystemExit as exit:  # --help
+        code = exit.code
+    if code:
+        sys.exit(f"{command}: exit status {code}")
+"""
+
+
+def run_all(commands: list[str], folder: Path, site: Path) -> None:
+    """Runs commands that need no shell, as `run`; the first one is also run by itself."""
+    run(commands[0], folder, site)
+    run(shlex.join(["python", "-c", ALL, *commands]), folder, site)
 
 
 def run(command: str, folder: Path, site: Path) -> None:
@@ -208,8 +231,7 @@ def test_a_missing_prebuilt_library_fails_the_build(clone: Path, tmp_path: Path)
 
 
 def test_the_readme_commands_run_from_an_installed_wheel(wheel_site: Path, tmp_path: Path) -> None:
-    for command in INSTALLED:
-        run(command, tmp_path, wheel_site)
+    run_all(INSTALLED, tmp_path, wheel_site)
     assert (tmp_path / "runs" / "first-packed" / "model.safetensors").is_file()
     assert (tmp_path / "runs" / "cnn" / "result.json").is_file()
 

@@ -18,7 +18,6 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "experiments"))),
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiled faster, run once
 }
 
 GENERATED = """
@@ -57,13 +56,22 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+EACH = """
+import sys
+for page in sys.argv[1:]:
+    exec(compile(open(page).read(), page, "exec"), {"__name__": "__main__"})
+"""
+
+
 @pytest.mark.extended
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
-def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    """From top to bottom, each block after the previous ones."""
-    text = "\n".join(python_blocks(page))
-    assert "assert" in text, "without an assertion this test could not fail"
-    command = [sys.executable, "-W", "error", "-c", text]
+def test_the_python_of_the_pages_runs(tmp_path: Path) -> None:
+    """From top to bottom, each block after the previous ones of its page; all pages in one process, to import once."""
+    texts = {page.stem: "\n".join(blocks) for page in PAGES if (blocks := python_blocks(page))}
+    assert texts
+    for name, text in texts.items():
+        assert "assert" in text, f"{name}: without an assertion this test could not fail"
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-W", "error", "-c", EACH, *texts]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -82,6 +90,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
+@pytest.mark.extended
 def test_every_recipe_and_quantizer_is_on_a_generated_page() -> None:
     """In a separate process: the mkdocs hook is not a module of a package."""
     done = subprocess.run(

@@ -69,6 +69,7 @@ def plain() -> dict[str, np.ndarray]:
     return numbers()
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize(
     ("name", "value"),
     [

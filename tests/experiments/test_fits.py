@@ -56,6 +56,7 @@ def test_precision_law_with_the_published_gamma() -> None:
     assert fit("precision", [sizes, BITS], losses, starts=10).constants == pytest.approx(constants, rel=1e-4)
 
 
+@pytest.mark.extended
 def test_bootstrap_intervals_cover_the_truth() -> None:
     """A 95 % interval may miss; all three constants must lie inside for this fixed seed."""
     generator = np.random.default_rng(1)
@@ -70,6 +71,7 @@ def test_bootstrap_intervals_cover_the_truth() -> None:
         assert high - low < 0.5
 
 
+@pytest.mark.extended
 def test_held_out_error_is_that_of_the_largest_model() -> None:
     sizes = np.geomspace(0.02, 2.0, 5)
     losses = LAWS["power"].formula([sizes], a=0.5, b=0.3, c=1.0)

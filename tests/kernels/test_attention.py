@@ -82,6 +82,7 @@ def assert_same_bits(a: np.ndarray, b: np.ndarray, isa: str = "") -> None:
     np.testing.assert_array_equal(np.asarray(a).view(np.int32), np.asarray(b).view(np.int32), err_msg=isa)
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_matches_the_formula(dtype: str, implementation: str) -> None:
@@ -126,6 +127,7 @@ def test_every_instruction_set_is_bit_identical_to_the_scalar_loops(
         assert_same_bits(result, results["scalar"], isa)
 
 
+@pytest.mark.extended(after=3)
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "K", "h"), [(4, 1, 64), (6, 3, 20), (3, 3, 128)])

@@ -49,6 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.extended
 def test_it_writes_one_row_per_shape_and_format(results: dict[str, Any]) -> None:
     rows = results["rows"]
     assert [(row["op"], row["m"], row["format"]) for row in rows] == [
@@ -99,6 +100,7 @@ def test_each_operation_is_timed_and_reported_with_its_own_time(monkeypatch: pyt
         np.testing.assert_allclose(rows[0]["read_ceiling_gbytes_per_second"], (1 << 20) / read / 1e9)
 
 
+@pytest.mark.extended
 def test_the_summary_is_the_ratio_of_the_rows(results: dict[str, Any]) -> None:
     times = {
         (row["format"], row["m"]): row["microseconds"]
@@ -111,6 +113,7 @@ def test_the_summary_is_the_ratio_of_the_rows(results: dict[str, Any]) -> None:
         np.testing.assert_allclose(results["summary"][f"binary_over_ternary2_m{shape.m}"], ratio)
 
 
+@pytest.mark.extended
 def test_the_results_record_their_provenance(results: dict[str, Any]) -> None:
     told = results["provenance"]
     assert told["jax"] == jax.__version__
@@ -120,6 +123,7 @@ def test_the_results_record_their_provenance(results: dict[str, Any]) -> None:
     assert told["processor"]
 
 
+@pytest.mark.extended
 def test_a_row_is_printed_as_one_line_under_the_columns(results: dict[str, Any]) -> None:
     for row in results["rows"]:
         words = bench.show(row).split()

@@ -49,6 +49,7 @@ def normal(m: int, n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     return random.normal(size=(m, k)).astype(np.float32), table
 
 
+@pytest.mark.extended
 def test_random_heads_need_few_candidates() -> None:
     x, table = normal(3, 20000, 256)
     greedy, forty = check(x, table, 1), check(x, table, 40)
@@ -190,6 +191,7 @@ def test_bounds_are_the_norms_rounded_up() -> None:
         assert (bound <= norms + slack).all()
 
 
+@pytest.mark.extended(after=3)
 @built
 @pytest.mark.parametrize("isa", ISAS)
 def test_results_are_equal_for_every_instruction_set_and_number_of_threads(isa: str, monkeypatch) -> None:

@@ -38,6 +38,7 @@ def multiply(request: pytest.FixtureRequest):
     return functools.partial(packed_matmul, implementation=request.param)
 
 
+@pytest.mark.extended(after=5)
 @pytest.mark.optimized
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("groups", [1, 3])
@@ -133,6 +134,7 @@ def test_weight_only(make_packed, groups: int) -> None:
         packed_matmul(x, w, activation_bits=None, implementation="cpu")
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_input_is_converted_to_float32(make_packed, multiply, dtype) -> None:
@@ -149,6 +151,7 @@ def test_vector_input_and_zero_rows(make_packed, multiply) -> None:
     assert multiply(jnp.zeros((0, 40)), w).shape == (0, 20)
 
 
+@pytest.mark.extended(after=5)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_gradient_goes_straight_through_to_x(make_packed, multiply, format: str, groups: int) -> None:
@@ -261,9 +264,14 @@ def test_shard_map_over_outputs_and_over_inputs(make_packed, multiply) -> None:
     np.testing.assert_allclose(jax.jit(by_inputs)(x, w.codes, w.scale), expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.extended(after=5)
 @pytest.mark.optimized
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("m", "n", "k", "groups"), [(1, 100, 130, 1), (7, 33, 256, 4), (2, 16, 32, 1)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "groups"),
+    # slow: one whole panel, which test_cpu.py has for every instruction set
+    [(1, 100, 130, 1), (7, 33, 256, 4), pytest.param(2, 16, 32, 1, marks=pytest.mark.slow)],
+)
 def test_all_implementations_are_bit_identical(
     make_packed, format: str, m: int, n: int, k: int, groups: int
 ) -> None:

@@ -51,6 +51,7 @@ def test_one_scale_per_output(format: str, m: int, n: int, k: int, seed: int) ->
     assert_equals_reference(*random_product(format, m, n, k, 1, seed), interpret=True)
 
 
+@pytest.mark.extended
 @settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(TPU_FORMATS),
@@ -64,11 +65,13 @@ def test_scale_groups(format: str, m: int, n: int, size: int, groups: int, seed:
     assert_equals_reference(*random_product(format, m, n, size * groups, groups, seed), interpret=True)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("format", TPU_FORMATS)
 def test_several_blocks_of_rows_and_outputs(format: str) -> None:
     assert_equals_reference(*random_product(format, 600, 1100, 1100, 1, 0), interpret=True)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize(("format", "groups"), [("binary", 1), ("ternary2", 1), ("ternary2", 3)])
 def test_the_simulator_detects_no_race(format: str, groups: int) -> None:
     options = pltpu.InterpretParams(detect_races=True)

@@ -42,6 +42,7 @@ def test_the_sanitizers_report_nothing_for_the_arithmetic(
         assert " 0 wrong" in result.stdout
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (set CXX, or install g++)")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("name", ["threads", "failures"])

@@ -29,6 +29,7 @@ def placed(w, mesh, split):
     return jax.tree.map(place, w, specs(w, "d", split))
 
 
+@pytest.mark.extended(after=4)
 @pytest.mark.parametrize("split", ["outputs", "inputs"])
 @pytest.mark.parametrize(
     ("format", "layout"),

@@ -62,6 +62,7 @@ def run_all(monkeypatch: pytest.MonkeyPatch, operation: Callable[..., jax.Array]
     return {name: jax.block_until_ready(y) for name, y in results.items()}
 
 
+@pytest.mark.extended(after=8)
 @pytest.mark.parametrize("value", SPECIAL)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantized_activations(shape: tuple[int, int], value: float) -> None:
@@ -77,6 +78,7 @@ def test_quantized_activations(shape: tuple[int, int], value: float) -> None:
             np.testing.assert_array_equal(largest(jnp.asarray(x)), np.abs(x).max(axis=-1))
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize(("shape", "groups"), [((1, 64), 2), ((3, 128), 1), ((64, 640), 2)])
 def test_packed_products(shape: tuple[int, int], groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (m, k), n = shape, 33
@@ -104,6 +106,7 @@ def test_packed_products(shape: tuple[int, int], groups: int, monkeypatch: pytes
             np.testing.assert_array_equal(bits_without_nan(y), bits_without_nan(expected), err_msg=name)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
 def test_packed_products_of_special_scales(dtype: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +148,7 @@ def test_rounded_product_equals_the_product() -> None:
         np.testing.assert_array_equal(product(jnp.asarray(values), jnp.asarray(scale)), expected)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.skipif(
     cpu.unavailable() is not None, reason="the order of XLA's sums is its own: nothing to compare"
 )
@@ -182,6 +186,7 @@ def int8_copy(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.round(table / scale).astype(np.int8), scale
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ kernels to find candidates")
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, -0.0])
 def test_rows_and_bounds_of_special_tables(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +245,7 @@ def attend(case: dict[str, np.ndarray], kv: str, monkeypatch: pytest.MonkeyPatch
     return results
 
 
+@pytest.mark.extended(after=6)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("h", "room"), [(20, S), (16, 300)])  # one chunk of keys, several
 @pytest.mark.parametrize("kv", ["float32", "bfloat16", "int8"])

@@ -128,6 +128,7 @@ def test_a_packed_copy_answers_alike(
     )
 
 
+@pytest.mark.extended
 def test_a_run_and_its_packed_model_say_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, packed = load_model(place / "run").conversation, load_model(place / "packed").conversation
     assert run == packed
@@ -138,6 +139,7 @@ def test_a_run_and_its_packed_model_say_the_same(place: Path, capsys: pytest.Cap
     assert "chat template: no\n" in out
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -135,6 +135,7 @@ def test_token_nats_is_the_negative_log_probability() -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("stride", [None, 4])
 def test_transformer_scores_match_a_plain_loop(
     tokens: np.ndarray, latent: dict[str, object], stride: int | None

@@ -75,6 +75,7 @@ def test_batched_scores_equal_scores_of_single_texts(model: TextModel) -> None:
     assert alone == pytest.approx([score.log_probability for score in scores], rel=1e-6)
 
 
+@pytest.mark.extended
 def test_greedy_marks_the_most_likely_continuation(model: TextModel) -> None:
     tokens = np.array([0, 65, 66])
     for _ in range(4):
@@ -188,6 +189,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_can_score(model: TextModel) -> N
         score_texts(model._replace(tokenizer=larger), [("a", "b"), ("a", "Ā")])
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["bitnet_online_bf16_gqa20x5", "bitnet_autobit_packed_fp32_untied"])
 def test_likelihoods_match_hugging_face_transformers(name: str, oracles: Path) -> None:
     """Teacher-forced sums from the logits of another library, for contexts of every length."""

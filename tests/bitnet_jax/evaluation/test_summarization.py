@@ -30,6 +30,7 @@ def model() -> TextModel:
     return TextModel(CONFIG, {"params": params}, ByteTokenizer())
 
 
+@pytest.mark.extended
 def test_batched_completions_equal_single_completions(
     model: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,7 @@ def test_last_word_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
         lambada.last_word(MODEL, [{"text": "one"}])
 
 
+@pytest.mark.extended(after=5)
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_runs(name: str, place: Path) -> None:
     config, variables, tokenizer, *_ = storage.load_packed(place / "packed")

@@ -36,12 +36,14 @@ def variables() -> dict[str, Any]:
     return packed(CONFIG)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize(
     "sampling",
     [
         SamplingConfig(),
-        SamplingConfig(temperature=3.0, top_k=7),
         SamplingConfig(temperature=0.7, top_k=20, top_p=0.9, min_p=0.05),
+        # slow, as the previous ones compile the same code: no filter but top_k
+        pytest.param(SamplingConfig(temperature=3.0, top_k=7), marks=pytest.mark.slow),
     ],
 )
 def test_tokens_equal_those_of_the_bfloat16_head(variables: dict[str, Any], sampling: SamplingConfig) -> None:
@@ -54,6 +56,7 @@ def test_tokens_equal_those_of_the_bfloat16_head(variables: dict[str, Any], samp
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), expected)
 
 
+@pytest.mark.extended
 def test_an_untied_head_and_bfloat16_activations() -> None:
     config = dataclasses.replace(CONFIG, tie_embeddings=False, dtype="bfloat16")
     variables = packed(config)

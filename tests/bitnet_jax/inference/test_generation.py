@@ -70,6 +70,7 @@ def test_greedy_is_the_argmax_over_the_full_text(variables: dict[str, Any], gree
     np.testing.assert_array_equal(greedy, np.argmax(logits[:, TOKENS.shape[1] - 1 : -1], axis=-1))
 
 
+@pytest.mark.extended
 @pytest.mark.optimized
 def test_a_row_does_not_depend_on_padding_or_on_other_rows(
     variables: dict[str, Any], greedy: np.ndarray
@@ -106,6 +107,7 @@ def test_an_end_token_ends_its_row_and_the_last_one_ends_the_loop(
     )
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("kv_format", [None, "float32", "bfloat16", "int8"])
 def test_each_cache_format_generates_the_same_text(
     variables: dict[str, Any], greedy: np.ndarray, kv_format: str | None
@@ -145,6 +147,7 @@ def test_streaming_does_not_depend_on_chunks_and_is_reproducible_for_a_seed(
         np.testing.assert_array_equal(np.concatenate(chunks, axis=1), seeded[0])
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 def test_the_repetition_penalty_covers_the_prompt_and_the_generated_text(
     variables: dict[str, Any], attention: str
@@ -234,7 +237,8 @@ def written(run: generation._Run) -> tuple[np.ndarray, list[np.ndarray]]:
 @pytest.mark.parametrize(
     ("attention", "kv_format", "position", "rounding"),
     [
-        ("softmax", "float32", "learned", 0),
+        # slow: the cache of the third case with the positions of the second
+        pytest.param("softmax", "float32", "learned", 0, marks=pytest.mark.slow),
         ("softmax", "int8", "learned", 0),
         ("softmax", "float32", "rope", 1e-6),
         ("linear", None, "learned", 1e-6),
@@ -263,7 +267,9 @@ def test_padding_to_buckets_changes_no_bit(
 
 @pytest.mark.extended
 @pytest.mark.optimized
-@pytest.mark.parametrize("attention", ["softmax", "relu", "linear"])
+@pytest.mark.parametrize(
+    "attention", ["softmax", "linear", pytest.param("relu", marks=pytest.mark.slow)]
+)  # slow: relu has the cache and the loops of softmax
 def test_the_text_does_not_depend_on_batching_streaming_or_cache_size(
     attention: str, variables: dict[str, Any]
 ) -> None:
@@ -298,6 +304,7 @@ def test_a_chunk_has_at_least_one_token(variables: dict[str, Any]) -> None:
         stream_tokens(CONFIG, variables, TOKENS, MASK, max_new_tokens=1, chunk=0)
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "int8"])
 def test_a_step_does_not_copy_the_cache(variables: dict[str, Any], kv_format: str, batch: int) -> None:

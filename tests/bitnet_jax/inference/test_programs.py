@@ -50,6 +50,7 @@ def maps() -> int:
     return len(Path("/proc/self/maps").read_text().splitlines())
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list memory maps")
 def test_evicted_programs_leave_no_memory_maps() -> None:
     programs, counts = Programs(max_size=2), []

@@ -89,6 +89,7 @@ def test_ties_go_to_the_lower_id_in_every_filter() -> None:
     assert next_token(tied, jax.random.key(0), SamplingConfig().filters()).tolist() == [1]
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize(
     "config",
     [
@@ -124,6 +125,7 @@ EXTREMES = st.one_of(
 )
 
 
+@pytest.mark.extended
 @settings(deadline=None, max_examples=200)
 @given(
     arrays(np.float32, (2, 5), elements=EXTREMES),

@@ -54,17 +54,22 @@ def tiny(
 def variables(config: ModelConfig, seed: int = 0) -> dict:
     """Like init, except that NumPy draws the matrices: compiling an initializer takes XLA a second or more."""
 
-    def init() -> dict:
-        return Transformer(config).init(jax.random.key(0), TOKENS)
+    shapes = []
 
-    vectors = jax.jit(lambda: jax.tree.map(lambda x: x if x.ndim < 2 else (), init()))()
+    @jax.jit
+    def vectors() -> dict:
+        init = Transformer(config).init(jax.random.key(0), TOKENS)
+        shapes.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), init))
+        return jax.tree.map(lambda x: x if x.ndim < 2 else (), init)
+
+    values = vectors()
     random = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x, vector: (
             vector if x.ndim < 2 else jnp.asarray(random.normal(0, config.init_std, x.shape), x.dtype)
         ),
-        jax.eval_shape(init),
-        vectors,
+        shapes[0],
+        values,
     )
 
 
@@ -100,7 +105,8 @@ def in_pieces(config: ModelConfig, v: dict, pieces: list[int], mask: jax.Array) 
     return jnp.concatenate(outputs, axis=1)
 
 
-@pytest.mark.parametrize(("attention", "placement", "mlp"), TRIPLES)
+@pytest.mark.extended(after=5)
+@pytest.mark.parametrize(("attention", "placement", "mlp"), TRIPLES[::3] + TRIPLES[1::3] + TRIPLES[2::3])
 def test_logits_are_finite_and_causal_and_every_parameter_has_a_gradient(attention, placement, mlp):
     # Untied, the embedding of a token is used only at that token's positions.
     config = tiny(attention, placement, mlp, precision="bitnet_b158", tie_embeddings=False)
@@ -127,6 +133,7 @@ def test_logits_are_finite_and_causal_and_every_parameter_has_a_gradient(attenti
     assert reached & earlier
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize(("attention", "placement", "mlp"), PER_KIND)
 def test_cache_equals_no_cache(attention, placement, mlp):
     config = tiny(attention, placement, mlp, num_layers=2)
@@ -136,6 +143,7 @@ def test_cache_equals_no_cache(attention, placement, mlp):
     np.testing.assert_allclose(in_pieces(config, v, [3, 1, 1], LEFT_PADDED), whole, **SAME)
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize(("attention", "placement", "mlp"), PER_KIND)
 def test_left_padding_changes_nothing(attention, placement, mlp):
     config = tiny(attention, placement, mlp)
@@ -149,6 +157,7 @@ def test_left_padding_changes_nothing(attention, placement, mlp):
     np.testing.assert_array_equal(padded[LEFT_PADDED], other[LEFT_PADDED])
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_classifier_ignores_padding(attention):
     config = tiny(attention, causal=False, num_classes=3)
@@ -180,6 +189,7 @@ def test_classifier_is_bidirectional():
     assert np.max(np.abs(other - logits(config, v, TOKENS))) > 1e-3
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("attention", ["softmax", "linear"])  # all kinds: nn/test_attention.py
 def test_jit_equals_no_jit(attention):
     config = tiny(attention)
@@ -197,6 +207,7 @@ def test_vmap_over_parameters_equals_a_loop():
     np.testing.assert_allclose(together, jnp.stack([logits(config, v, TOKENS) for v in models]), **SAME)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("attention", ["softmax", "relu", "linear"])
 def test_bfloat16_error_is_within_its_expected_range(attention):
     high, low = tiny(attention), tiny(attention, dtype="bfloat16")

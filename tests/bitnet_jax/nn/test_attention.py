@@ -255,6 +255,7 @@ def cached(c: ModelConfig, v: dict, x: jax.Array, split: list[int], room: int) -
     return np.concatenate(outputs, axis=1)
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_cache_equals_no_cache_for_any_split(kind):
     c = config(kind)
@@ -274,6 +275,7 @@ def test_left_padding_changes_nothing(kind):
     np.testing.assert_allclose(padded[0, 2:], plain[0, :-2], **SAME)
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_exactly_the_visible_tokens_and_every_parameter(kind):
     c, seen = config(kind, norm_placement="sub"), 4
@@ -293,6 +295,7 @@ def test_gradients_reach_exactly_the_visible_tokens_and_every_parameter(kind):
         assert np.any(leaf != 0.0)
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bidirectional_attention_is_permutation_equivariant_and_ignores_padding(kind):
     c = config(kind, causal=False, position="none")
@@ -324,6 +327,7 @@ def test_score_scale_and_rope_come_from_the_config():
         assert np.max(np.abs(changed(**difference) - changed())) > 1e-3
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_jit_equals_no_jit_and_vmap_equals_loop(kind):
     c = config(kind)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax.nn.batch_norm import BatchNorm
 
-X = 3 * jax.random.normal(jax.random.key(0), (4, 5, 6)) + 2
+X = jnp.asarray(np.random.default_rng(0).normal(2, 3, (4, 5, 6)), jnp.float32)
 NORM = BatchNorm()
 
 

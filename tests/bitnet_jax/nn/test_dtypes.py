@@ -148,6 +148,7 @@ def test_float_input_dtypes(name: str) -> None:
     check(call, shape, FLOATS)
 
 
+@pytest.mark.extended
 def test_vision_transformer_dtypes() -> None:
     config = VisionTransformerConfig.from_dict(
         {

@@ -18,8 +18,7 @@ from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 
 M, N, K = 15, 48, 256
-X = jax.random.normal(jax.random.key(0), (3, 5, K))
-G = jax.random.normal(jax.random.key(1), (3, 5, N))
+X, G = (jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, n)), jnp.float32) for n in (K, N))
 EPS = float(jnp.finfo(jnp.float32).eps)
 Gradients = tuple[dict[str, jax.Array], jax.Array]
 
@@ -93,6 +92,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     jax.tree.map(compare, ours, theirs)
 
 
+@pytest.mark.extended(after=6)
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_integer_products_equal_fake_quantization(name: str) -> None:
     module, params = layer(PRECISIONS[name])
@@ -103,6 +103,7 @@ def test_integer_products_equal_fake_quantization(name: str) -> None:
     assert_same(our_gradients, gradients)
 
 
+@pytest.mark.extended(after=6)
 @pytest.mark.parametrize("name", [name for name, p in PRECISIONS.items() if p.input_digits == 1])
 def test_sums_of_codes_are_exact_integers(name: str) -> None:
     module, params = layer(PRECISIONS[name])
@@ -175,6 +176,7 @@ def test_rounded_gradients_are_exact_products_of_their_codes(groups: int) -> Non
     np.testing.assert_allclose(dw, np.einsum(to_w, g, x), rtol=0, atol=M * EPS * np.abs(g).max() * 128)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("name", ["bnn:*", "lsq4:*"])
 def test_nan_stays_visible(name: str) -> None:
     module, params = layer(PRECISIONS[name], product="int8_gradients")
@@ -247,6 +249,7 @@ def test_a_scan_over_layers_saves_three_bytes_per_code() -> None:
     assert temporary_bytes("float") - temporary_bytes("int8") > 3 * codes * (layers - 1) / layers
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("product", ["int8", "int8_gradients"])
 def test_eager_compiled_and_rematerialized_results_are_equal(product: str) -> None:
     module, params = layer(TERNARY, product=product)

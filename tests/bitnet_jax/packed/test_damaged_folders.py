@@ -31,6 +31,7 @@ from tests.bitnet_jax.packed.folders import (
 from tests.robustness.fuzz_packed_folders import take_apart
 
 
+@pytest.mark.extended
 @given(data=st.data())
 @settings(
     max_examples=250,

@@ -34,6 +34,7 @@ def packed_weights(variables: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.
     return {path: (np.asarray(unpack(w)), np.asarray(w.scale)) for path, w in flat.items()}
 
 
+@pytest.mark.extended(after=15)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 32])
 @pytest.mark.parametrize("weight", PACKED)
 def test_latent_weights_pack_to_the_same_codes_and_scales(weight: str, granularity: Any) -> None:
@@ -63,6 +64,7 @@ def test_the_scale_of_zeros_is_arbitrary(weight: str) -> None:
     np.testing.assert_array_equal(_latent("layer", layer, packed)["layer/weight"], params["layer/weight"])
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize(
     "options",
     [

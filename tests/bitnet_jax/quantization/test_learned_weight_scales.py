@@ -28,6 +28,7 @@ def learned_gradients(quantize, w, scale, g, **settings):
     return [np.asarray(a) for a in jax.vjp(dequantized, jnp.asarray(w), scale)[1](jnp.asarray(g))]
 
 
+@pytest.mark.extended(after=6)
 @pytest.mark.parametrize("shape", [(1, 1), (6, 1), (6, 4)])
 @pytest.mark.parametrize("count", ["shared", "matrix"])
 @pytest.mark.parametrize("bits", [3, 4, 8])

@@ -53,6 +53,7 @@ def test_documented_recipes_exist(name: str) -> None:
     assert len(resolve(name, PATHS)) == len(PATHS)
 
 
+@pytest.mark.extended(after=10)
 @pytest.mark.parametrize("precision", QUANTIZED, ids=label)
 def test_every_recipe_quantizes_and_has_gradients(precision: Precision) -> None:
     """A layer in a jitted loss: finite values, a gradient for every parameter, packable codes."""

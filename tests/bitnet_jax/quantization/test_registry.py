@@ -32,6 +32,7 @@ def vectors(oracles: Path):
     return np.load(oracles / "hf_bitnet" / "quant_vectors.npz")
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["w", "w_zero", "w_mix"])
 def test_ternary_weights(vectors, name: str, compiled: bool) -> None:
@@ -107,6 +108,7 @@ def measured_or_fixed_scale(name: str) -> Callable[[jax.Array], Quantized]:
     )
 
 
+@pytest.mark.extended(after=1)
 # Op by op for a shape whose reduction XLA splits, compiled for all; every quantizer of a shape is in one program.
 @pytest.mark.parametrize(
     ("shape", "compiled"),

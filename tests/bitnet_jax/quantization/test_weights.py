@@ -219,6 +219,7 @@ def test_infinity_affects_only_its_row(name: str, infinity: float) -> None:
 # --- transformations and dtypes
 
 
+@pytest.mark.extended(after=10)
 @pytest.mark.parametrize(
     ("name", "learned"), [*((name, False) for name in WEIGHT_QUANTIZERS), *((name, True) for name in LEARNED)]
 )

@@ -58,6 +58,7 @@ def test_a_wrong_kernel_is_reported_and_fails(
     assert "1 of 1 differ" in wrong[0]
 
 
+@pytest.mark.extended
 def test_a_packed_model_that_differs_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof names the differing code; every other instruction set detects it in its logits."""
     pack = packing.pack

@@ -18,6 +18,13 @@ pytestmark = pytest.mark.extended
 built = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
 FAST = cpu.available_isas()[-1] if cpu.available_isas() else ""
 
+CHECKS = {
+    "products": "_products",
+    "scaled products": "_scaled_products",
+    "attention": "_attention",
+    "head": "_heads",
+}
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,8 +38,9 @@ def findings() -> dict[str, str]:
 
 
 def test_correct_kernels_pass() -> None:
-    assert findings() == {}
-    assert len(check_kernels()) == 4 * (1 + len(cpu.available_isas()))
+    checks = check_kernels()
+    assert [check for check in checks if not check.passed] == []
+    assert len(checks) == 4 * (1 + len(cpu.available_isas()))
 
 
 def last_bit(y: jax.Array) -> jax.Array:
@@ -94,6 +102,9 @@ def of_one_isa(
 def test_a_wrong_kernel_is_detected(
     name: str, spoil: Callable[..., Any], kind: str, detail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Compilation is most of the time: the other kinds do not call this function.
+    for other in CHECKS.keys() - {kind}:
+        monkeypatch.setattr(kernel_checks, CHECKS[other], lambda isa: "not checked")
     monkeypatch.setattr(cpu, name, of_one_isa(getattr(cpu, name), spoil))
     found = findings()
     assert list(found) == [f"{kind}, cpu ({FAST})"]

@@ -20,6 +20,7 @@ def test_without_the_library_the_reference_is_chosen(monkeypatch: pytest.MonkeyP
     assert local_choice().name == "reference"
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize(
     ("precision", "names"),
     [

@@ -88,6 +88,7 @@ def test_bytes_per_token_count_weights_one_embedding_row_and_the_cache(
     )  # the head and one row
 
 
+@pytest.mark.extended
 def test_the_timed_model_uses_the_reported_cache_format(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = []
 
@@ -123,6 +124,7 @@ def test_the_table_lists_what_could_not_be_measured(figures: dict[str, Any]) -> 
     assert f"{figures['decode_tokens_per_second']:.2f} tokens/s" in model_bench.table(figures)
 
 
+@pytest.mark.extended
 def test_the_command_on_one_thread_leaves_no_files_behind(tmp_path: Path, repository: Path) -> None:
     """In a separate process, as it pins itself to one processor. An error removes the temporary folder too."""
     temporary, path = tmp_path / "temporary", tmp_path / "bench.json"

@@ -79,6 +79,7 @@ print(written - before, loaded - written, memory("Anon") - loaded, memory("File"
 """
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_writing_loading_and_generating_make_no_copy_of_the_weights(tmp_path: Path, repository: Path) -> None:
     """Only the file mapping grows with the packed weights, 352 MiB."""

@@ -43,6 +43,7 @@ def edit(folder: Path, section: str, **changes: Any) -> RunConfig:
     return RunConfig.from_dict(fields)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
@@ -66,6 +67,7 @@ def test_settings_changed_after_training_are_errors_that_keep_the_checkpoints(
     assert not (copy / "damaged").exists()
 
 
+@pytest.mark.extended
 def test_settings_that_do_not_affect_the_weights_may_change(run: Path, copy: Path) -> None:
     edit(copy, "training", steps=9, log_every=3)
     edit(copy, "evaluation", batches=3)
@@ -74,6 +76,7 @@ def test_settings_that_do_not_affect_the_weights_may_change(run: Path, copy: Pat
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.extended
 def test_another_tokenizer_of_the_same_size_is_rejected(copy: Path) -> None:
     path = copy / "tokenizer.json"
     fields = json.loads(path.read_text())

@@ -141,6 +141,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.extended(after=2)
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.usefixtures("orbax_litter")
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(

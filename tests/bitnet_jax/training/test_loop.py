@@ -106,6 +106,7 @@ class Calls:
         return self.task.train_batch(step)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_after_the_current_update_and_resuming_is_bit_identical(
     toy: Task, tmp_path: Path, run_config: Config, number: int, code: int, capsys: Any
@@ -270,6 +271,7 @@ def constant(run_config: Config, steps: int, **training: int) -> RunConfig:
     return run_config(optimizer=dict(schedule="constant"), training=dict(steps=steps) | training)
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_an_extended_run_with_a_constant_schedule_is_bit_identical_to_the_longer_run(
     toy: Task, tmp_path: Path, run_config: Config, capsys: Any, interrupted: bool

@@ -107,12 +107,14 @@ def test_a_run_may_resume_on_another_mesh(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *ends)
 
 
-def test_updates_on_eight_devices(repository: Path) -> None:
+def test_updates_on_eight_devices(repository: Path, request: pytest.FixtureRequest) -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     file = Path(__file__).with_name("on_eight_devices.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+    slow = request.config.getoption("--run-slow") or os.environ.get("BITNET_JAX_RUN_SLOW") == "1"
+    command += ["--run-slow"] * slow
     done = subprocess.run(
         command, cwd=repository, env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "4 passed" in done.stdout
+    assert ("4 passed" if slow else "3 passed, 1 skipped") in done.stdout
