@@ -90,7 +90,8 @@ def method_pages() -> dict[str, str]:
         )
     note = (
         "Generated from the registry (`bitnet_jax/quantization/registry.py`) and the docstrings of the functions. In "
-        "the drawings the solid line is `codes * scale`, plus a minimum if there is one, for inputs from -2 to 2 whose mean absolute value is 1, the "
+        "the drawings the solid line is `codes * scale`, plus the minimum if there is one, for inputs from -2 to 2 "
+        "whose mean absolute value is 1, the "
         "dashed line the gradient for an incoming gradient of 1, with the estimator `clipped`."
     )
     pages = {
