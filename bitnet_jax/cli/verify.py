@@ -12,7 +12,7 @@ differs by more. Exit code: 0 if they agree, 1 if not, 2 for invalid input. A lo
 below 1e-6, a model rounded to int8 one of about 1e-3.
 
 example:
-  bitnet-jax verify smollm2-int8 --against smollm2 --max-kl 0.01 --json verify.json
+  bitnet-jax verify smollm2-packed --against smollm2 --json verify.json
 """
 
 from __future__ import annotations
