@@ -83,7 +83,7 @@ def defined(xs: list[jax.Array], ws: list[PackedArray], codes: list[np.ndarray])
     return results
 
 
-@pytest.mark.extended(after=20)
+@pytest.mark.extended(after=4 * len(FORMATS))
 @built
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k", "groups"), SHAPES)
@@ -100,7 +100,7 @@ def test_every_instruction_set_is_exact(make_packed, format: str, n: int, k: int
             np.testing.assert_array_equal(got, wanted, err_msg=f"{isa}, m={m}")
 
 
-@pytest.mark.extended(after=5)
+@pytest.mark.extended(after=len(FORMATS))
 @pytest.mark.optimized
 @built
 @pytest.mark.parametrize("format", FORMATS)
@@ -188,7 +188,7 @@ def test_activations_are_quantized_like_the_definition(make_packed) -> None:
     )
 
 
-@pytest.mark.extended(after=5)
+@pytest.mark.extended(after=len(FORMATS))
 @built
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("k", [4096, 0])

@@ -38,7 +38,7 @@ def multiply(request: pytest.FixtureRequest):
     return functools.partial(packed_matmul, implementation=request.param)
 
 
-@pytest.mark.extended(after=5)
+@pytest.mark.extended(after=len(FORMATS))
 @pytest.mark.optimized
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("groups", [1, 3])
@@ -151,7 +151,7 @@ def test_vector_input_and_zero_rows(make_packed, multiply) -> None:
     assert multiply(jnp.zeros((0, 40)), w).shape == (0, 20)
 
 
-@pytest.mark.extended(after=5)
+@pytest.mark.extended(after=len(FORMATS))
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_gradient_goes_straight_through_to_x(make_packed, multiply, format: str, groups: int) -> None:
@@ -264,7 +264,7 @@ def test_shard_map_over_outputs_and_over_inputs(make_packed, multiply) -> None:
     np.testing.assert_allclose(jax.jit(by_inputs)(x, w.codes, w.scale), expected, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.extended(after=5)
+@pytest.mark.extended(after=len(FORMATS))
 @pytest.mark.optimized
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(

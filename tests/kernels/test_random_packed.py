@@ -12,7 +12,7 @@ from bitnet_kernels.random_packed import POOL_CODES, random_packed, random_panel
 SHAPES = ((32, 256, 1), (50, 77, 1), (48, 256, 2), (5, 96, 1), (17, 96, 3))
 
 
-@pytest.mark.extended(after=8)
+@pytest.mark.extended(after=len(FORMATS))
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_they_are_valid_and_use_all_codes(format: str, shape: tuple[int, int, int]) -> None:

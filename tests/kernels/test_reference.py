@@ -36,7 +36,7 @@ def test_a_zero_row_gives_zeros_and_a_row_with_nan_gives_nan() -> None:
     assert np.isnan(scale[1, 0])
 
 
-@pytest.mark.extended(after=5)
+@pytest.mark.extended(after=len(FORMATS))
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k", "groups"), [(5, 7, 1), (16, 96, 3), (3, 2**17 + 5, 1)])
 def test_integer_matmul_is_exact(make_packed, format: str, n: int, k: int, groups: int) -> None:
