@@ -48,6 +48,7 @@ OURS: dict[str, dict[str, Any]] = {
     "W8A8, blocks of 32": {"recipe": "int8_group32", "embedding": "int8"},
     "W8A16": {"recipe": "int8_a16", "embedding": "int8"},
     "W4A8 asymmetric": {"recipe": "uint4_group32", "embedding": "int8"},
+    "W4A8 symmetric": {"recipe": "int4_group32", "embedding": "int8"},
     "W4A16 asymmetric": {"recipe": "uint4_a16", "embedding": "int8"},
     "W4A16 symmetric": {"recipe": "int4_a16", "embedding": "int8"},
     "W4A16 asymmetric, 4-bit embedding": {"recipe": "uint4_a16", "embedding": "uint4"},
