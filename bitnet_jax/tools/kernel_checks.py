@@ -45,6 +45,8 @@ SHAPES = (
 ATTENTIONS = ((1, 1, 1, 1, 8, 1, 1), (2, 3, 6, 3, 20, 150, 149), (1, 1, 4, 1, 128, 300, 280))
 HEADS = ((1, 1, 1), (1, 37, 16), (7, 70, 33), (2, 1000, 160))  # m rows of x, n of the table, k inputs
 TOP = 3  # of the exact head
+
+Product = Callable[[np.ndarray, PackedArray], np.ndarray]  # (codes of the weights, packed weights) -> [m, n]
 # Scores, weights and outputs are float32 sums of at most 300 terms of size 1: at most 300 roundings of 2^-24.
 ATTENTION_TOLERANCE = 2e-5
 
@@ -140,6 +142,18 @@ def _scaled(x: np.ndarray, codes: np.ndarray, w: PackedArray) -> np.ndarray:
     return functools.reduce(np.add, terms)
 
 
+def _scaled_digits(x: np.ndarray, codes: np.ndarray, w: PackedArray) -> np.ndarray:
+    """`_scaled` of 16-bit codes, as the sum of the products of two digits."""
+    high = (x + 128) // 256
+    return np.float32(256) * _scaled(high, codes, w) + _scaled(x - 256 * high, codes, w)
+
+
+def _times_scale(
+    scale: np.ndarray, product: Any, x: np.ndarray, codes: np.ndarray, w: PackedArray
+) -> np.ndarray:
+    return scale * product(x, codes, w)
+
+
 def _products(isa: str | None) -> str:
     random = np.random.default_rng(0)
     multiply = functools.partial(cpu.integer_matmul, isa_name=isa) if isa else reference.integer_matmul
@@ -157,16 +171,14 @@ def _scaled_products(isa: str | None) -> str:
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     expected: list[dict[str, np.ndarray]] = []  # of each call: what is multiplied -> the products
 
-    def check(
-        kind: str, x: np.ndarray, x_codes: np.ndarray, x_scale: Any, formats: list[str], bits: int
-    ) -> None:
+    def check(kind: str, x: np.ndarray, product: Product, formats: list[str], bits: int) -> None:
         by_cpu = functools.partial(cpu.scaled_matmuls, activation_bits=bits, isa_name=isa)
+        by_xla = reference.matmuls_of_digits if bits == 16 else reference.scaled_matmuls
         ws = [packed[format] for format in formats]
-        calls.append((by_cpu if isa else reference.scaled_matmuls, (jnp.asarray(x), ws)))
+        calls.append((by_cpu if isa else by_xla, (jnp.asarray(x), ws)))
         expected.append(
             {
-                f"{kind} times {format} m={m} n={n} k={k} groups={groups}": x_scale
-                * _scaled(x_codes, codes[format], w)
+                f"{kind} times {format} m={m} n={n} k={k} groups={groups}": product(codes[format], w)
                 for format, w in zip(formats, ws, strict=True)
             }
         )
@@ -177,13 +189,17 @@ def _scaled_products(isa: str | None) -> str:
         codes = {format: case[1] for format, case in cases.items()}
         packed = {format: case[3] for format, case in cases.items()}
         x = cases["binary"][0]
-        check("codes", x, x, np.float32(1), list(FORMATS), 8)
+        check("codes", x, functools.partial(_scaled, x), list(FORMATS), 8)
         floats = random.normal(size=(m, k)).astype(np.float32)
-        steps = np.float32(127) / np.maximum(np.abs(floats).max(axis=1, keepdims=True), np.float32(1e-5))
-        rounded = np.clip(np.round(floats * steps), -128, 127).astype(np.int8)
-        check("floats", floats, rounded, np.float32(1) / steps, list(FORMATS), 8)
+        largest = np.maximum(np.abs(floats).max(axis=1, keepdims=True), np.float32(1e-5))
+        for bits, peak, multiply in ((8, 127, _scaled), (16, 32512, _scaled_digits)):
+            steps = np.float32(peak) / largest
+            rounded = np.round(floats * steps).clip(-peak - 1, peak).astype(np.int64)
+
+            scaled = functools.partial(_times_scale, np.float32(1) / steps, multiply, rounded)
+            check(f"floats in {bits} bits", floats, scaled, list(FORMATS), bits)
         signs = random.choice(np.array([-1, 1], np.int8), (m, k))
-        check("signs", signs, signs, np.float32(1), ["binary"], 1)
+        check("signs", signs, functools.partial(_scaled, signs), ["binary"], 1)
     # The definition operation by operation: compiled as a whole, a product and a sum may share one rounding.
     results = _in_one_program(calls) if isa else [function(*arguments) for function, arguments in calls]
     for ys, wanted in zip(results, expected, strict=True):

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from bitnet_kernels import reference
 from bitnet_kernels.batching import fold_batches
 from bitnet_kernels.packed import FORMATS, PackedArray
 
@@ -170,12 +171,15 @@ def scaled_matmuls(
 ) -> tuple[jax.Array, ...]:
     """x [m, k], int8 codes or float32, times packed matrices and their scales -> float32 [m, n] for each.
 
-    float32 rows are quantized first. activation_bits=1: all codes of x are -1 or 1, and products with binary matrices
-    use popcounts. Bit-identical to reference.scaled_matmuls, without its [G, m, n] sums in memory; all matrices share
-    one parallel loop.
+    float32 rows are quantized first, to 8 bits, or to 16 (activation_bits), which may also be given as int16 codes.
+    activation_bits=1: all codes of x are -1 or 1, and products with binary matrices use popcounts. Bit-identical to
+    reference.scaled_matmuls, without its [G, m, n] sums in memory, and to reference.matmuls_of_digits; all matrices
+    share one parallel loop.
     """
+    if activation_bits == 16 and x.dtype == np.int16:
+        return reference.matmuls_of_digits(x, ws, functools.partial(scaled_matmuls, isa_name=isa_name))
     matrices = tuple((w.format, w.shape[0]) for w in ws)
-    bits = 1 if activation_bits == 1 and all(w.format == "binary" for w in ws) else 8
+    bits = 8 if activation_bits == 1 and any(w.format != "binary" for w in ws) else activation_bits
     return _scaled_call(matrices, bits, isa_name or isa())(
         x, *(leaf for w in ws for leaf in (w.codes, w.scale, w.minimum) if leaf is not None)
     )

@@ -191,8 +191,6 @@ def _matmuls(
         ys = tuple(reference.scaled_float_matmul(rows, w) for w in ws)
     else:
         multiply = _scaled_matmuls(implementation, activation_bits, isa, ordered)
-        if activation_bits == 16:
-            multiply = functools.partial(reference.matmuls_of_digits, multiply=multiply)
         ys = (
             multiply(rows, ws)
             if x.dtype in CODES
@@ -202,19 +200,19 @@ def _matmuls(
 
 
 def _scaled_matmuls(
-    implementation: str, activation_bits: int | None, isa: str | None, ordered: bool
+    implementation: str, activation_bits: int, isa: str | None, ordered: bool
 ) -> ScaledMatmuls:
     """The kernels on their platform; on any other XLA, or an error if they were named explicitly (`ordered`)."""
+    by_xla = reference.matmuls_of_digits if activation_bits == 16 else reference.scaled_matmuls
     if implementation == "reference":
-        return reference.scaled_matmuls
+        return by_xla
     if implementation == "cpu":
-        bits = 1 if activation_bits == 1 else 8
-        kernels = functools.partial(cpu.scaled_matmuls, activation_bits=bits, isa_name=isa)
+        kernels = functools.partial(cpu.scaled_matmuls, activation_bits=activation_bits, isa_name=isa)
     else:
         kernels = _pallas(implementation).scaled_matmuls
-    branches = {_XLA_PLATFORM[implementation]: kernels} | (
-        {} if ordered else {"default": reference.scaled_matmuls}
-    )
+        if activation_bits == 16:
+            kernels = functools.partial(reference.matmuls_of_digits, multiply=kernels)
+    branches = {_XLA_PLATFORM[implementation]: kernels} | ({} if ordered else {"default": by_xla})
     return lambda x, ws: jax.lax.platform_dependent(x, ws, **branches)
 
 

@@ -22,7 +22,7 @@ namespace bitnet {
 namespace {
 
 // Work below which one thread is as fast as two: a helper takes up to a microsecond to start.
-constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one row of x
+constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one or two rows of x
 constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several rows of x
 constexpr int64_t kFewRows = 8;                          // rows of x up to which a product is limited by memory
 constexpr int64_t kItemBytes = 300 << 10;                // packed bytes of a work item, few rows of x, approximately
@@ -137,7 +137,7 @@ void run(const std::vector<Problem>& problems, TableRows table_rows, const Work&
     part.x_sums += row * part.groups;
     work(i, part, row, begin, std::min(begin + split.panels, part.panels()));
   };
-  if (problems[0].m == 1 ? bytes < kSerialBytes : products < kSerialProducts) {
+  if (problems[0].m <= 2 ? bytes < kSerialBytes : products < kSerialProducts) {  // two: the digits of one row
     for (int64_t item = 0; item < items; ++item) run_item(item);
     return;
   }
@@ -170,23 +170,28 @@ ffi::Error integer_call(Bytes x, Codes w, int64_t format, std::string_view isa, 
   return ffi::Error::Success();
 }
 
-// x as int8 codes [m, k] with one scale a row: what it holds already, or float32 quantized here.
+// x as int8 codes [digits m, k] with one scale a row of x: what it holds already, or float32 quantized here. With two
+// digits rows 2 i and 2 i + 1 are the high and the low one of row i.
 struct Activations {
   const int8_t* codes;
   const float* scales = nullptr;
 
-  static Activations of(ffi::AnyBuffer x) {
+  static Activations of(ffi::AnyBuffer x, int64_t digits) {
     const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
     if (x.element_type() == ffi::S8) return {x.typed_data<int8_t>()};
     // Kept from call to call: a large prompt would otherwise fault in fresh pages for every matrix.
     static thread_local std::vector<int8_t> codes;
     static thread_local std::vector<float> scales;
-    codes.resize(m * k);
+    codes.resize(digits * m * k);
     scales.resize(m);
     const float* rows = x.typed_data<float>();
     int8_t* to = codes.data();
     float* scale = scales.data();
-    const auto quantize = [=](int64_t row) { scale[row] = quantize_row(rows + row * k, k, to + row * k); };
+    const auto quantize = [=](int64_t row) {
+      int8_t* codes = to + digits * row * k;
+      scale[row] = digits == 1 ? quantize_row(rows + row * k, k, codes)
+                               : quantize_row_digits(rows + row * k, k, codes, codes + k);
+    };
     if (m * k < kSerialActivations) {
       for (int64_t row = 0; row < m; ++row) quantize(row);
     } else {
@@ -195,6 +200,16 @@ struct Activations {
     return {to, scale};
   }
 };
+
+// The products of digits, as rows 2 i and 2 i + 1 of products [2 m, n], to rows i of y: rows [begin, end) of y, its
+// columns [first, last). The same bits as join_digits of bitnet_kernels/reference.py, times the scale of the row.
+void join_digits(const float* products, const float* activation, int64_t n, int64_t begin, int64_t end, int64_t first,
+                 int64_t last, float* y) {
+  for (int64_t row = begin; row < end; ++row) {
+    const float* high = products + 2 * row * n;
+    for (int64_t i = first; i < last; ++i) y[row * n + i] = (high[i] * 256.0f + high[n + i]) * activation[row];
+  }
+}
 
 // Rows of signs as words, in the form that sign_matmul.h describes.
 void prepare_signs(const int8_t* codes, int64_t k, Rows& rows, Problem& p) {
@@ -268,15 +283,31 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
     outputs[i] = (*y)->typed_data();
   }
   const bool binary = std::all_of(problems.begin(), problems.end(), [](const Problem& p) { return p.format == Format::kBinary; });
-  const bool signs = activation_bits == 1;
-  if (activation_bits != 8 && !(signs && binary && x.element_type() == ffi::S8)) {
+  const bool codes = x.element_type() == ffi::S8, signs = activation_bits == 1;
+  const int64_t digits = activation_bits == 16 ? 2 : 1;
+  if (activation_bits != 8 && !(signs && binary && codes) && !(digits == 2 && !codes)) {
     return invalid("activation_bits=" + std::to_string(activation_bits) +
-                   "; expected 8, or 1 for int8 signs and binary matrices");
+                   "; expected 8, 16 for float32, or 1 for int8 signs and binary matrices");
   }
   if (m == 0) return ffi::Error::Success();
   const MatmulKernels& kernels = signs ? *found->sign : *found->integer;
 
-  const Activations activations = Activations::of(x);
+  const Activations activations = Activations::of(x, digits);
+  std::vector<float*> products = outputs;  // those of digits are joined when a work item is done
+  if (digits == 2) {
+    static thread_local std::vector<float> scratch;
+    int64_t size = 0;
+    for (Problem& p : problems) {
+      p.m *= digits;
+      size += p.m * p.n;
+    }
+    scratch.resize(size);
+    float* next = scratch.data();
+    for (size_t i = 0; i < count; ++i) {
+      products[i] = next;
+      next += problems[i].m * problems[i].n;
+    }
+  }
   std::vector<Rows> rows(count);
   for (size_t i = 0; i < count; ++i) {
     Problem& p = problems[i];
@@ -290,12 +321,17 @@ ffi::Error scaled_call(ffi::AnyBuffer x, ffi::RemainingArgs matrices, ffi::Span<
     } else {
       rows[i].prepare(activations.codes, k, kernels, p);
     }
-    scales[i].activation = activations.scales;
+    if (digits == 1) scales[i].activation = activations.scales;
   }
   run(problems, kernels.table_rows, [&](size_t i, const Problem& part, int64_t row, int64_t begin, int64_t end) {
     MatmulScales of_part = scales[i];
     if (of_part.activation != nullptr) of_part.activation += row;
-    scaled_matmul(kernels, part, of_part, outputs[i] + row * part.n, begin, end);
+    scaled_matmul(kernels, part, of_part, products[i] + row * part.n, begin, end);
+    if (digits == 2) {
+      const int64_t last = std::min(part.n, end * kPanelRows);
+      join_digits(products[i], activations.scales, part.n, row / 2, (row + part.m) / 2, begin * kPanelRows, last,
+                  outputs[i]);
+    }
   });
   return ffi::Error::Success();
 }

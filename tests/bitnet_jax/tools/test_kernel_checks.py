@@ -76,7 +76,7 @@ def of_one_isa(
             "scaled_matmuls",
             lambda ys, x, *a, **k: [last_bit(y) for y in ys] if x.dtype == jnp.float32 else ys,
             "scaled products",
-            "floats times binary",
+            "floats in 8 bits times binary",
         ),
         (
             "attention",
