@@ -159,7 +159,6 @@ def test_matrices_of_different_formats_run_in_one_call(make_packed) -> None:
 
 
 @pytest.mark.optimized
-@pytest.mark.optimized
 @built
 def test_every_float16_scale_is_the_same_float32() -> None:
     """Subnormal numbers, which XLA's threads would flush if they were float32, infinity and NaN included."""
@@ -173,8 +172,31 @@ def test_every_float16_scale_is_the_same_float32() -> None:
     np.testing.assert_array_equal(np.asarray(y)[0], halves[:, 0].astype(np.float32))
 
 
+@pytest.mark.optimized
 @built
-def test_activations_are_quantized_like_the_definition(make_packed) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_16_bit_inputs_are_bit_identical_to_the_definition(make_packed, format: str) -> None:
+    random = np.random.default_rng(3)
+    shapes = [(37, 100, 1), (50, 288, 9), (20, 4224, 2)]
+    for n, k, groups in shapes:
+        _, w = make_packed(format, n, k, groups, scale_dtype="float16")
+        _, other = make_packed("int8", 21, k, groups)  # of one call, with its own padding
+        xs = [jnp.asarray(random.normal(size=(m, k)), jnp.float32) for m in (1, 2, 7, 50)]
+        xs += [reference.quantize_activations(x, 16)[0] for x in xs[:2]]
+        expected = jax.jit(lambda xs, ws: [reference.matmuls_of_digits(x, ws) for x in xs])(xs, [w, other])
+        product = partial(cpu.scaled_matmuls, activation_bits=16)
+        for isa, products in on_every_isa(product, xs, [w, other]).items():
+            for x, got, wanted in zip(xs, products, expected, strict=True):
+                for y, z in zip(got, wanted, strict=True):
+                    np.testing.assert_array_equal(y, z, err_msg=f"{isa}, {x.dtype}[{len(x)}, {k}]")
+
+
+@pytest.mark.optimized
+@built
+@pytest.mark.parametrize(
+    ("bits", "definition"), [(8, reference.scaled_matmuls), (16, reference.matmuls_of_digits)]
+)
+def test_activations_are_quantized_like_the_definition(make_packed, bits: int, definition) -> None:
     _, w = make_packed("int8", 16, 96)
     random = np.random.default_rng(2)
     rows = random.normal(size=(9, 96)).astype(np.float32)
@@ -183,8 +205,9 @@ def test_activations_are_quantized_like_the_definition(make_packed) -> None:
     rows[6] *= 1e30
     rows[7] = np.arange(96) - 47.5  # halves: scaling by 127 / absmax is inexact here, exact in the next row
     rows[8] = np.concatenate([[127], np.arange(95) - 46.5])
+    x = jnp.asarray(rows)
     np.testing.assert_array_equal(
-        cpu.scaled_matmuls(jnp.asarray(rows), [w])[0], reference.scaled_matmuls(jnp.asarray(rows), [w])[0]
+        cpu.scaled_matmuls(x, [w], activation_bits=bits)[0], jax.jit(definition)(x, [w])[0]
     )
 
 
