@@ -11,6 +11,7 @@ bitnet_jax.training.optimizers traces optax's update under `jax.numpy_dtype_prom
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections import Counter
@@ -130,6 +131,14 @@ def compile_optimized(optimized: bool) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     compile_optimized(is_marked(item, "optimized"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What JAX keeps of the programs of a file is not walked in every later garbage collection."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

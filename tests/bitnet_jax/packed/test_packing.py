@@ -68,12 +68,14 @@ def greedy_without_cache(
 
 @pytest.mark.extended
 @pytest.mark.optimized
-def test_all_packable_recipes_in_one_model_are_proved() -> None:
-    """Each linear layer of the model has a different recipe, so that one compilation covers them all."""
+@pytest.mark.parametrize("half", [0, 1])
+def test_all_packable_recipes_in_few_models_are_proved(half: int) -> None:
+    """Each linear layer of a model has a different recipe, so that one compilation covers many."""
+    recipes = PACKABLE[half::2]
     grouped = [
-        r for r in PACKABLE if isinstance(RECIPES[r], Precision) and isinstance(RECIPES[r].granularity, int)
+        r for r in recipes if isinstance(RECIPES[r], Precision) and isinstance(RECIPES[r].granularity, int)
     ]
-    others = [r for r in PACKABLE if r not in grouped]
+    others = [r for r in recipes if r not in grouped]
     layers = max(len(grouped), -(-len(others) // 5))
     shape = SHAPE | {
         "num_layers": layers,
@@ -83,7 +85,7 @@ def test_all_packable_recipes_in_one_model_are_proved() -> None:
     paths = ModelConfig(**shape).linear_shapes()
     downs, rest = cycle(grouped), cycle(others)
     rules = tuple((path, next(downs if path.endswith("down_proj") else rest)) for path in paths)
-    assert {recipe for _, recipe in rules} == set(PACKABLE)
+    assert {recipe for _, recipe in rules} == set(recipes)
     config = ModelConfig(**shape, precision=rules)
 
     params = init(config)
@@ -98,7 +100,7 @@ def test_all_packable_recipes_in_one_model_are_proved() -> None:
         greedy=greedy_without_cache,
         new_tokens=20,
     )
-    assert proof.matrices == len(paths) >= len(PACKABLE) >= 10
+    assert proof.matrices == len(paths) >= len(recipes) >= 10
     assert proof.tokens_identical == 60
     assert proof.logits == MASK.sum() * 29
     # Integer codes are exact; that leaves the weight-only recipes, whose float sums XLA may reorder.
