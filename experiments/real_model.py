@@ -85,7 +85,7 @@ def measure(text: Path, names: Sequence[str]) -> dict[str, Any]:
             own = Path(folder) / name
             own.mkdir()
             if name in OURS:
-                pack_model(SOURCE, own / "model", tokens=64, **OURS[name])
+                pack_model(SOURCE, own / "model", tokens=16, **OURS[name])
                 file, model = (
                     own / "model" / "model.safetensors",
                     ours(load_model(own / "model"), prompt, NEW),
