@@ -69,17 +69,18 @@ def written(source: Any, name: str, folder: Path) -> Path:
     return file
 
 
-def measure(text: Path, names: Sequence[str]) -> dict[str, Any]:
+def measure(text: Path, names: Sequence[str], count: int = WINDOWS) -> dict[str, Any]:
+    """The results of these models, on the first `count` windows of the text."""
     source: Any = load_model(SOURCE)
     content = read_file(text).decode()
-    ids = np.asarray(source.tokenizer.encode(content))[: WINDOWS * LENGTH + 1]
-    windows = [ids[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(WINDOWS)]
+    ids = np.asarray(source.tokenizer.encode(content))[: count * LENGTH + 1]
+    windows = [ids[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)]
     prompt = ids[:PROMPT].astype(np.int32)
     models: dict[str, Model] = {}
     rows: dict[str, dict[str, Any]] = {}
     with (
         tempfile.TemporaryDirectory() as folder,
-        progress_bar(len(names) * WINDOWS, unit="window", description="perplexity") as bar,
+        progress_bar(len(names) * count, unit="window", description="perplexity") as bar,
     ):
         for name in names:
             own = Path(folder) / name
@@ -114,7 +115,7 @@ def measure(text: Path, names: Sequence[str]) -> dict[str, Any]:
     return {
         "source": SOURCE,
         "text": {"name": text.name, "sha256": hashlib.sha256(content.encode()).hexdigest()},
-        "windows": WINDOWS,
+        "windows": count,
         "length": LENGTH,
         "prompt": PROMPT,
         "new_tokens": NEW,
@@ -161,6 +162,7 @@ def main() -> None:
     )
     parser.add_argument("text", nargs="?", type=Path, metavar="TEXT", help="a text file, .gz too")
     parser.add_argument("--only", nargs="+", choices=(*OURS, *PEERS), help="these models (default: all)")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of the text (default %(default)s)")
     parser.add_argument("--report", action="store_true", help="only write the table")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where results go (default %(default)s)")
     args = parser.parse_args()
@@ -168,7 +170,7 @@ def main() -> None:
         if args.text is None:
             parser.error("got no TEXT, expected a text file on which perplexity is measured")
         names = args.only or (*OURS, *(PEERS if llama_cpp_version() else ()))
-        results = measure(args.text, names)
+        results = measure(args.text, names, args.windows)
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     table = report(json.loads(args.json.read_text()))
