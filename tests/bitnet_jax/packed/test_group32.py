@@ -24,10 +24,11 @@ RECIPES = {
 
 def config_of(recipe: str) -> ModelConfig:
     return ModelConfig(
-        vocab_size=48, hidden_size=64, num_layers=2, num_heads=2, ffn_size=96, max_length=32, precision=recipe
+        vocab_size=48, hidden_size=64, num_layers=1, num_heads=2, ffn_size=96, max_length=32, precision=recipe
     )
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.optimized
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_packed_model_equals_the_latent_one_bit_for_bit_and_survives_a_file(
@@ -38,7 +39,7 @@ def test_a_packed_model_equals_the_latent_one_bit_for_bit_and_survives_a_file(
     packed = packing.pack(latent["params"], config)
     tokens = np.random.default_rng(0).integers(0, 48, (2, 12))
     proof = prove(config, latent, packed, tokens)
-    assert (proof.matrices, proof.max_relative_logit_error) == (14, 0)
+    assert (proof.matrices, proof.max_relative_logit_error) == (7, 0)
 
     weight = packed["packed"]["layers_0"]["mlp"]["up_proj"]["weight"]
     assert weight.scale.dtype == jnp.float16
