@@ -119,9 +119,9 @@ def compile_optimized(optimized: bool) -> None:
     global compiles_optimized
     if compiles_optimized is optimized:
         return
+    if compiles_optimized is not None:
+        jax.clear_caches()  # programs compiled otherwise: results of the two may differ in the last bit
     compiles_optimized = optimized
-    if optimized:
-        jax.clear_caches()  # programs compiled without optimizations
     jax.config.update("jax_disable_most_optimizations", not optimized)
     os.environ[DISABLED] = str(int(not optimized))
     if jax.__version_info__ < (0, 11):
