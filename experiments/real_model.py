@@ -19,7 +19,7 @@ import argparse
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,9 @@ def written(source: Any, name: str, folder: Path) -> Path:
     return file
 
 
-def measure(text: Path, names: Sequence[str], count: int = WINDOWS) -> dict[str, Any]:
-    """The results of these models, on the first `count` windows of the text."""
+def measure(text: Path, names: Sequence[str], count: int = WINDOWS) -> Iterator[dict[str, Any]]:
+    """The results of these models on the first `count` windows of the text, so far: after the perplexity of each, and
+    with the speeds of all."""
     source: Any = load_model(SOURCE)
     content = read_file(text).decode()
     ids = np.asarray(source.tokenizer.encode(content))[: count * LENGTH + 1]
@@ -78,6 +79,19 @@ def measure(text: Path, names: Sequence[str], count: int = WINDOWS) -> dict[str,
     prompt = ids[:PROMPT].astype(np.int32)
     models: dict[str, Model] = {}
     rows: dict[str, dict[str, Any]] = {}
+    results = {
+        "source": SOURCE,
+        "text": {"name": text.name, "sha256": hashlib.sha256(content.encode()).hexdigest()},
+        "windows": count,
+        "length": LENGTH,
+        "prompt": PROMPT,
+        "new_tokens": NEW,
+        "rounds": ROUNDS,
+        "arms": {name: OURS[name] for name in names if name in OURS},
+        "rows": rows,
+        "llama_cpp_python": llama_cpp_version(),
+        "provenance": provenance(),
+    }
     with (
         tempfile.TemporaryDirectory() as folder,
         progress_bar(len(names) * count, unit="window", description="perplexity") as bar,
@@ -104,6 +118,7 @@ def measure(text: Path, names: Sequence[str], count: int = WINDOWS) -> dict[str,
                 "nats_per_token": float(np.mean(nats)),
                 "perplexity": float(np.exp(np.mean(nats))),
             }
+            yield results
         took = in_turn(models, ROUNDS)
     for name in names:
         rows[name] |= {
@@ -112,19 +127,7 @@ def measure(text: Path, names: Sequence[str], count: int = WINDOWS) -> dict[str,
             "prefill_seconds": took[name, "prefill"]._asdict(),
             "decode_seconds": took[name, "decode"]._asdict(),
         }
-    return {
-        "source": SOURCE,
-        "text": {"name": text.name, "sha256": hashlib.sha256(content.encode()).hexdigest()},
-        "windows": count,
-        "length": LENGTH,
-        "prompt": PROMPT,
-        "new_tokens": NEW,
-        "rounds": ROUNDS,
-        "arms": {name: OURS[name] for name in names if name in OURS},
-        "rows": rows,
-        "llama_cpp_python": llama_cpp_version(),
-        "provenance": provenance(),
-    }
+    yield results
 
 
 def report(results: dict[str, Any]) -> str:
@@ -146,7 +149,9 @@ def report(results: dict[str, Any]) -> str:
         change = f"{100 * (row['perplexity'] / floats - 1):+.2f} %" if floats else "-"
 
         def speed(part: str, tokens: int, row: dict[str, Any] = row) -> str:
-            took = row[f"{part}_seconds"]
+            took = row.get(f"{part}_seconds")
+            if took is None:
+                return "-"
             return f"{tokens / took['median']:.0f} [{tokens / took['p90']:.0f}, {tokens / took['p10']:.0f}]"
 
         lines.append(
@@ -170,9 +175,9 @@ def main() -> None:
         if args.text is None:
             parser.error("got no TEXT, expected a text file on which perplexity is measured")
         names = args.only or (*OURS, *(PEERS if llama_cpp_version() else ()))
-        results = measure(args.text, names, args.windows)
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        for results in measure(args.text, names, args.windows):
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
     table = report(json.loads(args.json.read_text()))
     args.json.with_name(REPORT.name).write_text(table)
     print(table)
