@@ -8,14 +8,13 @@ variable, overrides it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-
-from bitnet_jax.data.cache import cache_folder
 
 MAX_BYTES = 1 << 29  # of all programs, at the start of a command; those of a model take about half a megabyte
 SETTINGS = {
@@ -26,11 +25,14 @@ SETTINGS = {
 
 def use_compilation_cache() -> None:
     """Sets the environment variables that JAX reads when it is imported; does nothing afterwards."""
+    from bitnet_jax.data.cache import cache_folder, evict  # imports numpy, which --help does not need
+
     folder = cache_folder()
     if folder is None or "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     programs = folder / "programs"
-    evict(programs)
+    with contextlib.suppress(OSError):  # JAX warns of a folder that it cannot use
+        evict((file for file in programs.rglob("*") if file.is_file()), MAX_BYTES)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs / f"{version('jaxlib')}-{processor()}")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -39,24 +41,7 @@ def use_compilation_cache() -> None:
 def processor() -> str:
     """A hash of the processor's name and features."""
     described = platform.processor() + platform.machine()
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        lines = first.splitlines()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         described += "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
-    except OSError:
-        pass
     return hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
-
-
-def evict(folder: Path, max_bytes: int = MAX_BYTES) -> None:
-    """Removes the oldest programs while all of them take more than max_bytes. A folder that cannot be read is left."""
-    try:
-        files = [(file, file.stat()) for file in folder.rglob("*") if file.is_file()]
-        total = sum(status.st_size for _, status in files)
-        for file, status in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
-            if total <= max_bytes:
-                return
-            file.unlink(missing_ok=True)
-            total -= status.st_size
-    except OSError:
-        return

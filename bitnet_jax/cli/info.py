@@ -1,7 +1,8 @@
 """Show a model of any format on one screen: architecture, precision of its layers, bytes of a decode step and the speed
 that follows from them on this machine, begin and end tokens, chat template, trained length.
 
-The speed is an upper bound: what this machine reads from memory in a second, measured now, by the bytes of a token.
+The speed is an estimate: what this machine reads from memory in a second, measured now, divided by the bytes of a
+token.
 --json has every setting and every layer.
 
 The small files and the smallest tensors of a packed model, up to 256 MiB in total, are always compared with their

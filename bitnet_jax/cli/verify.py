@@ -8,8 +8,7 @@ Both read the same text (--source, a sample of Python's standard library by defa
 a tokenizer).
 
 The models agree if the mean KL divergence is at most --max-kl nats a token and, if --max-logit-error is given, no logit
-differs by more. Exit code: 0 if they agree, 1 if not, 2 for invalid input. A lossless conversion has a KL divergence
-below 1e-6, a model rounded to int8 one of about 1e-3.
+differs by more. Exit code: 0 if they agree, 1 if not, 2 for invalid input.
 
 example:
   bitnet-jax verify smollm2-packed --against smollm2 --json verify.json

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,7 @@ def write_arrays(key: str, arrays: Mapping[str, np.ndarray]) -> None:
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
-        _evict(folder)
+        evict(folder.glob("*" + SUFFIX), MAX_BYTES)
     except OSError as error:
         warnings.warn(
             f"{folder}: cannot cache tokens ({one_line(error)}); free disk space, or set {CACHE_VARIABLE} to another "
@@ -99,14 +99,12 @@ def write_arrays(key: str, arrays: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def _evict(folder: Path) -> None:
-    """Remove the least recently used entries until the rest is at most MAX_BYTES."""
-    entries = sorted(
-        ((path, path.stat()) for path in folder.glob("*" + SUFFIX)), key=lambda e: e[1].st_mtime_ns
-    )
+def evict(files: Iterable[Path], max_bytes: int) -> None:
+    """Removes the files that were changed longest ago until the rest takes at most max_bytes. Raises OSError."""
+    entries = sorted(((path, path.stat()) for path in files), key=lambda entry: entry[1].st_mtime_ns)
     total = sum(status.st_size for _, status in entries)
     for path, status in entries:
-        if total <= MAX_BYTES:
+        if total <= max_bytes:
             return
         path.unlink(missing_ok=True)
         total -= status.st_size

@@ -1,4 +1,4 @@
-"""Requests of lm-evaluation-harness as requests of our own evaluation.
+"""Translates requests of lm-evaluation-harness into those of bitnet_jax.evaluation.
 
 Edge cases are those of the harness's model for Hugging Face checkpoints (lm_eval 0.4.13: `TemplateLM._encode_pair`,
 `HFLM.tok_encode`, `HFLM.loglikelihood_rolling`, `normalize_gen_kwargs`), so that scores are comparable. This module
@@ -105,7 +105,7 @@ def pair_request(model: TextModel, context: str, continuation: str, prefix: int 
             tokens = with_begin((first,), tokens)
     if boundary >= len(tokens):
         raise HarnessError(
-            f"got the continuation {continuation[:60]!r} of {context[-60:]!r}, expected at least one token of its own"
+            f"got the continuation {continuation[:60]!r} of {context[-60:]!r}, expected it to add a token"
         )
     return Request(tokens, boundary)
 

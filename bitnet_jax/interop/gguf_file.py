@@ -6,7 +6,7 @@
     data      in the listed order; it and each tensor start at a multiple of `general.alignment` (by default 32)
 
 Reading trusts nothing: every number is checked against the file before it is used, so that no file makes it allocate
-more than a small multiple of its own size. Tensors are views of the memory map.
+more than a small multiple of the file's size. Tensors are views of the memory map.
 """
 
 from __future__ import annotations

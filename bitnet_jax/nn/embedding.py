@@ -114,17 +114,14 @@ class Embedding(nn.Module):
         """Logits in float32: `x @ table.T`."""
         rows = floats("x", x).reshape(-1, x.shape[-1]).astype(jnp.float32)
         precision = table_precision(self.stored_dtype, self.features)
-        if isinstance(self.stored, PackedArray):
-            return packed_matmul(x, self.stored, activation_bits=16)
-        if precision is not None:
-            return quantized_matmul(
-                precision.quantize_activation(x.astype(jnp.float32)),
-                precision.quantize_weight(self.stored),
-                input_digits=precision.input_digits,
-            )
-        if self.dtype == "bfloat16":
+        if self.dtype == "bfloat16" and precision is None:
             rows = round_to_bfloat16(rows)
-        if self.stored.dtype == jnp.bfloat16:
+        if isinstance(self.stored, PackedArray):
+            logits = packed_matmul(rows, self.stored, activation_bits=16)
+        elif precision is not None:
+            quantized = precision.quantize_activation(rows), precision.quantize_weight(self.stored)
+            logits = quantized_matmul(*quantized, input_digits=precision.input_digits)
+        elif self.stored.dtype == jnp.bfloat16:
             logits = bfloat16_logits(rows, self.stored)
         else:
             logits = dense(rows, self.table(), self.dtype)

@@ -57,13 +57,15 @@ def with_float_tables(config: ModelConfig, variables: Variables) -> tuple[ModelC
         return config, variables
     changed = dataclasses.replace(config, embedding_dtype="float32")
     params, packed = dict(variables["params"]), dict(variables.get("packed", {}))
-    for path in {"embed", "lm_head"} & {*config.precisions(), "embed"}:
-        leaf = "embedding" if path == "embed" else "weight"
+    tables = {"embed": "embedding"}
+    head = changed.precisions().get("lm_head")
+    if head is not None and not head.quantizes_weights:  # of its own, and not quantized by a rule
+        tables["lm_head"] = "weight"
+    for path, leaf in tables.items():
         if path in packed:
-            table = dequantize(packed.pop(path)["weight"])
+            params[path] = {leaf: dequantize(packed.pop(path)["weight"])}
         else:
-            table = rounded(params[path][leaf], config.embedding_dtype)
-        params[path] = {leaf: table}
+            params[path] = {leaf: rounded(params[path][leaf], config.embedding_dtype)}
     return changed, {**variables, "params": params, **({"packed": packed} if "packed" in variables else {})}
 
 

@@ -65,7 +65,7 @@ def bench_model(
 
     steps = new_tokens - 1
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, prompt))
-    prefill, decode = _generation(config, variables, tokens, new_tokens, kv_format)
+    prefill, decode = generation_calls(config, variables, tokens, new_tokens, kv_format)
     began = time.perf_counter()
     prefill(0), decode(0)
     first_seconds = time.perf_counter() - began
@@ -230,10 +230,10 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
 
-def _generation(
+def generation_calls(
     config: ModelConfig, variables: Variables, tokens: np.ndarray, new_tokens: int, kv_format: str | None
 ) -> tuple[Call, Call]:
-    """Two alternating calls: prefill up to the first token, and decoding of all the others."""
+    """Two calls for `timing.interleaved`, in turn: prefill up to the first token, and decoding of all the others."""
     running: list[Iterator[np.ndarray]] = []
 
     def prefill(round: int) -> None:

@@ -1,7 +1,8 @@
 """A model on one screen: architecture, precision of its layers, what a decode step reads, and what it says of itself.
 
-The expected speed is an upper bound: the fastest of several reads of READ_BYTES of memory by all threads on this
-machine, divided by the bytes that a decode step reads. A model that fits the processor's caches can be faster.
+The expected speed is what memory allows: the fastest of several reads of READ_BYTES by all threads on this machine,
+divided by the bytes that a decode step reads. It is an estimate and no bound: the loop that reads does not reach the
+limit of every processor (docs/limits.md), and a model that fits the caches can be faster.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def decode_bytes(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str,
         elif path in (*EMBEDDINGS, "position_embed/embedding"):
             parts["other"] += leaf.nbytes // leaf.shape[0]
         elif isinstance(leaf, PackedArray):
-            parts["scales"] += leaf.scale.nbytes
-            parts["weights"] += leaf.nbytes - leaf.scale.nbytes
+            parts["scales"] += leaf.nbytes - leaf.codes.nbytes  # and minima
+            parts["weights"] += leaf.codes.nbytes
         else:
             parts["weights" if path in linear else "other"] += leaf.nbytes
     return parts
@@ -62,14 +63,14 @@ def read_ceiling() -> float | None:
 
 
 def decode_figures(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What a decode step reads, and the most tokens per second that follow from it on this machine."""
+    """What a decode step reads, and the tokens per second that memory allows on this machine."""
     parts, ceiling = decode_bytes(config, variables), read_ceiling()
     total = sum(parts.values())
     return {
         "bytes_per_token": parts | {"total": total},
         "kv_bytes_per_position": kv_bytes(config, config.known_length) // config.known_length,
         "read_ceiling_gbytes_per_second": ceiling and ceiling / 1e9,
-        "tokens_per_second_upper_bound": ceiling and ceiling / total,
+        "expected_tokens_per_second": ceiling and ceiling / total,
     }
 
 
@@ -121,7 +122,7 @@ def describe_decode(figures: Mapping[str, Any]) -> list[str]:
         return [*lines, "expected speed: not known, for the C++ library that measures memory is absent"]
     return [
         *lines,
-        f"expected speed: at most {figures['tokens_per_second_upper_bound']:,.1f} tokens/s, an upper bound: "
+        f"expected speed: about {figures['expected_tokens_per_second']:,.1f} tokens/s, as memory allows: "
         f"{ceiling:.1f} GB/s, the fastest of {READS} reads of {READ_BYTES >> 20} MiB of memory here, by these bytes",
     ]
 

@@ -9,18 +9,17 @@ llama.cpp takes part through the package llama-cpp-python.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from bitnet_jax.inference.generation import stream_tokens
+from bitnet_jax.evaluation.language import evaluate_text
 from bitnet_jax.model_folders import LoadedModel
 from bitnet_jax.optional_packages import missing_package
+from bitnet_jax.tools.model_bench import generation_calls
 from bitnet_kernels.timing import Spread, interleaved, threads
 
 PARTS = ("prefill", "decode")
@@ -37,29 +36,13 @@ def ours(
 ) -> Model:
     """A loaded language model; its decode loop is one program."""
 
-    @jax.jit
-    def nats(variables: Any, ids: jax.Array) -> jax.Array:
-        logits = model.config.module().apply(variables, ids[None, :-1]).logits[0]
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), ids[1:, None], axis=1))
-
-    running: list[Iterator[np.ndarray]] = []
-
-    def prefill(round: int) -> None:
-        tokens = stream_tokens(
-            model.config,
-            model.variables,
-            prompt[None],
-            max_new_tokens=new_tokens,
-            kv_format=kv_format,
-            chunk=new_tokens,
+    def nats(ids: np.ndarray) -> float:
+        score = evaluate_text(
+            model.config, model.variables, ids, np.ones_like(ids), length=len(ids) - 1, batch_size=1
         )
-        running[:] = [tokens]
-        next(tokens)
+        return score.nats_per_token
 
-    def decode(round: int) -> None:
-        next(running.pop())
-
-    return Model(lambda ids: float(nats(model.variables, jnp.asarray(ids))), prefill, decode)
+    return Model(nats, *generation_calls(model.config, model.variables, prompt[None], new_tokens, kv_format))
 
 
 def llama_cpp(file: Path, prompt: Int[np.ndarray, "T"], new_tokens: int, longest: int = 1024) -> Model:

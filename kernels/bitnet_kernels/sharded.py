@@ -41,7 +41,8 @@ def sharded_matmul(
         return _on_devices(part, mesh, (PartitionSpec(), spec), PartitionSpec(None, axis))(x, w)
 
     bits = options.get("activation_bits", 8)
-    codes, x_scale = (x, None) if x.dtype in CODES else reference.quantize_activations(x, bits)
+    quantizes = x.dtype not in CODES and bits in (8, 16)  # else packed_matmul takes x as it is, or refuses it
+    codes, x_scale = reference.quantize_activations(x, bits) if quantizes else (x, None)
     one_scale = w.groups == 1
 
     def partial_sum(x: jax.Array, w: PackedArray) -> jax.Array:
@@ -53,7 +54,8 @@ def sharded_matmul(
 
     y = _on_devices(partial_sum, mesh, (PartitionSpec(None, axis), spec), PartitionSpec())(codes, w)
     if one_scale:
-        y = reference.rescale(y[None], w.scale, w.minimum, reference.group_sums(codes, w, jnp.int32))
+        x_sums = reference.group_sums(codes, w, jnp.int32 if codes.dtype in CODES else jnp.float32)
+        y = reference.rescale(y[None], w.scale, w.minimum, x_sums)
     return y if x_scale is None else reference.rounded_product(y, x_scale)
 
 

@@ -61,6 +61,21 @@ def test_scale_groups(make_packed, mesh, split: str) -> None:
     np.testing.assert_allclose(y, packed_matmul(x, w), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [16, None])
+@pytest.mark.parametrize("format", ["ternary2", "uint4"])
+@pytest.mark.parametrize("split", ["outputs", "inputs"])
+def test_inputs_that_are_not_rounded_to_8_bits(
+    make_packed, mesh, split: str, format: str, bits: int | None
+) -> None:
+    _, w = make_packed(format, 64, 512)
+    x = jax.random.normal(jax.random.key(0), (5, 512))
+    y = sharded_matmul(x, placed(w, mesh, split), mesh, "d", split, activation_bits=bits)
+    # each device sums its own inputs first: 512 terms of magnitude 15 for uint4
+    np.testing.assert_allclose(y, packed_matmul(x, w, activation_bits=bits), rtol=1e-5, atol=1e-3)
+    rounded = packed_matmul(x, w)
+    assert np.abs(y - rounded).max() > 10 * np.abs(y - packed_matmul(x, w, activation_bits=bits)).max()
+
+
 def test_the_kernel_for_tpus_under_shard_map(make_packed, mesh) -> None:
     from bitnet_kernels import pallas_tpu
 

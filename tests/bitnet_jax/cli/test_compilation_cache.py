@@ -59,12 +59,17 @@ def test_nothing_is_set_once_jax_is_imported_or_the_user_has_chosen(
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
-def test_the_oldest_programs_are_removed(tmp_path: Path) -> None:
+def test_the_oldest_programs_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for age, name in enumerate(("new", "middle", "old")):
-        file = tmp_path / "version" / name
-        file.parent.mkdir(exist_ok=True)
+        file = tmp_path / "programs" / "version" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bytes(100))
         os.utime(file, (1000 - age, 1000 - age))
-    compilation_cache.evict(tmp_path, max_bytes=250)
+    monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "jax")
+    for name in ("JAX_COMPILATION_CACHE_DIR", *compilation_cache.SETTINGS):
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
+    compilation_cache.use_compilation_cache()
     assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {"new", "middle"}
-    compilation_cache.evict(tmp_path / "missing")

@@ -73,6 +73,15 @@ def test_an_integer_embedding_is_packed_and_is_the_head(embedding: str, tied: bo
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
+def test_a_head_with_a_recipe_keeps_it_when_the_table_becomes_floats() -> None:
+    rules = (("lm_head", "bitnet_b158"), ("*", "bitnet_b158"))
+    config = ModelConfig(**SHAPE, embedding_dtype="int8", tie_embeddings=False, precision=rules)
+    packed = packing.pack(init(config), config)
+    changed, variables = with_float_tables(config, packed)
+    assert variables["packed"]["lm_head"] == packed["packed"]["lm_head"]
+    assert jax.tree.structure(packing.abstract(changed)) == jax.tree.structure(dict(variables))
+
+
 def test_an_integer_embedding_trains() -> None:
     config = ModelConfig(**SHAPE, embedding_dtype="int8", precision="float32")
     params = init(config)

@@ -12,7 +12,7 @@ from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.inference.generation import generate
 from bitnet_jax.model_folders import LoadedModel
 from bitnet_jax.models import ModelConfig, init_variables
-from bitnet_jax.tools import side_by_side
+from bitnet_jax.tools import model_bench, side_by_side
 
 CONFIG = ModelConfig(
     vocab_size=40, hidden_size=32, num_layers=1, num_heads=2, ffn_size=48, max_length=64, precision="float32"
@@ -29,14 +29,14 @@ def test_both_parts_together_generate_the_new_tokens(
     model: LoadedModel[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt, made = np.arange(1, 9, dtype=np.int32), []
-    stream = side_by_side.stream_tokens
+    stream = model_bench.stream_tokens
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         for tokens in stream(*args, **kwargs):
             made.append(tokens)
             yield tokens
 
-    monkeypatch.setattr(side_by_side, "stream_tokens", watched)
+    monkeypatch.setattr(model_bench, "stream_tokens", watched)
     took = side_by_side.in_turn({"a": side_by_side.ours(model, prompt, 6)}, rounds=2)
     assert set(took) == {("a", "prefill"), ("a", "decode")}
     expected = generate(CONFIG, model.variables, prompt[None], max_new_tokens=6).tokens
