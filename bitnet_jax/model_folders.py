@@ -91,19 +91,7 @@ def load_model(
             raise ValueError(
                 f"got {name} {value} for {path}, expected no {name}: only a {of} model has one, this is a {kind} model"
             )
-    model = FORMATS[kind].read(path, **options)
-    _check_tokenizer(path, model)
-    return model
-
-
-def _check_tokenizer(path: Path, model: LoadedModel[Any]) -> None:
-    """Raises ValueError: the tokenizer has ids without a row in the embedding; unused rows are fine."""
-    rows = getattr(model.config, "vocab_size", None)
-    if rows is not None and model.tokenizer is not None and model.tokenizer.vocab_size > rows:
-        raise ValueError(
-            f"{path}: got a tokenizer of {model.tokenizer.vocab_size} tokens, expected at most {rows}, the rows of the "
-            "embedding; use the tokenizer of this model"
-        )
+    return FORMATS[kind].read(path, **options)
 
 
 def load_text_model(source: str | Path, *, step: int | None = None) -> LoadedModel[ModelConfig]:

@@ -1,8 +1,9 @@
-"""Conversion between formats: what a format cannot hold, or a model must not have, is refused by name."""
+"""Conversion between formats: what a format cannot hold is refused by name; a tokenizer that is too large warns."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax.data.bpe import train_bpe
 from bitnet_jax.data.conversation import Conversation
+from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.text import Document
-from bitnet_jax.model_folders import LoadedModel, load_model, save_model
+from bitnet_jax.inference.streaming import stream
+from bitnet_jax.model_folders import LoadedModel, load_text_model, save_model
 from bitnet_jax.models import ModelConfig, init_variables
 from bitnet_jax.tools.conversion import convert
 
@@ -61,16 +64,23 @@ def test_weights_that_are_not_finite_are_refused_by_name_before_anything_is_writ
 
 @pytest.mark.parametrize("to", ["packed", "huggingface"])
 @pytest.mark.parametrize("rows", [200, 300, 400])
-def test_a_tokenizer_beyond_the_embedding_is_refused_when_the_model_is_loaded(
+def test_a_tokenizer_beyond_the_embedding_warns_and_only_its_extra_tokens_are_refused(
     tmp_path: Path, to: str, rows: int
 ) -> None:
     text = "ternary weights are minus one, zero and one; binary weights are minus one and one. " * 20
     tokenizer = train_bpe([Document("text", text)], 280)
     save_model(tmp_path / "m", loaded(dataclasses.replace(FLOAT, vocab_size=rows), tokenizer), to)
+    model = load_text_model(tmp_path / "m")
+    assert model.tokenizer is not None
+    answer = partial(stream, model.config, model.variables, model.tokenizer, max_new_tokens=1)
     if rows >= tokenizer.vocab_size:  # unused rows
-        assert load_model(tmp_path / "m").tokenizer is not None
+        answer("ternary weights")
         return
-    with pytest.raises(
-        ValueError, match="m: got a tokenizer of 280 tokens, expected at most 200, the rows of the"
+    known = np.array([3, 5])
+    with pytest.warns(UserWarning, match=f"the tokenizer has 280 tokens, the model {rows}"):
+        list(answer(known))
+    with (
+        pytest.warns(UserWarning, match="extra tokens is refused"),
+        pytest.raises(DataError, match=f"with the id {rows}, expected ids below {rows}"),
     ):
-        load_model(tmp_path / "m")
+        answer(np.array([3, rows]))
