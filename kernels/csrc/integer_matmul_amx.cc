@@ -19,12 +19,11 @@
 #endif
 
 #include "panel_amx.h"
-#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kAmxInteger;
-const MatmulKernels kAmxInteger = {matmul_amx, sum, nullptr, scaled<Avx512Vbmi>};
+const MatmulKernels kAmxInteger = {matmul_amx, sum, nullptr, scaled_avx512vbmi};
 
 }  // namespace bitnet
 

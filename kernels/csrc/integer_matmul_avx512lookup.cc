@@ -19,12 +19,11 @@
 #endif
 
 #include "panel_lookup.h"
-#include "panel_scaled.h"
 
 namespace bitnet {
 
 extern const MatmulKernels kAvx512LookupInteger;
-const MatmulKernels kAvx512LookupInteger = {matmul_lookup, sum, table_rows, scaled<Avx512Lookup>};
+const MatmulKernels kAvx512LookupInteger = {matmul_lookup, sum, table_rows, scaled_avx512vbmi};
 
 }  // namespace bitnet
 

@@ -23,8 +23,18 @@
 
 namespace bitnet {
 
+void matmul_avx512vbmi(const Problem& p, int64_t begin, int64_t end) {
+  if (p.format != Format::kTernary5) return matmul_avx512vnni(p, begin, end);
+  matmul_format<Avx512Vbmi, Format::kTernary5>(p, begin, end);
+}
+
+void scaled_avx512vbmi(const Problem& p, const MatmulScales& s, float* out, int64_t begin, int64_t end, float* scratch) {
+  if (p.format != Format::kTernary5) return scaled_avx512vnni(p, s, out, begin, end, scratch);
+  scaled_format<Avx512Vbmi, Format::kTernary5>(p, s, out, begin, end, scratch);
+}
+
 extern const MatmulKernels kAvx512VbmiInteger;
-const MatmulKernels kAvx512VbmiInteger = {matmul<Avx512Vbmi>, sum, nullptr, scaled<Avx512Vbmi>};
+const MatmulKernels kAvx512VbmiInteger = {matmul_avx512vbmi, sum, nullptr, scaled_avx512vbmi};
 
 }  // namespace bitnet
 

@@ -22,8 +22,14 @@
 
 namespace bitnet {
 
+void matmul_avx512vnni(const Problem& p, int64_t begin, int64_t end) { matmul<Avx512Vnni>(p, begin, end); }
+
+void scaled_avx512vnni(const Problem& p, const MatmulScales& s, float* out, int64_t begin, int64_t end, float* scratch) {
+  scaled<Avx512Vnni>(p, s, out, begin, end, scratch);
+}
+
 extern const MatmulKernels kAvx512VnniInteger;
-const MatmulKernels kAvx512VnniInteger = {matmul<Avx512Vnni>, sum, nullptr, scaled<Avx512Vnni>};
+const MatmulKernels kAvx512VnniInteger = {matmul_avx512vnni, sum, nullptr, scaled_avx512vnni};
 
 }  // namespace bitnet
 

@@ -126,7 +126,7 @@ void many_rows_amx(const Problem& p, int64_t begin, int64_t end) {
 }
 
 void matmul_amx(const Problem& p, int64_t begin, int64_t end) {
-  if (p.m <= Amx::kFewRows) return matmul<Avx512Vbmi>(p, begin, end);
+  if (p.m <= Amx::kFewRows) return matmul_avx512vbmi(p, begin, end);
   switch (p.format) {
     case Format::kBinary: return many_rows_amx<Format::kBinary>(p, begin, end);
     case Format::kTernary2: return many_rows_amx<Format::kTernary2>(p, begin, end);

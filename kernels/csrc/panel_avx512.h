@@ -7,8 +7,14 @@
 #include <immintrin.h>
 
 #include "panel_fields.h"
+#include "scaled_matmul.h"
 
 namespace bitnet {
+
+// Compiled in integer_matmul_avx512vnni.cc, also for the instruction sets that extend this one.
+void matmul_avx512vnni(const Problem& p, int64_t begin, int64_t end);
+void scaled_avx512vnni(const Problem& p, const MatmulScales& s, float* out, int64_t begin, int64_t end, float* scratch);
+
 namespace {
 
 struct Avx512Vnni {

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI and VBMI.
+// AVX-512 with VNNI and VBMI: a table look-up unpacks the digits of ternary5; other formats are left to panel_avx512.h.
 
 #ifndef BITNET_KERNELS_PANEL_AVX512VBMI_H_
 #define BITNET_KERNELS_PANEL_AVX512VBMI_H_
@@ -6,6 +6,11 @@
 #include "panel_avx512.h"
 
 namespace bitnet {
+
+// Compiled in integer_matmul_avx512vbmi.cc, also for the instruction sets that extend this one.
+void matmul_avx512vbmi(const Problem& p, int64_t begin, int64_t end);
+void scaled_avx512vbmi(const Problem& p, const MatmulScales& s, float* out, int64_t begin, int64_t end, float* scratch);
+
 namespace {
 
 struct Avx512Vbmi : Avx512Vnni {};

@@ -14,11 +14,6 @@
 namespace bitnet {
 namespace {
 
-struct Avx512Lookup : Avx512Vbmi {};
-
-template <int kSlots>
-struct Fields<Avx512Lookup, Format::kTernary5, kSlots> : Fields<Avx512Vbmi, Format::kTernary5, kSlots> {};
-
 constexpr int64_t kTableBlocks = 8;  // looked up before int16 may overflow: 256 inputs of -128
 constexpr int64_t kTableRows = 32;   // rows of x whose tables of kTableBlocks blocks, 128 KiB, stay in L2
 constexpr int kPairs = 4;            // of panels, times ...
@@ -151,11 +146,11 @@ void look_up_panels(const Problem& p, int64_t first_row, int64_t rows, int64_t p
 }
 
 int64_t table_rows(const Problem& p) {
-  return p.format == Format::kBinary && p.m > Avx512Lookup::kFewRows ? kTableRows : 0;
+  return p.format == Format::kBinary && p.m > Avx512Vbmi::kFewRows ? kTableRows : 0;
 }
 
 void matmul_lookup(const Problem& p, int64_t begin, int64_t end) {
-  if (table_rows(p) == 0) return matmul<Avx512Lookup>(p, begin, end);
+  if (table_rows(p) == 0) return matmul_avx512vbmi(p, begin, end);
   Lookup lookup;
   for (int64_t row = 0; row < p.m; row += kTableRows) {
     const int64_t rows = std::min(kTableRows, p.m - row);

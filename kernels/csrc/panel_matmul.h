@@ -220,11 +220,12 @@ void multiply_packed_rows(const Problem& p, int64_t row, int64_t panel, int64_t 
 }
 
 // Few rows of x: the panels are cut into kStreams runs walked in step; all rows of x meet a panel while it is in cache.
+// The last panels meet one row at a time, which costs little and saves the code for more.
 template <typename Isa, Format kFormat>
 void few_rows(const Problem& p, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / Isa::kStreams, rest = begin + run * Isa::kStreams;
   for (int64_t i = 0; i < run; ++i) multiply_packed_rows<Isa, kFormat, Isa::kStreams>(p, 0, begin + i, run);
-  for (int64_t panel = rest; panel < end; ++panel) multiply_packed_rows<Isa, kFormat, 1>(p, 0, panel, 0);
+  for (int64_t panel = rest; panel < end; ++panel) multiply_packed_rows<Isa, kFormat, 1, 1>(p, 0, panel, 0);
 }
 
 template <typename Isa, Format kFormat>

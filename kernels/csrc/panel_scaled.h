@@ -117,7 +117,7 @@ void few_rows_scaled(const Problem& p, const MatmulScales& s, float* out, int64_
   }
   for (int64_t panel = rest; panel < end; ++panel) {
     load_scales<kFormat>(p, s, panel, scratch);
-    multiply_packed_scaled_rows<Isa, kFormat, 1>(p, s, 0, panel, 0, scratch, out);
+    multiply_packed_scaled_rows<Isa, kFormat, 1, 1>(p, s, 0, panel, 0, scratch, out);
   }
 }
 
