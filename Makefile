@@ -29,8 +29,7 @@ TPU_FLAGS ?=
 COVERAGE_MINIMUM ?= 0
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+INSTALL := CONSTRAINTS=$(CONSTRAINTS) $(BIN)/python requirements/install.py
 
 # An editable install picks up Python edits; only packaging and C++ sources require a reinstall.
 SOURCES := pyproject.toml $(wildcard setup.py kernels/csrc/*)
@@ -102,10 +101,10 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot create an environment; on Debian: apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
-	$(INSTALL) --editable ".[plots,tokenizers]"
+	$(INSTALL) plots tokenizers
 	@touch $@
 
 # One install updates both stamps, so that `make test` before `make quickstart` builds the library once.
 $(VENV)/.installed-for-development: $(SOURCES) | $(BIN)/python
-	$(INSTALL) --editable ".[plots,test,lint,docs]"
+	$(INSTALL) plots test lint docs
 	@touch $(VENV)/.installed $@

@@ -27,6 +27,13 @@ XLA_FLAGS = os.environ["XLA_FLAGS"]
 
 os.environ.setdefault("BITNET_JAX_CACHE", "off")  # tests of the cache set their own folder
 
+# What one process has compiled, the other worker, commands that tests start, and the next run of the tests find here.
+ROOT = Path(__file__).resolve().parent.parent
+COMPILED, COMPILED_BYTES = ROOT / ".pytest_cache" / "compiled", 1 << 29
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -43,12 +50,19 @@ settings.load_profile("any machine")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).resolve().parent.parent
+OPTIMIZED = pytest.StashKey[bool]()  # whether a test compiles with XLA's optimizations
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--extended", action="store_true", help="also run the tests marked extended")
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked extended and slow")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    from bitnet_jax.data.cache import evict  # after pytest-jaxtyping's hook
+
+    if not hasattr(session.config, "workerinput"):
+        evict(COMPILED.glob("*"), COMPILED_BYTES)
 
 
 def pytest_collectstart() -> None:
@@ -61,6 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     cases: Counter[str] = Counter()
     for item in items:
         test = item.nodeid.partition("[")[0]
+        item.stash[OPTIMIZED] = is_marked(item, "optimized") and (run_slow or cases[test] == 0)
         if is_marked(item, "slow", cases[test]) and not run_slow:
             item.add_marker(pytest.mark.skip(reason="slow: ask with --run-slow or BITNET_JAX_RUN_SLOW=1"))
         elif is_marked(item, "extended", cases[test]) and not extended:
@@ -75,7 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
     # Optimized and other tests share no programs: within a file, those marked optimized run after all others.
     files = {path: number for number, path in enumerate(dict.fromkeys(item.path for item in items))}
-    items.sort(key=lambda item: (files[item.path], is_marked(item, "optimized")))
+    items.sort(key=lambda item: (files[item.path], item.stash[OPTIMIZED]))
 
 
 def is_marked(item: pytest.Item, name: str, case: int = 0) -> bool:
@@ -97,10 +112,11 @@ def outside_folder(variable: str, beside: str) -> Path:
     pytest.skip(f"no folder ../{beside} beside the repository and {variable} is not set")
 
 
-# Most of a test's time is compilation, and XLA compiles faster without its optimizations. Tests that compare
-# floats bit for bit, or within a few roundings, are marked `optimized` and compile as users do. All others check
-# integers, structure, or what is done with numbers. (XLA in jax 0.10 can also do without its emitters of fused loops,
-# a slower second compiler; later versions cannot. It then compiles faster in one piece than in pieces for 32 threads.)
+# Most of a test's time is compilation, and XLA compiles faster without its optimizations. Tests that compare floats
+# bit for bit, or within a few roundings, are marked `optimized` and compile as users do: all cases with --run-slow,
+# otherwise the first of each test. All others check integers, structure, or what is done with numbers. (XLA in jax
+# 0.10 can also do without its emitters of fused loops, a slower second compiler; later versions cannot. It then
+# compiles faster in one piece than in pieces for 32 threads.)
 DISABLED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 UNFUSED = "xla_cpu_use_fusion_emitters"
 PIECES = "xla_cpu_parallel_codegen_split_count"
@@ -130,7 +146,7 @@ def compile_optimized(optimized: bool) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    compile_optimized(is_marked(item, "optimized"))
+    compile_optimized(item.stash[OPTIMIZED])
 
 
 @pytest.hookimpl(trylast=True)

@@ -92,11 +92,14 @@ def llama_cpp(file: Path, prompt: Int[np.ndarray, "T"], new_tokens: int, longest
 
 
 def llama_cpp_version() -> str | None:
-    """The installed version of llama-cpp-python, or None."""
+    """The version of llama-cpp-python and what its llama.cpp says of its build; None where it is not installed."""
     try:
-        return importlib.metadata.version("llama-cpp-python")
+        version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
         return None
+    from llama_cpp import llama_print_system_info
+
+    return f"{version} ({llama_print_system_info().decode().strip()})"
 
 
 def in_turn(models: Mapping[str, Model], rounds: int) -> dict[tuple[str, str], Spread]:

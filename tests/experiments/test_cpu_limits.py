@@ -24,6 +24,7 @@ def test_every_command_exists(name: str) -> None:
         build_parser().parse_args(words[2:])
 
 
+@pytest.mark.slow  # compiles three training steps
 def test_the_cost_of_training_is_relative_to_float32() -> None:
     every = training_cost.RECIPES | training_cost.PRODUCTS
     variants = {name: every[name] for name in ("float32", "bitnet", "ternary, int8 gradients")}

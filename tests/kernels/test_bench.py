@@ -15,8 +15,6 @@ import pytest
 from bitnet_kernels import FORMATS, bench, cpu, machine, timing
 from bitnet_kernels.shapes import SUITES
 
-pytestmark = pytest.mark.optimized
-
 COLUMNS = {
     "op",
     "format",

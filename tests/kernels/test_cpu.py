@@ -174,6 +174,8 @@ def test_every_float16_scale_is_the_same_float32() -> None:
 
 @pytest.mark.optimized
 @built
+@pytest.mark.extended(after=1)
+@pytest.mark.slow(after=3)
 @pytest.mark.parametrize("format", FORMATS)
 def test_16_bit_inputs_are_bit_identical_to_the_definition(make_packed, format: str) -> None:
     random = np.random.default_rng(3)

@@ -43,6 +43,7 @@ def test_the_sanitizers_report_nothing_for_the_arithmetic(
 
 
 @pytest.mark.extended
+@pytest.mark.slow(after=2)  # a compilation each
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (set CXX, or install g++)")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("name", ["threads", "failures"])

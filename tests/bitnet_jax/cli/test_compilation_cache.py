@@ -24,6 +24,7 @@ print(events.count("/jax/compilation_cache/cache_hits"), jax.config.jax_compilat
 
 def run(folder: Path | str) -> list[str]:
     environment = {**os.environ, "BITNET_JAX_CACHE": str(folder)}
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # that of the tests
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
     )

@@ -402,6 +402,7 @@ def test_mutated_metadata_raise_only_value_errors(tmp_path: Path) -> None:
     assert read + refused == 300
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("isa", cpu.available_isas())
 def test_packed_models_under_each_instruction_set(
     oracles: Path, isa: str, monkeypatch: pytest.MonkeyPatch

@@ -292,6 +292,7 @@ def test_config_matches_the_file(oracles: Path, name: str) -> None:
     assert variables["params"]["embed"]["embedding"].dtype == stored
 
 
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("isa", ["avx512vnni", "avx2", "scalar"])
 def test_packed_models_under_each_instruction_set(
     oracles: Path, isa: str, monkeypatch: pytest.MonkeyPatch

@@ -277,7 +277,8 @@ def test_selected_positions_have_the_same_logits_and_hidden_states(tied: bool) -
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("precision", ["float32", "bitnet_b158"])
+@pytest.mark.slow(after=1)
+@pytest.mark.parametrize("precision", ["bitnet_b158", "float32"])
 def test_remat_changes_residuals_and_not_gradients(precision: str) -> None:
     config = tiny(precision=precision, num_layers=2, dropout=0.3)
     v, key = variables(config), jax.random.key(5)

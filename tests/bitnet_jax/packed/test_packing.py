@@ -67,7 +67,6 @@ def greedy_without_cache(
 
 
 @pytest.mark.extended
-@pytest.mark.optimized
 @pytest.mark.parametrize("half", [0, 1])
 def test_all_packable_recipes_in_few_models_are_proved(half: int) -> None:
     """Each linear layer of a model has a different recipe, so that one compilation covers many."""

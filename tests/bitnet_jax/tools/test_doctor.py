@@ -22,7 +22,7 @@ from bitnet_kernels import IMPLEMENTATIONS, cpu, pallas_gpu
 TINY = ModelConfig(vocab_size=16, hidden_size=32, ffn_size=32, num_layers=1, num_heads=2, max_length=16)
 
 
-@pytest.mark.extended
+@pytest.mark.slow  # test_kernel_checks.py runs the same checks of kernels
 def test_the_command_reports_every_implementation_and_exits_with_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,19 +111,28 @@ def with_layer_of(params: Any, others: Any, path: str) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("model", range(len(MODELS)))
-def test_the_precisions_of_all_recipes_learn_alone_and_together(model: int) -> None:
-    """Recipes share models, because compilation dominates the time: each Precision has a layer in one of them."""
-    assert {precision for m in MODELS for precision in m.values()} >= set(PRECISIONS)
-    chosen = MODELS[model]
+def training_of(chosen: dict[str, Precision]) -> Training:
     layers = len({path.split("/")[0] for path in chosen})
-    config = ModelConfig(**SHAPE | {"num_layers": layers}, precision=(*chosen.items(), ("*", "float32")))
-    training = Training(config)
-    state, losses = training.run()
+    return Training(
+        ModelConfig(**SHAPE | {"num_layers": layers}, precision=(*chosen.items(), ("*", "float32")))
+    )
+
+
+@pytest.mark.parametrize("chosen", MODELS)
+def test_the_precisions_of_all_recipes_learn_together(chosen: dict[str, Precision]) -> None:
+    """Recipes share models, because compilation dominates the time: each Precision has a layer in one of them."""
+    assert {precision for model in MODELS for precision in model.values()} >= set(PRECISIONS)
+    state, losses = training_of(chosen).run()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert losses[-1] < 0.8 * losses[0]
-    # The other layers learn regardless of any single one. With all others frozen, a layer whose gradient is zero or
-    # has the wrong sign does not reduce the loss.
+
+
+@pytest.mark.slow  # a minute; gradients are compared with their formulas in nn/test_linear.py
+@pytest.mark.parametrize("chosen", MODELS)
+def test_the_precisions_of_all_recipes_learn_alone(chosen: dict[str, Precision]) -> None:
+    """The other layers learn regardless of any single one. With all others frozen, a layer whose gradient is zero or
+    has the wrong sign does not reduce the loss."""
+    training = training_of(chosen)
     for path, precision in chosen.items():
         _, alone = training.run(only=path)
         recipe = PRECISIONS[precision]

@@ -107,6 +107,7 @@ def test_a_run_may_resume_on_another_mesh(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *ends)
 
 
+@pytest.mark.slow  # half a minute; the tests above run on two devices
 def test_updates_on_eight_devices(repository: Path, request: pytest.FixtureRequest) -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     file = Path(__file__).with_name("on_eight_devices.py")
