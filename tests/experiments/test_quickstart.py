@@ -36,7 +36,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart_config, "get_config", get_config)
     monkeypatch.setattr(quickstart_config, "VOCAB_SIZE", 280)
     monkeypatch.setattr(quickstart, "RECIPES", {"float32": "float32", "binary": "bitnet"})  # two are enough
-    monkeypatch.setattr(quickstart, "PRESET", "tiny")
+    monkeypatch.setitem(quickstart.PRESETS, "base", "tiny")
     monkeypatch.setattr(quickstart, "PROOF_TOKENS", 64)
 
 
