@@ -56,5 +56,7 @@ def main(extras: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except subprocess.CalledProcessError as error:
+    except subprocess.CalledProcessError as error:  # the command has said why
         sys.exit(error.returncode)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    from bitnet_jax.data.cache import evict  # after pytest-jaxtyping's hook
+    from bitnet_jax.data.cache import evict  # late: what checks annotations hooks imports first
 
     if not hasattr(session.config, "workerinput"):
         evict(COMPILED.glob("*"), COMPILED_BYTES)
