@@ -9,7 +9,7 @@
 #   make gpu-compile  compile the GPU kernels for an H200 without one, likewise (1 GB, minutes, Python 3.12)
 #
 # PYTHON=python3.13 make ...      another interpreter, for a new environment
-# make quickstart QUICKSTART_FLAGS=--short      a tenth of the training
+# make quickstart QUICKSTART_FLAGS=--short      a quarter of the training
 # make test PYTEST_FLAGS=--extended             the tests of continuous integration
 # make test PYTEST_FLAGS="-k packing"           any pytest flags
 # make test CONSTRAINTS=requirements/ci-py311.txt   a new environment with the versions of continuous integration

@@ -170,7 +170,11 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--short", action="store_true", help="much shorter training, for automatic checks")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="much shorter training and a tiny model for the speed, for automatic checks",
+    )
     parser.add_argument("--fresh", action="store_true", help="delete the contents of the folder first")
     args = parser.parse_args(argv)
     began, variant = time.monotonic(), "short" if args.short else "base"

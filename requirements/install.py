@@ -2,8 +2,8 @@
 
     .venv/bin/python requirements/install.py plots tokenizers        with these extras of pyproject.toml
 
-The result is that of `pip install --editable ".[plots,tokenizers]"` in half the time: pip, which uses one core,
-installs packages while the C++ library is compiled. CONSTRAINTS=FILE gives the versions of packages.
+Like `pip install --editable ".[plots,tokenizers]"`, but faster: the C++ library is compiled while pip, which uses one
+core, installs packages, and bytecode is left to the first import. CONSTRAINTS=FILE pins versions.
 """
 
 import os
@@ -17,7 +17,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BUILD = ROOT / "build"
 TOOLS = BUILD / "tools"  # setuptools and the headers of the library, apart from the environment's jaxlib
 LIBRARY = BUILD / "library" / "bitnet_kernels" / "_cpu.so"
-# Without bytecode of 120 packages, of which a run imports half.
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-compile"]
 
 
@@ -32,21 +31,14 @@ def main(extras: list[str]) -> None:
 
     LIBRARY.unlink(missing_ok=True)
     subprocess.run([*PIP, "--quiet", "--no-deps", "--upgrade", "--target", str(TOOLS), *tools], check=True)
-    compile_library = [
-        sys.executable,
-        "setup.py",
-        "--quiet",
-        "build_ext",
-        "--build-lib",
-        str(BUILD / "library"),
-    ]
-    with subprocess.Popen(compile_library, cwd=ROOT, env=with_tools) as compiler:
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(BUILD / "library")]
+    with subprocess.Popen(build, cwd=ROOT, env=with_tools) as compiler:
         try:
             subprocess.run([*PIP, *constraints, *packages], cwd=ROOT, check=True)
         except BaseException:
             compiler.terminate()
             raise
-        print("waiting for the compiler of the C++ library", flush=True)
+        print("waiting for the C++ compiler", flush=True)
     if LIBRARY.exists():  # otherwise setup.py has said why
         with_tools["BITNET_KERNELS_PREBUILT"] = str(LIBRARY)
     editable = ["--no-deps", "--no-build-isolation", "--editable", "."]

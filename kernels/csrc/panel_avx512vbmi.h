@@ -1,4 +1,4 @@
-// AVX-512 with VNNI and VBMI: a table look-up unpacks the digits of ternary5; other formats are left to panel_avx512.h.
+// AVX-512 with VNNI and VBMI: a table look-up unpacks the digits of ternary5; other formats run the code of panel_avx512.h.
 
 #ifndef BITNET_KERNELS_PANEL_AVX512VBMI_H_
 #define BITNET_KERNELS_PANEL_AVX512VBMI_H_

@@ -220,7 +220,7 @@ void multiply_packed_rows(const Problem& p, int64_t row, int64_t panel, int64_t 
 }
 
 // Few rows of x: the panels are cut into kStreams runs walked in step; all rows of x meet a panel while it is in cache.
-// The last panels meet one row at a time, which costs little and saves the code for more.
+// The remaining panels, fewer than kStreams, meet one row at a time: more rows would need code of their own.
 template <typename Isa, Format kFormat>
 void few_rows(const Problem& p, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / Isa::kStreams, rest = begin + run * Isa::kStreams;

@@ -76,7 +76,7 @@ def plain() -> dict[str, np.ndarray]:
         ("jax_enable_x64", True),
         ("jax_debug_nans", True),
         pytest.param("jax_disable_jit", True, marks=pytest.mark.slow),  # each operation compiled separately
-        pytest.param("jax_check_tracer_leaks", True, marks=pytest.mark.slow),  # no operation differs
+        pytest.param("jax_check_tracer_leaks", True, marks=pytest.mark.slow),  # changes no number
         # The settings of all other tests, and the user's defaults.
         ("jax_numpy_rank_promotion", "allow"),
         ("jax_numpy_dtype_promotion", "standard"),
