@@ -81,6 +81,7 @@ def bench_shape(shape: Shape, ceiling_data: np.ndarray, working_set: int, budget
     rates = {name: limit.amount / took[name].median for name, limit in limits.items()}
     return [
         _row("packed_matmul", m, w, took[name] / lengths[name], rates.get("read"), rates.get("peak"))
+        | {"read_ceiling_loop": limits["read"].loop if "read" in limits else None}
         | {
             f"speedup_vs_xla_{other}": t.median / (took[name].median / lengths[name])
             for other, t in xla.items()
@@ -162,6 +163,7 @@ def _row(op: str, m: int, w: PackedArray, took: Spread, read: float | None, peak
         "weight_bytes": nbytes,
         "gbytes_per_second": nbytes / took.median / 1e9,
         "read_ceiling_gbytes_per_second": read and read / 1e9,
+        "read_ceiling_loop": None,
         "ceiling_fraction": read and nbytes / took.median / read,
         "gmacs_per_second": m * n * k / took.median / 1e9,
         "dot_peak_gmacs_per_second": peak and peak / 1e9,

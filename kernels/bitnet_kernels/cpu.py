@@ -53,7 +53,10 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         library.bitnet_kernels_available_isas.restype = ctypes.c_char_p
         library.bitnet_kernels_known_isas.restype = ctypes.c_char_p
         library.bitnet_kernels_read.restype = ctypes.c_uint64
-        library.bitnet_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        library.bitnet_kernels_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        library.bitnet_kernels_read_loops.restype = ctypes.c_int64
+        library.bitnet_kernels_read_loop_name.restype = ctypes.c_char_p
+        library.bitnet_kernels_read_loop_name.argtypes = [ctypes.c_int64]
         library.bitnet_kernels_fork_join.argtypes = [ctypes.c_int64]
         library.bitnet_kernels_dot_peak.restype = ctypes.c_int64
         library.bitnet_kernels_dot_peak.argtypes = [ctypes.c_char_p, ctypes.c_int64]

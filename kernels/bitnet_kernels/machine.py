@@ -23,10 +23,11 @@ import jaxlib
 import numpy as np
 
 from bitnet_kernels import cpu
-from bitnet_kernels.timing import threads
+from bitnet_kernels.timing import interleaved, threads
 
 CODE = ("*.py", "*.cc", "*.h", "*.toml", "Makefile")
-STEP = 256  # bytes; bitnet_kernels_read requires multiples
+STEP = 512  # bytes; bitnet_kernels_read requires multiples
+TRIAL_BYTES, TRIALS = 32 << 20, 5  # read by each loop to find the fastest, and how often
 
 
 class Call(NamedTuple):
@@ -34,10 +35,13 @@ class Call(NamedTuple):
 
     run: Callable[[int], Any]
     amount: int
+    loop: str | None = None  # which of several, in words
 
 
 def read_all(data: np.ndarray, piece: int | None = None) -> Call | None:
     """A call that reads the bytes of `data` once with all threads; None without the C++ library.
+
+    Of several loops (csrc/limits.cc) it is the one that is fastest here and now, tried on the first bytes of `data`.
 
     Args:
       piece: bytes to read per call, cycling through `data`, so that a call takes as long as what it is compared with:
@@ -46,13 +50,25 @@ def read_all(data: np.ndarray, piece: int | None = None) -> Call | None:
     library, _ = cpu.load()
     if library is None:
         return None
-    length = (piece or data.nbytes) // STEP * STEP
-    pieces = data.nbytes // length
+    names = {
+        loop: name.decode()
+        for loop in range(library.bitnet_kernels_read_loops())
+        if (name := library.bitnet_kernels_read_loop_name(loop)) is not None
+    }
 
-    def read(round: int) -> None:
-        library.bitnet_kernels_read(data.ctypes.data + round % pieces * length, length)
+    def reading(loop: int, piece: int) -> Call:
+        length = piece // STEP * STEP
+        pieces = data.nbytes // length
 
-    return Call(read, length)
+        def read(round: int) -> None:
+            library.bitnet_kernels_read(data.ctypes.data + round % pieces * length, length, loop)
+
+        return Call(read, length, names[loop])
+
+    piece = piece or data.nbytes
+    trials = {loop: reading(loop, min(piece, TRIAL_BYTES)).run for loop in names}
+    took = interleaved(trials, rounds=(TRIALS, TRIALS), warmup=1)
+    return reading(min(took, key=lambda loop: took[loop].median), piece)
 
 
 def small_pages(nbytes: int) -> np.ndarray:

@@ -30,6 +30,7 @@ COLUMNS = {
     "weight_bytes",
     "gbytes_per_second",
     "read_ceiling_gbytes_per_second",
+    "read_ceiling_loop",
     "ceiling_fraction",
     "gmacs_per_second",
     "dot_peak_gmacs_per_second",
@@ -68,6 +69,7 @@ def test_it_writes_one_row_per_shape_and_format(results: dict[str, Any]) -> None
         np.testing.assert_allclose(row["gbytes_per_second"], row["weight_bytes"] / took / 1e9)
         ceiling, peak = row["read_ceiling_gbytes_per_second"], row["dot_peak_gmacs_per_second"]
         assert (ceiling is None) == (row["op"] != "packed_matmul" or cpu.unavailable() is not None)
+        assert (row["read_ceiling_loop"] is None) == (ceiling is None)
         if ceiling is not None:
             np.testing.assert_allclose(row["ceiling_fraction"], row["gbytes_per_second"] / ceiling)
         if peak is not None:
@@ -142,15 +144,23 @@ def test_the_ceiling_reads_all_of_its_memory_in_pieces() -> None:
     data[[0, 3 << 20, (5 << 20) - 1]] = 1, 2, 4  # of the first half
     data[[5 << 20, -1]] = 8, 16
     library, _ = cpu.load()
-    read = library.bitnet_kernels_read
-    told = [read(data.ctypes.data + half * (5 << 20), 5 << 20) for half in (0, 1)]
     # The xor of all words: each marked byte appears at a different position of a word.
     expected = [np.bitwise_xor.reduce(half.view(np.uint64)) for half in np.split(data, 2)]
-    assert told == expected
+    names = []
+    for loop in range(library.bitnet_kernels_read_loops()):
+        if (name := library.bitnet_kernels_read_loop_name(loop)) is None:
+            continue
+        names.append(name.decode())
+        read = [
+            library.bitnet_kernels_read(data.ctypes.data + half * (5 << 20), 5 << 20, loop) for half in (0, 1)
+        ]
+        assert read == expected, name
+    assert len(set(names)) == len(names) >= 24
     halves, whole = machine.read_all(data, 5 << 20), machine.read_all(data)
     assert halves is not None
     assert whole is not None
     assert (halves.amount, whole.amount) == (5 << 20, 10 << 20)
+    assert {halves.loop, whole.loop} <= set(names)
 
 
 def test_operations_are_timed_round_robin_and_warm_up_rounds_are_not_counted() -> None:

@@ -31,7 +31,8 @@ FIELDS = {  # the fields of the contract, then those that this repository adds
     "prefill_tokens_per_second", "decode_tokens_per_second", "bytes_per_token", "read_ceiling_gbytes_per_second",
     "ceiling_fraction", "model_bytes", "peak_rss_bytes", "load_seconds", "head_format", "kv_format",
     "implementation", "isa",
-    "threads", "compile_seconds", "dot_peak_gmacs_per_second", "prefill_peak_fraction", "rss_anon_bytes",
+    "read_ceiling_loop", "threads", "compile_seconds", "dot_peak_gmacs_per_second", "prefill_peak_fraction",
+    "rss_anon_bytes",
     "kernel_fraction", "kernel_seconds_per_token", "prefill_seconds", "decode_seconds_per_token", "prompt",
     "new_tokens", "repeats", "config", "provenance",
 }  # fmt: skip
