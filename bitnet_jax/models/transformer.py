@@ -8,10 +8,13 @@ and returns the updated one.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -111,16 +114,32 @@ def blocks(
     cache: Cache | None,
     progress: Float[Array, ""] | float,
     deterministic: bool,
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-    """All blocks and the final norm, as submodules of the calling module; also returns the new cache of each block."""
+    """All blocks and the final norm, as submodules of the calling module; also returns the new cache of each block.
+
+    Args:
+      variables: of the calling module, in generation: blocks of one kind are then traced once, not one by one, which
+        would take most of the time to the first token.
+    """
     block = nn.remat(Block) if config.remat and cache is None else Block
     precisions = config.precisions()
+    traced: dict[Hashable, Callable[..., Any]] = {}
     layers: list[Any] = []
     for i in range(config.num_layers):
         prefix = f"layers_{i}/"
         of_block = {p.removeprefix(prefix): v for p, v in precisions.items() if p.startswith(prefix)}
         rotary = i not in config.no_rope_layers
-        x, layer_cache = block(config, of_block, deterministic, rotary, name=f"layers_{i}")(
+        if variables is None:
+            apply: Callable[..., Any] = block(config, of_block, deterministic, rotary, name=f"layers_{i}")
+        else:
+            module = Block(config, of_block, deterministic, rotary, parent=None)
+            kind = (*of_block.items(), rotary)
+            apply = functools.partial(
+                traced.setdefault(kind, jax.jit(module.apply)),
+                {name: part[f"layers_{i}"] for name, part in variables.items() if f"layers_{i}" in part},
+            )
+        x, layer_cache = apply(
             x,
             positions=positions,
             visible=visible,
@@ -209,6 +228,7 @@ class Transformer(nn.Module):
             cache=cache,
             progress=progress,
             deterministic=deterministic,
+            variables=None if cache is None or self.is_initializing() else self.variables,
         )
         if config.num_classes:
             return Output(classify(config, x, mask, progress), x)
