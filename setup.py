@@ -80,7 +80,8 @@ class BuildKernels(build_ext):
         )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = [path for paths in pool.map(compile_source, slowest_first) for path in paths]
-        ext.sources = []
+        # setuptools links only if something it knows of is newer than the library.
+        ext.depends, ext.sources = [*ext.depends, *ext.sources], []
         super().build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
