@@ -11,6 +11,7 @@
 #include "activations.h"
 #include "ffi_errors.h"
 #include "integer_matmul.h"
+#include "processor.h"
 #include "scaled_matmul.h"
 #include "sign_matmul.h"
 #include "threads.h"
@@ -40,7 +41,7 @@ ffi::Error make_problem(int64_t m, int64_t k, Codes w, int64_t format, int64_t g
   if (format < 0 || format >= static_cast<int64_t>(std::size(kFormats))) {
     return invalid("format=" + std::to_string(format) + "; expected a number below " + std::to_string(std::size(kFormats)));
   }
-  p = {static_cast<Format>(format), m, n, groups, 0, nullptr, 0, nullptr, w.typed_data(), nullptr};
+  p = {static_cast<Format>(format), m, n, groups, 0, nullptr, 0, nullptr, w.typed_data(), nullptr, prefetch_distance()};
   if (groups < 1 || n < 1 || k < 1) {
     return invalid("expected at least one scale group, output and input; got " + std::to_string(groups) + " groups of [" +
                    std::to_string(n) + ", " + std::to_string(k) + "]");
@@ -102,10 +103,10 @@ struct Split {
                                       divide_up(kTableItems * thread_count(), divide_up(p.m, rows)));
       panels = std::max(kMinPanels, divide_up(p.panels(), 8 * pieces) * 8);
     } else if (p.m <= kFewRows) {
-      // The same number of items for every thread, of an even number of panels: they are multiplied in pairs.
+      // The same number of items for every thread, of whole groups of panels that are multiplied in step.
       const int64_t share = p.panels() * p.panel_bytes() / thread_count();
       const int64_t pieces = thread_count() * std::max<int64_t>(1, (share + kItemBytes / 2) / kItemBytes);
-      panels = divide_up(p.panels(), 2 * pieces) * 2;
+      panels = divide_up(p.panels(), kMaxStreams * pieces) * kMaxStreams;
     }
     items = divide_up(p.m, rows) * divide_up(p.panels(), panels);
   }

@@ -56,6 +56,7 @@ constexpr int64_t max_group_inputs(Format format) {
 
 constexpr int64_t kTileInputs = 2048;  // of the matrix, unpacked at a time: 32 KiB a panel
 constexpr int64_t kMaxTilePanels = 4;  // of every instruction set
+constexpr int64_t kMaxStreams = 4;     // panels that few rows of x are multiplied with in step, of every instruction set
 
 struct Problem {
   Format format;
@@ -68,6 +69,7 @@ struct Problem {
   const int32_t* x_sums;  // [m, groups], sums of x over a group
   const uint8_t* w;       // [ceil(n / 16), groups * group_blocks, 64]
   int32_t* y;             // [groups, m, n]
+  int64_t ahead = 0;      // bytes of w from a block that is multiplied to the one that is fetched into cache
 
   int64_t block_inputs() const { return bitnet::block_inputs(format); }
   int64_t group_inputs() const { return group_blocks * block_inputs(); }

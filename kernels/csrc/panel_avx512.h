@@ -22,12 +22,12 @@ struct Avx512Vnni {
   using Sums = __m512i;
   using Floats = __m512;
   static constexpr int kLanes = 16;
-  // At most 16 of the 32 registers, 20 for ternary5, are accumulators of two panels.
+  // At most 16 of the 32 registers, 20 for ternary5, are accumulators of four panels.
   static constexpr int slots(Format format, int rows) {
-    if (format == Format::kTernary5) return rows <= 2 ? 5 : 1;
-    return std::min(fields(format), rows == 1 ? 8 : rows == 2 ? 4 : 2);
+    if (format == Format::kTernary5) return rows == 1 ? 5 : 1;
+    return std::min(fields(format), rows == 1 ? 4 : rows == 2 ? 2 : 1);
   }
-  static constexpr int kStreams = 2;
+  static constexpr int kStreams = 4;
   static constexpr int kFusedRows = 4, kFewRows = 8;
   static constexpr int kTilePanels = 4, kTileRows = 6;
   static constexpr int64_t partial_limit(Format) { return 0; }

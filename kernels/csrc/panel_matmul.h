@@ -25,10 +25,6 @@
 namespace bitnet {
 namespace {
 
-// How far ahead of each stream lines are fetched into L1. From DRAM much hangs on it: the instructions of a block fill
-// the window in which a processor sees its own next loads. Tuned on a Xeon; 2 and 4 KiB, or into L2, were no better.
-constexpr int64_t kPrefetchBytes = 3072;
-
 // How many products of a field of 1, of each pair of x, an accumulator of a partial sum holds.
 template <typename Isa, Format kFormat>
 constexpr int64_t kPartialTerms = Isa::partial_limit(kFormat) / (2 * 128 * highest_field(kFormat));
@@ -63,10 +59,10 @@ BITNET_INLINE void add_to_outputs(const Problem& p, int64_t g, int64_t row, int6
 }
 
 // Sums of fields over one group: kRows rows of x, which begin at x, times kPanels panels, which begin at w and are walked
-// in step, stream bytes apart.
+// in step, stream bytes apart. Lines are fetched into L1 `ahead` bytes before they are loaded.
 template <typename Isa, Format kFormat, int kRows, int kPanels>
-BITNET_INLINE void packed_sums(const uint8_t* w, int64_t stream, const int8_t* x, int64_t x_stride, int64_t group_blocks,
-                               typename Isa::Sums (*totals)[kPanels * kPanelRows / Isa::kLanes]) {
+BITNET_INLINE void packed_sums(const uint8_t* w, int64_t stream, int64_t ahead, const int8_t* x, int64_t x_stride,
+                               int64_t group_blocks, typename Isa::Sums (*totals)[kPanels * kPanelRows / Isa::kLanes]) {
   constexpr int kPanelVectors = kPanelRows / Isa::kLanes, kVectors = kPanels * kPanelVectors;
   constexpr int kSlots = Isa::slots(kFormat, kRows);
   using BlockFields = Fields<Isa, kFormat, kSlots>;
@@ -79,7 +75,7 @@ BITNET_INLINE void packed_sums(const uint8_t* w, int64_t stream, const int8_t* x
     });
     for (int64_t b = 0; b < blocks; ++b, w += kBlockBytes, x += block_inputs(kFormat)) {
       BlockFields block[kVectors];
-      unrolled<kPanels>([&](auto i) BITNET_INLINE_BODY { __builtin_prefetch(w + i * stream + kPrefetchBytes, 0, 3); });
+      unrolled<kPanels>([&](auto i) BITNET_INLINE_BODY { __builtin_prefetch(w + i * stream + ahead, 0, 3); });
       unrolled<kVectors>([&](auto v) BITNET_INLINE_BODY {
         block[v].start(Isa::load(w + v / kPanelVectors * stream + v % kPanelVectors * 4 * Isa::kLanes));
       });
@@ -110,8 +106,8 @@ void multiply_packed(const Problem& p, int64_t row, int64_t panel, int64_t panel
   constexpr int kPanelVectors = kPanelRows / Isa::kLanes;
   for (int64_t g = 0; g < p.groups; ++g) {
     typename Isa::Sums totals[kRows][kPanels * kPanelVectors];
-    packed_sums<Isa, kFormat, kRows, kPanels>(p.block(panel, g, 0), panel_step * p.panel_bytes(), p.inputs(row, g, 0),
-                                              p.x_stride, p.group_blocks, totals);
+    packed_sums<Isa, kFormat, kRows, kPanels>(p.block(panel, g, 0), panel_step * p.panel_bytes(), p.ahead,
+                                              p.inputs(row, g, 0), p.x_stride, p.group_blocks, totals);
     unrolled<kRows * kPanels>([&](auto i) BITNET_INLINE_BODY {
       constexpr int t = i / kPanels, j = i % kPanels;
       add_to_outputs<Isa, kFormat>(p, g, row + t, panel + j * panel_step, true, totals[t] + j * kPanelVectors);

@@ -30,6 +30,14 @@ void load_scales(const Problem& p, const MatmulScales& s, int64_t panel, float* 
   if constexpr (has_minimum(kFormat)) panel_scales(s.minimum, p.groups, first, rows, scratch + p.groups * kPanelRows);
 }
 
+// Fetches the scales of a panel into cache: their lines are as far apart as panels that are walked in step.
+void fetch_scales(const Problem& p, const ScaleMatrix& scales, int64_t panel) {
+  if (scales.stride == 0 || panel >= p.panels()) return;
+  const int64_t row_bytes = scales.stride * (scales.half ? sizeof(uint16_t) : sizeof(float));
+  const char* from = static_cast<const char*>(scales.data) + panel * kPanelRows * row_bytes;
+  for (int64_t at = 0; at < p.panel_rows(panel) * row_bytes; at += 64) __builtin_prefetch(from + at);
+}
+
 // Adds a group to the totals of one row of x and one panel; scales: of this group.
 template <typename Isa, Format kFormat>
 BITNET_INLINE void add_group(const Problem& p, int64_t row, int64_t g, const typename Isa::Sums* sums,
@@ -78,8 +86,8 @@ void multiply_packed_scaled(const Problem& p, const MatmulScales& s, int64_t row
   });
   for (int64_t g = 0; g < p.groups; ++g) {
     typename Isa::Sums sums[kRows][kVectors];
-    packed_sums<Isa, kFormat, kRows, kPanels>(p.block(panel, g, 0), panel_step * p.panel_bytes(), p.inputs(row, g, 0),
-                                              p.x_stride, p.group_blocks, sums);
+    packed_sums<Isa, kFormat, kRows, kPanels>(p.block(panel, g, 0), panel_step * p.panel_bytes(), p.ahead,
+                                              p.inputs(row, g, 0), p.x_stride, p.group_blocks, sums);
     unrolled<kRows * kPanels>([&](auto i) BITNET_INLINE_BODY {
       constexpr int t = i / kPanels, j = i % kPanels;
       add_group<Isa, kFormat>(p, row + t, g, sums[t] + j * kPanelVectors, scales + j * panel_floats + g * kPanelRows,
@@ -112,6 +120,8 @@ void few_rows_scaled(const Problem& p, const MatmulScales& s, float* out, int64_
   for (int64_t i = 0; i < run; ++i) {
     for (int64_t j = 0; j < Isa::kStreams; ++j) {
       load_scales<kFormat>(p, s, begin + i + j * run, scratch + j * panel_floats);
+      fetch_scales(p, s.matrix, begin + i + 1 + j * run);
+      if constexpr (has_minimum(kFormat)) fetch_scales(p, s.minimum, begin + i + 1 + j * run);
     }
     multiply_packed_scaled_rows<Isa, kFormat, Isa::kStreams>(p, s, 0, begin + i, run, scratch, out);
   }
@@ -178,7 +188,7 @@ void multiply_unpacked_scaled_rows(const Problem& p, const MatmulScales& s, int6
 // Many rows of x: the groups that fit a tile of the matrix are unpacked once for all of them.
 template <typename Isa, Format kFormat>
 void many_rows_scaled(const Problem& p, const MatmulScales& s, float* out, int64_t begin, int64_t end, float* scratch) {
-  static_assert(Isa::kTilePanels <= kMaxTilePanels && Isa::kStreams <= kMaxTilePanels, "scratch has their scales");
+  static_assert(Isa::kTilePanels <= kMaxTilePanels && Isa::kStreams <= kMaxStreams, "scratch has their scales");
   constexpr int64_t kTileBlocks = kTileInputs / block_inputs(kFormat);
   constexpr int kVectors = Isa::kTilePanels * kPanelRows / Isa::kLanes;
   typename Isa::Bytes unpacked[kTileBlocks * fields(kFormat) * kVectors];

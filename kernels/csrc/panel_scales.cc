@@ -94,6 +94,10 @@ void transpose_panel(const ScaleMatrix& s, int64_t groups, int64_t first, int64_
 }  // namespace
 
 void panel_scales(const ScaleMatrix& scales, int64_t groups, int64_t first, int64_t rows, float* to) {
+  if (scales.stride == 0 && !scales.half && rows == kPanelRows) {
+    std::fill_n(to, groups * kPanelRows, *static_cast<const float*>(scales.data));
+    return;
+  }
   scales.half ? transpose_panel<uint16_t>(scales, groups, first, rows, to)
               : transpose_panel<uint32_t>(scales, groups, first, rows, to);
 }

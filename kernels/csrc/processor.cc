@@ -100,4 +100,9 @@ Processor detect_processor() { return {}; }
 
 #endif
 
+int64_t prefetch_distance() {
+  static const bool amd = detect_processor().fast_shuffles;
+  return amd ? 1 << 10 : 2 << 10;
+}
+
 }  // namespace bitnet

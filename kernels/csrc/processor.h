@@ -3,6 +3,8 @@
 #ifndef BITNET_KERNELS_PROCESSOR_H_
 #define BITNET_KERNELS_PROCESSOR_H_
 
+#include <cstdint>
+
 namespace bitnet {
 
 // A feature is set where the processor has it and the operating system saves its registers.
@@ -21,6 +23,10 @@ struct Processor {
   bool dotprod = false;
   bool i8mm = false;  // besides dotprod
 };
+
+// How far ahead of a loop over memory lines are best fetched. Measured for four streams on Intel Sapphire Rapids, where
+// 1 KiB is 3 % slower and 4 KiB 20 %, and on AMD Zen 4.
+int64_t prefetch_distance();
 
 // Queries the processor; takes microseconds in a virtual machine, so call it once.
 Processor detect_processor();
