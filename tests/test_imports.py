@@ -58,6 +58,7 @@ TOUCH_KERNELS = {
     "nn.embedding",
     "nn.head",
     "nn.batch_norm",
+    "nn.norms",
     "inference.exact_head",
     "packed",
     "interop",

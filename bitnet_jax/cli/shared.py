@@ -69,7 +69,8 @@ def kv_format_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--kv-format",
         choices=("float32", "bfloat16", "int8"),
-        help="format of the KV cache (default: the model's dtype); int8 reads a quarter of float32",
+        help="format of the KV cache (default: bfloat16 for packed models, else the model's dtype); int8 reads half of "
+        "bfloat16",
     )
 
 

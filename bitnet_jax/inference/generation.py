@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bitnet_jax.inference import exact_head, limits
 from bitnet_jax.inference.buckets import cache_capacity, prompt_width
-from bitnet_jax.inference.cache import KV_FORMATS, extend_cache, init_cache
+from bitnet_jax.inference.cache import KV_FORMATS, default_kv_format, extend_cache, init_cache
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.inference.sampling import Filters, SamplingConfig, next_token
 from bitnet_jax.models import ModelConfig
@@ -94,7 +94,7 @@ def generate(
       max_new_tokens: N; the loop ends earlier once every row has reached an end token.
       key: jax.random.key(seed); needed unless sampling is greedy.
       eos_ids: tokens that end a row.
-      kv_format: of the cache, "float32", "bfloat16" or "int8"; None: config.dtype.
+      kv_format: of the cache, "float32", "bfloat16" or "int8"; None: bfloat16 for a packed model, else config.dtype.
 
     Raises:
       ValueError: before any computation, if prompt and new tokens do not fit into config.max_length, if the
@@ -116,8 +116,9 @@ def greedy(
     mask: Bool[Array | np.ndarray, "B T"] | None,
     max_new_tokens: int,
 ) -> Int[Array, "B N"]:
-    """The greedy continuation without end tokens, of any length: what `prove` compares."""
-    return _checked(config, variables, tokens, mask, max_new_tokens, GREEDY, None, (), None).finished().tokens
+    """The greedy continuation without end tokens, of any length, with a cache in config.dtype: for `prove`."""
+    run = _checked(config, variables, tokens, mask, max_new_tokens, GREEDY, None, (), config.dtype)
+    return run.finished().tokens
 
 
 def stream_tokens(
@@ -171,7 +172,7 @@ class _Run:
     filters: Filters
     key: PRNGKeyArray
     eos: np.ndarray  # int32 [E]
-    kv_format: str | None
+    kv_format: str
     room: int  # positions for prompt and text; a cache_capacity
     max_new_tokens: int
 
@@ -274,7 +275,7 @@ def _checked(
         sampling.filters(),
         key,
         _ids(eos_ids),
-        kv_format,
+        kv_format or default_kv_format(config, variables),
         room,
         max_new_tokens,
     )

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.quantization.scales import floats
+from bitnet_kernels import rms_norm
 
 
-def rms_normalize(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows D"]:
-    """`x / sqrt(mean(x^2) + eps)`, computed in float32, returned in the dtype of x (1910.07467)."""
+def layer_norm(
+    x: Float[Array, "*rows D"], gain: Float[Array, "D"] | None = None, *, eps: float
+) -> Float[Array, "*rows D"]:
+    """`(x - mean) / sqrt(var + eps)`, computed in float32, cast to the dtype of x, then times the gain (1607.06450)."""
     x = floats("x", x)
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    y = rms_norm(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps=eps).astype(x.dtype)
+    return y if gain is None else y * jnp.expand_dims(gain.astype(x.dtype), range(x.ndim - 1))
 
 
-def layer_normalize(x: Float[Array, "*rows D"], eps: float) -> Float[Array, "*rows D"]:
-    """`(x - mean) / sqrt(var + eps)`, computed in float32, returned in the dtype of x (1607.06450)."""
-    x = floats("x", x)
-    x32 = x.astype(jnp.float32)
-    return rms_normalize(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps).astype(x.dtype)
-
-
-NORMS = {"rmsnorm": rms_normalize, "layernorm": layer_normalize}
+NORMS = {"rmsnorm": rms_norm, "layernorm": layer_norm}
 
 
 class Norm(nn.Module):
     """One of NORMS with an optional gain (and no bias, even for LayerNorm: the 1-bit papers use none).
 
-    The gain is applied after the cast back to the input dtype, as in the released 2B-4T model.
+    The gain is applied after the cast back to the input dtype, as in the released 2B-4T model. Where nothing is
+    differentiated, RMSNorm runs `bitnet_kernels.rms_norm` (C++ on CPU), with latent and packed weights alike.
     """
 
     kind: str = "rmsnorm"
@@ -40,11 +37,10 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        y = NORMS[self.kind](x, self.eps)
-        if not self.use_scale:
-            return y
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        return y * jnp.expand_dims(scale.astype(y.dtype), range(x.ndim - 1))
+        scale = None
+        if self.use_scale:
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        return NORMS[self.kind](x, scale, eps=self.eps)
 
 
 def block_norm(config: TransformerShape, name: str) -> Norm:

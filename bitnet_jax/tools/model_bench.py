@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_jax.inference.cache import kv_bytes
+from bitnet_jax.inference.cache import default_kv_format, kv_bytes
 from bitnet_jax.inference.generation import stream_tokens
 from bitnet_jax.model_folders import folder_kind, load_text_model, save_model, source_path
 from bitnet_jax.models import PRESETS, ModelConfig, text_config
@@ -62,6 +62,7 @@ def bench_model(
     config, variables, *_ = storage.load_packed(folder)
     config = text_config(config)
     load_seconds = time.perf_counter() - began
+    kv_format = kv_format or default_kv_format(config, variables)
 
     steps = new_tokens - 1
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, prompt))
@@ -105,7 +106,7 @@ def bench_model(
         "load_seconds": load_seconds,
         "compile_seconds": first_seconds - prefill_seconds - decode_seconds,
         "head_format": _head_format(config, variables),
-        "kv_format": kv_format or config.dtype,
+        "kv_format": kv_format,
         "implementation": choices[0].name if choices else None,
         "isa": choices[0].isa if choices else None,
         "threads": threads(),
@@ -258,7 +259,7 @@ def generation_calls(
     return prefill, decode
 
 
-def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_format: str | None) -> int:
+def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_format: str) -> int:
     """Bytes a decode step reads: all weights (one row of a table that is only looked up) and `length` positions."""
     return sum(decode_bytes(config, variables).values()) + kv_bytes(config, length, kv_format)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from bitnet_jax.inference.cache import kv_bytes
+from bitnet_jax.inference.cache import default_kv_format, kv_bytes
 from bitnet_jax.model_folders import matrices
 from bitnet_jax.models import Architecture, ModelConfig
 from bitnet_kernels import PackedArray
@@ -65,10 +65,10 @@ def read_ceiling() -> float | None:
 def decode_figures(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
     """What a decode step reads, and the tokens per second that memory allows on this machine."""
     parts, ceiling = decode_bytes(config, variables), read_ceiling()
-    total = sum(parts.values())
+    total, kv_format = sum(parts.values()), default_kv_format(config, variables)
     return {
         "bytes_per_token": parts | {"total": total},
-        "kv_bytes_per_position": kv_bytes(config, config.known_length) // config.known_length,
+        "kv_bytes_per_position": kv_bytes(config, config.known_length, kv_format) // config.known_length,
         "read_ceiling_gbytes_per_second": ceiling and ceiling / 1e9,
         "expected_tokens_per_second": ceiling and ceiling / total,
     }

@@ -13,6 +13,7 @@ from bitnet_kernels.matmul import (
     packed_matmul,
     packed_matmuls,
 )
+from bitnet_kernels.norms import reference_rms_norm, rms_norm
 from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
 from bitnet_kernels.sharded import sharded_matmul
 
@@ -36,7 +37,9 @@ __all__ = [
     "packed_matmuls",
     "packed_rows",
     "reference_attention",
+    "reference_rms_norm",
     "relayout",
+    "rms_norm",
     "sharded_matmul",
     "unpack",
     "validate",

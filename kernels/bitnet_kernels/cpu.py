@@ -27,6 +27,7 @@ _ATTENTION_TARGET = "bitnet_kernels_attention"
 _LOGITS_TARGET = "bitnet_kernels_bfloat16_logits"
 _EXACT_TARGET = "bitnet_kernels_exact_top_logits"
 _LOOKUP_TARGET = "bitnet_kernels_lookup"
+_NORM_TARGET = "bitnet_kernels_rms_norm"
 _TARGETS = (
     _INTEGER_TARGET,
     _SCALED_TARGET,
@@ -34,6 +35,7 @@ _TARGETS = (
     _LOGITS_TARGET,
     _EXACT_TARGET,
     _LOOKUP_TARGET,
+    _NORM_TARGET,
 )
 _loading = threading.Lock()
 
@@ -198,6 +200,22 @@ def lookup(table: jax.Array, indices: jax.Array) -> jax.Array:
     """Rows of a bfloat16 table [n, k] at int32 indices [m] -> float32 [m, k]; see lookup.py."""
     rows = jax.ShapeDtypeStruct((indices.shape[0], table.shape[1]), np.float32)
     return jax.ffi.ffi_call(_LOOKUP_TARGET, rows)(table, indices)
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, *, eps: float) -> jax.Array:
+    """float32 [m, k], gain [1, k] or [0, k] (none) -> float32 [m, k]; see norms.py."""
+    return _norm_call(eps)(x, gain)
+
+
+@functools.cache
+def _norm_call(eps: float) -> Callable[..., jax.Array]:
+    load()
+
+    def call(x: jax.Array, gain: jax.Array) -> jax.Array:
+        y = jax.ShapeDtypeStruct(x.shape, np.float32)
+        return jax.ffi.ffi_call(_NORM_TARGET, y)(x, gain, eps=np.float32(eps))
+
+    return fold_batches(call, rows_axis=0)
 
 
 @functools.cache

@@ -79,7 +79,7 @@ FLOAT_INPUTS: dict[str, tuple[Callable[[], Call], tuple[int, ...]]] = {
     "dense": (lambda: lambda x: dense(x, jnp.ones((8, 64))), ROWS),
     "BatchNorm": (lambda: module(BatchNorm(), ROWS, deterministic=True), ROWS),
     "Norm": (lambda: module(Norm(), ROWS), ROWS),
-    **{name: (lambda f=f: lambda x: f(x, 1e-5), ROWS) for name, f in NORMS.items()},
+    **{name: (lambda f=f: lambda x: f(x, eps=1e-5), ROWS) for name, f in NORMS.items()},
     "MLP": (lambda: module(MLP(CONFIG, PRECISIONS), (1, 2, 64)), (1, 2, 64)),
     "Embedding.attend": (lambda: head(jnp.ones((32, 64))), (1, 2, 64)),
     "Embedding.attend bfloat16": (lambda: head(jnp.ones((32, 64), jnp.bfloat16)), (1, 2, 64)),

@@ -26,14 +26,16 @@ def formula(kind: str, x: np.ndarray, eps: float) -> np.ndarray:
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("eps", [1e-5, 1.0])
 def test_norms_match_their_formulas(kind: str, eps: float) -> None:
-    np.testing.assert_allclose(NORMS[kind](jnp.asarray(X), eps), formula(kind, X, eps), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        NORMS[kind](jnp.asarray(X), eps=eps), formula(kind, X, eps), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_a_zero_row_stays_zero_and_has_a_finite_gradient(kind: str) -> None:
     zero = jnp.zeros((2, 8))
-    np.testing.assert_array_equal(NORMS[kind](zero, 1e-5), zero)
-    assert np.isfinite(jax.grad(lambda x: jnp.sum(NORMS[kind](x, 1e-5)))(zero)).all()
+    np.testing.assert_array_equal(NORMS[kind](zero, eps=1e-5), zero)
+    assert np.isfinite(jax.grad(lambda x: jnp.sum(NORMS[kind](x, eps=1e-5)))(zero)).all()
 
 
 def test_the_gain_multiplies_after_the_cast() -> None:
@@ -41,7 +43,7 @@ def test_the_gain_multiplies_after_the_cast() -> None:
     scale = jnp.linspace(0.5, 1.5, 32)
     y = Norm("rmsnorm", 1e-5).apply({"params": {"scale": scale}}, x)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(y, NORMS["rmsnorm"](x, 1e-5) * scale.astype(jnp.bfloat16)[None, :])
+    np.testing.assert_array_equal(y, NORMS["rmsnorm"](x, eps=1e-5) * scale.astype(jnp.bfloat16)[None, :])
 
 
 def test_mlp_kinds_match_their_formulas() -> None:
