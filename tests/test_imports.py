@@ -59,6 +59,8 @@ TOUCH_KERNELS = {
     "nn.head",
     "nn.batch_norm",
     "nn.norms",
+    "nn.kv_cache",
+    "nn.rotary",
     "inference.exact_head",
     "packed",
     "interop",

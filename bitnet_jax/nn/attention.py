@@ -11,7 +11,7 @@
 
 `s` is the score scale, 1/sqrt(h) by default; "linear" has none. A query with no visible key (left padding) has
 P = 0 and zero gradient. Query head j uses kv head j // (H / K). Softmax over a cache runs
-`bitnet_kernels.cached_attention` (C++ on CPU), with latent and packed weights alike.
+`bitnet_kernels.extend_and_attend` (C++ on CPU), with latent and packed weights alike.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from bitnet_jax.nn.kv_cache import KVCache, cached_keys_values, fake_quantized_k
 from bitnet_jax.nn.linear import BitLinear, apply_fused
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
-from bitnet_jax.nn.rotary import rotate
+from bitnet_jax.nn.rotary import angles, rotate
 from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS
 from bitnet_jax.quantization.scales import floats
-from bitnet_kernels import cached_attention
+from bitnet_kernels import extend_and_attend
 
 # Latent q and k outside [-1, 1] get no gradient, which bounds them (BNN, BiBERT).
 QK_STE = "clipped"
@@ -181,9 +181,17 @@ class Attention(nn.Module):
         self.sow("intermediates", "qkv", (q, k, v))  # stored only if the caller requests it (distillation)
         if config.qk_norm:
             q, k = block_norm(config, "q_norm")(q), block_norm(config, "k_norm")(k)
+        # In generation the kernel rotates, which it does in float32, and keeps what it writes as it is.
+        by_kernel = (
+            kind == "softmax" and cache is not None and x.dtype == jnp.float32 and config.kv_bits is None
+        )
+        turns = None
         if config.position == "rope" and self.rotary:
-            turn = partial(rotate, positions=positions, theta=config.rope_theta, scaling=config.rope_scaling)
-            q, k = turn(q), turn(k)
+            theta, scaling = config.rope_theta, config.rope_scaling
+            if by_kernel:
+                turns = angles(positions, config.head_size, theta, scaling)
+            else:
+                q, k = rotate(q, positions, theta, scaling), rotate(k, positions, theta, scaling)
         if config.kv_bits is not None:
             k, v = fake_quantized_kv(k, config.kv_bits), fake_quantized_kv(v, config.kv_bits)
 
@@ -219,22 +227,14 @@ class Attention(nn.Module):
                 o = mixed(k, v)
             elif length is None:
                 raise ValueError("got a cache without its length; pass the number of written positions")
+            elif kind == "softmax":
+                o, cache = extend_and_attend(
+                    q, k, v, cache, visible, config.score_scale, length=length, angles=turns
+                )
+                o = o.astype(q.dtype)
             else:
                 cache = write(cache, k, v, length)
-                if kind == "softmax":
-                    o = cached_attention(
-                        q,
-                        cache.k,
-                        cache.v,
-                        visible,
-                        config.score_scale,
-                        length=jnp.max(length) + T,
-                        k_scale=cache.k_scale,
-                        v_scale=cache.v_scale,
-                    )
-                    o = o.astype(q.dtype)
-                else:
-                    o = mixed(*cached_keys_values(cache))
+                o = mixed(*cached_keys_values(cache))
 
         o = o.reshape(B, T, config.num_heads * config.head_size)
         if config.norm_placement == "sub":

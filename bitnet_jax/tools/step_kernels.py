@@ -18,11 +18,11 @@ from flax.traverse_util import flatten_dict
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.nn.embedding import Embedding
-from bitnet_jax.nn.kv_cache import KVCache
 from bitnet_jax.nn.linear import packed_product
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import Quantized
 from bitnet_kernels import PackedArray, cached_attention, packed_matmuls
+from bitnet_kernels.kv_cache import KVCache
 
 Call = Callable[[int], Any]
 FUSED_PROJECTIONS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})

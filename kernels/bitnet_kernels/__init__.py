@@ -1,6 +1,7 @@
 """Kernels for matrices with 1 to 8 bits per element; depends on jax, not on bitnet_jax."""
 
 from bitnet_kernels.attention import cached_attention, reference_attention
+from bitnet_kernels.extend_attention import extend_and_attend
 from bitnet_kernels.formats import dequantize, pack, packed_rows, relayout, unpack
 from bitnet_kernels.head import bfloat16_logits
 from bitnet_kernels.head_exact import TopLogits, exact_top_logits, head_bounds
@@ -30,6 +31,7 @@ __all__ = [
     "choose_implementation",
     "dequantize",
     "exact_top_logits",
+    "extend_and_attend",
     "for_platform",
     "head_bounds",
     "pack",

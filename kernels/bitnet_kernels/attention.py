@@ -41,7 +41,7 @@ def reference_attention(
     Raises:
       ValueError: inconsistent shapes or dtypes.
     """
-    _checked(q, k, v, visible, k_scale, v_scale)
+    check_attention(q, k, v, visible, k_scale, v_scale)
     length = integers("length", length).astype(jnp.int32)
     B, T, H, h = q.shape
     S, K = k.shape[1:3]
@@ -122,7 +122,7 @@ def cached_attention(
       ValueError: inconsistent shapes or dtypes, an unknown implementation.
       NotImplementedError: implementation="cpu" without the C++ library; any attempt to differentiate.
     """
-    arrays = _checked(q, k, v, visible, k_scale, v_scale)
+    arrays = check_attention(q, k, v, visible, k_scale, v_scale)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}"
@@ -131,7 +131,7 @@ def cached_attention(
     return _attention(float(scale), name, isa)(*arrays, integers("length", length).astype(jnp.int32))
 
 
-def _checked(
+def check_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

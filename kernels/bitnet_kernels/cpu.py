@@ -24,6 +24,7 @@ ISA_VARIABLE = "BITNET_KERNELS_ISA"
 _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
 _ATTENTION_TARGET = "bitnet_kernels_attention"
+_EXTEND_TARGET = "bitnet_kernels_extend_attention"
 _LOGITS_TARGET = "bitnet_kernels_bfloat16_logits"
 _EXACT_TARGET = "bitnet_kernels_exact_top_logits"
 _LOOKUP_TARGET = "bitnet_kernels_lookup"
@@ -32,6 +33,7 @@ _TARGETS = (
     _INTEGER_TARGET,
     _SCALED_TARGET,
     _ATTENTION_TARGET,
+    _EXTEND_TARGET,
     _LOGITS_TARGET,
     _EXACT_TARGET,
     _LOOKUP_TARGET,
@@ -281,5 +283,21 @@ def attention(scale: float, isa_name: str) -> Callable[..., jax.Array]:
     def call(q: jax.Array, *others: jax.Array) -> jax.Array:
         out = jax.ShapeDtypeStruct(q.shape, np.float32)
         return jax.ffi.ffi_call(_ATTENTION_TARGET, out)(q, *others, scale=np.float32(scale), isa=isa_name)
+
+    return call
+
+
+@functools.cache
+def extend_attention(scale: float, isa_name: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """The custom call (q, new k, new v, k, v, k_scale, v_scale, visible, start, angles) of extend_attention.py, which
+    writes k, v and their scales in place; sequential under vmap."""
+    load()
+
+    @jax.custom_batching.sequential_vmap
+    def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        cache = {3 + i: 1 + i for i in range(4)}
+        results = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in (0, *cache)]
+        call = jax.ffi.ffi_call(_EXTEND_TARGET, results, input_output_aliases=cache)
+        return tuple(call(*arrays, scale=np.float32(scale), isa=isa_name))
 
     return call

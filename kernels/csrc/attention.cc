@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 
+#include "kv_cache.h"
 #include "threads.h"
 
 namespace bitnet {
@@ -99,7 +100,12 @@ class BlockWork {
     for (int64_t row = 0; row < block_.rows; ++row) {
       float* to = work_.q + row * padded;
       const int64_t size = row < real ? p.head_size : 0;
-      for (int64_t d = 0; d < size; ++d) to[d] = p.q[query(row) * p.head_size + d] * p.scale;
+      const float* from = p.q + query(row) * p.head_size;
+      if (p.angles != nullptr && size > 0) {
+        rotate(from, p.angles + query(row) / p.heads * p.head_size, size, to);
+        from = to;
+      }
+      for (int64_t d = 0; d < size; ++d) to[d] = from[d] * p.scale;
       std::fill(to + size, to + padded, 0.0f);
     }
   }

@@ -34,6 +34,7 @@ struct AttentionProblem {
   const float* k_scale;    // [batch, room, kv_heads] for int8, else null
   const float* v_scale;    // the same
   const uint8_t* visible;  // [batch, tokens, room], 0 or 1
+  const float* angles;     // [batch, tokens, head_size], by which q is rotated first (kv_cache.h); null for none
   float* out;              // [batch, tokens, heads, head_size]
 
   int64_t group() const { return heads / kv_heads; }

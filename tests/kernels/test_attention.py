@@ -68,7 +68,9 @@ def compiled(scale: float, isas: tuple[str, ...]):
 def by_each(arguments: dict, length: int, isas: tuple[str, ...]) -> dict[str, np.ndarray]:
     a = dict(arguments)
     scale = a.pop("scale")
-    checked = attention._checked(a["q"], a["k"], a["v"], a["visible"], a.get("k_scale"), a.get("v_scale"))
+    checked = attention.check_attention(
+        a["q"], a["k"], a["v"], a["visible"], a.get("k_scale"), a.get("v_scale")
+    )
     results = compiled(scale, isas)(*checked, jnp.int32(length))
     return dict(zip(isas, map(np.asarray, results), strict=True))
 
