@@ -62,6 +62,7 @@ TOUCH_KERNELS = {
     "nn.kv_cache",
     "nn.rotary",
     "inference.exact_head",
+    "inference.programs",
     "packed",
     "interop",
     "tools",

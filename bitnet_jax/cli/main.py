@@ -37,8 +37,8 @@ from bitnet_jax.cli import (
     train,
     verify,
 )
-from bitnet_jax.cli.compilation_cache import use_compilation_cache
 from bitnet_jax.cli.shared import check_json_target
+from bitnet_jax.inference.startup import collect_less, use_compilation_cache
 from bitnet_jax.names import check_name, suggestion
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         # Fail before the work, not after it.
         check_json_target(args.json)
+        collect_less()
         use_compilation_cache()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

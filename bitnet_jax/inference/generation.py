@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from bitnet_jax.inference import exact_head, limits
 from bitnet_jax.inference.buckets import cache_capacity, prompt_width
 from bitnet_jax.inference.cache import KV_FORMATS, default_kv_format, extend_cache, init_cache
-from bitnet_jax.inference.programs import PROGRAMS
+from bitnet_jax.inference.programs import PROGRAMS, Program
 from bitnet_jax.inference.sampling import Filters, SamplingConfig, next_token
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Cache, Transformer
@@ -198,7 +198,33 @@ class _Run:
     def start(self) -> State:
         T = self.tokens.shape[1]
         program = PROGRAMS.of(_prefill, self.config, self.kv_format, shapes=(T, *self.shapes))
-        return program(self.variables, self.filters, self.eos, self.tokens, self.lengths, self.key)
+        args = (self.variables, self.filters, self.eos, self.tokens, self.lengths, self.key)
+        if self.max_new_tokens > 1 and not program.known and not self._decode().known:
+            # The decode loop is compiled beside the prompt's program and while that runs: an answer pauses once.
+            lowered = program.lower(*args)
+            self._decode().compile_in_background(
+                self.variables, self.filters, self.eos, self._state(), self.key, np.int32(0)
+            )
+            lowered.compile()
+        return program(*args)
+
+    def _state(self) -> State:
+        """The state between the decode loop's chunks, as shapes."""
+        B = len(self.tokens)
+
+        def state() -> State:
+            penalized = self.filters.repetition_penalty is not None
+            cache = init_cache(self.config, B, self.room, self.kv_format)
+            return State(
+                cache=dataclasses.replace(cache, length=jnp.zeros(B if B > 1 else (), jnp.int32)),
+                tokens=jnp.zeros((B, self.room), jnp.int32),
+                lengths=jnp.zeros(B, jnp.int32),
+                step=jnp.zeros((), jnp.int32),
+                done=jnp.zeros(B, bool),
+                seen=jnp.zeros((B, self.config.vocab_size), bool) if penalized else None,
+            )
+
+        return jax.eval_shape(state)
 
     def grown(self, state: State) -> State:
         """The state with room for the whole text; prefill allocates room for the prompt only."""
@@ -208,10 +234,12 @@ class _Run:
         program = PROGRAMS.of(_with_room, self.room, shapes=(self.config, self.kv_format, room, self.shapes))
         return program(state)
 
+    def _decode(self) -> Program:
+        shapes = (self.room, self.kv_format, *self.shapes)
+        return PROGRAMS.of(_advance, self.config, shapes=shapes, donate=(3,))
+
     def advance(self, state: State, until: int) -> State:
-        shapes = (state.tokens.shape[1], self.kv_format, *self.shapes)
-        program = PROGRAMS.of(_advance, self.config, shapes=shapes, donate=(3,))
-        return program(self.variables, self.filters, self.eos, state, self.key, np.int32(until))
+        return self._decode()(self.variables, self.filters, self.eos, state, self.key, np.int32(until))
 
 
 def _checked(
@@ -259,7 +287,8 @@ def _checked(
     if key is None:
         if sampling.temperature > 0:
             raise ValueError(f"temperature={sampling.temperature} needs a key; pass jax.random.key(seed)")
-        key = jax.random.key(0)
+        # Never used. jax.random.key would compile a program.
+        key = jax.random.wrap_key_data(jax.device_put(np.zeros(2, np.uint32)), impl="threefry2x32")
     if exact_head.COLLECTION in variables:
         exact_head.logits_needed(sampling)
     rows = np.zeros((len(tokens), prompt_width(config, longest)), np.int32)

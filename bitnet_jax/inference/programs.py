@@ -10,6 +10,7 @@ has its own jitted function, and evicting it frees the executable. Programs that
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -17,9 +18,53 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.extend
+
+from bitnet_kernels.cpu import for_cpu_alone
 
 # At 100 to 300 memory maps each; a model of 4096 positions has about 50 programs per batch size.
 MAX_PROGRAMS = 128
+
+
+class Program:
+    """A jitted function that can be compiled beside other work, before its arguments exist."""
+
+    def __init__(self, function: Callable[..., Any], donate: tuple[int, ...]) -> None:
+        def traced(*args: Any) -> Any:
+            with for_cpu_alone() if only_cpu() else contextlib.nullcontext():
+                return function(*args)
+
+        self._jitted = jax.jit(traced, donate_argnums=donate)
+        self._compiling: threading.Thread | None = None
+        self.known = False  # compiled, or being compiled
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Traced for arguments of these shapes, arrays or `jax.ShapeDtypeStruct`s. After `lower(...).compile()` a call
+        with such arguments compiles nothing."""
+        return self._jitted.lower(*args)
+
+    def compile_in_background(self, *args: Any) -> None:
+        """Starts to trace and compile for arguments of these shapes; a later call waits for it."""
+
+        def compile() -> None:
+            with contextlib.suppress(Exception):  # the call compiles again, and raises
+                self.lower(*args).compile()
+
+        self.known = True
+        self._compiling = threading.Thread(target=compile, name="compile")
+        self._compiling.start()
+
+    def __call__(self, *args: Any) -> Any:
+        self.known = True
+        if self._compiling is not None:
+            self._compiling.join()
+            self._compiling = None
+        return self._jitted(*args)
+
+
+def only_cpu() -> bool:
+    """Whether this process has no other devices, on which a program could be called too."""
+    return set(jax.extend.backend.backends()) <= {"cpu", "interpreter"}
 
 
 class Programs:
@@ -27,7 +72,7 @@ class Programs:
 
     def __init__(self, max_size: int = MAX_PROGRAMS) -> None:
         self._max_size = max_size
-        self._kept: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -39,7 +84,7 @@ class Programs:
         *static: Hashable,
         shapes: Hashable = (),
         donate: tuple[int, ...] = (),
-    ) -> Callable[..., Any]:
+    ) -> Program:
         """`function(*static, ...)`, jitted in the remaining arguments.
 
         Args:
@@ -53,7 +98,7 @@ class Programs:
         with self._lock:
             program = self._kept.get(key)
             if program is None:
-                program = self._kept[key] = jax.jit(partial(function, *static), donate_argnums=donate)
+                program = self._kept[key] = Program(partial(function, *static), donate)
                 while len(self._kept) > self._max_size:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)

@@ -162,6 +162,31 @@ class BitLinear(nn.Module):
         x_key, w_key = jax.random.split(self.make_rng("stochastic"))
         return x_key if draws_x else None, w_key if draws_w else None
 
+    def _activation_params(self, k: int) -> dict[str, Array]:
+        """Learned arguments of the quantizer of the input."""
+        return {
+            name.removeprefix("activation_"): self.param(
+                name, nn.initializers.constant(value), shape, jnp.float32
+            )
+            for name, (shape, value) in self.precision.activation_param_shapes(k).items()
+        }
+
+    def _weight_params(self, k: int) -> tuple[Array, Array | None]:
+        """The latent weight [n, k] and its learned scale, if any."""
+        precision = self.precision
+        weight = self.param("weight", nn.initializers.normal(self.init_std), (self.features, k), jnp.float32)
+        if not precision.quantizes_weights or precision.scale != "learned":
+            return weight, None
+        return weight, self.param("weight_scale", lambda _: precision.weight_scale_init(weight))
+
+    def declared(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
+        """Creates the parameters that `_product` would use, and returns zeros of its shape: for `eval_shape`."""
+        if self.norm is not None:
+            x = self.norm(x)
+        self._activation_params(x.shape[-1])
+        self._weight_params(x.shape[-1])
+        return jnp.zeros((*x.shape[:-1], self.features), jnp.float32)
+
     def _product(
         self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float
     ) -> Float[Array, "*rows n"]:
@@ -171,22 +196,14 @@ class BitLinear(nn.Module):
         packed = self.packed_weight(k)
         if packed is not None and precision.absmax_bits:
             return packed_matmul(x, packed, activation_bits=precision.absmax_bits)
-        learned = {
-            name.removeprefix("activation_"): self.param(
-                name, nn.initializers.constant(value), shape, jnp.float32
-            )
-            for name, (shape, value) in precision.activation_param_shapes(k).items()
-        }
+        learned = self._activation_params(k)
         x_key, w_key = self._keys()
         x_quantized = precision.quantize_activation(x, **learned, progress=progress, key=x_key)
 
         if packed is not None:
             return packed_product(x_quantized, packed, precision)
-        weight = self.param("weight", nn.initializers.normal(self.init_std), (self.features, k), jnp.float32)
+        weight, scale = self._weight_params(k)
         if precision.quantizes_weights:
-            scale = None
-            if precision.scale == "learned":
-                scale = self.param("weight_scale", lambda _: precision.weight_scale_init(weight))
             w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
             return quantized_matmul(
                 x_quantized, w_quantized, self.dtype, self.product, precision.input_digits

@@ -18,6 +18,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ from jaxtyping import Array, PyTree
 from bitnet_jax.models import Architecture, ModelConfig, init_variables
 from bitnet_jax.nn.config import table_precision
 from bitnet_jax.nn.embedding import rounded, stored_dtype
+from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import FLOAT16_MAX, Quantized
 from bitnet_kernels import FORMATS, PackedArray, for_platform, unpack
@@ -267,8 +269,15 @@ def _layer_precisions(config: ModelConfig) -> list[tuple[tuple[str, Precision], 
 
 
 def _trace(config: Architecture) -> dict[str, Any]:
+    def declared(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """In place of products, whose shapes are known: tracing them takes most of the time to load a small model."""
+        if isinstance(context.module, BitLinear) and context.method_name == "_product":
+            return context.module.declared(args[0])
+        return call(*args, **kwargs)
+
     def packed() -> dict[str, Any]:
-        variables = init_variables(config, jax.random.key(0))
+        with nn.intercept_methods(declared):
+            variables = init_variables(config, jax.random.key(0))
         return variables | pack(variables["params"], config)
 
     return jax.eval_shape(packed)

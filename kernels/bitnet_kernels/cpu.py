@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -125,18 +126,37 @@ def isa() -> str:
     return forced
 
 
+_for_cpu_alone = threading.local()
+
+
+@contextlib.contextmanager
+def for_cpu_alone() -> Iterator[None]:
+    """What is traced inside will run on CPU and nowhere else: operations without a named implementation take the C++
+    kernels, without XLA's operations beside them for other platforms, whose tracing takes longer."""
+    before = is_for_cpu_alone()
+    _for_cpu_alone.value = True
+    try:
+        yield
+    finally:
+        _for_cpu_alone.value = before
+
+
+def is_for_cpu_alone() -> bool:
+    return getattr(_for_cpu_alone, "value", False)
+
+
 def resolve(
     operation: str, implementation: str | None, obstacle: str | None
 ) -> tuple[str | None, str | None]:
     """(implementation, instruction set) of an operation; obstacle: why it cannot use the C++ kernels, or None.
 
-    (None, isa) leaves the choice to the platform compiled for. With an obstacle, XLA replaces the kernels, with one
-    warning on CPU, and implementation="cpu" raises NotImplementedError.
+    (None, isa) leaves the choice to the platform compiled for, unless that is known (for_cpu_alone). With an obstacle,
+    XLA replaces the kernels, with one warning on CPU, and implementation="cpu" raises NotImplementedError.
     """
     if implementation == "reference":
         return "reference", None
     if not obstacle:
-        return implementation, isa()
+        return implementation or ("cpu" if is_for_cpu_alone() else None), isa()
     if implementation == "cpu":
         raise NotImplementedError(f"implementation='cpu' cannot be used: {obstacle}")
     if jax.default_backend() == "cpu":

@@ -170,7 +170,9 @@ def _resolve(ws: Sequence[PackedArray], implementation: str | None) -> tuple[str
         warn_once("packed_matmul", missed)
     if obstacle:
         return "reference", None, True
-    return kernels, cpu.isa() if kernels == "cpu" else None, implementation is not None
+    if kernels == "cpu":
+        return kernels, cpu.isa(), implementation is not None or cpu.is_for_cpu_alone()
+    return kernels, None, implementation is not None
 
 
 def _first_obstacle(ws: Sequence[PackedArray], platform: str) -> str | None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_jax.cli import compilation_cache
+from bitnet_jax.inference import startup
 
 PROGRAM = """
-from bitnet_jax.cli.compilation_cache import use_compilation_cache
+from bitnet_jax.inference.startup import use_compilation_cache
 use_compilation_cache()
 import jax
 events = []
@@ -36,7 +36,7 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path: Path) -> Non
     hits, where = run(tmp_path)
     assert hits == "0"
     assert Path(where).parent == tmp_path / "programs"
-    assert compilation_cache.processor() in where
+    assert startup.processor() in where
     assert list(Path(where).iterdir())
     again, same = run(tmp_path)
     assert int(again) > 0
@@ -52,11 +52,11 @@ def test_nothing_is_set_once_jax_is_imported_or_the_user_has_chosen(
 ) -> None:
     monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    compilation_cache.use_compilation_cache()
+    startup.use_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ  # this process has imported jax
     monkeypatch.delitem(sys.modules, "jax")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    compilation_cache.use_compilation_cache()
+    startup.use_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
@@ -68,9 +68,9 @@ def test_the_oldest_programs_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_pa
         os.utime(file, (1000 - age, 1000 - age))
     monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path))
     monkeypatch.delitem(sys.modules, "jax")
-    for name in ("JAX_COMPILATION_CACHE_DIR", *compilation_cache.SETTINGS):
+    for name in ("JAX_COMPILATION_CACHE_DIR", *startup.SETTINGS):
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
-    monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
-    compilation_cache.use_compilation_cache()
+    monkeypatch.setattr(startup, "MAX_BYTES", 250)
+    startup.use_compilation_cache()
     assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {"new", "middle"}
