@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from bitnet_jax.evaluation import classification, classifiers, language, likelihood
-from bitnet_jax.inference.programs import PROGRAMS, Programs
+from bitnet_jax.inference.programs import PROGRAMS, Programs, only_cpu
+from bitnet_kernels import cpu, rms_norm
 
 
 def scaled(factor: float, x: jax.Array) -> jax.Array:
@@ -44,6 +45,39 @@ def test_a_program_is_compiled_once_and_the_least_recently_used_one_is_evicted(
     del second
     gc.collect()
     assert gone() is None
+
+
+def test_a_program_compiled_in_the_background_is_not_compiled_again(compilations: list[str]) -> None:
+    program, x = Programs().of(scaled, 4.0), jnp.ones(5)
+    compilations.clear()
+    program.compile_in_background(jax.ShapeDtypeStruct((5,), jnp.float32))
+    np.testing.assert_array_equal(program(x), 4 * np.ones(5))
+    assert len(compilations) == 1
+
+
+def test_an_error_in_the_background_is_raised_by_the_call() -> None:
+    program = Programs().of(jnp.dot, jnp.float32)
+    program.compile_in_background(jax.ShapeDtypeStruct((5,), jnp.float32))
+    with pytest.raises(TypeError):
+        program(jnp.ones(5))
+
+
+def test_a_program_holds_no_operations_for_platforms_that_are_not_there() -> None:
+    """Where only a CPU is, nothing else is traced."""
+    if not only_cpu() or cpu.unavailable():
+        pytest.skip("needs a process with a CPU alone, and the kernels")
+    known, open_to_all = (jax.make_jaxpr(f)(jnp.ones((2, 8))) for f in (in_a_program, norm_of))
+    assert "rsqrt" not in str(known)
+    assert "rsqrt" in str(open_to_all)
+
+
+def norm_of(x: jax.Array) -> jax.Array:
+    return rms_norm(x, eps=1e-5)
+
+
+def in_a_program(x: jax.Array) -> jax.Array:
+    result: jax.Array = Programs().of(norm_of)(x)
+    return result
 
 
 def maps() -> int:
