@@ -105,7 +105,7 @@ def bench_model(
         **memory,
         "load_seconds": load_seconds,
         "compile_seconds": first_seconds - prefill_seconds - decode_seconds,
-        "head_format": _head_format(config, variables),
+        "head_format": head_format(config, variables),
         "kv_format": kv_format,
         "implementation": choices[0].name if choices else None,
         "isa": choices[0].isa if choices else None,
@@ -264,7 +264,7 @@ def _bytes_per_token(config: ModelConfig, variables: Variables, length: int, kv_
     return sum(decode_bytes(config, variables).values()) + kv_bytes(config, length, kv_format)
 
 
-def _head_format(config: ModelConfig, variables: Variables) -> str:
+def head_format(config: ModelConfig, variables: Variables) -> str:
     packed = variables.get("packed", {})
     name, leaf = ("embed", "embedding") if config.tie_embeddings else ("lm_head", "weight")
     for head in ("lm_head", name):

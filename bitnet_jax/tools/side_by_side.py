@@ -8,6 +8,7 @@ llama.cpp takes part through the package llama-cpp-python.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,10 +61,14 @@ def llama_cpp(file: Path, prompt: Int[np.ndarray, "T"], new_tokens: int, longest
         raise ImportError(missing_package("llama-cpp-python")) from error
 
     settings: dict[str, Any] = {"n_threads": threads(), "n_threads_batch": threads(), "verbose": False}
-    scoring = Llama(str(file), n_ctx=longest, n_batch=longest, logits_all=True, **settings)
     running = Llama(str(file), n_ctx=len(prompt) + new_tokens, n_batch=len(prompt), **settings)
 
+    @functools.cache
+    def scorer() -> Any:  # only where it is needed: it holds the logits of all positions
+        return Llama(str(file), n_ctx=longest, n_batch=longest, logits_all=True, **settings)
+
     def nats(ids: np.ndarray) -> float:
+        scoring = scorer()
         scoring.reset()
         scoring.eval(ids[:-1].tolist())
         logits = np.asarray(scoring.scores[: len(ids) - 1], np.float64)
