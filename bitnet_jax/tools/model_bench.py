@@ -2,16 +2,18 @@
 
     figures = bench_model(folder, prompt=512, new_tokens=64, repeats=5)
 
-Timed in turn, `repeats` times: the prefill of the prompt; the decoding of all further tokens in one compiled loop;
-the kernels of a decode step alone, over the model's own weights; a loop that reads the model's file from the same
-pages; and a loop that only multiplies. Compilation is timed separately. Memory is measured after the first
-generation, before any allocation that only the benchmark needs.
+Timed in turn, `repeats` times: the prefill of the prompt; the decoding of all further tokens in one compiled loop,
+with all threads and with one; that of 8 sequences together; with the other formats of the cache; the kernels of a decode
+step alone, over the model's own weights; a loop that reads the model's file from the same pages; and a loop that only
+multiplies. The time from the start of a process to its first token is that of other processes (first_token.py).
+Memory is measured after the first generation, before any allocation that only the benchmark needs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import resource
 import shutil
@@ -24,21 +26,24 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_jax.inference.cache import default_kv_format, kv_bytes
+from bitnet_jax.inference.cache import KV_FORMATS, default_kv_format, kv_bytes
 from bitnet_jax.inference.generation import stream_tokens
 from bitnet_jax.model_folders import folder_kind, load_text_model, save_model, source_path
 from bitnet_jax.models import PRESETS, ModelConfig, text_config
 from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import HEADS
 from bitnet_jax.packed import packing, storage
+from bitnet_jax.tools.first_token import first_token_seconds
 from bitnet_jax.tools.machine import chosen
 from bitnet_jax.tools.model_summary import decode_bytes
 from bitnet_jax.tools.random_model import write_random
 from bitnet_jax.tools.step_kernels import Call, step_kernels
+from bitnet_kernels import cpu
 from bitnet_kernels.machine import dot_peak, provenance, read_all
 from bitnet_kernels.timing import interleaved, threads
 
 Variables = Mapping[str, Any]
+BATCH, BATCH_PROMPT = 8, 64  # sequences that are decoded together, behind as many tokens of the prompt
 
 
 def bench_model(
@@ -76,7 +81,7 @@ def bench_model(
     kernels = step_kernels(config, variables, steps, length, kv_format)
     model_file = np.memmap(Path(folder) / storage.MODEL, np.uint8, mode="r")
     read, peak = read_all(model_file), dot_peak()
-    others = {"kernels": kernels}
+    others = {"kernels": kernels} | _variants(config, variables, tokens, new_tokens, kv_format)
     if read:
         # As many times as decoding reads the model, and next to it in time: comparable even on a shared machine.
         others["read"] = lambda round: [read.run(step) for step in range(steps)]
@@ -91,6 +96,7 @@ def bench_model(
     macs_peak = peak.amount / took["peak"].median if peak else None
     bytes_per_token = _bytes_per_token(config, variables, length, kv_format)
     macs = prompt * sum(math.prod(shape) for path, shape in config.linear_shapes().items() if "/" in path)
+    starts = first_token_seconds(folder, prompt=prompt, kv_format=kv_format)
     return {
         "prefill_tokens_per_second": prompt / prefill_seconds,
         "decode_tokens_per_second": steps / decode_seconds,
@@ -101,10 +107,25 @@ def bench_model(
         "dot_peak_gmacs_per_second": macs_peak and macs_peak / 1e9,
         "prefill_peak_fraction": macs_peak and macs / prefill_seconds / macs_peak,
         "kernel_fraction": took["kernels"].median / decode_seconds,
+        "decode_tokens_per_second_by_kv_format": {
+            kv_format: steps / decode_seconds,
+            **{
+                other: steps / took[f"decode {other}"].median
+                for other in KV_FORMATS
+                if f"decode {other}" in took
+            },
+        },
+        "one_thread": {
+            "prefill_tokens_per_second": prompt / took["prefill, one thread"].median,
+            "decode_tokens_per_second": steps / took["decode, one thread"].median,
+        },
+        "batch8_tokens_per_second": BATCH * steps / took["decode of a batch"].median,
+        "batch8_speedup": BATCH * decode_seconds / took["decode of a batch"].median,
         "model_bytes": packing.sizes(variables).total,
         **memory,
         "load_seconds": load_seconds,
         "compile_seconds": first_seconds - prefill_seconds - decode_seconds,
+        **starts,
         "head_format": head_format(config, variables),
         "kv_format": kv_format,
         "implementation": choices[0].name if choices else None,
@@ -119,6 +140,37 @@ def bench_model(
         "config": config.to_dict(),
         "provenance": provenance(),
     }
+
+
+def _variants(
+    config: ModelConfig, variables: Variables, tokens: np.ndarray, new_tokens: int, kv_format: str
+) -> dict[str, Call]:
+    """Pairs of calls, prefill and decoding, with one thread, as a batch, and with other formats of the cache."""
+    calls: dict[str, Call] = {}
+
+    def add(name: str, pair: tuple[Call, Call], count: int | None = None) -> None:
+        for part, call in zip(("prefill", "decode"), pair, strict=True):
+            calls[f"{part}{name}"] = call if count is None else functools.partial(_with_threads, count, call)
+
+    add(", one thread", generation_calls(config, variables, tokens, new_tokens, kv_format), 1)
+    several = np.resize(tokens[:, :BATCH_PROMPT], (BATCH, min(tokens.shape[1], BATCH_PROMPT)))
+    add(" of a batch", generation_calls(config, variables, several, new_tokens, kv_format))
+    for other in KV_FORMATS:
+        if other not in (kv_format, "float32"):
+            add(f" {other}", generation_calls(config, variables, tokens, new_tokens, other))
+    return calls
+
+
+def _with_threads(count: int, call: Call, round: int) -> None:
+    """A call with `count` threads of the C++ kernels, where there are any."""
+    if cpu.unavailable():
+        call(round)
+        return
+    cpu.set_thread_count(count)
+    try:
+        call(round)
+    finally:
+        cpu.set_thread_count(threads())
 
 
 def preset_config(
@@ -217,6 +269,13 @@ def table(figures: Mapping[str, Any]) -> str:
         "  of the multiplier peak": share("prefill_peak_fraction", "dot_peak_gmacs_per_second", "GMAC/s"),
         "decoding": number("decode_tokens_per_second", f"tokens/s, {figures['new_tokens']} tokens"),
         "  per step": "{median:.3f} ms [p10 {p10:.3f}, p90 {p90:.3f}]".format(**step),
+        "  one thread": f"{figures['one_thread']['decode_tokens_per_second']:.2f} tokens/s, prefill "
+        f"{figures['one_thread']['prefill_tokens_per_second']:.2f}",
+        "  8 together": number("batch8_tokens_per_second", "tokens/s, ")
+        + number("batch8_speedup", "times one"),
+        "  by KV format": ", ".join(
+            f"{name} {speed:.2f}" for name, speed in figures["decode_tokens_per_second_by_kv_format"].items()
+        ),
         "  of the read ceiling": share("ceiling_fraction", "read_ceiling_gbytes_per_second", "GB/s"),
         "  read by": figures["read_ceiling_loop"] or "not measured",
         "  reads": f"{figures['bytes_per_token']:,} bytes per token",
@@ -226,6 +285,10 @@ def table(figures: Mapping[str, Any]) -> str:
         "peak memory": number("peak_rss_bytes", "MB, including the mapped model", 1e-6),
         "  not of the model file": number("rss_anon_bytes", "MB", 1e-6),
         "loading, compiling": f"{figures['load_seconds']:.2f} s, {figures['compile_seconds']:.2f} s",
+        "start to first token": f"{figures['first_token_seconds_warm']:.2f} s, "
+        f"{figures['first_token_seconds_cold']:.2f} s with nothing compiled",
+        "  then to the second chunk": f"{figures['second_chunk_seconds_warm']:.2f} s, "
+        f"{figures['second_chunk_seconds_cold']:.2f} s",
         "ran on": f"{figures['implementation']} ({figures['isa']}), {figures['threads']} threads of "
         f"{figures['provenance']['processor']}",
     }

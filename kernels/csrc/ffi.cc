@@ -25,7 +25,7 @@ namespace {
 // Work below which one thread is as fast as two: a helper takes up to a microsecond to start.
 constexpr int64_t kSerialBytes = 32 << 10;               // packed bytes, one or two rows of x
 constexpr int64_t kSerialProducts = int64_t{1} << 20;    // products, several rows of x
-constexpr int64_t kFewRows = 8;                          // rows of x up to which a product is limited by memory
+constexpr int64_t kFewRows = 12;                         // rows of x up to which a product is limited by memory
 constexpr int64_t kItemBytes = 300 << 10;                // packed bytes of a work item, few rows of x, approximately
 constexpr int64_t kTableItems = 4;                       // least work items per thread where rows share tables ...
 constexpr int64_t kMinPanels = 16, kMaxPanels = 112;     // ... and the panels of such an item

@@ -115,15 +115,16 @@ void multiply_packed(const Problem& p, int64_t row, int64_t panel, int64_t panel
   }
 }
 
-// Unpacks blocks of up to kTilePanels panels to unpacked[input / 4][panel][vector].
-template <typename Isa, Format kFormat>
-void unpack(const Problem& p, int64_t panel, int64_t panels, int64_t g, int64_t b, int64_t blocks,
-            typename Isa::Bytes* unpacked) {
+// Unpacks blocks of up to kTilePanels panels to unpacked[input / 4][panel][vector]; calls each() for every block.
+template <typename Isa, Format kFormat, typename Each>
+BITNET_INLINE void unpack(const Problem& p, int64_t panel, int64_t panels, int64_t g, int64_t b, int64_t blocks,
+                          typename Isa::Bytes* unpacked, Each&& each) {
   constexpr int kPanelVectors = kPanelRows / Isa::kLanes, kVectors = Isa::kTilePanels * kPanelVectors;
   for (int64_t i = 0; i < panels; ++i) {
     const uint8_t* w = p.block(panel + i, g, b);
     typename Isa::Bytes* out = unpacked + i * kPanelVectors;
     for (int64_t block = 0; block < blocks; ++block, w += kBlockBytes, out += fields(kFormat) * kVectors) {
+      each();
       unrolled<kPanelVectors>([&](auto v) BITNET_INLINE_BODY {
         Fields<Isa, kFormat, 1> taken;
         taken.start(Isa::load(w + v * 4 * Isa::kLanes));
@@ -134,6 +135,12 @@ void unpack(const Problem& p, int64_t panel, int64_t panels, int64_t g, int64_t 
       });
     }
   }
+}
+
+template <typename Isa, Format kFormat>
+void unpack(const Problem& p, int64_t panel, int64_t panels, int64_t g, int64_t b, int64_t blocks,
+            typename Isa::Bytes* unpacked) {
+  unpack<Isa, kFormat>(p, panel, panels, g, b, blocks, unpacked, [] {});
 }
 
 // Sums of fields: kRows rows of x, which begin at x, times `length` steps of four inputs of an unpacked tile.
