@@ -3,7 +3,8 @@
 Random weights are written to a temporary folder, or to --model, and read back; an existing --model is timed as it is,
 one of another format as a packed copy.
 Ratios (to the read ceiling, to the multiplier peak, of kernels to the whole step) come from interleaved measurements;
-tokens per second vary with the load of the machine.
+tokens per second vary with the load of the machine. The time to the first token is that of a process of its own, with
+an empty and with a filled compilation cache.
 
 example:
   bitnet-jax bench --preset 2b4t --recipe bitnet_b158 --prompt 512 --generate 64 --threads 2 --json bench.json
@@ -12,7 +13,6 @@ example:
 from __future__ import annotations
 
 import argparse
-import os
 
 from bitnet_jax.cli.shared import kv_format_argument, ternary_format_argument, write_json
 
@@ -42,16 +42,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--generate", type=int, default=64, metavar="N", help="tokens to generate (default %(default)s)"
     )
-    command.add_argument("--threads", type=int, metavar="N", help="use the first N processors (default: all)")
     command.add_argument(
         "--repeats", type=int, default=5, metavar="N", help="time everything N times (default %(default)s)"
+    )
+    command.add_argument(
+        "--compare",
+        metavar="PEER",
+        help="also time llama.cpp in turn, on random weights of the same shape: `llama.cpp`, through the package "
+        "llama-cpp-python, or the path of a llama-bench",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads is not None:
-        _use_threads(args.threads)  # before JAX starts its threads
-    from bitnet_jax.tools import model_bench
+    from bitnet_jax.tools import model_bench, peer_bench
 
     config = None
     if args.preset is not None:
@@ -64,18 +67,17 @@ def run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             kv_format=args.kv_format,
         )
+        if args.compare is not None:
+            figures["compare"] = peer_bench.compare(
+                folder,
+                args.compare,
+                prompt=args.prompt,
+                new_tokens=args.generate,
+                rounds=args.repeats,
+                kv_format=args.kv_format,
+            )
     write_json(args.json, figures)
     print(model_bench.table(figures))
+    if args.compare is not None:
+        print(peer_bench.table(figures["compare"]))
     return 0
-
-
-def _use_threads(count: int) -> None:
-    """Restricts the process to the first `count` of its processors."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise ValueError(
-            f"got --threads {count}, which this operating system does not support; omit the option"
-        )
-    allowed = sorted(os.sched_getaffinity(0))
-    if not 1 <= count <= len(allowed):
-        raise ValueError(f"got --threads {count}, expected 1 to {len(allowed)}, the number of processors")
-    os.sched_setaffinity(0, allowed[:count])

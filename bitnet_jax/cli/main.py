@@ -37,7 +37,7 @@ from bitnet_jax.cli import (
     train,
     verify,
 )
-from bitnet_jax.cli.shared import check_json_target
+from bitnet_jax.cli.shared import check_json_target, use_threads
 from bitnet_jax.inference.startup import collect_less, use_compilation_cache
 from bitnet_jax.names import check_name, suggestion
 
@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         # Fail before the work, not after it.
         check_json_target(args.json)
+        if args.threads is not None:
+            use_threads(args.threads)  # before JAX starts its threads
         collect_less()
         use_compilation_cache()
         with warnings.catch_warnings():
@@ -253,6 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
+        command.add_argument(
+            "--threads", type=int, metavar="N", help="use at most N processors (default: all that it may use)"
+        )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=module.run, parser=command)
     return parser

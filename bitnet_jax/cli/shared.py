@@ -89,3 +89,19 @@ def size_figures(sizes: Any) -> dict[str, int]:
 def describe_sizes(sizes: Any) -> str:
     packed = f"{sizes.packed:,d} packed ({sizes.packed_ratio:.3f} of bfloat16), " if sizes.packed else ""
     return f"{sizes.total:,d} bytes: {packed}{sizes.embeddings:,d} embeddings, {sizes.other:,d} other"
+
+
+def use_threads(count: int) -> None:
+    """Restricts the process to the first `count` of its processors.
+
+    Raises:
+      ValueError: fewer than one, more than it has, or an operating system that cannot do it.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError(
+            f"got --threads {count}, which this operating system does not support; omit the option"
+        )
+    allowed = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(allowed):
+        raise ValueError(f"got --threads {count}, expected 1 to {len(allowed)}, the number of processors")
+    os.sched_setaffinity(0, allowed[:count])

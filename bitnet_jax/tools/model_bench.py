@@ -3,9 +3,9 @@
     figures = bench_model(folder, prompt=512, new_tokens=64, repeats=5)
 
 Timed in turn, `repeats` times: the prefill of the prompt; the decoding of all further tokens in one compiled loop,
-with all threads and with one; that of 8 sequences together; with the other formats of the cache; the kernels of a decode
-step alone, over the model's own weights; a loop that reads the model's file from the same pages; and a loop that only
-multiplies. The time from the start of a process to its first token is that of other processes (first_token.py).
+with all threads and with one; that of 8 sequences together; with the other formats of the cache; the kernels of a
+decode step alone, over the model's own weights; a loop that reads the model's file from the same pages; and a loop that
+only multiplies. The time from the start of a process to its first token is that of other processes (first_token.py).
 Memory is measured after the first generation, before any allocation that only the benchmark needs.
 """
 
@@ -40,7 +40,8 @@ from bitnet_jax.tools.random_model import write_random
 from bitnet_jax.tools.step_kernels import Call, step_kernels
 from bitnet_kernels import cpu
 from bitnet_kernels.machine import dot_peak, provenance, read_all
-from bitnet_kernels.timing import interleaved, threads
+from bitnet_kernels.processors import threads
+from bitnet_kernels.timing import interleaved
 
 Variables = Mapping[str, Any]
 BATCH, BATCH_PROMPT = 8, 64  # sequences that are decoded together, behind as many tokens of the prompt

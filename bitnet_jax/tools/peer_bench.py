@@ -26,7 +26,7 @@ from bitnet_jax.progress import progress_bar
 from bitnet_jax.tools.model_bench import generation_calls, head_format
 from bitnet_jax.tools.random_gguf import TYPE_OF, write_random_gguf
 from bitnet_jax.tools.side_by_side import llama_cpp, llama_cpp_version
-from bitnet_kernels.timing import threads
+from bitnet_kernels.processors import threads
 
 PYTHON = "llama.cpp"  # by llama-cpp-python; any other peer is the path of a llama-bench
 Speeds = tuple[float, float]  # prompt tokens and new tokens per second

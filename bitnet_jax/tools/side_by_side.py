@@ -21,7 +21,8 @@ from bitnet_jax.evaluation.language import evaluate_text
 from bitnet_jax.model_folders import LoadedModel
 from bitnet_jax.optional_packages import missing_package
 from bitnet_jax.tools.model_bench import generation_calls
-from bitnet_kernels.timing import Spread, interleaved, threads
+from bitnet_kernels.processors import threads
+from bitnet_kernels.timing import Spread, interleaved
 
 PARTS = ("prefill", "decode")
 

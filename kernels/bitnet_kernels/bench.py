@@ -36,9 +36,10 @@ from bitnet_kernels import cpu
 from bitnet_kernels.machine import Call, dot_peak, fork_join, provenance, read_all, small_pages
 from bitnet_kernels.matmul import choose_implementation, packed_matmul
 from bitnet_kernels.packed import FORMATS, PackedArray
+from bitnet_kernels.processors import threads
 from bitnet_kernels.random_packed import random_packed
 from bitnet_kernels.shapes import IN_CACHE, SUITES, TINY, Shape
-from bitnet_kernels.timing import Spread, chain, dense, interleaved, threads
+from bitnet_kernels.timing import Spread, chain, dense, interleaved
 
 XLA = ("float32", "bfloat16", "int8")
 XLA_ROWS = 8  # for fewer rows XLA uses a slow loop

@@ -18,6 +18,7 @@ import numpy as np
 from bitnet_kernels import reference
 from bitnet_kernels.batching import fold_batches
 from bitnet_kernels.packed import FORMATS, PackedArray
+from bitnet_kernels.processors import affinity, threads
 
 LIBRARY = Path(__file__).parent / "_cpu.so"
 ISA_VARIABLE = "BITNET_KERNELS_ISA"
@@ -79,6 +80,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         )
     for name, target in targets.items():
         jax.ffi.register_ffi_target(name, target, platform="cpu")
+    if threads() < affinity():  # the library knows the affinity only
+        library.bitnet_kernels_set_thread_count(threads())
     return library, ""
 
 
@@ -171,7 +174,7 @@ def warn_once(operation: str, obstacle: str) -> None:
 
 
 def set_thread_count(count: int) -> None:
-    """Sets the number of threads of the kernels; the default is the number of processors. Results do not depend on it.
+    """Sets the number of threads of the kernels; the default is `processors.threads()`. Results do not depend on it.
 
     Raises:
       RuntimeError: the library is missing.

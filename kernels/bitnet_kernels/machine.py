@@ -23,7 +23,8 @@ import jaxlib
 import numpy as np
 
 from bitnet_kernels import cpu
-from bitnet_kernels.timing import interleaved, threads
+from bitnet_kernels.processors import threads
+from bitnet_kernels.timing import interleaved
 
 CODE = ("*.py", "*.cc", "*.h", "*.toml", "Makefile")
 STEP = 512  # bytes; bitnet_kernels_read requires multiples

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -27,11 +26,6 @@ class Spread(NamedTuple):
 
     def __truediv__(self, parts: float) -> Spread:
         return Spread(*(value / parts for value in self))
-
-
-def threads() -> int:
-    """Number of processors available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def interleaved(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_kernels import FORMATS, bench, cpu, machine, timing
+from bitnet_kernels import FORMATS, bench, cpu, machine, processors, timing
 from bitnet_kernels.shapes import SUITES
 
 COLUMNS = {
@@ -64,7 +64,7 @@ def test_it_writes_one_row_per_shape_and_format(results: dict[str, Any]) -> None
         if row["op"] == "fork_join":
             assert row["microseconds"] < 1e5  # even on a busy machine
             continue
-        assert row["threads"] == (1 if row["op"] == "in_cache" else timing.threads())
+        assert row["threads"] == (1 if row["op"] == "in_cache" else processors.threads())
         np.testing.assert_allclose(row["gmacs_per_second"], row["m"] * row["n"] * row["k"] / took / 1e9)
         np.testing.assert_allclose(row["gbytes_per_second"], row["weight_bytes"] / took / 1e9)
         ceiling, peak = row["read_ceiling_gbytes_per_second"], row["dot_peak_gmacs_per_second"]
@@ -117,7 +117,7 @@ def test_the_summary_is_the_ratio_of_the_rows(results: dict[str, Any]) -> None:
 def test_the_results_record_their_provenance(results: dict[str, Any]) -> None:
     told = results["provenance"]
     assert told["jax"] == jax.__version__
-    assert told["threads"] == timing.threads()
+    assert told["threads"] == processors.threads()
     assert told["isas"] == list(cpu.available_isas())
     assert told["date"].endswith("+00:00")
     assert told["processor"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bitnet_kernels import cpu, reference_rms_norm, rms_norm
-from bitnet_kernels.timing import threads
+from bitnet_kernels.processors import threads
 
 EPS = 1e-5
 here = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")

@@ -35,6 +35,8 @@ FIELDS = {  # the fields of the contract, then those that this repository adds
     "rss_anon_bytes",
     "kernel_fraction", "kernel_seconds_per_token", "prefill_seconds", "decode_seconds_per_token", "prompt",
     "new_tokens", "repeats", "config", "provenance",
+    "first_token_seconds_cold", "first_token_seconds_warm", "second_chunk_seconds_cold", "second_chunk_seconds_warm",
+    "decode_tokens_per_second_by_kv_format", "one_thread", "batch8_tokens_per_second", "batch8_speedup",
 }  # fmt: skip
 MIXED = ModelConfig(
     vocab_size=40, hidden_size=64, num_layers=2, num_heads=2, ffn_size=96, max_length=32,
@@ -53,9 +55,22 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+STARTS = {
+    f"{name}_seconds_{cache}": 1.5 for name in ("first_token", "second_chunk") for cache in ("cold", "warm")
+}
+
+
+@pytest.fixture
+def no_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No processes are started, which takes ten seconds; see test_first_token.py."""
+    monkeypatch.setattr(model_bench, "first_token_seconds", lambda *args, **options: STARTS)
+
+
 @pytest.fixture(scope="module")
 def figures(mixed: Path) -> dict[str, Any]:
-    return model_bench.bench_model(mixed, prompt=6, new_tokens=5, repeats=3, kv_format="bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_bench, "first_token_seconds", lambda *args, **options: STARTS)
+        return model_bench.bench_model(mixed, prompt=6, new_tokens=5, repeats=3, kv_format="bfloat16")
 
 
 def test_all_fields_are_present_and_consistent(figures: dict[str, Any]) -> None:
@@ -64,6 +79,10 @@ def test_all_fields_are_present_and_consistent(figures: dict[str, Any]) -> None:
     assert 0 < step < 1
     np.testing.assert_allclose(figures["decode_tokens_per_second"], 1 / step)
     np.testing.assert_allclose(figures["prefill_tokens_per_second"], 6 / prefill)
+    assert list(figures["decode_tokens_per_second_by_kv_format"]) == ["bfloat16", "int8"]
+    speed_of_batch = figures["batch8_tokens_per_second"]
+    np.testing.assert_allclose(figures["batch8_speedup"], speed_of_batch * step)
+    assert min(figures["one_thread"].values()) > 0
     kernels = figures["kernel_seconds_per_token"]["median"]
     np.testing.assert_allclose(figures["kernel_fraction"], kernels / step)
     assert figures["compile_seconds"] > prefill  # compilation is always slower than this model
@@ -90,7 +109,9 @@ def test_bytes_per_token_count_weights_one_embedding_row_and_the_cache(
 
 
 @pytest.mark.extended
-def test_the_timed_model_uses_the_reported_cache_format(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timed_model_uses_the_reported_cache_format(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, no_starts: None
+) -> None:
     formats = []
 
     def recorded(*arguments: Any, **options: Any) -> Iterator[np.ndarray]:
@@ -99,7 +120,10 @@ def test_the_timed_model_uses_the_reported_cache_format(mixed: Path, monkeypatch
 
     monkeypatch.setattr(model_bench, "stream_tokens", recorded)
     model_bench.bench_model(mixed, prompt=2, new_tokens=2, repeats=1, kv_format="int8")
-    assert formats == ["int8", "int8"]  # once to compile, once timed
+    assert (
+        formats.count("int8") == 6
+    )  # twice alone, twice on one thread, twice as a batch: to compile, and timed
+    assert set(formats) == {"int8", "bfloat16"}
 
 
 def test_the_kernels_of_a_step_match_the_model(mixed: Path) -> None:
@@ -187,7 +211,7 @@ def test_an_integer_head_is_a_matrix_separate_from_the_embedding(head: str, tmp_
     assert (config.head, config.tie_embeddings) == (head, True)
     write_random(tmp_path / "model", config, progress=False)
     _, variables, *_ = load_packed(tmp_path / "model")
-    assert model_bench._head_format(config, variables) == head
+    assert model_bench.head_format(config, variables) == head
     V = config.vocab_size
     assert step_kernels_module._calls(config)[-1] == ["lm_head"]
     # One row of the embedding, which is looked up and no longer multiplied.
