@@ -46,6 +46,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--repeats", type=int, default=5, metavar="N", help="time everything N times (default %(default)s)"
     )
     command.add_argument(
+        "--quick",
+        action="store_true",
+        help="only prefill and decoding: not on one thread, in batches, with other KV formats, from a process's start",
+    )
+    command.add_argument(
         "--compare",
         metavar="PEER",
         help="also time llama.cpp in turn, on random weights of the same shape: `llama.cpp`, through the package "
@@ -66,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             new_tokens=args.generate,
             repeats=args.repeats,
             kv_format=args.kv_format,
+            quick=args.quick,
         )
         if args.compare is not None:
             figures["compare"] = peer_bench.compare(

@@ -34,6 +34,9 @@ class Program:
             with for_cpu_alone() if only_cpu() else contextlib.nullcontext():
                 return function(*args)
 
+        traced.__name__ = getattr(
+            function, "func", function
+        ).__name__  # in profiles and in the compilation cache
         self._jitted = jax.jit(traced, donate_argnums=donate)
         self._compiling: threading.Thread | None = None
         self.known = False  # compiled, or being compiled

@@ -44,11 +44,21 @@ from bitnet_kernels.processors import threads
 from bitnet_kernels.timing import interleaved
 
 Variables = Mapping[str, Any]
+EXTENDED = (
+    "first_token_seconds_cold", "first_token_seconds_warm", "second_chunk_seconds_cold", "second_chunk_seconds_warm",
+    "decode_tokens_per_second_by_kv_format", "one_thread", "batch8_tokens_per_second", "batch8_speedup",
+)  # fmt: skip
 BATCH, BATCH_PROMPT = 8, 64  # sequences that are decoded together, behind as many tokens of the prompt
 
 
 def bench_model(
-    folder: str | Path, *, prompt: int, new_tokens: int, repeats: int = 5, kv_format: str | None = None
+    folder: str | Path,
+    *,
+    prompt: int,
+    new_tokens: int,
+    repeats: int = 5,
+    kv_format: str | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """The figures of a packed model, shown by `table`; None for those that cannot be measured here.
 
@@ -56,6 +66,7 @@ def bench_model(
       prompt: number of random prompt tokens.
       kv_format: of the cache, see `generation.generate`.
       new_tokens: tokens to generate; the first comes with the prefill, decoding is timed over the others.
+      quick: leave out the fields EXTENDED, for models of which a token takes seconds.
 
     Raises:
       ValueError: fewer than 2 new tokens, or more than fit after the prompt; a folder that is not a packed model.
@@ -82,7 +93,8 @@ def bench_model(
     kernels = step_kernels(config, variables, steps, length, kv_format)
     model_file = np.memmap(Path(folder) / storage.MODEL, np.uint8, mode="r")
     read, peak = read_all(model_file), dot_peak()
-    others = {"kernels": kernels} | _variants(config, variables, tokens, new_tokens, kv_format)
+    variants = {} if quick else _variants(config, variables, tokens, new_tokens, kv_format)
+    others = {"kernels": kernels} | variants
     if read:
         # As many times as decoding reads the model, and next to it in time: comparable even on a shared machine.
         others["read"] = lambda round: [read.run(step) for step in range(steps)]
@@ -97,7 +109,25 @@ def bench_model(
     macs_peak = peak.amount / took["peak"].median if peak else None
     bytes_per_token = _bytes_per_token(config, variables, length, kv_format)
     macs = prompt * sum(math.prod(shape) for path, shape in config.linear_shapes().items() if "/" in path)
-    starts = first_token_seconds(folder, prompt=prompt, kv_format=kv_format)
+    extended: dict[str, Any] = dict.fromkeys(EXTENDED)
+    if not quick:
+        extended = {
+            **first_token_seconds(folder, prompt=prompt, kv_format=kv_format),
+            "decode_tokens_per_second_by_kv_format": {
+                kv_format: steps / decode_seconds,
+                **{
+                    other: steps / took[f"decode {other}"].median
+                    for other in KV_FORMATS
+                    if f"decode {other}" in took
+                },
+            },
+            "one_thread": {
+                "prefill_tokens_per_second": prompt / took["prefill, one thread"].median,
+                "decode_tokens_per_second": steps / took["decode, one thread"].median,
+            },
+            "batch8_tokens_per_second": BATCH * steps / took["decode of a batch"].median,
+            "batch8_speedup": BATCH * decode_seconds / took["decode of a batch"].median,
+        }
     return {
         "prefill_tokens_per_second": prompt / prefill_seconds,
         "decode_tokens_per_second": steps / decode_seconds,
@@ -108,25 +138,11 @@ def bench_model(
         "dot_peak_gmacs_per_second": macs_peak and macs_peak / 1e9,
         "prefill_peak_fraction": macs_peak and macs / prefill_seconds / macs_peak,
         "kernel_fraction": took["kernels"].median / decode_seconds,
-        "decode_tokens_per_second_by_kv_format": {
-            kv_format: steps / decode_seconds,
-            **{
-                other: steps / took[f"decode {other}"].median
-                for other in KV_FORMATS
-                if f"decode {other}" in took
-            },
-        },
-        "one_thread": {
-            "prefill_tokens_per_second": prompt / took["prefill, one thread"].median,
-            "decode_tokens_per_second": steps / took["decode, one thread"].median,
-        },
-        "batch8_tokens_per_second": BATCH * steps / took["decode of a batch"].median,
-        "batch8_speedup": BATCH * decode_seconds / took["decode of a batch"].median,
         "model_bytes": packing.sizes(variables).total,
         **memory,
         "load_seconds": load_seconds,
         "compile_seconds": first_seconds - prefill_seconds - decode_seconds,
-        **starts,
+        **extended,
         "head_format": head_format(config, variables),
         "kv_format": kv_format,
         "implementation": choices[0].name if choices else None,
@@ -270,13 +286,6 @@ def table(figures: Mapping[str, Any]) -> str:
         "  of the multiplier peak": share("prefill_peak_fraction", "dot_peak_gmacs_per_second", "GMAC/s"),
         "decoding": number("decode_tokens_per_second", f"tokens/s, {figures['new_tokens']} tokens"),
         "  per step": "{median:.3f} ms [p10 {p10:.3f}, p90 {p90:.3f}]".format(**step),
-        "  one thread": f"{figures['one_thread']['decode_tokens_per_second']:.2f} tokens/s, prefill "
-        f"{figures['one_thread']['prefill_tokens_per_second']:.2f}",
-        "  8 together": number("batch8_tokens_per_second", "tokens/s, ")
-        + number("batch8_speedup", "times one"),
-        "  by KV format": ", ".join(
-            f"{name} {speed:.2f}" for name, speed in figures["decode_tokens_per_second_by_kv_format"].items()
-        ),
         "  of the read ceiling": share("ceiling_fraction", "read_ceiling_gbytes_per_second", "GB/s"),
         "  read by": figures["read_ceiling_loop"] or "not measured",
         "  reads": f"{figures['bytes_per_token']:,} bytes per token",
@@ -286,13 +295,25 @@ def table(figures: Mapping[str, Any]) -> str:
         "peak memory": number("peak_rss_bytes", "MB, including the mapped model", 1e-6),
         "  not of the model file": number("rss_anon_bytes", "MB", 1e-6),
         "loading, compiling": f"{figures['load_seconds']:.2f} s, {figures['compile_seconds']:.2f} s",
-        "start to first token": f"{figures['first_token_seconds_warm']:.2f} s, "
-        f"{figures['first_token_seconds_cold']:.2f} s with nothing compiled",
-        "  then to the second chunk": f"{figures['second_chunk_seconds_warm']:.2f} s, "
-        f"{figures['second_chunk_seconds_cold']:.2f} s",
         "ran on": f"{figures['implementation']} ({figures['isa']}), {figures['threads']} threads of "
         f"{figures['provenance']['processor']}",
     }
+    if figures["one_thread"] is not None:
+        alone, by_format = figures["one_thread"], figures["decode_tokens_per_second_by_kv_format"]
+        speeds = ", ".join(f"{name} {speed:.2f}" for name, speed in by_format.items())
+        lines |= {
+            "one thread": f"decoding {alone['decode_tokens_per_second']:.2f} tokens/s, prefill "
+            f"{alone['prefill_tokens_per_second']:.2f}",
+            "8 together": number("batch8_tokens_per_second", "tokens/s, ")
+            + number("batch8_speedup", "times one"),
+            "by KV format": f"{speeds} tokens/s",
+        }
+        for what, name in {
+            "start to first token": "first_token",
+            "then to the second chunk": "second_chunk",
+        }.items():
+            warm, cold = (figures[f"{name}_seconds_{cache}"] for cache in ("warm", "cold"))
+            lines[what] = f"{warm:.2f} s, {cold:.2f} s with nothing compiled"
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
