@@ -162,6 +162,7 @@ class BitLinear(nn.Module):
         x_key, w_key = jax.random.split(self.make_rng("stochastic"))
         return x_key if draws_x else None, w_key if draws_w else None
 
+    @nn.nowrap
     def _activation_params(self, k: int) -> dict[str, Array]:
         """Learned arguments of the quantizer of the input."""
         return {
@@ -171,6 +172,7 @@ class BitLinear(nn.Module):
             for name, (shape, value) in self.precision.activation_param_shapes(k).items()
         }
 
+    @nn.nowrap
     def _weight_params(self, k: int) -> tuple[Array, Array | None]:
         """The latent weight [n, k] and its learned scale, if any."""
         precision = self.precision
@@ -179,6 +181,7 @@ class BitLinear(nn.Module):
             return weight, None
         return weight, self.param("weight_scale", lambda _: precision.weight_scale_init(weight))
 
+    @nn.nowrap
     def declared(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
         """Creates the parameters that `_product` would use, and returns zeros of its shape: for `eval_shape`."""
         if self.norm is not None:
