@@ -173,7 +173,7 @@ def bars(results: dict[str, Any]) -> list[tuple[str, str, str, list[float]]]:
             )
         ),
         *(
-            (f"{title}, start to first token, seconds", must, aim, starts(name))
+            (f"{title}, start to first token of a prompt of 512, seconds", must, aim, starts(name))
             for title, name, must, aim in (
                 ("2B-4T ternary", "2b_ternary", "2.0 warm, 5 cold", "1.2"),
                 ("125M ternary", "125m_ternary", "1.5 warm, 3 cold", "0.9"),
@@ -280,7 +280,7 @@ def readme_table(machines: dict[str, dict[str, Any]]) -> str:
         "decode, tokens/s",
         "prompt of 512",
         "against llama.cpp in turn",
-        "first token",
+        "its first token",
         "memory",
     )
     rows = []

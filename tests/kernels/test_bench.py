@@ -139,6 +139,15 @@ def test_without_the_library_there_is_no_ceiling(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="the C++ library is absent")
+@pytest.mark.slow  # times products of 8 to 67 MB, on an otherwise idle machine
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ kernels: {cpu.unavailable()}")
+def test_no_product_is_faster_than_the_read_ceiling() -> None:
+    """A number above a limit means that the limit is wrong; 1.1 is the noise of two medians of one run."""
+    data = np.ones(256 << 20, np.uint8)
+    rows = bench.bench_shape(bench.Shape(1, 8192, 8192), data, 256 << 20, 0.5)
+    assert {row["format"]: row["ceiling_fraction"] for row in rows if row["ceiling_fraction"] > 1.1} == {}
+
+
 def test_the_ceiling_reads_all_of_its_memory_in_pieces() -> None:
     data = np.zeros(10 << 20, np.uint8)
     data[[0, 3 << 20, (5 << 20) - 1]] = 1, 2, 4  # of the first half
