@@ -34,9 +34,8 @@ class Program:
             with for_cpu_alone() if only_cpu() else contextlib.nullcontext():
                 return function(*args)
 
-        traced.__name__ = getattr(
-            function, "func", function
-        ).__name__  # in profiles and in the compilation cache
+        # The name in profiles and in the compilation cache.
+        traced.__name__ = getattr(function, "func", function).__name__
         self._jitted = jax.jit(traced, donate_argnums=donate)
         self._compiling: threading.Thread | None = None
         self.known = False  # compiled, or being compiled
@@ -59,8 +58,9 @@ class Program:
 
     def __call__(self, *args: Any) -> Any:
         self.known = True
-        if self._compiling is not None:
-            self._compiling.join()
+        compiling = self._compiling  # another thread may set it to None
+        if compiling is not None:
+            compiling.join()
             self._compiling = None
         return self._jitted(*args)
 
