@@ -45,7 +45,10 @@ int64_t wrong_outputs(const MatmulKernels& kernels, Format format, int64_t m, in
     parallel_for((p.panels() + grain - 1) / grain, [&](int64_t item) {
       const int64_t end = std::min(p.panels(), (item + 1) * grain);
       kernels.matmul(p, item * grain, end);
-      scaled_matmul(kernels, p, {scale.data(), groups, activation.data()}, scaled.data(), item * grain, end);
+      MatmulScales scales;
+      scales.matrix = {scale.data(), false, groups};
+      scales.activation = activation.data();
+      scaled_matmul(kernels, p, scales, scaled.data(), item * grain, end);
     });
   }
 
