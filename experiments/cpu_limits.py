@@ -280,7 +280,7 @@ def readme_table(machines: dict[str, dict[str, Any]]) -> str:
         "decode, tokens/s",
         "prompt of 512",
         "against llama.cpp in turn",
-        "its first token",
+        "time to first token",
         "memory",
     )
     rows = []

@@ -3,8 +3,8 @@
 Random weights are written to a temporary folder, or to --model, and read back; an existing --model is timed as it is,
 one of another format as a packed copy.
 Ratios (to the read ceiling, to the multiplier peak, of kernels to the whole step) come from interleaved measurements;
-tokens per second vary with the load of the machine. The time to the first token is that of a process of its own, with
-an empty and with a filled compilation cache.
+tokens per second vary with the load of the machine. The time to the first token is measured in separate
+processes, with an empty and with a filled compilation cache.
 
 example:
   bitnet-jax bench --preset 2b4t --recipe bitnet_b158 --prompt 512 --generate 64 --threads 2 --json bench.json
@@ -53,8 +53,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--compare",
         metavar="PEER",
-        help="also time llama.cpp in turn, on random weights of the same shape: `llama.cpp`, through the package "
-        "llama-cpp-python, or the path of a llama-bench",
+        help="also time llama.cpp, interleaved, on random weights of the same shape: `llama.cpp` uses the package "
+        "llama-cpp-python; any other value is the path of a llama-bench",
     )
 
 

@@ -21,9 +21,8 @@ KV_FORMATS = ("float32", "bfloat16", "int8")
 def default_kv_format(config: ModelConfig, variables: Mapping[str, Any]) -> str:
     """The format of the cache in generation: bfloat16 for a packed model, else the model's compute dtype.
 
-    A decode step reads all keys and values of the text so far, beside a few hundred bytes for a thousand weights:
-    at 512 positions float32 ones are a sixth of what a ternary model of 2B parameters reads. What bfloat16 and int8
-    cost in quality is measured in experiments/studies/kv_cache.
+    A decode step reads the keys and values of all positions so far. What bfloat16 and int8 cost in quality is measured
+    in experiments/studies/kv_format.
     """
     return "bfloat16" if variables.get("packed") else config.dtype
 

@@ -8,10 +8,10 @@ seed gives the same text either way.
 
 Prompts start at position 0 of the cache and are padded on the right to one of a few widths (buckets.py); generated
 tokens overwrite the padding, which is always masked. One compiled loop serves all lengths with the same cache room.
-The products of packed layers are exact, so they do not depend on the other rows of a batch; the operations that XLA
-compiles between them (norms) may round differently for another batch size. Programs are cached in programs.py: per
-ModelConfig and batch size, one for each prompt width and one for each cache room, independent of lengths, end tokens
-and sampling parameters.
+The products of packed layers are exact, and attention and RMSNorm on CPU sum in a fixed order, so they do not depend on
+the other rows of a batch; sums that XLA compiles (LayerNorm, float layers) may round differently for another batch
+size. Programs are cached in programs.py: per ModelConfig and batch size, one for each prompt width and one for each
+cache room, independent of lengths, end tokens and sampling parameters.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def with_float_tables(config: ModelConfig, variables: Variables) -> tuple[ModelC
     params, packed = dict(variables["params"]), dict(variables.get("packed", {}))
     tables = {"embed": "embedding"}
     head = changed.precisions().get("lm_head")
-    if head is not None and not head.quantizes_weights:  # untied, with no recipe of its own
+    if head is not None and not head.quantizes_weights:  # untied, without a separate recipe
         tables["lm_head"] = "weight"
     for path, leaf in tables.items():
         if path in packed:

@@ -2,7 +2,7 @@
 
     figures = first_token_seconds(folder, prompt=512, kv_format="bfloat16")
 
-Each measurement is a process of its own, `python -m bitnet_jax.tools.first_token`: it loads the model, reads the prompt
+Each measurement is a separate process, `python -m bitnet_jax.tools.first_token`: it loads the model, reads the prompt
 and prints a line when the first token is there, and another one when the second chunk is. The operating system has the
 model's file in memory from earlier reads.
 """

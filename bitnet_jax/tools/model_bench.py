@@ -5,7 +5,7 @@
 Timed in turn, `repeats` times: the prefill of the prompt; the decoding of all further tokens in one compiled loop,
 with all threads and with one; that of 8 sequences together; with the other formats of the cache; the kernels of a
 decode step alone, over the model's own weights; a loop that reads the model's file from the same pages; and a loop that
-only multiplies. The time from the start of a process to its first token is that of other processes (first_token.py).
+only multiplies. The time from process start to first token is measured in separate processes (first_token.py).
 Memory is measured after the first generation, before any allocation that only the benchmark needs.
 """
 

@@ -1,8 +1,8 @@
-"""llama.cpp in turn with this package on random weights of the same shape: the ratio of their speeds.
+"""Interleaved timing of this package and llama.cpp on random weights of the same shape.
 
     figures = compare(folder, "llama.cpp", prompt=512, new_tokens=64, rounds=3)
 
-The peer is a `llama-bench` of the user's, a process of its own in every round, or llama.cpp through the package
+The peer is the user's own `llama-bench`, a new process in every round, or llama.cpp through the package
 llama-cpp-python, loaded once. It gets as many threads as this package has, and its default cache (float16).
 """
 

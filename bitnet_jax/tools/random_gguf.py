@@ -1,13 +1,12 @@
-"""A GGUF file with random weights in the shape of a packed model, for llama.cpp to be timed on.
+"""A GGUF file with random weights in the shape of a packed model, to time llama.cpp with.
 
 llama.cpp has no architecture for every model of this package, so the file has that of the nearest one with matrices of
-the same shapes: `bitnet` for models with sub norms, `llama` for others, both with a gated SiLU. What is between the
-matrices takes a few percent of a step, and differs by less.
+the same shapes: `bitnet` for models with sub norms, `llama` for others, both with a gated SiLU. Only the elementwise
+operations between the matrices may differ.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -27,7 +26,10 @@ TYPE_OF = {
     "ternary2": "TQ2_0", "ternary5": "TQ2_0", "binary": "Q1_0", "int4": "Q4_0", "uint4": "Q4_1", "int8": "Q8_0",
     "bfloat16": "BF16", "float32": "F32",
 }  # fmt: skip
-_SCALE_AT = {"TQ2_0": 64, "Q1_0": 0, "Q4_0": 0, "Q4_1": 0, "Q8_0": 0}  # byte of the float16 scale in a block
+# float16 numbers in a block, by their first byte: the scale and, of Q4_1, the minimum.
+_SCALES = {
+    "TQ2_0": {64: 0.02}, "Q1_0": {0: 0.02}, "Q4_0": {0: 0.02}, "Q4_1": {0: 0.02, 2: -0.15}, "Q8_0": {0: 0.02},
+}  # fmt: skip
 _POOL = 4099  # blocks, drawn once and repeated; a prime, so that the rows of a matrix differ
 
 
@@ -58,7 +60,7 @@ def write_random_gguf(path: str | Path, config: ModelConfig, *, matrices: str, h
       head: type of the embedding and of the output head.
 
     Raises:
-      ValueError: a shape that the type cannot hold, or an architecture that llama.cpp has not.
+      ValueError: a shape that the type cannot hold, or an architecture that llama.cpp does not have.
       StorageError: see `gguf_writer.write`.
     """
     if not config.mlp.endswith("_glu"):
@@ -71,7 +73,7 @@ def write_random_gguf(path: str | Path, config: ModelConfig, *, matrices: str, h
         "general.architecture": Value("string", name),
         "general.name": Value("string", "random weights"),
     }
-    metadata |= metadata_of(dataclasses.replace(shape, num_kv_heads=config.kv_heads), name)
+    metadata |= metadata_of(shape, name)
     metadata["tokenizer.ggml.model"] = Value("string", "none")
     tensors = []
     for leaf, (tensor, dims) in tensor_names(shape).items():
@@ -86,15 +88,14 @@ def _random(kind: TensorType, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) == 1:
         return np.ones(shape, np.float32).view(np.uint8)
     if kind.block == 1:
-        dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[kind.name]
+        dtype = {"F32": np.float32, "BF16": ml_dtypes.bfloat16}[kind.name]
         pool = rng.normal(0, 0.02, _POOL).astype(dtype)
     else:
         blocks = rng.integers(0, 256, (_POOL, kind.bytes), dtype=np.uint8)
         if kind.name == "TQ2_0":  # 2-bit fields 0, 1 and 2
             fields = rng.integers(0, 3, (4, *blocks.shape), dtype=np.uint8)
             blocks = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
-        scales = {at: 0.02 for at in (_SCALE_AT[kind.name],)} | ({2: -0.15} if kind.name == "Q4_1" else {})
-        for at, scale in scales.items():
+        for at, scale in _SCALES[kind.name].items():
             blocks[:, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
         pool = blocks.reshape(-1)
     return np.resize(pool.view(np.uint8), kind.nbytes(shape))
