@@ -22,7 +22,7 @@ int64_t wrong_outputs(const MatmulKernels& kernels, Format format, int64_t m, in
   std::vector<int8_t> x(m * p.x_stride), codes(n * p.x_stride);
   std::vector<uint8_t> w(p.panels() * p.panel_bytes());
   std::vector<int32_t> x_sums(m * groups), y(groups * m * n);
-  std::vector<float> scale(n * groups), activation(m, 0.5f), scaled(m * n);
+  std::vector<float> scale(n * groups), minimum(n * groups), activation(m, 0.5f), scaled(m * n);
   for (int64_t c = 0; c < p.x_stride; ++c) {
     if (c % group_inputs >= k / groups) continue;  // padding: zero
     for (int64_t row = 0; row < m; ++row) {
@@ -38,6 +38,7 @@ int64_t wrong_outputs(const MatmulKernels& kernels, Format format, int64_t m, in
     }
   }
   for (float& f : scale) f = static_cast<float>(std::rand()) / RAND_MAX;
+  for (float& f : minimum) f = -static_cast<float>(std::rand()) / RAND_MAX;
   for (int64_t i = 0; i < m * groups; ++i) x_sums[i] = kernels.sum(x.data() + i * group_inputs, group_inputs);
   p.x = x.data(), p.x_sums = x_sums.data(), p.w = w.data(), p.y = y.data();
   {
@@ -47,6 +48,7 @@ int64_t wrong_outputs(const MatmulKernels& kernels, Format format, int64_t m, in
       kernels.matmul(p, item * grain, end);
       MatmulScales scales;
       scales.matrix = {scale.data(), false, groups};
+      if (has_minimum(format)) scales.minimum = {minimum.data(), false, groups};
       scales.activation = activation.data();
       scaled_matmul(kernels, p, scales, scaled.data(), item * grain, end);
     });
@@ -62,8 +64,9 @@ int64_t wrong_outputs(const MatmulKernels& kernels, Format format, int64_t m, in
           sum += codes[r * p.x_stride + c] * x[row * p.x_stride + c];
         }
         wrong += sum != y[(g * m + row) * n + r];
-        const float product = static_cast<float>(sum) * scale[r * groups + g];
-        expected += product;
+        float term = static_cast<float>(sum) * scale[r * groups + g];
+        if (has_minimum(format)) term += static_cast<float>(x_sums[row * groups + g]) * minimum[r * groups + g];
+        expected += term;
       }
       wrong += expected * activation[row] != scaled[row * n + r];
     }
