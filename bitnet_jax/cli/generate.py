@@ -7,6 +7,7 @@ and prints the answer alone.
 example:
   bitnet-jax generate runs/first-packed --prompt "def " --temperature 0.8 --top-p 0.95 --seed 1
   bitnet-jax generate models/SmolLM2-135M-Instruct --chat --prompt "What is a ternary weight?" --tokens 100
+  bitnet-jax generate models/SmolLM2-135M-Instruct --chat --file article.txt --prompt-lookup 7
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "with --top-k, without --repetition-penalty",
     )
     command.add_argument(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draft N tokens, such as 7, from earlier text and check them in one pass: the same text, faster where it "
+        "repeats the prompt (quotations, code, summaries)",
+    )
+    command.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; repeatable"
     )
     kv_format_argument(command)
@@ -113,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         conversation=model.conversation,
         stop=[utf8(word, "--stop") for word in args.stop],
         kv_format=args.kv_format,
+        prompt_lookup=args.prompt_lookup,
         on_tokens=lambda count: chunks.append((time.perf_counter() - began, count)),
     )
     text = ""

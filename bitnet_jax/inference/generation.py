@@ -3,38 +3,36 @@
     generate        all tokens in one call: the loop never returns to Python
     stream_tokens   the same tokens in chunks, as they are generated
 
-Both run the same two functions, `_prefill` and `_advance`, and fold the position of a token into its random key, so a
-seed gives the same text either way.
+Both run the same two functions, `prefill` and `advance` of steps.py, so a seed gives the same text either way.
 
 Prompts start at position 0 of the cache and are padded on the right to one of a few widths (buckets.py); generated
 tokens overwrite the padding, which is always masked. One compiled loop serves all lengths with the same cache room.
 The products of packed layers are exact, and attention and RMSNorm on CPU sum in a fixed order, so they do not depend on
 the other rows of a batch; sums that XLA compiles (LayerNorm, float layers) may round differently for another batch
 size. Programs are cached in programs.py: per ModelConfig and batch size, one for each prompt width and one for each
-cache room, independent of lengths, end tokens and sampling parameters.
+cache room, independent of lengths, end tokens and sampling parameters. With prompt look-up (prompt_lookup.py) the loop
+checks several drafted tokens in one pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from bitnet_jax.inference import exact_head, limits
+from bitnet_jax.inference import exact_head, limits, steps
 from bitnet_jax.inference.buckets import cache_capacity, prompt_width
-from bitnet_jax.inference.cache import KV_FORMATS, default_kv_format, extend_cache, init_cache
+from bitnet_jax.inference.cache import KV_FORMATS, default_kv_format, init_cache
 from bitnet_jax.inference.programs import PROGRAMS, Program
-from bitnet_jax.inference.sampling import Filters, SamplingConfig, next_token
+from bitnet_jax.inference.sampling import Filters, SamplingConfig
+from bitnet_jax.inference.steps import State, Variables
 from bitnet_jax.models import ModelConfig
-from bitnet_jax.models.transformer import Cache, Transformer
 
-Variables = Mapping[str, Any]
 GREEDY = SamplingConfig()
 
 
@@ -43,18 +41,7 @@ class Generation(NamedTuple):
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
-
-
-@flax.struct.dataclass
-class State:
-    """Generation after `step` tokens; the last one is chosen but not yet in the cache."""
-
-    cache: Cache
-    tokens: Int[Array, "B S"]  # S is the room of the cache
-    lengths: Int[Array, "B"]
-    step: Int[Array, ""]
-    done: Bool[Array, "B"]  # rows that have reached an end token
-    seen: Bool[Array, "B V"] | None  # tokens of prompt and text; None without a repetition penalty
+    passes: int  # through the model after the prompt: the largest length - 1, or fewer with prompt look-up
 
 
 def left_pad(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +71,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     eos_ids: Sequence[int] = (),
     kv_format: str | None = None,
+    prompt_lookup: int = 0,
 ) -> Generation:
     """Continues a batch of prompts.
 
@@ -95,16 +83,22 @@ def generate(
       key: jax.random.key(seed); needed unless sampling is greedy.
       eos_ids: tokens that end a row.
       kv_format: of the cache, "float32", "bfloat16" or "int8"; None: bfloat16 for a packed model, else config.dtype.
+      prompt_lookup: tokens to draft from the prompt and the text for each pass (prompt_lookup.py), for one prompt; 0:
+        none. Faster where a text repeats parts of its prompt, slower where drafts are often wrong. The tokens are those
+        without it, for packed models on CPU; elsewhere a pass over several tokens may round floats differently.
 
     Raises:
       ValueError: before any computation, if prompt and new tokens do not fit into config.max_length, if the
         prompts are empty, not padded on the left or contain ids outside the vocabulary, if a key is missing, if
-        sampling needs more logits than an exact head computes, or for an unknown kv_format.
+        sampling needs more logits than an exact head computes, for an unknown kv_format, or for prompt_lookup with
+        several prompts or linear attention.
 
     Warns:
       UserWarning: prompt and new tokens exceed the length the model was trained with.
     """
-    run = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, eos_ids, kv_format)
+    run = _checked(
+        config, variables, tokens, mask, max_new_tokens, sampling, key, eos_ids, kv_format, prompt_lookup
+    )
     run.warn_beyond_training()
     return run.finished()
 
@@ -117,7 +111,7 @@ def greedy(
     max_new_tokens: int,
 ) -> Int[Array, "B N"]:
     """The greedy continuation without end tokens, of any length, with a cache in config.dtype: for `prove`."""
-    run = _checked(config, variables, tokens, mask, max_new_tokens, GREEDY, None, (), config.dtype)
+    run = _checked(config, variables, tokens, mask, max_new_tokens, GREEDY, None, (), config.dtype, 0)
     return run.finished().tokens
 
 
@@ -132,6 +126,7 @@ def stream_tokens(
     key: PRNGKeyArray | None = None,
     eos_ids: Sequence[int] = (),
     kv_format: str | None = None,
+    prompt_lookup: int = 0,
     chunk: int = 16,
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate` as arrays [B, <= chunk], the first one (of length 1) right after the prefill.
@@ -141,7 +136,9 @@ def stream_tokens(
     """
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, expected at least 1 token")
-    run = _checked(config, variables, tokens, mask, max_new_tokens, sampling, key, eos_ids, kv_format)
+    run = _checked(
+        config, variables, tokens, mask, max_new_tokens, sampling, key, eos_ids, kv_format, prompt_lookup
+    )
     run.warn_beyond_training()
 
     def chunks() -> Iterator[np.ndarray]:
@@ -175,12 +172,13 @@ class _Run:
     kv_format: str
     room: int  # positions for prompt and text; a cache_capacity
     max_new_tokens: int
+    drafted: int  # tokens a pass, by prompt look-up
 
     @property
     def shapes(self) -> tuple[Any, ...]:
         """What determines the compiled program besides width and room."""
         exact = exact_head.COLLECTION in self.variables, "packed" in self.variables
-        return len(self.tokens), len(self.eos), jax.tree.structure(self.filters), exact
+        return len(self.tokens), len(self.eos), jax.tree.structure(self.filters), exact, self.drafted
 
     def warn_beyond_training(self) -> None:
         length = int(self.lengths.max()) + self.max_new_tokens
@@ -193,11 +191,12 @@ class _Run:
             state = self.advance(self.grown(state), self.max_new_tokens)
         # Sliced on the host: on the device, or with jnp.asarray, every length would compile a program.
         tokens = np.asarray(state.tokens)[:, : self.max_new_tokens].copy()
-        return Generation(jax.device_put(tokens), state.lengths)
+        return Generation(jax.device_put(tokens), state.lengths, int(state.passes))
 
     def start(self) -> State:
         T = self.tokens.shape[1]
-        program = PROGRAMS.of(_prefill, self.config, self.kv_format, shapes=(T, *self.shapes))
+        static = (self.config, self.kv_format, self.drafted > 0)
+        program = PROGRAMS.of(steps.prefill, *static, shapes=(T, *self.shapes))
         args = (self.variables, self.filters, self.eos, self.tokens, self.lengths, self.key)
         if self.max_new_tokens > 1 and not program.known and not self._decode().known:
             # The decode loop is compiled beside the prompt's program and while that runs: an answer pauses once.
@@ -210,19 +209,14 @@ class _Run:
 
     def _state(self) -> State:
         """The state between the decode loop's chunks, as shapes."""
-        B = len(self.tokens)
+        B, room = len(self.tokens), self.room
 
         def state() -> State:
+            cache = init_cache(self.config, B, room, self.kv_format)
+            cache = dataclasses.replace(cache, length=jnp.zeros(B if B > 1 else (), jnp.int32))
             penalized = self.filters.repetition_penalty is not None
-            cache = init_cache(self.config, B, self.room, self.kv_format)
-            return State(
-                cache=dataclasses.replace(cache, length=jnp.zeros(B if B > 1 else (), jnp.int32)),
-                tokens=jnp.zeros((B, self.room), jnp.int32),
-                lengths=jnp.zeros(B, jnp.int32),
-                step=jnp.zeros((), jnp.int32),
-                done=jnp.zeros(B, bool),
-                seen=jnp.zeros((B, self.config.vocab_size), bool) if penalized else None,
-            )
+            seen = jnp.zeros((B, self.config.vocab_size), bool) if penalized else None
+            return steps.empty_state(cache, seen, jnp.zeros(room + 1, jnp.int32) if self.drafted else None)
 
         return jax.eval_shape(state)
 
@@ -231,12 +225,14 @@ class _Run:
         room = state.tokens.shape[1]
         if room == self.room:
             return state
-        program = PROGRAMS.of(_with_room, self.room, shapes=(self.config, self.kv_format, room, self.shapes))
+        program = PROGRAMS.of(
+            steps.with_room, self.room, shapes=(self.config, self.kv_format, room, self.shapes)
+        )
         return program(state)
 
     def _decode(self) -> Program:
         shapes = (self.room, self.kv_format, *self.shapes)
-        return PROGRAMS.of(_advance, self.config, shapes=shapes, donate=(3,))
+        return PROGRAMS.of(steps.advance, self.config, self.drafted, shapes=shapes, donate=(3,))
 
     def advance(self, state: State, until: int) -> State:
         return self._decode()(self.variables, self.filters, self.eos, state, self.key, np.int32(until))
@@ -252,6 +248,7 @@ def _checked(
     key: PRNGKeyArray | None,
     eos_ids: Sequence[int],
     kv_format: str | None,
+    prompt_lookup: int,
 ) -> _Run:
     """Validates a request; all user errors are raised here."""
     if not config.causal or config.num_classes:
@@ -284,6 +281,20 @@ def _checked(
         )
     if kv_format not in (None, *KV_FORMATS):
         raise ValueError(f"kv_format: got {kv_format!r}, expected None or one of {', '.join(KV_FORMATS)}")
+    if not isinstance(prompt_lookup, int) or prompt_lookup < 0:
+        raise ValueError(
+            f"prompt_lookup: got {prompt_lookup!r}, expected the number of tokens to draft, or 0"
+        )
+    if prompt_lookup and len(tokens) > 1:
+        raise ValueError(
+            f"got prompt_lookup={prompt_lookup} for {len(tokens)} prompts, expected one: rows accept different "
+            "numbers of drafted tokens"
+        )
+    if prompt_lookup and config.attention == "linear":
+        raise ValueError(
+            f"got prompt_lookup={prompt_lookup} for linear attention, expected 0: its state cannot be reset to before "
+            "a rejected token"
+        )
     if key is None:
         if sampling.temperature > 0:
             raise ValueError(f"temperature={sampling.temperature} needs a key; pass jax.random.key(seed)")
@@ -307,6 +318,7 @@ def _checked(
         kv_format or default_kv_format(config, variables),
         room,
         max_new_tokens,
+        prompt_lookup,
     )
 
 
@@ -314,108 +326,3 @@ def _ids(tokens: Sequence[int]) -> np.ndarray:
     """int32, padded with -1 (not a token) to a multiple of 8, so that few sizes are compiled."""
     ids = np.asarray(tokens, np.int32).reshape(-1)
     return np.pad(ids, (0, -len(ids) % 8), constant_values=-1)
-
-
-def _forward(
-    config: ModelConfig,
-    variables: Variables,
-    filters: Filters,
-    tokens: Array,
-    cache: Cache,
-    mask: Array | None = None,
-    read: Array | None = None,
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Next-token logits at one position of each row, and the cache with all tokens [B, T] appended.
-
-    Args:
-      read: the position, [B]; None: T is 1.
-    """
-    model = {name: leaves for name, leaves in variables.items() if name != exact_head.COLLECTION}
-    output: Any = Transformer(config).apply(model, tokens, mask=mask, cache=cache, read=read)
-    head = variables.get(exact_head.COLLECTION)
-    if head is None:
-        return output.logits[:, 0], output.cache
-    k = 1 if filters.temperature is None else filters.top_k
-    return head.top_logits(
-        output.hidden[:, 0], k
-    ).logits, output.cache  # output.logits is unused, so never computed
-
-
-def _choose(
-    filters: Filters, eos: Int[Array, "E"], state: State, logits: Float[Array, "B V"], key: PRNGKeyArray
-) -> State:
-    """Appends the next token of each row that is not done."""
-    token = next_token(logits, jax.random.fold_in(key, state.step), filters, state.seen)
-    token = jnp.where(state.done, 0, token)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    return dataclasses.replace(
-        state,
-        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
-        lengths=state.lengths + (~state.done).astype(jnp.int32),
-        step=state.step + 1,
-        done=state.done | jnp.any(token[:, None] == eos[None], axis=1),
-        seen=seen,
-    )
-
-
-def _prefill(
-    config: ModelConfig,
-    kv_format: str | None,
-    variables: Variables,
-    filters: Filters,
-    eos: Int[Array, "E"],
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    key: PRNGKeyArray,
-) -> State:
-    """Reads the prompts, `lengths` tokens of each row, and chooses the first token."""
-    B, T = tokens.shape
-    room = cache_capacity(config, T)
-    mask = jnp.arange(T, dtype=jnp.int32)[None] < lengths[:, None]
-    cache = init_cache(config, B, room, kv_format)
-    logits, cache = _forward(config, variables, filters, tokens, cache, mask, read=lengths - 1)
-    # Each row continues after its prompt and overwrites the padding.
-    cache = dataclasses.replace(cache, length=lengths if B > 1 else lengths[0])
-    seen = None
-    if filters.repetition_penalty is not None:
-        rows = jnp.arange(B)[:, None]
-        # max, not set: the padding token may also occur in the prompt.
-        seen = jnp.zeros((B, config.vocab_size), bool).at[rows, tokens].max(mask)
-    state = State(
-        cache=cache,
-        tokens=jnp.zeros((B, room), jnp.int32),
-        lengths=jnp.zeros(B, jnp.int32),
-        step=jnp.zeros((), jnp.int32),
-        done=jnp.zeros(B, bool),
-        seen=seen,
-    )
-    return _choose(filters, eos, state, logits, key)
-
-
-def _with_room(room: int, state: State) -> State:
-    tokens = jnp.pad(state.tokens, ((0, 0), (0, room - state.tokens.shape[1])))
-    return dataclasses.replace(state, cache=extend_cache(state.cache, room), tokens=tokens)
-
-
-def _advance(
-    config: ModelConfig,
-    variables: Variables,
-    filters: Filters,
-    eos: Int[Array, "E"],
-    state: State,
-    key: PRNGKeyArray,
-    until: Int[Array, ""] | int,
-) -> State:
-    """Generates until there are `until` tokens or every row is done."""
-
-    def unfinished(state: State) -> Bool[Array, ""]:
-        return (state.step < until) & ~jnp.all(state.done)
-
-    def step(state: State) -> State:
-        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
-        logits, cache = _forward(config, variables, filters, last, state.cache)
-        return _choose(filters, eos, dataclasses.replace(state, cache=cache), logits, key)
-
-    return jax.lax.while_loop(unfinished, step, state)

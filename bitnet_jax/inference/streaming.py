@@ -27,6 +27,7 @@ def stream(
     conversation: Conversation | None = None,
     stop: Sequence[str] = (),
     kv_format: str | None = None,
+    prompt_lookup: int = 0,
     chunk: int = 16,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Iterator[str]:
@@ -69,6 +70,7 @@ def stream(
         key=key,
         eos_ids=conversation.end,
         kv_format=kv_format,
+        prompt_lookup=prompt_lookup,
         chunk=chunk,
     )
 

@@ -137,12 +137,13 @@ def test_info_verifies_the_contents_of_a_large_model_only_on_request(
     assert "has the checksum" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kv_format", [None, "int8"])
+@pytest.mark.parametrize(
+    ("kv_format", "more"), [(None, []), ("int8", ["--kv-format", "int8"]), (None, ["--prompt-lookup", "3"])]
+)
 def test_streamed_text_equals_generated_text(
-    place: Path, capsys: pytest.CaptureFixture[str], kv_format: str | None
+    place: Path, capsys: pytest.CaptureFixture[str], kv_format: str | None, more: list[str]
 ) -> None:
-    arguments = ["--prompt", "A tiny ", "--tokens", "9", "--json", f"{place}/generate.json"]
-    arguments += ["--kv-format", kv_format] if kv_format else []
+    arguments = ["--prompt", "A tiny ", "--tokens", "9", "--json", f"{place}/generate.json", *more]
     assert cli.main(["generate", f"{place}/packed", *arguments]) == 0
     output = capsys.readouterr()
     model = load_model(place / "packed")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax.inference import generation as generation
+from bitnet_jax.inference import generation, steps
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.inference.generation import generate, left_pad, stream_tokens
 from bitnet_jax.inference.programs import Programs
@@ -92,7 +92,7 @@ def test_an_end_token_ends_its_row_and_the_last_one_ends_the_loop(
 ) -> None:
     ends = {int(row[4]) for row in greedy}
     first = np.asarray([min(i for i, token in enumerate(row) if int(token) in ends) for row in greedy])
-    tokens, lengths = generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, eos_ids=sorted(ends))
+    tokens, lengths, _ = generate(CONFIG, variables, TOKENS, MASK, max_new_tokens=N, eos_ids=sorted(ends))
     np.testing.assert_array_equal(lengths, first + 1)
     for row, expected, length in zip(np.asarray(tokens), greedy, np.asarray(lengths), strict=True):
         np.testing.assert_array_equal(row[:length], expected[:length])
@@ -169,13 +169,9 @@ def test_the_repetition_penalty_covers_the_prompt_and_the_generated_text(
 def test_each_step_uses_a_new_key() -> None:
     """Equal logits at every step: a reused key would choose the same token every time."""
     sampling, key, logits = SamplingConfig(temperature=1.0), jax.random.key(0), jnp.zeros((3, 50))
-    empty = jnp.zeros(3, jnp.int32)
-    state = generation.State(
-        cache=init_cache(CONFIG, 3, 1), tokens=jnp.zeros((3, 8), jnp.int32), lengths=empty,
-        step=jnp.zeros((), jnp.int32), done=empty > 0, seen=None,
-    )  # fmt: skip
+    state = steps.empty_state(init_cache(CONFIG, 3, 8), seen=None, text=None)
     for _ in range(8):
-        state = generation._choose(sampling.filters(), jnp.zeros(0, jnp.int32), state, logits, key)
+        state = steps.choose(sampling.filters(), jnp.zeros(0, jnp.int32), state, logits, key)
     assert all(len(set(row)) > 4 for row in np.asarray(state.tokens).tolist())
     assert state.lengths.tolist() == [8, 8, 8]
 
@@ -183,7 +179,7 @@ def test_each_step_uses_a_new_key() -> None:
 def checked(variables: dict[str, Any], config: ModelConfig = CONFIG, **changes: Any) -> generation._Run:
     arguments: dict[str, Any] = {
         "tokens": TOKENS, "mask": MASK, "max_new_tokens": N, "sampling": SamplingConfig(), "key": None,
-        "eos_ids": (), "kv_format": None,
+        "eos_ids": (), "kv_format": None, "prompt_lookup": 0,
     } | changes  # fmt: skip
     return generation._checked(config, variables, **arguments)
 
@@ -214,8 +210,12 @@ def test_other_lengths_end_tokens_and_sampling_values_do_not_recompile(
 
 def with_exact_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disables padding to buckets from here on."""
-    for name in ("prompt_width", "cache_capacity"):
-        monkeypatch.setattr(generation, name, lambda config, size: size)
+    for module, name in (
+        (generation, "prompt_width"),
+        (generation, "cache_capacity"),
+        (steps, "cache_capacity"),
+    ):
+        monkeypatch.setattr(module, name, lambda config, size: size)
     monkeypatch.setattr(generation, "PROGRAMS", Programs())
 
 
@@ -282,7 +282,7 @@ def test_the_text_does_not_depend_on_batching_streaming_or_cache_size(
 
 def test_a_prefill_computes_the_logits_of_one_position(variables: dict[str, Any]) -> None:
     run = checked(variables)
-    program = jax.jit(partial(generation._prefill, CONFIG, None))
+    program = jax.jit(partial(steps.prefill, CONFIG, None, False))
     lowered = program.lower(variables, run.filters, run.eos, run.tokens, run.lengths, run.key)
     compiled = lowered.compile().as_text()
     assert "f32[3,23]" in compiled
@@ -311,8 +311,8 @@ def test_a_step_does_not_copy_the_cache(variables: dict[str, Any], kv_format: st
     config = dataclasses.replace(CONFIG, max_length=20_000)
     prompts: dict[str, Any] = {"tokens": TOKENS[:batch], "mask": MASK[:batch]}
     run = checked(variables, config, max_new_tokens=19_900, kv_format=kv_format, **prompts)
-    state = jax.eval_shape(lambda: generation._with_room(run.room, run.start()))
-    step = jax.jit(partial(generation._advance, config), donate_argnums=3)
+    state = jax.eval_shape(lambda: steps.with_room(run.room, run.start()))
+    step = jax.jit(partial(steps.advance, config, 0), donate_argnums=3)
     compiled = step.lower(variables, run.filters, run.eos, state, run.key, 3).compile()
     one = state.cache.layers[0].k
     assert compiled.memory_analysis().temp_size_in_bytes < one.size * one.dtype.itemsize

@@ -68,7 +68,7 @@ def test_a_stream_equals_the_decoded_text_of_generate(variables: dict[str, Any])
     tokenizer = ByteTokenizer()
     prompt = tokenizer.encode("Grüße")[None]
     arguments = {name: value for name, value in SAMPLED.items() if name != "chunk"}
-    tokens, (length,) = generate(CONFIG, variables, prompt, eos_ids=[0], **arguments)
+    tokens, (length,), _ = generate(CONFIG, variables, prompt, eos_ids=[0], **arguments)
     expected = tokenizer.decode(np.asarray(tokens[0, :length])).removesuffix("\0")
     assert len(expected) > 5
 
