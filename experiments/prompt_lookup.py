@@ -60,7 +60,7 @@ def measure(text: Path) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as folder,
         progress_bar(len(kinds) * (PASSAGES + 1), unit="prompt", description="prompt look-up") as bar,
     ):
-        pack_model(SOURCE, Path(folder) / "model", tokens=16, recipe=RECIPE, embedding="int8", head="int8")
+        pack_model(SOURCE, Path(folder) / "model", tokens=16, recipe=RECIPE, embedding="int8")
         model: Any = load_model(Path(folder) / "model")
         for kind, (texts, sampling) in kinds.items():
             took: dict[int, list[float]] = {drafted: [] for drafted in DRAFTED}
