@@ -1,6 +1,6 @@
 """What prompt look-up gains with a published model: tokens per pass, and speed against plain decoding.
 
-    python -m experiments.prompt_lookup wikitext-2.valid.txt          twenty minutes on 2 cores
+    python -m experiments.prompt_lookup wikitext-2.valid.txt          ten minutes on 2 cores
     python -m experiments.prompt_lookup --report                      only the table, from existing results
 
 The model is SmolLM2-135M-Instruct, with 8-bit weights and activations (recipe int8). Texts of three kinds are

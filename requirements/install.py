@@ -3,12 +3,15 @@
     .venv/bin/python requirements/install.py plots tokenizers        with these extras of pyproject.toml
 
 Like `pip install --editable ".[plots,tokenizers]"`, but faster: the C++ library is compiled while pip, which uses one
-core, installs packages, and bytecode is left to the first import. CONSTRAINTS=FILE pins versions.
+core, installs packages, and bytecode is left to the first import. With PYTHONDONTWRITEBYTECODE, as in many containers,
+no import would write it, and every start would compile JAX for two seconds; it is written here then. CONSTRAINTS=FILE
+pins versions.
 """
 
 import os
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -38,11 +41,20 @@ def main(extras: list[str]) -> None:
         except BaseException:
             compiler.terminate()
             raise
+        write_bytecode(sysconfig.get_path("purelib"))
         print("waiting for the C++ compiler", flush=True)
     if LIBRARY.exists():  # otherwise setup.py has said why
         with_tools["BITNET_KERNELS_PREBUILT"] = str(LIBRARY)
     editable = ["--no-deps", "--no-build-isolation", "--editable", "."]
     subprocess.run([*PIP, *editable], cwd=ROOT, env=with_tools, check=True)
+    write_bytecode("bitnet_jax", "experiments", "kernels")
+
+
+def write_bytecode(*folders: str) -> None:
+    """Compiles the Python files of folders if imports will not."""
+    if sys.dont_write_bytecode:
+        # Unchecked: some packages contain files for other versions of Python.
+        subprocess.run([sys.executable, "-m", "compileall", "-qq", "-j", "0", *folders], cwd=ROOT)
 
 
 if __name__ == "__main__":

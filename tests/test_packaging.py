@@ -128,6 +128,7 @@ def test_install_gives_pip_what_an_editable_install_would(monkeypatch: pytest.Mo
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
     monkeypatch.setattr(subprocess, "Popen", Compiler)
     monkeypatch.setitem(install["main"].__globals__, "LIBRARY", Path("nowhere") / "_cpu.so")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     install["main"](["plots", "test"])
 
     tools, compiler, packages, editable = (command[len(install["PIP"]) :] for command in commands)
@@ -137,6 +138,17 @@ def test_install_gives_pip_what_an_editable_install_would(monkeypatch: pytest.Mo
     constraints = ["--constraint", pins] if pins else []
     assert packages == [*constraints, *PROJECT["dependencies"], *extras["plots"], *extras["test"]]
     assert editable == ["--no-deps", "--no-build-isolation", "--editable", "."]
+
+
+@pytest.mark.parametrize("unwritten", [True, False])
+def test_bytecode_is_there_after_an_installation_or_the_first_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unwritten: bool
+) -> None:
+    (tmp_path / "module.py").write_text("x = 1")
+    (tmp_path / "other_version.py").write_text("print 'old'")
+    monkeypatch.setattr(sys, "dont_write_bytecode", unwritten)
+    runpy.run_path(str(ROOT / "requirements" / "install.py"))["write_bytecode"](str(tmp_path))
+    assert len(list(tmp_path.glob("__pycache__/module.*.pyc"))) == unwritten
 
 
 def test_every_folder_with_code_is_a_package() -> None:

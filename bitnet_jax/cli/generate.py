@@ -7,7 +7,7 @@ and prints the answer alone.
 example:
   bitnet-jax generate runs/first-packed --prompt "def " --temperature 0.8 --top-p 0.95 --seed 1
   bitnet-jax generate models/SmolLM2-135M-Instruct --chat --prompt "What is a ternary weight?" --tokens 100
-  bitnet-jax generate models/SmolLM2-135M-Instruct --chat --file article.txt --prompt-lookup 7
+  bitnet-jax generate models/SmolLM2-135M-Instruct --chat --file article.txt --prompt-lookup 3
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="draft N tokens, such as 7, from earlier text and check them in one pass: the same text, faster where it "
+        help="draft N tokens, such as 3, from earlier text and check them in one pass: the same text, faster where it "
         "repeats the prompt (quotations, code, summaries)",
     )
     command.add_argument(

@@ -3,7 +3,7 @@
 A filter returns logits of the same shape with removed tokens set to -inf; at least one token always remains.
 `next_token` applies them in this order:
 
-    repetition penalty -> top-k -> temperature -> top-p -> min-p -> one categorical draw per row
+    repetition penalty -> top-k -> temperature -> top-p -> min-p -> one draw per row
 
 Other libraries apply the temperature before top-k, which keeps the same k tokens up to rounding (dividing by the
 temperature may make two logits equal). With top-k first, only the k largest logits are needed.
@@ -124,13 +124,46 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 
 
 def keep_top_p(logits: Float[Array, "B V"], p: float | Number) -> Float[Array, "B V"]:
-    """The smallest set of most likely tokens with total probability at least p (nucleus sampling, 1904.09751)."""
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
-    probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    before = jnp.cumsum(probability[:, :-1], axis=-1)  # total probability of all more likely tokens
-    keep_sorted = jnp.pad(before < p, ((0, 0), (1, 0)), constant_values=True)
-    keep = jnp.zeros(logits.shape, bool).at[jnp.arange(logits.shape[0])[:, None], order].set(keep_sorted)
-    return jnp.where(keep, logits, -jnp.inf)
+    """The smallest set of most likely tokens with total probability at least p (nucleus sampling, 1904.09751); of equal
+    logits, those of the lower ids.
+
+    By bisection, first over the values of logits and then over the ids of tokens at the limit: sorting a vocabulary
+    takes longer than a small model on CPU.
+    """
+    B, V = logits.shape
+    values = logits.astype(jnp.float32)
+    probability = jax.nn.softmax(values, axis=-1)
+    bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0, values), jnp.int32)  # one zero, not two
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the values
+    ids = jnp.arange(V, dtype=jnp.int32)[None]
+
+    def total(chosen: Bool[Array, "B V"]) -> Float[Array, "B 1"]:
+        # In 64 lanes, which XLA vectorizes on CPUs.
+        lanes = jnp.pad(jnp.where(chosen, probability, 0), ((0, 0), (0, -V % 64))).reshape(B, -1, 64)
+        return jnp.sum(jnp.sum(lanes, axis=1), axis=-1, keepdims=True)
+
+    def halfway(low: Int[Array, "B 1"], high: Int[Array, "B 1"]) -> Int[Array, "B 1"]:
+        return (low >> 1) + (high >> 1) + (low & high & 1)  # without overflow
+
+    def lower_limit(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = halfway(*bounds)
+        too_low = total(order > middle) >= p
+        return jnp.where(too_low, middle, bounds[0]), jnp.where(too_low, bounds[1], middle)
+
+    # The lowest value such that all tokens above it together do not reach p.
+    ends = (jnp.full((B, 1), end, jnp.int32) for end in (-(2**31), 2**31 - 1))
+    limit = jax.lax.fori_loop(0, 32, lower_limit, tuple(ends))[1]
+    above, at_limit = order > limit, order == limit
+
+    def last_id(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle = halfway(*bounds)
+        kept = total(above | (at_limit & (ids < middle))) < p
+        return jnp.where(kept, middle, bounds[0]), jnp.where(kept, bounds[1], middle)
+
+    # The highest id such that the tokens before it do not reach p.
+    ends = (jnp.full((B, 1), end, jnp.int32) for end in (0, V))
+    last = jax.lax.fori_loop(0, V.bit_length(), last_id, tuple(ends))[0]
+    return jnp.where(above | (at_limit & (ids <= last)) | jnp.isnan(logits), logits, -jnp.inf)
 
 
 def keep_min_p(logits: Float[Array, "B V"], p: float | Number) -> Float[Array, "B V"]:
@@ -171,6 +204,26 @@ def most_likely(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jnp.min(jnp.where((logits == largest) | jnp.isnan(logits), ids[None], ids.size), axis=-1)
 
 
+def draw(logits: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The token of each row at which the cumulative distribution `softmax(logits)` passes `uniform`, in [0, 1).
+
+    One random number per row; `jax.random.categorical` draws one per token: milliseconds on a CPU.
+    """
+    block = 64  # of tokens, of which one is looked for in each row
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    blocks = jnp.pad(weights, ((0, 0), (0, -logits.shape[1] % block))).reshape(logits.shape[0], -1, block)
+    ends = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    total = ends[:, -1:]
+    wanted = jnp.minimum(uniform[:, None] * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    found = jnp.sum(ends <= wanted, axis=-1, keepdims=True, dtype=jnp.int32)
+    inside = jnp.take_along_axis(blocks, found[:, :, None], axis=1)[:, 0]
+    begin = jnp.take_along_axis(jnp.pad(ends, ((0, 0), (1, 0))), found, axis=1)
+    before = begin + jnp.pad(jnp.cumsum(inside, axis=-1)[:, :-1], ((0, 0), (1, 0)))
+    # The last token that can be drawn and does not begin behind it: sums may be rounded either way.
+    places = jnp.where((inside > 0) & (before <= wanted), jnp.arange(block, dtype=jnp.int32), 0)
+    return found[:, 0] * block + jnp.max(places, axis=-1)
+
+
 def next_token(
     logits: Float[Array, "B V"],
     key: PRNGKeyArray,
@@ -182,4 +235,4 @@ def next_token(
     if filters.temperature is None:
         return most_likely(logits)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits.shape[0]))
-    return jax.vmap(jax.random.categorical)(row_keys, logits).astype(jnp.int32)
+    return draw(logits, jax.vmap(lambda row: jax.random.uniform(row, dtype=jnp.float32))(row_keys))

@@ -161,6 +161,39 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
     assert (np.asarray(next_token(rows, jax.random.key(8), config)) != draws).any()
 
 
+def test_a_draw_inverts_the_cumulative_distribution() -> None:
+    """Over many blocks of tokens, most of which cannot be drawn, up to the ends of [0, 1)."""
+    random = np.random.default_rng(3)
+    logits = np.where(random.random(1000) < 0.1, random.normal(size=1000), -np.inf).astype(np.float32)
+    ends = np.cumsum(softmax(logits[None])[0])
+    uniform = np.append(random.random(4000), [0, 1e-45, 1 - 2**-24]).astype(np.float32)
+    tokens = np.asarray(sampling.draw(jnp.tile(logits, (len(uniform), 1)), jnp.asarray(uniform)))
+    expected = np.searchsorted(ends, uniform, side="right")
+    # float32 sums may pass the end of a token earlier or later by a few units in the last place.
+    clear = np.abs(ends[:, None] - uniform).min(axis=0) > 1e-6
+    assert clear.mean() > 0.99
+    np.testing.assert_array_equal(tokens[clear], expected[clear])
+    possible = np.flatnonzero(np.isfinite(logits))
+    assert np.isin(tokens, possible).all()
+    assert tokens[-3] == tokens[-2] == possible[0]
+    assert tokens[-1] == possible[-1]
+
+
+def test_top_p_of_a_vocabulary_is_that_of_sorting() -> None:
+    random = np.random.default_rng(4)
+    logits = np.round(3 * random.normal(size=(4, 5000)), 1).astype(
+        np.float32
+    )  # many equal ones, and both zeros
+    for p in (0.3, 0.9, 0.999):
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        before = np.cumsum(np.take_along_axis(softmax(logits), order, axis=-1), axis=-1)
+        sizes = 1 + (before[:, :-1] < p).sum(axis=-1)
+        expected = np.zeros(logits.shape, bool)
+        for row, places, size in zip(expected, order, sizes, strict=True):
+            row[places[:size]] = True
+        np.testing.assert_array_equal(kept(sampling.keep_top_p(jnp.asarray(logits), p)), expected)
+
+
 def test_the_draw_of_a_row_does_not_depend_on_the_batch() -> None:
     config = SamplingConfig(temperature=2.0).filters()
     key = jax.random.key(1)
