@@ -29,6 +29,19 @@ MODEL = ("-m", "bitnet_jax.cli", "bench")
 KERNELS = ("-m", "bitnet_kernels.bench", "--working-set", "512", "--seconds")
 TWO_B = ("--preset", "2b4t", "--prompt", "512", "--generate", "64", "--repeats", "3", "--head", "int4")
 SMALL = ("--preset", "125m", "--prompt", "512", "--generate", "128", "--repeats", "5", "--head", "int4")
+LONG = (
+    "--preset",
+    "2b4t",
+    "--prompt",
+    "3000",
+    "--generate",
+    "64",
+    "--repeats",
+    "3",
+    "--head",
+    "int4",
+    "--quick",
+)
 PEER = ("--compare", "llama.cpp")  # in turn, through llama-cpp-python
 LARGE = ("--prompt", "16", "--generate", "9", "--repeats", "3", "--head", "int4", "--quick")
 VNNI = (
@@ -38,7 +51,7 @@ VNNI = (
 # Rows of README.md.
 TITLES = {
     "2b_ternary": "2B-4T shape, ternary", "2b_ternary5": "2B-4T shape, ternary in 1.6 bits",
-    "2b_binary": "2B-4T shape, binary",
+    "2b_binary": "2B-4T shape, binary", "2b_ternary_long": "2B-4T shape, ternary, behind 3,000 tokens",
     "125m_ternary": "125M, ternary", "70b_ternary5": "70B, ternary in 1.6 bits", "100b_binary": "100B, binary",
 }  # fmt: skip
 BEGIN, END = "<!-- cpu:begin (python -m experiments.cpu_limits --report) -->", "<!-- cpu:end -->"
@@ -53,12 +66,14 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "2b_ternary": ((*MODEL, *TWO_B, *PEER, "--recipe", "bitnet_b158"), None),
     "2b_ternary5": ((*MODEL, *TWO_B, *PEER, "--recipe", "bitnet_b158", "--ternary-format", "ternary5"), None),
     "2b_binary": ((*MODEL, *TWO_B, *PEER, "--recipe", "bitnet"), None),
+    "2b_ternary_long": ((*MODEL, *LONG, *PEER, "--recipe", "bitnet_b158"), None),
     "125m_ternary": ((*MODEL, *SMALL, *PEER, "--recipe", "bitnet_b158"), None),
     "125m_binary": ((*MODEL, *SMALL, *PEER, "--recipe", "bitnet"), None),
     "100b_binary": ((*MODEL, *LARGE, "--preset", "100b", "--recipe", "bitnet"), None),
     "70b_ternary5": (
         (*MODEL, *LARGE, "--preset", "70b", "--recipe", "bitnet_b158", "--ternary-format", "ternary5"), None,
     ),
+    "neighbour": (("-m", "experiments.neighbour"), None),
     "training_cost": (("-m", "experiments.training_cost"), None),
 }  # fmt: skip
 
@@ -108,6 +123,7 @@ def report(machines: dict[str, dict[str, Any]]) -> str:
         lines += _bar_table(results)
         lines += _model_table({n: f for n, f in results.items() if "decode_tokens_per_second" in f})
         lines += _extended_table(results)
+        lines += _neighbour_table(results.get("neighbour"))
         lines += _kernel_table("Products on the fastest instruction set", results["kernels"])
         lines += _kernel_table(f"Products of many rows on {VNNI}", results["kernels_vnni"])
         lines += _cost_table(results["training_cost"])
@@ -167,6 +183,7 @@ def bars(results: dict[str, Any]) -> list[tuple[str, str, str, list[float]]]:
                 ("2B-4T ternary", "2b_ternary", "decode", "1.5", "1.7"),
                 ("2B-4T ternary", "2b_ternary", "prefill", "1.5", "1.7"),
                 ("2B-4T ternary, five digits a byte", "2b_ternary5", "decode", "1.5", "1.7"),
+                ("2B-4T ternary behind 3,000 tokens", "2b_ternary_long", "decode", "1.6", "1.9"),
                 ("2B-4T binary", "2b_binary", "decode", "2.3", "2.8"),
                 ("2B-4T binary", "2b_binary", "prefill", "5", "5.5"),
                 ("125M ternary", "125m_ternary", "decode", "2.2", "3"),
@@ -271,6 +288,21 @@ def _extended_table(results: dict[str, dict[str, Any]]) -> list[str]:
         for name, f in models.items()
     ]
     return ["## Start, threads, batches, and llama.cpp in turn", "", *_table(head, rows)]
+
+
+def _neighbour_table(figures: dict[str, Any] | None) -> list[str]:
+    if figures is None:
+        return []
+
+    def speed(row: dict[str, Any], side: str) -> str:
+        return f"{row[f'{side}_tokens_per_second']:.1f} ({_percent(row[f'{side}_share'])})"
+
+    rows = [
+        (str(row["busy_processes"]), _percent(row["fair_share"]), speed(row, "ours"), speed(row, "peer"))
+        for row in figures["rows"]
+    ]
+    head = ("busy processes", "fair share", "decode tokens/s", "llama.cpp in turn")
+    return [f"## Beside other processes: {figures['preset']}, {figures['recipe']}", "", *_table(head, rows)]
 
 
 def readme_table(machines: dict[str, dict[str, Any]]) -> str:
