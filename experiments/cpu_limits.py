@@ -153,6 +153,10 @@ def bars(results: dict[str, Any]) -> list[tuple[str, str, str, list[float]]]:
             figures[f"first_token_seconds_{cache}"] for cache in ("warm", "cold") if "one_thread" in figures
         ]
 
+    def memory(name: str) -> list[float]:
+        resident = results.get(name, {}).get("resident_bytes")
+        return [resident / 1e6] if resident else []
+
     def honest(figures: dict[str, Any]) -> list[float]:
         """Without the loop that measured it, a ceiling is that of an earlier loop, which was too low."""
         return [figures["ceiling_fraction"]] if figures.get("read_ceiling_loop") else []
@@ -190,10 +194,17 @@ def bars(results: dict[str, Any]) -> list[tuple[str, str, str, list[float]]]:
             )
         ),
         *(
-            (f"{title}, start to first token of a prompt of 512, seconds", must, aim, starts(name))
+            (f"{title}, start to first token, seconds", must, aim, starts(name))
             for title, name, must, aim in (
                 ("2B-4T ternary", "2b_ternary", "2.0 warm, 5 cold", "1.2"),
                 ("125M ternary", "125m_ternary", "1.5 warm, 3 cold", "0.9"),
+            )
+        ),
+        *(
+            (f"{title}, memory of a generation, MB", must, aim, memory(name))
+            for title, name, must, aim in (
+                ("2B-4T ternary", "2b_ternary", "1100", "950"),
+                ("125M ternary", "125m_ternary", "300", "200"),
             )
         ),
         (
@@ -260,7 +271,8 @@ def _extended_table(results: dict[str, dict[str, Any]]) -> list[str]:
     models = {name: f for name, f in results.items() if f.get("one_thread")}
     if not models:
         return []
-    head = ("model", "first token warm, cold, s", "one thread: decode, prefill", "8 together", "by KV format",
+    head = ("model", "first token warm, cold, s", "prompt of it", "memory of a generation",
+            "one thread: decode, prefill", "8 together", "by KV format",
             "llama.cpp in turn: decode", "prefill", "its types")  # fmt: skip
 
     def ratio(f: dict[str, Any], part: str) -> str:
@@ -276,6 +288,8 @@ def _extended_table(results: dict[str, dict[str, Any]]) -> list[str]:
         (
             name,
             f"{f['first_token_seconds_warm']:.2f}, {f['first_token_seconds_cold']:.2f}",
+            str(f.get("first_token_prompt", f["prompt"])),
+            f"{f['resident_bytes'] / 1e6:,.0f} MB" if "resident_bytes" in f else "-",
             f"{f['one_thread']['decode_tokens_per_second']:.1f}, {f['one_thread']['prefill_tokens_per_second']:.0f}",
             f"{f['batch8_tokens_per_second']:.0f} ({f['batch8_speedup']:.2f} times one)",
             ", ".join(
@@ -312,7 +326,7 @@ def readme_table(machines: dict[str, dict[str, Any]]) -> str:
         "decode, tokens/s",
         "prompt of 512",
         "against llama.cpp in turn",
-        "time to first token",
+        "start to first token (its prompt)",
         "memory",
     )
     rows = []
@@ -331,8 +345,8 @@ def readme_table(machines: dict[str, dict[str, Any]]) -> str:
                     f"{ratios['decode_ratio']:.1f} and {ratios['prefill_ratio']:.1f} times"
                     if ratios
                     else "-",
-                    f"{start:.1f} s" if start else "-",
-                    f"{f['peak_rss_bytes'] / 1e9:.1f} GB",
+                    f"{start:.1f} s ({f.get('first_token_prompt', f['prompt'])} tokens)" if start else "-",
+                    f"{(f.get('resident_bytes') or f['peak_rss_bytes']) / 1e9:.2f} GB",
                 )
             )
     return "\n".join(_table(head, rows)[:-1])

@@ -1,15 +1,16 @@
-"""Seconds from the start of a process to the first token, with an empty and with a filled compilation cache.
+"""Processes that generate: seconds from their start to the first token, and their memory.
 
-    figures = first_token_seconds(folder, prompt=512, kv_format="bfloat16")
+    figures = start_figures(folder, prompt=512, kv_format="bfloat16")
 
-Each measurement is a separate process, `python -m bitnet_jax.tools.first_token`: it loads the model, reads the prompt
-and prints a line when the first token is there, and another one when the second chunk is. The operating system has the
-model's file in memory from earlier reads.
+Each measurement is a separate process, `python -m bitnet_jax.tools.first_token`: it loads the model, reads a prompt and
+prints a line when the first token is there, another one when the second chunk is, and at last its peak memory. The
+operating system has the model's file in memory from earlier reads.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -19,33 +20,39 @@ from pathlib import Path
 
 from bitnet_jax.inference.startup import collect_less, use_compilation_cache
 
+PROMPT = 16  # tokens; a longer one adds the time of reading it, which the bench reports as prefill
 NEW_TOKENS = 17  # the first one and a chunk of the decode loop
 WARM_STARTS = 3
 
 
-def first_token_seconds(folder: str | Path, *, prompt: int, kv_format: str) -> dict[str, float]:
-    """`first_token_seconds_cold`, `first_token_seconds_warm` and, of the pause after it, `second_chunk_seconds_*`.
+def start_figures(folder: str | Path, *, prompt: int, kv_format: str) -> dict[str, float]:
+    """Time and memory of processes that generate.
+
+    first_token_seconds_*     from the start to the first token after PROMPT random tokens; with an empty (cold) and a
+    second_chunk_seconds_*    filled (warm) compilation cache; and of the pause after it
+    resident_bytes            peak of all memory, the mapped model included, for `prompt` tokens and a filled cache
 
     Args:
       folder: a packed model.
-      prompt: number of random prompt tokens.
 
     Raises:
       RuntimeError: the process failed; with its last line.
     """
     with tempfile.TemporaryDirectory(prefix="bitnet-programs-") as cache:
-        cold = _start(folder, prompt, kv_format, cache)
-        warm = [_start(folder, prompt, kv_format, cache) for _ in range(WARM_STARTS)]
+        cold = _start(folder, PROMPT, kv_format, cache)
+        warm = [_start(folder, PROMPT, kv_format, cache) for _ in range(WARM_STARTS)]
+        *_, resident = [_start(folder, prompt, kv_format, cache)[2] for _ in range(2)]
     return {
         "first_token_seconds_cold": cold[0],
-        "first_token_seconds_warm": statistics.median(first for first, _ in warm),
+        "first_token_seconds_warm": statistics.median(first for first, *_ in warm),
         "second_chunk_seconds_cold": cold[1],
-        "second_chunk_seconds_warm": statistics.median(second for _, second in warm),
+        "second_chunk_seconds_warm": statistics.median(second for _, second, _ in warm),
+        "resident_bytes": resident,
     }
 
 
-def _start(folder: str | Path, prompt: int, kv_format: str, cache: str) -> tuple[float, float]:
-    """Seconds from the start to the first token, and from there to the second chunk."""
+def _start(folder: str | Path, prompt: int, kv_format: str, cache: str) -> tuple[float, float, int]:
+    """Seconds from the start to the first token, and from there to the second chunk; peak memory in bytes."""
     # JAX's own variable would override the cache folder.
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     command = [sys.executable, "-m", "bitnet_jax.tools.first_token", str(folder), str(prompt), kv_format]
@@ -57,19 +64,25 @@ def _start(folder: str | Path, prompt: int, kv_format: str, cache: str) -> tuple
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        times = []
-        for _ in process.stdout or ():
+        times, lines = [], []
+        for line in process.stdout or ():
             times.append(time.perf_counter() - began)
+            lines.append(line)
         errors = process.stderr.read() if process.stderr else ""
-    if process.returncode or len(times) != 2:
+    if process.returncode or len(times) != 3:
         raise RuntimeError(
             f"the start of {folder} failed: {(errors.strip().splitlines() or ['no message'])[-1]}"
         )
-    return times[0], times[1] - times[0]
+    return times[0], times[1] - times[0], int(lines[2])
+
+
+def peak_rss() -> int:
+    """Bytes; ru_maxrss is in KiB except on macOS."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(folder: str, prompt: str, kv_format: str) -> None:
-    """Loads the model and generates, as `bitnet-jax generate` does, with a line for each chunk."""
+    """Loads the model and generates, as `bitnet-jax generate` does, with a line for each chunk and the peak memory."""
     collect_less()
     use_compilation_cache()
     import numpy as np
@@ -83,6 +96,7 @@ def main(folder: str, prompt: str, kv_format: str) -> None:
         model.config, model.variables, tokens, max_new_tokens=NEW_TOKENS, kv_format=kv_format
     ):
         print("chunk", flush=True)
+    print(peak_rss(), flush=True)
 
 
 if __name__ == "__main__":

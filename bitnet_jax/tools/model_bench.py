@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import resource
 import shutil
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from bitnet_jax.models import PRESETS, ModelConfig, text_config
 from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import HEADS
 from bitnet_jax.packed import packing, storage
-from bitnet_jax.tools.first_token import first_token_seconds
+from bitnet_jax.tools.first_token import PROMPT, peak_rss, start_figures
 from bitnet_jax.tools.machine import chosen
 from bitnet_jax.tools.model_summary import decode_bytes
 from bitnet_jax.tools.random_model import write_random
@@ -46,6 +45,7 @@ from bitnet_kernels.timing import interleaved
 Variables = Mapping[str, Any]
 EXTENDED = (
     "first_token_seconds_cold", "first_token_seconds_warm", "second_chunk_seconds_cold", "second_chunk_seconds_warm",
+    "first_token_prompt", "resident_bytes",
     "decode_tokens_per_second_by_kv_format", "one_thread", "batch8_tokens_per_second", "batch8_speedup",
 )  # fmt: skip
 BATCH, BATCH_PROMPT = 8, 64  # sequences that are decoded together, behind as many tokens of the prompt
@@ -87,7 +87,7 @@ def bench_model(
     began = time.perf_counter()
     prefill(0), decode(0)
     first_seconds = time.perf_counter() - began
-    memory = {"peak_rss_bytes": _peak_rss(), "rss_anon_bytes": _rss_anon()}
+    memory = {"peak_rss_bytes": peak_rss(), "rss_anon_bytes": _rss_anon()}
 
     length = prompt + new_tokens // 2
     kernels = step_kernels(config, variables, steps, length, kv_format)
@@ -112,7 +112,8 @@ def bench_model(
     extended: dict[str, Any] = dict.fromkeys(EXTENDED)
     if not quick:
         extended = {
-            **first_token_seconds(folder, prompt=prompt, kv_format=kv_format),
+            **start_figures(folder, prompt=prompt, kv_format=kv_format),
+            "first_token_prompt": PROMPT,
             "decode_tokens_per_second_by_kv_format": {
                 kv_format: steps / decode_seconds,
                 **{
@@ -292,7 +293,7 @@ def table(figures: Mapping[str, Any]) -> str:
         "  its kernels alone": number("kernel_fraction", "% of it", 100),
         "model": f"{figures['model_bytes']:,} bytes",
         "  formats": f"head {figures['head_format']}, keys and values {figures['kv_format']}",
-        "peak memory": number("peak_rss_bytes", "MB, including the mapped model", 1e-6),
+        "memory of this process": number("peak_rss_bytes", "MB, including the mapped model", 1e-6),
         "  not of the model file": number("rss_anon_bytes", "MB", 1e-6),
         "loading, compiling": f"{figures['load_seconds']:.2f} s, {figures['compile_seconds']:.2f} s",
         "ran on": f"{figures['implementation']} ({figures['isa']}), {figures['threads']} threads of "
@@ -314,6 +315,8 @@ def table(figures: Mapping[str, Any]) -> str:
         }.items():
             warm, cold = (figures[f"{name}_seconds_{cache}"] for cache in ("warm", "cold"))
             lines[what] = f"{warm:.2f} s, {cold:.2f} s with nothing compiled"
+        lines["start to first token"] += f"; prompt of {figures['first_token_prompt']} tokens"
+        lines["memory of a generation"] = number("resident_bytes", "MB, including the mapped model", 1e-6)
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
@@ -356,11 +359,6 @@ def head_format(config: ModelConfig, variables: Variables) -> str:
         if head in packed:
             return packed[head]["weight"].format
     return str(variables["params"][name][leaf].dtype)
-
-
-def _peak_rss() -> int:
-    """Bytes; ru_maxrss is in KiB except on macOS."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _rss_anon() -> int | None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from bitnet_jax.models import PRESETS
+from bitnet_jax.packed import storage
 from bitnet_jax.tools import first_token
-from bitnet_jax.tools.first_token import first_token_seconds
+from bitnet_jax.tools.first_token import start_figures
 from bitnet_jax.tools.random_model import write_random
 
 
@@ -18,11 +19,12 @@ def test_it_is_that_of_processes_with_and_without_compiled_programs(
 ) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     write_random(tmp_path / "model", PRESETS["tiny"], progress=False)
-    figures = first_token_seconds(tmp_path / "model", prompt=4, kv_format="bfloat16")
+    figures = start_figures(tmp_path / "model", prompt=4, kv_format="bfloat16")
     assert set(figures) == {
         f"{name}_seconds_{cache}" for name in ("first_token", "second_chunk") for cache in ("cold", "warm")
-    }
+    } | {"resident_bytes"}
     assert min(figures.values()) > 0
+    assert figures["resident_bytes"] > (tmp_path / "model" / storage.MODEL).stat().st_size
 
 
 @pytest.mark.extended
@@ -34,9 +36,9 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         first_token._start(tmp_path / "model", 4, "bfloat16", str(tmp_path / "cache"))
         programs.append(sorted(path.name for path in (tmp_path / "cache").rglob("*-cache")))
     assert programs[0] == programs[1]
-    assert {name.split("-")[0] for name in programs[0]} >= {"jit__prefill", "jit__advance"}
+    assert {name.split("-")[0] for name in programs[0]} >= {"jit_prefill", "jit_advance"}
 
 
 def test_a_start_that_fails_is_an_error_with_its_message(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the start of .*absent failed: .*absent"):
-        first_token_seconds(tmp_path / "absent", prompt=4, kv_format="bfloat16")
+        start_figures(tmp_path / "absent", prompt=4, kv_format="bfloat16")

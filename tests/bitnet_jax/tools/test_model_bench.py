@@ -36,6 +36,7 @@ FIELDS = {  # the fields of the contract, then those that this repository adds
     "kernel_fraction", "kernel_seconds_per_token", "prefill_seconds", "decode_seconds_per_token", "prompt",
     "new_tokens", "repeats", "config", "provenance",
     "first_token_seconds_cold", "first_token_seconds_warm", "second_chunk_seconds_cold", "second_chunk_seconds_warm",
+    "first_token_prompt", "resident_bytes",
     "decode_tokens_per_second_by_kv_format", "one_thread", "batch8_tokens_per_second", "batch8_speedup",
 }  # fmt: skip
 MIXED = ModelConfig(
@@ -57,19 +58,19 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 STARTS = {
     f"{name}_seconds_{cache}": 1.5 for name in ("first_token", "second_chunk") for cache in ("cold", "warm")
-}
+} | {"resident_bytes": 10**9}
 
 
 @pytest.fixture
 def no_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """No processes are started, which takes ten seconds; see test_first_token.py."""
-    monkeypatch.setattr(model_bench, "first_token_seconds", lambda *args, **options: STARTS)
+    monkeypatch.setattr(model_bench, "start_figures", lambda *args, **options: STARTS)
 
 
 @pytest.fixture(scope="module")
 def figures(mixed: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_bench, "first_token_seconds", lambda *args, **options: STARTS)
+        patch.setattr(model_bench, "start_figures", lambda *args, **options: STARTS)
         return model_bench.bench_model(mixed, prompt=6, new_tokens=5, repeats=3, kv_format="bfloat16")
 
 
