@@ -217,7 +217,7 @@ def bars(results: dict[str, Any]) -> list[tuple[str, str, str, list[float]]]:
             "100B binary: fraction of the read ceiling",
             "0.80",
             "0.90",
-            honest(results["100b_binary"]),
+            honest(results.get("100b_binary", {})),
         ),
         ("fake quantization: overhead of a training step", "0.15", "0.05", quantizing),
     ]

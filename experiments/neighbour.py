@@ -2,9 +2,9 @@
 
     python -m experiments.neighbour --json neighbour.json             five minutes; needs llama-cpp-python
 
-With T threads on P processors and H busy processes the system's scheduler gives a decoding process
-`min(1, P / (T + H))` of the processors it has alone, its fair share. Threads that wait for one another by spinning can
-get less: one that has lost its processor keeps all others waiting. Loads take turns; each has its own busy processes.
+With T threads on T processors and H busy processes the system's scheduler gives a decoding process `T / (T + H)` of the
+time it has alone, its fair share. Threads that wait for one another by spinning can get less: one that has lost its
+processor keeps all others waiting. Loads take turns; each has its own busy processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from bitnet_experiments.provenance import provenance
 from bitnet_jax.progress import progress_bar
 from bitnet_jax.tools.model_bench import model_folder, preset_config
 from bitnet_jax.tools.peer_bench import PYTHON, compare
-from bitnet_kernels.processors import threads
 
 PROMPT, NEW, ROUNDS, VISITS = 64, 64, 2, 3
 BUSY = (0, 1, 2)  # processes
@@ -39,10 +38,6 @@ def busy(processes: int) -> Iterator[None]:
         for process in running:
             process.kill()
             process.wait()
-
-
-def fair_share(processes: int) -> float:
-    return min(1.0, threads() / (threads() + processes))
 
 
 def measure(preset: str, recipe: str) -> dict[str, Any]:
@@ -73,7 +68,7 @@ def measure(preset: str, recipe: str) -> dict[str, Any]:
         "rows": [
             {
                 "busy_processes": count,
-                "fair_share": fair_share(count),
+                "fair_share": figures["threads"] / (figures["threads"] + count),
                 **{
                     name: value
                     for side, of_side in medians.items()

@@ -11,7 +11,6 @@ pins versions.
 import os
 import subprocess
 import sys
-import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -41,20 +40,19 @@ def main(extras: list[str]) -> None:
         except BaseException:
             compiler.terminate()
             raise
-        write_bytecode(sysconfig.get_path("purelib"))
         print("waiting for the C++ compiler", flush=True)
     if LIBRARY.exists():  # otherwise setup.py has said why
         with_tools["BITNET_KERNELS_PREBUILT"] = str(LIBRARY)
     editable = ["--no-deps", "--no-build-isolation", "--editable", "."]
     subprocess.run([*PIP, *editable], cwd=ROOT, env=with_tools, check=True)
-    write_bytecode("bitnet_jax", "experiments", "kernels")
+    write_bytecode("bitnet_jax.inference.streaming", "bitnet_jax.model_folders", "bitnet_jax.training.loop")
 
 
-def write_bytecode(*folders: str) -> None:
-    """Compiles the Python files of folders if imports will not."""
+def write_bytecode(*modules: str) -> None:
+    """Compiles modules and all that they import, if imports are not to write bytecode."""
     if sys.dont_write_bytecode:
-        # Unchecked: some packages contain files for other versions of Python.
-        subprocess.run([sys.executable, "-m", "compileall", "-qq", "-j", "0", *folders], cwd=ROOT)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        subprocess.run([sys.executable, "-c", f"import {', '.join(modules)}"], env=environment, check=True)
 
 
 if __name__ == "__main__":

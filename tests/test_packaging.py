@@ -144,11 +144,13 @@ def test_install_gives_pip_what_an_editable_install_would(monkeypatch: pytest.Mo
 def test_bytecode_is_there_after_an_installation_or_the_first_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unwritten: bool
 ) -> None:
-    (tmp_path / "module.py").write_text("x = 1")
-    (tmp_path / "other_version.py").write_text("print 'old'")
+    (tmp_path / "module_of_this_test.py").write_text("import imported_by_it")
+    (tmp_path / "imported_by_it.py").write_text("")
     monkeypatch.setattr(sys, "dont_write_bytecode", unwritten)
-    runpy.run_path(str(ROOT / "requirements" / "install.py"))["write_bytecode"](str(tmp_path))
-    assert len(list(tmp_path.glob("__pycache__/module.*.pyc"))) == unwritten
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    runpy.run_path(str(ROOT / "requirements" / "install.py"))["write_bytecode"]("module_of_this_test")
+    assert len(list(tmp_path.glob("__pycache__/*.pyc"))) == (2 if unwritten else 0)
 
 
 def test_every_folder_with_code_is_a_package() -> None:

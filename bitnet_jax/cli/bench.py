@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 
-from bitnet_jax.cli.shared import kv_format_argument, ternary_format_argument, write_json
+from bitnet_jax.cli.shared import huge_pages_argument, kv_format_argument, ternary_format_argument, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -27,6 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     ternary_format_argument(command)
     kv_format_argument(command)
+    huge_pages_argument(command)
     command.add_argument(
         "--model",
         metavar="MODEL",
@@ -61,6 +62,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.tools import model_bench, peer_bench
 
+    if args.compare is not None and args.huge_pages:
+        raise ValueError(
+            "got --compare with --huge-pages, expected one of them: llama.cpp would have ordinary pages"
+        )
     config = None
     if args.preset is not None:
         config = model_bench.preset_config(args.preset, args.recipe, args.head, args.ternary_format)
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             repeats=args.repeats,
             kv_format=args.kv_format,
             quick=args.quick,
+            huge_pages=args.huge_pages,
         )
         if args.compare is not None:
             figures["compare"] = peer_bench.compare(

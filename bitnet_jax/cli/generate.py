@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import kv_format_argument, model_argument, utf8, write_json
+from bitnet_jax.cli.shared import huge_pages_argument, kv_format_argument, model_argument, utf8, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -75,6 +75,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; repeatable"
     )
     kv_format_argument(command)
+    huge_pages_argument(command)
     command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
 
 
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.inference.sampling import SamplingConfig
     from bitnet_jax.inference.streaming import stream
     from bitnet_jax.model_folders import load_text_model
+    from bitnet_jax.packed.huge_pages import on_huge_pages
     from bitnet_jax.tools.machine import chosen
 
     sampling = SamplingConfig(
@@ -102,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
     model = load_text_model(args.folder, step=args.step)
     if model.tokenizer is None:
         raise ValueError(f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it")
-    variables = with_exact_head(model.config, model.variables) if args.exact_head else model.variables
+    variables = on_huge_pages(model.variables).variables if args.huge_pages else model.variables
+    if args.exact_head:
+        variables = with_exact_head(model.config, variables)
     if args.chat:
         ids = chat_ids(model.tokenizer, model.conversation, _messages(args, prompt))
     else:

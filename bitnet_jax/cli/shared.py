@@ -74,6 +74,14 @@ def kv_format_argument(command: argparse.ArgumentParser) -> None:
     )
 
 
+def huge_pages_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--huge-pages",
+        action="store_true",
+        help="copy the weights to memory with pages of 2 MiB (Linux): loading takes longer, decoding may be faster",
+    )
+
+
 def allow_download_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-download",

@@ -28,8 +28,8 @@ WARM_STARTS = 3
 def start_figures(folder: str | Path, *, prompt: int, kv_format: str) -> dict[str, float]:
     """Time and memory of processes that generate.
 
-    first_token_seconds_*     from the start to the first token after PROMPT random tokens; with an empty (cold) and a
-    second_chunk_seconds_*    filled (warm) compilation cache; and of the pause after it
+    first_token_seconds_*     from the start to the first token behind `first_token_prompt` tokens (at most PROMPT),
+    second_chunk_seconds_*    with an empty (cold) and a filled (warm) compilation cache; and of the pause after it
     resident_bytes            peak of all memory, the mapped model included, for `prompt` tokens and a filled cache
 
     Args:
@@ -39,14 +39,16 @@ def start_figures(folder: str | Path, *, prompt: int, kv_format: str) -> dict[st
       RuntimeError: the process failed; with its last line.
     """
     with tempfile.TemporaryDirectory(prefix="bitnet-programs-") as cache:
-        cold = _start(folder, PROMPT, kv_format, cache)
-        warm = [_start(folder, PROMPT, kv_format, cache) for _ in range(WARM_STARTS)]
+        short = min(PROMPT, prompt)
+        cold = _start(folder, short, kv_format, cache)
+        warm = [_start(folder, short, kv_format, cache) for _ in range(WARM_STARTS)]
         *_, resident = [_start(folder, prompt, kv_format, cache)[2] for _ in range(2)]
     return {
         "first_token_seconds_cold": cold[0],
         "first_token_seconds_warm": statistics.median(first for first, *_ in warm),
         "second_chunk_seconds_cold": cold[1],
         "second_chunk_seconds_warm": statistics.median(second for _, second, _ in warm),
+        "first_token_prompt": short,
         "resident_bytes": resident,
     }
 

@@ -32,7 +32,8 @@ from bitnet_jax.models import PRESETS, ModelConfig, text_config
 from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import HEADS
 from bitnet_jax.packed import packing, storage
-from bitnet_jax.tools.first_token import PROMPT, peak_rss, start_figures
+from bitnet_jax.packed.huge_pages import on_huge_pages
+from bitnet_jax.tools.first_token import peak_rss, start_figures
 from bitnet_jax.tools.machine import chosen
 from bitnet_jax.tools.model_summary import decode_bytes
 from bitnet_jax.tools.random_model import write_random
@@ -59,6 +60,7 @@ def bench_model(
     repeats: int = 5,
     kv_format: str | None = None,
     quick: bool = False,
+    huge_pages: bool = False,
 ) -> dict[str, Any]:
     """The figures of a packed model, shown by `table`; None for those that cannot be measured here.
 
@@ -67,6 +69,7 @@ def bench_model(
       kv_format: of the cache, see `generation.generate`.
       new_tokens: tokens to generate; the first comes with the prefill, decoding is timed over the others.
       quick: leave out the fields EXTENDED, for models of which a token takes seconds.
+      huge_pages: time a copy of the weights on huge pages, and the read ceiling on them.
 
     Raises:
       ValueError: fewer than 2 new tokens, or more than fit after the prompt; a folder that is not a packed model.
@@ -78,6 +81,10 @@ def bench_model(
     began = time.perf_counter()
     config, variables, *_ = storage.load_packed(folder)
     config = text_config(config)
+    if huge_pages:
+        variables, weights = on_huge_pages(variables)
+    else:
+        weights = np.memmap(Path(folder) / storage.MODEL, np.uint8, mode="r")
     load_seconds = time.perf_counter() - began
     kv_format = kv_format or default_kv_format(config, variables)
 
@@ -91,8 +98,7 @@ def bench_model(
 
     length = prompt + new_tokens // 2
     kernels = step_kernels(config, variables, steps, length, kv_format)
-    model_file = np.memmap(Path(folder) / storage.MODEL, np.uint8, mode="r")
-    read, peak = read_all(model_file), dot_peak()
+    read, peak = read_all(weights), dot_peak()
     variants = {} if quick else _variants(config, variables, tokens, new_tokens, kv_format)
     others = {"kernels": kernels} | variants
     if read:
@@ -113,7 +119,6 @@ def bench_model(
     if not quick:
         extended = {
             **start_figures(folder, prompt=prompt, kv_format=kv_format),
-            "first_token_prompt": PROMPT,
             "decode_tokens_per_second_by_kv_format": {
                 kv_format: steps / decode_seconds,
                 **{
@@ -149,6 +154,7 @@ def bench_model(
         "implementation": choices[0].name if choices else None,
         "isa": choices[0].isa if choices else None,
         "threads": threads(),
+        "huge_pages": huge_pages,
         "prompt": prompt,
         "new_tokens": new_tokens,
         "repeats": repeats,

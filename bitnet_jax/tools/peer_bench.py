@@ -85,6 +85,7 @@ def compare(
         "peer_bytes": size,
         "rounds": rounds,
         "kv_format": kv_format,
+        "threads": threads(),
     }
     for part, index in {"prefill": 0, "decode": 1}.items():
         both = {name: [speed[index] for speed in of_side] for name, of_side in speeds.items()}

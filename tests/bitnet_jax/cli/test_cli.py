@@ -21,7 +21,7 @@ from bitnet_jax.data.tokenizers import CharTokenizer
 from bitnet_jax.inference.generation import generate
 from bitnet_jax.model_folders import load_model
 from bitnet_jax.models import ModelConfig, Transformer
-from bitnet_jax.packed import packing, storage
+from bitnet_jax.packed import huge_pages, packing, storage
 
 pytestmark = pytest.mark.extended
 
@@ -138,7 +138,19 @@ def test_info_verifies_the_contents_of_a_large_model_only_on_request(
 
 
 @pytest.mark.parametrize(
-    ("kv_format", "more"), [(None, []), ("int8", ["--kv-format", "int8"]), (None, ["--prompt-lookup", "3"])]
+    ("kv_format", "more"),
+    [
+        (None, []),
+        ("int8", ["--kv-format", "int8"]),
+        (None, ["--prompt-lookup", "3"]),
+        pytest.param(
+            None,
+            ["--huge-pages"],
+            marks=pytest.mark.skipif(
+                huge_pages.unavailable() is not None, reason=f"{huge_pages.unavailable()}"
+            ),
+        ),
+    ],
 )
 def test_streamed_text_equals_generated_text(
     place: Path, capsys: pytest.CaptureFixture[str], kv_format: str | None, more: list[str]

@@ -36,7 +36,7 @@ FIELDS = {  # the fields of the contract, then those that this repository adds
     "kernel_fraction", "kernel_seconds_per_token", "prefill_seconds", "decode_seconds_per_token", "prompt",
     "new_tokens", "repeats", "config", "provenance",
     "first_token_seconds_cold", "first_token_seconds_warm", "second_chunk_seconds_cold", "second_chunk_seconds_warm",
-    "first_token_prompt", "resident_bytes",
+    "first_token_prompt", "resident_bytes", "huge_pages",
     "decode_tokens_per_second_by_kv_format", "one_thread", "batch8_tokens_per_second", "batch8_speedup",
 }  # fmt: skip
 MIXED = ModelConfig(
@@ -58,7 +58,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 STARTS = {
     f"{name}_seconds_{cache}": 1.5 for name in ("first_token", "second_chunk") for cache in ("cold", "warm")
-} | {"resident_bytes": 10**9}
+} | {"resident_bytes": 10**9, "first_token_prompt": 16}
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_the_command_on_one_thread_leaves_no_files_behind(tmp_path: Path, reposi
     roots = os.pathsep.join([str(repository), str(repository / "kernels")])
     environment = os.environ | {"PYTHONPATH": roots, "TMPDIR": str(temporary), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "bitnet_jax.cli", "bench", "--preset", "tiny", "--recipe", "bitnet"]
-    sizes = ["--prompt", "4", "--generate", "3", "--repeats", "1"]
+    sizes = ["--prompt", "4", "--generate", "3", "--repeats", "1", "--quick"]
     threads = ["--threads", "1"] if hasattr(os, "sched_setaffinity") else []
     done = subprocess.run(
         [*command, *sizes, *threads, "--json", str(path)], env=environment, capture_output=True, text=True
