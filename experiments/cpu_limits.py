@@ -309,6 +309,8 @@ def _neighbour_table(figures: dict[str, Any] | None) -> list[str]:
         return []
 
     def speed(row: dict[str, Any], side: str) -> str:
+        if f"{side}_share" not in row:
+            return "-"
         return f"{row[f'{side}_tokens_per_second']:.1f} ({_percent(row[f'{side}_share'])})"
 
     rows = [

@@ -1,6 +1,6 @@
-"""Decoding while other processes keep processors busy, ours and llama.cpp in turn.
+"""Decoding while other processes keep processors busy, with llama.cpp in turn where llama-cpp-python is installed.
 
-    python -m experiments.neighbour --json neighbour.json             five minutes; needs llama-cpp-python
+    python -m experiments.neighbour --json neighbour.json             five minutes
 
 With T threads on T processors and H busy processes the system's scheduler gives a decoding process `T / (T + H)` of the
 time it has alone, its fair share. Threads that wait for one another by spinning can get less: one that has lost its
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 
 from bitnet_experiments.provenance import provenance
 from bitnet_jax.progress import progress_bar
-from bitnet_jax.tools.model_bench import model_folder, preset_config
+from bitnet_jax.tools.model_bench import bench_model, model_folder, preset_config
 from bitnet_jax.tools.peer_bench import PYTHON, compare
 
 PROMPT, NEW, ROUNDS, VISITS = 64, 64, 2, 3
@@ -41,10 +42,10 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def measure(preset: str, recipe: str) -> dict[str, Any]:
-    speeds: dict[str, dict[int, list[float]]] = {
-        side: {count: [] for count in BUSY} for side in ("ours", "peer")
-    }
+    sides = ("ours", "peer") if importlib.util.find_spec("llama_cpp") else ("ours",)
+    speeds: dict[str, dict[int, list[float]]] = {side: {count: [] for count in BUSY} for side in sides}
     config = preset_config(preset, recipe, "int4")
+    options: dict[str, Any] = {"prompt": PROMPT, "new_tokens": NEW}
     with (
         model_folder(config, None) as folder,
         progress_bar(VISITS * len(BUSY), unit="load", description="decoding beside busy processes") as bar,
@@ -52,9 +53,13 @@ def measure(preset: str, recipe: str) -> dict[str, Any]:
         for _ in range(VISITS):
             for count in BUSY:
                 with busy(count):
-                    figures = compare(folder, PYTHON, prompt=PROMPT, new_tokens=NEW, rounds=ROUNDS)
-                for side, of_side in speeds.items():
-                    of_side[count].append(figures[f"{side}_decode_tokens_per_second"]["median"])
+                    if "peer" in sides:
+                        figures = compare(folder, PYTHON, rounds=ROUNDS, **options)
+                        for side, of_side in speeds.items():
+                            of_side[count].append(figures[f"{side}_decode_tokens_per_second"]["median"])
+                    else:
+                        figures = bench_model(folder, repeats=ROUNDS, quick=True, **options)
+                        speeds["ours"][count].append(figures["decode_tokens_per_second"])
                 bar.update()
     medians = {
         side: {count: statistics.median(values) for count, values in of_side.items()}
@@ -63,8 +68,7 @@ def measure(preset: str, recipe: str) -> dict[str, Any]:
     return {
         "preset": preset,
         "recipe": recipe,
-        "peer": figures["peer"],
-        "peer_types": figures["peer_types"],
+        "peer": figures.get("peer"),
         "rows": [
             {
                 "busy_processes": count,
@@ -96,11 +100,12 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     for row in figures["rows"]:
-        print(
-            f"{row['busy_processes']} busy: ours {row['ours_tokens_per_second']:.1f} tokens/s "
-            f"({row['ours_share']:.2f}), peer {row['peer_tokens_per_second']:.1f} ({row['peer_share']:.2f}), "
-            f"fair share {row['fair_share']:.2f}"
+        speeds = ", ".join(
+            f"{side} {row[f'{side}_tokens_per_second']:.1f} tokens/s ({row[f'{side}_share']:.2f})"
+            for side in ("ours", "peer")
+            if f"{side}_share" in row
         )
+        print(f"{row['busy_processes']} busy: {speeds}; fair share {row['fair_share']:.2f}")
 
 
 if __name__ == "__main__":
