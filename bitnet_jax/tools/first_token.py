@@ -9,6 +9,7 @@ operating system has the model's file in memory from earlier reads.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import statistics
@@ -79,7 +80,10 @@ def _start(folder: str | Path, prompt: int, kv_format: str, cache: str) -> tuple
 
 
 def peak_rss() -> int:
-    """Bytes; ru_maxrss is in KiB except on macOS."""
+    """Bytes. On Linux ru_maxrss starts with the memory of the process that started this one; VmHWM does not."""
+    with contextlib.suppress(OSError, IndexError):
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    # In KiB except on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

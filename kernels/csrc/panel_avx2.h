@@ -18,7 +18,7 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int slots(Format format, int rows) {
     if (rows > 1) return 1;
-    return format == Format::kBinary ? 4 : format == Format::kTernary2 ? 2 : 1;
+    return format == Format::kBinary || format == Format::kTernary2 ? 2 : 1;  // of sixteen registers
   }
   static constexpr int kStreams = 2;
   static constexpr int kFusedRows = 2, kFewRows = 4;
@@ -57,7 +57,10 @@ struct Avx2 {
                                             _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
       return _mm256_add_epi32(sums, wide);
     } else {
-      return _mm256_add_epi16(sums, _mm256_maddubs_epi16(fields, x));
+      sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(fields, x));
+      // Keeps gcc from multiplying for all rows before it adds for the first, which spills the accumulators of a tile.
+      asm volatile("" : "+x"(sums));
+      return sums;
     }
   }
   template <Format kFormat>
