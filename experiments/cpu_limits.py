@@ -118,15 +118,18 @@ def report(machines: dict[str, dict[str, Any]]) -> str:
         "",
     ]
     for name, results in machines.items():
-        provenance = results["kernels"]["provenance"]
-        lines += [f"# {name}: {provenance['threads']} threads of {provenance['processor']}", ""]
-        lines += _bar_table(results)
+        lines += [f"# {name}: {_hardware(next(iter(results.values()))['provenance'])}", ""]
+        if "kernels" in results:
+            lines += _bar_table(results)
         lines += _model_table({n: f for n, f in results.items() if "decode_tokens_per_second" in f})
         lines += _extended_table(results)
         lines += _neighbour_table(results.get("neighbour"))
-        lines += _kernel_table("Products on the fastest instruction set", results["kernels"])
-        lines += _kernel_table(f"Products of many rows on {VNNI}", results["kernels_vnni"])
-        lines += _cost_table(results["training_cost"])
+        for part, title in {
+            "kernels": "Products on the fastest instruction set",
+            "kernels_vnni": f"Products of many rows on {VNNI}",
+        }.items():
+            lines += _kernel_table(title, results[part]) if part in results else []
+        lines += _cost_table(results["training_cost"]) if "training_cost" in results else []
         lines += _provenance_table(results)
     return "\n".join(lines)
 
@@ -391,13 +394,22 @@ def _cost_table(figures: dict[str, Any]) -> list[str]:
     ]
 
 
+def _hardware(provenance: dict[str, Any]) -> str:
+    return provenance.get("hardware") or f"{provenance['threads']} threads of {provenance['processor']}"
+
+
 def _provenance_table(results: dict[str, dict[str, Any]]) -> list[str]:
     rows = []
     for name, figures in results.items():
         by = figures["provenance"]
-        hardware = by.get("hardware") or f"{by['threads']} threads of {by['processor']}"
         rows.append(
-            (name, by["commit"], by.get("date", "-"), hardware, f"jax {by['jax']}, Python {by['python']}")
+            (
+                name,
+                by["commit"],
+                by.get("date", "-"),
+                _hardware(by),
+                f"jax {by['jax']}, Python {by['python']}",
+            )
         )
     return ["## Measured with", "", *_table(("result", "commit", "date", "hardware", "versions"), rows)]
 
