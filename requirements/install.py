@@ -4,7 +4,7 @@
 
 Like `pip install --editable ".[plots,tokenizers]"`, but faster: the C++ library is compiled while pip, which uses one
 core, installs packages, and bytecode is left to the first import. With PYTHONDONTWRITEBYTECODE, as in many containers,
-no import would write it, and every start would compile JAX for two seconds; it is written here then. CONSTRAINTS=FILE
+no import would write it, and every start would compile JAX again; it is written here then. CONSTRAINTS=FILE
 pins versions.
 """
 

@@ -1,7 +1,7 @@
 """Prompt look-up: drafts the next tokens from an earlier occurrence of the last ones, in the prompt or the text.
 
-A pass of the model over the last token and N drafted ones takes little longer than a pass over one token, and yields
-the logits of all N + 1 positions. Tokens are chosen from them one after another, each with the key of its position, and
+A pass of the model over the last token and N drafted ones yields the logits of all N + 1 positions, in less time than
+N + 1 passes over one token. Tokens are chosen from them one after another, each with the key of its position, and
 as long as the draft foresaw them. So the text does not depend on the drafts: it is that of plain decoding, greedy or
 sampled, wherever the logits of a position do not depend on the number of positions of a pass. A draft needs no second
 model and no training (Saxena, "Prompt Lookup Decoding", 2023; the acceptance of drafts in general: 2211.17192).
@@ -20,7 +20,7 @@ def draft(text: Int[Array, "R"], last: Int[Array, ""], count: int) -> tuple[Int[
 
     Args:
       text: the tokens up to the place `last`; what is behind it is not read.
-      count: N. A text that ends before so many have followed is continued periodically.
+      count: N. If fewer tokens follow the occurrence, they are repeated.
 
     Returns:
       the draft, and whether there was an earlier occurrence of at least SHORTEST tokens; else it means nothing.

@@ -127,8 +127,8 @@ def keep_top_p(logits: Float[Array, "B V"], p: float | Number) -> Float[Array, "
     """The smallest set of most likely tokens with total probability at least p (nucleus sampling, 1904.09751); of equal
     logits, those of the lower ids.
 
-    By bisection, first over the values of logits and then over the ids of tokens at the limit: sorting a vocabulary
-    takes longer than a small model on CPU.
+    By bisection, first over the values of logits and then over the ids of tokens at the limit: sorting a whole
+    vocabulary is slow on CPUs.
     """
     B, V = logits.shape
     values = logits.astype(jnp.float32)
@@ -207,7 +207,7 @@ def most_likely(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
 def draw(logits: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
     """The token of each row at which the cumulative distribution `softmax(logits)` passes `uniform`, in [0, 1).
 
-    One random number per row; `jax.random.categorical` draws one per token: milliseconds on a CPU.
+    One random number per row; `jax.random.categorical` draws one per token of the vocabulary, which is slow on CPUs.
     """
     block = 64  # of tokens, of which one is looked for in each row
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
