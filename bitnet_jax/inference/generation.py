@@ -17,6 +17,7 @@ checks several drafted tokens in one pass.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -199,12 +200,17 @@ class _Run:
         program = PROGRAMS.of(steps.prefill, *static, shapes=(T, *self.shapes))
         args = (self.variables, self.filters, self.eos, self.tokens, self.lengths, self.key)
         if self.max_new_tokens > 1 and not program.known and not self._decode().known:
-            # The decode loop is compiled beside the prompt's program and while that runs: an answer pauses once.
-            lowered = program.lower(*args)
+            # The decode loop is compiled beside the prompt's program, or while that runs: an answer pauses once.
+            lowered, running = program.lower(*args), threading.Event()
+            state = self._state()
             self._decode().compile_in_background(
-                self.variables, self.filters, self.eos, self._state(), self.key, np.int32(0)
+                self.variables, self.filters, self.eos, state, self.key, np.int32(0), after=running
             )
-            lowered.compile()
+            try:
+                lowered.compile()
+                return program(*args)
+            finally:
+                running.set()
         return program(*args)
 
     def _state(self) -> State:

@@ -24,6 +24,9 @@ from bitnet_kernels.cpu import for_cpu_alone
 
 # At 100 to 300 memory maps each; a model of 4096 positions has about 50 programs per batch size.
 MAX_PROGRAMS = 128
+# Seconds in which a program comes from the compilation cache. Tracing another one meanwhile would delay it, since only
+# one thread runs Python; a compilation, which takes longer, does not need Python.
+PATIENCE = 0.25
 
 
 class Program:
@@ -45,10 +48,12 @@ class Program:
         with such arguments compiles nothing."""
         return self._jitted.lower(*args)
 
-    def compile_in_background(self, *args: Any) -> None:
-        """Starts to trace and compile for arguments of these shapes; a later call waits for it."""
+    def compile_in_background(self, *args: Any, after: threading.Event) -> None:
+        """Traces and compiles for arguments of these shapes in a thread, once `after` is set or PATIENCE seconds have
+        passed; a later call waits for it."""
 
         def compile() -> None:
+            after.wait(PATIENCE)
             with contextlib.suppress(Exception):  # the call compiles again, and raises
                 self.lower(*args).compile()
 

@@ -56,9 +56,24 @@ class QuantizedHead(nn.Module):
                 raise ValueError(f"lm_head: packed weight is {weight.shape}, expected {shape}")
             return packed_matmul(x, weight)
         if tied is None:
-            init = nn.initializers.normal(config.init_std)
-            tied = rounded(self.param("weight", init, shape, jnp.float32), config.embedding_dtype)
+            tied = rounded(self._weight(), config.embedding_dtype)
         precision = config.precisions()["lm_head"]
         return quantized_matmul(
             precision.quantize_activation(x), precision.quantize_weight(tied), product=config.head_product
         )
+
+    @nn.nowrap
+    def _weight(self) -> Float[Array, "V D"]:
+        """The latent weight of an untied head."""
+        config = self.config
+        init = nn.initializers.normal(config.init_std)
+        return self.param("weight", init, (config.vocab_size, config.hidden_size), jnp.float32)
+
+    @nn.nowrap
+    def declared(
+        self, x: Float[Array, "B T D"], tied: Float[Array, "V D"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Creates the parameters of the head, and returns zeros of the shape of its logits: for `eval_shape`."""
+        if tied is None:
+            self._weight()
+        return jnp.zeros((*x.shape[:-1], self.config.vocab_size), jnp.float32)

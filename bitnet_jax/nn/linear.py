@@ -182,7 +182,9 @@ class BitLinear(nn.Module):
         return weight, self.param("weight_scale", lambda _: precision.weight_scale_init(weight))
 
     @nn.nowrap
-    def declared(self, x: Float[Array, "*rows k"]) -> Float[Array, "*rows n"]:
+    def declared(
+        self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float
+    ) -> Float[Array, "*rows n"]:
         """Creates the parameters that `_product` would use, and returns zeros of its shape: for `eval_shape`."""
         if self.norm is not None:
             x = self.norm(x)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -28,12 +28,13 @@ from jaxtyping import Array, PyTree
 from bitnet_jax.models import Architecture, ModelConfig, init_variables
 from bitnet_jax.nn.config import table_precision
 from bitnet_jax.nn.embedding import rounded, stored_dtype
+from bitnet_jax.nn.head import QuantizedHead
 from bitnet_jax.nn.linear import BitLinear
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import FLOAT16_MAX, Quantized
 from bitnet_kernels import FORMATS, PackedArray, for_platform, unpack
 from bitnet_kernels import pack as pack_codes
-from bitnet_kernels.packed import validate_scale
+from bitnet_kernels.packed import codes_shape, validate_scale
 
 Variables = Mapping[str, Any]
 Precisions = Mapping[str, Precision]  # by the path of each linear layer
@@ -128,6 +129,20 @@ def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
       PackingError: a weight is missing, has the wrong shape or contains NaN, or its packed format cannot hold its
         codes or scales. The message names the path.
     """
+
+    def matrix(path: str, layer: Layer, flat: Mapping[str, Any]) -> PackedArray:
+        assert layer.format is not None
+        return _pack_one(path, quantize(path, layer, flat), layer.format, layer.precision.scale_dtype)
+
+    return _packed(params, config, matrix)
+
+
+def _packed(
+    params: PyTree,
+    config: Architecture | Precisions,
+    matrix: Callable[[str, Layer, Mapping[str, Any]], PackedArray],
+) -> dict[str, Any]:
+    """`pack` with `matrix(path, layer, flat params)` for each layer that has a format."""
     flat = flatten_dict(dict(params), sep="/")
     linear, packed = layers(config, flat), {}
     for path, layer in linear.items():
@@ -141,11 +156,10 @@ def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
             )
         if layer.format is None:
             continue
-        codes = quantize(path, layer, flat)
+        packed[f"{path}/weight"] = matrix(path, layer, flat)
         if layer.latent.startswith(f"{path}/"):  # not the embedding of a tied head
             flat.pop(layer.latent)
         flat.pop(f"{path}/weight_scale", None)
-        packed[f"{path}/weight"] = _pack_one(path, codes, layer.format, layer.precision.scale_dtype)
     if isinstance(config, ModelConfig):
         for path in TABLES:
             if path in flat:
@@ -173,9 +187,8 @@ def _check_packable(path: str, layer: Layer) -> None:
         raise PackingError(
             f"{path}: got granularity={granularity} for {k} inputs, expected a group size that divides {k}"
         )
-    scale: Any = jax.ShapeDtypeStruct((1 if granularity == "tensor" else n, k // size), jnp.float32)
     try:
-        validate_scale(scale, (n, k))
+        validate_scale(_abstract_scale(layer), (n, k))
     except ValueError as error:
         raise PackingError(f"{path}: granularity={granularity!r} cannot be packed: {error}") from error
     if size > (most := FORMATS[layer.format].max_inputs):
@@ -183,6 +196,12 @@ def _check_packable(path: str, layer: Layer) -> None:
             f"{path}: got {size} inputs per scale, expected at most {most} in the format {layer.format}; choose "
             "a smaller granularity"
         )
+
+
+def _abstract_scale(layer: Layer) -> Any:
+    granularity, (n, k) = layer.precision.granularity, layer.shape
+    groups = k // granularity if isinstance(granularity, int) else 1
+    return jax.ShapeDtypeStruct((1 if granularity == "tensor" else n, groups), layer.precision.scale_dtype)
 
 
 def with_head(config: ModelConfig, variables: Variables, head: str) -> tuple[ModelConfig, dict[str, Any]]:
@@ -269,16 +288,27 @@ def _layer_precisions(config: ModelConfig) -> list[tuple[tuple[str, Precision], 
 
 
 def _trace(config: Architecture) -> dict[str, Any]:
+    """Traces what declares variables, but neither products nor quantizers, whose results have known shapes: that would
+    take most of the time to load a small model."""
+
     def declared(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        """In place of products, whose shapes are known: tracing them takes most of the time to load a small model."""
-        if isinstance(context.module, BitLinear) and context.method_name == "_product":
-            return context.module.declared(args[0])
+        module, method = context.module, context.method_name
+        if (type(module), method) in ((BitLinear, "_product"), (QuantizedHead, "__call__")):
+            return module.declared(*args)
         return call(*args, **kwargs)
+
+    def matrix(path: str, layer: Layer, flat: Mapping[str, Any]) -> PackedArray:
+        assert layer.format is not None
+        scale = _abstract_scale(layer)
+        codes = jnp.zeros(codes_shape(layer.format, layer.shape, scale.shape[1]), jnp.uint8)
+        scale = jnp.zeros(scale.shape, scale.dtype)
+        minimum = scale if FORMATS[layer.format].has_minimum else None
+        return PackedArray(codes, scale, layer.format, "panel16", layer.shape, minimum)
 
     def packed() -> dict[str, Any]:
         with nn.intercept_methods(declared):
             variables = init_variables(config, jax.random.key(0))
-        return variables | pack(variables["params"], config)
+        return variables | _packed(variables["params"], config, matrix)
 
     return jax.eval_shape(packed)
 

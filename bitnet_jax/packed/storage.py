@@ -156,7 +156,8 @@ def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
     path = folder / MODEL
     contents = {CONFIG: _read(folder / CONFIG)}
     contents |= {name: _read(folder / name) for name in LIMITS if name != CONFIG and (folder / name).exists()}
-    tensors, metadata = tensor_file.read(path)
+    file = tensor_file.read(path)
+    tensors, metadata = file.tensors, file.metadata
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise StorageError(
             f"{path}: got format {metadata.get('format')!r:.40}, version {metadata.get('version')!r:.40}, expected "
@@ -182,6 +183,7 @@ def load_packed(folder: str | Path, verify: bool | None = None) -> PackedModel:
     verified = _to_verify(tensors, verify)
     listed = {name: tables["crc32"].get(name) for name in tensors}
     _check_crc32(listed | _crc32(tensors, verified), tables["crc32"], path)
+    file.release()  # a step needs only a few rows of the embedding, which may be half of a small model
 
     # The structure comes from the config, the bytes from the file.
     variables = jax.tree.unflatten(

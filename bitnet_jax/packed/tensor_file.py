@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -58,6 +59,13 @@ class TensorFile(NamedTuple):
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
+    mapped: mmap.mmap
+
+    def release(self) -> None:
+        """Stops counting what was read so far as memory of this process: what is needed again comes from the system's
+        file cache. Does nothing on systems without madvise."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +162,9 @@ def read(path: Path, *, aligned: bool = True) -> TensorFile:
         size = path.stat().st_size
         if size < 8:
             raise StorageError(f"{path}: got {size} bytes, expected a header; {RESTORE}")
-        data = np.memmap(path, np.uint8, mode="r")
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = np.frombuffer(mapped, np.uint8)
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror}); {RESTORE}") from error
     size = data.size  # the size that was mapped: the file may have changed since stat
@@ -200,7 +210,7 @@ def read(path: Path, *, aligned: bool = True) -> TensorFile:
         raise StorageError(
             f"{path}: {available - end} bytes follow the last tensor, expected none; {RESTORE}"
         )
-    return TensorFile(tensors, metadata)
+    return TensorFile(tensors, metadata, mapped)
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:

@@ -57,9 +57,9 @@ struct Avx2 {
                                             _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
       return _mm256_add_epi32(sums, wide);
     } else {
-      sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(fields, x));
-      // Keeps gcc from multiplying for all rows before it adds for the first, which spills the accumulators of a tile.
-      asm volatile("" : "+x"(sums));
+      // Left to itself gcc multiplies for all rows before it adds for the first, which spills the accumulators of a tile,
+      // or copies each sum before it adds.
+      asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(_mm256_maddubs_epi16(fields, x)));
       return sums;
     }
   }
