@@ -21,7 +21,8 @@ struct Avx2 {
     return format == Format::kBinary || format == Format::kTernary2 ? 2 : 1;  // of sixteen registers
   }
   static constexpr int kStreams = 2;
-  static constexpr int kFusedRows = 2, kFewRows = 4;
+  static constexpr int kFusedRows = 2;
+  static constexpr int few_rows(Format format) { return format == Format::kTernary5 ? 4 : 12; }
   static constexpr int kTilePanels = 1, kTileRows = 6;
   static constexpr int64_t partial_limit(Format format) { return format == Format::kInt8 ? 0 : 1 << 15; }
   static constexpr int32_t offset(Format format) { return bitnet::offset(format); }

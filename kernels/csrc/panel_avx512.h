@@ -28,7 +28,8 @@ struct Avx512Vnni {
     return std::min(fields(format), rows == 1 ? 4 : rows == 2 ? 2 : 1);
   }
   static constexpr int kStreams = 4;
-  static constexpr int kFusedRows = 4, kFewRows = 12;
+  static constexpr int kFusedRows = 4;
+  static constexpr int few_rows(Format) { return 12; }
   static constexpr int kTilePanels = 4, kTileRows = 6;
   static constexpr int64_t partial_limit(Format) { return 0; }
   static constexpr int32_t offset(Format format) { return bitnet::offset(format); }

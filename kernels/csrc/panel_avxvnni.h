@@ -12,6 +12,7 @@ struct AvxVnni : Avx2 {
   static constexpr int slots(Format format, int rows) {
     return format == Format::kTernary5 || rows > 1 ? 1 : std::min(2, fields(format));  // of sixteen registers
   }
+  static constexpr int few_rows(Format) { return 4; }
   static constexpr int64_t partial_limit(Format) { return 0; }
 
   template <Format>

@@ -146,7 +146,7 @@ void look_up_panels(const Problem& p, int64_t first_row, int64_t rows, int64_t p
 }
 
 int64_t table_rows(const Problem& p) {
-  return p.format == Format::kBinary && p.m > Avx512Vbmi::kFewRows ? kTableRows : 0;
+  return p.format == Format::kBinary && p.m > Avx512Vbmi::few_rows(Format::kBinary) ? kTableRows : 0;
 }
 
 void matmul_lookup(const Problem& p, int64_t begin, int64_t end) {

@@ -6,7 +6,7 @@
 //   kLanes                  rows of the matrix in a vector
 //   slots(format, rows)     accumulators of one row of x and one vector, of rows at a time (see Fields)
 //   kStreams                panels that one row of x is multiplied with in step
-//   kFusedRows, kFewRows    rows of x multiplied while fields are taken: at a time, and at most
+//   kFusedRows, few_rows(format)    rows of x multiplied while fields are taken: at a time, and at most
 //   kTilePanels, kTileRows  accumulators of more rows: panels of the matrix by rows of x
 //   partial_limit(format)   partial sums reach down to minus this (2^15 for int16); 0 where they are Sums
 //   offset(format)          times sum(x) is to be subtracted; that of the format where products are exact
@@ -233,7 +233,7 @@ void few_rows(const Problem& p, int64_t begin, int64_t end) {
 
 template <typename Isa, Format kFormat>
 void matmul_format(const Problem& p, int64_t begin, int64_t end) {
-  p.m <= Isa::kFewRows ? few_rows<Isa, kFormat>(p, begin, end) : many_rows<Isa, kFormat>(p, begin, end);
+  p.m <= Isa::few_rows(kFormat) ? few_rows<Isa, kFormat>(p, begin, end) : many_rows<Isa, kFormat>(p, begin, end);
 }
 
 template <typename Isa>

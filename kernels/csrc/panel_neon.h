@@ -21,7 +21,8 @@ struct NeonDot {
     return rows == 1 && (format == Format::kBinary || format == Format::kTernary2) ? 2 : 1;
   }
   static constexpr int kStreams = 2;
-  static constexpr int kFusedRows = 2, kFewRows = 6;
+  static constexpr int kFusedRows = 2;
+  static constexpr int few_rows(Format) { return 6; }
   static constexpr int kTilePanels = 1, kTileRows = 6;
   static constexpr int64_t partial_limit(Format) { return 0; }
   static constexpr int32_t offset(Format format) { return format == Format::kInt8 ? 0 : bitnet::offset(format); }

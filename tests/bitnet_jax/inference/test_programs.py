@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.evaluation import classification, classifiers, language, likelihood
+from bitnet_jax.inference import programs
 from bitnet_jax.inference.programs import PROGRAMS, Programs, only_cpu
 from bitnet_kernels import cpu, rms_norm
 
@@ -28,15 +30,15 @@ def scaled(factor: float, x: jax.Array) -> jax.Array:
 def test_a_program_is_compiled_once_and_the_least_recently_used_one_is_evicted(
     compilations: list[str],
 ) -> None:
-    programs, x = Programs(max_size=2), jnp.ones(3)
-    first, second = programs.of(scaled, 2.0), programs.of(scaled, 3.0)
+    kept, x = Programs(max_size=2), jnp.ones(3)
+    first, second = kept.of(scaled, 2.0), kept.of(scaled, 3.0)
     np.testing.assert_array_equal(first(x) + second(x), 5 * np.ones(3))
     compilations.clear()
-    assert programs.of(scaled, 2.0) is first
+    assert kept.of(scaled, 2.0) is first
     first(x)
     assert not compilations
-    third = programs.of(scaled, 2.0, shapes=(3,))
-    assert (len(programs), programs.of(scaled, 2.0), programs.of(scaled, 2.0, shapes=(3,))) == (
+    third = kept.of(scaled, 2.0, shapes=(3,))
+    assert (len(kept), kept.of(scaled, 2.0), kept.of(scaled, 2.0, shapes=(3,))) == (
         2,
         first,
         third,
@@ -50,14 +52,42 @@ def test_a_program_is_compiled_once_and_the_least_recently_used_one_is_evicted(
 def test_a_program_compiled_in_the_background_is_not_compiled_again(compilations: list[str]) -> None:
     program, x = Programs().of(scaled, 4.0), jnp.ones(5)
     compilations.clear()
-    program.compile_in_background(jax.ShapeDtypeStruct((5,), jnp.float32))
+    program.compile_in_background(jax.ShapeDtypeStruct((5,), jnp.float32), after=now())
     np.testing.assert_array_equal(program(x), 4 * np.ones(5))
     assert len(compilations) == 1
 
 
+def test_a_program_is_compiled_in_the_background_after_an_event_or_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced: list[float] = []
+    argument = jax.ShapeDtypeStruct((5,), jnp.float32)
+
+    def noted(factor: float, x: jax.Array) -> jax.Array:
+        traced.append(factor)
+        return x * factor
+
+    event, kept = threading.Event(), Programs()
+    kept.of(noted, 1.0).compile_in_background(argument, after=event)
+    assert not traced
+    event.set()
+    kept.of(noted, 1.0)(jnp.ones(5))
+    assert traced == [1.0]
+    monkeypatch.setattr(programs, "PATIENCE", 0.01)
+    kept.of(noted, 2.0).compile_in_background(argument, after=threading.Event())
+    kept.of(noted, 2.0)(jnp.ones(5))
+    assert traced == [1.0, 2.0]
+
+
+def now() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
 def test_an_error_in_the_background_is_raised_by_the_call() -> None:
     program = Programs().of(jnp.dot, jnp.float32)
-    program.compile_in_background(jax.ShapeDtypeStruct((5,), jnp.float32))
+    program.compile_in_background(jax.ShapeDtypeStruct((5,), jnp.float32), after=now())
     with pytest.raises(TypeError):
         program(jnp.ones(5))
 

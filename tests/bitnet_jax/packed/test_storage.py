@@ -156,6 +156,24 @@ def test_files_of_the_official_library_are_read_if_aligned_and_otherwise_rejecte
     assert aligned == 8
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the memory of this process from Linux"
+)
+def test_pages_of_a_file_are_released_and_read_again(tmp_path: Path) -> None:
+    def from_files() -> int:
+        return int(Path("/proc/self/status").read_text().partition("RssFile:")[2].split()[0])
+
+    tensor = np.arange(8 << 20, dtype=np.uint8)
+    with (tmp_path / "model").open("wb") as file:
+        tensor_file.write(file, {"a": tensor}, {})
+    file = tensor_file.read(tmp_path / "model")
+    np.testing.assert_array_equal(file.tensors["a"], tensor)
+    before = from_files()
+    file.release()
+    assert before - from_files() > 6 << 10
+    np.testing.assert_array_equal(file.tensors["a"], tensor)
+
+
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [("x", np.zeros(3, np.float64)), ("x", np.zeros((0, 3), np.uint8)), ("__pad.1", np.zeros(3, np.uint8))],
