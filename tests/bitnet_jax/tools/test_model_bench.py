@@ -235,6 +235,7 @@ def test_an_integer_head_is_a_matrix_separate_from_the_embedding(head: str, tmp_
         (["--preset", "tiny", "--generate", "1"], "got 1 new tokens .* expected at least 2"),
         (["--preset", "tiny", "--prompt", "300"], "max_length=256"),
         (["--preset", "tiny", "--threads", "0"], "got --threads 0, expected 1 to"),
+        (["--preset", "tiny", "--compare", "llama.cpp", "--huge-pages"], "got --compare with --huge-pages"),
     ],
 )
 def test_invalid_arguments_are_one_line_errors(
