@@ -29,19 +29,7 @@ MODEL = ("-m", "bitnet_jax.cli", "bench")
 KERNELS = ("-m", "bitnet_kernels.bench", "--working-set", "512", "--seconds")
 TWO_B = ("--preset", "2b4t", "--prompt", "512", "--generate", "64", "--repeats", "3", "--head", "int4")
 SMALL = ("--preset", "125m", "--prompt", "512", "--generate", "128", "--repeats", "5", "--head", "int4")
-LONG = (
-    "--preset",
-    "2b4t",
-    "--prompt",
-    "3000",
-    "--generate",
-    "64",
-    "--repeats",
-    "3",
-    "--head",
-    "int4",
-    "--quick",
-)
+LONG = (*TWO_B, "--prompt", "3000", "--quick")
 PEER = ("--compare", "llama.cpp")  # in turn, through llama-cpp-python
 LARGE = ("--prompt", "16", "--generate", "9", "--repeats", "3", "--head", "int4", "--quick")
 VNNI = (

@@ -25,8 +25,8 @@ SETTINGS = {
 
 
 def collect_less() -> None:
-    """Runs Python's garbage collector after more allocations: importing JAX and tracing a model allocate 250,000
-    objects that stay, and looking through them takes a tenth of the time to the first token."""
+    """Runs Python's garbage collector after more allocations: importing JAX and tracing a model allocate fewer
+    objects than this threshold, most of which stay, and looking through them delays the first token."""
     gc.set_threshold(400_000, 20, 100)
 
 

@@ -130,9 +130,8 @@ def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
         codes or scales. The message names the path.
     """
 
-    def matrix(path: str, layer: Layer, flat: Mapping[str, Any]) -> PackedArray:
-        assert layer.format is not None
-        return _pack_one(path, quantize(path, layer, flat), layer.format, layer.precision.scale_dtype)
+    def matrix(path: str, layer: Layer, format: str, flat: Mapping[str, Any]) -> PackedArray:
+        return _pack_one(path, quantize(path, layer, flat), format, layer.precision.scale_dtype)
 
     return _packed(params, config, matrix)
 
@@ -140,9 +139,9 @@ def pack(params: PyTree, config: Architecture | Precisions) -> dict[str, Any]:
 def _packed(
     params: PyTree,
     config: Architecture | Precisions,
-    matrix: Callable[[str, Layer, Mapping[str, Any]], PackedArray],
+    matrix: Callable[[str, Layer, str, Mapping[str, Any]], PackedArray],
 ) -> dict[str, Any]:
-    """`pack` with `matrix(path, layer, flat params)` for each layer that has a format."""
+    """`pack` with `matrix(path, layer, format, flat params)` for each layer that has a format."""
     flat = flatten_dict(dict(params), sep="/")
     linear, packed = layers(config, flat), {}
     for path, layer in linear.items():
@@ -156,7 +155,7 @@ def _packed(
             )
         if layer.format is None:
             continue
-        packed[f"{path}/weight"] = matrix(path, layer, flat)
+        packed[f"{path}/weight"] = matrix(path, layer, layer.format, flat)
         if layer.latent.startswith(f"{path}/"):  # not the embedding of a tied head
             flat.pop(layer.latent)
         flat.pop(f"{path}/weight_scale", None)
@@ -297,13 +296,13 @@ def _trace(config: Architecture) -> dict[str, Any]:
             return module.declared(*args)
         return call(*args, **kwargs)
 
-    def matrix(path: str, layer: Layer, flat: Mapping[str, Any]) -> PackedArray:
-        assert layer.format is not None
-        scale = _abstract_scale(layer)
-        codes = jnp.zeros(codes_shape(layer.format, layer.shape, scale.shape[1]), jnp.uint8)
-        scale = jnp.zeros(scale.shape, scale.dtype)
-        minimum = scale if FORMATS[layer.format].has_minimum else None
-        return PackedArray(codes, scale, layer.format, "panel16", layer.shape, minimum)
+    def matrix(path: str, layer: Layer, format: str, flat: Mapping[str, Any]) -> PackedArray:
+        abstract = _abstract_scale(layer)
+        codes = jnp.zeros(codes_shape(format, layer.shape, abstract.shape[1]), jnp.uint8)
+        scale = jnp.zeros(abstract.shape, abstract.dtype)
+        return PackedArray(
+            codes, scale, format, "panel16", layer.shape, scale if FORMATS[format].has_minimum else None
+        )
 
     def packed() -> dict[str, Any]:
         with nn.intercept_methods(declared):

@@ -211,7 +211,7 @@ void many_rows_scaled(const Problem& p, const MatmulScales& s, float* out, int64
 template <typename Isa, Format kFormat>
 void scaled_format(const Problem& p, const MatmulScales& s, float* out, int64_t begin, int64_t end, float* scratch) {
   p.m <= Isa::few_rows(kFormat) ? few_rows_scaled<Isa, kFormat>(p, s, out, begin, end, scratch)
-                       : many_rows_scaled<Isa, kFormat>(p, s, out, begin, end, scratch);
+                             : many_rows_scaled<Isa, kFormat>(p, s, out, begin, end, scratch);
 }
 
 template <typename Isa>

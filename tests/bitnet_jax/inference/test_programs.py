@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def test_a_program_is_compiled_in_the_background_after_an_event_or_a_while(
         return x * factor
 
     event, kept = threading.Event(), Programs()
+    monkeypatch.setattr(programs, "PATIENCE", 60)
     kept.of(noted, 1.0).compile_in_background(argument, after=event)
+    time.sleep(0.2)  # in which it would be traced
     assert not traced
     event.set()
     kept.of(noted, 1.0)(jnp.ones(5))
