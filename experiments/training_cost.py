@@ -2,6 +2,7 @@
 
     python -m experiments.training_cost --json cost.json                               # recipes, on any machine
     python -m experiments.training_cost --preset 700m --statistics-every 0 --json products.json         # on a GPU
+    python -m experiments.training_cost --compare torch --sizes 1m,5m --json f.json    # training_side_by_side.py
 
 One jitted update (loss, gradient, AdamW, statistics of the codes) on random tokens. Without --preset, recipes are
 compared on the quickstart's byte-level model; with it, product types on a model of that size: float32, bfloat16, and
@@ -14,10 +15,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path: `python experiments/training_cost.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
@@ -30,6 +35,7 @@ from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
 from bitnet_jax.training.task import init_variables, model_loss
+from experiments.training_side_by_side import SIZES, side_by_side
 
 CONFIG = "quickstart"
 BYTES = 256  # vocabulary
@@ -121,7 +127,9 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, help="compare product types on a model of this size")
     parser.add_argument("--batch-size", type=int, help="sequences per step (default 8; without --preset 16)")
     parser.add_argument("--length", type=int, help="tokens per sequence (default 512; without --preset 64)")
-    parser.add_argument("--rounds", type=int, default=40, help="timed steps per variant (default 40)")
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="timed steps per variant, or turns (default 40)"
+    )
     parser.add_argument(
         "--statistics-every",
         type=int,
@@ -129,7 +137,25 @@ def main() -> None:
         help="steps between measurements of the codes, 0: never (default 1)",
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument(
+        "--compare",
+        choices=("torch", "jax"),
+        help="this package in turn with plain JAX, and with PyTorch",
+    )
+    parser.add_argument(
+        "--sizes", default=",".join(SIZES), help=f"with --compare: comma-separated, of {', '.join(SIZES)}"
+    )
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="with --compare: the Python that has torch (this one)"
+    )
     options = parser.parse_args()
+    if options.compare is not None:
+        sizes = options.sizes.split(",")
+        if unknown := [name for name in sizes if name not in SIZES]:
+            parser.error(f"--sizes: got {', '.join(unknown)}, expected some of {', '.join(SIZES)}")
+        python = options.torch_python if options.compare == "torch" else None
+        side_by_side(sizes, options.rounds, python, options.json)
+        return
     if options.preset is None:
         data = quickstart().data
         model, variants, what = quickstart().model_config(BYTES), RECIPES, CONFIG

@@ -54,6 +54,7 @@ EVERYWHERE = {"", "optional_packages", "names", "progress"}
 # The only files outside kernels/ that may touch the kernels.
 TOUCH_KERNELS = {
     "nn.linear",
+    "nn.products",
     "nn.attention",
     "nn.embedding",
     "nn.head",

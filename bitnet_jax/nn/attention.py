@@ -11,7 +11,8 @@
 
 `s` is the score scale, 1/sqrt(h) by default; "linear" has none. A query with no visible key (left padding) has
 P = 0 and zero gradient. Query head j uses kv head j // (H / K). Softmax over a cache runs
-`bitnet_kernels.extend_and_attend` (C++ on CPU), with latent and packed weights alike.
+`bitnet_kernels.extend_and_attend` (C++ on CPU), with latent and packed weights alike; over a whole sequence in float32
+`bitnet_kernels.softmax_attention`, which holds no scores in memory, unless a mesh has several devices.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from bitnet_jax.nn.kv_cache import KVCache, cached_keys_values, fake_quantized_k
 from bitnet_jax.nn.linear import BitLinear, apply_fused
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
+from bitnet_jax.nn.placement import on_one_device
 from bitnet_jax.nn.rotary import angles, rotate
 from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.registry import ACTIVATION_QUANTIZERS
 from bitnet_jax.quantization.scales import floats
-from bitnet_kernels import extend_and_attend
+from bitnet_kernels import extend_and_attend, softmax_attention
 
 # Latent q and k outside [-1, 1] get no gradient, which bounds them (BNN, BiBERT).
 QK_STE = "clipped"
@@ -223,7 +225,9 @@ class Attention(nn.Module):
                     )
                 return mix_values(weigh(q, k, visible, config.score_scale, progress), v.astype(q.dtype))
 
-            if cache is None:
+            if cache is None and kind == "softmax" and x.dtype == jnp.float32 and on_one_device():
+                o = softmax_attention(q, k, v, visible, config.score_scale)
+            elif cache is None:
                 o = mixed(k, v)
             elif length is None:
                 raise ValueError("got a cache without its length; pass the number of written positions")

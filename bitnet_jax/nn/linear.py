@@ -39,32 +39,37 @@ def dense(
 
 
 def quantized_matmul(
-    x: Quantized, w: Quantized, dtype: str = "float32", product: str = "float", input_digits: int = 1
+    x: Quantized,
+    w: Quantized,
+    dtype: str = "float32",
+    product: str = "float",
+    input_digits: int = 1,
+    format: str | None = None,
 ) -> Float[Array, "*rows n"]:
     """`x.dequantize() @ w.dequantize().T` in float32, with one exact integer sum per scale group.
 
     Args:
       x: codes [..., k], scale [..., 1].
       w: codes [n, k], scale [1 or n, G], and a minimum like scale or None; each group has k // G consecutive inputs.
-      dtype, product: arithmetic of the product and its gradients, see bitnet_jax.nn.products.
+      dtype, product, format: arithmetic of the product and its gradients, see bitnet_jax.nn.products.
       input_digits: int8 digits of the codes of x that are multiplied separately, as in `packed_product`.
     """
-    if product != "float":
+    if product != "float" or format is not None:
         x, w = _visible_nan(x), _visible_nan(w)
-    multiply = functools.partial(_scaled_sums, w=w, dtype=dtype, product=product)
+    multiply = functools.partial(_scaled_sums, w=w, dtype=dtype, product=product, format=format)
     y = multiply(x.codes) if input_digits == 1 else join_digits(*map(multiply, _digits(x.codes)))
     return rounded_product(y, x.scale)
 
 
 def _scaled_sums(
-    x: Float[Array, "*rows k"], w: Quantized, dtype: str, product: str
+    x: Float[Array, "*rows k"], w: Quantized, dtype: str, product: str, format: str | None
 ) -> Float[Array, "*rows n"]:
     """Integer codes times a quantized matrix, without the scale of the codes."""
     (n, k), groups = w.codes.shape, w.scale.shape[-1]
     rows, w_codes = x.reshape(-1, k), w.codes
     if groups > 1:
         rows, w_codes = rows.reshape(-1, groups, k // groups), w_codes.reshape(n, groups, k // groups)
-    sums = sums_of_products(rows, w_codes, dtype, product).reshape(groups, -1, n)
+    sums = sums_of_products(rows, w_codes, dtype, product, format).reshape(groups, -1, n)
     x_sums = None if w.minimum is None else rows.sum(axis=-1).reshape(-1, groups).T
     return rescale(sums, w.scale, w.minimum, x_sums).reshape(*x.shape[:-1], n)
 
@@ -211,7 +216,12 @@ class BitLinear(nn.Module):
         if precision.quantizes_weights:
             w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
             return quantized_matmul(
-                x_quantized, w_quantized, self.dtype, self.product, precision.input_digits
+                x_quantized,
+                w_quantized,
+                self.dtype,
+                self.product,
+                precision.input_digits,
+                precision.packed_format if precision.codes_fit_int8 else None,
             )
         dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
         return dense(x_quantized.dequantize(), weight, dtype)

@@ -18,6 +18,11 @@ BATCH_AXES = (
 )  # a batch is split over both; fsdp also splits parameters, which are gathered for use
 
 
+def on_one_device() -> bool:
+    """Whether no mesh in context has several devices, on which XLA would gather the operands of a custom call."""
+    return jax.sharding.get_abstract_mesh().size <= 1
+
+
 def split_over_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     """Constrains the first axis of x to be split over data and fsdp.
 

@@ -16,7 +16,9 @@ from bitnet_kernels.matmul import (
 )
 from bitnet_kernels.norms import reference_rms_norm, rms_norm
 from bitnet_kernels.packed import FORMATS, LAYOUTS, PackedArray, validate
+from bitnet_kernels.products import code_matmul, float_matmul
 from bitnet_kernels.sharded import sharded_matmul
+from bitnet_kernels.training_attention import softmax_attention
 
 __all__ = [
     "FORMATS",
@@ -29,9 +31,11 @@ __all__ = [
     "bfloat16_rows",
     "cached_attention",
     "choose_implementation",
+    "code_matmul",
     "dequantize",
     "exact_top_logits",
     "extend_and_attend",
+    "float_matmul",
     "for_platform",
     "head_bounds",
     "pack",
@@ -43,6 +47,7 @@ __all__ = [
     "relayout",
     "rms_norm",
     "sharded_matmul",
+    "softmax_attention",
     "unpack",
     "validate",
 ]

@@ -26,20 +26,26 @@ ISA_VARIABLE = "BITNET_KERNELS_ISA"
 _INTEGER_TARGET = "bitnet_kernels_integer_matmul"
 _SCALED_TARGET = "bitnet_kernels_scaled_matmul"
 _ATTENTION_TARGET = "bitnet_kernels_attention"
+_GRADIENT_TARGET = "bitnet_kernels_attention_gradient"
 _EXTEND_TARGET = "bitnet_kernels_extend_attention"
 _LOGITS_TARGET = "bitnet_kernels_bfloat16_logits"
 _EXACT_TARGET = "bitnet_kernels_exact_top_logits"
 _LOOKUP_TARGET = "bitnet_kernels_lookup"
 _NORM_TARGET = "bitnet_kernels_rms_norm"
+_CODES_TARGET = "bitnet_kernels_code_matmul"
+_FLOATS_TARGET = "bitnet_kernels_float_matmul"
 _TARGETS = (
     _INTEGER_TARGET,
     _SCALED_TARGET,
     _ATTENTION_TARGET,
+    _GRADIENT_TARGET,
     _EXTEND_TARGET,
     _LOGITS_TARGET,
     _EXACT_TARGET,
     _LOOKUP_TARGET,
     _NORM_TARGET,
+    _CODES_TARGET,
+    _FLOATS_TARGET,
 )
 _loading = threading.Lock()
 
@@ -66,6 +72,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         library.bitnet_kernels_fork_join.argtypes = [ctypes.c_int64]
         library.bitnet_kernels_dot_peak.restype = ctypes.c_int64
         library.bitnet_kernels_dot_peak.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+        library.bitnet_kernels_float_peak.restype = ctypes.c_int64
+        library.bitnet_kernels_float_peak.argtypes = [ctypes.c_char_p, ctypes.c_int64]
         library.bitnet_kernels_set_thread_count.argtypes = [ctypes.c_int64]
     except AttributeError as error:
         return None, f"{path.name} is from another version ({error}); install again to build it"
@@ -270,6 +278,36 @@ def exact_top_logits(
 
 
 @functools.cache
+def code_matmul(format: str, groups: int, isa_name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The custom call (x int8 [m, groups * k], w int8 [n, groups * k]) -> float32 [groups, m, n] of products.py."""
+    load()
+    number = np.int64(list(FORMATS).index(format))
+
+    @jax.custom_batching.sequential_vmap
+    def call(x: jax.Array, w: jax.Array) -> jax.Array:
+        sums = jax.ShapeDtypeStruct((groups, x.shape[0], w.shape[0]), np.float32)
+        return jax.ffi.ffi_call(_CODES_TARGET, sums)(x, w, format=number, isa=isa_name)
+
+    return call
+
+
+@functools.cache
+def float_matmul(
+    transposed_a: bool, transposed_b: bool, isa_name: str
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The custom call (a float32, b float32 or int8) -> float32 [m, n] of products.py."""
+    load()
+
+    @jax.custom_batching.sequential_vmap
+    def call(a: jax.Array, b: jax.Array) -> jax.Array:
+        c = jax.ShapeDtypeStruct((a.shape[int(transposed_a)], b.shape[int(transposed_b)]), np.float32)
+        layouts = {"transposed_a": transposed_a, "transposed_b": transposed_b}
+        return jax.ffi.ffi_call(_FLOATS_TARGET, c)(a, b, **layouts, isa=isa_name)
+
+    return call
+
+
+@functools.cache
 def _integer_call(format: str, groups: int, n: int, isa_name: str) -> Callable[..., jax.Array]:
     load()
     number = np.int64(list(FORMATS).index(format))
@@ -306,6 +344,21 @@ def attention(scale: float, isa_name: str) -> Callable[..., jax.Array]:
     def call(q: jax.Array, *others: jax.Array) -> jax.Array:
         out = jax.ShapeDtypeStruct(q.shape, np.float32)
         return jax.ffi.ffi_call(_ATTENTION_TARGET, out)(q, *others, scale=np.float32(scale), isa=isa_name)
+
+    return call
+
+
+@functools.cache
+def attention_gradient(scale: float, isa_name: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """The custom call (q, k, v, visible, dout) -> dq, dk, dv of training_attention.py; sequential under vmap."""
+    load()
+
+    @jax.custom_batching.sequential_vmap
+    def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        results = [jax.ShapeDtypeStruct(x.shape, np.float32) for x in arrays[:3]]
+        return tuple(
+            jax.ffi.ffi_call(_GRADIENT_TARGET, results)(*arrays, scale=np.float32(scale), isa=isa_name)
+        )
 
     return call
 

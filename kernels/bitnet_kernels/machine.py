@@ -2,6 +2,7 @@
 
 read_all      memory read bandwidth, the limit of any product that reads its weights once
 dot_peak      rate of int8 dot products on registers, the limit of prefill
+float_peak    rate of float32 products on registers, the limit of training
 commit        the measured revision
 provenance    commit, processor and versions, for the header of a results file
 """
@@ -91,12 +92,21 @@ def fork_join(loops: int = 1000) -> Call | None:
 def dot_peak(iterations: int = 1 << 20) -> Call | None:
     """A call that multiplies int8 on registers with all threads, using the current instruction set; None without the
     C++ library or without such a loop for the set. It takes some milliseconds, so that helper threads have started."""
+    return _peak("bitnet_kernels_dot_peak", iterations)
+
+
+def float_peak(iterations: int = 1 << 20) -> Call | None:
+    """`dot_peak` for fused multiply-adds of float32."""
+    return _peak("bitnet_kernels_float_peak", iterations)
+
+
+def _peak(name: str, iterations: int) -> Call | None:
     library, _ = cpu.load()
     if library is None:
         return None
-    isa = cpu.isa().encode()
-    macs = library.bitnet_kernels_dot_peak(isa, iterations)
-    return None if macs == 0 else Call(lambda round: library.bitnet_kernels_dot_peak(isa, iterations), macs)
+    isa, run = cpu.isa().encode(), getattr(library, name)
+    macs = run(isa, iterations)
+    return None if macs == 0 else Call(lambda round: run(isa, iterations), macs)
 
 
 def processor() -> str:

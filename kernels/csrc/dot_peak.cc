@@ -27,6 +27,10 @@ namespace {
 #define BITNET_YMM_MADD(sum) \
   "vpmaddubsw %%ymm1, %%ymm0, %%ymm2\n\tvpaddw %%ymm2, %%ymm" sum ", %%ymm" sum "\n\t"
 
+#define BITNET_YMM_FMA(sum) "vfmadd231ps %%ymm1, %%ymm0, %%ymm" sum "\n\t"
+#define BITNET_ZMM_FMA(sum) "vfmadd231ps %%zmm1, %%zmm0, %%zmm" sum "\n\t"
+#define BITNET_ZERO(sum) "vxorps %%xmm" sum ", %%xmm" sum ", %%xmm" sum "\n\t"
+
 #define BITNET_REPEAT(times, line)                                                                   \
   for (int64_t i = 0; i < times; ++i) asm volatile(BITNET_TWELVE(line) : : : BITNET_CLOBBERED);      \
   asm volatile("vzeroupper" : : : BITNET_CLOBBERED)
@@ -56,6 +60,8 @@ int64_t dot_peak_avx2(int64_t times);
 int64_t dot_peak_avxvnni(int64_t times);
 int64_t dot_peak_avx512vnni(int64_t times);
 int64_t dot_peak_amx(int64_t times);
+int64_t float_peak_avx2(int64_t times);
+int64_t float_peak_avx512(int64_t times);
 
 int64_t dot_peak_avx2(int64_t times) {
   BITNET_REPEAT(times, BITNET_YMM_MADD);
@@ -74,19 +80,42 @@ int64_t dot_peak_amx(int64_t times) {
   return 4 * 16 * 16 * 64 * times;
 }
 
+// Of zeros: denormal numbers that happen to be in the registers would be slow.
+int64_t float_peak_avx2(int64_t times) {
+  asm volatile(BITNET_TWELVE(BITNET_ZERO) BITNET_ZERO("0") BITNET_ZERO("1") : : : BITNET_CLOBBERED);
+  BITNET_REPEAT(times, BITNET_YMM_FMA);
+  return 12 * 8 * times;
+}
+int64_t float_peak_avx512(int64_t times) {
+  asm volatile(BITNET_TWELVE(BITNET_ZERO) BITNET_ZERO("0") BITNET_ZERO("1") : : : BITNET_CLOBBERED);
+  BITNET_REPEAT(times, BITNET_ZMM_FMA);
+  return 12 * 16 * times;
+}
+
 #else
 }  // namespace
 #endif  // __x86_64__
 
 }  // namespace bitnet
 
-// Multiplies int8 in registers as the kernels of an instruction set do, for `times` rounds on every thread, and returns
-// the number of products; 0 where the processor lacks the set or there is no such loop for it (scalar).
-extern "C" BITNET_EXPORT int64_t bitnet_kernels_dot_peak(const char* isa, int64_t times) noexcept {
-  using namespace bitnet;
-  const Kernels* kernels = find_kernels(isa);
-  if (kernels == nullptr || kernels->dot_peak == nullptr) return 0;
+namespace {
+
+int64_t on_all_threads(bitnet::Peak peak, int64_t times) {
+  if (peak == nullptr) return 0;
   std::atomic<int64_t> products{0};
-  parallel_for(thread_count(), [&](int64_t) { products += kernels->dot_peak(times); });
+  bitnet::parallel_for(bitnet::thread_count(), [&](int64_t) { products += peak(times); });
   return products;
+}
+
+}  // namespace
+
+// Multiplies int8, or float32, in registers as the kernels of an instruction set do, for `times` rounds on every thread,
+// and returns the number of products; 0 where the processor lacks the set or there is no such loop for it (scalar).
+extern "C" BITNET_EXPORT int64_t bitnet_kernels_dot_peak(const char* isa, int64_t times) noexcept {
+  const bitnet::Kernels* kernels = bitnet::find_kernels(isa);
+  return kernels == nullptr ? 0 : on_all_threads(kernels->dot_peak, times);
+}
+extern "C" BITNET_EXPORT int64_t bitnet_kernels_float_peak(const char* isa, int64_t times) noexcept {
+  const bitnet::Kernels* kernels = bitnet::find_kernels(isa);
+  return kernels == nullptr ? 0 : on_all_threads(kernels->floats->peak, times);
 }

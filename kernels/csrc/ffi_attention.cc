@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "attention.h"
+#include "attention_gradient.h"
 #include "ffi_errors.h"
 #include "kv_cache.h"
 #include "xla/ffi/api/ffi.h"
@@ -103,6 +104,30 @@ ffi::Error extend_call(Queries q, Queries new_k, Queries new_v, ffi::AnyBuffer k
   return error;
 }
 
+ffi::Error gradient_call(Queries q, Queries k, Queries v, Visible visible, Queries dout, float scale,
+                         std::string_view isa, ffi::Result<Queries> dq, ffi::Result<Queries> dk,
+                         ffi::Result<Queries> dv) {
+  const Kernels* kernels = find_kernels(isa);
+  if (kernels == nullptr) return unknown_isa(isa);
+  const auto queries = q.dimensions(), keys = k.dimensions();
+  AttentionGradient p{};
+  p.batch = queries[0], p.tokens = queries[1], p.heads = queries[2], p.head_size = queries[3];
+  p.keys = keys[1], p.kv_heads = keys[2], p.scale = scale;
+  if (p.kv_heads < 1 || p.heads % p.kv_heads != 0 || p.head_size < 1 ||
+      !has_shape(keys, {p.batch, p.keys, p.kv_heads, p.head_size}) || dims(v.dimensions()) != dims(keys) ||
+      !has_shape(visible.dimensions(), {p.batch, p.tokens, p.keys}) || dims(dout.dimensions()) != dims(queries) ||
+      dims(dq->dimensions()) != dims(queries) || dims(dk->dimensions()) != dims(keys) ||
+      dims(dv->dimensions()) != dims(keys)) {
+    return invalid("expected q, dout and dq[B,T,H,h], k, v, dk and dv[B,S,K,h], visible[B,T,S]");
+  }
+  p.q = q.typed_data(), p.k = k.typed_data(), p.v = v.typed_data();
+  p.visible = reinterpret_cast<const uint8_t*>(visible.typed_data());
+  p.dout = dout.typed_data();
+  p.dq = dq->typed_data(), p.dk = dk->typed_data(), p.dv = dv->typed_data();
+  attention_gradient(kernels->floats->attention_gradient, kernels->floats->matmul, p);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace bitnet
 
@@ -138,3 +163,16 @@ BITNET_FFI_HANDLER(bitnet_kernels_extend_attention, bitnet::extend_call,
                        .Ret<ffi::AnyBuffer>()
                        .Ret<bitnet::Scales>()
                        .Ret<bitnet::Scales>());
+
+BITNET_FFI_HANDLER(bitnet_kernels_attention_gradient, bitnet::gradient_call,
+                   ffi::Ffi::Bind()
+                       .Arg<bitnet::Queries>()  // q [B, T, H, h]
+                       .Arg<bitnet::Queries>()  // k [B, S, K, h]
+                       .Arg<bitnet::Queries>()  // v [B, S, K, h]
+                       .Arg<bitnet::Visible>()  // [B, T, S]
+                       .Arg<bitnet::Queries>()  // dout, as q
+                       .Attr<float>("scale")
+                       .Attr<std::string_view>("isa")
+                       .Ret<bitnet::Queries>()    // dq
+                       .Ret<bitnet::Queries>()    // dk
+                       .Ret<bitnet::Queries>());  // dv

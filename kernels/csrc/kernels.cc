@@ -35,7 +35,7 @@ auto make_table([[maybe_unused]] const Processor& cpu) {
   const FloatKernels* floats256 = cpu.fma ? &kAvx2Floats : &kScalarFloats;
   const MatmulKernels* sign512 = cpu.avx512vpopcntdq ? &kAvx512Sign : &kAvx2Sign;
   const Widen widen = cpu.f16c ? widen_f16c : widen_scalar;
-  const DotPeak peak512 = dot_peak_avx512vnni;
+  const Peak peak512 = dot_peak_avx512vnni;
   const Kernels avx2 = {"avx2", cpu.avx2, &kAvx2Integer, &kAvx2Sign, floats256, dot_peak_avx2, widen};
   const Kernels avxvnni = {"avxvnni", cpu.avxvnni, &kAvxVnniInteger, &kAvx2Sign, floats256, dot_peak_avxvnni, widen};
   const Kernels vnni = {"avx512vnni", cpu.avx512vnni, &kAvx512VnniInteger, sign512, &kAvx512Floats, peak512, widen};

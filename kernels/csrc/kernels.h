@@ -13,16 +13,13 @@
 
 namespace bitnet {
 
-// Runs `times` rounds of int8 products on registers, on the calling thread, and returns the number of products.
-using DotPeak = int64_t (*)(int64_t times);
-
 struct Kernels {
   const char* isa;
   bool available;                 // on this processor
   const MatmulKernels* integer;   // int8 activations
   const MatmulKernels* sign;      // activations -1 and 1, as bits (sign_matmul.h)
   const FloatKernels* floats;     // attention and output heads
-  DotPeak dot_peak;               // null where there is no such loop
+  Peak dot_peak;                  // null where there is no such loop
   Widen widen;                    // float16 to float32
 };
 

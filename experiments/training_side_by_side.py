@@ -1,0 +1,236 @@
+"""The training speed of this package beside plain JAX and PyTorch: the same shapes, in turn, each in its own process.
+
+    python -m experiments.training_cost --compare torch --sizes 1m,5m,20m --json training.json
+
+`worker` is what runs in the processes of this package and of plain JAX; training_torch.py in those of PyTorch. A
+process waits while another one trains, so that no two compete for the processors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bitnet_experiments.provenance import provenance
+from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.progress import progress_bar
+from bitnet_jax.tools.machine import float_peak_gflops, kernel_threads
+from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
+from bitnet_jax.training.state import TrainState
+from bitnet_jax.training.step import make_train_step
+from bitnet_jax.training.task import init_variables, model_loss
+from experiments import training_plain_jax
+
+TURN_SECONDS = 1.5  # of a process, about; the threads of PyTorch spin for 0.2 s when they are done
+QUIET_SECONDS = 0.3
+
+
+class Size(NamedTuple):
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    batch: int = 8
+    length: int = 256
+
+
+SIZES = {
+    "100k": Size(64, 192, 2, 4),
+    "1m": Size(128, 384, 5, 4),
+    "5m": Size(256, 768, 6, 4),
+    "20m": Size(512, 1536, 6, 8),
+}
+RECIPES = {"float32": "float32", "ternary": "bitnet_b158"}
+OURS = {f"bitnet_jax {recipe}": ("ours", recipe) for recipe in RECIPES}
+PLAIN_JAX = {"plain JAX float32": ("plain_jax", "float32")}
+TORCH = {f"PyTorch {recipe}": ("torch", recipe) for recipe in RECIPES}
+COMPILED = {f"PyTorch compiled {recipe}": ("torch_compiled", recipe) for recipe in RECIPES}
+
+
+def flops_per_token(size: Size, parameters: int) -> float:
+    """6 per parameter (2001.08361), and 12 per layer, channel and visible position for attention, which is causal."""
+    return 6 * parameters + 6 * size.layers * size.hidden * size.length
+
+
+def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, python: str) -> dict[str, Any]:
+    """Tokens per second and share of the float32 peak, as medians with ranges over rounds.
+
+    Args:
+      variants: name -> (who trains, recipe), see `worker` and training_torch.py.
+      python: the interpreter that has torch.
+
+    Raises:
+      RuntimeError: a process ended, with the end of what it said.
+    """
+    tokens = size.batch * size.length
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    with ExitStack() as stack:
+        processes: dict[str, _Process] = {}
+        for name, (who, recipe) in variants.items():
+            command = _command(who, recipe, size, python)
+            processes[name] = stack.enter_context(_Process(name, command))
+        steps = {
+            name: max(1, round(TURN_SECONDS / process.run(1)["seconds"]))
+            for name, process in processes.items()
+        }
+        with progress_bar(rounds * len(variants), unit="turn", description="training in turn") as bar:
+            for _ in range(rounds):
+                for name, process in processes.items():
+                    seconds[name].append(process.run(steps[name])["seconds"] / steps[name])
+                    time.sleep(QUIET_SECONDS)
+                    bar.update()
+        ready = {name: process.ready for name, process in processes.items()}
+    peak = float_peak_gflops()
+    return {
+        "size": size._asdict(),
+        "parameters": {name: about["parameters"] for name, about in ready.items()},
+        "versions": {name: about["version"] for name, about in ready.items()},
+        "tokens_per_second": {
+            name: _spread([tokens / took for took in values]) for name, values in seconds.items()
+        },
+        "float_peak_gflops": peak,
+        "mfu": {
+            name: flops_per_token(size, ready[name]["parameters"]) * tokens / np.median(values) / (1e9 * peak)
+            for name, values in seconds.items()
+        }
+        if peak
+        else None,
+    }
+
+
+def side_by_side(sizes: list[str], rounds: int, python: str | None, json_file: Path | None) -> dict[str, Any]:
+    """Compares at each size and writes what is known after each."""
+    variants = OURS | PLAIN_JAX | (TORCH | COMPILED if python else {})
+    figures: dict[str, Any] = {
+        "rounds": rounds,
+        "threads": kernel_threads(),
+        "sizes": {},
+        "provenance": provenance(),
+    }
+    for name in sizes:
+        figures["sizes"][name] = compare(SIZES[name], variants, rounds, python or sys.executable)
+        if json_file is not None:
+            json_file.write_text(json.dumps(figures, indent=1) + "\n")
+        print(table(name, figures["sizes"][name]), flush=True)
+    return figures
+
+
+def table(name: str, figures: Mapping[str, Any]) -> str:
+    lines = [f"{name}: {figures['size']['batch']} x {figures['size']['length']} tokens per step"]
+    for who, speed in figures["tokens_per_second"].items():
+        share = f", {100 * figures['mfu'][who]:.0f} % of the float32 peak" if figures["mfu"] else ""
+        lines.append(
+            f"  {who:26s} {speed['median']:8.0f} tokens/s [{speed['lowest']:.0f}, {speed['highest']:.0f}]{share}"
+        )
+    return "\n".join(lines)
+
+
+def worker(who: str, recipe: str, size: Size) -> None:
+    """Trains as many steps as each line of standard input says; prints one line of JSON when ready and after each."""
+    step, parameters = _ours(size, recipe) if who == "ours" else _plain_jax(size)
+    for _ in range(2):
+        jax.block_until_ready(step())
+    print(json.dumps({"parameters": parameters, "version": jax.__version__}), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            loss = jax.block_until_ready(step())
+        print(json.dumps({"seconds": time.perf_counter() - began, "loss": float(loss)}), flush=True)
+
+
+def _ours(size: Size, recipe: str) -> tuple[Callable[[], jax.Array], int]:
+    """The training step of this package, without statistics of the codes, which nobody else measures."""
+    config = ModelConfig(
+        vocab_size=training_plain_jax.VOCABULARY,
+        hidden_size=size.hidden,
+        ffn_size=size.ffn,
+        num_layers=size.layers,
+        num_heads=size.heads,
+        max_length=size.length,
+        mlp="silu_glu",
+        norm_placement="pre",
+        tie_embeddings=True,
+        precision=RECIPES[recipe],
+    )
+    optimizer = make_optimizer(OptimizerConfig(schedule="constant"), total_steps=1)
+    update = make_train_step(model_loss(Transformer(config)), optimizer, total_steps=1000, statistics_every=0)
+    state = TrainState.create(jax.jit(init_variables, static_argnums=0)(config, jax.random.key(0)), optimizer)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    shape = size.batch, size.length + 1
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
+    batch, key, states = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, jax.random.key(1), [state]
+
+    def step() -> jax.Array:
+        states[0], metrics = update(states[0], batch, key)
+        return metrics["loss"]
+
+    return step, parameters
+
+
+def _plain_jax(size: Size) -> tuple[Callable[[], jax.Array], int]:
+    shapes = jax.eval_shape(lambda: training_plain_jax.init(size.hidden, size.ffn, size.layers))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    return training_plain_jax.make_step(*size), parameters
+
+
+class _Process:
+    """A process that trains when it is told to."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process; a pipe would fill up
+        self.process = subprocess.Popen(
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said
+        )
+        self.ready = self._answer()
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.said.close()
+
+    def run(self, steps: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.said.seek(0)
+            said = self.said.read().strip().splitlines()
+            raise RuntimeError(f"{self.name}: the process ended: {said[-1] if said else 'it said nothing'}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def _command(who: str, recipe: str, size: Size, python: str) -> list[str]:
+    if who.startswith("torch"):
+        command = [python, str(Path(__file__).parent / "training_torch.py"), "--recipe", recipe]
+        command += ["--compile"] if who == "torch_compiled" else []
+        return command + [
+            word for name, value in size._asdict().items() for word in (f"--{name}", str(value))
+        ]
+    call = f"training_side_by_side.worker({who!r}, {recipe!r}, training_side_by_side.Size(*{tuple(size)}))"
+    return [sys.executable, "-c", f"from experiments import training_side_by_side; {call}"]
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": float(np.median(values)), "lowest": min(values), "highest": max(values)}
