@@ -34,7 +34,7 @@ from bitnet_jax.training.config_file import load_config_file
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
-from bitnet_jax.training.task import init_variables, model_loss
+from bitnet_jax.training.task import init_variables, language_loss
 from experiments.training_side_by_side import SIZES, side_by_side
 
 CONFIG = "quickstart"
@@ -77,7 +77,7 @@ def measure(
     for name, fields in variants.items():
         config = dataclasses.replace(model, **fields)
         step = make_train_step(
-            model_loss(Transformer(config)),
+            language_loss(Transformer(config)),
             optimizer,
             total_steps=quickstart().training.steps,
             precisions={path: p for path, p in config.precisions().items() if p.quantizes_weights},

@@ -29,7 +29,7 @@ from bitnet_jax.tools.machine import float_peak_gflops, kernel_threads
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
-from bitnet_jax.training.task import init_variables, model_loss
+from bitnet_jax.training.task import init_variables, language_loss
 from experiments import training_plain_jax
 
 TURN_SECONDS = 1.5  # of a process, about; the threads of PyTorch spin for 0.2 s when they are done
@@ -164,7 +164,9 @@ def _ours(size: Size, recipe: str) -> tuple[Callable[[], jax.Array], int]:
         precision=RECIPES[recipe],
     )
     optimizer = make_optimizer(OptimizerConfig(schedule="constant"), total_steps=1)
-    update = make_train_step(model_loss(Transformer(config)), optimizer, total_steps=1000, statistics_every=0)
+    update = make_train_step(
+        language_loss(Transformer(config)), optimizer, total_steps=1000, statistics_every=0
+    )
     state = TrainState.create(jax.jit(init_variables, static_argnums=0)(config, jax.random.key(0)), optimizer)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     shape = size.batch, size.length + 1

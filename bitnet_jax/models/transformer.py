@@ -238,3 +238,16 @@ class Transformer(nn.Module):
         if cache is not None:
             cache = Cache(layers, valid, length + T)
         return Output(logits, x, cache)
+
+
+class LanguageHead(nn.Module):
+    """The output head of a Transformer alone: logits of its final hidden states, with its parameters."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "B T D"], progress: Float[Array, ""] | float = 1.0
+    ) -> Float[Array, "B T V"]:
+        embed = Embedding.of(self.config, self.config.vocab_size, "embed")
+        return next_token_logits(self.config, embed, hidden, progress)

@@ -9,16 +9,21 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from bitnet_jax.data import Classes, TokenBatches, Tokenizer, consecutive_batches, load_corpus
 from bitnet_jax.evaluation.language import evaluate, model_logits
 from bitnet_jax.models import Architecture, Transformer, init_variables
+from bitnet_jax.models.transformer import LanguageHead
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
+
+# Logits that are in memory together: 32 MB on a CPU, where small products are as fast, 512 MB elsewhere.
+MOST_LOGITS = {"cpu": 2**23, "other": 2**27}
 
 
 class Task(NamedTuple):
@@ -51,6 +56,59 @@ def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
         return cross_entropy_sums(output.logits, batch["targets"], batch.get("weights"), z_loss), state
 
     return loss
+
+
+def language_loss(model: Transformer, z_loss: float = 0.0) -> LossFunction:
+    """`model_loss` of a language model, without the logits of a whole batch in memory where they are many.
+
+    The sequence is cut into pieces (see `loss_pieces`). The logits of a piece are computed, reduced to sums and, in the
+    backward pass, computed again.
+    """
+    head, whole = LanguageHead(model.config), model_loss(model, z_loss)
+
+    def loss(
+        variables: Mapping[str, PyTree],
+        batch: Batch,
+        key: PRNGKeyArray | None,
+        progress: Float[Array, ""] | float,
+    ) -> tuple[LossSums, ModelState]:
+        pieces = loss_pieces(batch["targets"].shape, model.config.vocab_size)
+        if pieces == 1:
+            return whole(variables, batch, key, progress)
+        output, state = forward(
+            model, variables, batch, key, progress, ("batch_stats",)
+        )  # its logits are not used
+        rngs = {} if key is None else {"stochastic": jax.random.split(key)[1]}
+
+        @jax.checkpoint
+        def sums(hidden: Array, targets: Array, weights: Array) -> LossSums:
+            logits: Any = head.apply(variables, hidden, progress, rngs=rngs)
+            return cross_entropy_sums(logits, targets, weights, z_loss)
+
+        def cut(x: Array) -> Array:  # [B, T, ...] -> [pieces, B, T / pieces, ...]
+            return jnp.moveaxis(x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), 1, 0)
+
+        weights = batch.get("weights", jnp.ones(batch["targets"].shape, jnp.float32))
+        parts = (cut(output.hidden), cut(jnp.asarray(batch["targets"])), cut(jnp.asarray(weights)))
+        return jax.tree.map(jnp.sum, jax.lax.map(lambda part: sums(*part), parts)), state
+
+    return loss
+
+
+def loss_pieces(targets: tuple[int, int], vocab_size: int) -> int:
+    """The fewest pieces of a sequence for which the logits of a piece are at most MOST_LOGITS.
+
+    Args:
+      targets: sequences and their length.
+    """
+    sequences, length = targets
+    most = MOST_LOGITS["cpu" if jax.default_backend() == "cpu" else "other"]
+    fitting = (
+        pieces
+        for pieces in range(1, length + 1)
+        if length % pieces == 0 and sequences * (length // pieces) * vocab_size <= most
+    )
+    return next(fitting, length)
 
 
 def forward(
@@ -117,7 +175,7 @@ def language_task(config: RunConfig) -> Task:
 
     return Task(
         init=partial(init_variables, model_config),
-        loss=model_loss(Transformer(model_config), config.training.z_loss),
+        loss=language_loss(Transformer(model_config), config.training.z_loss),
         train_batch=batches.batch,
         tokens=config.data.batch_size * length,
         evaluate=evaluate_variables,
