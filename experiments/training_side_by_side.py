@@ -25,7 +25,9 @@ import numpy as np
 from bitnet_experiments.provenance import provenance
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.progress import progress_bar
+from bitnet_jax.tools.first_token import peak_rss
 from bitnet_jax.tools.machine import float_peak_gflops, kernel_threads
+from bitnet_jax.training.allocator import keep_freed_memory
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
@@ -53,6 +55,7 @@ SIZES = {
 }
 RECIPES = {"float32": "float32", "ternary": "bitnet_b158"}
 OURS = {f"bitnet_jax {recipe}": ("ours", recipe) for recipe in RECIPES}
+KEPT = {f"bitnet_jax {recipe}, memory kept": ("ours_kept", recipe) for recipe in RECIPES}
 PLAIN_JAX = {"plain JAX float32": ("plain_jax", "float32")}
 TORCH = {f"PyTorch {recipe}": ("torch", recipe) for recipe in RECIPES}
 COMPILED = {f"PyTorch compiled {recipe}": ("torch_compiled", recipe) for recipe in RECIPES}
@@ -75,6 +78,7 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
     """
     tokens = size.batch * size.length
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    memory: dict[str, int] = {}
     with ExitStack() as stack:
         processes: dict[str, _Process] = {}
         for name, (who, recipe) in variants.items():
@@ -87,7 +91,9 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
         with progress_bar(rounds * len(variants), unit="turn", description="training in turn") as bar:
             for _ in range(rounds):
                 for name, process in processes.items():
-                    seconds[name].append(process.run(steps[name])["seconds"] / steps[name])
+                    answer = process.run(steps[name])
+                    seconds[name].append(answer["seconds"] / steps[name])
+                    memory[name] = answer["peak_bytes"]
                     time.sleep(QUIET_SECONDS)
                     bar.update()
         ready = {name: process.ready for name, process in processes.items()}
@@ -99,6 +105,7 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
         "tokens_per_second": {
             name: _spread([tokens / took for took in values]) for name, values in seconds.items()
         },
+        "peak_resident_bytes": memory,
         "float_peak_gflops": peak,
         "mfu": {
             name: flops_per_token(size, ready[name]["parameters"]) * tokens / np.median(values) / (1e9 * peak)
@@ -111,7 +118,7 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
 
 def side_by_side(sizes: list[str], rounds: int, python: str | None, json_file: Path | None) -> dict[str, Any]:
     """Compares at each size and writes what is known after each."""
-    variants = OURS | PLAIN_JAX | (TORCH | COMPILED if python else {})
+    variants = OURS | KEPT | PLAIN_JAX | (TORCH | COMPILED if python else {})
     figures: dict[str, Any] = {
         "rounds": rounds,
         "threads": kernel_threads(),
@@ -130,15 +137,17 @@ def table(name: str, figures: Mapping[str, Any]) -> str:
     lines = [f"{name}: {figures['size']['batch']} x {figures['size']['length']} tokens per step"]
     for who, speed in figures["tokens_per_second"].items():
         share = f", {100 * figures['mfu'][who]:.0f} % of the float32 peak" if figures["mfu"] else ""
-        lines.append(
-            f"  {who:26s} {speed['median']:8.0f} tokens/s [{speed['lowest']:.0f}, {speed['highest']:.0f}]{share}"
-        )
+        spread = f"[{speed['lowest']:.0f}, {speed['highest']:.0f}]"
+        memory = f"{figures['peak_resident_bytes'][who] / 1e6:.0f} MB"
+        lines.append(f"  {who:32s} {speed['median']:8.0f} tokens/s {spread}{share}, {memory}")
     return "\n".join(lines)
 
 
 def worker(who: str, recipe: str, size: Size) -> None:
     """Trains as many steps as each line of standard input says; prints one line of JSON when ready and after each."""
-    step, parameters = _ours(size, recipe) if who == "ours" else _plain_jax(size)
+    if who == "ours_kept":
+        keep_freed_memory()
+    step, parameters = _plain_jax(size) if who == "plain_jax" else _ours(size, recipe)
     for _ in range(2):
         jax.block_until_ready(step())
     print(json.dumps({"parameters": parameters, "version": jax.__version__}), flush=True)
@@ -146,7 +155,8 @@ def worker(who: str, recipe: str, size: Size) -> None:
         began = time.perf_counter()
         for _ in range(int(line)):
             loss = jax.block_until_ready(step())
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": float(loss)}), flush=True)
+        took = time.perf_counter() - began
+        print(json.dumps({"seconds": took, "loss": float(loss), "peak_bytes": peak_rss()}), flush=True)
 
 
 def _ours(size: Size, recipe: str) -> tuple[Callable[[], jax.Array], int]:

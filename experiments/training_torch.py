@@ -116,7 +116,10 @@ def main() -> None:
         began = time.perf_counter()
         for _ in range(int(line)):
             loss = step()
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}), flush=True)
+        took = time.perf_counter() - began
+        with open("/proc/self/status") as status:
+            peak = 1024 * int(status.read().partition("VmHWM:")[2].split()[0])
+        print(json.dumps({"seconds": took, "loss": loss, "peak_bytes": peak}), flush=True)
 
 
 if __name__ == "__main__":

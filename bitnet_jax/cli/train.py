@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from bitnet_jax.cli.shared import allow_download_argument, write_json
@@ -41,15 +42,23 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train from scratch: removes the run in the folder; refuses a folder that contains anything else",
     )
+    command.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="keep the memory that a step frees for the next one: faster on a CPU, and takes more memory (glibc only)",
+    )
     command.add_argument("--quiet", action="store_true", help="do not show progress")
     command.usage = "%(prog)s --config CONFIG --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"
 
 
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.data.text import DOWNLOAD_VARIABLE
+    from bitnet_jax.training.allocator import keep_freed_memory
     from bitnet_jax.training.config_file import load_config_file
     from bitnet_jax.training.loop import fit
 
+    if args.keep_memory and not keep_freed_memory():
+        print("--keep-memory: this system has no glibc; training without it", file=sys.stderr)
     if args.allow_download:
         os.environ[DOWNLOAD_VARIABLE] = "1"
     config = load_config_file(args.config, args.overrides)
