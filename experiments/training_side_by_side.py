@@ -143,6 +143,26 @@ def table(name: str, figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown(figures: Mapping[str, Any]) -> str:
+    """A table of all sizes: thousands of tokens a second with the range over rounds, share of the peak, memory."""
+    sizes = figures["sizes"]
+    lines = [
+        "| | " + " | ".join(f"{name}, tokens/s | peak | MB" for name in sizes) + " |",
+        "|---|" + "--:|--:|--:|" * len(sizes),
+    ]
+    for who in next(iter(sizes.values()))["tokens_per_second"]:
+        cells = []
+        for of_size in sizes.values():
+            speed, share = of_size["tokens_per_second"][who], of_size["mfu"] and of_size["mfu"][who]
+            cells += [
+                f"{speed['median']:.0f} [{speed['lowest']:.0f}, {speed['highest']:.0f}]",
+                "-" if share is None else f"{share:.2f}",
+                f"{of_size['peak_resident_bytes'][who] / 1e6:.0f}",
+            ]
+        lines.append(f"| {who} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def worker(who: str, recipe: str, size: Size) -> None:
     """Trains as many steps as each line of standard input says; prints one line of JSON when ready and after each."""
     if who == "ours_kept":
@@ -205,7 +225,11 @@ class _Process:
         self.process = subprocess.Popen(
             command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said
         )
-        self.ready = self._answer()
+        try:
+            self.ready = self._answer()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> _Process:
         return self

@@ -55,6 +55,7 @@ EVERYWHERE = {"", "optional_packages", "names", "progress"}
 TOUCH_KERNELS = {
     "nn.linear",
     "nn.products",
+    "nn.packed_gather",
     "nn.attention",
     "nn.embedding",
     "nn.head",

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.norms import Norm, projection_norm
+from bitnet_jax.nn.packed_gather import gathered
 from bitnet_jax.nn.products import sums_of_products
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import Quantized, floats
@@ -215,13 +216,13 @@ class BitLinear(nn.Module):
         weight, scale = self._weight_params(k)
         if precision.quantizes_weights:
             w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
+            format = precision.packed_format if precision.codes_fit_int8 else None
+            if format is not None:
+                w_quantized = _visible_nan(w_quantized)
+                codes = gathered(w_quantized.codes, format, self.name or "")
+                w_quantized = w_quantized._replace(codes=codes)
             return quantized_matmul(
-                x_quantized,
-                w_quantized,
-                self.dtype,
-                self.product,
-                precision.input_digits,
-                precision.packed_format if precision.codes_fit_int8 else None,
+                x_quantized, w_quantized, self.dtype, self.product, precision.input_digits, format
             )
         dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
         return dense(x_quantized.dequantize(), weight, dtype)

@@ -40,10 +40,16 @@ def split_by_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
     return _first_axis_split(table, (TENSOR,))
 
 
-def _first_axis_split(x: Array, axes: tuple[str, ...]) -> Array:
+def automatic_axes() -> dict[str, int]:
+    """The axes of the mesh in context along which XLA places arrays (not in a shard_map), and their devices."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = tuple(axis for axis in axes if kinds.get(axis) == AxisType.Auto)  # not in a shard_map
-    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+    return {axis: mesh.shape[axis] for axis, kind in kinds.items() if kind == AxisType.Auto}
+
+
+def _first_axis_split(x: Array, axes: tuple[str, ...]) -> Array:
+    sizes = automatic_axes()
+    axes = tuple(axis for axis in axes if axis in sizes)
+    if not axes or x.shape[0] % math.prod(sizes[axis] for axis in axes):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))

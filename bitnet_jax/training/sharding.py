@@ -4,7 +4,8 @@ The program is written for global arrays; shardings place them, and XLA inserts 
 statistics of a matrix are those of the global matrix, however it is sharded.
 
     data     replicates the model; splits the batch
-    fsdp     splits the batch too; parameters and optimizer state are sharded and gathered where they are used
+    fsdp     splits the batch too; parameters and optimizer state are sharded and gathered where they are used, those of
+             quantized layers as packed codes (nn/packed_gather.py)
     tensor   splits every layer: outputs of q, k, v, gate, up and the heads, inputs of o and down
 
 A single process with all its devices; multi-process runs are not supported.
@@ -21,10 +22,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from bitnet_jax.nn.packed_gather import SPLIT_BY_INPUTS
 from bitnet_jax.nn.placement import AXES, BATCH_AXES, FSDP, TENSOR
-
-# Their inputs are outputs of layers split by outputs, so only their partial sums cross devices (1909.08053).
-SPLIT_BY_INPUTS = ("o_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow(after=2)
 @pytest.mark.parametrize("architecture", MODELS)
 def test_every_architecture_round_trips_through_pack_save_and_load(architecture: str, tmp_path: Path) -> None:
     config = model_config({"architecture": architecture} | MODELS[architecture])

@@ -46,7 +46,7 @@ def test_top_k_keeps_the_k_largest(logits: np.ndarray, k: int) -> None:
     np.testing.assert_array_equal(np.asarray(filtered)[expected], logits[expected])
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(ANY_LOGITS, st.floats(0.01, 1))
 def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: np.ndarray, p: float) -> None:
     filtered = kept(sampling.keep_top_p(jnp.asarray(logits), p))
@@ -59,7 +59,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: np.ndarray, p: floa
         assert probability[mask].sum() - probability[least] < p + 1e-6
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(ANY_LOGITS, st.floats(0.01, 1))
 def test_min_p_keeps_tokens_above_the_relative_threshold(logits: np.ndarray, p: float) -> None:
     filtered = kept(sampling.keep_min_p(jnp.asarray(logits), p))

@@ -29,6 +29,7 @@ def config_of(recipe: str) -> ModelConfig:
 
 
 @pytest.mark.extended(after=1)
+@pytest.mark.slow(after=2)
 @pytest.mark.optimized
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_packed_model_equals_the_latent_one_bit_for_bit_and_survives_a_file(

@@ -1,0 +1,44 @@
+"""Training beside others: processes in turn, the committed table, and what a failed process says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import training_side_by_side as side_by_side
+from experiments.training_side_by_side import Size, compare, flops_per_token, markdown, table
+
+STUDY = Path(__file__).parents[2] / "experiments" / "studies" / "training_speed"
+TINY = Size(16, 32, 1, 2, batch=1, length=8)
+
+
+def test_the_operations_of_a_token_are_those_of_its_products() -> None:
+    hidden, ffn, layers, length = 128, 384, 5, 256
+    products = layers * (4 * hidden * hidden + 3 * hidden * ffn)
+    scores_and_mix = layers * 2 * hidden * (length / 2)  # a token sees half of the sequence on average
+    expected = 3 * 2 * (products + scores_and_mix)  # forward, and both gradients
+    assert flops_per_token(Size(hidden, ffn, layers, 4, 8, length), products) == pytest.approx(expected)
+
+
+@pytest.mark.extended
+def test_processes_train_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "TURN_SECONDS", 0.01)
+    figures = compare(TINY, side_by_side.OURS | side_by_side.PLAIN_JAX, 2, sys.executable)
+    names = ["bitnet_jax float32", "bitnet_jax ternary", "plain JAX float32"]
+    assert list(figures["tokens_per_second"]) == names
+    assert len(set(figures["parameters"].values())) == 1  # the same model
+    assert all(speed["lowest"] > 0 for speed in figures["tokens_per_second"].values())
+    assert all(name in table("tiny", figures) for name in names)
+
+
+def test_a_process_that_ends_is_an_error_with_its_last_words() -> None:
+    with pytest.raises(RuntimeError, match=r"PyTorch float32: the process ended: .*torch_is_not_here"):
+        side_by_side._Process("PyTorch float32", [sys.executable, "-c", "import torch_is_not_here"])
+
+
+def test_the_table_of_the_study_is_that_of_its_results() -> None:
+    for file in (STUDY / "results").glob("*.json"):
+        assert markdown(json.loads(file.read_text())) in (STUDY / "README.md").read_text(), file
