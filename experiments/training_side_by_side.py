@@ -223,7 +223,12 @@ class _Process:
         self.name = name
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the process; a pipe would fill up
         self.process = subprocess.Popen(
-            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said
+            command,
+            cwd=Path(__file__).parents[1],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
         )
         try:
             self.ready = self._answer()
