@@ -45,7 +45,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--keep-memory",
         action="store_true",
-        help="keep the memory that a step frees for the next one: faster on a CPU, and takes more memory (glibc only)",
+        help="keep the memory that a step frees for the next one: faster on a CPU, more memory (glibc only)",
     )
     command.add_argument("--quiet", action="store_true", help="do not show progress")
     command.usage = "%(prog)s --config CONFIG --workdir DIR [--config.SECTION.FIELD=VALUE ...] [options]"

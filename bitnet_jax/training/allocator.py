@@ -1,8 +1,8 @@
 """Memory that a training step frees is kept for the next one, where glibc allocates it.
 
 XLA takes the temporary arrays of a step from the C library and gives them back at the end of the step. By default glibc
-returns such large pieces to the system, which hands out fresh pages in the next step, each zeroed first: for small
-models an eighth of the time of a step and more.
+returns such large pieces to the system, which hands out fresh pages in the next step, each zeroed first. What that
+costs is measured in experiments/studies/training_speed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     """Keeps what this process frees, up to 2 GiB at a time; call it before JAX computes anything.
 
     One heap serves all threads and is neither mapped piece by piece nor trimmed, so the process also keeps the gaps
-    between its pieces: it takes more memory, half as much again was seen.
+    between its pieces: it takes more memory.
 
     Returns:
       False where there is no glibc, and nothing is changed.

@@ -17,7 +17,7 @@ COMPILERS = {
 }
 
 
-PROGRAMS = ("exactness", "float_exactness")
+PROGRAMS = ("exactness", "float_exactness", "training_exactness")
 
 
 @pytest.fixture(scope="module")

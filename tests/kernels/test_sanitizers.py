@@ -31,7 +31,7 @@ def test_the_sanitizers_report_nothing_for_the_arithmetic(
     objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
     for source, compiled in zip(sources, objects, strict=True):
         subprocess.run([*compiler, "-c", str(source), "-o", compiled], check=True, timeout=300)
-    for name in ("exactness", "sanitize", "float_exactness"):
+    for name in ("exactness", "sanitize", "float_exactness", "training_exactness"):
         program = str(tmp_path / name)
         source = str(Path(__file__).parent / f"{name}.cc")
         subprocess.run([*compiler, source, *objects, "-o", program], check=True, timeout=300)
