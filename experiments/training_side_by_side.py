@@ -79,6 +79,7 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
     tokens = size.batch * size.length
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     memory: dict[str, int] = {}
+    peaks: list[float] = []  # of every round: the clock of a shared machine changes
     with ExitStack() as stack:
         processes: dict[str, _Process] = {}
         for name, (who, recipe) in variants.items():
@@ -90,6 +91,7 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
         }
         with progress_bar(rounds * len(variants), unit="turn", description="training in turn") as bar:
             for _ in range(rounds):
+                peaks += filter(None, [float_peak_gflops()])
                 for name, process in processes.items():
                     answer = process.run(steps[name])
                     seconds[name].append(answer["seconds"] / steps[name])
@@ -97,7 +99,7 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
                     time.sleep(QUIET_SECONDS)
                     bar.update()
         ready = {name: process.ready for name, process in processes.items()}
-    peak = float_peak_gflops()
+    peak = float(np.median(peaks)) if peaks else None
     return {
         "size": size._asdict(),
         "parameters": {name: about["parameters"] for name, about in ready.items()},

@@ -75,7 +75,7 @@ void float_matmul(const FloatMatmulKernels& kernels, const FloatMatmul& p) {
     return;
   }
   static thread_local std::vector<float> kept_a, kept_b;  // from call to call: fresh pages would be faulted in
-  std::vector<float>&packed_a = kept_a, &packed_b = kept_b;
+  std::vector<float>&packed_a = kept_a, &packed_b = kept_b;  // those of this thread, for the others too
   const uint64_t mode = FloatMode::current();
   const bool serial = p.m * p.n * p.k < kSerialProducts;
   const auto loop = [&](int64_t items, const auto& body) {
