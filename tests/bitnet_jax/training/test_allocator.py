@@ -17,7 +17,7 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 step = jax.jit(lambda x: ((x @ x.T) @ x).sum())  # with a temporary array of 64 MB
 x = jnp.ones((4096, 16))
-for _ in range(3):
+for _ in range(10):  # until the heap has room for the arrays of two steps: one is freed while the next begins
     step(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
