@@ -14,11 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from bitnet_jax.nn.placement import FSDP, TENSOR, automatic_axes
+from bitnet_jax.nn.placement import FSDP, TENSOR, automatic_axes, matrix_axes
 from bitnet_kernels import FORMATS
-
-# Their inputs are outputs of layers split by outputs, so only their partial sums cross devices (1909.08053).
-SPLIT_BY_INPUTS = ("o_proj", "down_proj")
 
 
 def gathered(codes: Float[Array, "n k"], format: str, layer: str) -> Float[Array, "n k"]:
@@ -27,12 +24,12 @@ def gathered(codes: Float[Array, "n k"], format: str, layer: str) -> Float[Array
     Args:
       codes: integers that `format` holds; a NaN becomes one of them.
       format: a packed format, see bitnet_kernels.FORMATS.
-      layer: the name of the linear layer, by which its weight is split (training/sharding.py).
+      layer: the name of the linear layer, by which its weight is split (placement.matrix_axes).
     """
     sizes = automatic_axes()
     if sizes.get(FSDP, 1) == 1:
         return codes
-    axes = (FSDP, TENSOR) if layer in SPLIT_BY_INPUTS else (TENSOR, FSDP)
+    axes = matrix_axes(layer)
     per_byte = _fields_per_byte(format)
     packed_shape = codes.shape[0], codes.shape[1] // per_byte
     if codes.shape[1] % per_byte or any(

@@ -18,6 +18,15 @@ BATCH_AXES = (
 )  # a batch is split over both; fsdp also splits parameters, which are gathered for use
 
 
+# Their inputs are outputs of layers split by outputs, so only their partial sums cross devices (1909.08053).
+SPLIT_BY_INPUTS = ("o_proj", "down_proj")
+
+
+def matrix_axes(layer: str) -> tuple[str, str]:
+    """The mesh axes along which the rows and the columns of a linear layer's weight (or of a table) are split."""
+    return (FSDP, TENSOR) if layer in SPLIT_BY_INPUTS else (TENSOR, FSDP)
+
+
 def on_one_device() -> bool:
     """Whether no mesh in context has several devices, on which XLA would gather the operands of a custom call."""
     return jax.sharding.get_abstract_mesh().size <= 1

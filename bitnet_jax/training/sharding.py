@@ -22,8 +22,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from bitnet_jax.nn.packed_gather import SPLIT_BY_INPUTS
-from bitnet_jax.nn.placement import AXES, BATCH_AXES, FSDP, TENSOR
+from bitnet_jax.nn.placement import AXES, BATCH_AXES, matrix_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,9 +75,11 @@ def partition_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) ->
     if len(shape) != 2:
         return PartitionSpec()
     layer = path.split("/")[-2:][0]
-    axes = (FSDP, TENSOR) if layer in SPLIT_BY_INPUTS else (TENSOR, FSDP)
     return PartitionSpec(
-        *(axis if size % sizes[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
+        *(
+            axis if size % sizes[axis] == 0 else None
+            for axis, size in zip(matrix_axes(layer), shape, strict=True)
+        )
     )
 
 

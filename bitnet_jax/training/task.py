@@ -22,7 +22,7 @@ from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
 
-# Logits that are in memory together: 32 MB on a CPU, where small products are as fast, 512 MB elsewhere.
+# Most logits in memory at once: 32 MB on a CPU, 512 MB elsewhere, where small products leave a device idle.
 MOST_LOGITS = {"cpu": 2**23, "other": 2**27}
 
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "divide.h"
 #include "float_mode.h"
 #include "threads.h"
 
@@ -11,8 +12,6 @@ namespace bitnet {
 namespace {
 
 constexpr int64_t kBlockRows = 48;  // queries at a time: whole tiles of every instruction set
-
-int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // The keys [begin, end) that a query sees, with hidden ones among them or without.
 struct Range {

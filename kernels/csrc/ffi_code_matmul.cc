@@ -21,7 +21,7 @@ namespace {
 using Codes = ffi::Buffer<ffi::S8, 2>;
 using Sums = ffi::Buffer<ffi::F32, 3>;
 
-// A product of one group of inputs is a problem of its own.
+// Each scale group of inputs is multiplied as a separate problem.
 ffi::Error code_matmul_call(Codes x, Codes w, int64_t format, std::string_view isa, ffi::Result<Sums> y) {
   const int64_t groups = y->dimensions()[0], m = y->dimensions()[1], n = y->dimensions()[2], k = x.dimensions()[1];
   if (format < 0 || format >= static_cast<int64_t>(std::size(kFormats))) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "divide.h"
 #include "float_mode.h"
 #include "threads.h"
 
@@ -12,13 +13,9 @@ namespace {
 constexpr int64_t kPackedFloats = int64_t{2} << 20;     // of an operand, packed at a time: 8 MiB, shared by all threads
 constexpr int64_t kPackedColumns = 2048;                // at most, rows of b ...
 constexpr int64_t kPackedRows = 2048;                   // ... and of a
-constexpr int64_t kPackItem = 96;                       // rows of a, in a work item of packing
 constexpr int64_t kItemRows = 96;                       // rows of a, in a work item: 96 KiB for a chain, in L2
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kSerialProducts = int64_t{1} << 18;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // A part of the product whose operands are packed: rows [row, row_end) of a times rows [column, column_end) of b over
 // the inputs [begin, end).
@@ -75,7 +72,7 @@ void float_matmul(const FloatMatmulKernels& kernels, const FloatMatmul& p) {
     return;
   }
   static thread_local std::vector<float> kept_a, kept_b;  // from call to call: fresh pages would be faulted in
-  std::vector<float>&packed_a = kept_a, &packed_b = kept_b;  // those of this thread, for the others too
+  std::vector<float>&packed_a = kept_a, &packed_b = kept_b;  // of the caller: a thread_local in the lambdas would be that of the thread that runs them
   const uint64_t mode = FloatMode::current();
   const bool serial = p.m * p.n * p.k < kSerialProducts;
   const auto loop = [&](int64_t items, const auto& body) {
@@ -96,12 +93,12 @@ void float_matmul(const FloatMatmulKernels& kernels, const FloatMatmul& p) {
     kernels.pack_columns(p.b, column, std::min(columns, p.n - column), part.begin, part.end,
                          packed_b.data() + panel * columns * part.inputs());
   };
-  // By chains, so that the lines that hold a few rows of a tile each are still in cache for the next tile.
-  const int64_t pack_rows = round_up(kPackItem, rows);
+  // A work item packs by chains, so that the lines that hold a few rows of a tile each are still in cache for the next tile.
+  const int64_t item_rows = round_up(kItemRows, rows);
   const auto pack_a = [&](const Part& part, int64_t item) {
-    const int64_t chains = divide_up(part.inputs(), kChain), first = part.row + item / chains * pack_rows;
+    const int64_t chains = divide_up(part.inputs(), kChain), first = part.row + item / chains * item_rows;
     const int64_t begin = part.begin + item % chains * kChain, end = std::min(part.end, begin + kChain);
-    for (int64_t row = first; row < std::min(part.row_end, first + pack_rows); row += rows) {
+    for (int64_t row = first; row < std::min(part.row_end, first + item_rows); row += rows) {
       if (in_place(kernels, p, row)) continue;
       float* const to = packed_a.data() + (row - part.row) * part.inputs() + (begin - part.begin) * rows;
       kernels.pack_rows(p.a, row, std::min(rows, p.m - row), begin, end, to);
@@ -109,12 +106,12 @@ void float_matmul(const FloatMatmulKernels& kernels, const FloatMatmul& p) {
   };
   const auto multiply_all = [&](const Part& part, bool with_b) {
     const int64_t panels = divide_up(part.column_end - part.column, columns);
-    const int64_t a_items = divide_up(part.row_end - part.row, pack_rows) * divide_up(part.inputs(), kChain);
+    const int64_t a_items = divide_up(part.row_end - part.row, item_rows) * divide_up(part.inputs(), kChain);
     packed_a.resize(round_up(part.row_end - part.row, rows) * part.inputs());
     packed_b.resize(panels * columns * part.inputs());
     const int64_t b_items = with_b ? panels : 0;
     loop(a_items + b_items, [&](int64_t item) { item < b_items ? pack_b(part, item) : pack_a(part, item - b_items); });
-    const int64_t item_rows = round_up(kItemRows, rows), row_blocks = divide_up(part.row_end - part.row, item_rows);
+    const int64_t row_blocks = divide_up(part.row_end - part.row, item_rows);
     const int64_t pieces = std::min(panels, divide_up(kItemsPerThread * thread_count(), row_blocks));
     const int64_t step = divide_up(panels, pieces) * columns, runs = divide_up(panels * columns, step);
     loop(row_blocks * runs, [&](int64_t item) {

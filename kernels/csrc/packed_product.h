@@ -8,11 +8,10 @@
 #include <functional>
 #include <vector>
 
+#include "divide.h"
 #include "integer_matmul.h"
 
 namespace bitnet {
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The rows of x with every group padded to the blocks of one matrix, and their sums.
 struct Rows {

@@ -227,7 +227,7 @@ def test_the_backward_pass_keeps_one_byte_per_code(product: str) -> None:
 
 
 @pytest.mark.parametrize("product", ["float", "int8"])
-def test_a_scan_over_layers_saves_three_bytes_per_code(product: str) -> None:
+def test_a_scan_over_layers_keeps_one_byte_per_code(product: str) -> None:
     rows, width, layers = 512, 128, 8
 
     module = BitLinear(width, TERNARY, product=product)
