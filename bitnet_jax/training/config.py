@@ -113,6 +113,11 @@ CHANGEABLE_ON_RESUME = frozenset(
     f"training.{name}"
     for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
 )
+# Sections that say where a run is computed, not what; they are not part of a run's identity.
+WHERE_COMPUTED = ("mesh",)
+# Settings that did not exist when runs and results were recorded: the hash leaves them out while they have their
+# default, so that it does not change.
+ADDED_LATER = {"data": ("skip_bad_files",)}
 TASK_NAMES = ("language", "images", "text_classification")
 
 
@@ -284,11 +289,13 @@ def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) 
 
 def _hashed_fields(config: RunConfig) -> dict[str, Any]:
     fields = config.to_dict()
-    del fields["mesh"]  # only where the run is computed
-    if not fields["data"][
-        "skip_bad_files"
-    ]:  # added later: hashes of existing runs and results must not change
-        del fields["data"]["skip_bad_files"]
+    for section in WHERE_COMPUTED:
+        del fields[section]
+    for section, names in ADDED_LATER.items():
+        default = type(getattr(config, section))()
+        for name in names:
+            if fields[section][name] == getattr(default, name):
+                del fields[section][name]
     return fields
 
 
