@@ -1,5 +1,8 @@
 """Batches of a token stream or of labelled examples. A batch depends only on its step, so resuming needs no state.
 
+`batch(step, rows)` is the given rows of `batch(step)`, computed alone: a process that trains on some rows of a batch
+reads only those.
+
 A stream of N tokens has N - 1 predictions: input i is token i, its target is token i + 1. A window of length T
 holds T of them. Shapes: B batch size, T window length.
 
@@ -18,6 +21,7 @@ import numpy as np
 from bitnet_jax.data.errors import DataError, check_number
 
 SAMPLINGS = ("epoch", "windows")
+EVERY_ROW = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +68,8 @@ class TokenBatches:
             return (_random_words(self.seed, step, self.batch_size) % np.uint64(positions)).astype(np.int64)
         return _epoch_slice(self.seed, step, self.batch_size, self.windows) * self.length
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        return _cut(self.tokens, self.starts(step), self.length)
+    def batch(self, step: int, rows: slice = EVERY_ROW) -> dict[str, np.ndarray]:
+        return _cut(self.tokens, self.starts(step)[rows], self.length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +93,9 @@ class ExampleBatches:
     def count(self) -> int:
         return len(next(iter(self.examples.values()), ()))
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int, rows: slice = EVERY_ROW) -> dict[str, np.ndarray]:
         _check(step=step)
-        chosen = _epoch_slice(self.seed, step, self.batch_size, self.count)
+        chosen = _epoch_slice(self.seed, step, self.batch_size, self.count)[rows]
         return {name: array[chosen] for name, array in self.examples.items()}
 
 

@@ -31,7 +31,8 @@ class Task(NamedTuple):
 
     init: Callable[[PRNGKeyArray], Mapping[str, PyTree]]  # key -> variables: "params" and other collections
     loss: LossFunction
-    train_batch: Callable[[int], Batch]  # number of updates done -> batch of the next one
+    # (number of updates done, rows=slice(None)) -> these rows of the batch of the next one
+    train_batch: Callable[..., Batch]
     tokens: int  # targets per training batch
     evaluate: Callable[[Mapping[str, PyTree]], dict[str, float]]  # variables -> metrics, including "loss"
     precisions: Mapping[str, Precision]

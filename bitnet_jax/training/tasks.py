@@ -19,6 +19,7 @@ from bitnet_jax.data import (
     load_labelled_text,
     whole_batches,
 )
+from bitnet_jax.data.batches import EVERY_ROW
 from bitnet_jax.evaluation.classifiers import score_classifier
 from bitnet_jax.models import Architecture, init_variables
 from bitnet_jax.training.config import RunConfig
@@ -73,7 +74,7 @@ def text_task(config: RunConfig) -> Task:
     teacher = make_teacher(config.distillation, model)
     return task._replace(
         loss=distilled_loss(model.module(), config.distillation),
-        train_batch=lambda step: teacher(task.train_batch(step)),
+        train_batch=lambda step, rows=EVERY_ROW: teacher(task.train_batch(step, rows)),
     )
 
 

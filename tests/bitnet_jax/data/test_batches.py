@@ -65,6 +65,18 @@ def test_a_batch_depends_only_on_seed_and_step(sampling: str) -> None:
     assert any((in_order[step] != in_order[step + 1250]).any() for step in range(3))
 
 
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(2, 4), slice(1, 2), slice(3, 3)])
+def test_rows_of_a_batch_are_those_of_the_whole_batch(rows: slice) -> None:
+    tokens = stream(1001)
+    batches = [TokenBatches(tokens, 10, 4, seed=1, sampling=name) for name in ("epoch", "windows")]
+    for made in (*batches, ExampleBatches(EXAMPLES, 4, seed=1)):
+        for step in (0, 2, 24):  # the last one spans two epochs of 25 steps
+            whole, part = made.batch(step), made.batch(step, rows)
+            assert whole.keys() == part.keys()
+            for name, array in whole.items():
+                np.testing.assert_array_equal(part[name], array[rows])
+
+
 def test_the_order_is_pinned() -> None:
     """A run resumed under another NumPy, or another version of the code, must see the same batches."""
     tokens = stream(1001)
