@@ -41,6 +41,7 @@ from bitnet_jax.cli.shared import check_json_target, use_threads
 from bitnet_jax.inference.startup import collect_less, use_compilation_cache
 from bitnet_jax.names import check_name, suggestion
 
+INVALID = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 OWN_PACKAGES = ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
 RESEND_SECONDS = (
@@ -72,18 +73,24 @@ def console() -> NoReturn:
 
     After an interrupt the process ends without Python's finalization. The traceback of the interrupt may live until
     then and refer to JAX's extension modules, whose deallocation crashes (SIGSEGV in nanobind's nb_module_free,
-    jaxlib 0.10).
+    jaxlib 0.10). So does one of several processes of a run if it fails: otherwise it waits for the others, and they for
+    it.
     """
     try:
         code = main()
     except KeyboardInterrupt:  # before the work: while the parser is built
         code = _interrupted()
-    if code == INTERRUPTED:
+    if code == INTERRUPTED or (code == INVALID and _one_of_several()):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _one_of_several() -> bool:
+    jax = sys.modules.get("jax")  # not imported here only to ask
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,7 +176,7 @@ def exit_code(run: Callable[[], int], *, debug: bool = False) -> int:
         if debug or not _is_user_error(error):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return INVALID
 
 
 def _interrupted() -> int:

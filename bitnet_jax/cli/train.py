@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.data.text import DOWNLOAD_VARIABLE
     from bitnet_jax.training.allocator import keep_freed_memory
     from bitnet_jax.training.config_file import load_config_file
+    from bitnet_jax.training.distributed import is_first
     from bitnet_jax.training.loop import fit
 
     if args.keep_memory and not keep_freed_memory():
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ[DOWNLOAD_VARIABLE] = "1"
     config = load_config_file(args.config, args.overrides)
     result = fit(config.to_dict(), args.workdir, progress=not args.quiet, overwrite=args.overwrite)
-    write_json(args.json, result)
-    print(json.dumps(result, indent=2))
+    if is_first():
+        write_json(args.json, result)
+        print(json.dumps(result, indent=2))
     return 0 if result["status"] == "finished" else 1

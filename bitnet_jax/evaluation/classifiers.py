@@ -20,6 +20,7 @@ from bitnet_jax.evaluation.language import token_nats
 from bitnet_jax.evaluation.result import Result
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import Architecture
+from bitnet_jax.nn.placement import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,8 @@ def _measure(
     mask: dict[str, Any] = {"mask": batch["mask"]} if "mask" in batch else {}
     output: Any = config.module().apply(variables, batch["inputs"], **mask)
     logits, weights = output.logits, batch["weights"]
-    return jnp.sum(weights * token_nats(logits, batch["targets"])), jnp.argmax(logits, axis=-1)
+    nats = jnp.sum(weights * token_nats(logits, batch["targets"]))
+    return whole(nats), whole(jnp.argmax(logits, axis=-1))
 
 
 def score_classifier(

@@ -27,6 +27,7 @@ from bitnet_jax.data.errors import DataError
 from bitnet_jax.inference.limits import warn_beyond_training
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig, Transformer
+from bitnet_jax.nn.placement import whole
 
 Apply = Callable[[Any, Int[Array, "B T"]], Float[Array, "B T V"]]
 
@@ -76,7 +77,7 @@ def _window_nats(
     scored: Bool[Array, "B T"],
 ) -> Float[Array, " B"]:
     # Not a product: 0 * inf would be NaN for unscored targets with probability 0.
-    return jnp.sum(jnp.where(scored, token_nats(apply(variables, inputs), targets), 0.0), axis=-1)
+    return whole(jnp.sum(jnp.where(scored, token_nats(apply(variables, inputs), targets), 0.0), axis=-1))
 
 
 def evaluate(

@@ -49,6 +49,11 @@ def split_by_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
     return _first_axis_split(table, (TENSOR,))
 
 
+def whole(x: Array) -> Array:
+    """Constrains x to be whole on every device, so that every process of a run can read it."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if automatic_axes() else x
+
+
 def automatic_axes() -> dict[str, int]:
     """The axes of the mesh in context along which XLA places arrays (not in a shard_map), and their devices."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -3,29 +3,36 @@
     <folder>/<step>/{variables, optimizer, meta}
 
 Orbax writes under a temporary name and renames, so a killed process leaves no partial checkpoint. It does not
-detect flipped bits in the stored arrays, so `meta` also holds a CRC-32 of every array. Saving runs in the
-background; its errors are raised by the next `save`, `wait` or `close`.
+detect flipped bits in the stored arrays, so `meta` also holds a checksum of every array (checksums.py). Saving runs in
+the background; its errors are raised by the next `save`, `wait` or `close`.
+
+With several processes (distributed.py) all make the same calls; each writes and reads its own parts of the arrays, and
+another number of processes can restore the checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from bitnet_jax.training.checksums import checksums, crc32s
+from bitnet_jax.training.distributed import OtherProcessFailed, everywhere, is_alone
+
 logger = logging.getLogger(__name__)
 
 TEMPORARY = "*.orbax-checkpoint-tmp*"
+CHECKSUMS = "checksums"  # in meta; before, "crc32"
 
 
 class CheckpointError(RuntimeError):
@@ -92,6 +99,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not is_alone():
+            return  # closing would wait for the other processes, which may be gone
         try:
             self.close()
         except CheckpointError:
@@ -116,12 +125,11 @@ class Checkpoints:
           CheckpointError: this save or the previous one failed: disk full, no write permission, ...
         """
         self.wait()
-        # An actual copy: on CPU a host view shares the buffer, and the next update could not reuse it in place.
         trees = {
-            name: jax.tree.map(lambda x: np.array(x, copy=True), _flat(tree))
+            name: {key: _detached(leaf) for key, leaf in _flat(tree).items()}
             for name, tree in (("variables", variables), ("optimizer", opt_state))
         }
-        meta = {**meta, "step": step, "crc32": {name: _checksums(tree) for name, tree in trees.items()}}
+        meta = {**meta, "step": step, CHECKSUMS: {name: checksums(tree) for name, tree in trees.items()}}
         items = ocp.args.Composite(
             meta=ocp.args.JsonSave(meta),
             **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
@@ -180,12 +188,13 @@ class Checkpoints:
             )
         wanted = {"variables": variables} | ({} if opt_state is None else {"optimizer": opt_state})
         args = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in wanted.items()}
-        meta = self._read(step, {"meta": ocp.args.JsonRestore()})["meta"]
+        meta = everywhere(partial(self._read, step, {"meta": ocp.args.JsonRestore()}))["meta"]
         check(meta)
-        read = self._read(step, args)
+        read = everywhere(partial(self._read, step, args))
         try:
+            method = checksums if CHECKSUMS in meta else crc32s
             for name in wanted:
-                found, expected = _checksums(read[name]), meta["crc32"][name]
+                found, expected = method(read[name]), meta[CHECKSUMS if CHECKSUMS in meta else "crc32"][name]
                 wrong = sorted(key for key in found if found[key] != expected.get(key))
                 if wrong:
                     raise ValueError(
@@ -222,10 +231,12 @@ class Checkpoints:
         while self.steps():
             try:
                 return self.restore(variables, opt_state, check=check)
-            except CheckpointError as error:
+            except (CheckpointError, OtherProcessFailed) as error:
                 step = self.steps()[-1]
-                moved_to = self._move_to_damaged(step)
-                logger.warning("%s. Moved it to %s; trying the previous checkpoint.", error, moved_to)
+                target = self.folder.parent / "damaged" / str(step)
+                everywhere(partial(self._move, step, target), only_first=True)
+                self._manager.reload()
+                logger.warning("%s. Moved it to %s; trying the previous checkpoint.", error, target)
                 damaged.append(step)
         if damaged:
             raise CheckpointError(
@@ -234,13 +245,10 @@ class Checkpoints:
             )
         return None
 
-    def _move_to_damaged(self, step: int) -> Path:
-        target = self.folder.parent / "damaged" / str(step)
+    def _move(self, step: int, target: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         (self.folder / str(step)).rename(target)
-        self._manager.reload()
-        return target
 
 
 def _loss(metrics: Mapping[str, float]) -> float:
@@ -255,6 +263,13 @@ def _flat(tree: PyTree) -> dict[str, Any]:
     }
 
 
+def _detached(leaf: Any) -> jax.Array:
+    """The array in memory of its own on a CPU, where Orbax would write from the buffer that the next update reuses;
+    from other devices it copies before `save` returns."""
+    array = jnp.asarray(leaf)
+    return jnp.copy(array) if next(iter(array.devices())).platform == "cpu" else array
+
+
 def _abstract(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -264,13 +279,6 @@ def _abstract(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
         )
 
     return {key: describe(leaf) for key, leaf in _flat(tree).items()}
-
-
-def _checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
-    return {
-        key: zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-        for key, leaf in leaves.items()
-    }
 
 
 def _one_line(error: BaseException) -> str:

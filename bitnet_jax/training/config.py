@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from bitnet_jax.models import Architecture, ModelConfig, model_config
 from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import LARGEST
+from bitnet_jax.training.distributed import DistributedConfig
 from bitnet_jax.training.optimizers import OptimizerConfig
 from bitnet_jax.training.sharding import MeshConfig
 
@@ -114,7 +115,7 @@ CHANGEABLE_ON_RESUME = frozenset(
     for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
 )
 # Sections that say where a run is computed, not what; they are not part of a run's identity.
-WHERE_COMPUTED = ("mesh",)
+WHERE_COMPUTED = ("mesh", "distributed")
 # Settings that did not exist when runs and results were recorded: the hash leaves them out while they have their
 # default, so that it does not change.
 ADDED_LATER = {"data": ("skip_bad_files",)}
@@ -139,6 +140,7 @@ class RunConfig:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
@@ -228,6 +230,7 @@ class RunConfig:
             "training": TrainingConfig,
             "evaluation": EvaluationConfig,
             "mesh": MeshConfig,
+            "distributed": DistributedConfig,
             "distillation": DistillationConfig,
         }
         known = [field.name for field in dataclasses.fields(cls)]
@@ -265,7 +268,7 @@ class RunConfig:
         return cls.from_dict(fields)
 
     def hash(self) -> str:
-        """12 hex digits that identify these settings except the mesh; stable across processes."""
+        """12 hex digits that identify these settings except WHERE_COMPUTED; stable across processes."""
         canonical = RunConfig.from_dict(self.to_dict())  # 1 and 1.0 in a float field are the same setting
         settings = json.dumps(_hashed_fields(canonical), indent=2, sort_keys=True) + "\n"
         return hashlib.sha256(settings.encode()).hexdigest()[:12]
@@ -277,7 +280,7 @@ def data_config(fields: Mapping[str, Any]) -> DataConfig:
 
 
 def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) -> list[str]:
-    """`section.field: value in a, value in b` for every setting that differs, except the mesh and `ignored`."""
+    """`section.field: value in a, value in b` for every setting that differs, except WHERE_COMPUTED and `ignored`."""
     flat_a, flat_b = _flatten(_hashed_fields(a)), _flatten(_hashed_fields(b))
     names = sorted((flat_a.keys() | flat_b.keys()) - set(ignored))
     return [

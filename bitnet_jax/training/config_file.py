@@ -4,21 +4,26 @@
 
 The file's `get_config(variant="...")` returns an `ml_collections.ConfigDict`. A config file is executed as Python:
 load only trusted files. Overrides are parsed by ml_collections' flag parser, without absl's global flags: an
-override must name an existing field and keep its type. Every error is one line. Named configs are the files of the
-installed package `bitnet_experiments.configs`.
+override must name a field and keep its type; the file need not list fields that have a default. Every error is one
+line. Named configs are the files of the installed package `bitnet_experiments.configs`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
+from bitnet_jax.models import ModelConfig
 from bitnet_jax.names import check_name, suggestion
+from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.python_file import load_python_file, one_line_errors
 
 
@@ -94,8 +99,29 @@ def load_config_file(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             f"got {type(config).__name__} from {spec}, expected get_config to return a ConfigDict"
         )
     for override in overrides:
+        _add_default(config, override)
         _check_path(config, override)
     return _apply_overrides(config, overrides)
+
+
+def _add_default(config: ConfigDict, override: str) -> None:
+    """Adds the field that an override names, with its default, if it exists and only the file lacks it."""
+    section, _, name = override.partition("=")[0].removeprefix("--config.").partition(".")
+    kinds: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
+    kind = ModelConfig if section == "model" and "model" in config else kinds.get(section)
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        return
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    fields = config.get(section, ConfigDict())
+    if name not in defaults or not isinstance(fields, ConfigDict) or name in fields:
+        return
+    hint = typing.get_type_hints(kind)[name]
+    (value_type, *others) = (part for part in typing.get_args(hint) or (hint,) if part is not type(None))
+    if others or value_type not in (bool, int, float, str) or defaults[name] is dataclasses.MISSING:
+        return
+    fields[name] = placeholder(value_type)  # gives it a type; the default may be None
+    fields[name] = defaults[name]
+    config[section] = fields
 
 
 def _check_path(config: ConfigDict, override: str) -> None:

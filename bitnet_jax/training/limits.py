@@ -59,17 +59,20 @@ def parameters(model: Architecture) -> int:
 
 
 def memory_bytes(config: RunConfig) -> int:
-    """Total memory of the devices in the run's mesh; on CPU that of the machine or, if smaller, its cgroup."""
-    mesh = config.mesh
-    devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
+    """Total memory of the devices in the run's mesh; on CPU that of the machine or, if smaller, its cgroup.
+
+    Several processes are taken to be on machines of their own, like this one.
+    """
+    mesh, processes = config.mesh, jax.process_count()
+    devices = jax.local_devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     if devices[0].platform != "cpu" and all(limits):
-        return sum(limit for limit in limits if limit)
+        return processes * sum(limit for limit in limits if limit)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in map(Path, CGROUP_LIMITS):
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
             machine = min(machine, int(limit.read_text()))
-    return machine
+    return processes * machine
 
 
 def _model(config: RunConfig) -> Architecture:

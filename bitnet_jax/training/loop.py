@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import math
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,14 @@ from bitnet_jax.progress import progress_bar
 from bitnet_jax.quantization.ste import ANNEALED
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.distributed import (
+    AnyProcess,
+    connect,
+    everywhere,
+    is_alone,
+    is_first,
+    lost_process,
+)
 from bitnet_jax.training.interrupt import Interrupted, StopRequest, stop_on_signals
 from bitnet_jax.training.limits import check_trainable
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
@@ -39,9 +48,9 @@ from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.recorder import Diverged, Recorder
 from bitnet_jax.training.run_folder import EXTENDED_FROM, RunError, RunFolder
 from bitnet_jax.training.sharding import (
-    batch_sharding,
     make_mesh,
     needs_synchronous_dispatch,
+    place_batch,
     state_shardings,
     with_shardings,
 )
@@ -77,26 +86,41 @@ def fit(
         or too few devices for the mesh. The folder is left unchanged.
       RunError, CheckpointError: the folder holds another run or only damaged checkpoints, or cannot be written.
       Interrupted: SIGINT or SIGTERM was received; the run is saved and can be resumed.
+      OtherProcessFailed: another of several processes failed or was lost.
     """
     if not isinstance(config, RunConfig):
         config = RunConfig.from_dict(config)
+    connect(config.distributed)
     folder = RunFolder(workdir)
-    if overwrite:
-        folder.check_overwritable()
-    elif (result := folder.result_under(config)) is not None:
+    result = everywhere(partial(_finished, folder, config, overwrite), only_first=True)
+    if result is not None:
         return result
     check_trainable(config)
-    problem = (task or TASKS[config.task])(config)
-    with folder.training(config, overwrite=overwrite) as result:
+    problem = everywhere(partial(task or TASKS[config.task], config))
+    with contextlib.ExitStack() as stack:
+        lock = folder.training(config, overwrite=overwrite)
+        result = everywhere(partial(stack.enter_context, lock), only_first=True)
         return train(problem, config, folder, progress) if result is None else result
+
+
+def _finished(folder: RunFolder, config: RunConfig, overwrite: bool) -> dict[str, Any] | None:
+    """The result of a completed run, unless it is to be overwritten."""
+    if overwrite:
+        folder.check_overwritable()
+        return None
+    return folder.result_under(config)
 
 
 def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = True) -> dict[str, Any]:
     """`fit` for any task. The caller must be inside `folder.training(config)`, which yielded no result."""
-    if task.tokenizer is not None:
-        folder.write_tokenizer(task.tokenizer)
-    if task.classes is not None:
-        folder.write_classes(task.classes)
+
+    def write() -> None:
+        if task.tokenizer is not None:
+            folder.write_tokenizer(task.tokenizer)
+        if task.classes is not None:
+            folder.write_classes(task.classes)
+
+    everywhere(write, only_first=True)
     try:
         result = _train(task, config, folder, progress)
     except OSError as error:
@@ -104,7 +128,7 @@ def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = Tru
             f"cannot write in {folder.path}: {error.strerror or error}; free disk space or fix permissions, then "
             "start again to resume from the last checkpoint"
         ) from error
-    folder.write_result(result)
+    everywhere(partial(folder.write_result, result), only_first=True)
     return result
 
 
@@ -132,7 +156,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
     )
 
     def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        batch = jax.device_put(task.train_batch(step), batch_sharding(mesh))
+        batch = place_batch(partial(task.train_batch, step), config.data.batch_size, mesh)
         advanced = update(state, batch, key)
         return jax.block_until_ready(advanced) if needs_synchronous_dispatch(mesh) else advanced
 
@@ -145,28 +169,38 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         )
         state, meta = _start(fresh, shapes, checkpoints, task, folder, config)
         first = int(state.step)
-        folder.result.unlink(missing_ok=True)  # left from the shorter run
-        folder.write_config(config, meta[EXTENDED_FROM])
-        board = folder.path / "tensorboard" if training.tensorboard else None
-        log = stack.enter_context(MetricsLog(folder.metrics, resume_step=first, tensorboard=board))
+        everywhere(partial(_write_settings, folder, config, meta), only_first=True)
+        board = folder.path / "tensorboard" if training.tensorboard and is_first() else None
+        metrics = folder.metrics if is_first() else None
+        log = stack.enter_context(MetricsLog(metrics, resume_step=first, tensorboard=board))
+        shown = progress and is_first()
         bar = stack.enter_context(
-            progress_bar(training.steps, unit="step", description=name, initial=first, show=progress)
+            progress_bar(training.steps, unit="step", description=name, initial=first, show=shown)
         )
         recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
-        run = _Run(task, config, folder, checkpoints, log, recorder, stop_request, meta, began)
-        if first == training.steps and not _evaluated(folder.metrics, first):
-            run.evaluate_and_checkpoint(state, first, saves=False)  # steps was lowered to the step reached
-        step, problem = run.updates(state, first, advance)
-        checkpoints.wait()
+        stops = AnyProcess(mesh)
+        run = _Run(task, config, folder, checkpoints, log, recorder, stop_request, stops, meta, began)
+        try:
+            if first == training.steps and not everywhere(
+                partial(_evaluated, folder.metrics, first), only_first=True
+            ):
+                run.evaluate_and_checkpoint(
+                    state, first, saves=False
+                )  # steps was lowered to the step reached
+            step, problem = run.updates(state, first, advance)
+            checkpoints.wait()
+        except jax.errors.JaxRuntimeError as error:
+            if is_alone():
+                raise
+            raise lost_process(error) from error
         kept = max(checkpoints.steps(), default=0)
 
     if problem is not None:
-        print(f"stopped: {problem}; the last good checkpoint is at step {kept}", file=sys.stderr)
+        _tell(f"stopped: {problem}; the last good checkpoint is at step {kept}")
     elif step < training.steps:
-        signal = stop_request.signal
-        assert signal is not None  # nothing else ends the loop early
-        print(f"{signal.name}: saved step {step} of {training.steps}; start again to resume", file=sys.stderr)
-        raise Interrupted(128 + signal)
+        received = stop_request.signal or signal.SIGTERM  # it may have reached another process only
+        _tell(f"{received.name}: saved step {step} of {training.steps}; start again to resume")
+        raise Interrupted(128 + received)
     return {
         "status": "finished" if problem is None else "diverged",
         "message": None if problem is None else str(problem),
@@ -200,6 +234,7 @@ class _Run:
     log: MetricsLog
     recorder: Recorder
     stop_request: StopRequest
+    stops: AnyProcess
     meta: dict[str, Any]  # of the checkpoint it resumed from, see _start
     began: float  # time.monotonic() when this process started the run
 
@@ -228,7 +263,8 @@ class _Run:
                 if in_flight is not None:
                     self.recorder.update(*in_flight)
                 in_flight = (step, metrics)
-                stop, last = self.stop_request.signal is not None, step == training.steps
+                stop = self.stops(self.stop_request.signal is not None)
+                last = step == training.steps
                 evaluates = last or step % training.eval_every == 0
                 saves = last or stop or step % training.checkpoint_every == 0
                 if evaluates or saves:
@@ -284,11 +320,22 @@ def _start(
     earlier, before = restored.meta.get(EXTENDED_FROM, []), restored.meta["config"]["training"]["steps"]
     if before != config.training.steps:
         earlier = [*earlier, before]
-        print(_extension_notice(config, task, before, restored.step), file=sys.stderr)
+        _tell(_extension_notice(config, task, before, restored.step))
     step = jax.device_put(jnp.int32(restored.step), shapes.step.sharding)
     model_state = {name: part for name, part in restored.variables.items() if name != "params"}
     state = TrainState(step, restored.variables["params"], restored.opt_state, model_state)
     return state, restored.meta | {EXTENDED_FROM: earlier}
+
+
+def _write_settings(folder: RunFolder, config: RunConfig, meta: Mapping[str, Any]) -> None:
+    folder.result.unlink(missing_ok=True)  # left from the shorter run
+    folder.write_config(config, meta[EXTENDED_FROM])
+
+
+def _tell(line: str) -> None:
+    """Print a line on stderr, once for all processes."""
+    if is_first():
+        print(line, file=sys.stderr)
 
 
 def _extension_notice(config: RunConfig, task: Task, before: int, step: int) -> str:

@@ -42,6 +42,7 @@ class MetricsLog:
     Rows after `resume_step` are dropped first, since the run measures them again. Rows are on disk after `flush`.
 
     Args:
+      path: None drops the rows: in all processes of a run but the first.
       tensorboard: folder in which scalars are also written in TensorBoard format (optional package tensorboardX).
 
     Raises:
@@ -49,10 +50,11 @@ class MetricsLog:
       ValueError: tensorboard is given but tensorboardX is not installed.
     """
 
-    def __init__(self, path: Path, *, resume_step: int = 0, tensorboard: Path | None = None):
-        if path.exists():
+    def __init__(self, path: Path | None, *, resume_step: int = 0, tensorboard: Path | None = None):
+        if path is not None and path.exists():
             _rewrite(path, [row for row in read_metrics(path) if row["step"] <= resume_step])
         self._board = None if tensorboard is None else _tensorboard(tensorboard, resume_step)
+        path = Path(os.devnull) if path is None else path
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> MetricsLog:

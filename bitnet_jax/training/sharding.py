@@ -8,19 +8,20 @@ statistics of a matrix are those of the global matrix, however it is sharded.
              quantized layers as packed codes (nn/packed_gather.py)
     tensor   splits every layer: outputs of q, k, v, gate, up and the heads, inputs of o and down
 
-A single process with all its devices; multi-process runs are not supported.
+The devices are those of all processes of the run (distributed.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from bitnet_jax.nn.placement import AXES, BATCH_AXES, matrix_axes
 
@@ -52,7 +53,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The first devices (default: of all devices) as a mesh with the axes data, fsdp and tensor.
 
     Raises:
-      ValueError: fewer devices than the config requires.
+      ValueError: fewer devices than the config requires, or with several processes also more: each takes part with all
+        its devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.astuple(config)
@@ -61,6 +63,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh: got data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}, which is {needed} devices, "
             f"expected at most the {len(devices)} available ({devices[0].platform}); use fewer, or try it with "
             f"JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+        )
+    if (processes := jax.process_count()) > 1 and needed < len(devices):
+        raise ValueError(
+            f"mesh: got data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}, which is {needed} devices, "
+            f"expected all {len(devices)} devices of the {processes} processes; raise mesh.data or mesh.fsdp, or start "
+            "fewer processes"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
 
@@ -99,6 +107,31 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every array of a batch: first axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def place_batch(batch: Callable[..., Mapping[str, Any]], size: int, mesh: Mesh) -> dict[str, Array]:
+    """The arrays of a batch on the devices of a mesh. Of several processes each reads only the rows of its devices.
+
+    Args:
+      batch: returns the arrays of the whole batch, or of the range of rows given as `rows`.
+      size: B, the rows of the whole batch.
+    """
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch()), sharding)
+    indices = sharding.addressable_devices_indices_map((size,)).values()
+    ranges = [index[0].indices(size) for index in indices if index is not None]
+    first, last = min(start for start, _, _ in ranges), max(stop for _, stop, _ in ranges)
+
+    def place(rows: np.ndarray) -> Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # no device lacks rows
+            start, stop, _ = index[0].indices(size)
+            return rows[start - first : stop - first]
+
+        return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, part)
+
+    return {name: place(np.asarray(array)) for name, array in batch(rows=slice(first, last)).items()}
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:

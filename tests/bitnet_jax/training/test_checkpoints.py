@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,23 @@ def test_round_trip_is_bit_identical(two: Path) -> None:
     assert bits(restored.variables) == bits(params)
     assert bits(restored.opt_state) == bits(OPTIMIZER.init(params))
     assert jax.tree.structure(restored.opt_state) == jax.tree.structure(OPTIMIZER.init(params))
+
+
+def test_checkpoints_of_earlier_versions_have_a_crc32_of_every_array(two: Path) -> None:
+    file = two / "2" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    del meta["checksums"]
+    params = params_at(2)
+    meta["crc32"] = {
+        "variables": {f"layer.{name}": zlib.crc32(bits(leaf)[0]) for name, leaf in params["layer"].items()}
+    }
+    file.write_text(json.dumps(meta))
+    with Checkpoints(two, read_only=True) as checkpoints:
+        assert bits(checkpoints.restore(shapes()[0], step=2).variables) == bits(params)
+        meta["crc32"]["variables"]["layer.bias"] ^= 1
+        file.write_text(json.dumps(meta))
+        with pytest.raises(CheckpointError, match=r"checksum of variables layer\.bias differs"):
+            checkpoints.restore(shapes()[0], step=2)
 
 
 def test_saving_is_safe_when_the_arrays_are_donated_immediately(folder: Path) -> None:

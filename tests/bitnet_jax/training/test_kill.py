@@ -101,7 +101,7 @@ def kill_during(process: subprocess.Popen[str], step: int, rng: random.Random) -
 def checksums(run: Path) -> dict[str, Any]:
     """The saved checksums of every array of the final checkpoint: parameters and optimizer state."""
     meta = json.loads((run / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
-    return {"crc32": meta["crc32"], "last": meta["last"], "position": meta["data_position"]}
+    return {"checksums": meta["checksums"], "last": meta["last"], "position": meta["data_position"]}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
