@@ -1,4 +1,4 @@
-"""The script for Slurm in docs/processes.md, on a real Slurm of one machine (Debian: slurmctld slurmd munge, as root)."""
+"""The script for Slurm in docs/processes.md, on a Slurm of one machine (Debian: slurmctld slurmd munge; as root)."""
 
 from __future__ import annotations
 
