@@ -162,17 +162,27 @@ def consecutive_batches(
             f"token_bytes: got {len(token_bytes)}, expected one for each of the {len(tokens)} tokens"
         )
     windows = 1 + max(0, -(-(predictions - length) // stride))
-    padded_windows = -(-windows // batch_size) * batch_size
-    padded, padded_bytes = np.zeros((2, (padded_windows - 1) * stride + length + 1), np.int32)
-    padded[: len(tokens)] = tokens
-    if token_bytes is not None:
-        padded_bytes[: len(tokens)] = token_bytes
-    for first in range(0, padded_windows, batch_size):
+    for first in range(0, windows, batch_size):
         window = np.arange(first, first + batch_size)[:, None]
         target = window * stride + 1 + np.arange(length)[None, :]  # position of each target in the stream
         unscored = (window == 0) | (target > (window - 1) * stride + length)
-        batch = _cut(padded, window[:, 0] * stride, length) | {"scored": unscored & (target <= predictions)}
-        yield batch if token_bytes is None else batch | {"target_bytes": padded_bytes[target]}
+        begin, end = (
+            first * stride,
+            (first + batch_size - 1) * stride + length + 1,
+        )  # of the tokens of this batch
+        batch = _cut(_padded(tokens, begin, end), (window[:, 0] - first) * stride, length)
+        batch |= {"scored": unscored & (target <= predictions)}
+        yield (
+            batch
+            if token_bytes is None
+            else batch | {"target_bytes": _padded(token_bytes, begin, end)[target - begin]}
+        )
+
+
+def _padded(array: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """array[begin:end] as int32, with zeros after the end of the array."""
+    found = array[begin:end].astype(np.int32)
+    return np.pad(found, (0, end - begin - len(found)))
 
 
 def _cut(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:

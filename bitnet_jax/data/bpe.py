@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from bitnet_jax.data.documents import Document
 from bitnet_jax.data.errors import DataError
-from bitnet_jax.data.text import Document
 from bitnet_jax.data.tokenizers import JsonTokenizer
 from bitnet_jax.optional_packages import missing_package
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from bitnet_jax.data import Classes, TokenBatches, Tokenizer, consecutive_batches, load_corpus
@@ -159,15 +157,18 @@ def language_task(config: RunConfig) -> Task:
     length, held_out = config.data.length, config.evaluation
     batches = TokenBatches(corpus.train, length, config.data.batch_size, config.seed, config.data.sampling)
     end = None if held_out.batches is None else held_out.batches * held_out.batch_size * length + 1
-    valid_batches = list(
-        consecutive_batches(
-            corpus.valid[:end], length, held_out.batch_size, token_bytes=corpus.valid_token_bytes[:end]
-        )
+    valid_batches = partial(
+        consecutive_batches,
+        corpus.valid[:end],
+        length,
+        held_out.batch_size,
+        token_bytes=corpus.valid_token_bytes[:end],
     )
+    next(valid_batches())  # an unusable held-out text is an error before the training, not after it
     model_config = config.model_config(corpus.tokenizer.vocab_size)
 
     def evaluate_variables(variables: Mapping[str, PyTree]) -> dict[str, float]:
-        score = evaluate(model_logits(model_config), variables, valid_batches)
+        score = evaluate(model_logits(model_config), variables, valid_batches())
         return {
             "loss": score.nats_per_token,
             "bits_per_byte": score.bits_per_byte,
@@ -187,5 +188,5 @@ def language_task(config: RunConfig) -> Task:
             if path != "lm_head" or not model_config.tie_embeddings
         },
         tokenizer=corpus.tokenizer,
-        fingerprint=zlib.crc32(np.ascontiguousarray(corpus.train).view(np.uint8).data),
+        fingerprint=corpus.fingerprint,
     )

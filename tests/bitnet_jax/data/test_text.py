@@ -22,7 +22,7 @@ from bitnet_jax.data import (
     split_documents,
     standard_library,
 )
-from bitnet_jax.data.text import text_bytes
+from bitnet_jax.data.documents import text_bytes
 
 
 def one_line_error(source: str | Path, **kwargs: object) -> str:
