@@ -10,6 +10,7 @@ from __future__ import annotations
 PURPOSES = {
     "datasets": "reads sources hf:NAME",
     "gguf": "decodes tensors of quantized GGUF files",
+    "grain": "shuffles without an array of the order",
     "jinja2": "renders chat templates",
     "llama-cpp-python": "runs GGUF files in llama.cpp",
     "lm-eval": "is lm-evaluation-harness",

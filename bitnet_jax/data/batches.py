@@ -7,21 +7,27 @@ A stream of N tokens has N - 1 predictions: input i is token i, its target is to
 holds T of them. Shapes: B batch size, T window length.
 
 The order comes from raw Philox words, keyed by (seed, epoch or step). NumPy guarantees these words to be stable
-across versions; it gives no such guarantee for `Generator.permutation`.
+across versions; it gives no such guarantee for `Generator.permutation`. Sampling `shuffle` asks the package grain
+instead, which computes single places of a permutation.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from bitnet_jax.data.errors import DataError, check_number
+from bitnet_jax.optional_packages import missing_package
 
-SAMPLINGS = ("epoch", "windows")
+SAMPLINGS = ("epoch", "shuffle", "windows")
 EVERY_ROW = slice(None)
+MOST_SHUFFLED, SHUFFLE_ROUNDS = (
+    2**31,
+    4,
+)  # grain's index is a 32-bit integer; rounds as in its MapDataset.shuffle
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +36,9 @@ class TokenBatches:
 
     sampling `epoch`: consecutive non-overlapping windows, reshuffled every epoch. The epochs form one infinite
       sequence, of which batch(step) is the slice [step * B, (step + 1) * B): every window occurs once per epoch,
-      and a batch may span the end of one epoch and the start of the next.
+      and a batch may span the end of one epoch and the start of the next. The order of an epoch is an array in memory
+      (8 bytes a window, three times while it is made).
+    sampling `shuffle`: likewise, in another order and without that array, for streams of any size; needs grain.
     sampling `windows`: B independent random positions per step, as in nanoGPT.
     """
 
@@ -44,6 +52,13 @@ class TokenBatches:
         _check(length=self.length, batch_size=self.batch_size, seed=self.seed)
         if self.sampling not in SAMPLINGS:
             raise DataError(f"sampling: got {self.sampling!r}, expected one of {', '.join(SAMPLINGS)}")
+        if self.sampling == "shuffle":
+            _index_shuffle()  # an error now if grain is missing
+            if self.windows > MOST_SHUFFLED:
+                raise DataError(
+                    f"sampling 'shuffle': got {self.windows} windows, expected at most {MOST_SHUFFLED}; use a larger "
+                    "data.length"
+                )
         needed = self.batch_size * self.length + 1
         if len(self.tokens) < needed:
             raise DataError(
@@ -66,7 +81,8 @@ class TokenBatches:
         if self.sampling == "windows":
             positions = len(self.tokens) - self.length
             return (_random_words(self.seed, step, self.batch_size) % np.uint64(positions)).astype(np.int64)
-        return _epoch_slice(self.seed, step, self.batch_size, self.windows) * self.length
+        chosen = _shuffled_slice if self.sampling == "shuffle" else _epoch_slice
+        return chosen(self.seed, step, self.batch_size, self.windows) * self.length
 
     def batch(self, step: int, rows: slice = EVERY_ROW) -> dict[str, np.ndarray]:
         return _cut(self.tokens, self.starts(step)[rows], self.length)
@@ -204,3 +220,23 @@ def _epoch_slice(seed: int, step: int, batch_size: int, count: int) -> np.ndarra
 @functools.lru_cache(maxsize=4)  # a batch spans at most two epochs; room for a training and an evaluation set
 def _epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
     return np.argsort(_random_words(seed, epoch, windows), kind="stable")
+
+
+def _shuffled_slice(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+    """`_epoch_slice` in the order of grain's permutation, whose 32-bit seed is a Philox word of (seed, epoch)."""
+    place, found = _index_shuffle(), []
+    for index in range(step * batch_size, (step + 1) * batch_size):
+        epoch, position = divmod(index, count)
+        word = int(_random_words(seed, epoch, 1)[0]) % 2**32
+        found.append(place(index=position, max_index=count - 1, seed=word, rounds=SHUFFLE_ROUNDS))
+    return np.array(found, np.int64)
+
+
+@functools.cache
+def _index_shuffle() -> Callable[..., int]:
+    try:
+        from grain.experimental import index_shuffle
+    except ImportError as error:
+        raise DataError(f"sampling 'shuffle': {missing_package('grain')}") from error
+    shuffle: Callable[..., int] = index_shuffle
+    return shuffle

@@ -36,7 +36,9 @@ class DataConfig:
     image_size: int | None = None  # images: downsample to this height and width
     limit: int | None = None  # images, text_classification: maximum number of training examples
     batch_size: int = 16  # B, sequences or images per update (all micro-batches together)
-    sampling: str = "epoch"  # epoch: reshuffled passes over all windows; windows: random positions
+    # epoch: reshuffled passes over all windows; shuffle: the same in constant memory, by the package grain; windows:
+    # random positions
+    sampling: str = "epoch"
     skip_bad_files: bool = False  # folders of text: skip unreadable files instead of raising an error
 
     def __post_init__(self) -> None:
