@@ -47,6 +47,9 @@ class TokenBatches:
     batch_size: int  # B
     seed: int = 0
     sampling: str = "epoch"
+    # The token before each document. Given, a batch also has "segments" int32 [B, T], the documents of a window counted
+    # from its start, and "positions" int32 [B, T], the tokens since the start of the document or of the window.
+    separator: int | None = None
 
     def __post_init__(self) -> None:
         _check(length=self.length, batch_size=self.batch_size, seed=self.seed)
@@ -85,7 +88,8 @@ class TokenBatches:
         return chosen(self.seed, step, self.batch_size, self.windows) * self.length
 
     def batch(self, step: int, rows: slice = EVERY_ROW) -> dict[str, np.ndarray]:
-        return _cut(self.tokens, self.starts(step)[rows], self.length)
+        batch = _cut(self.tokens, self.starts(step)[rows], self.length)
+        return batch if self.separator is None else batch | _documents(batch["inputs"], self.separator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +208,16 @@ def _padded(array: np.ndarray, begin: int, end: int) -> np.ndarray:
 def _cut(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
     windows = tokens[starts[:, None] + np.arange(length + 1)[None, :]].astype(np.int32)
     return {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
+
+
+def _documents(inputs: np.ndarray, separator: int) -> dict[str, np.ndarray]:
+    """Segments and positions: a separator is the first token of the document after it."""
+    starts, place = inputs == separator, np.arange(inputs.shape[1], dtype=np.int32)
+    begins = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+    return {
+        "segments": np.cumsum(starts, axis=1, dtype=np.int32),
+        "positions": (place - begins).astype(np.int32),
+    }
 
 
 def _random_words(seed: int, counter: int, count: int) -> np.ndarray:

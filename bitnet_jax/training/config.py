@@ -40,6 +40,7 @@ class DataConfig:
     # random positions
     sampling: str = "epoch"
     skip_bad_files: bool = False  # folders of text: skip unreadable files instead of raising an error
+    document_mask: bool = False  # language: attend within a document only, positions from its start
 
     def __post_init__(self) -> None:
         for name in ("length", "image_size", "limit", "batch_size"):
@@ -119,7 +120,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 WHERE_COMPUTED = ("mesh",)
 # Settings that did not exist when runs and results were recorded: the hash leaves them out while they have their
 # default, so that it does not change.
-ADDED_LATER = {"data": ("skip_bad_files",)}
+ADDED_LATER = {"data": ("skip_bad_files", "document_mask")}
 TASK_NAMES = ("language", "images", "text_classification")
 
 
@@ -149,6 +150,7 @@ class RunConfig:
             "limit": ("images", "text_classification"),
             "image_size": ("images",),
             "skip_bad_files": ("language",),
+            "document_mask": ("language",),
         }
         for name, tasks in used_by.items():  # otherwise it would be silently ignored
             value = getattr(self.data, name)
@@ -156,6 +158,11 @@ class RunConfig:
                 raise ValueError(
                     f"data.{name}: got {value} for task {self.task!r}, which has no such setting; remove it"
                 )
+        if self.data.document_mask and self.model.get("attention") == "linear":
+            raise ValueError(
+                "data.document_mask: got model.attention 'linear', whose state covers all earlier tokens, expected "
+                "another; set data.document_mask=False"
+            )
         if self.distillation.teacher is not None and self.task != "text_classification":
             raise ValueError(
                 f"distillation.teacher: got a teacher for task {self.task!r}, expected task text_classification"

@@ -40,7 +40,8 @@ class Task(NamedTuple):
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
-    """Cross entropy of `targets` given `inputs`; a batch may have `mask` (inputs) and `weights` (targets).
+    """Cross entropy of `targets` given `inputs`; a batch may have `weights` (targets), and what is said of the inputs:
+    `mask`, `segments`, `positions` (see Transformer).
 
     Passing a key enables dropout, stochastic quantizers and batch statistics.
     """
@@ -120,11 +121,11 @@ def forward(
 ) -> tuple[Any, ModelState]:
     """The model's output on a batch, and its collections named in `mutable`."""
     rngs = {} if key is None else dict(zip(("dropout", "stochastic"), jax.random.split(key), strict=True))
-    masked: dict[str, Any] = {} if batch.get("mask") is None else {"mask": batch["mask"]}
+    described = {name: batch[name] for name in ("mask", "segments", "positions") if name in batch}
     output, state = model.apply(
         variables,
         batch["inputs"],
-        **masked,
+        **described,
         progress=progress,
         deterministic=key is None,
         rngs=rngs,
@@ -155,7 +156,15 @@ def language_task(config: RunConfig) -> Task:
         skip_bad_files=config.data.skip_bad_files,
     )
     length, held_out = config.data.length, config.evaluation
-    batches = TokenBatches(corpus.train, length, config.data.batch_size, config.seed, config.data.sampling)
+    separator = corpus.tokenizer.eos_id if config.data.document_mask else None
+    if config.data.document_mask and separator is None:
+        raise ValueError(
+            f"data.document_mask: got the tokenizer {config.data.tokenizer!r}, which has no token that separates "
+            "documents, expected one that has; train it with `bitnet-jax tokenize`, or use byte"
+        )
+    batches = TokenBatches(
+        corpus.train, length, config.data.batch_size, config.seed, config.data.sampling, separator
+    )
     end = None if held_out.batches is None else held_out.batches * held_out.batch_size * length + 1
     valid_batches = partial(
         consecutive_batches,
