@@ -157,6 +157,10 @@ def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
     own = RunFolder(args.folder).read_config().data if model.kind == "run" else DataConfig()
     data = own if args.source is None else DataConfig(source=args.source)
+    if data.mixture is not None:
+        raise ValueError(
+            f"got a run on the sources {', '.join(data.sources)}, expected --source with one of them"
+        )
     split = args.split or data.split
     reading: dict[str, Any] = {
         "root": data.root,

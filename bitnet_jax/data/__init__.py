@@ -7,6 +7,7 @@ from bitnet_jax.data.documents import Document, Documents, Split, split_document
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.images import ImageSets, LabelledImages, load_images
 from bitnet_jax.data.labelled_text import LabelledText, load_labelled_text
+from bitnet_jax.data.mixtures import MixedBatches
 from bitnet_jax.data.streams import MeasuredStream, measured_stream, token_stream
 from bitnet_jax.data.text import Source, read_documents, resolve_path
 from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer, from_json
@@ -25,6 +26,7 @@ __all__ = [
     "LabelledImages",
     "LabelledText",
     "MeasuredStream",
+    "MixedBatches",
     "Source",
     "Split",
     "TokenBatches",

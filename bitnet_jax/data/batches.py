@@ -14,7 +14,7 @@ instead, which computes single places of a permutation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +24,8 @@ from bitnet_jax.optional_packages import missing_package
 
 SAMPLINGS = ("epoch", "shuffle", "windows")
 EVERY_ROW = slice(None)
-MOST_SHUFFLED, SHUFFLE_ROUNDS = (
-    2**31,
-    4,
-)  # grain's index is a 32-bit integer; rounds as in its MapDataset.shuffle
+MOST_SHUFFLED = 2**31  # windows: grain's index is a 32-bit integer
+SHUFFLE_ROUNDS = 4  # as in grain's MapDataset.shuffle
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +53,13 @@ class TokenBatches:
         _check(length=self.length, batch_size=self.batch_size, seed=self.seed)
         if self.sampling not in SAMPLINGS:
             raise DataError(f"sampling: got {self.sampling!r}, expected one of {', '.join(SAMPLINGS)}")
-        if self.sampling == "shuffle":
-            _index_shuffle()  # an error now if grain is missing
-            if self.windows > MOST_SHUFFLED:
-                raise DataError(
-                    f"sampling 'shuffle': got {self.windows} windows, expected at most {MOST_SHUFFLED}; use a larger "
-                    "data.length"
-                )
         needed = self.batch_size * self.length + 1
         if len(self.tokens) < needed:
             raise DataError(
                 f"got a text of {len(self.tokens)} tokens, expected at least {needed} for one batch of "
                 f"{self.batch_size} x {self.length}; use more text or a smaller data.batch_size or data.length"
             )
+        _ = self._epochs  # an error now if grain is missing
 
     @property
     def windows(self) -> int:
@@ -83,13 +75,21 @@ class TokenBatches:
         _check(step=step)
         if self.sampling == "windows":
             positions = len(self.tokens) - self.length
-            return (_random_words(self.seed, step, self.batch_size) % np.uint64(positions)).astype(np.int64)
-        chosen = _shuffled_slice if self.sampling == "shuffle" else _epoch_slice
-        return chosen(self.seed, step, self.batch_size, self.windows) * self.length
+            return (random_words(self.seed, step, self.batch_size) % np.uint64(positions)).astype(np.int64)
+        return self.window_starts(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def window_starts(self, places: Iterable[int]) -> np.ndarray:
+        """Start positions, int64 [n], of the windows at n places of the sequence of epochs."""
+        return self._epochs.items(places) * self.length
+
+    @functools.cached_property
+    def _epochs(self) -> Epochs | ShuffledEpochs:
+        return (ShuffledEpochs if self.sampling == "shuffle" else Epochs)(self.seed, self.windows)
 
     def batch(self, step: int, rows: slice = EVERY_ROW) -> dict[str, np.ndarray]:
-        batch = _cut(self.tokens, self.starts(step)[rows], self.length)
-        return batch if self.separator is None else batch | _documents(batch["inputs"], self.separator)
+        return token_batch(
+            self.tokens[window_positions(self.starts(step)[rows], self.length)], self.separator
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +113,14 @@ class ExampleBatches:
     def count(self) -> int:
         return len(next(iter(self.examples.values()), ()))
 
+    @functools.cached_property
+    def _epochs(self) -> Epochs:
+        return Epochs(self.seed, self.count)
+
     def batch(self, step: int, rows: slice = EVERY_ROW) -> dict[str, np.ndarray]:
         _check(step=step)
-        chosen = _epoch_slice(self.seed, step, self.batch_size, self.count)[rows]
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        chosen = self._epochs.items(places)
         return {name: array[chosen] for name, array in self.examples.items()}
 
 
@@ -190,7 +195,8 @@ def consecutive_batches(
             first * stride,
             (first + batch_size - 1) * stride + length + 1,
         )  # of the tokens of this batch
-        batch = _cut(_padded(tokens, begin, end), (window[:, 0] - first) * stride, length)
+        starts = (window[:, 0] - first) * stride
+        batch = token_batch(_padded(tokens, begin, end)[window_positions(starts, length)])
         batch |= {"scored": unscored & (target <= predictions)}
         yield (
             batch
@@ -205,9 +211,16 @@ def _padded(array: np.ndarray, begin: int, end: int) -> np.ndarray:
     return np.pad(found, (0, end - begin - len(found)))
 
 
-def _cut(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    windows = tokens[starts[:, None] + np.arange(length + 1)[None, :]].astype(np.int32)
-    return {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
+def window_positions(starts: np.ndarray, length: int) -> np.ndarray:
+    """Positions [B, length + 1] of the tokens of windows."""
+    return starts[:, None] + np.arange(length + 1)[None, :]
+
+
+def token_batch(windows: np.ndarray, separator: int | None = None) -> dict[str, np.ndarray]:
+    """The batch of windows [B, T + 1], see TokenBatches."""
+    windows = windows.astype(np.int32)
+    batch = {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
+    return batch if separator is None else batch | _documents(batch["inputs"], separator)
 
 
 def _documents(inputs: np.ndarray, separator: int) -> dict[str, np.ndarray]:
@@ -220,30 +233,42 @@ def _documents(inputs: np.ndarray, separator: int) -> dict[str, np.ndarray]:
     }
 
 
-def _random_words(seed: int, counter: int, count: int) -> np.ndarray:
+def random_words(seed: int, counter: int, count: int) -> np.ndarray:
     """uint64 [count], a pure function of the arguments."""
     return np.random.Philox(key=np.array([seed, counter], np.uint64)).random_raw(count)
 
 
-def _epoch_slice(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
-    """int64 [B]: slice `step` of the infinite sequence of shuffled epochs over `count` items."""
-    index = range(step * batch_size, (step + 1) * batch_size)
-    return np.array([_epoch_order(seed, i // count, count)[i % count] for i in index], np.int64)
+class Epochs:
+    """The infinite sequence of shuffled epochs over `count` items."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        self._count = count
+        # A batch spans at most two epochs.
+        self._order = functools.lru_cache(maxsize=2)(
+            lambda epoch: np.argsort(random_words(seed, epoch, count), kind="stable")
+        )
+
+    def items(self, places: Iterable[int]) -> np.ndarray:
+        """The items, int64 [n], at n places of the sequence."""
+        return np.array([self._order(i // self._count)[i % self._count] for i in places], np.int64)
 
 
-@functools.lru_cache(maxsize=4)  # a batch spans at most two epochs; room for a training and an evaluation set
-def _epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
-    return np.argsort(_random_words(seed, epoch, windows), kind="stable")
+class ShuffledEpochs:
+    """Likewise, in the order of grain's permutation, whose 32-bit seed is a Philox word of (seed, epoch)."""
 
+    def __init__(self, seed: int, count: int) -> None:
+        if count > MOST_SHUFFLED:
+            raise DataError(
+                f"sampling 'shuffle': got {count} windows, expected at most {MOST_SHUFFLED}; use a larger data.length"
+            )
+        self._seed, self._count, self._item = seed, count, _index_shuffle()
 
-def _shuffled_slice(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
-    """`_epoch_slice` in the order of grain's permutation, whose 32-bit seed is a Philox word of (seed, epoch)."""
-    place, found = _index_shuffle(), []
-    for index in range(step * batch_size, (step + 1) * batch_size):
-        epoch, position = divmod(index, count)
-        word = int(_random_words(seed, epoch, 1)[0]) % 2**32
-        found.append(place(index=position, max_index=count - 1, seed=word, rounds=SHUFFLE_ROUNDS))
-    return np.array(found, np.int64)
+    def items(self, places: Iterable[int]) -> np.ndarray:
+        return np.array([self._at(*divmod(int(i), self._count)) for i in places], np.int64)
+
+    def _at(self, epoch: int, position: int) -> int:
+        word = int(random_words(self._seed, epoch, 1)[0]) % 2**32
+        return self._item(index=position, max_index=self._count - 1, seed=word, rounds=SHUFFLE_ROUNDS)
 
 
 @functools.cache

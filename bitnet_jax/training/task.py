@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from bitnet_jax.data import Classes, TokenBatches, Tokenizer, consecutive_batches, load_corpus
+from bitnet_jax.data import Classes, MixedBatches, TokenBatches, Tokenizer, consecutive_batches, load_corpus
 from bitnet_jax.evaluation.language import evaluate, model_logits
 from bitnet_jax.models import Architecture, Transformer, init_variables
 from bitnet_jax.models.transformer import LanguageHead
@@ -146,35 +149,43 @@ def language_task(config: RunConfig) -> Task:
       DataError (a ValueError): the text is unusable.
       ValueError: the model does not fit the data.
     """
-    corpus = load_corpus(
-        config.data.source,
-        tokenizer=config.data.tokenizer,
-        split=config.data.split,
-        valid_fraction=config.data.valid_fraction,
-        valid_source=config.data.valid_source,
-        root=config.data.root,
-        skip_bad_files=config.data.skip_bad_files,
-    )
-    length, held_out = config.data.length, config.evaluation
-    separator = corpus.tokenizer.eos_id if config.data.document_mask else None
-    if config.data.document_mask and separator is None:
-        raise ValueError(
-            f"data.document_mask: got the tokenizer {config.data.tokenizer!r}, which has no token that separates "
-            "documents, expected one that has; train it with `bitnet-jax tokenize`, or use byte"
+    data, held_out = config.data, config.evaluation
+    corpora = [
+        load_corpus(
+            source,
+            tokenizer=data.tokenizer,
+            split=data.split,
+            valid_fraction=data.valid_fraction,
+            valid_source=data.valid_source,
+            root=data.root,
+            skip_bad_files=data.skip_bad_files,
         )
-    batches = TokenBatches(
-        corpus.train, length, config.data.batch_size, config.seed, config.data.sampling, separator
-    )
-    end = None if held_out.batches is None else held_out.batches * held_out.batch_size * length + 1
-    valid_batches = partial(
-        consecutive_batches,
-        corpus.valid[:end],
-        length,
-        held_out.batch_size,
-        token_bytes=corpus.valid_token_bytes[:end],
-    )
+        for source in data.sources
+    ]
+    tokenizer = corpora[0].tokenizer
+    separator = tokenizer.eos_id if data.document_mask else None
+    if data.document_mask and separator is None:
+        raise ValueError(
+            f"data.document_mask: got the tokenizer {data.tokenizer!r}, which has no token that separates documents, "
+            "expected one that has; train it with `bitnet-jax tokenize`, or use byte"
+        )
+    streams = [
+        TokenBatches(corpus.train, data.length, data.batch_size, config.seed, data.sampling, separator)
+        for corpus in corpora
+    ]
+    batches = streams[0] if data.mixture is None else MixedBatches(streams, tuple(data.mixture.values()))
+    end = None if held_out.batches is None else held_out.batches * held_out.batch_size * data.length + 1
+
+    def valid_batches() -> Iterator[dict[str, np.ndarray]]:
+        """Of every source; one held-out source belongs to all of them."""
+        for corpus in corpora if data.valid_source is None else corpora[:1]:
+            token_bytes = corpus.valid_token_bytes[:end]
+            yield from consecutive_batches(
+                corpus.valid[:end], data.length, held_out.batch_size, token_bytes=token_bytes
+            )
+
     next(valid_batches())  # an unusable held-out text is an error before the training, not after it
-    model_config = config.model_config(corpus.tokenizer.vocab_size)
+    model_config = config.model_config(tokenizer.vocab_size)
 
     def evaluate_variables(variables: Mapping[str, PyTree]) -> dict[str, float]:
         score = evaluate(model_logits(model_config), variables, valid_batches())
@@ -188,7 +199,7 @@ def language_task(config: RunConfig) -> Task:
         init=partial(init_variables, model_config),
         loss=language_loss(Transformer(model_config), config.training.z_loss),
         train_batch=batches.batch,
-        tokens=config.data.batch_size * length,
+        tokens=data.batch_size * data.length,
         evaluate=evaluate_variables,
         # A tied head shares its latents with the embedding.
         precisions={
@@ -196,6 +207,13 @@ def language_task(config: RunConfig) -> Task:
             for path, precision in model_config.precisions().items()
             if path != "lm_head" or not model_config.tie_embeddings
         },
-        tokenizer=corpus.tokenizer,
-        fingerprint=corpus.fingerprint,
+        tokenizer=tokenizer,
+        fingerprint=_combined([corpus.fingerprint for corpus in corpora]),
     )
+
+
+def _combined(fingerprints: Sequence[int]) -> int:
+    """One fingerprint of several; that of one alone."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return zlib.crc32(json.dumps(fingerprints).encode())
