@@ -88,6 +88,14 @@ def test_the_order_is_pinned() -> None:
     assert TokenBatches(tokens, 10, 4, seed=1, sampling="windows").starts(5).tolist() == [299, 103, 195, 106]
 
 
+@pytest.mark.parametrize("most", [1, 3, 2**7, 2**20, 2**64])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 1025])
+def test_the_order_of_an_epoch_is_a_stable_sort(most: int, count: int) -> None:
+    words = np.random.Philox(key=count).random_raw(count) % np.uint64(most - 1 or 1)
+    for shifted in (words, words << np.uint64(5)):  # ties in all bits, in the high ones, and in none
+        np.testing.assert_array_equal(module.stable_order(shifted), np.argsort(shifted, kind="stable"))
+
+
 def test_shuffling_by_grain(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "grain.experimental", None)
