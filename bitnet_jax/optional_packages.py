@@ -18,6 +18,7 @@ PURPOSES = {
     "matplotlib": "draws figures",
     "nvidia-ml-py": "reads the energy counters of NVIDIA GPUs",
     "pillow": "reads image files such as .png",
+    "pyarrow": "reads Parquet files",
     "rouge-score": "scores summaries",
     "submitit": "submits jobs to a cluster",
     "tensorboardX": "writes TensorBoard files",

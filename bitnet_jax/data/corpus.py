@@ -226,9 +226,8 @@ def _streams(sources: Sequence[Source], tokenizer: str | Tokenizer, settings: An
     Args:
       settings: JSON, what they depend on besides the documents and the tokenizer.
     """
-    in_files = all(source.files is not None for source in sources)
     least = SLOW_BYTES if isinstance(tokenizer, JsonTokenizer) else LARGE_BYTES
-    if in_files and sum(source.file_bytes for source in sources) < least:
+    if sum(source.file_bytes for source in sources) < least:
         blocks: dict[str, list[np.ndarray]] = {}
         values = make(
             lambda name, array: blocks.setdefault(name, []).append(array),
@@ -236,7 +235,7 @@ def _streams(sources: Sequence[Source], tokenizer: str | Tokenizer, settings: An
         )
         return Entry(values, {name: np.concatenate(found).astype(np.int32) for name, found in blocks.items()})
     folder = cache_folder()
-    if not in_files or folder is None:
+    if folder is None:
         return cached(None, lambda writer: make(writer.append, sources))
     known = [_contents(source, folder) for source in sources]
 
@@ -257,6 +256,5 @@ def _streams(sources: Sequence[Source], tokenizer: str | Tokenizer, settings: An
 
 
 def _contents(source: Source, folder: Path) -> Contents:
-    assert source.files is not None
     place = hashlib.sha256(str(source.folder or source.files[0][1]).encode()).hexdigest()[:24]
     return contents(source.files, folder / "contents" / f"{place}.json")

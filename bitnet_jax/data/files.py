@@ -41,6 +41,12 @@ def report_reads(report: Callable[[int], object] | None) -> Iterator[None]:
         _REPORT.reset(token)
 
 
+def report_read(count: int) -> None:
+    """Reports `count` bytes of a file that were read in another way than by `read_blocks`."""
+    if (report := _REPORT.get()) is not None:
+        report(count)
+
+
 def check_regular(path: Path) -> None:
     """Raise DataError unless the path is a regular file; reading a pipe, device or socket could block forever."""
     try:
@@ -76,9 +82,8 @@ def read_blocks(path: Path) -> Iterator[bytes]:
                         f"{path}: got more than {allowed} bytes unpacked from {raw.tell()}, expected fewer; if the "
                         f"file is trusted, set {FILE_VARIABLE} to a larger number"
                     )
-                if (report := _REPORT.get()) is not None:
-                    report(raw.tell() - reported)
-                    reported = raw.tell()
+                report_read(raw.tell() - reported)
+                reported = raw.tell()
                 yield block
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(

@@ -5,6 +5,7 @@ A source is one of
     stdlib               the running Python's standard library (see standard_library.py)
     FILE.txt[.gz]        one document; also any file with an unknown extension
     FILE.jsonl[.gz]      one document per line: {"text": ..., "title"?: ..., "split"?: ...}
+    FILE.parquet         one document per row, with the same columns (needs the package `pyarrow`)
     FOLDER               every non-hidden file below it, in sorted order
     hf:NAME[:CONFIG]     a Hugging Face dataset with a `text` column (needs the package `datasets`, and permission
                          to download, see `read_documents`)
@@ -25,7 +26,7 @@ from bitnet_jax.data import standard_library
 from bitnet_jax.data.documents import AnyDocument, Document, Documents, LongDocument
 from bitnet_jax.data.errors import DataError, one_line
 from bitnet_jax.data.files import check_regular, decode, parse_json, read_file, read_lines, report_reads
-from bitnet_jax.optional_packages import missing_package
+from bitnet_jax.data.tables import downloaded, parquet_rows
 
 ROOT_VARIABLE = "BITNET_JAX_DATA"
 DOWNLOAD_VARIABLE = "BITNET_JAX_ALLOW_DOWNLOAD"
@@ -62,7 +63,7 @@ class Source:
         setting, since configs may come from third parties.
 
     Attributes:
-      files: name and path of every file, in order; None: the documents are not in files.
+      files: name and path of every file, in order.
       skipped: the files that the first iteration skipped, and every other one too.
 
     Raises:
@@ -80,7 +81,7 @@ class Source:
     ) -> None:
         self.source, self.skip_bad_files = source, skip_bad_files
         self.folder: Path | None = None
-        self.files: list[tuple[str, Path]] | None = None
+        self.files: list[tuple[str, Path]]
         self._bad: dict[str, str] | None = None  # file -> error; None before the end of the first iteration
         if source.startswith("hf:"):
             allowed = os.environ.get(DOWNLOAD_VARIABLE) == "1" if allow_download is None else allow_download
@@ -89,6 +90,7 @@ class Source:
                     f"source {source!r}: got a data set that must be downloaded, expected permission to download; "
                     f"pass --allow-download (in Python allow_download=True) or set {DOWNLOAD_VARIABLE}=1"
                 )
+            self.files = [(source, downloaded(source.removeprefix("hf:"), self))]
             return
         if source == "stdlib":
             self.folder = standard_library.folder()
@@ -103,7 +105,7 @@ class Source:
     @functools.cached_property
     def file_bytes(self) -> int:
         """Size of all files."""
-        return sum(path.stat().st_size for _, path in self.files or ())
+        return sum(path.stat().st_size for _, path in self.files)
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -121,11 +123,9 @@ class Source:
             )
 
     def _documents(self) -> Iterator[AnyDocument]:
-        if self.files is None:
-            yield from _hugging_face(self.source.removeprefix("hf:"))
-        elif self.folder is None:
-            ((name, path),) = self.files
-            yield from _file_documents(path, name)
+        if self.folder is None:
+            for name, path in self.files:
+                yield from _file_documents(path, name)
         elif self._bad is None:
             yield from self._first_iteration(self.files, self.folder)
         else:
@@ -211,8 +211,11 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _file_documents(path: Path, name: str) -> Iterator[AnyDocument]:
-    if name.removesuffix(".gz").endswith(".jsonl"):
-        for where, record in json_lines(path):
+    records = json_lines if path.name.removesuffix(".gz").endswith(".jsonl") else None
+    if path.name.endswith(".parquet"):
+        records = parquet_rows
+    if records is not None:
+        for where, record in records(path):
             yield _document(record, where, f"{name}:{where.rpartition(':')[2]}")
     elif _is_long(path):
         yield LongDocument(name, path)
@@ -266,23 +269,3 @@ def checked_text(text: str, where: str) -> str:
             "expected text that can be encoded in UTF-8; repair it"
         ) from error
     return text
-
-
-def _hugging_face(name: str) -> Iterator[Document]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"source 'hf:{name}': {missing_package('datasets')}") from error
-    path, _, config = name.partition(":")
-    try:
-        loaded = datasets.load_dataset(path, config or None)
-    except Exception as error:  # each backend of the library raises its own exceptions
-        raise DataError(
-            f"source 'hf:{name}': could not be loaded ({one_line(error)}); check the name and the network"
-        ) from error
-    for split in sorted(loaded):
-        for number, row in enumerate(loaded[split]):
-            where = f"hf:{name} {split}[{number}]"
-            if not isinstance(row.get("text"), str):
-                raise DataError(f"{where}: got the columns {sorted(row)}, expected a string column `text`")
-            yield Document(where, checked_text(row["text"], where), split)
