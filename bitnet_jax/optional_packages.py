@@ -10,6 +10,7 @@ from __future__ import annotations
 PURPOSES = {
     "datasets": "reads sources hf:NAME",
     "gguf": "decodes tensors of quantized GGUF files",
+    "grain": "shuffles without an array of the order",
     "jinja2": "renders chat templates",
     "llama-cpp-python": "runs GGUF files in llama.cpp",
     "lm-eval": "is lm-evaluation-harness",
@@ -17,6 +18,7 @@ PURPOSES = {
     "matplotlib": "draws figures",
     "nvidia-ml-py": "reads the energy counters of NVIDIA GPUs",
     "pillow": "reads image files such as .png",
+    "pyarrow": "reads Parquet files",
     "rouge-score": "scores summaries",
     "submitit": "submits jobs to a cluster",
     "tensorboardX": "writes TensorBoard files",

@@ -37,7 +37,7 @@ class Progress(Protocol):
 
 
 def progress_bar(
-    total: int,
+    total: int | None,
     *,
     unit: str,
     description: str = "",
@@ -45,7 +45,10 @@ def progress_bar(
     show: bool = True,
     delay: float = 0.0,
 ) -> Progress:
-    """A tqdm bar on a terminal, lines otherwise, nothing unless `show`; nothing before `delay` seconds."""
+    """A tqdm bar on a terminal, lines otherwise, nothing unless `show`; nothing before `delay` seconds.
+
+    Without a total, only what is done is counted.
+    """
     if show and not sys.stderr.isatty():
         return _Lines(total, unit, description, initial, delay)
     return tqdm(
@@ -64,7 +67,7 @@ def progress_bar(
 class _Lines:
     """`first: 120/400 step, loss 2.31, 0:01:05 elapsed, about 0:02:31 left`"""
 
-    def __init__(self, total: int, unit: str, description: str, initial: int, delay: float):
+    def __init__(self, total: int | None, unit: str, description: str, initial: int, delay: float):
         self.total, self.unit, self.description = total, unit, description
         self.initial = self.done = initial
         self.values: Mapping[str, str] = {}
@@ -92,11 +95,15 @@ class _Lines:
     def _show(self) -> None:
         self.shown, self.last_shown = time.monotonic(), self.done
         elapsed, new = self.shown - self.began, self.done - self.initial
-        count = f"{self.done:,}/{self.total:,} {self.unit}"
+        count = (
+            f"{self.done:,} {self.unit}"
+            if self.total is None
+            else f"{self.done:,}/{self.total:,} {self.unit}"
+        )
         parts = [f"{self.description}: {count}" if self.description else count]
         parts += [f"{name} {value}" for name, value in self.values.items()]
         parts.append(f"{_clock(elapsed)} elapsed")
-        if new > 0 and self.done < self.total:
+        if self.total is not None and new > 0 and self.done < self.total:
             parts.append(f"about {_clock(elapsed / new * (self.total - self.done))} left")
         print(", ".join(parts), file=sys.stderr, flush=True)
 

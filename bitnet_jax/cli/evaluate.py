@@ -150,13 +150,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    from bitnet_jax.data import MeasuredStream, load_corpus, measured_stream, read_documents
+    from bitnet_jax.data import MeasuredStream, load_corpus, load_stream
     from bitnet_jax.evaluation.language import evaluate_text
     from bitnet_jax.training.config import DataConfig
     from bitnet_jax.training.run_folder import RunFolder
 
     own = RunFolder(args.folder).read_config().data if model.kind == "run" else DataConfig()
     data = own if args.source is None else DataConfig(source=args.source)
+    if data.mixture is not None:
+        raise ValueError(
+            f"got a run on the sources {', '.join(data.sources)}, expected --source with one of them"
+        )
     split = args.split or data.split
     reading: dict[str, Any] = {
         "root": data.root,
@@ -164,7 +168,7 @@ def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "allow_download": args.allow_download or None,
     }
     if split == "all":
-        stream = measured_stream(read_documents(data.source, **reading).documents, model.tokenizer)
+        stream = load_stream(data.source, model.tokenizer, **reading)
     else:
         corpus = load_corpus(
             data.source,

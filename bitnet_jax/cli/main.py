@@ -34,6 +34,7 @@ from bitnet_jax.cli import (
     predict,
     report,
     sweep,
+    tokenize,
     train,
     verify,
 )
@@ -52,6 +53,7 @@ RESEND_SECONDS = (
 # are inside `run`, so that --help is fast.
 COMMANDS: dict[str, ModuleType] = {
     "init": init,
+    "tokenize": tokenize,
     "train": train,
     "pack": pack,
     "convert": convert,

@@ -7,21 +7,25 @@ A stream of N tokens has N - 1 predictions: input i is token i, its target is to
 holds T of them. Shapes: B batch size, T window length.
 
 The order comes from raw Philox words, keyed by (seed, epoch or step). NumPy guarantees these words to be stable
-across versions; it gives no such guarantee for `Generator.permutation`.
+across versions; it gives no such guarantee for `Generator.permutation`. Sampling `shuffle` asks the package grain
+instead, which computes single places of a permutation.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from bitnet_jax.data.errors import DataError, check_number
+from bitnet_jax.optional_packages import missing_package
 
-SAMPLINGS = ("epoch", "windows")
+SAMPLINGS = ("epoch", "shuffle", "windows")
 EVERY_ROW = slice(None)
+MOST_SHUFFLED = 2**31  # windows: grain's index is a 32-bit integer
+SHUFFLE_ROUNDS = 4  # as in grain's MapDataset.shuffle
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +34,9 @@ class TokenBatches:
 
     sampling `epoch`: consecutive non-overlapping windows, reshuffled every epoch. The epochs form one infinite
       sequence, of which batch(step) is the slice [step * B, (step + 1) * B): every window occurs once per epoch,
-      and a batch may span the end of one epoch and the start of the next.
+      and a batch may span the end of one epoch and the start of the next. The order of an epoch is an array in memory
+      (8 bytes a window, three times while it is made).
+    sampling `shuffle`: likewise, in another order and without that array, for streams of any size; needs grain.
     sampling `windows`: B independent random positions per step, as in nanoGPT.
     """
 
@@ -39,6 +45,9 @@ class TokenBatches:
     batch_size: int  # B
     seed: int = 0
     sampling: str = "epoch"
+    # The token before each document. Given, a batch also has "segments" int32 [B, T], the documents of a window counted
+    # from its start, and "positions" int32 [B, T], the tokens since the start of the document or of the window.
+    separator: int | None = None
 
     def __post_init__(self) -> None:
         _check(length=self.length, batch_size=self.batch_size, seed=self.seed)
@@ -50,6 +59,7 @@ class TokenBatches:
                 f"got a text of {len(self.tokens)} tokens, expected at least {needed} for one batch of "
                 f"{self.batch_size} x {self.length}; use more text or a smaller data.batch_size or data.length"
             )
+        _ = self._epochs  # an error now if grain is missing
 
     @property
     def windows(self) -> int:
@@ -65,11 +75,21 @@ class TokenBatches:
         _check(step=step)
         if self.sampling == "windows":
             positions = len(self.tokens) - self.length
-            return (_random_words(self.seed, step, self.batch_size) % np.uint64(positions)).astype(np.int64)
-        return _epoch_slice(self.seed, step, self.batch_size, self.windows) * self.length
+            return (random_words(self.seed, step, self.batch_size) % np.uint64(positions)).astype(np.int64)
+        return self.window_starts(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def window_starts(self, places: Iterable[int]) -> np.ndarray:
+        """Start positions, int64 [n], of the windows at n places of the sequence of epochs."""
+        return self._epochs.items(places) * self.length
+
+    @functools.cached_property
+    def _epochs(self) -> Epochs | ShuffledEpochs:
+        return (ShuffledEpochs if self.sampling == "shuffle" else Epochs)(self.seed, self.windows)
 
     def batch(self, step: int, rows: slice = EVERY_ROW) -> dict[str, np.ndarray]:
-        return _cut(self.tokens, self.starts(step)[rows], self.length)
+        return token_batch(
+            self.tokens[window_positions(self.starts(step)[rows], self.length)], self.separator
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +113,14 @@ class ExampleBatches:
     def count(self) -> int:
         return len(next(iter(self.examples.values()), ()))
 
+    @functools.cached_property
+    def _epochs(self) -> Epochs:
+        return Epochs(self.seed, self.count)
+
     def batch(self, step: int, rows: slice = EVERY_ROW) -> dict[str, np.ndarray]:
         _check(step=step)
-        chosen = _epoch_slice(self.seed, step, self.batch_size, self.count)[rows]
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        chosen = self._epochs.items(places)
         return {name: array[chosen] for name, array in self.examples.items()}
 
 
@@ -162,35 +187,114 @@ def consecutive_batches(
             f"token_bytes: got {len(token_bytes)}, expected one for each of the {len(tokens)} tokens"
         )
     windows = 1 + max(0, -(-(predictions - length) // stride))
-    padded_windows = -(-windows // batch_size) * batch_size
-    padded, padded_bytes = np.zeros((2, (padded_windows - 1) * stride + length + 1), np.int32)
-    padded[: len(tokens)] = tokens
-    if token_bytes is not None:
-        padded_bytes[: len(tokens)] = token_bytes
-    for first in range(0, padded_windows, batch_size):
+    for first in range(0, windows, batch_size):
         window = np.arange(first, first + batch_size)[:, None]
         target = window * stride + 1 + np.arange(length)[None, :]  # position of each target in the stream
         unscored = (window == 0) | (target > (window - 1) * stride + length)
-        batch = _cut(padded, window[:, 0] * stride, length) | {"scored": unscored & (target <= predictions)}
-        yield batch if token_bytes is None else batch | {"target_bytes": padded_bytes[target]}
+        begin, end = (
+            first * stride,
+            (first + batch_size - 1) * stride + length + 1,
+        )  # of the tokens of this batch
+        starts = (window[:, 0] - first) * stride
+        batch = token_batch(_padded(tokens, begin, end)[window_positions(starts, length)])
+        batch |= {"scored": unscored & (target <= predictions)}
+        yield (
+            batch
+            if token_bytes is None
+            else batch | {"target_bytes": _padded(token_bytes, begin, end)[target - begin]}
+        )
 
 
-def _cut(tokens: np.ndarray, starts: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    windows = tokens[starts[:, None] + np.arange(length + 1)[None, :]].astype(np.int32)
-    return {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
+def _padded(array: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """array[begin:end] as int32, with zeros after the end of the array."""
+    found = array[begin:end].astype(np.int32)
+    return np.pad(found, (0, end - begin - len(found)))
 
 
-def _random_words(seed: int, counter: int, count: int) -> np.ndarray:
+def window_positions(starts: np.ndarray, length: int) -> np.ndarray:
+    """Positions [B, length + 1] of the tokens of windows."""
+    return starts[:, None] + np.arange(length + 1)[None, :]
+
+
+def token_batch(windows: np.ndarray, separator: int | None = None) -> dict[str, np.ndarray]:
+    """The batch of windows [B, T + 1], see TokenBatches."""
+    windows = windows.astype(np.int32)
+    batch = {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
+    return batch if separator is None else batch | _documents(batch["inputs"], separator)
+
+
+def _documents(inputs: np.ndarray, separator: int) -> dict[str, np.ndarray]:
+    """Segments and positions: a separator is the first token of the document after it."""
+    starts, place = inputs == separator, np.arange(inputs.shape[1], dtype=np.int32)
+    begins = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+    return {
+        "segments": np.cumsum(starts, axis=1, dtype=np.int32),
+        "positions": (place - begins).astype(np.int32),
+    }
+
+
+def random_words(seed: int, counter: int, count: int) -> np.ndarray:
     """uint64 [count], a pure function of the arguments."""
     return np.random.Philox(key=np.array([seed, counter], np.uint64)).random_raw(count)
 
 
-def _epoch_slice(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
-    """int64 [B]: slice `step` of the infinite sequence of shuffled epochs over `count` items."""
-    index = range(step * batch_size, (step + 1) * batch_size)
-    return np.array([_epoch_order(seed, i // count, count)[i % count] for i in index], np.int64)
+class Epochs:
+    """The infinite sequence of shuffled epochs over `count` items."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        self._count = count
+        # A batch spans at most two epochs.
+        self._order = functools.lru_cache(maxsize=2)(
+            lambda epoch: stable_order(random_words(seed, epoch, count))
+        )
+
+    def items(self, places: Iterable[int]) -> np.ndarray:
+        """The items, int64 [n], at n places of the sequence."""
+        return np.array([self._order(i // self._count)[i % self._count] for i in places], np.int64)
 
 
-@functools.lru_cache(maxsize=4)  # a batch spans at most two epochs; room for a training and an evaluation set
-def _epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
-    return np.argsort(_random_words(seed, epoch, windows), kind="stable")
+def stable_order(words: np.ndarray) -> np.ndarray:
+    """np.argsort(words, kind="stable") of uint64 [n], int64 [n]; for millions of them in a third of the time.
+
+    Sorted are not indices by their words but numbers: the high bits of a word, and its index in place of the others.
+    """
+    bits = max(len(words) - 1, 1).bit_length()
+    low = np.uint64((1 << bits) - 1)
+    numbers = (words & ~low) | np.arange(len(words), dtype=np.uint64)
+    numbers.sort()
+    order = (numbers & low).astype(np.int64)
+    high = numbers >> np.uint64(bits)
+    ties = np.flatnonzero(high[1:] == high[:-1])
+    if len(ties):  # the lower bits, and then the index, decide
+        places = np.union1d(ties, ties + 1)
+        tied = order[places]
+        order[places] = tied[np.lexsort((tied, words[tied]))]
+    return order
+
+
+class ShuffledEpochs:
+    """Likewise, in the order of grain's permutation, whose 32-bit seed is a Philox word of (seed, epoch)."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        if count > MOST_SHUFFLED:
+            raise DataError(
+                f"sampling 'shuffle': got {count} windows, expected at most {MOST_SHUFFLED}; use a larger data.length"
+            )
+        self._seed, self._count, self._item = seed, count, _index_shuffle()
+
+    def items(self, places: Iterable[int]) -> np.ndarray:
+        return np.array([self._at(*divmod(int(i), self._count)) for i in places], np.int64)
+
+    def _at(self, epoch: int, position: int) -> int:
+        word = int(random_words(self._seed, epoch, 1)[0]) % 2**32
+        return self._item(index=position, max_index=self._count - 1, seed=word, rounds=SHUFFLE_ROUNDS)
+
+
+@functools.cache
+def _index_shuffle() -> Callable[..., int]:
+    try:
+        from grain.experimental import index_shuffle
+    except ImportError as error:
+        raise DataError(f"sampling 'shuffle': {missing_package('grain')}") from error
+    shuffle: Callable[..., int] = index_shuffle
+    return shuffle

@@ -15,7 +15,8 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,24 @@ UNPACKED_BYTES, UNPACKED_RATIO = 1 << 26, 200
 LINE_BYTES = 1 << 26
 JSON_BYTES = 1 << 28  # of a tokenizer.json or another file that is one JSON value: far above any real one
 BLOCK = 1 << 20
+
+_REPORT: ContextVar[Callable[[int], object] | None] = ContextVar("report", default=None)
+
+
+@contextlib.contextmanager
+def report_reads(report: Callable[[int], object] | None) -> Iterator[None]:
+    """In the body, every block read from a file is reported: its bytes in the file, packed if that is."""
+    token = _REPORT.set(report)
+    try:
+        yield
+    finally:
+        _REPORT.reset(token)
+
+
+def report_read(count: int) -> None:
+    """Reports `count` bytes of a file that were read in another way than by `read_blocks`."""
+    if (report := _REPORT.get()) is not None:
+        report(count)
 
 
 def check_regular(path: Path) -> None:
@@ -49,7 +68,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
       DataError: not a regular file, unreadable, damaged, or beyond the limit.
     """
     check_regular(path)
-    packed, unpacked = path.suffix == ".gz", 0
+    packed, unpacked, reported = path.suffix == ".gz", 0, 0
     limit = _limit(FILE_VARIABLE)
     try:
         with contextlib.ExitStack() as stack:
@@ -63,6 +82,8 @@ def read_blocks(path: Path) -> Iterator[bytes]:
                         f"{path}: got more than {allowed} bytes unpacked from {raw.tell()}, expected fewer; if the "
                         f"file is trusted, set {FILE_VARIABLE} to a larger number"
                     )
+                report_read(raw.tell() - reported)
+                reported = raw.tell()
                 yield block
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
@@ -124,10 +145,15 @@ def decode(content: bytes, where: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: got byte 0x{content[error.start]:02x} at offset {error.start}, expected UTF-8 text; "
-            "convert the file (iconv -t UTF-8) or remove it"
-        ) from error
+        raise invalid_utf8(content, error.start, where) from error
+
+
+def invalid_utf8(content: bytes, at: int, where: str, before: int = 0) -> DataError:
+    """The error for the byte `content[at]`; `before` bytes of the file come before the content."""
+    return DataError(
+        f"{where}: got byte 0x{content[at]:02x} at offset {before + at}, expected UTF-8 text; "
+        "convert the file (iconv -t UTF-8) or remove it"
+    )
 
 
 def parse_json(text: str, where: str, expected: str) -> Any:

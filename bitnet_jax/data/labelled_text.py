@@ -17,8 +17,9 @@ import numpy as np
 
 from bitnet_jax.data import standard_library
 from bitnet_jax.data.corpus import load_tokenizer
+from bitnet_jax.data.documents import Document, unit_hash
 from bitnet_jax.data.errors import DataError, check_number, check_share
-from bitnet_jax.data.text import Document, checked_text, json_lines, resolve_path, unit_hash
+from bitnet_jax.data.text import checked_text, json_lines, resolve_path
 from bitnet_jax.data.tokenizers import Tokenizer
 
 KEYWORDS = ("class", "def", "for", "if", "raise", "return")

@@ -13,79 +13,77 @@ a document also for the remaining text; a separator stands for nothing. So the b
 its documents, and any partition into windows counts each byte once. (The bytes of a document without tokens, such
 as whitespace that the tokenizer drops, are counted at the following separator.)
 
-Documents are encoded in batches of bounded size, long ones in pieces if the tokenizer allows it. Encoding a large
-text with a tokenizer.json is slow, so the result is cached on disk, see cache.py.
+Documents are encoded in batches of bounded size, long ones in pieces if the tokenizer allows it, and the stream is made
+in blocks, so that text and tokens of any size pass through bounded memory (see corpus.py for their cache on disk).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from bitnet_jax.data.cache import read_arrays, write_arrays
+from bitnet_jax.data.documents import AnyDocument
 from bitnet_jax.data.errors import DataError
-from bitnet_jax.data.text import Document, text_bytes
-from bitnet_jax.data.tokenizers import JsonTokenizer, Tokenizer
-from bitnet_jax.progress import progress_bar
+from bitnet_jax.data.tokenizers import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer
 
 BATCH_CHARACTERS = 1 << 20  # maximum batch size, unless the batch is a single piece that cannot be cut
 PIECE_CHARACTERS = 1 << 17  # longer documents are cut where that does not change the tokens
 WORD_END = re.compile(r"[^\W\d_][ \n]")  # a letter and the character that ends its word
 WORD_ENDS_TRIED, AROUND_CUT = 50, 200  # candidate positions of a cut; characters compared on each side
-CACHED_BYTES = 1 << 20  # minimum size of a text whose tokens are cached
-LAYOUT = "bitnet_jax.tokens.1"  # cache version; change it whenever the same text gives different arrays
 
 
 class MeasuredStream(NamedTuple):
-    tokens: np.ndarray  # int32 [N]
+    tokens: np.ndarray  # int [N]
     token_bytes: np.ndarray  # int32 [N], bytes of text that each token stands for
 
 
-def token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
+class Block(NamedTuple):
+    """Consecutive tokens of a stream."""
+
+    tokens: np.ndarray  # int32 [n]
+    token_bytes: np.ndarray  # int32 [n]; [0] unless measured
+    text_bytes: int  # of the text that was encoded
+    documents: int  # that end in this block
+
+
+def token_stream(documents: Iterable[AnyDocument], tokenizer: Tokenizer) -> np.ndarray:
     """int32 [N], see the module docstring. Raises DataError for a text that cannot be encoded."""
-    return _stream(documents, tokenizer, measured=False)["tokens"]
+    return np.concatenate([block.tokens for block in stream_blocks(documents, tokenizer, measured=False)])
 
 
-def measured_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> MeasuredStream:
-    """`token_stream` and the bytes of each of its tokens."""
-    return MeasuredStream(**_stream(documents, tokenizer, measured=True))
+def measured_stream(documents: Iterable[AnyDocument], tokenizer: Tokenizer) -> MeasuredStream:
+    """`token_stream` and the bytes of each of its tokens, int32."""
+    blocks = list(stream_blocks(documents, tokenizer, measured=True))
+    tokens, token_bytes, _, _ = zip(*blocks, strict=True)
+    return MeasuredStream(np.concatenate(tokens), np.concatenate(token_bytes))
 
 
-def _stream(documents: Sequence[Document], tokenizer: Tokenizer, measured: bool) -> dict[str, np.ndarray]:
-    total = text_bytes(documents)
-    key = None
-    if isinstance(tokenizer, JsonTokenizer) and total >= CACHED_BYTES:
-        key = _key(documents, tokenizer, measured)
-        if (cached := read_arrays(key)) is not None:
-            return {name: array.astype(np.int32) for name, array in cached.items()}
+def stream_blocks(documents: Iterable[AnyDocument], tokenizer: Tokenizer, measured: bool) -> Iterator[Block]:
+    """The stream of the documents in blocks; with the bytes of each token if `measured`."""
     separator = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
-    narrow = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32  # halves the memory of intermediates
-    tokens, sizes = [separator.astype(narrow)], [np.zeros(len(separator), np.int32)]
+    no_bytes = np.zeros(0, np.int32)
+    yield Block(separator, np.zeros(len(separator), np.int32) if measured else no_bytes, 0, 0)
     pending_bytes = 0  # of pieces without tokens; counted at the next token or separator
-    with progress_bar(total, unit="B", description="tokenizing", delay=1.0) as progress:
-        for batch in _batches(documents, tokenizer):
-            for piece, (ids, token_bytes) in zip(batch, _encoded(batch, tokenizer, measured), strict=True):
-                end = separator if piece.ends_document else separator[:0]
-                tokens.append(np.concatenate([ids, end]).astype(narrow))
-                if measured:
-                    row = np.concatenate([token_bytes, np.zeros(len(end), np.int32)])
-                    pending_bytes += 0 if len(ids) else len(piece.text.encode())
-                    if len(row):
-                        row[0] += pending_bytes
-                        pending_bytes = 0
-                    sizes.append(row)
-                progress.update(len(piece.text.encode()))
-    arrays = {"tokens": np.concatenate(tokens)}
-    if measured:
-        arrays["token_bytes"] = np.concatenate(sizes)
-    if key is not None:
-        write_arrays(key, arrays)
-    return {name: array.astype(np.int32) for name, array in arrays.items()}
+    for batch in _batches(documents, tokenizer):
+        tokens, sizes, text_bytes, ended = [], [no_bytes], 0, 0
+        for piece, (ids, token_bytes) in zip(batch, _encoded(batch, tokenizer, measured), strict=True):
+            end = separator if piece.ends_document else separator[:0]
+            tokens.append(np.concatenate([ids, end]))
+            size = len(piece.text.encode())
+            if measured:
+                row = np.concatenate([token_bytes, np.zeros(len(end), np.int32)])
+                pending_bytes += 0 if len(ids) else size
+                if len(row):
+                    row[0] += pending_bytes
+                    pending_bytes = 0
+                sizes.append(row)
+            text_bytes += size
+            ended += piece.ends_document
+        yield Block(np.concatenate(tokens), np.concatenate(sizes), text_bytes, ended)
 
 
 class _Piece(NamedTuple):
@@ -94,7 +92,7 @@ class _Piece(NamedTuple):
     ends_document: bool
 
 
-def _batches(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
+def _batches(documents: Iterable[AnyDocument], tokenizer: Tokenizer) -> Iterator[list[_Piece]]:
     """All documents, long ones in pieces, in batches of at most BATCH_CHARACTERS or a single piece."""
     batch, size = list[_Piece](), 0
     for document in documents:
@@ -108,28 +106,34 @@ def _batches(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[li
         yield batch
 
 
-def _pieces(document: Document, tokenizer: Tokenizer) -> Iterator[_Piece]:
-    """The pieces of a document, cut between a letter and a space or newline so that the tokens do not change.
+def _pieces(document: AnyDocument, tokenizer: Tokenizer) -> Iterator[_Piece]:
+    """The pieces of a document, cut so that the tokens do not change: anywhere for bytes and characters, nowhere for
+    tokenizers that do not split words, else between a letter and a space or newline.
 
     Every tokenizer with `splits_words` ends a word there; in addition, the tokens of the text around the cut must
     equal those of its two sides encoded separately.
     """
-    name, text, _ = document
-    start = 0
-    while (
-        isinstance(tokenizer, JsonTokenizer)
-        and tokenizer.splits_words
-        and len(text) - start > PIECE_CHARACTERS
-    ):
-        cut = _cut(text, start + PIECE_CHARACTERS, tokenizer)
-        if cut is None:
-            break
-        yield _Piece(name, text[start:cut], ends_document=False)
-        start = cut
-    yield _Piece(name, text[start:], ends_document=True)
+    anywhere = isinstance(tokenizer, ByteTokenizer | CharTokenizer)
+    text, searched = "", 0  # there is no valid cut up to here
+    for part in document.parts():
+        if anywhere and text:
+            yield _Piece(document.name, text, ends_document=False)
+            text = ""
+        text += part
+        if isinstance(tokenizer, JsonTokenizer) and tokenizer.splits_words:
+            start = 0
+            while len(text) - start > PIECE_CHARACTERS:
+                cut = _cut(text, max(start + PIECE_CHARACTERS, searched), tokenizer)
+                if cut is None:
+                    searched = len(text)
+                    break
+                yield _Piece(document.name, text[start:cut], ends_document=False)
+                start = cut
+            text, searched = text[start:], max(searched - start, 0)
+    yield _Piece(document.name, text, ends_document=True)
 
 
-def _cut(text: str, begin: int, tokenizer: Tokenizer) -> int | None:
+def _cut(text: str, begin: int, tokenizer: JsonTokenizer) -> int | None:
     """The first valid cut from `begin` on; None if none of the next WORD_ENDS_TRIED word ends is one."""
     for word_end in itertools.islice(WORD_END.finditer(text, begin), WORD_ENDS_TRIED):
         cut = word_end.start() + 1
@@ -156,14 +160,3 @@ def _encoded(
             except DataError as error:
                 raise DataError(f"{piece.name}: {error}") from error
         raise
-
-
-def _key(documents: Sequence[Document], tokenizer: JsonTokenizer, measured: bool) -> str:
-    """Hash of everything the arrays depend on: texts, document boundaries, tokenizer and library version."""
-    digest = hashlib.blake2b(digest_size=20)
-    for part in (LAYOUT, str(measured), tokenizer.library_version, tokenizer.to_json()):
-        digest.update(f"{len(part)}:".encode() + part.encode())
-    for document in documents:
-        content = document.text.encode()
-        digest.update(f"{len(content)}:".encode() + content)
-    return digest.hexdigest()

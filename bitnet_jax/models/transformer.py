@@ -178,6 +178,7 @@ class Transformer(nn.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         progress: Float[Array, ""] | float = 1.0,
         deterministic: bool = True,
@@ -189,6 +190,8 @@ class Transformer(nn.Module):
           tokens: ids in [0, vocab_size).
           positions: of the tokens; default: real tokens counted from 0, so left padding does not shift them.
           mask: True for real tokens, False for padding; default all real.
+          segments: the document of each token; a token attends within its own only. Without a cache, and not with
+            causal linear attention, whose state covers all earlier tokens. Default: one document in a row.
           cache: continue after its contents; the caller must make sure that the tokens fit.
           progress: fraction of training done, in [0, 1]; only used by annealed gradient estimators.
           deterministic: False enables dropout (needs an rng named "dropout").
@@ -212,6 +215,11 @@ class Transformer(nn.Module):
                 rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
                 own = jnp.take_along_axis(rank, jnp.broadcast_to(query, (B, T)), axis=1)
                 visible = visible & (own[:, :, None] - rank[:, None, :] < config.sliding_window)
+
+        if segments is not None:
+            if cache is not None or (config.attention == "linear" and config.causal):
+                raise ValueError("got segments with a cache or causal linear attention; expected neither")
+            visible = visible & (segments[:, :, None] == segments[:, None, :])
 
         embed = Embedding.of(config, config.vocab_size, "embed")
         x = embed(tokens)

@@ -28,6 +28,9 @@ class DataConfig:
     # language: stdlib (the running Python's standard library), a path, or hf:NAME (see data/text.py); images: drawn
     # or a folder of MNIST files (data/images.py); text_classification: keywords or JSON lines (data/labelled_text.py)
     source: str = "stdlib"
+    mixture: Mapping[str, float] | None = (
+        None  # language: source -> weight, instead of `source`; see data/mixtures.py
+    )
     root: str | None = None  # base folder of relative paths; None: working directory, then $BITNET_JAX_DATA
     tokenizer: str = "byte"  # byte, char, or the path of a tokenizer.json
     split: str = "document"  # what is held out: document, tail or record (see split_documents)
@@ -37,10 +40,31 @@ class DataConfig:
     image_size: int | None = None  # images: downsample to this height and width
     limit: int | None = None  # images, text_classification: maximum number of training examples
     batch_size: int = 16  # B, sequences or images per update (all micro-batches together)
-    sampling: str = "epoch"  # epoch: reshuffled passes over all windows; windows: random positions
+    # epoch: reshuffled passes over all windows; shuffle: the same in constant memory, by the package grain; windows:
+    # random positions
+    sampling: str = "epoch"
     skip_bad_files: bool = False  # folders of text: skip unreadable files instead of raising an error
+    document_mask: bool = False  # language: attend within a document only, positions from its start
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if self.mixture is None else tuple(self.mixture)
 
     def __post_init__(self) -> None:
+        if self.mixture is not None:
+            if not self.mixture or min(self.mixture.values()) <= 0:
+                raise ValueError(
+                    f"data.mixture: got {dict(self.mixture)}, expected sources with positive weights"
+                )
+            # The order of the sources matters, and a config file does not keep it.
+            weights = {source: float(weight) for source, weight in sorted(self.mixture.items())}
+            object.__setattr__(self, "mixture", weights)
+            for name, one in (("source", "stdlib"), ("tokenizer", "char"), ("sampling", "windows")):
+                if (getattr(self, name) == one) != (name == "source"):
+                    raise ValueError(
+                        f"data.{name}: got {getattr(self, name)!r} beside data.mixture, which has sources of its own "
+                        "and needs one tokenizer and sampling epoch or shuffle; remove it"
+                    )
         for name in ("length", "image_size", "limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -118,7 +142,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 WHERE_COMPUTED = ("mesh", "distributed")
 # Settings that did not exist when runs and results were recorded: the hash leaves them out while they have their
 # default, so that it does not change.
-ADDED_LATER = {"data": ("skip_bad_files",)}
+ADDED_LATER = {"data": ("skip_bad_files", "document_mask", "mixture")}
 TASK_NAMES = ("language", "images", "text_classification")
 
 
@@ -149,6 +173,8 @@ class RunConfig:
             "limit": ("images", "text_classification"),
             "image_size": ("images",),
             "skip_bad_files": ("language",),
+            "document_mask": ("language",),
+            "mixture": ("language",),
         }
         for name, tasks in used_by.items():  # otherwise it would be silently ignored
             value = getattr(self.data, name)
@@ -156,6 +182,11 @@ class RunConfig:
                 raise ValueError(
                     f"data.{name}: got {value} for task {self.task!r}, which has no such setting; remove it"
                 )
+        if self.data.document_mask and self.model.get("attention") == "linear":
+            raise ValueError(
+                "data.document_mask: got model.attention 'linear', whose state covers all earlier tokens, expected "
+                "another; set data.document_mask=False"
+            )
         if self.distillation.teacher is not None and self.task != "text_classification":
             raise ValueError(
                 f"distillation.teacher: got a teacher for task {self.task!r}, expected task text_classification"
@@ -320,6 +351,11 @@ def _section(section: str, kind: type, fields: Mapping[str, Any]) -> Any:
 
 
 def _is_a(value: Any, expected: Any) -> bool:
+    if typing.get_origin(expected) is Mapping:
+        inner = typing.get_args(expected)
+        return isinstance(value, Mapping) and all(
+            _is_a(part, kind) for item in value.items() for part, kind in zip(item, inner, strict=True)
+        )
     if isinstance(expected, types.UnionType):
         return any(_is_a(value, kind) for kind in typing.get_args(expected))
     if expected is float:

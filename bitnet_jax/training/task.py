@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from bitnet_jax.data import Classes, TokenBatches, Tokenizer, consecutive_batches, load_corpus
+from bitnet_jax.data import Classes, MixedBatches, TokenBatches, Tokenizer, consecutive_batches, load_corpus
 from bitnet_jax.evaluation.language import evaluate, model_logits
 from bitnet_jax.models import Architecture, Transformer, init_variables
 from bitnet_jax.models.transformer import LanguageHead
@@ -42,7 +43,8 @@ class Task(NamedTuple):
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
-    """Cross entropy of `targets` given `inputs`; a batch may have `mask` (inputs) and `weights` (targets).
+    """Cross entropy of `targets` given `inputs`; a batch may have `weights` (targets), and what is said of the inputs:
+    `mask`, `segments`, `positions` (see Transformer).
 
     Passing a key enables dropout, stochastic quantizers and batch statistics.
     """
@@ -122,11 +124,11 @@ def forward(
 ) -> tuple[Any, ModelState]:
     """The model's output on a batch, and its collections named in `mutable`."""
     rngs = {} if key is None else dict(zip(("dropout", "stochastic"), jax.random.split(key), strict=True))
-    masked: dict[str, Any] = {} if batch.get("mask") is None else {"mask": batch["mask"]}
+    described = {name: batch[name] for name in ("mask", "segments", "positions") if name in batch}
     output, state = model.apply(
         variables,
         batch["inputs"],
-        **masked,
+        **described,
         progress=progress,
         deterministic=key is None,
         rngs=rngs,
@@ -147,27 +149,46 @@ def language_task(config: RunConfig) -> Task:
       DataError (a ValueError): the text is unusable.
       ValueError: the model does not fit the data.
     """
-    corpus = load_corpus(
-        config.data.source,
-        tokenizer=config.data.tokenizer,
-        split=config.data.split,
-        valid_fraction=config.data.valid_fraction,
-        valid_source=config.data.valid_source,
-        root=config.data.root,
-        skip_bad_files=config.data.skip_bad_files,
-    )
-    length, held_out = config.data.length, config.evaluation
-    batches = TokenBatches(corpus.train, length, config.data.batch_size, config.seed, config.data.sampling)
-    end = None if held_out.batches is None else held_out.batches * held_out.batch_size * length + 1
-    valid_batches = list(
-        consecutive_batches(
-            corpus.valid[:end], length, held_out.batch_size, token_bytes=corpus.valid_token_bytes[:end]
+    data, held_out = config.data, config.evaluation
+    corpora = [
+        load_corpus(
+            source,
+            tokenizer=data.tokenizer,
+            split=data.split,
+            valid_fraction=data.valid_fraction,
+            valid_source=data.valid_source,
+            root=data.root,
+            skip_bad_files=data.skip_bad_files,
         )
-    )
-    model_config = config.model_config(corpus.tokenizer.vocab_size)
+        for source in data.sources
+    ]
+    tokenizer = corpora[0].tokenizer
+    separator = tokenizer.eos_id if data.document_mask else None
+    if data.document_mask and separator is None:
+        raise ValueError(
+            f"data.document_mask: got the tokenizer {data.tokenizer!r}, which has no token that separates documents, "
+            "expected one that has; train it with `bitnet-jax tokenize`, or use byte"
+        )
+    streams = [
+        TokenBatches(corpus.train, data.length, data.batch_size, config.seed, data.sampling, separator)
+        for corpus in corpora
+    ]
+    batches = streams[0] if data.mixture is None else MixedBatches(streams, tuple(data.mixture.values()))
+    end = None if held_out.batches is None else held_out.batches * held_out.batch_size * data.length + 1
+
+    def valid_batches() -> Iterator[dict[str, np.ndarray]]:
+        """Of every source; one held-out source belongs to all of them."""
+        for corpus in corpora if data.valid_source is None else corpora[:1]:
+            token_bytes = corpus.valid_token_bytes[:end]
+            yield from consecutive_batches(
+                corpus.valid[:end], data.length, held_out.batch_size, token_bytes=token_bytes
+            )
+
+    next(valid_batches())  # an unusable held-out text is an error before the training, not after it
+    model_config = config.model_config(tokenizer.vocab_size)
 
     def evaluate_variables(variables: Mapping[str, PyTree]) -> dict[str, float]:
-        score = evaluate(model_logits(model_config), variables, valid_batches)
+        score = evaluate(model_logits(model_config), variables, valid_batches())
         return {
             "loss": score.nats_per_token,
             "bits_per_byte": score.bits_per_byte,
@@ -178,7 +199,7 @@ def language_task(config: RunConfig) -> Task:
         init=partial(init_variables, model_config),
         loss=language_loss(Transformer(model_config), config.training.z_loss),
         train_batch=batches.batch,
-        tokens=config.data.batch_size * length,
+        tokens=data.batch_size * data.length,
         evaluate=evaluate_variables,
         # A tied head shares its latents with the embedding.
         precisions={
@@ -186,6 +207,13 @@ def language_task(config: RunConfig) -> Task:
             for path, precision in model_config.precisions().items()
             if path != "lm_head" or not model_config.tie_embeddings
         },
-        tokenizer=corpus.tokenizer,
-        fingerprint=zlib.crc32(np.ascontiguousarray(corpus.train).view(np.uint8).data),
+        tokenizer=tokenizer,
+        fingerprint=_combined([corpus.fingerprint for corpus in corpora]),
     )
+
+
+def _combined(fingerprints: Sequence[int]) -> int:
+    """One fingerprint of several; that of one alone."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return zlib.crc32(json.dumps(fingerprints).encode())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_jax.data import DataError, ExampleBatches, TokenBatches, consecutive_batches, whole_batches
+from bitnet_jax.data import batches as module
 
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 5), st.integers(0, 40))
 
@@ -85,6 +88,34 @@ def test_the_order_is_pinned() -> None:
     assert TokenBatches(tokens, 10, 4, seed=1, sampling="windows").starts(5).tolist() == [299, 103, 195, 106]
 
 
+@pytest.mark.parametrize("most", [1, 3, 2**7, 2**20, 2**64])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 1025])
+def test_the_order_of_an_epoch_is_a_stable_sort(most: int, count: int) -> None:
+    words = np.random.Philox(key=count).random_raw(count) % np.uint64(most - 1 or 1)
+    for shifted in (words, words << np.uint64(5)):  # ties in all bits, in the high ones, and in none
+        np.testing.assert_array_equal(module.stable_order(shifted), np.argsort(shifted, kind="stable"))
+
+
+def test_shuffling_by_grain(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "grain.experimental", None)
+        with pytest.raises(DataError, match="package grain, which .*; pip install grain"):
+            TokenBatches(stream(1001), 10, 4, sampling="shuffle")
+    pytest.importorskip("grain", reason="grain is an extra")
+    batches = TokenBatches(stream(1031), 10, 4, seed=1, sampling="shuffle")
+    order = np.concatenate([batches.starts(step) for step in range(103)])  # 4 epochs of 103 windows
+    epochs = order.reshape(4, 103)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(103) * 10, (4, 1)))
+    assert len({epoch.tobytes() for epoch in epochs}) == 4
+    assert (TokenBatches(stream(1031), 10, 4, seed=2, sampling="shuffle").starts(0) != order[:4]).any()
+    whole = batches.batch(25)  # spans two epochs
+    np.testing.assert_array_equal(batches.batch(25, slice(1, 3))["targets"], whole["targets"][1:3])
+    assert order[:8].tolist() == [20, 360, 160, 890, 710, 940, 830, 850]  # a run resumes under other versions
+    monkeypatch.setattr(module, "MOST_SHUFFLED", 100)
+    with pytest.raises(DataError, match="got 103 windows, expected at most 100"):
+        TokenBatches(stream(1031), 10, 4, sampling="shuffle")
+
+
 def test_random_windows_are_uniform_over_positions() -> None:
     batches = TokenBatches(stream(14), 4, 3, sampling="windows")
     counts = np.bincount(np.concatenate([batches.starts(step) for step in range(4000)]), minlength=10)
@@ -120,7 +151,7 @@ def test_consecutive_windows_score_every_token_exactly_once(
         ({"tokens": stream(40)}, "40 tokens, expected at least 41 for one batch of 4 x 10"),
         ({"length": 0}, "length: got 0"),
         ({"batch_size": -1}, "batch_size: got -1"),
-        ({"sampling": "random"}, "expected one of epoch, windows"),
+        ({"sampling": "random"}, "expected one of epoch, shuffle, windows"),
         ({"seed": -1}, "seed: got -1"),
     ],
 )

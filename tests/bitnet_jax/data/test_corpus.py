@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,17 @@ from bitnet_jax.data import (
     DataError,
     Document,
     TokenBatches,
+    files,
     load_corpus,
+    load_stream,
     load_tokenizer,
+    read_documents,
+    text,
     token_stream,
 )
+from bitnet_jax.data import corpus as corpora
+from bitnet_jax.data.bpe import train_bpe
+from bitnet_jax.data.documents import Split
 
 
 @pytest.fixture
@@ -110,3 +119,119 @@ def test_real_corpora(data_root: Path) -> None:
     )
     assert shakespeare.tokenizer.vocab_size == 65
     assert (len(shakespeare.train), len(shakespeare.valid)) == (1_003_854, 111_540)
+
+
+# ---- on disk
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every corpus goes through the cache, and every file is read in small parts."""
+    monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(corpora, "LARGE_BYTES", 0)
+    monkeypatch.setattr(corpora, "SLOW_BYTES", 0)
+    monkeypatch.setattr(text, "LONG_BYTES", 64)
+    monkeypatch.setattr(files, "BLOCK", 50)
+    return tmp_path / "cache"
+
+
+def write_texts(folder: Path, count: int = 40) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        (folder / f"{i:03}.txt").write_text(f"Document {i}: " + "caf\u00e9 \u4e2d\u6587 " * (i % 7 + 1))
+    records = [{"text": f"record {i}", "split": ("train", "valid", "other")[i % 3]} for i in range(9)]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+SETTINGS: list[dict[str, object]] = [
+    {"valid_fraction": 0.3},
+    {"split": "tail", "valid_fraction": 0.37},
+    {"split": "record"},
+    {"valid_source": "other.txt", "tokenizer": "char"},
+    {"split": "tail", "valid_fraction": 0.5, "tokenizer": "char"},
+    {"valid_fraction": 0.3, "tokenizer": "tokenizer.json"},
+    {"split": "tail", "valid_fraction": 0.01, "tokenizer": "tokenizer.json"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_corpus_on_disk_equals_the_one_in_memory(
+    settings: dict[str, object], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    write_texts(tmp_path / "texts")
+    (tmp_path / "other.txt").write_text("held out \u4e2d")
+    if settings.get("tokenizer") == "tokenizer.json":
+        pytest.importorskip("tokenizers", reason="the tokenizers library is an extra")
+        trained = train_bpe(read_documents("texts", tmp_path).documents, 280)
+        (tmp_path / "tokenizer.json").write_text(trained.to_json())
+    memory = load_corpus("texts", root=tmp_path, **settings)  # type: ignore[arg-type]
+    folder = request.getfixturevalue("on_disk")
+    for _ in range(2):
+        disk = load_corpus("texts", root=tmp_path, **settings)  # type: ignore[arg-type]
+        for name in ("train", "valid", "valid_token_bytes"):
+            np.testing.assert_array_equal(getattr(disk, name), getattr(memory, name))
+        assert disk.summary() == memory.summary()
+        assert disk.tokenizer.to_json() == memory.tokenizer.to_json()
+        assert disk.fingerprint == memory.fingerprint == zlib.crc32(memory.train.tobytes())
+        assert disk.train.dtype == (np.uint8 if memory.tokenizer.vocab_size <= 256 else np.uint16)
+    assert len(list(folder.glob("*.entry"))) == 1
+
+
+def test_a_corpus_is_tokenized_once_per_content_tokenizer_and_split(
+    tmp_path: Path, on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = write_texts(tmp_path / "texts")
+    first = load_corpus(str(texts), valid_fraction=0.3)
+    load_stream(str(texts), ByteTokenizer())
+    shutil.copytree(texts, tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "stream_blocks", None)
+        patch.setattr(Split, "of", None)
+        again = load_corpus(str(tmp_path / "copy"), valid_fraction=0.3)
+        np.testing.assert_array_equal(again.train, first.train)
+        assert load_stream(str(texts), ByteTokenizer()).tokens[0] == 0
+        for settings in (
+            {"valid_fraction": 0.31},
+            {"split": "tail", "valid_fraction": 0.3},
+            {"tokenizer": "char"},
+        ):
+            with pytest.raises(TypeError, match="NoneType"):
+                load_corpus(str(texts), **({"valid_fraction": 0.3} | settings))  # type: ignore[arg-type]
+        (texts / "000.txt").write_text("Document 0, changed")
+        with pytest.raises(TypeError, match="NoneType"):
+            load_corpus(str(texts), valid_fraction=0.3)
+    assert len(list(on_disk.glob("*.entry"))) == 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(
+    tmp_path: Path, on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, of = write_texts(tmp_path / "texts"), Split.of
+
+    def meanwhile(*args: object) -> Split:
+        made = of(*args)  # type: ignore[arg-type]
+        (texts / "000.txt").write_text("x" * 500)
+        return made
+
+    monkeypatch.setattr(Split, "of", meanwhile)
+    with pytest.raises(DataError, match="000.txt: it changed while it was read; start again"):
+        load_corpus(str(texts), valid_fraction=0.3)
+    assert not list(on_disk.glob("*.entry"))
+
+
+def test_bad_files_are_skipped_and_listed_from_the_cache_too(tmp_path: Path, on_disk: Path) -> None:
+    texts = write_texts(tmp_path / "texts")
+    (texts / "005.txt").write_bytes(b"\xff" * 10)
+    (texts / "041.txt").write_bytes("long and cut: \u4e2d".encode()[:-1] + b"x" * 100)  # read in parts
+    (texts / "042.jsonl").write_text('{"text": "not this either"}\n' * 5 + "{")
+    with pytest.raises(
+        DataError, match="got 3 bad files among 43: 005.txt: .*041.txt: .*042.jsonl:6: got damaged"
+    ):
+        load_corpus(str(texts), valid_fraction=0.3)
+    with pytest.warns(UserWarning, match="skipped 3 bad files of 43"):
+        first = load_corpus(str(texts), valid_fraction=0.3, skip_bad_files=True)
+    again = load_corpus(str(texts), valid_fraction=0.3, skip_bad_files=True)
+    assert first.skipped == again.skipped == ("005.txt", "041.txt", "042.jsonl")
+    assert b"not this" not in bytes(first.train)
+    assert b"not this" not in bytes(first.valid)

@@ -1,8 +1,7 @@
-"""Byte counts of token streams, for every kind of tokenizer and window; the token cache on disk."""
+"""Byte counts of token streams, for every kind of tokenizer and window."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from bitnet_jax.data import (
     JsonTokenizer,
     Tokenizer,
     consecutive_batches,
+    files,
     measured_stream,
     streams,
     token_stream,
 )
+from bitnet_jax.data.documents import LongDocument
 
 TEXT = st.text(st.sampled_from(" \n\tabcTthe\u00e9\u4e2d\U0001f600e\u0301"), max_size=12) | st.text(
     st.characters(exclude_categories=["Cs"]), max_size=8
@@ -203,6 +204,21 @@ def test_encoding_a_long_document_in_pieces_gives_the_same_stream(
     np.testing.assert_array_equal(part.token_bytes, whole.token_bytes)
 
 
+def test_a_file_read_in_parts_gives_the_same_stream(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "the caf\u00e9 \u4e2d\u6587 th\n 9 the\U0001f600 " * 40
+    (tmp_path / "a").write_text(text)
+    whole = measured_stream([Document("a", text), Document("b", text[7:300])], tokenizer)
+    monkeypatch.setattr(files, "BLOCK", 7)  # cuts characters too
+    monkeypatch.setattr(streams, "PIECE_CHARACTERS", 40)
+    monkeypatch.setattr(streams, "AROUND_CUT", 10)
+    long = [LongDocument("a", tmp_path / "a"), LongDocument("b", tmp_path / "a", start=7, stop=300)]
+    part = measured_stream(long, tokenizer)
+    np.testing.assert_array_equal(part.tokens, whole.tokens)
+    np.testing.assert_array_equal(part.token_bytes, whole.token_bytes)
+
+
 def test_a_long_document_is_split_only_at_word_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single file of 34 MB used to take 5 GB: the library keeps data for every token until the text is done."""
     text = "the cat.\n the cat\n  9\n" * 20
@@ -221,75 +237,3 @@ def test_a_long_document_is_split_only_at_word_ends(monkeypatch: pytest.MonkeyPa
     # These tokenizers would prepend a space to each piece, or normalize across pieces: the text stays whole.
     for kind in ("sentence_piece", "metaspace", "words"):
         assert pieces(kind) == [text]
-
-
-@pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(streams, "CACHED_BYTES", 1)
-    return tmp_path / "cache"
-
-
-def test_tokens_are_cached_per_text_and_tokenizer(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = [Document("a", "the caf\u00e9"), Document("b", "th")]
-    first = measured_stream(documents, byte_level())
-    assert len(list(kept.iterdir())) == 1
-
-    def never(*args: object) -> None:
-        raise AssertionError("tokenized again")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JsonTokenizer, "encode_measured", never)
-        patch.setattr(JsonTokenizer, "encode_batch", never)
-        again = measured_stream([Document("other name", d.text) for d in documents], byte_level())
-        np.testing.assert_array_equal(again.tokens, first.tokens)
-        np.testing.assert_array_equal(again.token_bytes, first.token_bytes)
-        others = [documents[:1], [Document("a", "the caf\u00e9t"), Document("b", "h")], documents[::-1]]
-        for other in others:
-            with pytest.raises(AssertionError, match="again"):
-                measured_stream(other, byte_level())
-        with pytest.raises(AssertionError, match="again"):
-            measured_stream(documents, sentence_piece())
-        with pytest.raises(AssertionError, match="again"):
-            token_stream(documents, byte_level())
-        assert (
-            len(measured_stream(documents, ByteTokenizer()).tokens) > 0
-        )  # faster than the disk: never cached
-        patch.setenv("BITNET_JAX_CACHE", "off")
-        with pytest.raises(AssertionError, match="again"):
-            measured_stream(documents, byte_level())
-    assert len(list(kept.iterdir())) == 1
-
-
-def test_small_texts_and_damaged_cache_entries_are_tokenized_again(
-    kept: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    documents = [Document("a", "the caf\u00e9")]
-    monkeypatch.setattr(streams, "CACHED_BYTES", 1 << 20)
-    first = measured_stream(documents, byte_level())
-    assert not kept.exists()
-    monkeypatch.setattr(streams, "CACHED_BYTES", 1)
-    measured_stream(documents, byte_level())
-    (entry,) = kept.iterdir()
-    whole = entry.read_bytes()
-    for damaged in (
-        b"",
-        whole[:-1],
-        whole[:20],
-        bytes([whole[0] ^ 1]) + whole[1:],
-        whole[:40] + b"\0" + whole[41:],
-    ):
-        entry.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="is damaged and is recomputed"):
-            again = measured_stream(documents, byte_level())
-        np.testing.assert_array_equal(again.tokens, first.tokens)
-        assert entry.read_bytes() == whole
-
-
-def test_a_wide_vocabulary_is_cached_losslessly(kept: Path) -> None:
-    wide = json.loads(byte_level().to_json())
-    wide["model"]["vocab"]["the"] = 70_000
-    wide["model"]["vocab"] = {k: v for k, v in wide["model"]["vocab"].items() if v < 258 or k == "the"}
-    tokenizer = JsonTokenizer(json.dumps(wide))
-    for _ in range(2):
-        assert 70_000 in token_stream([Document("a", "the")], tokenizer).tolist()

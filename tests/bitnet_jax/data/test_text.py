@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from bitnet_jax.data import (
     DataError,
     Document,
+    Source,
     read_documents,
     resolve_path,
     split_documents,
     standard_library,
 )
-from bitnet_jax.data.text import text_bytes
+from bitnet_jax.data.documents import text_bytes
 
 
 def one_line_error(source: str | Path, **kwargs: object) -> str:
@@ -295,10 +296,11 @@ def test_hugging_face_without_the_package_is_an_error(monkeypatch: pytest.Monkey
     assert "pip install datasets" in message
 
 
-def test_hugging_face_splits_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_face_splits_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(path: str, name: str | None) -> dict[str, list[dict[str, object]]]:
+    def load_dataset(path: str, name: str | None, *, streaming: bool) -> dict[str, list[dict[str, object]]]:
+        assert streaming
         asked.append((path, name))
         if path == "offline":
             raise ConnectionError("no route to host\nmore")
@@ -318,6 +320,52 @@ def test_hugging_face_splits_and_errors(monkeypatch: pytest.MonkeyPatch) -> None
     assert ([d.text for d in train], [d.text for d in valid]) == (["one", "two"], ["held out"])
     assert "no route to host" in one_line_error("hf:offline")
     assert "'body'" in one_line_error("hf:other")
+    # With a cache, it is downloaded once, and half a data set is not kept.
+    monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path))
+    del asked[:]
+    for _ in range(2):
+        assert read_documents("hf:org/name:config").documents == documents
+        one_line_error("hf:other")
+    assert asked == [("org/name", "config"), ("other", None), ("other", None)]
+    assert len(list((tmp_path / "downloads").iterdir())) == 1
+
+
+# ---- Parquet
+
+
+def test_rows_of_parquet_files_are_documents(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is an extra")
+    from pyarrow import parquet, table
+
+    rows = {
+        "text": [f"text {i}" for i in range(1000)],
+        "split": ["train", None] * 500,
+        "other": [*range(1000)],
+    }
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table(rows), path, row_group_size=300)
+    (tmp_path / "b.txt").write_text("b")
+    source = Source(str(tmp_path))
+    for _ in range(2):
+        documents = list(source)
+        assert [d.text for d in documents] == [*rows["text"], "b"]
+        assert documents[:2] == [
+            Document("a.parquet:1", "text 0", "train"),
+            Document("a.parquet:2", "text 1"),
+        ]
+    assert read_documents(str(path)).documents == tuple(documents[:-1])
+    content = path.read_bytes()
+    for damaged in (b"", content[:-20], content[:200] + b"\xff" * 400 + content[600:], b"text"):
+        path.write_bytes(damaged)
+        assert "a.parquet: got a file that pyarrow cannot read" in one_line_error(path)
+    parquet.write_table(table({"body": ["x"]}), path)
+    assert 'expected an object with a string "text"' in one_line_error(path)
+
+
+def test_parquet_without_the_package_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install pyarrow" in one_line_error(tmp_path / "a.parquet")
 
 
 # ---- splits

@@ -1,7 +1,9 @@
-"""The loss of a language model in pieces: the same sums and gradients, without all logits in memory."""
+"""The loss of a language model in pieces: the same sums and gradients, without all logits in memory. Its data."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ import pytest
 
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.training import task
-from bitnet_jax.training.task import init_variables, language_loss, loss_pieces, model_loss
+from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.task import init_variables, language_loss, language_task, loss_pieces, model_loss
 
 VOCAB, B, T = 4096, 2, 24
 HEADS: dict[str, dict[str, Any]] = {
@@ -80,3 +83,36 @@ def test_pieces_keep_the_logits_out_of_memory(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_the_number_of_pieces_divides_the_length(targets: tuple[int, int], vocab: int, pieces: int) -> None:
     assert loss_pieces(targets, vocab) == pieces
+
+
+def test_a_mixture_trains_on_every_source(
+    tmp_path: Path, run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for letter in "ab":
+        (tmp_path / letter).write_text(letter * 400)
+    data = {
+        "mixture": {"b": 1, "a": 3.0},
+        "split": "tail",
+        "valid_fraction": 0.2,
+        "length": 4,
+        "batch_size": 64,
+    }
+    config = run_config(data=data)
+    assert list(config.data.mixture.items()) == [("a", 3.0), ("b", 1.0)]
+    assert RunConfig.from_json(config.to_json()).hash() == config.hash() != run_config().hash()
+    task = language_task(config)
+    drawn = np.concatenate([task.train_batch(step)["targets"] for step in range(64)])  # a whole cycle
+    assert np.mean(drawn[:, 1] == ord("a")) == 0.75
+    one = language_task(run_config(data=data | {"mixture": {"a": 1}}))
+    alone = language_task(run_config(data={"source": "b", "split": "tail"}))
+    assert len({task.fingerprint, one.fingerprint, alone.fingerprint}) == 3
+    for wrong, expected in (
+        ({"mixture": {}}, "expected sources with positive weights"),
+        ({"mixture": {"a": 0.0}}, "expected sources with positive weights"),
+        ({"mixture": {"a": "1"}}, "data.mixture: got"),
+        ({"source": "a"}, "data.source: got 'a' beside data.mixture"),
+        ({"tokenizer": "char"}, "data.tokenizer: got 'char' beside data.mixture"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            run_config(data=data | wrong)
