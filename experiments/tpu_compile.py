@@ -31,6 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from bitnet_experiments.provenance import provenance
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
+from bitnet_jax.models.stacked import equal_layers, stack
 from bitnet_jax.nn.placement import AXES, DATA, TENSOR
 from bitnet_jax.packed import packing
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -43,7 +44,7 @@ from bitnet_jax.training.sharding import (
 )
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
-from bitnet_jax.training.task import init_variables, model_loss
+from bitnet_jax.training.task import init_variables, language_loss
 
 STUDY = Path(__file__).parent / "studies" / "tpu_compile"
 RESULTS = STUDY / "results.json"
@@ -58,7 +59,6 @@ TOPOLOGY_ALONE = {
 }
 # XLA's optimization effort, from -1 to 1. The default 0 takes several times as long for layers that are not scanned.
 EFFORT = -1.0
-RECIPE = "bitnet_b158"
 STEPS = 1000  # of the learning rate schedule
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a jitted function and its arguments as shapes
@@ -75,6 +75,10 @@ class Case:
     length: int = 2048
     preset: str = "7b"
     layers: int | None = None  # None: as in the preset
+    recipe: str = "bitnet_b158"
+    scan: bool = True  # train: over the layers
+    remat: bool = True
+    product: str = "float"
 
     def model(self) -> ModelConfig:
         preset = PRESETS[self.preset]
@@ -82,9 +86,10 @@ class Case:
             preset,
             num_layers=self.layers or preset.num_layers,
             max_length=self.length,
-            precision=RECIPE,
+            precision=self.recipe,
             dtype="bfloat16",
-            remat=True,
+            product=self.product,
+            remat=self.remat,
         )
 
 
@@ -113,14 +118,17 @@ def training_step(case: Case, mesh: Mesh) -> Program:
     config, optimizer = case.model(), make_optimizer(OptimizerConfig(), STEPS)
 
     def create(key: jax.Array) -> TrainState:
-        return TrainState.create(init_variables(config, key), optimizer)
+        variables = init_variables(config, key)
+        return TrainState.create(
+            stack(variables, equal_layers(config)) if case.scan else variables, optimizer
+        )
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(create, key)
     shardings = state_shardings(mesh, shapes)
     tokens = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32, sharding=batch_sharding(mesh))
     step = make_train_step(
-        model_loss(Transformer(config)),
+        language_loss(Transformer(config)),
         optimizer,
         total_steps=STEPS,
         precisions=config.precisions(),

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from bitnet_jax.data import Classes, TokenBatches, Tokenizer, consecutive_batches, load_corpus
 from bitnet_jax.evaluation.language import evaluate, model_logits
-from bitnet_jax.models import Architecture, Transformer, init_variables
+from bitnet_jax.models import Architecture, ModelConfig, Transformer, init_variables
+from bitnet_jax.models.stacked import equal_layers, stack
 from bitnet_jax.models.transformer import LanguageHead
 from bitnet_jax.quantization.precision import Precision
-from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.config import RunConfig, TrainingConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
 
@@ -134,6 +135,17 @@ def forward(
     return output, dict(state)
 
 
+def initializer(
+    model: Architecture, training: TrainingConfig
+) -> Callable[[PRNGKeyArray], Mapping[str, PyTree]]:
+    """Key -> random variables, with equal layers stacked if they are to be scanned over."""
+    if not training.scan_layers:
+        return partial(init_variables, model)
+    assert isinstance(model, ModelConfig)  # checked by RunConfig
+    runs = equal_layers(model)
+    return lambda key: stack(init_variables(model, key), runs)
+
+
 def abstract_variables(config: Architecture) -> dict[str, Any]:
     """Shapes and dtypes of `init_variables`, without computing it."""
     return jax.eval_shape(lambda key: init_variables(config, key), jax.random.key(0))
@@ -174,7 +186,7 @@ def language_task(config: RunConfig) -> Task:
         }
 
     return Task(
-        init=partial(init_variables, model_config),
+        init=initializer(model_config, config.training),
         loss=language_loss(Transformer(model_config), config.training.z_loss),
         train_batch=batches.batch,
         tokens=config.data.batch_size * length,
