@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +19,7 @@ from bitnet_jax.evaluation.language import evaluate, model_logits
 from bitnet_jax.models import Architecture, ModelConfig, Transformer, init_variables
 from bitnet_jax.models.stacked import equal_layers, stack
 from bitnet_jax.models.transformer import LanguageHead
+from bitnet_jax.nn.placement import automatic_axes
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.config import RunConfig, TrainingConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
@@ -97,17 +99,18 @@ def language_loss(model: Transformer, z_loss: float = 0.0) -> LossFunction:
 
 
 def loss_pieces(targets: tuple[int, int], vocab_size: int) -> int:
-    """The fewest pieces of a sequence for which the logits of a piece are at most MOST_LOGITS.
+    """The fewest pieces of a sequence for which the logits of a piece are at most MOST_LOGITS on a device.
 
     Args:
-      targets: sequences and their length.
+      targets: sequences, of all devices, and their length.
     """
     sequences, length = targets
+    devices = math.prod(automatic_axes().values())
     most = MOST_LOGITS["cpu" if jax.default_backend() == "cpu" else "other"]
     fitting = (
         pieces
         for pieces in range(1, length + 1)
-        if length % pieces == 0 and sequences * (length // pieces) * vocab_size <= most
+        if length % pieces == 0 and sequences * (length // pieces) * vocab_size <= most * devices
     )
     return next(fitting, length)
 
