@@ -77,7 +77,7 @@ class Case:
     layers: int | None = None  # None: as in the preset
     recipe: str = "bitnet_b158"
     scan: bool = True  # train: over the layers
-    remat: bool = True
+    remat: bool | str = True
     product: str = "float"
 
     def model(self) -> ModelConfig:

@@ -24,7 +24,7 @@ from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.nn.head import next_token_logits
 from bitnet_jax.nn.kv_cache import KVCache, write_at
-from bitnet_jax.nn.linear import BitLinear
+from bitnet_jax.nn.linear import KEPT_CODES, KEPT_SCALES, BitLinear
 from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.nn.mlp import MLP
 from bitnet_jax.nn.norms import block_norm
@@ -138,7 +138,7 @@ def blocks(
             continue
         for i in run:
             if cache is None or not variables:
-                kind = nn.remat(Block) if config.remat and cache is None else Block
+                kind = nn.remat(Block, policy=_kept(config)) if config.remat and cache is None else Block
                 apply: Callable[..., Any] = kind(config, of_block, deterministic, rotary, name=f"layers_{i}")
             else:
                 block = Block(config, of_block, deterministic, rotary, parent=None)
@@ -155,6 +155,13 @@ def blocks(
             x = split_over_batch(x)
             layers.append(layer_cache)
     return block_norm(config, "final_norm")(x), tuple(layers)
+
+
+def _kept(config: ModelConfig) -> Callable[..., bool] | None:
+    """The policy of jax.checkpoint for a block; None keeps nothing but its input."""
+    if config.remat != "codes":
+        return None
+    return jax.checkpoint_policies.save_only_these_names(KEPT_CODES, KEPT_SCALES)
 
 
 def _scanned(
@@ -174,7 +181,8 @@ def _scanned(
         return split_over_batch(y), None
 
     if block.config.remat:
-        one = jax.checkpoint(one, prevent_cse=False)  # the scan keeps both passes apart
+        # The scan keeps both passes apart, so they need no barriers against common subexpressions.
+        one = jax.checkpoint(one, prevent_cse=False, policy=_kept(block.config))
     return jax.lax.scan(one, x, (params, keys))[0]
 
 
