@@ -6,6 +6,7 @@
 #   make test-all     the slow tests too (sanitizers, emulated machines, soaks, killed processes), with coverage
 #   make bench        kernel timings       make clean  remove all build products
 #   make tpu-compile  compile for TPUs without one, in a separate environment (700 MB, 15 minutes)
+#   make plan-100b    compile the update of a 100B model for TPUs likewise, and write its plan (an hour)
 #   make gpu-compile  compile the GPU kernels for an H200 without one, likewise (1 GB, minutes, Python 3.12)
 #
 # PYTHON=python3.13 make ...      another interpreter, for a new environment
@@ -34,7 +35,7 @@ INSTALL := CONSTRAINTS=$(CONSTRAINTS) $(BIN)/python requirements/install.py
 # An editable install picks up Python edits; only packaging and C++ sources require a reinstall.
 SOURCES := pyproject.toml $(wildcard setup.py kernels/csrc/*)
 
-.PHONY: quickstart test test-all coverage lint docs bench lock tpu-compile gpu-compile clean
+.PHONY: quickstart test test-all coverage lint docs bench lock tpu-compile plan-100b gpu-compile clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -71,6 +72,9 @@ tpu-compile: $(TPU_VENV)/.installed
 	$(TPU_VENV)/bin/python -m bitnet_kernels.ahead_of_time --chip v5e --chip v5p --chip v6e --chip v7x \
 	  --json experiments/studies/chip_compile/tpu.json
 	$(TPU_VENV)/bin/python -m experiments.tpu_compile $(TPU_FLAGS)
+
+plan-100b: $(TPU_VENV)/.installed
+	$(TPU_VENV)/bin/python -m experiments.plan_100b $(TPU_FLAGS)
 
 $(TPU_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(TPU_VENV)

@@ -31,6 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from bitnet_experiments.provenance import provenance
 from bitnet_jax.inference.cache import init_cache
 from bitnet_jax.models import PRESETS, ModelConfig, Transformer
+from bitnet_jax.models.stacked import equal_layers, stack
 from bitnet_jax.nn.placement import AXES, DATA, TENSOR
 from bitnet_jax.packed import packing
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -43,7 +44,7 @@ from bitnet_jax.training.sharding import (
 )
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
-from bitnet_jax.training.task import init_variables, model_loss
+from bitnet_jax.training.task import MOST_LOGITS, init_variables, language_loss
 
 STUDY = Path(__file__).parent / "studies" / "tpu_compile"
 RESULTS = STUDY / "results.json"
@@ -58,7 +59,6 @@ TOPOLOGY_ALONE = {
 }
 # XLA's optimization effort, from -1 to 1. The default 0 takes several times as long for layers that are not scanned.
 EFFORT = -1.0
-RECIPE = "bitnet_b158"
 STEPS = 1000  # of the learning rate schedule
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a jitted function and its arguments as shapes
@@ -75,6 +75,10 @@ class Case:
     length: int = 2048
     preset: str = "7b"
     layers: int | None = None  # None: as in the preset
+    recipe: str = "bitnet_b158"
+    scan: bool = True  # train: over the layers
+    remat: bool | str = True
+    product: str = "float"
 
     def model(self) -> ModelConfig:
         preset = PRESETS[self.preset]
@@ -82,9 +86,10 @@ class Case:
             preset,
             num_layers=self.layers or preset.num_layers,
             max_length=self.length,
-            precision=RECIPE,
+            precision=self.recipe,
             dtype="bfloat16",
-            remat=True,
+            product=self.product,
+            remat=self.remat,
         )
 
 
@@ -94,6 +99,14 @@ CASES = {
     "decode-v5p": Case(what="decode", chips="v5p:4x4x4", mesh=MeshConfig(data=4, tensor=16), batch=64),
     "decode-v6e": Case(what="decode", chips="v6e:8x8", mesh=MeshConfig(data=4, tensor=16), batch=64),
 }
+
+
+def compile_for_tpus() -> None:
+    """Sets this process up: no search for a TPU, low effort, and the loss in pieces as on a TPU."""
+    os.environ.update(TOPOLOGY_ALONE)
+    jax.config.update("jax_platforms", "cpu")  # otherwise JAX with libtpu would try to initialize a TPU
+    jax.config.update("jax_exec_time_optimization_effort", EFFORT)
+    MOST_LOGITS["cpu"] = MOST_LOGITS["other"]
 
 
 def devices_of(chips: str) -> Sequence[Any]:
@@ -113,14 +126,17 @@ def training_step(case: Case, mesh: Mesh) -> Program:
     config, optimizer = case.model(), make_optimizer(OptimizerConfig(), STEPS)
 
     def create(key: jax.Array) -> TrainState:
-        return TrainState.create(init_variables(config, key), optimizer)
+        variables = init_variables(config, key)
+        return TrainState.create(
+            stack(variables, equal_layers(config)) if case.scan else variables, optimizer
+        )
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(create, key)
     shardings = state_shardings(mesh, shapes)
     tokens = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32, sharding=batch_sharding(mesh))
     step = make_train_step(
-        model_loss(Transformer(config)),
+        language_loss(Transformer(config)),
         optimizer,
         total_steps=STEPS,
         precisions=config.precisions(),
@@ -195,6 +211,7 @@ def compiled(program: Program) -> dict[str, Any]:
             "outputs_not_aliased": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
             "code": memory.generated_code_size_in_bytes,
+            "peak": memory.peak_memory_in_bytes,
         }
         row["collectives"] = collectives(executable.as_text())
     row["compile_seconds"] = round(time.perf_counter() - began, 1)
@@ -202,24 +219,75 @@ def compiled(program: Program) -> dict[str, Any]:
 
 
 COLLECTIVE = re.compile(
-    r"= (?P<shape>\S.*?) (?P<name>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    r"= (?P<shape>\S.*?) (?P<name>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+    r"(?P<start>-start)?\("
 )
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+LOOP = re.compile(r"condition=%?(?P<condition>[\w.\-]+), body=%?(?P<body>[\w.\-]+)")
+CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+LIMIT = re.compile(r"constant\((\d+)\)")
 
 
 def collectives(hlo: str) -> dict[str, dict[str, dict[str, int]]]:
-    """Collectives in the text of a compiled program: operation -> element type -> count, bytes of the largest result.
+    """Collectives of one execution of a compiled program: operation -> element type -> count, bytes, largest_bytes.
 
-    An operation in a loop counts once (XLA turns a gather and a product into a ring of permutes).
+    Bytes are those of results, on one device. An operation in a loop counts as often as the loop runs: the constant
+    its counter is compared with. An all-reduce of which a device keeps a part, which is how the compiler writes some,
+    is a reduce-scatter here, with the bytes before the reduction.
+
+    Raises:
+      ValueError: a loop whose number of iterations is not in the text.
     """
-    found: dict[str, dict[str, dict[str, int]]] = {}
-    for match in COLLECTIVE.finditer(hlo):
-        sizes = [(_bytes(kind, dims), kind) for kind, dims in ARRAY.findall(match["shape"])]
-        size, kind = max(sizes)
-        entry = found.setdefault(match["name"], {}).setdefault(kind, {"count": 0, "largest_bytes": 0})
-        entry["count"] += 1
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        if found := COMPUTATION.match(line):
+            name = found["name"]
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            bodies[name].append(line)
+
+    total: dict[str, dict[str, dict[str, int]]] = {}
+
+    def add(computation: str, times: int) -> None:
+        for line in bodies.get(computation, ()):
+            if match := COLLECTIVE.search(line):
+                scatters = computation.startswith("all-reduce-scatter")
+                _count(total, "reduce-scatter" if scatters else match["name"], match, times)
+            elif loop := LOOP.search(line):
+                add(loop["body"], times * _iterations(bodies[loop["condition"]]))
+            elif branches := BRANCHES.search(line):
+                for branch in branches[1].split(","):
+                    add(branch.strip().lstrip("%"), times)
+            else:
+                for called in CALLED.findall(line):
+                    add(called, times)
+
+    add(entry, 1)
+    return total
+
+
+def _iterations(condition: Sequence[str]) -> int:
+    limits = {int(value) for line in condition for value in LIMIT.findall(line)}
+    if len(limits) != 1 or not any("direction=LT" in line for line in condition):
+        raise ValueError(
+            f"loop condition: got the limits {sorted(limits)}, expected a comparison with one constant"
+        )
+    return limits.pop()
+
+
+def _count(total: dict[str, Any], name: str, match: re.Match[str], times: int) -> None:
+    sizes = [(_bytes(kind, dims), kind) for kind, dims in ARRAY.findall(match["shape"])]
+    if match["start"]:  # a tuple of operands, results and semaphores
+        sizes = [max(sizes)]
+    for size, kind in sizes:
+        entry = total.setdefault(name, {}).setdefault(kind, {"count": 0, "bytes": 0, "largest_bytes": 0})
+        entry["count"] += times
+        entry["bytes"] += times * size
         entry["largest_bytes"] = max(entry["largest_bytes"], size)
-    return found
 
 
 def _bytes(kind: str, dims: str) -> int:
@@ -278,9 +346,7 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not options.report:
-        os.environ.update(TOPOLOGY_ALONE)
-        jax.config.update("jax_platforms", "cpu")  # otherwise JAX with libtpu would try to initialize a TPU
-        jax.config.update("jax_exec_time_optimization_effort", EFFORT)
+        compile_for_tpus()
         for name in options.only:
             results[name] = compile_case(CASES[name])
             print(f"{name}: {results[name]['status']} in {results[name]['compile_seconds']} s", flush=True)

@@ -16,14 +16,15 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from bitnet_jax.models.stacked import equal_layers, layer_precisions, run_name
 from bitnet_jax.nn.attention import Attention
 from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.nn.head import next_token_logits
 from bitnet_jax.nn.kv_cache import KVCache, write_at
-from bitnet_jax.nn.linear import BitLinear
+from bitnet_jax.nn.linear import KEPT_CODES, KEPT_SCALES, BitLinear
 from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.nn.mlp import MLP
 from bitnet_jax.nn.norms import block_norm
@@ -105,6 +106,7 @@ class Block(nn.Module):
 
 
 def blocks(
+    module: nn.Module,
     config: ModelConfig,
     x: Float[Array, "B T D"],
     *,
@@ -114,43 +116,74 @@ def blocks(
     cache: Cache | None,
     progress: Float[Array, ""] | float,
     deterministic: bool,
-    variables: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-    """All blocks and the final norm, as submodules of the calling module; also returns the new cache of each block.
+    """All blocks and the final norm, as submodules of `module`; also returns the new cache of each block.
 
-    Args:
-      variables: of the calling module, in generation: blocks of one kind are then traced once, not one by one, which
-        would take most of the time to the first token.
+    Blocks of one kind are traced once, not one by one, in generation, where that would take most of the time to the
+    first token, and where the parameters of equal layers are stacked (models/stacked.py): those blocks are a scan.
     """
-    block = nn.remat(Block) if config.remat and cache is None else Block
-    precisions = config.precisions()
+    variables: Mapping[str, Any] = {} if module.is_initializing() else module.variables
+    stacked = variables.get("params", {}).keys() & {
+        run_name(run) for run in equal_layers(config) if len(run) > 1
+    }
+    call = {"positions": positions, "visible": visible, "key_mask": key_mask, "progress": progress}
     traced: dict[Hashable, Callable[..., Any]] = {}
     layers: list[Any] = []
-    for i in range(config.num_layers):
-        prefix = f"layers_{i}/"
-        of_block = {p.removeprefix(prefix): v for p, v in precisions.items() if p.startswith(prefix)}
-        rotary = i not in config.no_rope_layers
-        if variables is None:
-            apply: Callable[..., Any] = block(config, of_block, deterministic, rotary, name=f"layers_{i}")
-        else:
-            module = Block(config, of_block, deterministic, rotary, parent=None)
-            kind = (*of_block.items(), rotary)
-            apply = functools.partial(
-                traced.setdefault(kind, jax.jit(module.apply)),
-                {name: part[f"layers_{i}"] for name, part in variables.items() if f"layers_{i}" in part},
+    for run in equal_layers(config):
+        of_block, rotary = layer_precisions(config, run[0]), run[0] not in config.no_rope_layers
+        if run_name(run) in stacked:
+            block = Block(config, of_block, deterministic, rotary, parent=None)
+            x = _scanned(module, block, variables["params"][run_name(run)], x, call)
+            layers += [None] * len(run)
+            continue
+        for i in run:
+            if cache is None or not variables:
+                kind = nn.remat(Block, policy=_kept(config)) if config.remat and cache is None else Block
+                apply: Callable[..., Any] = kind(config, of_block, deterministic, rotary, name=f"layers_{i}")
+            else:
+                block = Block(config, of_block, deterministic, rotary, parent=None)
+                apply = functools.partial(
+                    traced.setdefault((*of_block.items(), rotary), jax.jit(block.apply)),
+                    {name: part[f"layers_{i}"] for name, part in variables.items() if f"layers_{i}" in part},
+                )
+            x, layer_cache = apply(
+                x,
+                **call,
+                cache=None if cache is None else cache.layers[i],
+                length=None if cache is None else cache.length,
             )
-        x, layer_cache = apply(
-            x,
-            positions=positions,
-            visible=visible,
-            key_mask=key_mask,
-            cache=None if cache is None else cache.layers[i],
-            length=None if cache is None else cache.length,
-            progress=progress,
-        )
-        x = split_over_batch(x)
-        layers.append(layer_cache)
+            x = split_over_batch(x)
+            layers.append(layer_cache)
     return block_norm(config, "final_norm")(x), tuple(layers)
+
+
+def _kept(config: ModelConfig) -> Callable[..., bool] | None:
+    """The policy of jax.checkpoint for a block; None keeps nothing but its input."""
+    if config.remat != "codes":
+        return None
+    return jax.checkpoint_policies.save_only_these_names(KEPT_CODES, KEPT_SCALES)
+
+
+def _scanned(
+    module: nn.Module, block: Block, params: PyTree, x: Float[Array, "B T D"], call: Mapping[str, Any]
+) -> Float[Array, "B T D"]:
+    """Equal blocks in turn, whose parameters are stacked. Random numbers differ from those of unstacked blocks."""
+    layers = jax.tree.leaves(params)[0].shape[0]
+    keys = {
+        name: jax.random.split(module.make_rng(name), layers)
+        for name in ("dropout", "stochastic")
+        if module.has_rng(name)
+    }
+
+    def one(x: Array, layer: tuple[PyTree, dict[str, Array]]) -> tuple[Array, None]:
+        params, rngs = layer
+        y, _ = block.apply({"params": params}, x, **call, cache=None, length=None, rngs=rngs)
+        return split_over_batch(y), None
+
+    if block.config.remat:
+        # The scan keeps both passes apart, so they need no barriers against common subexpressions.
+        one = jax.checkpoint(one, prevent_cse=False, policy=_kept(block.config))
+    return jax.lax.scan(one, x, (params, keys))[0]
 
 
 def classify(
@@ -228,6 +261,7 @@ class Transformer(nn.Module):
         x = split_over_batch(nn.Dropout(config.dropout, deterministic=deterministic)(x))
 
         x, layers = blocks(
+            self,
             config,
             x,
             positions=positions,
@@ -236,7 +270,6 @@ class Transformer(nn.Module):
             cache=cache,
             progress=progress,
             deterministic=deterministic,
-            variables=None if cache is None or self.is_initializing() else self.variables,
         )
         if config.num_classes:
             return Output(classify(config, x, mask, progress), x)

@@ -93,6 +93,7 @@ class VisionTransformer(nn.Module):
         x = nn.Dropout(config.dropout, deterministic=deterministic)(x)
         every = jnp.ones((B, T), bool)
         x, _ = blocks(
+            self,
             config,
             x,
             positions=positions,

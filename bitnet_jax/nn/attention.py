@@ -17,6 +17,7 @@ P = 0 and zero gradient. Query head j uses kv head j // (H / K). Softmax over a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -31,7 +32,7 @@ from bitnet_jax.nn.kv_cache import KVCache, cached_keys_values, fake_quantized_k
 from bitnet_jax.nn.linear import BitLinear, apply_fused
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
 from bitnet_jax.nn.norms import block_norm
-from bitnet_jax.nn.placement import on_one_device
+from bitnet_jax.nn.placement import automatic_axes, on_one_device
 from bitnet_jax.nn.rotary import angles, rotate
 from bitnet_jax.quantization.arguments import Arguments
 from bitnet_jax.quantization.precision import Precision
@@ -41,6 +42,9 @@ from bitnet_kernels import extend_and_attend, softmax_attention
 
 # Latent q and k outside [-1, 1] get no gradient, which bounds them (BNN, BiBERT).
 QK_STE = "clipped"
+
+# Most scores of one layer in the memory of a device: 512 MB in float32, of which the backward pass holds several.
+MOST_SCORES = 2**27
 
 
 def dot_scores(
@@ -140,6 +144,34 @@ MIXING_WEIGHTS: dict[str, Callable[..., Array]] = {
 }
 
 
+def in_pieces(
+    mixed: Callable[[Array, Array, Array, Array], Array],
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    visible: Bool[Array, "B T S"],
+) -> Float[Array, "B T H h"]:
+    """`mixed(q, k, v, visible)`, the queries in the fewest equal pieces whose scores are at most MOST_SCORES a device.
+
+    The scores of a piece are computed, reduced and, in the backward pass, computed again.
+    """
+    B, T, H, _ = q.shape
+    scores = B * H * T * k.shape[1] // math.prod(automatic_axes().values())
+    pieces = next((n for n in range(1, T) if T % n == 0 and scores // n <= MOST_SCORES), T)
+    if pieces == 1:
+        return mixed(q, k, v, visible)
+
+    @jax.checkpoint
+    def of_piece(piece: tuple[Array, Array]) -> Array:
+        q, visible = piece
+        return mixed(q, k, v, visible)
+
+    def cut(x: Array) -> Array:  # [B, T, ...] -> [pieces, B, T / pieces, ...]
+        return jnp.moveaxis(x.reshape(B, pieces, -1, *x.shape[2:]), 1, 0)
+
+    return jnp.moveaxis(jax.lax.map(of_piece, (cut(q), cut(visible))), 0, 1).reshape(q.shape)
+
+
 class Attention(nn.Module):
     """Attention block. Parameters: the projections q_proj, k_proj, v_proj, o_proj, the norms q_norm and k_norm
     (`qk_norm`), the sub norm (placement "sub") and, for kind "binary", `probability_scale` [].
@@ -215,20 +247,20 @@ class Attention(nn.Module):
                     f"{kind} attention: got a LinearState, expected a KVCache; use the cache of this model"
                 )
 
-            def mixed(k: Array, v: Array) -> Array:
-                weigh = MIXING_WEIGHTS[kind]
-                if kind == "binary":
-                    # BiT initializes to 4 times the mean of P, which is 1/S for a row over S keys.
-                    init = nn.initializers.constant(4.0 / config.max_length)
-                    weigh = partial(
-                        weigh, probability_scale=self.param("probability_scale", init, (), jnp.float32)
-                    )
+            weigh = MIXING_WEIGHTS[kind]
+            if kind == "binary":
+                # BiT initializes to 4 times the mean of P, which is 1/S for a row over S keys.
+                init = nn.initializers.constant(4.0 / config.max_length)
+                a = self.param("probability_scale", init, (), jnp.float32)
+                weigh = partial(weigh, probability_scale=a)
+
+            def mixed(q: Array, k: Array, v: Array, visible: Array) -> Array:
                 return mix_values(weigh(q, k, visible, config.score_scale, progress), v.astype(q.dtype))
 
             if cache is None and kind == "softmax" and x.dtype == jnp.float32 and on_one_device():
                 o = softmax_attention(q, k, v, visible, config.score_scale)
             elif cache is None:
-                o = mixed(k, v)
+                o = in_pieces(mixed, q, k, v, visible)
             elif length is None:
                 raise ValueError("got a cache without its length; pass the number of written positions")
             elif kind == "softmax":
@@ -238,7 +270,7 @@ class Attention(nn.Module):
                 o = o.astype(q.dtype)
             else:
                 cache = write(cache, k, v, length)
-                o = mixed(*cached_keys_values(cache))
+                o = mixed(q, *cached_keys_values(cache), visible)
 
         o = o.reshape(B, T, config.num_heads * config.head_size)
         if config.norm_placement == "sub":

@@ -270,7 +270,9 @@ class TransformerShape(Architecture):
     )
     dtype: str = "float32"  # compute dtype of the residual stream and of float matmuls
     product: str = "float"  # of codes in training, see nn/products.py; float layers stay float
-    remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
+    # True: recompute each block in the backward pass, which is less memory and a third more work. "codes": but keep the
+    # int8 codes and scales of the inputs of its linear layers, a byte per input, where it quantizes them.
+    remat: bool | str = False
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_length")
@@ -297,6 +299,8 @@ class TransformerShape(Architecture):
                 "expected a causal language model, or head='float'"
             )
         self._check_rotary()
+        if isinstance(self.remat, str):
+            check_name("model.remat", self.remat, ("codes",), also=", true or false")
         if self.sliding_window is not None and (not self.causal or self.attention == "linear"):
             raise ValueError(
                 f"model.sliding_window: got {self.sliding_window} with causal={self.causal}, "
@@ -311,6 +315,11 @@ class TransformerShape(Architecture):
         precisions = self.precisions()
         if self.product != "float":
             _check_int8(precisions, self.product)
+        if self.remat == "codes" and not any(p.codes_fit_int8 for p in precisions.values()):
+            raise ValueError(
+                "model.remat: got 'codes' with a precision that quantizes no input of a linear layer to int8, "
+                "expected true or false"
+            )
 
     def _check_rotary(self) -> None:
         layers = self.no_rope_layers

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import TransformerShape
@@ -28,6 +29,9 @@ from bitnet_jax.quantization.scales import Quantized, floats
 from bitnet_jax.quantization.ste import straight_through
 from bitnet_kernels import PackedArray, packed_matmul, packed_matmuls
 from bitnet_kernels.reference import digits, join_digits, rescale, rounded_product
+
+# Names of the quantized inputs of linear layers for policies of jax.checkpoint.
+KEPT_CODES, KEPT_SCALES = "codes", "scales"
 
 
 def dense(
@@ -87,6 +91,17 @@ def _visible_nan(quantized: Quantized) -> Quantized:
     return quantized._replace(scale=jnp.where(has_nan, jnp.nan, quantized.scale))
 
 
+def kept_codes(x: Quantized) -> Quantized:
+    """The same input of a linear layer, by names under which a policy of jax.checkpoint can keep it: codes as int8."""
+    x = _visible_nan(x)
+    codes = checkpoint_name(jax.lax.stop_gradient(x.codes).astype(jnp.int8), KEPT_CODES)
+    as_floats = codes.astype(x.codes.dtype)
+    one = jnp.ones((1,) * as_floats.ndim, as_floats.dtype)
+    return x._replace(
+        codes=straight_through(as_floats, (x.codes,), (one,)), scale=checkpoint_name(x.scale, KEPT_SCALES)
+    )
+
+
 def packed_product(x: Quantized, w: PackedArray, precision: Precision) -> Float[Array, "*rows n"]:
     """`quantized_matmul` for a packed matrix, by the kernel that suits the codes of the input."""
     if precision.activation == "none":
@@ -114,6 +129,7 @@ class BitLinear(nn.Module):
     dtype: str = "float32"
     product: str = "float"  # of codes in training, see bitnet_jax.nn.products
     init_std: float = 0.02
+    keep_codes: bool = False  # name the codes of the input for a policy of jax.checkpoint, see kept_codes
 
     @classmethod
     def of(cls, config: TransformerShape, features: int, precision: Precision, name: str) -> BitLinear:
@@ -127,6 +143,7 @@ class BitLinear(nn.Module):
             dtype=config.dtype,
             product=config.product if in_block else config.head_product,
             init_std=config.init_std,
+            keep_codes=in_block and config.remat == "codes",
             name=name,
         )
 
@@ -146,14 +163,16 @@ class BitLinear(nn.Module):
         x: Float[Array, "*rows k"],
         progress: Float[Array, ""] | float = 1.0,
         product: Float[Array, "*rows n"] | None = None,
+        quantized: Quantized | None = None,
     ) -> Float[Array, "*rows n"]:
         """The result has the dtype of x: float32, bfloat16 or float16; any other raises ValueError.
 
         Args:
           product: quantized(x) @ quantized(weight).T if apply_fused has already computed it.
+          quantized: the quantized input, if apply_fused has.
         """
         x = floats("x", x)
-        y = self._product(x, progress) if product is None else product
+        y = self._product(x, progress, quantized) if product is None else product
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + jnp.expand_dims(bias, range(y.ndim - 1))
@@ -167,6 +186,10 @@ class BitLinear(nn.Module):
             return None, None
         x_key, w_key = jax.random.split(self.make_rng("stochastic"))
         return x_key if draws_x else None, w_key if draws_w else None
+
+    @property
+    def keeps_codes(self) -> bool:
+        return self.keep_codes and self.precision.codes_fit_int8 and self.precision.input_digits == 1
 
     @nn.nowrap
     def _activation_params(self, k: int) -> dict[str, Array]:
@@ -199,7 +222,7 @@ class BitLinear(nn.Module):
         return jnp.zeros((*x.shape[:-1], self.features), jnp.float32)
 
     def _product(
-        self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float
+        self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float, quantized: Quantized | None
     ) -> Float[Array, "*rows n"]:
         if self.norm is not None:
             x = self.norm(x)
@@ -209,7 +232,11 @@ class BitLinear(nn.Module):
             return packed_matmul(x, packed, activation_bits=precision.absmax_bits)
         learned = self._activation_params(k)
         x_key, w_key = self._keys()
-        x_quantized = precision.quantize_activation(x, **learned, progress=progress, key=x_key)
+        x_quantized = quantized
+        if x_quantized is None:
+            x_quantized = precision.quantize_activation(x, **learned, progress=progress, key=x_key)
+            if self.keeps_codes:
+                x_quantized = kept_codes(x_quantized)
 
         if packed is not None:
             return packed_product(x_quantized, packed, precision)
@@ -264,4 +291,17 @@ def apply_fused(
             products |= dict(
                 zip(alike, packed_matmuls(x, list(alike.values()), activation_bits=bits), strict=True)
             )
-    return [layer(x, progress, products.get(layer.name)) for layer in layers]
+    quantized = _quantized_for_all(layers, x, progress) if layers[0].keeps_codes and not products else None
+    return [layer(x, progress, products.get(layer.name), quantized) for layer in layers]
+
+
+def _quantized_for_all(
+    layers: Sequence[BitLinear], x: Float[Array, "*rows k"], progress: Float[Array, ""] | float
+) -> Quantized | None:
+    """The input of layers that quantize it alike, so that its codes are kept once; None if they do not."""
+    precision = layers[0].precision
+    if any(layer.norm is not None or layer.precision != precision for layer in layers):
+        return None
+    if precision.activation_quantizer.random or precision.activation_param_shapes(x.shape[-1]):
+        return None
+    return kept_codes(precision.quantize_activation(floats("x", x), progress=progress))

@@ -84,6 +84,7 @@ class TrainingConfig:
     z_loss: float = 0.0  # weight of (log Z)^2 in the loss
     max_loss: float | None = None  # a loss above it counts as divergence, as NaN does; None: only NaN and inf
     log_every: int = 50  # updates between rows with per-layer statistics and throughput
+    scan_layers: bool = False  # compile one block per kind of layer, not one per layer (models/stacked.py)
     statistics_every: int = 1  # updates between measurements of the codes (flips, zeros, clips); 0: never
     eval_every: int = 250  # updates between evaluations on held-out data; the last update is always evaluated
     checkpoint_every: int = 250
@@ -132,17 +133,29 @@ class DistillationConfig:
             raise ValueError(f"distillation.temperature: got {self.temperature}, expected a positive number")
 
 
-# Settings that may change when a run resumes. All but training.steps affect only what is measured, kept and shown:
-# the updates are the same. For the effect of training.steps see `loop.fit`.
+# Settings that may change when a run resumes. Most affect only what is measured, kept and shown: the updates are the
+# same. For the effect of training.steps see `loop.fit`; scan_layers changes rounding, as the mesh does, and the random
+# numbers of dropout and of stochastic quantizers.
 CHANGEABLE_ON_RESUME = frozenset(
     f"training.{name}"
-    for name in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+    for name in (
+        "steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "tensorboard",
+        "scan_layers",
+    )
 )
 # Sections that say where a run is computed, not what; they are not part of a run's identity.
 WHERE_COMPUTED = ("mesh", "distributed")
 # Settings that did not exist when runs and results were recorded: the hash leaves them out while they have their
 # default, so that it does not change.
-ADDED_LATER = {"data": ("skip_bad_files", "document_mask", "mixture")}
+ADDED_LATER = {
+    "data": ("skip_bad_files", "document_mask", "mixture"),
+    "training": ("scan_layers",),
+}
 TASK_NAMES = ("language", "images", "text_classification")
 
 
@@ -190,6 +203,12 @@ class RunConfig:
         if self.distillation.teacher is not None and self.task != "text_classification":
             raise ValueError(
                 f"distillation.teacher: got a teacher for task {self.task!r}, expected task text_classification"
+            )
+        if self.training.scan_layers and (self.task == "images" or self.distillation.relations):
+            reads = f"task {self.task!r}" if self.task == "images" else "distillation.relations"
+            raise ValueError(
+                f"training.scan_layers: got True with {reads}, expected a text model without relations between "
+                "layers; remove it"
             )
         if self.data.batch_size % self.training.accumulate:
             raise ValueError(

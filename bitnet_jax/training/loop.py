@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 import bitnet_jax
+from bitnet_jax.models.stacked import is_stacked, stack_like, unstack
 from bitnet_jax.progress import progress_bar
 from bitnet_jax.quantization.ste import ANNEALED
 from bitnet_jax.training.checkpoints import Checkpoints
@@ -295,7 +296,8 @@ class _Run:
                 **self.extended,
             }
             loss = values["loss"] if values is not None else None
-            self.checkpoints.save(step, state.variables, state.opt_state, meta, loss)
+            saved = unstack(state)  # under the names per layer, which do not depend on training.scan_layers
+            self.checkpoints.save(step, saved.variables, saved.opt_state, meta, loss)
         self.recorder.pause()
 
 
@@ -309,7 +311,9 @@ def _start(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state to start from, and the checkpoint's meta: seconds spent, last rows, earlier totals."""
     check = partial(folder.check_meta, config)
-    restored = checkpoints.restore_latest_intact(shapes.variables, shapes.opt_state, check)
+    saved = jax.eval_shape(unstack, shapes)
+    saved = with_shardings(saved, state_shardings(shapes.step.sharding.mesh, saved))
+    restored = checkpoints.restore_latest_intact(saved.variables, saved.opt_state, check)
     if restored is None:
         return fresh(), {"seconds": 0.0, "last": {}, EXTENDED_FROM: []}
     if restored.meta["data"] != task.fingerprint:
@@ -324,6 +328,10 @@ def _start(
     step = jax.device_put(jnp.int32(restored.step), shapes.step.sharding)
     model_state = {name: part for name, part in restored.variables.items() if name != "params"}
     state = TrainState(step, restored.variables["params"], restored.opt_state, model_state)
+    if any(map(is_stacked, shapes.params)):
+        state = jax.jit(
+            partial(stack_like, like=shapes), out_shardings=jax.tree.map(lambda x: x.sharding, shapes)
+        )(state)
     return state, restored.meta | {EXTENDED_FROM: earlier}
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from bitnet_jax.models.stacked import path_in_first_layer
 from bitnet_jax.names import check_name
 from bitnet_jax.quantization.precision import Precision
 
@@ -211,7 +212,7 @@ def clip_latents(params: dict[str, Any], precisions: Mapping[str, Precision]) ->
     clips = {f"{path}/weight": p.latent_clip for path, p in precisions.items() if p.latent_clip is not None}
 
     def clip(path: tuple[Any, ...], leaf: Array) -> Array:
-        limit = clips.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+        limit = clips.get(path_in_first_layer(jax.tree_util.keystr(path, simple=True, separator="/")))
         return leaf if limit is None else jnp.clip(leaf, -limit, limit)
 
     return jax.tree_util.tree_map_with_path(clip, params)

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from bitnet_jax.models.stacked import is_stacked
 from bitnet_jax.nn.placement import AXES, BATCH_AXES, matrix_axes
 
 
@@ -77,24 +78,25 @@ def partition_spec(path: str, shape: Sequence[int], sizes: Mapping[str, int]) ->
     """The partitioning of a parameter or its optimizer moments: matrices only, along axes that divide evenly.
 
     Args:
-      path: names joined by "/", ending in `<linear or table>/<parameter>`; the rest is ignored.
+      path: names joined by "/", ending in `<linear or table>/<parameter>`; the rest only tells whether there is a
+        leading axis of stacked layers, which is not split.
       sizes: devices along each axis of the mesh.
     """
-    if len(shape) != 2:
+    stacked = is_stacked(path)
+    if len(shape) != 2 + stacked:
         return PartitionSpec()
     layer = path.split("/")[-2:][0]
-    return PartitionSpec(
-        *(
-            axis if size % sizes[axis] == 0 else None
-            for axis, size in zip(matrix_axes(layer), shape, strict=True)
-        )
+    split = (
+        axis if size % sizes[axis] == 0 else None
+        for axis, size in zip(matrix_axes(layer), shape[stacked:], strict=True)
     )
+    return PartitionSpec(*(None,) * stacked, *split)
 
 
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """The sharding of every leaf of a TrainState (of arrays or shapes).
 
-    `partition_spec` depends only on the end of a path, so optimizer moments are sharded like their parameters.
+    Paths of optimizer moments end like those of their parameters, so `partition_spec` shards both alike.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

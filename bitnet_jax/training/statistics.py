@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from bitnet_jax.models.stacked import is_stacked, located
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import Quantized, spread
 
@@ -32,29 +34,53 @@ def statistics(
     precisions: Mapping[str, Precision],
     progress: Float[Array, ""] | float = 1.0,
 ) -> Statistics:
-    """Compare the codes of two parameter trees. Stochastic quantizers use their deterministic form."""
-    rows = []
+    """Compare the codes of two parameter trees. Stochastic quantizers use their deterministic form.
+
+    Stacked layers (models/stacked.py) are measured one after another by one program, each with its own scale.
+    """
+    first: dict[str, int] = {}  # path in the trees -> its first row
+    rows: list[Statistics] = []
+    order = []
     for path in quantized_paths(precisions):
-        precision = precisions[path]
-        old = _quantize(_subtree(before, path), precision, progress)
-        linear = _subtree(after, path)
-        new = _quantize(linear, precision, progress)
-        weight, k = linear["weight"], linear["weight"].shape[-1]
-        if precision.latent_clip is None:
-            above = weight if new.minimum is None else weight - spread(new.minimum, k)
-            clipped = jnp.abs(above) > jnp.max(jnp.abs(new.codes)) * jnp.abs(spread(new.scale, k))
-        else:
-            clipped = jnp.abs(weight) >= precision.latent_clip
-        rows.append(
-            Statistics(
-                zero_fraction=jnp.mean(new.codes == 0, dtype=jnp.float32),
-                flip_rate=jnp.mean(new.codes != old.codes, dtype=jnp.float32),
-                clipped_share=jnp.mean(clipped, dtype=jnp.float32),
-                scale=jnp.mean(new.scale),
+        place, layer = located(after, path)
+        if place not in first:
+            first[place] = sum(row.scale.shape[0] for row in rows)
+            measure = functools.partial(_compared, precision=precisions[path], progress=progress)
+            pair = (_subtree(before, place), _subtree(after, place))
+            alone = not is_stacked(place)
+            rows.append(
+                jax.tree.map(lambda x: x[None], measure(pair)) if alone else jax.lax.map(measure, pair)
             )
-        )
+        order.append(first[place] + layer)
     empty = Statistics(*[jnp.zeros((0,), jnp.float32)] * 4)
-    return jax.tree.map(lambda *values: jnp.stack(values), *rows) if rows else empty
+    if not rows:
+        return empty
+    together = jax.tree.map(lambda *values: jnp.concatenate(values), *rows)
+    if order == sorted(order):
+        return together
+    return jax.tree.map(lambda values: values[jnp.asarray(order)], together)
+
+
+def _compared(
+    pair: tuple[Mapping[str, Array], Mapping[str, Array]],
+    precision: Precision,
+    progress: Float[Array, ""] | float,
+) -> Statistics:
+    """Scalars of one linear layer, from its parameters before and after the update."""
+    after = pair[1]
+    old, new = (_quantize(linear, precision, progress) for linear in pair)
+    weight, k = after["weight"], after["weight"].shape[-1]
+    if precision.latent_clip is None:
+        above = weight if new.minimum is None else weight - spread(new.minimum, k)
+        clipped = jnp.abs(above) > jnp.max(jnp.abs(new.codes)) * jnp.abs(spread(new.scale, k))
+    else:
+        clipped = jnp.abs(weight) >= precision.latent_clip
+    return Statistics(
+        zero_fraction=jnp.mean(new.codes == 0, dtype=jnp.float32),
+        flip_rate=jnp.mean(new.codes != old.codes, dtype=jnp.float32),
+        clipped_share=jnp.mean(clipped, dtype=jnp.float32),
+        scale=jnp.mean(new.scale),
+    )
 
 
 def empty_statistics(precisions: Mapping[str, Precision]) -> Statistics:

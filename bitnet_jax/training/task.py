@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,10 +17,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from bitnet_jax.data import Classes, MixedBatches, TokenBatches, Tokenizer, consecutive_batches, load_corpus
 from bitnet_jax.evaluation.language import evaluate, model_logits
-from bitnet_jax.models import Architecture, Transformer, init_variables
+from bitnet_jax.models import Architecture, ModelConfig, Transformer, init_variables
+from bitnet_jax.models.stacked import equal_layers, stack
 from bitnet_jax.models.transformer import LanguageHead
+from bitnet_jax.nn.placement import automatic_axes
 from bitnet_jax.quantization.precision import Precision
-from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.config import RunConfig, TrainingConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
 
@@ -99,17 +102,18 @@ def language_loss(model: Transformer, z_loss: float = 0.0) -> LossFunction:
 
 
 def loss_pieces(targets: tuple[int, int], vocab_size: int) -> int:
-    """The fewest pieces of a sequence for which the logits of a piece are at most MOST_LOGITS.
+    """The fewest pieces of a sequence for which the logits of a piece are at most MOST_LOGITS on a device.
 
     Args:
-      targets: sequences and their length.
+      targets: sequences, of all devices, and their length.
     """
     sequences, length = targets
+    devices = math.prod(automatic_axes().values())
     most = MOST_LOGITS["cpu" if jax.default_backend() == "cpu" else "other"]
     fitting = (
         pieces
         for pieces in range(1, length + 1)
-        if length % pieces == 0 and sequences * (length // pieces) * vocab_size <= most
+        if length % pieces == 0 and sequences * (length // pieces) * vocab_size <= most * devices
     )
     return next(fitting, length)
 
@@ -135,6 +139,17 @@ def forward(
         mutable=list(mutable),
     )
     return output, dict(state)
+
+
+def initializer(
+    model: Architecture, training: TrainingConfig
+) -> Callable[[PRNGKeyArray], Mapping[str, PyTree]]:
+    """Key -> random variables, with equal layers stacked if they are to be scanned over."""
+    if not training.scan_layers:
+        return partial(init_variables, model)
+    assert isinstance(model, ModelConfig)  # checked by RunConfig
+    runs = equal_layers(model)
+    return lambda key: stack(init_variables(model, key), runs)
 
 
 def abstract_variables(config: Architecture) -> dict[str, Any]:
@@ -196,7 +211,7 @@ def language_task(config: RunConfig) -> Task:
         }
 
     return Task(
-        init=partial(init_variables, model_config),
+        init=initializer(model_config, config.training),
         loss=language_loss(Transformer(model_config), config.training.z_loss),
         train_batch=batches.batch,
         tokens=data.batch_size * data.length,
