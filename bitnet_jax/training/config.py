@@ -18,6 +18,7 @@ from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import LARGEST
 from bitnet_jax.training.optimizers import OptimizerConfig
 from bitnet_jax.training.sharding import MeshConfig
+from bitnet_jax.training.width_transfer import check_transferable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,10 @@ CHANGEABLE_ON_RESUME = frozenset(
 WHERE_COMPUTED = ("mesh",)
 # Settings that did not exist when runs and results were recorded: the hash leaves them out while they have their
 # default, so that it does not change.
-ADDED_LATER = {"data": ("skip_bad_files",)}
+ADDED_LATER = {
+    "data": ("skip_bad_files",),
+    "optimizer": ("name", "moments", "base_width", "ema_decay"),
+}
 TASK_NAMES = ("language", "images", "text_classification")
 
 
@@ -171,8 +175,20 @@ class RunConfig:
             )
         if self.task == "images":  # validate the model's fields before any work
             self.image_model_config()
+            if self.optimizer.base_width is not None:
+                raise ValueError(
+                    f"optimizer.base_width: got {self.optimizer.base_width} for task 'images', expected None"
+                )
         else:
-            self.model_config(vocab_size=self.model.get("vocab_size", 256))
+            model = self.model_config(vocab_size=self.model.get("vocab_size", 256))
+            if self.optimizer.base_width is not None:
+                check_transferable(model.precisions(), model.norm_scale)
+
+    @property
+    def width_ratio(self) -> float:
+        """hidden_size as a multiple of optimizer.base_width; 1 if that is None."""
+        base = self.optimizer.base_width
+        return 1.0 if base is None else self.model["hidden_size"] / base
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model for a tokenizer of `vocab_size`; max_length defaults to data.length.

@@ -21,6 +21,7 @@ from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
+from bitnet_jax.training.width_transfer import scaled_initial
 
 # Most logits in memory at once: 32 MB on a CPU, 512 MB elsewhere, where small products leave a device idle.
 MOST_LOGITS = {"cpu": 2**23, "other": 2**27}
@@ -134,6 +135,12 @@ def forward(
     return output, dict(state)
 
 
+def initial_variables(config: RunConfig, model: Architecture, key: PRNGKeyArray) -> dict[str, PyTree]:
+    """`init_variables`, with the initial values that optimizer.base_width asks for."""
+    variables: dict[str, PyTree] = init_variables(model, key)
+    return variables | {"params": scaled_initial(variables["params"], config.width_ratio)}
+
+
 def abstract_variables(config: Architecture) -> dict[str, Any]:
     """Shapes and dtypes of `init_variables`, without computing it."""
     return jax.eval_shape(lambda key: init_variables(config, key), jax.random.key(0))
@@ -174,7 +181,7 @@ def language_task(config: RunConfig) -> Task:
         }
 
     return Task(
-        init=partial(init_variables, model_config),
+        init=partial(initial_variables, config, model_config),
         loss=language_loss(Transformer(model_config), config.training.z_loss),
         train_batch=batches.batch,
         tokens=config.data.batch_size * length,

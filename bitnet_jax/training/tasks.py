@@ -20,10 +20,10 @@ from bitnet_jax.data import (
     whole_batches,
 )
 from bitnet_jax.evaluation.classifiers import score_classifier
-from bitnet_jax.models import Architecture, init_variables
+from bitnet_jax.models import Architecture
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.distillation import distilled_loss, make_teacher
-from bitnet_jax.training.task import Task, language_task, model_loss
+from bitnet_jax.training.task import Task, initial_variables, language_task, model_loss
 
 
 def image_task(config: RunConfig) -> Task:
@@ -98,7 +98,7 @@ def _classification(
         return score_classifier(model, variables, valid_batches).summary()
 
     return Task(
-        init=partial(init_variables, model),
+        init=partial(initial_variables, config, model),
         loss=model_loss(model.module(), config.training.z_loss),
         train_batch=batches.batch,
         tokens=config.data.batch_size,
