@@ -1,4 +1,4 @@
-"""Runs of the study: five learning rates at three widths, in float32 and ternary, with and without width transfer."""
+"""Runs of the study: four learning rates at three widths, in float32 and ternary, with and without width transfer."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CONFIG = "study_lm"
 METRIC = "valid_loss"
 SEEDS = (0, 1, 2)
 COMMON = {
-    "training.steps": 200,
+    "training.steps": 160,
     "optimizer.warmup_steps": 20,
     "evaluation.batches": 16,
-    "training.eval_every": 200,
+    "training.eval_every": 160,
 }
 SMALL = {"training.steps": 60}
 
 _BASE = 32
-_RATES = (0.002, 0.005, 0.0125, 0.03, 0.08)
+_RATES = (0.002, 0.006, 0.018, 0.054)
 _PRECISIONS = {"float32": "float32", "ternary": "bitnet_b158"}
 _WIDTHS = (32, 64, 128)
 _WAYS = ("same rate", "width transfer")
@@ -63,8 +63,8 @@ ARMS = {
     for way in _WAYS
     for rate in _RATES
 }
-BASELINE = _name("float32", _BASE, _WAYS[0], 0.0125)
-SMALL_ARMS = tuple(arm for arm in ARMS if arm.startswith("ternary") and arm.endswith(("0.005", "0.03")))
+BASELINE = _name("float32", _BASE, _WAYS[0], 0.006)
+SMALL_ARMS = tuple(arm for arm in ARMS if arm.startswith("ternary") and arm.endswith(("0.006", "0.018")))
 
 
 def best_rate(losses: Sequence[float]) -> float:
@@ -154,7 +154,7 @@ def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _against(arm: str) -> str:
-    return f"{arm.rsplit(' ', 1)[0]} 0.0125"
+    return f"{arm.rsplit(' ', 1)[0]} 0.006"
 
 
 REPORT = (
