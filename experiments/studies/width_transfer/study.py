@@ -1,4 +1,4 @@
-"""Runs of the study: four learning rates at three widths, in float32 and ternary, with and without width transfer."""
+"""Runs of the study: four learning rates at two widths, in float32 and ternary, with and without width transfer."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ CONFIG = "study_lm"
 METRIC = "valid_loss"
 SEEDS = (0, 1, 2)
 COMMON = {
+    "data.batch_size": 8,
     "training.steps": 160,
-    "optimizer.warmup_steps": 20,
-    "evaluation.batches": 16,
     "training.eval_every": 160,
+    "training.checkpoint_every": 160,
+    "training.statistics_every": 0,
+    "optimizer.warmup_steps": 16,
+    "evaluation.batches": 8,
 }
 SMALL = {"training.steps": 60}
 
 _BASE = 32
 _RATES = (0.002, 0.006, 0.018, 0.054)
 _PRECISIONS = {"float32": "float32", "ternary": "bitnet_b158"}
-_WIDTHS = (32, 64, 128)
+_WIDTHS = (32, 128)
 _WAYS = ("same rate", "width transfer")
 
 
