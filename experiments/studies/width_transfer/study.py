@@ -32,10 +32,10 @@ COMMON = {
 }
 SMALL = {"training.steps": 60}
 
-_BASE = 32
+_BASE = 16
 _RATES = (0.002, 0.006, 0.018, 0.054)
 _PRECISIONS = {"float32": "float32", "ternary": "bitnet_b158"}
-_WIDTHS = (32, 128)
+_WIDTHS = (16, 64)
 _WAYS = ("same rate", "width transfer")
 
 
@@ -129,8 +129,8 @@ def moves(study: Study, rows: Sequence[Mapping[str, Any]]) -> Section:
         "model",
         *(f"best rate at {width}" for width in _WIDTHS),
         "exponent p",
-        "cost at 128",
-        "best loss at 128",
+        f"cost at {_WIDTHS[-1]}",
+        f"best loss at {_WIDTHS[-1]}",
     ]
     note = (
         "Best rates: of the mean losses, by a parabola through the best and its neighbours. p: best rate ~ width^p, "
