@@ -1,4 +1,4 @@
-"""Runs of the study: AdamW, AdamW with moments in bfloat16, and Muon at two rates, in float32, ternary and binary.
+"""Runs of the study: AdamW, AdamW with moments in bfloat16, and Muon at two rates, in float32 and ternary.
 
 Every run also evaluates a moving average of its weights, which does not change its training.
 """
@@ -26,17 +26,17 @@ METRIC = "valid_loss"
 SEEDS = (0, 1, 2)
 COMMON = {
     "data.batch_size": 8,
-    "training.steps": 300,
-    "training.eval_every": 300,
-    "training.checkpoint_every": 300,
+    "training.steps": 200,
+    "training.eval_every": 200,
+    "training.checkpoint_every": 200,
     "training.statistics_every": 0,
-    "optimizer.warmup_steps": 30,
+    "optimizer.warmup_steps": 20,
     "optimizer.ema_decay": 0.98,
     "evaluation.batches": 8,
 }
 SMALL = {"training.steps": 60}
 
-_PRECISIONS = {"float32": "float32", "ternary": "bitnet_b158", "binary": "bitnet"}
+_PRECISIONS = {"float32": "float32", "ternary": "bitnet_b158"}
 _OPTIMIZERS = {
     "AdamW": {},
     "AdamW bfloat16": {"optimizer.moments": "bfloat16"},
