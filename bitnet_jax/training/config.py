@@ -19,6 +19,7 @@ from bitnet_jax.nn.config import LARGEST
 from bitnet_jax.training.distributed import DistributedConfig
 from bitnet_jax.training.optimizers import OptimizerConfig
 from bitnet_jax.training.sharding import MeshConfig
+from bitnet_jax.training.width_transfer import check_transferable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,7 @@ WHERE_COMPUTED = ("mesh", "distributed")
 # default, so that it does not change.
 ADDED_LATER = {
     "data": ("skip_bad_files", "document_mask", "mixture"),
+    "optimizer": ("name", "moments", "base_width", "ema_decay"),
     "training": ("scan_layers",),
 }
 TASK_NAMES = ("language", "images", "text_classification")
@@ -223,8 +225,20 @@ class RunConfig:
             )
         if self.task == "images":  # validate the model's fields before any work
             self.image_model_config()
+            if self.optimizer.base_width is not None:
+                raise ValueError(
+                    f"optimizer.base_width: got {self.optimizer.base_width} for task 'images', expected None"
+                )
         else:
-            self.model_config(vocab_size=self.model.get("vocab_size", 256))
+            model = self.model_config(vocab_size=self.model.get("vocab_size", 256))
+            if self.optimizer.base_width is not None:
+                check_transferable(model.precisions(), model.norm_scale)
+
+    @property
+    def width_ratio(self) -> float:
+        """hidden_size as a multiple of optimizer.base_width; 1 if that is None."""
+        base = self.optimizer.base_width
+        return 1.0 if base is None else self.model["hidden_size"] / base
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model for a tokenizer of `vocab_size`; max_length defaults to data.length.

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from bitnet_jax.models import Architecture, ModelConfig
 from bitnet_jax.packed.packing import check_packable
 from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.optimizers import OptimizerConfig
 
-STATE_BYTES = 16  # per parameter in training: float32 weight, gradient and the two moments of Adam
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -28,8 +29,9 @@ def check_trainable(config: RunConfig) -> None:
     if needed > available:
         raise ValueError(
             f"config: got {parameters(model):,} parameters and batches of {config.data.batch_size:,}, which need at "
-            f"least {needed / 1e9:,.1f} GB to train ({STATE_BYTES} bytes per parameter), expected at most the "
-            f"available {available / 1e9:,.1f} GB; choose a smaller model, data.batch_size or evaluation.batch_size"
+            f"least {needed / 1e9:,.1f} GB to train ({state_bytes(config.optimizer)} bytes per parameter), "
+            f"expected at most the available {available / 1e9:,.1f} GB; choose a smaller model, data.batch_size or "
+            "evaluation.batch_size"
         )
 
 
@@ -46,7 +48,13 @@ def min_training_bytes(config: RunConfig) -> int:
         inputs = 8 * data.length  # tokens and targets
         outputs = 4 * data.length * (model.vocab_size if config.task == "language" else model.hidden_size)
     rows = max(_micro_batch(config), config.evaluation.batch_size)
-    return STATE_BYTES * parameters(model) + data.batch_size * inputs + rows * outputs
+    return state_bytes(config.optimizer) * parameters(model) + data.batch_size * inputs + rows * outputs
+
+
+def state_bytes(config: OptimizerConfig) -> int:
+    """Per parameter at least: float32 weight and gradient, two moments of Adam or one of Muon, and an average."""
+    moments = {"adamw": 2, "muon": 1}[config.name] * jnp.dtype(config.moments).itemsize
+    return 8 + moments + (4 if config.ema_decay is not None else 0)
 
 
 def parameters(model: Architecture) -> int:

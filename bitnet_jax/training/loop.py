@@ -45,7 +45,7 @@ from bitnet_jax.training.distributed import (
 from bitnet_jax.training.interrupt import Interrupted, StopRequest, stop_on_signals
 from bitnet_jax.training.limits import check_trainable
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
-from bitnet_jax.training.optimizers import make_optimizer
+from bitnet_jax.training.optimizers import Optimizer, average_warning, make_optimizer
 from bitnet_jax.training.recorder import Diverged, Recorder
 from bitnet_jax.training.run_folder import EXTENDED_FROM, RunError, RunFolder
 from bitnet_jax.training.sharding import (
@@ -135,7 +135,7 @@ def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = Tru
 
 def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> dict[str, Any]:
     training, mesh = config.training, make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, training.steps)
+    optimizer = make_optimizer(config.optimizer, training.steps, config.width_ratio)
     init_key, key = jax.random.split(jax.random.key(config.seed))
 
     def create(key: PRNGKeyArray) -> TrainState:
@@ -161,6 +161,8 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         advanced = update(state, batch, key)
         return jax.block_until_ready(advanced) if needs_synchronous_dispatch(mesh) else advanced
 
+    if (warning := average_warning(config.optimizer, task.precisions)) is not None:
+        _tell(warning)
     began, name = time.monotonic(), folder.path.absolute().name
     with contextlib.ExitStack() as stack:
         stop_request = stack.enter_context(stop_on_signals())
@@ -180,7 +182,9 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         )
         recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
         stops = AnyProcess(mesh)
-        run = _Run(task, config, folder, checkpoints, log, recorder, stop_request, stops, meta, began)
+        run = _Run(
+            task, optimizer, config, folder, checkpoints, log, recorder, stop_request, stops, meta, began
+        )
         try:
             if first == training.steps and not everywhere(
                 partial(_evaluated, folder.metrics, first), only_first=True
@@ -229,6 +233,7 @@ class _Run:
     """The resources of a run in training: task, folder, checkpoints and logs."""
 
     task: Task
+    optimizer: Optimizer
     config: RunConfig
     folder: RunFolder
     checkpoints: Checkpoints
@@ -278,10 +283,19 @@ class _Run:
             return problem.step, problem
         return step, None
 
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Metrics of the held-out data, and with optimizer.ema_decay those of the averaged weights as `ema_<name>`."""
+        values = self.task.evaluate(state.variables)
+        average = self.optimizer.averaged(state.opt_state)
+        if average is None:
+            return values
+        of_average = self.task.evaluate({"params": average, **state.model_state})
+        return values | {f"ema_{name}": value for name, value in of_average.items()}
+
     def evaluate_and_checkpoint(
         self, state: TrainState, step: int, *, evaluates: bool = True, saves: bool = True
     ) -> None:
-        values = self.task.evaluate(state.variables) if evaluates else None
+        values = self.evaluate(state) if evaluates else None
         if values is not None:
             self.recorder.valid(step, values)
         if saves:

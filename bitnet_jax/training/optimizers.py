@@ -1,4 +1,4 @@
-"""AdamW with the schedules of the low-bit papers, and the labels that select its settings per parameter.
+"""AdamW and Muon with the schedules of the low-bit papers.
 
 `t` counts updates from 0, `T` is their total. Every schedule is multiplied by the same linear warm-up
 `min(1, (t + 1) / W)`.
@@ -19,6 +19,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from bitnet_jax.models.stacked import path_in_first_layer
 from bitnet_jax.names import check_name
 from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.training.directions import DIRECTIONS, LARGEST_BFLOAT16_DECAY, stored_in
+from bitnet_jax.training.parameter_labels import label_parameters
+from bitnet_jax.training.width_transfer import rate_factors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class OptimizerConfig:
       ValueError: an unknown schedule or a number out of range.
     """
 
+    name: str = "adamw"  # adamw, or muon: orthogonalized momentum for hidden matrices, AdamW for the rest
     schedule: str = "cosine"
     learning_rate: float = 1e-3  # peak; the first stage's (virtual) peak in two_stage
     second_learning_rate: float | None = (
@@ -44,13 +48,19 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    moments: str = "float32"  # stored averages of gradients: float32 or bfloat16, which halves them
     clip_norm: float | None = 1.0  # global norm of the gradient; None: no clipping
     scale_learning_rate_factor: float = (
         1.0  # learned quantizer scales and shifts: factor on their learning rate
     )
+    # hidden_size at which learning_rate was tuned, see width_transfer.py; None: the same rate at every width
+    base_width: int | None = None
+    ema_decay: float | None = None  # also evaluate an exponential moving average of the weights; None: do not
 
     def __post_init__(self) -> None:
+        check_name("optimizer.name", self.name, DIRECTIONS)
         check_name("optimizer.schedule", self.schedule, SCHEDULES)
+        check_name("optimizer.moments", self.moments, ("float32", "bfloat16"))
         limits = {
             "learning_rate": (0.0, math.inf),
             "stage_switch": (0.0, 1.0),
@@ -68,6 +78,18 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name}: got {getattr(self, name)}, expected {low} to {high}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optimizer.clip_norm: got {self.clip_norm}, expected a positive number or None")
+        for name in ("beta1", "beta2"):
+            if self.moments == "bfloat16" and (beta := getattr(self, name)) > LARGEST_BFLOAT16_DECAY:
+                raise ValueError(
+                    f"optimizer.{name}: got {beta} with moments='bfloat16', in which such a slow average stands still, "
+                    f"expected at most {LARGEST_BFLOAT16_DECAY:.4f}; lower it, or store moments in float32"
+                )
+        if self.base_width is not None and self.base_width < 1:
+            raise ValueError(f"optimizer.base_width: got {self.base_width}, expected a hidden_size or None")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"optimizer.ema_decay: got {self.ema_decay}, expected a number between 0 and 1 or None"
+            )
 
 
 Schedule = Callable[[Float[Array, ""], int, OptimizerConfig], Float[Array, ""]]
@@ -133,56 +155,31 @@ def weight_decay(step: Int[Array, ""] | int, T: int, config: OptimizerConfig) ->
     return jnp.where(t < config.weight_decay_until * T, config.weight_decay, 0.0)
 
 
-# Label by the last component of a parameter's path.
-LABELS = {
-    "weight": "weight",
-    "embedding": "embedding",
-    "scale": "norm",
-    "bias": "bias",
-    "weight_scale": "quantizer",
-    "activation_scale": "quantizer",
-    "activation_shift": "quantizer",
-    "probability_scale": "quantizer",
-}
-
-
-def label_parameters(params: Mapping[str, Any]) -> PyTree[str]:
-    """The tree with leaves `weight`, `embedding`, `norm`, `bias` or `quantizer` (learned scales, shifts).
-
-    Raises:
-      ValueError: a parameter whose name has no label.
-    """
-
-    def label(path: tuple[Any, ...], leaf: Any) -> str:
-        name = path[-1].key
-        if name not in LABELS:
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(
-                f"parameter {where}: name {name!r} has no label, expected one of {', '.join(LABELS)}"
-            )
-        return LABELS[name]
-
-    return jax.tree_util.tree_map_with_path(label, params)
-
-
 class Optimizer(NamedTuple):
-    """A gradient transformation and its two schedules, exposed so that they can be logged."""
+    """A gradient transformation, its two schedules, exposed so that they can be logged, and an average of weights."""
 
     init: Callable[[PyTree], PyTree]
     update: Callable[..., tuple[PyTree, PyTree]]  # (gradients, state, params, step) -> (updates, state)
     learning_rate: Callable[[Int[Array, ""]], Float[Array, ""]]
     weight_decay: Callable[[Int[Array, ""]], Float[Array, ""]]
+    average: Callable[[PyTree, PyTree], PyTree]  # (state, params after an update) -> state
+    averaged: Callable[[PyTree], PyTree | None]  # state -> moving average of params; None: it keeps none
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
-    """AdamW: `update = -lr(t) * factor * (adam(clipped gradient) + wd(t) * parameter)`.
+def make_optimizer(config: OptimizerConfig, total_steps: int, width_ratio: float = 1.0) -> Optimizer:
+    """`update = -lr(t) * factor * (f * direction(clipped gradient) + wd(t) * parameter)`.
 
     `wd` applies to weights (and, optionally, embeddings), not to norms, biases and learned scales. `factor` is 1
-    except for learned scales and shifts.
+    except for learned scales and shifts. `f` is 1 except with `width_ratio`, see width_transfer.py; it leaves out the
+    decay, so that a matrix is pulled to zero equally fast at every width.
+
+    Args:
+      width_ratio: hidden_size as a multiple of config.base_width.
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    adam = optax.chain(clip, optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon))
-    decayed = {"weight", "embedding"} if config.decay_embeddings else {"weight"}
+    direction = DIRECTIONS[config.name](config.beta1, config.beta2, config.epsilon)
+    chain = optax.chain(clip, stored_in(config.moments, direction))
+    decayed = {"weight", "end", "embedding"} if config.decay_embeddings else {"weight", "end"}
 
     def rate(step: Int[Array, ""]) -> Float[Array, ""]:
         return learning_rate(step, total_steps, config)
@@ -195,16 +192,47 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     ) -> tuple[PyTree, PyTree]:
         lr, wd = rate(step), decay(step)
 
-        def scaled(u: Array, p: Array, label: str) -> Array:
+        def scaled(u: Array, p: Array, label: str, f: float) -> Array:
             factor = config.scale_learning_rate_factor if label == "quantizer" else 1.0
-            return -lr * factor * (u + wd * p) if label in decayed else -lr * factor * u
+            return -lr * factor * (f * u + wd * p) if label in decayed else -lr * factor * (f * u)
 
         # optax computes `decay ** count` with an int32 count, which strict dtype promotion rejects.
         with jax.numpy_dtype_promotion("standard"):
-            directions, state = adam.update(gradients, state)
-        return jax.tree.map(scaled, directions, params, label_parameters(params)), state
+            directions, chained = chain.update(gradients, state[:2], params)
+        factors = rate_factors(params, width_ratio, config.name)
+        updates = jax.tree.map(scaled, directions, params, label_parameters(params), factors)
+        return updates, (*chained, *state[2:])
 
-    return Optimizer(adam.init, update, rate, decay)
+    if config.ema_decay is None:
+        return Optimizer(chain.init, update, rate, decay, lambda state, params: state, lambda state: None)
+    ema = optax.ema(config.ema_decay, debias=False)
+
+    def init(params: PyTree) -> PyTree:
+        return (*chain.init(params), ema.init(params))
+
+    def average(state: PyTree, params: PyTree) -> PyTree:
+        return (*state[:2], ema.update(params, state[2])[1])
+
+    def averaged(state: PyTree) -> PyTree:
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.tree.bias_correction(state[2].ema, config.ema_decay, state[2].count)
+
+    return Optimizer(init, update, rate, decay, average, averaged)
+
+
+def average_warning(config: OptimizerConfig, precisions: Mapping[str, Precision]) -> str | None:
+    """One line if an average of weights is asked for whose codes are not those of any trained model; else None.
+
+    The mean of latents that lie on both sides of a threshold has the code of neither side, or one that they had
+    seldom, so in few bits the quantized mean is not near the quantized weights it was taken from.
+    """
+    few = [path for path, precision in precisions.items() if precision.weight_bits < 2]
+    if config.ema_decay is None or not few:
+        return None
+    return (
+        f"warning: optimizer.ema_decay={config.ema_decay} averages the latents of {len(few)} binary or ternary layers "
+        f"({few[0]}, ...): the codes of the average can be far from those of the model; compare ema_loss with loss"
+    )
 
 
 def clip_latents(params: dict[str, Any], precisions: Mapping[str, Precision]) -> dict[str, Any]:

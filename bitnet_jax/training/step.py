@@ -91,6 +91,7 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, state.step)
         params = clip_latents(optax.apply_updates(state.params, updates), precisions)
+        opt_state = optimizer.average(opt_state, params)
 
         mean_loss = sums.loss / sums.weight
         grad_norm, update_norm = optax.tree.norm(gradients), optax.tree.norm(updates)

@@ -22,9 +22,10 @@ from bitnet_jax.models.stacked import equal_layers, stack
 from bitnet_jax.models.transformer import LanguageHead
 from bitnet_jax.nn.placement import automatic_axes
 from bitnet_jax.quantization.precision import Precision
-from bitnet_jax.training.config import RunConfig, TrainingConfig
+from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
+from bitnet_jax.training.width_transfer import scaled_initial
 
 # Most logits in memory at once: 32 MB on a CPU, 512 MB elsewhere, where small products leave a device idle.
 MOST_LOGITS = {"cpu": 2**23, "other": 2**27}
@@ -141,15 +142,15 @@ def forward(
     return output, dict(state)
 
 
-def initializer(
-    model: Architecture, training: TrainingConfig
-) -> Callable[[PRNGKeyArray], Mapping[str, PyTree]]:
-    """Key -> random variables, with equal layers stacked if they are to be scanned over."""
-    if not training.scan_layers:
-        return partial(init_variables, model)
+def initial_variables(config: RunConfig, model: Architecture, key: PRNGKeyArray) -> dict[str, PyTree]:
+    """`init_variables`, with the initial values that optimizer.base_width asks for, and equal layers stacked if they
+    are to be scanned over."""
+    variables: dict[str, PyTree] = init_variables(model, key)
+    variables |= {"params": scaled_initial(variables["params"], config.width_ratio)}
+    if not config.training.scan_layers:
+        return variables
     assert isinstance(model, ModelConfig)  # checked by RunConfig
-    runs = equal_layers(model)
-    return lambda key: stack(init_variables(model, key), runs)
+    return stack(variables, equal_layers(model))
 
 
 def abstract_variables(config: Architecture) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def language_task(config: RunConfig) -> Task:
         }
 
     return Task(
-        init=initializer(model_config, config.training),
+        init=partial(initial_variables, config, model_config),
         loss=language_loss(Transformer(model_config), config.training.z_loss),
         train_batch=batches.batch,
         tokens=data.batch_size * data.length,

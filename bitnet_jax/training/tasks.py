@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from jaxtyping import PyTree
@@ -23,7 +24,7 @@ from bitnet_jax.evaluation.classifiers import score_classifier
 from bitnet_jax.models import Architecture
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.distillation import distilled_loss, make_teacher
-from bitnet_jax.training.task import Task, initializer, language_task, model_loss
+from bitnet_jax.training.task import Task, initial_variables, language_task, model_loss
 
 
 def image_task(config: RunConfig) -> Task:
@@ -98,7 +99,7 @@ def _classification(
         return score_classifier(model, variables, valid_batches).summary()
 
     return Task(
-        init=initializer(model, config.training),
+        init=partial(initial_variables, config, model),
         loss=model_loss(model.module(), config.training.z_loss),
         train_batch=batches.batch,
         tokens=config.data.batch_size,

@@ -17,11 +17,11 @@ from bitnet_jax.training.optimizers import (
     SCHEDULES,
     OptimizerConfig,
     clip_latents,
-    label_parameters,
     learning_rate,
     make_optimizer,
     weight_decay,
 )
+from bitnet_jax.training.parameter_labels import label_parameters
 from bitnet_jax.training.task import abstract_variables
 
 # float32 holds 7 digits; the schedules do two or three roundings
@@ -112,7 +112,7 @@ def test_every_parameter_of_every_recipe_has_a_label() -> None:
     }  # fmt: skip
     assert labels["embed"]["embedding"] == labels["position_embed"]["embedding"] == "embedding"
     assert labels["final_norm"]["scale"] == "norm"
-    assert labels["lm_head"]["weight"] == "weight"
+    assert labels["lm_head"]["weight"] == "end"
     learned = label_parameters(
         abstract_variables(dataclasses.replace(config, precision="paretoq_2"))["params"]
     )

@@ -1,0 +1,45 @@
+"""The kind of every parameter, by its path, which selects its settings in the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+# The first and last linear layers of a model; all others are hidden.
+ENDS = ("lm_head", "classifier", "patch_embed", "dense_0", "conv_0")
+
+# Label by the last component of a parameter's path.
+LABELS = {
+    "weight": "weight",
+    "embedding": "embedding",
+    "scale": "norm",
+    "bias": "bias",
+    "weight_scale": "quantizer",
+    "activation_scale": "quantizer",
+    "activation_shift": "quantizer",
+    "probability_scale": "quantizer",
+}
+
+
+def label_parameters(params: Mapping[str, Any]) -> PyTree[str]:
+    """The tree with leaves `weight` (of a hidden layer), `end` (of a first or last layer), `embedding`, `norm`, `bias`
+    or `quantizer` (learned scales, shifts).
+
+    Raises:
+      ValueError: a parameter whose name has no label.
+    """
+
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
+        names = [key.key for key in path]
+        if names[-1] not in LABELS:
+            raise ValueError(
+                f"parameter {'/'.join(names)}: name {names[-1]!r} has no label, expected one of {', '.join(LABELS)}"
+            )
+        if names[-1] == "weight" and names[-2:-1] and names[-2] in ENDS:
+            return "end"
+        return LABELS[names[-1]]
+
+    return jax.tree_util.tree_map_with_path(label, params)

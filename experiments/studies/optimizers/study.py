@@ -1,0 +1,84 @@
+"""Runs of the study: AdamW, AdamW with moments in bfloat16, and Muon at two rates, in float32 and ternary.
+
+Every run also evaluates a moving average of its weights, which does not change its training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitnet_experiments.intervals import detectable, interval, paired
+from bitnet_experiments.sections import Section, arms_table, markdown_table, pairs_table, values
+from bitnet_experiments.study import Study, product
+
+QUESTION = "Do Muon, moments in bfloat16 and an average of the weights suit few-bit models?"
+SOURCE = "Muon is Scalable 2502.16982; merged records of OpenAI's Parameter Golf (2026)"
+PAPER_EFFECT = (
+    "ternary: Muon 0.07 bits per byte below AdamW; an average of the weights much worse than the weights"
+)
+VERDICT = "open"
+
+CONFIG = "study_lm"
+METRIC = "valid_loss"
+SEEDS = (0, 1, 2)
+COMMON = {
+    "data.batch_size": 8,
+    "training.steps": 200,
+    "training.eval_every": 200,
+    "training.checkpoint_every": 200,
+    "training.statistics_every": 0,
+    "optimizer.warmup_steps": 20,
+    "optimizer.ema_decay": 0.98,
+    "evaluation.batches": 8,
+}
+SMALL = {"training.steps": 60}
+
+_PRECISIONS = {"float32": "float32", "ternary": "bitnet_b158"}
+_OPTIMIZERS = {
+    "AdamW": {},
+    "AdamW bfloat16": {"optimizer.moments": "bfloat16"},
+    "Muon": {"optimizer.name": "muon"},
+}
+_RATES = (0.006, 0.018)
+ARMS = product(
+    {name: {"model.precision": recipe} for name, recipe in _PRECISIONS.items()},
+    _OPTIMIZERS,
+    {str(rate): {"optimizer.learning_rate": rate} for rate in _RATES},
+    join=" ",
+)
+BASELINE = "float32 AdamW 0.006"
+SMALL_ARMS = tuple(arm for arm in ARMS if arm.startswith("ternary"))
+
+
+def averages(study: Study, rows: Sequence[Mapping[str, Any]]) -> Section:
+    """The held-out loss of the averaged weights minus that of the weights, paired by seed."""
+    lines = []
+    for arm in study.arms:
+        loss, of_average = values(rows, arm, "valid_loss"), values(rows, arm, "valid_ema_loss")
+        if differences := paired(of_average, loss):
+            lines.append([arm, str(interval(differences)), f"{detectable(differences):.4f}"])
+    return Section(markdown_table(["arm", "loss of the average minus loss", "detectable"], lines))
+
+
+def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Muon minus AdamW, each at its better rate."""
+
+    def best(precision: str, name: str) -> float:
+        runs = [values(rows, f"{precision} {name} {rate}", METRIC) for rate in _RATES]
+        return min((float(np.mean(list(run.values()))) for run in runs if run), default=float("nan"))
+
+    differences = {name: best(name, "Muon") - best(name, "AdamW") for name in _PRECISIONS}
+    found = [f"{name}: {value:+.3f}" for name, value in differences.items() if not np.isnan(value)]
+    return f"Muon minus AdamW, {', '.join(found)}" if found else ""
+
+
+_PAIRS = tuple(
+    (f"{precision} {name} {rate}", f"{precision} AdamW {rate}")
+    for name in ("AdamW bfloat16", "Muon")
+    for precision in _PRECISIONS
+    for rate in _RATES
+)
+REPORT = (arms_table("valid_ema_loss"), pairs_table(*_PAIRS), averages)
