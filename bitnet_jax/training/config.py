@@ -287,6 +287,11 @@ def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) 
     ]
 
 
+def flat_fields(config: RunConfig) -> dict[str, Any]:
+    """`section.field` -> value, for every setting."""
+    return _flatten(config.to_dict())
+
+
 def _hashed_fields(config: RunConfig) -> dict[str, Any]:
     fields = config.to_dict()
     for section in WHERE_COMPUTED:

@@ -32,10 +32,13 @@ from bitnet_jax.progress import progress_bar
 from bitnet_jax.quantization.ste import ANNEALED
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.config import RunConfig
+from bitnet_jax.training.flops import run_flops_per_token
+from bitnet_jax.training.hardware import peak_flops
 from bitnet_jax.training.interrupt import Interrupted, StopRequest, stop_on_signals
 from bitnet_jax.training.limits import check_trainable
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
 from bitnet_jax.training.optimizers import make_optimizer
+from bitnet_jax.training.record import RunRecord, Work
 from bitnet_jax.training.recorder import Diverged, Recorder
 from bitnet_jax.training.run_folder import EXTENDED_FROM, RunError, RunFolder
 from bitnet_jax.training.sharding import (
@@ -69,8 +72,8 @@ def fit(
 
     Returns:
       The content of `result.json`: status ("finished" or "diverged"), step, newest train and valid measurements,
-      parameters, tokens, seconds, config_hash, versions, and extended_from (earlier values of training.steps) if
-      training.steps was changed. A completed run is not trained again.
+      parameters, tokens, seconds, record (see training/record.py), config_hash, versions, and extended_from (earlier
+      values of training.steps) if training.steps was changed. A completed run is not trained again.
 
     Raises:
       ValueError, FileNotFoundError: an invalid config, a model that cannot be trained here or packed, unusable data,
@@ -78,6 +81,7 @@ def fit(
       RunError, CheckpointError: the folder holds another run or only damaged checkpoints, or cannot be written.
       Interrupted: SIGINT or SIGTERM was received; the run is saved and can be resumed.
     """
+    began = time.monotonic()
     if not isinstance(config, RunConfig):
         config = RunConfig.from_dict(config)
     folder = RunFolder(workdir)
@@ -88,17 +92,23 @@ def fit(
     check_trainable(config)
     problem = (task or TASKS[config.task])(config)
     with folder.training(config, overwrite=overwrite) as result:
-        return train(problem, config, folder, progress) if result is None else result
+        return train(problem, config, folder, progress, began) if result is None else result
 
 
-def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = True) -> dict[str, Any]:
-    """`fit` for any task. The caller must be inside `folder.training(config)`, which yielded no result."""
+def train(
+    task: Task, config: RunConfig, folder: RunFolder, progress: bool = True, began: float | None = None
+) -> dict[str, Any]:
+    """`fit` for any task. The caller must be inside `folder.training(config)`, which yielded no result.
+
+    Args:
+      began: time.monotonic() from which on the time of the run is recorded; None: now.
+    """
     if task.tokenizer is not None:
         folder.write_tokenizer(task.tokenizer)
     if task.classes is not None:
         folder.write_classes(task.classes)
     try:
-        result = _train(task, config, folder, progress)
+        result = _train(task, config, folder, progress, time.monotonic() if began is None else began)
     except OSError as error:
         raise RunError(
             f"cannot write in {folder.path}: {error.strerror or error}; free disk space or fix permissions, then "
@@ -108,7 +118,9 @@ def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = Tru
     return result
 
 
-def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> dict[str, Any]:
+def _train(
+    task: Task, config: RunConfig, folder: RunFolder, progress: bool, recorded_from: float
+) -> dict[str, Any]:
     training, mesh = config.training, make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, training.steps)
     init_key, key = jax.random.split(jax.random.key(config.seed))
@@ -153,11 +165,19 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
             progress_bar(training.steps, unit="step", description=name, initial=first, show=progress)
         )
         recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
-        run = _Run(task, config, folder, checkpoints, log, recorder, stop_request, meta, began)
+        work = Work(
+            task.tokens, run_flops_per_token(config, task.tokenizer), peak_flops(list(mesh.devices.flat))
+        )
+        record = RunRecord(
+            folder.record, config.hash(), work, mesh.local_devices, recorded_from, meta.get("record")
+        )
+        run = _Run(task, config, folder, checkpoints, log, recorder, record, stop_request, meta, began)
         if first == training.steps and not _evaluated(folder.metrics, first):
             run.evaluate_and_checkpoint(state, first, saves=False)  # steps was lowered to the step reached
         step, problem = run.updates(state, first, advance)
+        record.enter("checkpointing")
         checkpoints.wait()
+        record.close()
         kept = max(checkpoints.steps(), default=0)
 
     if problem is not None:
@@ -177,6 +197,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
         "seconds": run.seconds(),
+        "record": record.summary(),
         "seed": config.seed,
         "config_hash": config.hash(),
         "versions": {
@@ -199,6 +220,7 @@ class _Run:
     checkpoints: Checkpoints
     log: MetricsLog
     recorder: Recorder
+    record: RunRecord
     stop_request: StopRequest
     meta: dict[str, Any]  # of the checkpoint it resumed from, see _start
     began: float  # time.monotonic() when this process started the run
@@ -221,18 +243,20 @@ class _Run:
         Only states known to be finite are evaluated and saved.
         """
         training, in_flight = self.config.training, None
+        self.record.enter("compilation")
         try:
             while step < training.steps:
                 state, metrics = advance(state, step)
+                self.record.enter("training")
                 step += 1
                 if in_flight is not None:
-                    self.recorder.update(*in_flight)
+                    self._updated(*in_flight)
                 in_flight = (step, metrics)
                 stop, last = self.stop_request.signal is not None, step == training.steps
                 evaluates = last or step % training.eval_every == 0
                 saves = last or stop or step % training.checkpoint_every == 0
                 if evaluates or saves:
-                    self.recorder.update(*in_flight)
+                    self._updated(*in_flight)
                     in_flight = None
                     self.evaluate_and_checkpoint(state, step, evaluates=evaluates, saves=saves)
                 if stop:
@@ -241,12 +265,18 @@ class _Run:
             return problem.step, problem
         return step, None
 
+    def _updated(self, step: int, metrics: Metrics) -> None:
+        self.recorder.update(step, metrics)
+        self.record.updated()
+
     def evaluate_and_checkpoint(
         self, state: TrainState, step: int, *, evaluates: bool = True, saves: bool = True
     ) -> None:
+        self.record.enter("evaluation")
         values = self.task.evaluate(state.variables) if evaluates else None
         if values is not None:
             self.recorder.valid(step, values)
+        self.record.enter("checkpointing")
         if saves:
             self.log.flush()  # rows up to a checkpoint are on disk before it is
             meta = {
@@ -254,12 +284,14 @@ class _Run:
                 "data": self.task.fingerprint,
                 "data_position": step,
                 "seconds": self.seconds(),
+                "record": self.record.state(),
                 "last": self.recorder.last,
                 "files_crc32": self.folder.files_crc32(),
                 **self.extended,
             }
             loss = values["loss"] if values is not None else None
             self.checkpoints.save(step, state.variables, state.opt_state, meta, loss)
+        self.record.enter("training")
         self.recorder.pause()
 
 
