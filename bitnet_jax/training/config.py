@@ -58,6 +58,13 @@ class TrainingConfig:
     accumulate: int = 1  # micro-batches per update; divides data.batch_size
     z_loss: float = 0.0  # weight of (log Z)^2 in the loss
     max_loss: float | None = None  # a loss above it counts as divergence, as NaN does; None: only NaN and inf
+    spike_factor: float | None = (
+        None  # so does a loss this many deviations above recent ones (spikes.py), such as 10
+    )
+    spike_window: int = 100  # number of recent losses
+    max_returns: int = (
+        0  # returns to the last checkpoint, with other batches, before the run ends as diverged
+    )
     log_every: int = 50  # updates between rows with per-layer statistics and throughput
     statistics_every: int = 1  # updates between measurements of the codes (flips, zeros, clips); 0: never
     eval_every: int = 250  # updates between evaluations on held-out data; the last update is always evaluated
@@ -68,11 +75,22 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
-        for name, low in (least | {"statistics_every": 0, "z_loss": 0, "keep_checkpoints": 2}).items():
+        least |= {
+            "statistics_every": 0,
+            "z_loss": 0,
+            "keep_checkpoints": 2,
+            "spike_window": 2,
+            "max_returns": 0,
+        }
+        for name, low in least.items():
             if not low <= getattr(self, name) <= LARGEST:  # updates are counted in int32
                 raise ValueError(
                     f"training.{name}: got {getattr(self, name)}, expected a number from {low} to {LARGEST}"
                 )
+        if self.spike_factor is not None and self.spike_factor <= 0:
+            raise ValueError(
+                f"training.spike_factor: got {self.spike_factor}, expected a positive number or None"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +99,16 @@ class EvaluationConfig:
 
     batches: int | None = 20  # from the start of the held-out data; None: all of them
     batch_size: int = 16
+    samples: int = (
+        0  # language: greedy continuations of held-out text written at each evaluation (samples.py)
+    )
+    sample_tokens: int = 32  # their length
 
     def __post_init__(self) -> None:
+        if self.samples < 0 or self.sample_tokens < 1:
+            raise ValueError(
+                f"evaluation: got samples={self.samples}, sample_tokens={self.sample_tokens}, expected at least 0 and 1"
+            )
         if self.batch_size < 1 or (self.batches is not None and self.batches < 1):
             raise ValueError(
                 f"evaluation: got batches={self.batches}, batch_size={self.batch_size}, expected at least 1"
@@ -117,7 +143,11 @@ CHANGEABLE_ON_RESUME = frozenset(
 WHERE_COMPUTED = ("mesh",)
 # Settings that did not exist when runs and results were recorded: the hash leaves them out while they have their
 # default, so that it does not change.
-ADDED_LATER = {"data": ("skip_bad_files",)}
+ADDED_LATER = {
+    "data": ("skip_bad_files",),
+    "evaluation": ("samples", "sample_tokens"),
+    "training": ("spike_factor", "spike_window", "max_returns"),
+}
 TASK_NAMES = ("language", "images", "text_classification")
 
 
@@ -154,6 +184,11 @@ class RunConfig:
                 raise ValueError(
                     f"data.{name}: got {value} for task {self.task!r}, which has no such setting; remove it"
                 )
+        if self.evaluation.samples and self.task != "language":
+            raise ValueError(
+                f"evaluation.samples: got {self.evaluation.samples} for task {self.task!r}, which writes no text; "
+                "remove it"
+            )
         if self.distillation.teacher is not None and self.task != "text_classification":
             raise ValueError(
                 f"distillation.teacher: got a teacher for task {self.task!r}, expected task text_classification"

@@ -48,6 +48,7 @@ from bitnet_jax.training.sharding import (
     state_shardings,
     with_shardings,
 )
+from bitnet_jax.training.spikes import Spikes
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.statistics import quantized_paths
 from bitnet_jax.training.step import Metrics, make_train_step
@@ -144,7 +145,7 @@ def _train(
     )
 
     def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        batch = jax.device_put(task.train_batch(step), batch_sharding(mesh))
+        batch = jax.device_put(task.train_batch(spikes.position(step)), batch_sharding(mesh))
         advanced = update(state, batch, key)
         return jax.block_until_ready(advanced) if needs_synchronous_dispatch(mesh) else advanced
 
@@ -155,26 +156,36 @@ def _train(
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, keep=training.keep_checkpoints, keep_best=training.keep_best)
         )
-        state, meta = _start(fresh, shapes, checkpoints, task, folder, config)
+        start = partial(_start, fresh, shapes, checkpoints, task, folder, config)
+        state, meta = start()
+        spikes = Spikes(training, meta.get("spikes"))
         first = int(state.step)
         folder.result.unlink(missing_ok=True)  # left from the shorter run
         folder.write_config(config, meta[EXTENDED_FROM])
         board = folder.path / "tensorboard" if training.tensorboard else None
         log = stack.enter_context(MetricsLog(folder.metrics, resume_step=first, tensorboard=board))
+        texts = None
+        if task.sample is not None:
+            beside = None if board is None else board / "samples"
+            texts = stack.enter_context(MetricsLog(folder.samples, resume_step=first, tensorboard=beside))
         bar = stack.enter_context(
             progress_bar(training.steps, unit="step", description=name, initial=first, show=progress)
         )
-        recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
+        paths = quantized_paths(task.precisions)
+        recorder = Recorder(log, bar, training, paths, task.tokens, meta["last"], spikes)
         work = Work(
             task.tokens, run_flops_per_token(config, task.tokenizer), peak_flops(list(mesh.devices.flat))
         )
         record = RunRecord(
             folder.record, config.hash(), work, mesh.local_devices, recorded_from, meta.get("record")
         )
-        run = _Run(task, config, folder, checkpoints, log, recorder, record, stop_request, meta, began)
+        run = _Run(task, config, folder, checkpoints, log, recorder, record, texts, stop_request, meta, began)
         if first == training.steps and not _evaluated(folder.metrics, first):
             run.evaluate_and_checkpoint(state, first, saves=False)  # steps was lowered to the step reached
         step, problem = run.updates(state, first, advance)
+        while problem is not None and spikes.may_return():
+            state = run.go_back(problem, start)
+            step, problem = run.updates(state, int(state.step), advance)
         record.enter("checkpointing")
         checkpoints.wait()
         record.close()
@@ -193,6 +204,7 @@ def _train(
         "step": step,
         "steps": training.steps,
         **run.extended,
+        **({"returns": spikes.returns} if training.max_returns else {}),
         **recorder.last,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
@@ -221,6 +233,7 @@ class _Run:
     log: MetricsLog
     recorder: Recorder
     record: RunRecord
+    texts: MetricsLog | None  # for samples
     stop_request: StopRequest
     meta: dict[str, Any]  # of the checkpoint it resumed from, see _start
     began: float  # time.monotonic() when this process started the run
@@ -262,8 +275,29 @@ class _Run:
                 if stop:
                     break
         except Diverged as problem:
-            return problem.step, problem
+            return problem.step, problem.with_traceback(None)  # which would keep this state in memory
         return step, None
+
+    def go_back(
+        self, problem: Diverged, start: Callable[[], tuple[TrainState, dict[str, Any]]]
+    ) -> TrainState:
+        """Return to the newest checkpoint, or to the start, with the batches since then skipped; see spikes.py."""
+        self.record.enter("checkpointing")
+        self.checkpoints.wait()
+        state, meta = start()
+        step, spikes = int(state.step), self.recorder.spikes
+        spikes.go_back(problem.step, step, str(problem), meta.get("spikes"))
+        self.record.undo(meta.get("record"))
+        self.recorder.rewind(step, meta["last"])
+        if self.texts is not None:
+            self.texts.rewind(step)
+        first, last = spikes.returns[-1]["skipped"]
+        print(
+            f"{problem}; back to step {step} without batches {first} to {last} "
+            f"(return {len(spikes.returns)} of {spikes.most})",
+            file=sys.stderr,
+        )
+        return state
 
     def _updated(self, step: int, metrics: Metrics) -> None:
         self.recorder.update(step, metrics)
@@ -276,13 +310,18 @@ class _Run:
         values = self.task.evaluate(state.variables) if evaluates else None
         if values is not None:
             self.recorder.valid(step, values)
+        if evaluates and self.task.sample is not None and self.texts is not None:
+            for number, sample in enumerate(self.task.sample(state.variables)):
+                self.texts.write(step, f"sample_{number}", sample._asdict())
+            self.texts.flush()
         self.record.enter("checkpointing")
         if saves:
             self.log.flush()  # rows up to a checkpoint are on disk before it is
             meta = {
                 "config": self.config.to_dict(),
                 "data": self.task.fingerprint,
-                "data_position": step,
+                "data_position": self.recorder.spikes.position(step),
+                "spikes": self.recorder.spikes.state(),
                 "seconds": self.seconds(),
                 "record": self.record.state(),
                 "last": self.recorder.last,

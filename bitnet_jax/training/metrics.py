@@ -42,7 +42,7 @@ class MetricsLog:
     Rows after `resume_step` are dropped first, since the run measures them again. Rows are on disk after `flush`.
 
     Args:
-      tensorboard: folder in which scalars are also written in TensorBoard format (optional package tensorboardX).
+      tensorboard: folder in which scalars and texts are also written for TensorBoard (optional package tensorboardX).
 
     Raises:
       OSError: the file cannot be written.
@@ -50,10 +50,14 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0, tensorboard: Path | None = None):
-        if path.exists():
-            _rewrite(path, [row for row in read_metrics(path) if row["step"] <= resume_step])
-        self._board = None if tensorboard is None else _tensorboard(tensorboard, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._tensorboard = path, tensorboard
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        if self._path.exists():
+            _rewrite(self._path, [row for row in read_metrics(self._path) if row["step"] <= resume_step])
+        self._board = None if self._tensorboard is None else _tensorboard(self._tensorboard, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -62,12 +66,19 @@ class MetricsLog:
         self.close()
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Append `values` measured after `step` updates; `kind` is "train" or "valid"."""
+        """Append `values` measured after `step` updates; `kind` is "train", "valid" or the name of a sample."""
         self._file.write(_line({"step": step, "kind": kind, **values}))
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, float) and math.isfinite(value):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+                elif isinstance(value, str):
+                    self._board.add_text(f"{kind}/{name}", value, step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, to which the run has returned."""
+        self.close()
+        self._open(step)
 
     def flush(self) -> None:
         self._file.flush()

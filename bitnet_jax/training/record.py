@@ -91,8 +91,8 @@ class RunRecord:
             self._account()
             self._write()
 
-    def undo(self, saved: Mapping[str, Any]) -> None:
-        """The run goes back to the checkpoint with this state: updates since then are lost."""
+    def undo(self, saved: Mapping[str, Any] | None) -> None:
+        """The run goes back to the checkpoint with this state (None: to the start): updates since then are lost."""
         self._account()
         self.totals = _after(saved, self.totals, self.totals.run)
 

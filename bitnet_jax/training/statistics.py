@@ -1,4 +1,4 @@
-"""How an update changes the codes of quantized weights, computed from the latents without a forward pass."""
+"""How an update changes the latents and codes of quantized weights, computed from them without a forward pass."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, PyTree
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import Quantized, spread
 
+NEAR = 0.05  # of their root mean square, by which latents are moved to see which codes are about to change
+
 
 class Statistics(NamedTuple):
     """One number per quantized matrix, in the order of `quantized_paths`."""
@@ -20,6 +22,9 @@ class Statistics(NamedTuple):
     flip_rate: Float[Array, " layers"]  # codes that the update changed
     clipped_share: Float[Array, " layers"]  # |w| > largest |code| * scale, or |w| >= latent_clip
     scale: Float[Array, " layers"]  # mean scale after the update
+    latent_rms: Float[Array, " layers"]  # root mean square of the latents after the update
+    near_threshold: Float[Array, " layers"]  # codes that change if latents move by NEAR, in turn up and down
+    weight_grad_norm: Float[Array, " layers"]  # of the gradient of the mean loss, before clipping
 
 
 def quantized_paths(precisions: Mapping[str, Precision]) -> tuple[str, ...]:
@@ -29,10 +34,14 @@ def quantized_paths(precisions: Mapping[str, Precision]) -> tuple[str, ...]:
 def statistics(
     before: PyTree,
     after: PyTree,
+    gradients: PyTree,
     precisions: Mapping[str, Precision],
     progress: Float[Array, ""] | float = 1.0,
 ) -> Statistics:
-    """Compare the codes of two parameter trees. Stochastic quantizers use their deterministic form."""
+    """Compare the codes of two parameter trees, with the gradients of the update between them.
+
+    Stochastic quantizers use their deterministic form.
+    """
     rows = []
     for path in quantized_paths(precisions):
         precision = precisions[path]
@@ -45,21 +54,35 @@ def statistics(
             clipped = jnp.abs(above) > jnp.max(jnp.abs(new.codes)) * jnp.abs(spread(new.scale, k))
         else:
             clipped = jnp.abs(weight) >= precision.latent_clip
+        gradient = _subtree(gradients, path)["weight"]
+        rms = jnp.sqrt(jnp.mean(weight**2))
+        moved = {**linear, "weight": weight + NEAR * rms * _alternating(weight.shape)}
+        near = _quantize(moved, precision, progress).codes != new.codes
         rows.append(
             Statistics(
                 zero_fraction=jnp.mean(new.codes == 0, dtype=jnp.float32),
                 flip_rate=jnp.mean(new.codes != old.codes, dtype=jnp.float32),
                 clipped_share=jnp.mean(clipped, dtype=jnp.float32),
                 scale=jnp.mean(new.scale),
+                latent_rms=rms,
+                near_threshold=jnp.mean(near, dtype=jnp.float32),
+                weight_grad_norm=jnp.sqrt(jnp.sum(gradient**2)),
             )
         )
-    empty = Statistics(*[jnp.zeros((0,), jnp.float32)] * 4)
+    empty = Statistics(*[jnp.zeros((0,), jnp.float32)] * len(Statistics._fields))
     return jax.tree.map(lambda *values: jnp.stack(values), *rows) if rows else empty
 
 
 def empty_statistics(precisions: Mapping[str, Precision]) -> Statistics:
     """-1 everywhere: not measured at this update. (NaN would raise under jax_debug_nans.)"""
-    return Statistics(*[jnp.full((len(quantized_paths(precisions)),), -1.0, jnp.float32)] * 4)
+    unmeasured = jnp.full((len(quantized_paths(precisions)),), -1.0, jnp.float32)
+    return Statistics(*[unmeasured] * len(Statistics._fields))
+
+
+def _alternating(shape: tuple[int, ...]) -> Float[Array, "n k"]:
+    """1 and -1 in turn along both axes: such a move leaves the mean of the latents and their scale nearly the same."""
+    n, k = shape
+    return jnp.where((jnp.arange(n)[:, None] + jnp.arange(k)[None, :]) % 2 == 0, 1.0, -1.0)
 
 
 def _subtree(params: PyTree, path: str) -> dict[str, Any]:

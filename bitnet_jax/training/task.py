@@ -20,6 +20,7 @@ from bitnet_jax.models.transformer import LanguageHead
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
+from bitnet_jax.training.samples import Sampler, make_sampler
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
 
 # Most logits in memory at once: 32 MB on a CPU, 512 MB elsewhere, where small products leave a device idle.
@@ -38,6 +39,7 @@ class Task(NamedTuple):
     tokenizer: Tokenizer | None  # None: the data is not text
     fingerprint: int  # of the training data: a run must not resume on other data
     classes: Classes | None = None  # only for classifiers
+    sample: Sampler | None = None  # only for language models, if the run writes samples
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
@@ -187,4 +189,5 @@ def language_task(config: RunConfig) -> Task:
         },
         tokenizer=corpus.tokenizer,
         fingerprint=zlib.crc32(np.ascontiguousarray(corpus.train).view(np.uint8).data),
+        sample=make_sampler(model_config, corpus.tokenizer, corpus.valid, held_out),
     )
