@@ -25,9 +25,10 @@ import numpy as np
 from bitnet_experiments.provenance import provenance
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.progress import progress_bar
-from bitnet_jax.tools.first_token import peak_rss
-from bitnet_jax.tools.machine import float_peak_gflops, kernel_threads
+from bitnet_jax.tools.machine import kernel_threads
 from bitnet_jax.training.allocator import keep_freed_memory
+from bitnet_jax.training.flops import training_flops_per_token
+from bitnet_jax.training.hardware import peak_flops, peak_memory
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.step import make_train_step
@@ -61,11 +62,6 @@ TORCH = {f"PyTorch {recipe}": ("torch", recipe) for recipe in RECIPES}
 COMPILED = {f"PyTorch compiled {recipe}": ("torch_compiled", recipe) for recipe in RECIPES}
 
 
-def flops_per_token(size: Size, parameters: int) -> float:
-    """6 per parameter (2001.08361), and 12 per layer, channel and visible position for attention, which is causal."""
-    return 6 * parameters + 6 * size.layers * size.hidden * size.length
-
-
 def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, python: str) -> dict[str, Any]:
     """Tokens per second and share of the float32 peak, as medians with ranges over rounds.
 
@@ -91,7 +87,7 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
         }
         with progress_bar(rounds * len(variants), unit="turn", description="training in turn") as bar:
             for _ in range(rounds):
-                peaks += filter(None, [float_peak_gflops()])
+                peaks += filter(None, [peak_flops(jax.devices("cpu")).flops])
                 for name, process in processes.items():
                     answer = process.run(steps[name])
                     seconds[name].append(answer["seconds"] / steps[name])
@@ -100,6 +96,7 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
                     bar.update()
         ready = {name: process.ready for name, process in processes.items()}
     peak = float(np.median(peaks)) if peaks else None
+    flops = training_flops_per_token(_model(size, "float32"), size.length)
     return {
         "size": size._asdict(),
         "parameters": {name: about["parameters"] for name, about in ready.items()},
@@ -108,11 +105,8 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
             name: _spread([tokens / took for took in values]) for name, values in seconds.items()
         },
         "peak_resident_bytes": memory,
-        "float_peak_gflops": peak,
-        "mfu": {
-            name: flops_per_token(size, ready[name]["parameters"]) * tokens / np.median(values) / (1e9 * peak)
-            for name, values in seconds.items()
-        }
+        "float_peak_gflops": peak and 1e-9 * peak,
+        "mfu": {name: flops * tokens / np.median(values) / peak for name, values in seconds.items()}
         if peak
         else None,
     }
@@ -178,12 +172,14 @@ def worker(who: str, recipe: str, size: Size) -> None:
         for _ in range(int(line)):
             loss = jax.block_until_ready(step())
         took = time.perf_counter() - began
-        print(json.dumps({"seconds": took, "loss": float(loss), "peak_bytes": peak_rss()}), flush=True)
+        print(
+            json.dumps({"seconds": took, "loss": float(loss), "peak_bytes": peak_memory([])["resident"]}),
+            flush=True,
+        )
 
 
-def _ours(size: Size, recipe: str) -> tuple[Callable[[], jax.Array], int]:
-    """The training step of this package, without statistics of the codes, which nobody else measures."""
-    config = ModelConfig(
+def _model(size: Size, recipe: str) -> ModelConfig:
+    return ModelConfig(
         vocab_size=training_plain_jax.VOCABULARY,
         hidden_size=size.hidden,
         ffn_size=size.ffn,
@@ -195,6 +191,11 @@ def _ours(size: Size, recipe: str) -> tuple[Callable[[], jax.Array], int]:
         tie_embeddings=True,
         precision=RECIPES[recipe],
     )
+
+
+def _ours(size: Size, recipe: str) -> tuple[Callable[[], jax.Array], int]:
+    """The training step of this package, without statistics of the codes, which nobody else measures."""
+    config = _model(size, recipe)
     optimizer = make_optimizer(OptimizerConfig(schedule="constant"), total_steps=1)
     update = make_train_step(
         language_loss(Transformer(config)), optimizer, total_steps=1000, statistics_every=0

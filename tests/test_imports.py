@@ -67,6 +67,7 @@ TOUCH_KERNELS = {
     "nn.rotary",
     "inference.exact_head",
     "inference.programs",
+    "training.hardware",
     "packed",
     "interop",
     "tools",

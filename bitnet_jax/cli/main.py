@@ -33,6 +33,7 @@ from bitnet_jax.cli import (
     pack,
     predict,
     report,
+    runs,
     sweep,
     tokenize,
     train,
@@ -67,6 +68,7 @@ COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor,
     "sweep": sweep,
     "report": report,
+    "runs": runs,
 }
 
 

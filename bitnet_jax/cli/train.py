@@ -18,7 +18,6 @@ example:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -57,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.training.config_file import load_config_file
     from bitnet_jax.training.distributed import is_first
     from bitnet_jax.training.loop import fit
+    from bitnet_jax.training.summary import summary
 
     if args.keep_memory and not keep_freed_memory():
         print("--keep-memory: this system has no glibc; training without it", file=sys.stderr)
@@ -66,5 +66,5 @@ def run(args: argparse.Namespace) -> int:
     result = fit(config.to_dict(), args.workdir, progress=not args.quiet, overwrite=args.overwrite)
     if is_first():
         write_json(args.json, result)
-        print(json.dumps(result, indent=2))
+        print(f"{args.workdir}\n{summary(result)}")
     return 0 if result["status"] == "finished" else 1

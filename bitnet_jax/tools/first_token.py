@@ -9,9 +9,7 @@ operating system has the model's file in memory from earlier reads.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +18,7 @@ import time
 from pathlib import Path
 
 from bitnet_jax.inference.startup import collect_less, use_compilation_cache
+from bitnet_kernels.machine import peak_rss
 
 PROMPT = 16  # tokens; a longer one adds the time of reading it, which the bench reports as prefill
 NEW_TOKENS = 17  # the first one and a chunk of the decode loop
@@ -77,14 +76,6 @@ def _start(folder: str | Path, prompt: int, kv_format: str, cache: str) -> tuple
             f"the start of {folder} failed: {(errors.strip().splitlines() or ['no message'])[-1]}"
         )
     return times[0], times[1] - times[0], int(lines[2])
-
-
-def peak_rss() -> int:
-    """Bytes. On Linux ru_maxrss starts with the memory of the process that started this one; VmHWM does not."""
-    with contextlib.suppress(OSError, IndexError):
-        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-    # In KiB except on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(folder: str, prompt: str, kv_format: str) -> None:

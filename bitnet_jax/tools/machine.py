@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import bitnet_jax
 from bitnet_jax.models import ModelConfig
 from bitnet_kernels import Choice, PackedArray, choose_implementation, cpu, pack
-from bitnet_kernels.machine import commit, float_peak, processor
+from bitnet_kernels.machine import commit, processor
 from bitnet_kernels.processors import threads
-from bitnet_kernels.timing import interleaved
 
 
 def chosen(config: ModelConfig, variables: Mapping[str, Any]) -> list[Choice]:
@@ -51,14 +50,6 @@ def machine() -> dict[str, Any]:
 def available_instruction_sets() -> tuple[str, ...]:
     """The instruction sets of this machine, slowest first; BITNET_KERNELS_ISA selects one of them."""
     return cpu.available_isas()
-
-
-def float_peak_gflops() -> float | None:
-    """Billions of float32 operations a second that the threads of the kernels do on registers; None: no such loop."""
-    peak = float_peak()
-    if peak is None:
-        return None
-    return 2e-9 * peak.amount / interleaved({"peak": peak.run}, rounds=(5, 5), warmup=1)["peak"].median
 
 
 def kernel_threads() -> int:

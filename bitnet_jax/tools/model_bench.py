@@ -33,13 +33,13 @@ from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import HEADS
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.packed.huge_pages import on_huge_pages
-from bitnet_jax.tools.first_token import peak_rss, start_figures
+from bitnet_jax.tools.first_token import start_figures
 from bitnet_jax.tools.machine import chosen
 from bitnet_jax.tools.model_summary import decode_bytes
 from bitnet_jax.tools.random_model import write_random
 from bitnet_jax.tools.step_kernels import Call, step_kernels
 from bitnet_kernels import cpu
-from bitnet_kernels.machine import dot_peak, provenance, read_all
+from bitnet_kernels.machine import dot_peak, peak_rss, provenance, read_all
 from bitnet_kernels.processors import threads
 from bitnet_kernels.timing import interleaved
 

@@ -84,6 +84,13 @@ class TrainingConfig:
     accumulate: int = 1  # micro-batches per update; divides data.batch_size
     z_loss: float = 0.0  # weight of (log Z)^2 in the loss
     max_loss: float | None = None  # a loss above it counts as divergence, as NaN does; None: only NaN and inf
+    spike_factor: float | None = (
+        None  # so does a loss this many deviations above recent ones (spikes.py), such as 10
+    )
+    spike_window: int = 100  # number of recent losses
+    max_returns: int = (
+        0  # returns to the last checkpoint, with other batches, before the run ends as diverged
+    )
     log_every: int = 50  # updates between rows with per-layer statistics and throughput
     scan_layers: bool = False  # compile one block per kind of layer, not one per layer (models/stacked.py)
     statistics_every: int = 1  # updates between measurements of the codes (flips, zeros, clips); 0: never
@@ -95,11 +102,22 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
-        for name, low in (least | {"statistics_every": 0, "z_loss": 0, "keep_checkpoints": 2}).items():
+        least |= {
+            "statistics_every": 0,
+            "z_loss": 0,
+            "keep_checkpoints": 2,
+            "spike_window": 2,
+            "max_returns": 0,
+        }
+        for name, low in least.items():
             if not low <= getattr(self, name) <= LARGEST:  # updates are counted in int32
                 raise ValueError(
                     f"training.{name}: got {getattr(self, name)}, expected a number from {low} to {LARGEST}"
                 )
+        if self.spike_factor is not None and self.spike_factor <= 0:
+            raise ValueError(
+                f"training.spike_factor: got {self.spike_factor}, expected a positive number or None"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,8 +126,16 @@ class EvaluationConfig:
 
     batches: int | None = 20  # from the start of the held-out data; None: all of them
     batch_size: int = 16
+    samples: int = (
+        0  # language: greedy continuations of held-out text written at each evaluation (samples.py)
+    )
+    sample_tokens: int = 32  # their length
 
     def __post_init__(self) -> None:
+        if self.samples < 0 or self.sample_tokens < 1:
+            raise ValueError(
+                f"evaluation: got samples={self.samples}, sample_tokens={self.sample_tokens}, expected at least 0 and 1"
+            )
         if self.batch_size < 1 or (self.batches is not None and self.batches < 1):
             raise ValueError(
                 f"evaluation: got batches={self.batches}, batch_size={self.batch_size}, expected at least 1"
@@ -156,7 +182,8 @@ WHERE_COMPUTED = ("mesh", "distributed")
 ADDED_LATER = {
     "data": ("skip_bad_files", "document_mask", "mixture"),
     "optimizer": ("name", "moments", "base_width", "ema_decay"),
-    "training": ("scan_layers",),
+    "evaluation": ("samples", "sample_tokens"),
+    "training": ("scan_layers", "spike_factor", "spike_window", "max_returns"),
 }
 TASK_NAMES = ("language", "images", "text_classification")
 
@@ -201,6 +228,11 @@ class RunConfig:
             raise ValueError(
                 "data.document_mask: got model.attention 'linear', whose state covers all earlier tokens, expected "
                 "another; set data.document_mask=False"
+            )
+        if self.evaluation.samples and self.task != "language":
+            raise ValueError(
+                f"evaluation.samples: got {self.evaluation.samples} for task {self.task!r}, which writes no text; "
+                "remove it"
             )
         if self.distillation.teacher is not None and self.task != "text_classification":
             raise ValueError(
@@ -352,6 +384,11 @@ def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) 
         for name in names
         if (name in flat_a) != (name in flat_b) or flat_a[name] != flat_b[name]
     ]
+
+
+def flat_fields(config: RunConfig) -> dict[str, Any]:
+    """`section.field` -> value, for every setting."""
+    return _flatten(config.to_dict())
 
 
 def _hashed_fields(config: RunConfig) -> dict[str, Any]:

@@ -42,10 +42,13 @@ from bitnet_jax.training.distributed import (
     is_first,
     lost_process,
 )
+from bitnet_jax.training.flops import run_flops_per_token
+from bitnet_jax.training.hardware import peak_flops
 from bitnet_jax.training.interrupt import Interrupted, StopRequest, stop_on_signals
 from bitnet_jax.training.limits import check_trainable
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
 from bitnet_jax.training.optimizers import Optimizer, average_warning, make_optimizer
+from bitnet_jax.training.record import RunRecord, Work
 from bitnet_jax.training.recorder import Diverged, Recorder
 from bitnet_jax.training.run_folder import EXTENDED_FROM, RunError, RunFolder
 from bitnet_jax.training.sharding import (
@@ -55,6 +58,7 @@ from bitnet_jax.training.sharding import (
     state_shardings,
     with_shardings,
 )
+from bitnet_jax.training.spikes import Spikes
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.statistics import quantized_paths
 from bitnet_jax.training.step import Metrics, make_train_step
@@ -79,8 +83,8 @@ def fit(
 
     Returns:
       The content of `result.json`: status ("finished" or "diverged"), step, newest train and valid measurements,
-      parameters, tokens, seconds, config_hash, versions, and extended_from (earlier values of training.steps) if
-      training.steps was changed. A completed run is not trained again.
+      parameters, tokens, seconds, record (see training/record.py), config_hash, versions, and extended_from (earlier
+      values of training.steps) if training.steps was changed. A completed run is not trained again.
 
     Raises:
       ValueError, FileNotFoundError: an invalid config, a model that cannot be trained here or packed, unusable data,
@@ -89,6 +93,7 @@ def fit(
       Interrupted: SIGINT or SIGTERM was received; the run is saved and can be resumed.
       OtherProcessFailed: another of several processes failed or was lost.
     """
+    began = time.monotonic()
     if not isinstance(config, RunConfig):
         config = RunConfig.from_dict(config)
     connect(config.distributed)
@@ -101,7 +106,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         lock = folder.training(config, overwrite=overwrite)
         result = everywhere(partial(stack.enter_context, lock), only_first=True)
-        return train(problem, config, folder, progress) if result is None else result
+        return train(problem, config, folder, progress, began) if result is None else result
 
 
 def _finished(folder: RunFolder, config: RunConfig, overwrite: bool) -> dict[str, Any] | None:
@@ -112,8 +117,14 @@ def _finished(folder: RunFolder, config: RunConfig, overwrite: bool) -> dict[str
     return folder.result_under(config)
 
 
-def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = True) -> dict[str, Any]:
-    """`fit` for any task. The caller must be inside `folder.training(config)`, which yielded no result."""
+def train(
+    task: Task, config: RunConfig, folder: RunFolder, progress: bool = True, began: float | None = None
+) -> dict[str, Any]:
+    """`fit` for any task. The caller must be inside `folder.training(config)`, which yielded no result.
+
+    Args:
+      began: time.monotonic() from which on the time of the run is recorded; None: now.
+    """
 
     def write() -> None:
         if task.tokenizer is not None:
@@ -123,7 +134,7 @@ def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = Tru
 
     everywhere(write, only_first=True)
     try:
-        result = _train(task, config, folder, progress)
+        result = _train(task, config, folder, progress, time.monotonic() if began is None else began)
     except OSError as error:
         raise RunError(
             f"cannot write in {folder.path}: {error.strerror or error}; free disk space or fix permissions, then "
@@ -133,7 +144,9 @@ def train(task: Task, config: RunConfig, folder: RunFolder, progress: bool = Tru
     return result
 
 
-def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> dict[str, Any]:
+def _train(
+    task: Task, config: RunConfig, folder: RunFolder, progress: bool, recorded_from: float
+) -> dict[str, Any]:
     training, mesh = config.training, make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, training.steps, config.width_ratio)
     init_key, key = jax.random.split(jax.random.key(config.seed))
@@ -157,7 +170,8 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
     )
 
     def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        batch = place_batch(partial(task.train_batch, step), config.data.batch_size, mesh)
+        rows = partial(task.train_batch, spikes.position(step))
+        batch = place_batch(rows, config.data.batch_size, mesh)
         advanced = update(state, batch, key)
         return jax.block_until_ready(advanced) if needs_synchronous_dispatch(mesh) else advanced
 
@@ -170,21 +184,32 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         checkpoints = stack.enter_context(
             Checkpoints(folder.checkpoints, keep=training.keep_checkpoints, keep_best=training.keep_best)
         )
-        state, meta = _start(fresh, shapes, checkpoints, task, folder, config)
+        start = partial(_start, fresh, shapes, checkpoints, task, folder, config)
+        state, meta = start()
+        spikes = Spikes(training, meta.get("spikes"))
         first = int(state.step)
         everywhere(partial(_write_settings, folder, config, meta), only_first=True)
-        board = folder.path / "tensorboard" if training.tensorboard and is_first() else None
-        metrics = folder.metrics if is_first() else None
+        writes = is_first()
+        board = folder.path / "tensorboard" if training.tensorboard and writes else None
+        metrics, samples = (folder.metrics, folder.samples) if writes else (None, None)
         log = stack.enter_context(MetricsLog(metrics, resume_step=first, tensorboard=board))
-        shown = progress and is_first()
+        texts = None
+        if task.sample is not None:
+            beside = None if board is None else board / "samples"
+            texts = stack.enter_context(MetricsLog(samples, resume_step=first, tensorboard=beside))
+        shown = progress and writes
         bar = stack.enter_context(
             progress_bar(training.steps, unit="step", description=name, initial=first, show=shown)
         )
-        recorder = Recorder(log, bar, training, quantized_paths(task.precisions), task.tokens, meta["last"])
-        stops = AnyProcess(mesh)
-        run = _Run(
-            task, optimizer, config, folder, checkpoints, log, recorder, stop_request, stops, meta, began
+        paths = quantized_paths(task.precisions)
+        recorder = Recorder(log, bar, training, paths, task.tokens, meta["last"], spikes)
+        work = Work(
+            task.tokens, run_flops_per_token(config, task.tokenizer), peak_flops(list(mesh.devices.flat))
         )
+        file = folder.record if writes else None
+        record = RunRecord(file, config.hash(), work, mesh.local_devices, recorded_from, meta.get("record"))
+        files = (folder, checkpoints, log, recorder, record, texts)
+        run = _Run(task, optimizer, config, *files, stop_request, AnyProcess(mesh), meta, began)
         try:
             if first == training.steps and not everywhere(
                 partial(_evaluated, folder.metrics, first), only_first=True
@@ -193,7 +218,12 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
                     state, first, saves=False
                 )  # steps was lowered to the step reached
             step, problem = run.updates(state, first, advance)
+            while problem is not None and spikes.may_return():
+                state = run.go_back(problem, start)
+                step, problem = run.updates(state, int(state.step), advance)
+            record.enter("checkpointing")
             checkpoints.wait()
+            record.close()
         except jax.errors.JaxRuntimeError as error:
             if is_alone():
                 raise
@@ -212,10 +242,12 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         "step": step,
         "steps": training.steps,
         **run.extended,
+        **({"returns": spikes.returns} if training.max_returns else {}),
         **recorder.last,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
         "seconds": run.seconds(),
+        "record": record.summary(),
         "seed": config.seed,
         "config_hash": config.hash(),
         "versions": {
@@ -239,6 +271,8 @@ class _Run:
     checkpoints: Checkpoints
     log: MetricsLog
     recorder: Recorder
+    record: RunRecord
+    texts: MetricsLog | None  # for samples
     stop_request: StopRequest
     stops: AnyProcess
     meta: dict[str, Any]  # of the checkpoint it resumed from, see _start
@@ -262,25 +296,27 @@ class _Run:
         Only states known to be finite are evaluated and saved.
         """
         training, in_flight = self.config.training, None
+        self.record.enter("compilation")
         try:
             while step < training.steps:
                 state, metrics = advance(state, step)
+                self.record.enter("training")
                 step += 1
                 if in_flight is not None:
-                    self.recorder.update(*in_flight)
+                    self._updated(*in_flight)
                 in_flight = (step, metrics)
                 stop = self.stops(self.stop_request.signal is not None)
                 last = step == training.steps
                 evaluates = last or step % training.eval_every == 0
                 saves = last or stop or step % training.checkpoint_every == 0
                 if evaluates or saves:
-                    self.recorder.update(*in_flight)
+                    self._updated(*in_flight)
                     in_flight = None
                     self.evaluate_and_checkpoint(state, step, evaluates=evaluates, saves=saves)
                 if stop:
                     break
         except Diverged as problem:
-            return problem.step, problem
+            return problem.step, problem.with_traceback(None)  # which would keep this state in memory
         return step, None
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -292,19 +328,51 @@ class _Run:
         of_average = self.task.evaluate({"params": average, **state.model_state})
         return values | {f"ema_{name}": value for name, value in of_average.items()}
 
+    def go_back(
+        self, problem: Diverged, start: Callable[[], tuple[TrainState, dict[str, Any]]]
+    ) -> TrainState:
+        """Return to the newest checkpoint, or to the start, with the batches since then skipped; see spikes.py."""
+        self.record.enter("checkpointing")
+        self.checkpoints.wait()
+        state, meta = start()
+        step, spikes = int(state.step), self.recorder.spikes
+        spikes.go_back(problem.step, step, str(problem), meta.get("spikes"))
+        self.record.undo(meta.get("record"))
+        self.recorder.rewind(step, meta["last"])
+        if self.texts is not None:
+            self.texts.rewind(step)
+        first, last = spikes.returns[-1]["skipped"]
+        _tell(
+            f"{problem}; back to step {step} without batches {first} to {last} "
+            f"(return {len(spikes.returns)} of {spikes.most})"
+        )
+        return state
+
+    def _updated(self, step: int, metrics: Metrics) -> None:
+        self.recorder.update(step, metrics)
+        self.record.updated()
+
     def evaluate_and_checkpoint(
         self, state: TrainState, step: int, *, evaluates: bool = True, saves: bool = True
     ) -> None:
+        self.record.enter("evaluation")
         values = self.evaluate(state) if evaluates else None
         if values is not None:
             self.recorder.valid(step, values)
+        if evaluates and self.task.sample is not None and self.texts is not None:
+            for number, sample in enumerate(self.task.sample(state.variables)):
+                self.texts.write(step, f"sample_{number}", sample._asdict())
+            self.texts.flush()
+        self.record.enter("checkpointing")
         if saves:
             self.log.flush()  # rows up to a checkpoint are on disk before it is
             meta = {
                 "config": self.config.to_dict(),
                 "data": self.task.fingerprint,
-                "data_position": step,
+                "data_position": self.recorder.spikes.position(step),
+                "spikes": self.recorder.spikes.state(),
                 "seconds": self.seconds(),
+                "record": self.record.state(),
                 "last": self.recorder.last,
                 "files_crc32": self.folder.files_crc32(),
                 **self.extended,
@@ -312,6 +380,7 @@ class _Run:
             loss = values["loss"] if values is not None else None
             saved = unstack(state)  # under the names per layer, which do not depend on training.scan_layers
             self.checkpoints.save(step, saved.variables, saved.opt_state, meta, loss)
+        self.record.enter("training")
         self.recorder.pause()
 
 

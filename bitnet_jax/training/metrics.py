@@ -43,7 +43,7 @@ class MetricsLog:
 
     Args:
       path: None drops the rows: in all processes of a run but the first.
-      tensorboard: folder in which scalars are also written in TensorBoard format (optional package tensorboardX).
+      tensorboard: folder in which scalars and texts are also written for TensorBoard (optional package tensorboardX).
 
     Raises:
       OSError: the file cannot be written.
@@ -51,10 +51,14 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path | None, *, resume_step: int = 0, tensorboard: Path | None = None):
-        if path is not None and path.exists():
-            _rewrite(path, [row for row in read_metrics(path) if row["step"] <= resume_step])
-        self._board = None if tensorboard is None else _tensorboard(tensorboard, resume_step)
-        path = Path(os.devnull) if path is None else path
+        self._path, self._tensorboard = path, tensorboard
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        if self._path is not None and self._path.exists():
+            _rewrite(self._path, [row for row in read_metrics(self._path) if row["step"] <= resume_step])
+        self._board = None if self._tensorboard is None else _tensorboard(self._tensorboard, resume_step)
+        path = Path(os.devnull) if self._path is None else self._path
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> MetricsLog:
@@ -64,12 +68,19 @@ class MetricsLog:
         self.close()
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """Append `values` measured after `step` updates; `kind` is "train" or "valid"."""
+        """Append `values` measured after `step` updates; `kind` is "train", "valid" or the name of a sample."""
         self._file.write(_line({"step": step, "kind": kind, **values}))
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, float) and math.isfinite(value):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+                elif isinstance(value, str):
+                    self._board.add_text(f"{kind}/{name}", value, step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, to which the run has returned."""
+        self.close()
+        self._open(step)
 
     def flush(self) -> None:
         self._file.flush()

@@ -12,6 +12,7 @@ import jax
 from bitnet_jax.progress import Progress
 from bitnet_jax.training.config import TrainingConfig
 from bitnet_jax.training.metrics import MetricsLog
+from bitnet_jax.training.spikes import Spikes
 from bitnet_jax.training.statistics import Statistics
 from bitnet_jax.training.step import Metrics
 
@@ -19,7 +20,7 @@ REFRESH_SECONDS = 0.5  # minimum time between two changes of the progress line
 
 
 class Diverged(ArithmeticError):
-    """The update that led to `step` had a non-finite loss or gradient, or a loss above max_loss."""
+    """The update that led to `step` had a non-finite loss or gradient, or a loss above the limits."""
 
     def __init__(self, step: int, message: str):
         super().__init__(message)
@@ -33,6 +34,7 @@ class Recorder:
       paths: names of the layers in `metrics["statistics"]`.
       tokens: targets per update.
       last: newest row of each kind, from before an interruption.
+      spikes: what counts as a loss spike.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Recorder:
         paths: tuple[str, ...],
         tokens: int,
         last: Mapping[str, Any],
+        spikes: Spikes,
     ):
         self.log, self.bar, self.training, self.paths, self.tokens = log, bar, training, paths, tokens
-        self.last = dict(last)
+        self.last, self.spikes, self.step = dict(last), spikes, 0
         self._before: float | None = None  # time of the last update; None: the next one is not timed
         self._busy_seconds, self._busy_updates = 0.0, 0  # since the last row with a speed
         self._shown = -math.inf
@@ -54,7 +57,7 @@ class Recorder:
         """Wait for the metrics of the update that led to `step`, and record them.
 
         Raises:
-          Diverged: they are not finite, or the loss is above training.max_loss.
+          Diverged: they are not finite, or the loss is above training.max_loss or that of a spike.
         """
         values = jax.device_get(metrics)
         self._time()
@@ -71,16 +74,25 @@ class Recorder:
             if measured:
                 row["layers"] = _by_layer(self.paths, statistics)
         self.log.write(step, "train", row)
+        self.step = step
         self._show(row["loss"])
-        limit = self.training.max_loss
-        if not finite or (limit is not None and row["loss"] > limit):
+        limits = [limit for limit in (self.training.max_loss, self.spikes.limit()) if limit is not None]
+        if not finite or row["loss"] > min(limits, default=math.inf):
             self.log.flush()
-            allowed = "finite numbers" if limit is None else f"finite numbers and a loss up to {limit}"
+            allowed = f"finite numbers and a loss up to {min(limits):.6g}" if limits else "finite numbers"
             raise Diverged(
                 step,
                 f"update {step} gave loss {row['loss']:.6g}, gradient norm {row['grad_norm']:.6g}, update "
                 f"norm {row['update_norm']:.6g}; expected {allowed}; lower optimizer.learning_rate",
             )
+        self.spikes.add(row["loss"])
+
+    def rewind(self, step: int, last: Mapping[str, Any]) -> None:
+        """Forget what came after `step`, to which the run has returned; `last` as it was then."""
+        self.log.rewind(step)
+        self.bar.update(step - self.step)
+        self.last, self.step = dict(last), step
+        self.pause()
 
     def valid(self, step: int, values: Mapping[str, float]) -> None:
         self.log.write(step, "valid", values)

@@ -5,6 +5,8 @@ tokenizer.json   the tokenizer the model was trained with
 classes.json     classifiers only: labels and input preprocessing (data/classes.py)
 checkpoints/     see checkpoints.py (damaged ones are moved to damaged/)
 metrics.jsonl    see metrics.py
+samples.jsonl    with evaluation.samples: continuations of held-out text, see samples.py
+record.json      where the time goes, see record.py; rewritten while the run proceeds
 result.json      status, last measurements and cost; written when the run ends
 
 Without a finished checkpoint or a result the folder counts as empty: starting with other settings replaces its
@@ -51,6 +53,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.damaged = self.path / "damaged"
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.record = self.path / "record.json"
         self.tensorboard = self.path / "tensorboard"
         self.result = self.path / "result.json"
         self.lock = self.path / ".lock"
@@ -58,7 +62,15 @@ class RunFolder:
     @property
     def written(self) -> list[Path]:
         """Everything a run may write, in the order in which `overwrite` removes it."""
-        files = [self.result, self.config, self.tokenizer, self.classes, self.metrics]
+        files = [
+            self.result,
+            self.config,
+            self.tokenizer,
+            self.classes,
+            self.metrics,
+            self.samples,
+            self.record,
+        ]
         folders = [self.checkpoints, self.damaged, self.tensorboard]
         return [*files, *(file.with_name(f"{file.name}.tmp") for file in files), *folders]
 

@@ -105,11 +105,11 @@ def make_train_step(
             "finite": jnp.isfinite(mean_loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm),
         }
         if statistics_every == 1:
-            metrics["statistics"] = statistics(state.params, params, precisions, progress)
+            metrics["statistics"] = statistics(state.params, params, gradients, precisions, progress)
         elif statistics_every:
             metrics["statistics"] = jax.lax.cond(
                 (state.step + 1) % statistics_every == 0,
-                lambda: statistics(state.params, params, precisions, progress),
+                lambda: statistics(state.params, params, gradients, precisions, progress),
                 lambda: empty_statistics(precisions),
             )
         return TrainState(state.step + 1, params, opt_state, model_state), metrics

@@ -24,6 +24,7 @@ from bitnet_jax.nn.placement import automatic_axes
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
+from bitnet_jax.training.samples import Sampler, make_sampler
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
 from bitnet_jax.training.width_transfer import scaled_initial
 
@@ -44,6 +45,7 @@ class Task(NamedTuple):
     tokenizer: Tokenizer | None  # None: the data is not text
     fingerprint: int  # of the training data: a run must not resume on other data
     classes: Classes | None = None  # only for classifiers
+    sample: Sampler | None = None  # only for language models, if the run writes samples
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
@@ -225,6 +227,7 @@ def language_task(config: RunConfig) -> Task:
         },
         tokenizer=tokenizer,
         fingerprint=_combined([corpus.fingerprint for corpus in corpora]),
+        sample=make_sampler(model_config, tokenizer, corpora[0].valid, held_out),
     )
 
 

@@ -3,6 +3,7 @@
 read_all      memory read bandwidth, the limit of any product that reads its weights once
 dot_peak      rate of int8 dot products on registers, the limit of prefill
 float_peak    rate of float32 products on registers, the limit of training
+peak_rss      most memory that this process has had
 commit        the measured revision
 provenance    commit, processor and versions, for the header of a results file
 """
@@ -13,7 +14,9 @@ import contextlib
 import datetime
 import mmap
 import platform
+import resource
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -100,6 +103,14 @@ def float_peak(iterations: int = 1 << 20) -> Call | None:
     return _peak("bitnet_kernels_float_peak", iterations)
 
 
+def float_peak_gflops() -> float | None:
+    """Billions of float32 operations a second that the threads of the kernels do on registers; None: no such loop."""
+    peak = float_peak()
+    if peak is None:
+        return None
+    return 2e-9 * peak.amount / interleaved({"peak": peak.run}, rounds=(5, 5), warmup=1)["peak"].median
+
+
 def _peak(name: str, iterations: int) -> Call | None:
     library, _ = cpu.load()
     if library is None:
@@ -107,6 +118,14 @@ def _peak(name: str, iterations: int) -> Call | None:
     isa, run = cpu.isa().encode(), getattr(library, name)
     macs = run(isa, iterations)
     return None if macs == 0 else Call(lambda round: run(isa, iterations), macs)
+
+
+def peak_rss() -> int:
+    """Bytes. On Linux ru_maxrss starts with the memory of the process that started this one; VmHWM does not."""
+    with contextlib.suppress(OSError, IndexError):
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    # In KiB except on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def processor() -> str:

@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 
 from experiments import training_side_by_side as side_by_side
-from experiments.training_side_by_side import Size, compare, flops_per_token, markdown, table
+from experiments.training_side_by_side import Size, compare, markdown, table
 
 STUDY = Path(__file__).parents[2] / "experiments" / "studies" / "training_speed"
 TINY = Size(16, 32, 1, 2, batch=1, length=8)
-
-
-def test_the_operations_of_a_token_are_those_of_its_products() -> None:
-    hidden, ffn, layers, length = 128, 384, 5, 256
-    products = layers * (4 * hidden * hidden + 3 * hidden * ffn)
-    scores_and_mix = layers * 2 * hidden * (length / 2)  # a token sees half of the sequence on average
-    expected = 3 * 2 * (products + scores_and_mix)  # forward, and both gradients
-    assert flops_per_token(Size(hidden, ffn, layers, 4, 8, length), products) == pytest.approx(expected)
 
 
 @pytest.mark.extended

@@ -51,7 +51,9 @@ def test_a_finished_run_is_extended_or_overwritten(
         "1 before, 2 now; resuming from step 1, with schedule='cosine' computed for 2 from here on"
         in told.err
     )
-    assert json.loads(told.out)["extended_from"] == [1]
+    assert read(tmp_path / "run" / "result.json")["extended_from"] == [1]
+    assert told.out.splitlines()[1].split() == ["status", "finished", "at", "step", "2", "of", "2"]
+    assert max(map(len, told.out.splitlines())) <= 80
     assert cli.main([*train, "--config.training.steps=1"]) == 2
     assert "got 1, expected at least the 2" in capsys.readouterr().err
     assert cli.main([*typo, "--overwrite"]) == 2

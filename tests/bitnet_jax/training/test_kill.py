@@ -135,6 +135,8 @@ def test_killed_and_resumed_runs_are_bit_identical_to_an_uninterrupted_one(
     assert [row["step"] for row in rows(run) if row["kind"] == "train"] == list(range(1, STEPS + 1))
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["12", "9"]
     results = [json.loads((folder / "result.json").read_text()) for folder in (run, whole)]
-    for result in results:
-        del result["seconds"]
+    records = [(result.pop("record"), result.pop("seconds"))[0] for result in results]
     assert results[0] == results[1]
+    assert [record["updates"] for record in records] == [STEPS, STEPS]
+    assert records[0]["starts"] == kills + 1
+    assert (records[1]["starts"], records[1]["seconds"]["lost"]) == (1, 0)

@@ -25,6 +25,7 @@ from bitnet_jax.training.metrics import read_metrics
 from bitnet_jax.training.optimizers import make_optimizer
 from bitnet_jax.training.run_folder import RunFolder
 from bitnet_jax.training.state import TrainState
+from bitnet_jax.training.statistics import Statistics
 from bitnet_jax.training.task import Task
 
 Config = Callable[..., RunConfig]
@@ -77,12 +78,7 @@ def test_a_run_of_a_real_model_on_real_text(tmp_path: Path, run_config: Config, 
     assert all("flip_rate" in r for r in found if r["kind"] == "train")
     layers = [r["layers"] for r in found if "layers" in r]
     assert len(layers) == 3
-    assert set(layers[0]["layers_0/mlp/down_proj"]) == {
-        "zero_fraction",
-        "flip_rate",
-        "clipped_share",
-        "scale",
-    }
+    assert set(layers[0]["layers_0/mlp/down_proj"]) == {*Statistics._fields}
 
     loaded, model, params, tokenizer = load_run(tmp_path / "run")
     assert loaded == config

@@ -13,6 +13,7 @@ from bitnet_jax.training import recorder as recorder_module
 from bitnet_jax.training.config import TrainingConfig
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
 from bitnet_jax.training.recorder import Recorder
+from bitnet_jax.training.spikes import Spikes
 
 
 def test_a_clock_that_goes_backwards_gives_no_negative_speed(
@@ -22,7 +23,7 @@ def test_a_clock_that_goes_backwards_gives_no_negative_speed(
     path = tmp_path / "metrics.jsonl"
     training = TrainingConfig(steps=3, log_every=1, statistics_every=1)
     with MetricsLog(path) as log, progress_bar(3, unit="step", show=False) as bar:
-        recorder = Recorder(log, bar, training, (), tokens=8, last={})
+        recorder = Recorder(log, bar, training, (), tokens=8, last={}, spikes=Spikes(training))
         monkeypatch.setattr(recorder, "_show", lambda loss: None)
         monkeypatch.setattr(recorder_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
         for step in (1, 2, 3):
