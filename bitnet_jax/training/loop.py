@@ -360,7 +360,7 @@ class _Run:
         if values is not None:
             self.recorder.valid(step, values)
         if evaluates and self.task.sample is not None and self.texts is not None:
-            for number, sample in enumerate(self.task.sample(state.variables)):
+            for number, sample in enumerate(self.task.sample(unstack(state).variables)):
                 self.texts.write(step, f"sample_{number}", sample._asdict())
             self.texts.flush()
         self.record.enter("checkpointing")
