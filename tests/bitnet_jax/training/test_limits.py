@@ -76,7 +76,7 @@ def test_the_memory_limit_is_that_of_the_devices_or_the_machine(
         def memory_stats(self) -> dict[str, int]:
             return {"bytes_limit": 500}
 
-    monkeypatch.setattr(jax, "devices", lambda: [Chip(), Chip(), Chip()])
+    monkeypatch.setattr(jax, "local_devices", lambda: [Chip(), Chip(), Chip()])
     assert limits.memory_bytes(run_config(mesh=dict(data=2))) == 1000
 
 
