@@ -74,8 +74,6 @@ def run(args: argparse.Namespace) -> int:
     measured = measure_compression(corpus)
     figures = corpus.summary() | measured.summary()
     figures |= {"source": args.source, "split": args.split, "seconds": time.perf_counter() - began}
-    if corpus.skipped:
-        figures["skipped"] = list(corpus.skipped)
     write_json(args.json, figures)
     print(
         f"{corpus.train_bytes:,} bytes for training are {len(corpus.train):,} tokens, {corpus.valid_bytes:,} held out "

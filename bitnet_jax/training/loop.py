@@ -70,7 +70,8 @@ def fit(
     Returns:
       The content of `result.json`: status ("finished" or "diverged"), step, newest train and valid measurements,
       parameters, tokens, seconds, config_hash, versions, and extended_from (earlier values of training.steps) if
-      training.steps was changed. A completed run is not trained again.
+      training.steps was changed, and for text data (sizes and skipped files of each source). A completed run is not
+      trained again.
 
     Raises:
       ValueError, FileNotFoundError: an invalid config, a model that cannot be trained here or packed, unusable data,
@@ -174,6 +175,7 @@ def _train(task: Task, config: RunConfig, folder: RunFolder, progress: bool) -> 
         "steps": training.steps,
         **run.extended,
         **recorder.last,
+        **({} if task.data is None else {"data": dict(task.data)}),
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
         "seconds": run.seconds(),

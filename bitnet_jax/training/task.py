@@ -40,6 +40,7 @@ class Task(NamedTuple):
     tokenizer: Tokenizer | None  # None: the data is not text
     fingerprint: int  # of the training data: a run must not resume on other data
     classes: Classes | None = None  # only for classifiers
+    data: Mapping[str, Any] | None = None  # JSON, for the result: what was read, and which files were skipped
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
@@ -208,6 +209,7 @@ def language_task(config: RunConfig) -> Task:
             if path != "lm_head" or not model_config.tie_embeddings
         },
         tokenizer=tokenizer,
+        data={source: corpus.summary() for source, corpus in zip(data.sources, corpora, strict=True)},
         fingerprint=_combined([corpus.fingerprint for corpus in corpora]),
     )
 
