@@ -82,5 +82,8 @@ def run(args: argparse.Namespace) -> int:
         f"{measured.used:.1%} of the {measured.vocab_size:,} tokens occur; {measured.train_used:.1%} in training"
     )
     if args.output is not None:
-        print(f"wrote {args.output}; bitnet-jax train --config CONFIG --config.data.tokenizer={args.output}")
+        print(
+            f"wrote {args.output}; bitnet-jax train --config CONFIG --config.data.tokenizer={args.output} "
+            f"--config.model.vocab_size={args.vocab_size}"
+        )
     return 0
