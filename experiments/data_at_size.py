@@ -102,6 +102,7 @@ def start(folder: Path, run: str) -> dict[str, float]:
             if done:
                 break
             time.sleep(0.01)
+    process.returncode = os.waitstatus_to_exitcode(status)  # Popen did not wait itself
     if status or first is None:
         raise RuntimeError((folder / f"{run}.log").read_text()[-2000:])
     return {

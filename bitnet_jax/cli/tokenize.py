@@ -74,8 +74,6 @@ def run(args: argparse.Namespace) -> int:
     measured = measure_compression(corpus)
     figures = corpus.summary() | measured.summary()
     figures |= {"source": args.source, "split": args.split, "seconds": time.perf_counter() - began}
-    if corpus.skipped:
-        figures["skipped"] = list(corpus.skipped)
     write_json(args.json, figures)
     print(
         f"{corpus.train_bytes:,} bytes for training are {len(corpus.train):,} tokens, {corpus.valid_bytes:,} held out "
@@ -84,5 +82,8 @@ def run(args: argparse.Namespace) -> int:
         f"{measured.used:.1%} of the {measured.vocab_size:,} tokens occur; {measured.train_used:.1%} in training"
     )
     if args.output is not None:
-        print(f"wrote {args.output}; bitnet-jax train --config CONFIG --config.data.tokenizer={args.output}")
+        print(
+            f"wrote {args.output}; bitnet-jax train --config CONFIG --config.data.tokenizer={args.output} "
+            f"--config.model.vocab_size={args.vocab_size}"
+        )
     return 0

@@ -19,6 +19,7 @@ import json
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -111,7 +112,9 @@ def cached(key: str | None, make: Callable[[Writer], dict[str, Any]]) -> Entry:
             _write(Path(temporary), make)
             return _mapped(Path(temporary))  # stays mapped when the name is gone
     with lock:
-        _lock(lock, fcntl.LOCK_EX)
+        if not _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            print(f"waiting for another process that writes the same tokens to {folder}", file=sys.stderr)
+            _lock(lock, fcntl.LOCK_EX)
         path = folder / (key + SUFFIX)
         if (entry := _read(path)) is None:
             for abandoned in folder.glob(

@@ -55,8 +55,8 @@ class Corpus:
     skipped: tuple[str, ...]  # skipped files, see Documents
     fingerprint: int  # CRC-32 of the training tokens as int32
 
-    def summary(self) -> dict[str, int | str]:
-        """Figures for a log or a result file."""
+    def summary(self) -> dict[str, int | str | list[str]]:
+        """Figures for a log or a result file; with the names of skipped files, if there are any."""
         return {
             "tokenizer": self.tokenizer.kind,
             "vocab_size": self.tokenizer.vocab_size,
@@ -67,6 +67,7 @@ class Corpus:
             "train_tokens": len(self.train),
             "valid_tokens": len(self.valid),
             "skipped_files": len(self.skipped),
+            **({"skipped": list(self.skipped)} if self.skipped else {}),
         }
 
 

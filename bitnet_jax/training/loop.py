@@ -83,8 +83,9 @@ def fit(
 
     Returns:
       The content of `result.json`: status ("finished" or "diverged"), step, newest train and valid measurements,
-      parameters, tokens, seconds, record (see training/record.py), config_hash, versions, and extended_from (earlier
-      values of training.steps) if training.steps was changed. A completed run is not trained again.
+      parameters, tokens, seconds, record (see training/record.py), config_hash, versions, extended_from (earlier values
+      of training.steps) if training.steps was changed, and for text data (sizes and skipped files of each source). A
+      completed run is not trained again.
 
     Raises:
       ValueError, FileNotFoundError: an invalid config, a model that cannot be trained here or packed, unusable data,
@@ -244,6 +245,7 @@ def _train(
         **run.extended,
         **({"returns": spikes.returns} if training.max_returns else {}),
         **recorder.last,
+        **({} if task.data is None else {"data": dict(task.data)}),
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
         "seconds": run.seconds(),

@@ -46,6 +46,7 @@ class Task(NamedTuple):
     fingerprint: int  # of the training data: a run must not resume on other data
     classes: Classes | None = None  # only for classifiers
     sample: Sampler | None = None  # only for language models, if the run writes samples
+    data: Mapping[str, Any] | None = None  # JSON, for the result: what was read, and which files were skipped
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
@@ -226,6 +227,7 @@ def language_task(config: RunConfig) -> Task:
             if path != "lm_head" or not model_config.tie_embeddings
         },
         tokenizer=tokenizer,
+        data={source: corpus.summary() for source, corpus in zip(data.sources, corpora, strict=True)},
         fingerprint=_combined([corpus.fingerprint for corpus in corpora]),
         sample=make_sampler(model_config, tokenizer, corpora[0].valid, held_out),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,9 @@ def test_an_interrupted_writer_leaves_nothing_and_a_killed_one_is_cleaned_up(fol
     assert sorted(path.name for path in folder.iterdir()) == [".other.running", "key.entry", "locks"]
 
 
-def test_whoever_needs_an_entry_that_is_being_made_waits_for_it(folder: Path) -> None:
+def test_whoever_needs_an_entry_that_is_being_made_waits_for_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, entered, proceed = Make(), threading.Event(), threading.Event()
 
     def slow(writer: Writer) -> dict[str, Any]:
@@ -172,6 +175,7 @@ def test_whoever_needs_an_entry_that_is_being_made_waits_for_it(folder: Path) ->
     for thread in threads:
         thread.start()
     assert entered.wait(10)
+    time.sleep(0.2)  # for the others to come to the lock
     assert not found
     proceed.set()
     for thread in threads:
@@ -179,3 +183,4 @@ def test_whoever_needs_an_entry_that_is_being_made_waits_for_it(folder: Path) ->
     for entry in found:
         check(entry)
     assert (len(found), make.calls) == (3, 1)
+    assert "waiting for another process" in capsys.readouterr().err

@@ -233,5 +233,6 @@ def test_bad_files_are_skipped_and_listed_from_the_cache_too(tmp_path: Path, on_
         first = load_corpus(str(texts), valid_fraction=0.3, skip_bad_files=True)
     again = load_corpus(str(texts), valid_fraction=0.3, skip_bad_files=True)
     assert first.skipped == again.skipped == ("005.txt", "041.txt", "042.jsonl")
+    assert again.summary()["skipped"] == [*first.skipped]
     assert b"not this" not in bytes(first.train)
     assert b"not this" not in bytes(first.valid)

@@ -69,6 +69,7 @@ def test_a_run_of_a_real_model_on_real_text(tmp_path: Path, run_config: Config, 
     # 148 held-out bytes and the end of the document are predicted; only the bytes count
     assert result["valid"]["bits_per_byte"] == pytest.approx(result["valid"]["loss"] / np.log(2) * 149 / 148)
     assert result["config_hash"] == config.hash()
+    assert result["data"]["text.txt"]["valid_bytes"] == 148
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     assert re.search(r"^run: 6/6 step, loss \d", capfd.readouterr().err, re.M)  # the progress line
 
