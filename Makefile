@@ -8,6 +8,7 @@
 #   make tpu-compile  compile for TPUs without one, in a separate environment (700 MB, 15 minutes)
 #   make plan-100b    compile the update of a 100B model for TPUs likewise, and write its plan (an hour)
 #   make gpu-compile  compile the GPU kernels for an H200 without one, likewise (1 GB, minutes, Python 3.12)
+#   make gpu-checks   on a machine with an NVIDIA GPU: every check that needs one (12 minutes, Python 3.12)
 #
 # PYTHON=python3.13 make ...      another interpreter, for a new environment
 # make quickstart QUICKSTART_FLAGS=--short      a quarter of the training
@@ -35,7 +36,7 @@ INSTALL := CONSTRAINTS=$(CONSTRAINTS) $(BIN)/python requirements/install.py
 # An editable install picks up Python edits; only packaging and C++ sources require a reinstall.
 SOURCES := pyproject.toml $(wildcard setup.py kernels/csrc/*)
 
-.PHONY: quickstart test test-all coverage lint docs bench lock tpu-compile plan-100b gpu-compile clean
+.PHONY: quickstart test test-all coverage lint docs bench lock tpu-compile plan-100b gpu-compile gpu-checks clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -94,6 +95,11 @@ $(GPU_VENV)/.installed: pyproject.toml
 	  $(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps \
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 	@touch $@
+
+# With the CUDA libraries, which gpu-compile does without.
+gpu-checks: $(GPU_VENV)/.installed
+	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install "jax[cuda13]" pytest
+	$(GPU_VENV)/bin/python -m experiments.gpu_checks
 
 clean:
 	rm -rf $(VENV) $(TPU_VENV) $(GPU_VENV) build dist site runs/quickstart *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache

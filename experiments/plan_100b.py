@@ -88,7 +88,13 @@ number of inputs is at most 2^24, that is up to {exact} inputs. The widest produ
 
 Generated at {made_by}.
 """
-READING = """No float of a quantized matrix is gathered."""
+READING = """\
+No float of a quantized matrix is gathered: only packed codes travel, twice per update. Where one axis
+of the mesh is the whole slice, the compiler writes the sums of gradients as all-reduces of whole
+gradients, and on a torus of three axes the gathers of codes too (u32). Those move about twice the bytes
+of a gather, or of a reduction that leaves each chip its part; whether it is slower cannot be told
+without a chip. The 7B update on a mesh of two axes ([study](../../studies/tpu_compile/README.md)) has
+gathers of u8 and rings."""
 
 
 def _case(chips: str, recipe: str, **mesh: int) -> Case:

@@ -309,15 +309,16 @@ def versions() -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as a Markdown table; sizes in GiB per device."""
     lines = [
-        "| case | mesh | layers | batch x length | result | arguments | temporaries | collectives | compile s |",
-        "|---|---|--:|--:|---|--:|--:|---|--:|",
+        "| case | mesh | layers | batch x length | result | arguments | temporaries | peak | collectives | compile s |",
+        "|---|---|--:|--:|---|--:|--:|--:|---|--:|",
     ]
     for name, row in results.items():
         axes = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
         memory = row.get("bytes_per_device", {})
-        sizes = [f"{memory[part] / 2**30:.2f}" if memory else "-" for part in ("arguments", "temporaries")]
+        parts = ("arguments", "temporaries", "peak")
+        sizes = [f"{memory[part] / 2**30:.2f}" if part in memory else "-" for part in parts]
         counts = ", ".join(
-            f"{sum(entry['count'] for entry in kinds.values())} {operation} ({'/'.join(sorted(kinds))})"
+            f"{sum(entry['count'] for entry in kinds.values()):,} {operation} ({'/'.join(sorted(kinds))})"
             for operation, kinds in sorted(row.get("collectives", {}).items())
         )
         cells = (name, axes, row["layers"], f"{row['batch']} x {row['length']}", row["status"], *sizes, counts or "-",

@@ -212,7 +212,10 @@ class BitLinear(nn.Module):
 
     @nn.nowrap
     def declared(
-        self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float
+        self,
+        x: Float[Array, "*rows k"],
+        progress: Float[Array, ""] | float,
+        quantized: Quantized | None = None,
     ) -> Float[Array, "*rows n"]:
         """Creates the parameters that `_product` would use, and returns zeros of its shape: for `eval_shape`."""
         if self.norm is not None:

@@ -95,5 +95,5 @@ def test_the_training_step_matches_the_case(tiny: tpu_compile.Case) -> None:
         step, arguments = tpu_compile.training_step(tiny, mesh)
         state, metrics = jax.eval_shape(step, *arguments)
     assert jax.tree.structure(state) == jax.tree.structure(arguments[0])
-    assert state.params["layers_1"]["mlp"]["up_proj"]["weight"].shape == (128, 64)
+    assert state.params["layers_0-1"]["mlp"]["up_proj"]["weight"].shape == (2, 128, 64)
     assert metrics["statistics"].scale.shape == (2 * 7,)
