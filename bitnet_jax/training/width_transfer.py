@@ -21,6 +21,8 @@ is proportional to d. The deviations of n inputs from that mean add up to about 
 and s = r^-1/2: they vanish with width. This does not hold where the forward pass has no scale (binary_raw), or where
 latents are clipped to a fixed range: such layers are refused. muP's 1/h in attention is left to `model.num_heads`:
 wider models have more heads of one size h.
+
+At widths 16 and 64 the option did not help (experiments/studies/width_transfer).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ SOURCE = "Muon is Scalable 2502.16982; merged records of OpenAI's Parameter Golf
 PAPER_EFFECT = (
     "ternary: Muon 0.07 bits per byte below AdamW; an average of the weights much worse than the weights"
 )
-VERDICT = "open"
+VERDICT = "partly"
 
 CONFIG = "study_lm"
 METRIC = "valid_loss"

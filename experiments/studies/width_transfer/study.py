@@ -16,7 +16,7 @@ SOURCE = "muP 2203.03466, table 8 and figure 1 (float); for few bits derived in 
 PAPER_EFFECT = (
     "float: moves to smaller rates with width in the usual parametrization, stays in muP; few bits: open"
 )
-VERDICT = "open"
+VERDICT = "not at this size"
 
 CONFIG = "study_lm"
 METRIC = "valid_loss"
