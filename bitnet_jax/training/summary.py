@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 WIDTH, INDENT = 80, 16
+TIED = "\N{NO-BREAK SPACE}"  # between a number and its unit, while lines are broken
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -16,7 +17,7 @@ def summary(result: Mapping[str, Any]) -> str:
     """
     lines = []
     for name, text in _subjects(result):
-        wrapped = textwrap.wrap(text, WIDTH - INDENT) or [""]
+        wrapped = [line.replace(TIED, " ") for line in textwrap.wrap(text, WIDTH - INDENT)] or [""]
         lines += [
             f"{label:{INDENT}s}{part}" for label, part in zip([name] + [""] * WIDTH, wrapped, strict=False)
         ]
@@ -80,7 +81,7 @@ def number(value: Any) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}{TIED}%"
 
 
 def plural(count: int, noun: str) -> str:
@@ -89,6 +90,8 @@ def plural(count: int, noun: str) -> str:
 
 def duration(seconds: float) -> str:
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}{TIED}s"
     minutes = round(seconds / 60)
-    return f"{seconds / 60:.1f} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{seconds / 60:.1f}{TIED}min"
+    return f"{minutes // 60}{TIED}h{TIED}{minutes % 60}{TIED}min"

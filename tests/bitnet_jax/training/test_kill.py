@@ -65,12 +65,16 @@ def start(
         evaluation=dict(batches=1, batch_size=2),
     )
 
-    def popen(workdir: str, die_in_save: int | None = None, cache: bool = True) -> subprocess.Popen[str]:
+    def popen(
+        workdir: str, die_in_save: int | None = None, cache: bool = True, **training: Any
+    ) -> subprocess.Popen[str]:
+        fields = config.to_dict()
+        fields["training"] |= training
         environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{repository / 'kernels'}"}
         if cache:  # compiled once, which saves seconds per attempt
             environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
             environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        arguments = [json.dumps(config.to_dict()), str(tmp_path / workdir), str(die_in_save)]
+        arguments = [json.dumps(fields), str(tmp_path / workdir), str(die_in_save)]
         return subprocess.Popen(
             [sys.executable, "-c", CHILD, *arguments], env=environment, stdout=subprocess.PIPE, text=True
         )
@@ -140,3 +144,19 @@ def test_killed_and_resumed_runs_are_bit_identical_to_an_uninterrupted_one(
     assert [record["updates"] for record in records] == [STEPS, STEPS]
     assert records[0]["starts"] == kills + 1
     assert (records[1]["starts"], records[1]["seconds"]["lost"]) == (1, 0)
+
+
+def test_a_run_killed_around_its_returns_from_spikes_is_bit_identical(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    returns = dict(spike_factor=0.5, spike_window=3, max_returns=20)  # the noise of the loss is enough
+    run, whole, rng = tmp_path / "run", tmp_path / "whole", random.Random(0)
+    assert kill_during(start("run", **returns), 10, rng)
+    assert finish(start("run", die_in_save=9, **returns)) == -signal.SIGKILL
+    assert kill_during(start("run", **returns), 11, rng)
+    assert finish(start("run", **returns)) == finish(start("whole", **returns)) == 0
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, whole)]
+    assert results[0]["returns"] == results[1]["returns"] != []
+    assert results[0]["record"]["starts"] == 4
+    assert checksums(run) == checksums(whole)
+    assert rows(run) == rows(whole)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bitnet_jax.inference.generation import generate
@@ -20,6 +21,7 @@ def samples(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.unchecked_annotations  # generation builds caches of shapes
 def test_samples_continue_the_held_out_text_and_change_nothing(tmp_path: Path, run_config: Config) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
 
@@ -47,12 +49,12 @@ def test_samples_continue_the_held_out_text_and_change_nothing(tmp_path: Path, r
         (6, "sample_1"),
     ]
     prompts = found[2]["prompt"] + found[3]["prompt"]
-    assert prompts in TEXT
     assert len(prompts) == 2 * 24
+    assert prompts.removeprefix("\0") in TEXT, "the first one begins like a document"
     _, model, params, tokenizer = load_run(tmp_path / "run")
-    tokens = tokenizer.encode(found[2]["prompt"])[None]
+    tokens = tokenizer.encode(found[3]["prompt"])[None]
     written = generate(model, {"params": params}, tokens, max_new_tokens=8).tokens
-    assert found[2]["text"] == tokenizer.decode(written[0])
+    assert found[3]["text"] == tokenizer.decode(np.asarray(written[0]))
 
     fit(config(steps=7, samples=2, sample_tokens=8), tmp_path / "run", progress=False)
     assert samples(tmp_path / "run")[:4] == found
