@@ -1,4 +1,4 @@
-"""One run of a 5M-parameter ternary language model by one process, and the same run by two: are they the same?
+"""One run of a 5M-parameter language model by one process, and the same run by two: are they the same?
 
     python -m experiments.several_processes --json experiments/studies/several_processes/results.json
 
@@ -8,7 +8,8 @@ Three runs of the same config (sequences of 128 bytes of the standard library), 
     two devices      one process with two devices, parameters and optimizer state split over them (mesh.fsdp=2)
     two processes    two processes with one device each, likewise
 
-Two devices add two parts of a sum, whose order does not matter; so the last two must agree to the bit.
+Two devices add two parts of a sum, whose order does not matter; so the last two must agree to the bit. Each is done in
+float32 and with ternary weights, for every seed.
 """
 
 from __future__ import annotations
@@ -26,15 +27,9 @@ from typing import Any
 from bitnet_experiments.provenance import provenance
 from bitnet_jax.training.metrics import read_metrics
 
-STEPS, SEEDS = 8, (0, 1)
+STEPS, SEEDS, PRECISIONS = 8, (2, 3, 4), ("float32", "bitnet_b158")
 SETTINGS: dict[str, Any] = {
-    "model": {
-        "hidden_size": 256,
-        "ffn_size": 768,
-        "num_layers": 6,
-        "num_heads": 4,
-        "precision": "bitnet_b158",
-    },
+    "model": {"hidden_size": 256, "ffn_size": 768, "num_layers": 6, "num_heads": 4},
     "data": {"length": 128, "batch_size": 16},
     "training": {"steps": STEPS, "eval_every": STEPS, "checkpoint_every": STEPS},
     "evaluation": {"batches": 2},
@@ -83,14 +78,16 @@ def run(config: Path, folder: Path, processes: int, devices: int) -> dict[str, A
     }
 
 
-def compare(seed: int, folder: Path) -> dict[str, Any]:
-    """The three runs of a seed, and how they differ."""
-    config = folder / f"config{seed}.py"
-    config.write_text(CONFIG.format(settings=SETTINGS | {"seed": seed}))
-    runs = {name: run(config, folder / f"{name} {seed}", *arm) for name, arm in ARMS.items()}
+def compare(precision: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The three runs of a precision and a seed, and how they differ."""
+    config = folder / "config.py"
+    model = SETTINGS["model"] | {"precision": precision}
+    config.write_text(CONFIG.format(settings=SETTINGS | {"seed": seed, "model": model}))
+    runs = {name: run(config, folder / f"{precision} {seed} {name}", *arm) for name, arm in ARMS.items()}
     one, two, processes = runs.values()
     differences = [abs(a - b) / a for a, b in zip(one["losses"], processes["losses"], strict=True)]
     return {
+        "precision": precision,
         "seed": seed,
         "parameters": one["parameters"],
         "losses": {name: found["losses"] for name, found in runs.items()},
@@ -104,14 +101,14 @@ def compare(seed: int, folder: Path) -> dict[str, Any]:
 def markdown(results: dict[str, Any]) -> str:
     """The table of the README."""
     lines = [
-        "| seed | two processes bit-identical to two devices | against one device: first loss | largest | held out |",
-        "|--:|---|--:|--:|--:|",
+        "| precision | seed | two processes bit-identical to two devices | against one device: first loss | largest | held out |",
+        "|---|--:|---|--:|--:|--:|",
     ]
     for row in results["runs"]:
         held_out = row["held_out_loss"]
         last = abs(held_out["two processes"] / held_out["one device"] - 1)
         lines.append(
-            f"| {row['seed']} | {'yes' if row['two_processes_bit_identical_to_two_devices'] else 'no'} | "
+            f"| {row['precision']} | {row['seed']} | {'yes' if row['two_processes_bit_identical_to_two_devices'] else 'no'} | "
             f"{row['first_loss_against_one_device']:.1e} | "
             f"{row['largest_loss_difference_against_one_device']:.1e} | {last:.1e} |"
         )
@@ -125,7 +122,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file of the results")
     target = parser.parse_args().json
     with tempfile.TemporaryDirectory() as folder:
-        runs = [compare(seed, Path(folder)) for seed in SEEDS]
+        runs = [compare(precision, seed, Path(folder)) for precision in PRECISIONS for seed in SEEDS]
     results = {"settings": SETTINGS, "steps": STEPS, **provenance(), "runs": runs}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=1) + "\n")
