@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from bitnet_jax.optional_packages import missing_package
 
 SAMPLINGS = ("epoch", "shuffle", "windows")
 EVERY_ROW = slice(None)
+MANY = 2**20  # windows: their order takes long enough to be computed ahead
 MOST_SHUFFLED = 2**31  # windows: grain's index is a 32-bit integer
 SHUFFLE_ROUNDS = 4  # as in grain's MapDataset.shuffle
 
@@ -243,14 +245,19 @@ class Epochs:
 
     def __init__(self, seed: int, count: int) -> None:
         self._count = count
-        # A batch spans at most two epochs.
-        self._order = functools.lru_cache(maxsize=2)(
-            lambda epoch: stable_order(random_words(seed, epoch, count))
-        )
+        threads = ThreadPoolExecutor(1)
+
+        @functools.lru_cache(maxsize=2)  # a batch spans at most two epochs
+        def order(epoch: int) -> Future[np.ndarray]:
+            return threads.submit(lambda: stable_order(random_words(seed, epoch, count)))
+
+        self._order = order
+        if count >= MANY:
+            order(0)  # while the model is being compiled
 
     def items(self, places: Iterable[int]) -> np.ndarray:
         """The items, int64 [n], at n places of the sequence."""
-        return np.array([self._order(i // self._count)[i % self._count] for i in places], np.int64)
+        return np.array([self._order(i // self._count).result()[i % self._count] for i in places], np.int64)
 
 
 def stable_order(words: np.ndarray) -> np.ndarray:

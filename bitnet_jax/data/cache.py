@@ -2,7 +2,8 @@
 
 The cache is in $BITNET_JAX_CACHE, else $XDG_CACHE_HOME/bitnet_jax or ~/.cache/bitnet_jax; `off` disables it.
 
-    KEY.entry/about.json     values, and dtype, length and CRC-32 of each array; after them the CRC-32 of all that
+    KEY.entry/about.json     values, and of each array dtype, length and the CRC-32 of every PART bytes; after them the
+                             CRC-32 of all that
     KEY.entry/NAME           an array
     locks/KEY                held while the entry is made: other processes that need it wait
 
@@ -25,6 +26,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -36,7 +38,8 @@ from bitnet_jax.progress import progress_bar
 CACHE_VARIABLE = "BITNET_JAX_CACHE"
 MAX_BYTES = 1 << 32
 SUFFIX, ABOUT = ".entry", "about.json"
-BLOCK = 1 << 22
+BLOCK = 1 << 22  # bytes read at a time
+PART = 1 << 26  # bytes with a checksum of their own, so that several threads can check an array
 ABANDONED_SECONDS = 86_400.0  # since the last change of an entry that nobody completed
 
 
@@ -57,10 +60,17 @@ class Writer:
         """Appends an array [n], of the same dtype for each name."""
         if name not in self._files:
             self._files[name] = (self._folder / name).open("xb")
-            self._arrays[name] = {"dtype": array.dtype.str, "length": 0, "crc32": 0}
+            self._arrays[name] = {"dtype": array.dtype.str, "length": 0, "crc32": []}
         about, content = self._arrays[name], np.ascontiguousarray(array).view(np.uint8).data
+        position, written = about["length"] * array.itemsize, 0
+        while written < len(content):
+            start = (position + written) % PART
+            piece = content[written : written + PART - start]
+            if not start:
+                about["crc32"].append(0)
+            about["crc32"][-1] = zlib.crc32(piece, about["crc32"][-1])
+            written += len(piece)
         about["length"] += len(array)
-        about["crc32"] = zlib.crc32(content, about["crc32"])
         self._files[name].write(content)
 
     def close(self, values: dict[str, Any] | None = None) -> None:
@@ -202,17 +212,31 @@ def _mapped(path: Path, check: bool = False) -> Entry:
 
 def _check(path: Path, arrays: dict[str, Any]) -> None:
     """Raises ValueError or OSError unless the files hold what was written."""
-    total, buffer = sum((path / name).stat().st_size for name in arrays), bytearray(BLOCK)
-    with progress_bar(total, unit="B", description="checking cached tokens", delay=1.0) as progress:
-        for name, array in arrays.items():
-            crc32, size = 0, 0
-            with (path / name).open("rb") as file:
-                while count := file.readinto(buffer):
-                    crc32 = zlib.crc32(memoryview(buffer)[:count], crc32)
-                    size += count
-                    progress.update(count)
-            if crc32 != array["crc32"] or size != array["length"] * np.dtype(array["dtype"]).itemsize:
+    parts = [(name, number) for name, array in arrays.items() for number in range(len(array["crc32"]))]
+    for name, array in arrays.items():
+        if (path / name).stat().st_size != array["length"] * np.dtype(array["dtype"]).itemsize:
+            raise ValueError(f"{name}: wrong size")
+
+    def crc32_of(part: tuple[str, int]) -> int:
+        name, number = part
+        crc32, left, buffer = 0, PART, bytearray(BLOCK)
+        with (path / name).open("rb") as file:
+            file.seek(number * PART)
+            while left and (count := file.readinto(memoryview(buffer)[:left])):
+                crc32 = zlib.crc32(memoryview(buffer)[:count], crc32)
+                left -= count
+        return crc32
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        progress_bar(
+            len(parts) * PART, unit="B", description="checking cached tokens", delay=1.0
+        ) as progress,
+    ):
+        for (name, number), crc32 in zip(parts, pool.map(crc32_of, parts), strict=True):
+            if crc32 != arrays[name]["crc32"][number]:
                 raise ValueError(f"{name}: wrong checksum")
+            progress.update(PART)
 
 
 def _lock(file: Any, kind: int) -> bool:

@@ -101,6 +101,19 @@ def test_a_damaged_entry_is_made_again_with_a_warning(folder: Path, file: str, d
     assert [path.name for path in folder.iterdir() if path.name != "locks"] == ["key.entry"]
 
 
+@pytest.mark.parametrize("position", range(0, 20, 3))
+def test_every_part_has_a_checksum(folder: Path, monkeypatch: pytest.MonkeyPatch, position: int) -> None:
+    monkeypatch.setattr(cache, "PART", 7)  # bytes: appended arrays and elements span two parts
+    make = Make({"a": np.arange(5, dtype=np.int32)})
+    for _ in range(2):
+        assert cached("key", make).values == {"made": 1}
+    content = bytearray((folder / "key.entry" / "a").read_bytes())
+    content[position] ^= 1
+    (folder / "key.entry" / "a").write_bytes(content)
+    with pytest.warns(UserWarning, match="key.entry is damaged and is made again"):
+        np.testing.assert_array_equal(cached("key", make).arrays["a"], np.arange(5))
+
+
 def test_what_was_used_longest_ago_is_removed_unless_it_is_in_use(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
