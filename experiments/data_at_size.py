@@ -142,6 +142,23 @@ def measure(megabytes: float, tokenizer: str, sampling: str) -> dict[str, Any]:
         return row | provenance()
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of the README."""
+    lines = [
+        "| tokenizer | text | start | largest resident set | processor seconds to the first update | seconds | load |",
+        "|---|--:|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        for start in ("first_start", "restart"):
+            found = row[start]
+            lines.append(
+                f"| {row['tokenizer']} | {row['text_bytes'] / 1e6:,.0f} MB | {start.replace('_', ' ')} | "
+                f"{found['peak_resident_bytes'] / 1e6:.0f} MB | {found['processor_seconds_to_first_update']:.1f} | "
+                f"{found['seconds_to_first_update']:.1f} | {found['load_average_before']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -11,7 +11,7 @@ import pytest
 from experiments import data_at_size
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_both_starts_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "rows.json"
     arguments = ["data_at_size", "--megabytes", "0.2", "--json", str(target)]
@@ -25,3 +25,9 @@ def test_both_starts_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for start in ("first_start", "restart"):
             assert row[start]["peak_resident_bytes"] > 1e8
             assert row[start]["processor_seconds_to_first_update"] > 0
+
+
+def test_the_table_of_the_study_is_that_of_its_results() -> None:
+    study = Path(data_at_size.__file__).parent / "studies" / "data_at_size"
+    rows = json.loads((study / "results.json").read_text())
+    assert data_at_size.markdown(rows) in (study / "README.md").read_text()
