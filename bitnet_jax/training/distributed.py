@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,12 @@ def is_first() -> bool:
 def is_alone() -> bool:
     """Whether the run has a single process."""
     return jax.process_count() == 1
+
+
+def tell(line: str) -> None:
+    """Print a line on stderr, once for all processes."""
+    if is_first():
+        print(line, file=sys.stderr)
 
 
 def exchange(value: Any) -> list[Any]:

@@ -13,11 +13,9 @@ from then on, so the run differs from one started with that total; if nothing de
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import platform
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -41,15 +39,16 @@ from bitnet_jax.training.distributed import (
     is_alone,
     is_first,
     lost_process,
+    tell,
 )
 from bitnet_jax.training.flops import run_flops_per_token
 from bitnet_jax.training.hardware import peak_flops
-from bitnet_jax.training.interrupt import Interrupted, StopRequest, stop_on_signals
+from bitnet_jax.training.interrupt import Interrupted, stop_on_signals
 from bitnet_jax.training.limits import check_trainable
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
-from bitnet_jax.training.optimizers import Optimizer, average_warning, make_optimizer
+from bitnet_jax.training.optimizers import average_warning, make_optimizer
 from bitnet_jax.training.record import RunRecord, Work
-from bitnet_jax.training.recorder import Diverged, Recorder
+from bitnet_jax.training.recorder import Recorder
 from bitnet_jax.training.run_folder import EXTENDED_FROM, RunError, RunFolder
 from bitnet_jax.training.sharding import (
     make_mesh,
@@ -64,6 +63,7 @@ from bitnet_jax.training.statistics import quantized_paths
 from bitnet_jax.training.step import Metrics, make_train_step
 from bitnet_jax.training.task import Task
 from bitnet_jax.training.tasks import TASKS
+from bitnet_jax.training.updates import Run
 
 
 def fit(
@@ -177,7 +177,7 @@ def _train(
         return jax.block_until_ready(advanced) if needs_synchronous_dispatch(mesh) else advanced
 
     if (warning := average_warning(config.optimizer, task.precisions)) is not None:
-        _tell(warning)
+        tell(warning)
     began, name = time.monotonic(), folder.path.absolute().name
     with contextlib.ExitStack() as stack:
         stop_request = stack.enter_context(stop_on_signals())
@@ -210,7 +210,7 @@ def _train(
         file = folder.record if writes else None
         record = RunRecord(file, config.hash(), work, mesh.local_devices, recorded_from, meta.get("record"))
         files = (folder, checkpoints, log, recorder, record, texts)
-        run = _Run(task, optimizer, config, *files, stop_request, AnyProcess(mesh), meta, began)
+        run = Run(task, optimizer, config, *files, stop_request, AnyProcess(mesh), meta, began)
         try:
             if first == training.steps and not everywhere(
                 partial(_evaluated, folder.metrics, first), only_first=True
@@ -232,10 +232,10 @@ def _train(
         kept = max(checkpoints.steps(), default=0)
 
     if problem is not None:
-        _tell(f"stopped: {problem}; the last good checkpoint is at step {kept}")
+        tell(f"stopped: {problem}; the last good checkpoint is at step {kept}")
     elif step < training.steps:
         received = stop_request.signal or signal.SIGTERM  # it may have reached another process only
-        _tell(f"{received.name}: saved step {step} of {training.steps}; start again to resume")
+        tell(f"{received.name}: saved step {step} of {training.steps}; start again to resume")
         raise Interrupted(128 + received)
     return {
         "status": "finished" if problem is None else "diverged",
@@ -262,130 +262,6 @@ def _train(
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """The resources of a run in training: task, folder, checkpoints and logs."""
-
-    task: Task
-    optimizer: Optimizer
-    config: RunConfig
-    folder: RunFolder
-    checkpoints: Checkpoints
-    log: MetricsLog
-    recorder: Recorder
-    record: RunRecord
-    texts: MetricsLog | None  # for samples
-    stop_request: StopRequest
-    stops: AnyProcess
-    meta: dict[str, Any]  # of the checkpoint it resumed from, see _start
-    began: float  # time.monotonic() when this process started the run
-
-    @property
-    def extended(self) -> dict[str, Any]:
-        earlier = self.meta[EXTENDED_FROM]
-        return {EXTENDED_FROM: earlier} if earlier else {}
-
-    def seconds(self) -> float:
-        """Training time over all processes of the run."""
-        return self.meta["seconds"] + max(0.0, time.monotonic() - self.began)
-
-    def updates(
-        self, state: TrainState, step: int, advance: Callable[[TrainState, int], tuple[TrainState, Metrics]]
-    ) -> tuple[int, Diverged | None]:
-        """Train until the last update, a stop request or divergence; returns the step reached and the divergence.
-
-        The next update is dispatched before the host reads the metrics of the previous one, to keep the device busy.
-        Only states known to be finite are evaluated and saved.
-        """
-        training, in_flight = self.config.training, None
-        self.record.enter("compilation")
-        try:
-            while step < training.steps:
-                state, metrics = advance(state, step)
-                self.record.enter("training")
-                step += 1
-                if in_flight is not None:
-                    self._updated(*in_flight)
-                in_flight = (step, metrics)
-                stop = self.stops(self.stop_request.signal is not None)
-                last = step == training.steps
-                evaluates = last or step % training.eval_every == 0
-                saves = last or stop or step % training.checkpoint_every == 0
-                if evaluates or saves:
-                    self._updated(*in_flight)
-                    in_flight = None
-                    self.evaluate_and_checkpoint(state, step, evaluates=evaluates, saves=saves)
-                if stop:
-                    break
-        except Diverged as problem:
-            return problem.step, problem.with_traceback(None)  # which would keep this state in memory
-        return step, None
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Metrics of the held-out data, and with optimizer.ema_decay those of the averaged weights as `ema_<name>`."""
-        values = self.task.evaluate(state.variables)
-        average = self.optimizer.averaged(state.opt_state)
-        if average is None:
-            return values
-        of_average = self.task.evaluate({"params": average, **state.model_state})
-        return values | {f"ema_{name}": value for name, value in of_average.items()}
-
-    def go_back(
-        self, problem: Diverged, start: Callable[[], tuple[TrainState, dict[str, Any]]]
-    ) -> TrainState:
-        """Return to the newest checkpoint, or to the start, with the batches since then skipped; see spikes.py."""
-        self.record.enter("checkpointing")
-        self.checkpoints.wait()
-        state, meta = start()
-        step, spikes = int(state.step), self.recorder.spikes
-        spikes.go_back(problem.step, step, str(problem), meta.get("spikes"))
-        self.record.undo(meta.get("record"))
-        self.recorder.rewind(step, meta["last"])
-        if self.texts is not None:
-            self.texts.rewind(step)
-        first, last = spikes.returns[-1]["skipped"]
-        _tell(
-            f"{problem}; back to step {step} without batches {first} to {last} "
-            f"(return {len(spikes.returns)} of {spikes.most})"
-        )
-        return state
-
-    def _updated(self, step: int, metrics: Metrics) -> None:
-        self.recorder.update(step, metrics)
-        self.record.updated()
-
-    def evaluate_and_checkpoint(
-        self, state: TrainState, step: int, *, evaluates: bool = True, saves: bool = True
-    ) -> None:
-        self.record.enter("evaluation")
-        values = self.evaluate(state) if evaluates else None
-        if values is not None:
-            self.recorder.valid(step, values)
-        if evaluates and self.task.sample is not None and self.texts is not None:
-            for number, sample in enumerate(self.task.sample(unstack(state).variables)):
-                self.texts.write(step, f"sample_{number}", sample._asdict())
-            self.texts.flush()
-        self.record.enter("checkpointing")
-        if saves:
-            self.log.flush()  # rows up to a checkpoint are on disk before it is
-            meta = {
-                "config": self.config.to_dict(),
-                "data": self.task.fingerprint,
-                "data_position": self.recorder.spikes.position(step),
-                "spikes": self.recorder.spikes.state(),
-                "seconds": self.seconds(),
-                "record": self.record.state(),
-                "last": self.recorder.last,
-                "files_crc32": self.folder.files_crc32(),
-                **self.extended,
-            }
-            loss = values["loss"] if values is not None else None
-            saved = unstack(state)  # under the names per layer, which do not depend on training.scan_layers
-            self.checkpoints.save(step, saved.variables, saved.opt_state, meta, loss)
-        self.record.enter("training")
-        self.recorder.pause()
-
-
 def _start(
     fresh: Callable[[], TrainState],
     shapes: TrainState,
@@ -409,7 +285,7 @@ def _start(
     earlier, before = restored.meta.get(EXTENDED_FROM, []), restored.meta["config"]["training"]["steps"]
     if before != config.training.steps:
         earlier = [*earlier, before]
-        _tell(_extension_notice(config, task, before, restored.step))
+        tell(_extension_notice(config, task, before, restored.step))
     step = jax.device_put(jnp.int32(restored.step), shapes.step.sharding)
     model_state = {name: part for name, part in restored.variables.items() if name != "params"}
     state = TrainState(step, restored.variables["params"], restored.opt_state, model_state)
@@ -423,12 +299,6 @@ def _start(
 def _write_settings(folder: RunFolder, config: RunConfig, meta: Mapping[str, Any]) -> None:
     folder.result.unlink(missing_ok=True)  # left from the shorter run
     folder.write_config(config, meta[EXTENDED_FROM])
-
-
-def _tell(line: str) -> None:
-    """Print a line on stderr, once for all processes."""
-    if is_first():
-        print(line, file=sys.stderr)
 
 
 def _extension_notice(config: RunConfig, task: Task, before: int, step: int) -> str:
