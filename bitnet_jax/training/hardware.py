@@ -36,6 +36,8 @@ def peak_flops(devices: Sequence[Any]) -> Peak:
     """The peak to relate training to. On a CPU it is measured, in about 20 ms; virtual devices share it."""
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
+        if len({device.process_index for device in devices}) > 1:
+            return Peak(None, "not measured for several processes, which may share a machine")
         gflops = float_peak_gflops()
         if gflops is None:
             return Peak(None, "the C++ library, which measures the peak of a CPU, is missing")
