@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 from bitnet_jax.inference.startup import collect_less, use_compilation_cache
-from bitnet_kernels.machine import peak_rss
 
 PROMPT = 16  # tokens; a longer one adds the time of reading it, which the bench reports as prefill
 NEW_TOKENS = 17  # the first one and a chunk of the decode loop
@@ -86,6 +85,7 @@ def main(folder: str, prompt: str, kv_format: str) -> None:
 
     from bitnet_jax.inference.generation import stream_tokens
     from bitnet_jax.model_folders import load_text_model
+    from bitnet_kernels.machine import peak_rss
 
     model = load_text_model(folder)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, int(prompt)))

@@ -308,7 +308,7 @@ def test_a_foreign_config_downloads_only_with_permission(
 ) -> None:
     asked = []
 
-    def load_dataset(path: str, name: str | None) -> None:
+    def load_dataset(path: str, name: str | None, streaming: bool) -> None:
         asked.append(path)
         raise ConnectionError("no network in a test")
 

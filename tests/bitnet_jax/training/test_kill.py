@@ -146,6 +146,7 @@ def test_killed_and_resumed_runs_are_bit_identical_to_an_uninterrupted_one(
     assert (records[1]["starts"], records[1]["seconds"]["lost"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_run_killed_around_its_returns_from_spikes_is_bit_identical(
     start: Callable[..., Any], tmp_path: Path
 ) -> None:

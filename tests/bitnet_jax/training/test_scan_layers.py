@@ -14,7 +14,7 @@ from bitnet_jax.training.load import load_run
 from bitnet_jax.training.loop import fit
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_a_run_goes_on_with_or_without_a_scan(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     def config(steps: int, scan: bool) -> RunConfig:
         return run_config(
