@@ -42,7 +42,7 @@ bfloat16.
 
 GiB per device; a TPU7x chip is two devices. *Arguments* are parameters and moments, *peak* is the most that
 is in use at a time, *temporaries* what the compiler reserves for all but the arguments, gaps included.
-*Memory* is that of the device.
+*Memory* is that of the device. *Compile s* is wall time on a shared machine; 1,024 chips were paused meanwhile.
 
 {compiled}
 
