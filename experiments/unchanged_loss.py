@@ -28,16 +28,7 @@ from bitnet_experiments.runs import train
 from bitnet_experiments.study import load_study
 from bitnet_jax.progress import progress_bar
 
-ARMS = (
-    "float32",
-    "int8 channel",
-    "ternary tensor",
-    "ternary channel",
-    "ternary group",
-    "ternary learned",
-    "binary tensor",
-    "binary group",
-)
+ARMS = ("float32", "int8 channel", "ternary tensor", "ternary channel", "binary tensor")
 LEVEL = 0.05 / len(ARMS)
 
 
