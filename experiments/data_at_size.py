@@ -4,7 +4,7 @@
     python -m experiments.data_at_size --megabytes 50 --tokenizer bpe            # train a BPE on a sample first
 
 Writes a text of random words, as JSON lines in eight files, to a temporary folder, and trains a tiny model for a few
-updates through `bitnet-jax train` in a process of its own, twice, with one cache: the second start finds the tokens.
+updates through `bitnet-jax train` in a separate process, twice, with one cache: the second start finds the tokens.
 Memory is the largest resident set of the process (wait4), which includes pages of mapped files. The first update is
 done when its row is in metrics.jsonl; until then, seconds since the start of the process and processor seconds of all
 its threads are counted. On a machine with other work only the latter say something.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_jax.models import PRESETS
+from bitnet_jax.training.hardware import BFLOAT16_PEAKS
 from bitnet_jax.training.sharding import MeshConfig
 from experiments import tpu_compile
 from experiments.tpu_compile import Case
@@ -138,8 +139,8 @@ class Chip:
 
 
 CHIPS = {
-    "v5p": Chip(459e12, 95, 600e9, 3),
-    "v6e": Chip(918e12, 32, 400e9, 2),
+    "v5p": Chip(BFLOAT16_PEAKS["TPU v5"], 95, 600e9, 3),
+    "v6e": Chip(BFLOAT16_PEAKS["TPU v6e"], 32, 400e9, 2),
     "tpu7x": Chip(2307e12, 192, 600e9, 3, devices=2),
 }
 # Share of the bfloat16 peak that dense models reached elsewhere, with its source. None of them trained in few bits.

@@ -43,6 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.data import Source, Split, load_corpus
     from bitnet_jax.data.bpe import measure_compression, train_bpe
+    from bitnet_jax.training.run_folder import write_atomic
 
     if (args.vocab_size is None) != (args.output is None):
         raise ValueError("got --vocab-size or --output without the other, expected both, or --tokenizer FILE")
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             end_token="<|endoftext|>",
             text_bytes=split.text_bytes,
         )
-        args.output.write_text(trained.to_json(), encoding="utf-8")
+        write_atomic(args.output, trained.to_json())
         tokenizer = str(args.output.absolute())
     corpus = load_corpus(
         args.source,

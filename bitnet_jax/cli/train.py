@@ -4,9 +4,10 @@ The config file is Python that is executed: use only trusted files. Override its
 --config.SECTION.FIELD=VALUE (or with a space instead of the equals sign).
 
 A run resumes with its original settings. Only these may change: training.log_every, eval_every, checkpoint_every,
-keep_checkpoints and tensorboard, the mesh, and training.steps. With more steps, a finished run continues from its last
-checkpoint; a schedule other than constant then follows the new total from there, which is reported on stderr and
-recorded as extended_from in result.json. A run without a checkpoint yet can be started again with any settings.
+keep_checkpoints, tensorboard and scan_layers, the sections mesh and distributed, and training.steps. With more steps, a
+finished run continues from its last checkpoint; a schedule other than constant then follows the new total from there,
+which is reported on stderr and recorded as extended_from in result.json. A run without a checkpoint yet can be started
+again with any settings.
 
 example:
   bitnet-jax train --config byte_lm:small --workdir runs/first \

@@ -39,7 +39,7 @@ CACHE_VARIABLE = "BITNET_JAX_CACHE"
 MAX_BYTES = 1 << 32
 SUFFIX, ABOUT = ".entry", "about.json"
 BLOCK = 1 << 22  # bytes read at a time
-PART = 1 << 26  # bytes with a checksum of their own, so that several threads can check an array
+PART = 1 << 26  # bytes per checksum, so that several threads can check an array
 ABANDONED_SECONDS = 86_400.0  # since the last change of an entry that nobody completed
 
 

@@ -30,18 +30,23 @@ _RUN = re.compile(r"layers_(\d+)-(\d+)")
 Runs = Sequence[range]
 
 
-def layer_precisions(config: TransformerShape, layer: int) -> dict[str, Precision]:
-    """Path of every linear layer inside the block -> its Precision."""
-    prefix = f"layers_{layer}/"
-    found = config.precisions().items()
-    return {path.removeprefix(prefix): value for path, value in found if path.startswith(prefix)}
+def layer_precisions(config: TransformerShape) -> list[dict[str, Precision]]:
+    """For each block: path of every linear layer inside it -> its Precision."""
+    blocks: list[dict[str, Precision]] = [{} for _ in range(config.num_layers)]
+    for path, precision in config.precisions().items():
+        name, _, inside = path.partition("/")
+        if found := _LAYER.fullmatch(name):
+            blocks[int(found[1])][inside] = precision
+    return blocks
 
 
 def equal_layers(config: TransformerShape) -> tuple[range, ...]:
     """All layers as maximal runs of equal consecutive ones."""
 
+    precisions = layer_precisions(config)
+
     def kind(layer: int) -> tuple[dict[str, Precision], bool]:
-        return layer_precisions(config, layer), layer in config.no_rope_layers
+        return precisions[layer], layer in config.no_rope_layers
 
     runs = [list(run) for _, run in itertools.groupby(range(config.num_layers), kind)]
     return tuple(range(run[0], run[-1] + 1) for run in runs)

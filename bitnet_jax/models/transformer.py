@@ -123,14 +123,13 @@ def blocks(
     first token, and where the parameters of equal layers are stacked (models/stacked.py): those blocks are a scan.
     """
     variables: Mapping[str, Any] = {} if module.is_initializing() else module.variables
-    stacked = variables.get("params", {}).keys() & {
-        run_name(run) for run in equal_layers(config) if len(run) > 1
-    }
+    runs, precisions = equal_layers(config), layer_precisions(config)
+    stacked = variables.get("params", {}).keys() & {run_name(run) for run in runs if len(run) > 1}
     call = {"positions": positions, "visible": visible, "key_mask": key_mask, "progress": progress}
     traced: dict[Hashable, Callable[..., Any]] = {}
     layers: list[Any] = []
-    for run in equal_layers(config):
-        of_block, rotary = layer_precisions(config, run[0]), run[0] not in config.no_rope_layers
+    for run in runs:
+        of_block, rotary = precisions[run[0]], run[0] not in config.no_rope_layers
         if run_name(run) in stacked:
             block = Block(config, of_block, deterministic, rotary, parent=None)
             x = _scanned(module, block, variables["params"][run_name(run)], x, call)

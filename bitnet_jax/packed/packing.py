@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
 from bitnet_jax.models import Architecture, ModelConfig, init_variables
+from bitnet_jax.models.stacked import layer_precisions
 from bitnet_jax.nn.config import table_precision
 from bitnet_jax.nn.embedding import rounded, stored_dtype
 from bitnet_jax.nn.head import QuantizedHead
@@ -247,7 +248,7 @@ def abstract(config: Architecture) -> dict[str, Any]:
         return _trace(config)
     # Precisions of a layer -> its index in the traced model.
     kinds: dict[tuple[tuple[str, Precision], ...], int] = {}
-    kind_of = [kinds.setdefault(layer, len(kinds)) for layer in _layer_precisions(config)]
+    kind_of = [kinds.setdefault(tuple(layer.items()), len(kinds)) for layer in layer_precisions(config)]
     float_head = dataclasses.replace(config, head="float")  # other heads are set by `head`, not by a rule
     heads = [
         (path, value)
@@ -274,16 +275,6 @@ def abstract(config: Architecture) -> dict[str, Any]:
         return outside | layers
 
     return {collection: deepened(variables) for collection, variables in traced.items()}
-
-
-def _layer_precisions(config: ModelConfig) -> list[tuple[tuple[str, Precision], ...]]:
-    """The (path in the layer, Precision) pairs of each layer."""
-    found: list[dict[str, Precision]] = [{} for _ in range(config.num_layers)]
-    for path, precision in config.precisions().items():
-        layer, _, inside = path.partition("/")
-        if layer.startswith("layers_"):
-            found[int(layer.removeprefix("layers_"))][inside] = precision
-    return [tuple(layer.items()) for layer in found]
 
 
 def _trace(config: Architecture) -> dict[str, Any]:

@@ -264,8 +264,8 @@ def _flat(tree: PyTree) -> dict[str, Any]:
 
 
 def _detached(leaf: Any) -> jax.Array:
-    """The array in memory of its own on a CPU, where Orbax would write from the buffer that the next update reuses;
-    from other devices it copies before `save` returns."""
+    """A copy on a CPU, where Orbax would write from the buffer that the next update reuses. From other devices Orbax
+    copies before `save` returns."""
     array = jnp.asarray(leaf)
     return jnp.copy(array) if next(iter(array.devices())).platform == "cpu" else array
 

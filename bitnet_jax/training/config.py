@@ -63,7 +63,7 @@ class DataConfig:
             for name, one in (("source", "stdlib"), ("tokenizer", "char"), ("sampling", "windows")):
                 if (getattr(self, name) == one) != (name == "source"):
                     raise ValueError(
-                        f"data.{name}: got {getattr(self, name)!r} beside data.mixture, which has sources of its own "
+                        f"data.{name}: got {getattr(self, name)!r} beside data.mixture, which names the sources "
                         "and needs one tokenizer and sampling epoch or shuffle; remove it"
                     )
         for name in ("length", "image_size", "limit", "batch_size"):

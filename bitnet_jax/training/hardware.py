@@ -49,7 +49,7 @@ def peak_flops(devices: Sequence[Any]) -> Peak:
 
 
 def peak_memory(devices: Sequence[Any]) -> dict[str, int]:
-    """Bytes: `resident` of this process, and `device` of its fullest device where it has memory of its own."""
+    """Bytes: `resident` of this process, and `device` of its fullest device, if devices have separate memory."""
     statistics = [device.memory_stats() or {} for device in devices]
     used = [values["peak_bytes_in_use"] for values in statistics if "peak_bytes_in_use" in values]
     return {"resident": peak_rss()} | ({"device": max(used)} if used else {})

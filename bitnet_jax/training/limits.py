@@ -69,7 +69,7 @@ def parameters(model: Architecture) -> int:
 def memory_bytes(config: RunConfig) -> int:
     """Total memory of the devices in the run's mesh; on CPU that of the machine or, if smaller, its cgroup.
 
-    Several processes are taken to be on machines of their own, like this one.
+    Several processes are assumed to run on separate machines, each like this one.
     """
     mesh, processes = config.mesh, jax.process_count()
     devices = jax.local_devices()[: mesh.data * mesh.fsdp * mesh.tensor]

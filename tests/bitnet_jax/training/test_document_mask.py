@@ -25,7 +25,7 @@ def stream() -> np.ndarray:
 
 
 def alone(documents: np.ndarray) -> dict[str, np.ndarray]:
-    """Each document in a row of its own: it begins after a separator, and the next one is predicted at its end."""
+    """One document per row: it begins after a separator, and the next one is predicted at its end."""
     rows = np.pad(documents, ((0, 0), (1, 1)), constant_values=S).astype(np.int32)
     return {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
 

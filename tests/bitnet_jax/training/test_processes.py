@@ -178,14 +178,14 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_can_resum
 def test_four_processes_continue_the_run_of_one(
     settings: dict[str, Any], start: Callable[..., list[Process]], tmp_path: Path
 ) -> None:
-    """Four devices add the parts of a sum in an order of their own: the first update after the change differs by
-    rounding, later ones also by activations that were rounded to a neighbouring code."""
-    settings["optimizer"]["schedule"] = "constant"
+    """Four devices add the parts of a sum in another order. In float32 the first update after the change differs by
+    rounding alone; in few bits it could also round an activation to another code. Later ones add up."""
+    settings["optimizer"]["schedule"], settings["model"]["precision"] = "constant", "float32"
     longer = reference(settings, tmp_path / "reference")
     shorter = {**settings, "training": {**settings["training"], "steps": STEPS // 2}}
     fit(RunConfig.from_dict(shorter), tmp_path / "run", progress=False)
     options = ("--config.mesh.data=2", "--config.mesh.tensor=2", "--config.optimizer.schedule=constant")
-    for process in start(4, *options):
+    for process in start(4, *options, "--config.model.precision=float32"):
         code, errors = process.ended()
         assert code == 0, errors
     continued = record(tmp_path / "run")
@@ -193,7 +193,7 @@ def test_four_processes_continue_the_run_of_one(
     expected = {row["step"]: row["loss"] for row in longer["rows"] if row["kind"] == "train"}
     assert at.keys() == expected.keys()
     assert at[STEPS // 2 + 1] == pytest.approx(expected[STEPS // 2 + 1], rel=1e-6)
-    assert at[STEPS] == pytest.approx(expected[STEPS], rel=1e-2)
+    assert at[STEPS] == pytest.approx(expected[STEPS], rel=1e-3)
 
 
 def test_an_error_in_one_process_is_reported_by_all(
