@@ -45,11 +45,8 @@ class Head {
     const int64_t stride = p_.kv_heads * size_, first = (batch * p_.keys * p_.kv_heads + kv_head) * size_;
     pack_keys(p_.k + first, stride, k_scores_);
     pack_keys(p_.v + first, stride, v_scores_);
-    for (int64_t panel = 0; panel < width_; panel += products_.columns) {  // [channels / columns][keys][columns]
-      const FloatsOrCodes transposed = {{p_.k + first, 1, stride}, {}};
-      products_.pack_columns(transposed, panel, std::min(products_.columns, size_ - panel), 0, p_.keys,
-                             k_mixed_.data() + panel * keys_);
-    }
+    const FloatsOrCodes transposed = {{p_.k + first, 1, stride}, {}};  // [channels / columns][keys][columns]
+    products_.pack_columns(transposed, 0, size_, 0, p_.keys, k_mixed_.data(), products_.columns * keys_);
     for (auto* sums : {&dk_, &dv_}) std::fill(sums->begin(), sums->end(), 0.0f);
     for (int64_t head = kv_head * group(); head < (kv_head + 1) * group(); ++head) {
       for (int64_t t = 0; t < p_.tokens; t += kBlockRows) block(batch, head, t, ranges);
@@ -65,10 +62,7 @@ class Head {
 
   // [keys / columns][channels][columns], for products over channels.
   void pack_keys(const float* from, int64_t stride, std::vector<float>& to) {
-    for (int64_t s = 0; s < p_.keys; s += products_.columns) {
-      products_.pack_columns({{from, stride, 1}, {}}, s, std::min(products_.columns, p_.keys - s), 0, size_,
-                             to.data() + s * size_);
-    }
+    products_.pack_columns({{from, stride, 1}, {}}, 0, p_.keys, 0, size_, to.data(), products_.columns * size_);
   }
 
   // c[rows, columns of a panel] (add: +)= a b for tiles of rows, in chains of kChain.

@@ -10,27 +10,28 @@
 namespace bitnet {
 namespace {
 
-constexpr int64_t kPackedFloats = int64_t{2} << 20;     // of an operand, packed at a time: 8 MiB, shared by all threads
-constexpr int64_t kPackedColumns = 2048;                // at most, rows of b ...
-constexpr int64_t kPackedRows = 2048;                   // ... and of a
 constexpr int64_t kItemRows = 96;                       // rows of a, in a work item: 96 KiB for a chain, in L2
+constexpr int64_t kItemInputs = 64;                     // in a work item that packs
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kSerialProducts = int64_t{1} << 18;
+
+// How much is packed at a time, shared by all threads: inputs times the wider operand, rows of b, rows of a.
+struct Limits {
+  int64_t floats, columns, rows;
+};
+constexpr Limits kOnlyB = {int64_t{2} << 20, 2048, 2048};  // 8 MiB: sums go to c once, not once for every part
+constexpr Limits kBoth = {int64_t{1} << 17, 512, 512};     // 512 KiB each, still in L2 when they are read
 
 // A part of the product whose operands are packed: rows [row, row_end) of a times rows [column, column_end) of b over
 // the inputs [begin, end).
 struct Part {
   int64_t row, row_end;
+  int64_t packed_row;  // the rows of a before it are read where they are
   int64_t column, column_end;
   int64_t begin, end;
 
   int64_t inputs() const { return end - begin; }
 };
-
-// a where it can be read as it is: contiguous inputs, and all rows of a tile.
-bool in_place(const FloatMatmulKernels& kernels, const FloatMatmul& p, int64_t row) {
-  return p.a.step == 1 && row + kernels.rows <= p.m;
-}
 
 // Rows [row, row_end) of c, in whole tiles but for the last, its columns [column, column_end).
 void multiply(const FloatMatmulKernels& kernels, const FloatMatmul& p, const Part& part, int64_t row, int64_t row_end,
@@ -44,8 +45,9 @@ void multiply(const FloatMatmulKernels& kernels, const FloatMatmul& p, const Par
       const float* b = packed_b + (j - part.column) * part.inputs() + offset * kernels.columns;
       const int64_t width = std::min(kernels.columns, p.n - j);
       for (int64_t i = row; i < row_end; i += kernels.rows) {
-        const bool direct = in_place(kernels, p, i);
-        const float* a = direct ? p.a.at(i, begin) : packed_a + (i - part.row) * part.inputs() + offset * kernels.rows;
+        const bool direct = i < part.packed_row;
+        const float* a =
+            direct ? p.a.at(i, begin) : packed_a + (i - part.packed_row) * part.inputs() + offset * kernels.rows;
         const int64_t a_row = direct ? p.a.row_stride : 1, a_step = direct ? 1 : kernels.rows;
         const int64_t height = std::min(kernels.rows, p.m - i);
         float* const c = p.c + i * p.n + j;
@@ -71,8 +73,9 @@ void float_matmul(const FloatMatmulKernels& kernels, const FloatMatmul& p) {
     std::fill_n(p.c, p.m * p.n, 0.0f);
     return;
   }
-  static thread_local std::vector<float> kept_a, kept_b;  // from call to call: fresh pages would be faulted in
-  std::vector<float>&packed_a = kept_a, &packed_b = kept_b;  // of the caller: a thread_local in the lambdas would be that of the thread that runs them
+  static thread_local std::vector<float> kept_a, kept_b;  // from call to call, never smaller: growing writes zeros
+  // The caller's: named in a lambda, a thread_local would be that of the thread that runs the lambda.
+  std::vector<float>&packed_a = kept_a, &packed_b = kept_b;
   const uint64_t mode = FloatMode::current();
   const bool serial = p.m * p.n * p.k < kSerialProducts;
   const auto loop = [&](int64_t items, const auto& body) {
@@ -86,31 +89,32 @@ void float_matmul(const FloatMatmulKernels& kernels, const FloatMatmul& p) {
     }
   };
   const int64_t rows = kernels.rows, columns = kernels.columns;
-  const int64_t widest = std::max(std::min(p.n, kPackedColumns), std::min(p.m, kPackedRows));
-  const int64_t longest = std::max<int64_t>(1, kPackedFloats / widest / kChain) * kChain;
-  const auto pack_b = [&](const Part& part, int64_t panel) {
-    const int64_t column = part.column + panel * columns;
-    kernels.pack_columns(p.b, column, std::min(columns, p.n - column), part.begin, part.end,
-                         packed_b.data() + panel * columns * part.inputs());
+  const bool in_place = p.a.step == 1;
+  const Limits& limits = in_place ? kOnlyB : kBoth;
+  const int64_t most_rows = round_up(limits.rows, rows), item_rows = round_up(kItemRows, rows);
+  const int64_t widest = std::max(std::min(p.n, limits.columns), std::min(p.m, limits.rows));
+  const int64_t longest = std::max<int64_t>(1, limits.floats / widest / kChain) * kChain;
+  const auto pack_a = [&](const Part& part, int64_t begin, int64_t end) {
+    kernels.pack_rows(p.a, part.packed_row, part.row_end - part.packed_row, begin, end,
+                      packed_a.data() + (begin - part.begin) * rows, rows * part.inputs());
   };
-  // A work item packs by chains, so that the lines that hold a few rows of a tile each are still in cache for the next tile.
-  const int64_t item_rows = round_up(kItemRows, rows);
-  const auto pack_a = [&](const Part& part, int64_t item) {
-    const int64_t chains = divide_up(part.inputs(), kChain), first = part.row + item / chains * item_rows;
-    const int64_t begin = part.begin + item % chains * kChain, end = std::min(part.end, begin + kChain);
-    for (int64_t row = first; row < std::min(part.row_end, first + item_rows); row += rows) {
-      if (in_place(kernels, p, row)) continue;
-      float* const to = packed_a.data() + (row - part.row) * part.inputs() + (begin - part.begin) * rows;
-      kernels.pack_rows(p.a, row, std::min(rows, p.m - row), begin, end, to);
-    }
+  const auto pack_b = [&](const Part& part, int64_t begin, int64_t end) {
+    kernels.pack_columns(p.b, part.column, part.column_end - part.column, begin, end,
+                         packed_b.data() + (begin - part.begin) * columns, columns * part.inputs());
+  };
+  const auto grow = [](std::vector<float>& packed, int64_t size) {
+    if (static_cast<int64_t>(packed.size()) < size) packed.resize(size);
   };
   const auto multiply_all = [&](const Part& part, bool with_b) {
     const int64_t panels = divide_up(part.column_end - part.column, columns);
-    const int64_t a_items = divide_up(part.row_end - part.row, item_rows) * divide_up(part.inputs(), kChain);
-    packed_a.resize(round_up(part.row_end - part.row, rows) * part.inputs());
-    packed_b.resize(panels * columns * part.inputs());
-    const int64_t b_items = with_b ? panels : 0;
-    loop(a_items + b_items, [&](int64_t item) { item < b_items ? pack_b(part, item) : pack_a(part, item - b_items); });
+    grow(packed_a, round_up(part.row_end - part.packed_row, rows) * part.inputs());
+    grow(packed_b, panels * columns * part.inputs());
+    const int64_t runs_of_inputs = divide_up(part.inputs(), kItemInputs);
+    loop(runs_of_inputs * (with_b ? 2 : 1), [&](int64_t item) {
+      const int64_t begin = part.begin + item % runs_of_inputs * kItemInputs;
+      const int64_t end = std::min(part.end, begin + kItemInputs);
+      item < runs_of_inputs ? pack_a(part, begin, end) : pack_b(part, begin, end);
+    });
     const int64_t row_blocks = divide_up(part.row_end - part.row, item_rows);
     const int64_t pieces = std::min(panels, divide_up(kItemsPerThread * thread_count(), row_blocks));
     const int64_t step = divide_up(panels, pieces) * columns, runs = divide_up(panels * columns, step);
@@ -120,12 +124,14 @@ void float_matmul(const FloatMatmulKernels& kernels, const FloatMatmul& p) {
                std::min(part.column_end, column + step), packed_a.data(), packed_b.data());
     });
   };
-  for (int64_t column = 0; column < p.n; column += kPackedColumns) {
+  for (int64_t column = 0; column < p.n; column += limits.columns) {
+    const int64_t column_end = std::min(p.n, column + limits.columns);
     for (int64_t begin = 0; begin < p.k; begin += longest) {
-      for (int64_t row = 0; row < p.m; row += round_up(kPackedRows, rows)) {
-        multiply_all({row, std::min(p.m, row + round_up(kPackedRows, rows)), column,
-                      std::min(p.n, column + kPackedColumns), begin, std::min(p.k, begin + longest)},
-                     row == 0);
+      const int64_t end = std::min(p.k, begin + longest);
+      for (int64_t row = 0; row < p.m; row += most_rows) {
+        const int64_t row_end = std::min(p.m, row + most_rows);
+        const int64_t packed_row = in_place ? row_end - (row_end - row) % rows : row;  // tiles are read whole
+        multiply_all({row, row_end, packed_row, column, column_end, begin, end}, row == 0);
       }
     }
   }

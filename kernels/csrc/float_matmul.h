@@ -45,10 +45,13 @@ struct FloatMatmulKernels {
   // b[i * columns ..].
   void (*tile)(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t k, float* c, int64_t c_stride,
                bool add);
-  // Rows [row, row + count) of a, the inputs [begin, end): to[i * rows + r], zeros for r >= count.
-  void (*pack_rows)(const Operand<float>& a, int64_t row, int64_t count, int64_t begin, int64_t end, float* to);
-  // Likewise of b: to[i * columns + r].
-  void (*pack_columns)(const FloatsOrCodes& b, int64_t row, int64_t count, int64_t begin, int64_t end, float* to);
+  // Rows [row, row + count) of a, the inputs [begin, end), in tiles that are tile_stride apart: row t * rows + r goes
+  // to to[t * tile_stride + (i - begin) * rows + r]. Rows missing in the last tile are zeros.
+  void (*pack_rows)(const Operand<float>& a, int64_t row, int64_t count, int64_t begin, int64_t end, float* to,
+                    int64_t tile_stride);
+  // Likewise of b, with `columns` for `rows`.
+  void (*pack_columns)(const FloatsOrCodes& b, int64_t row, int64_t count, int64_t begin, int64_t end, float* to,
+                       int64_t tile_stride);
 };
 
 // Writes c, on all threads.

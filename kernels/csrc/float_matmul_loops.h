@@ -27,6 +27,11 @@ struct FloatMatmulLoops {
       BITNET_UNROLL
       for (int v = 0; v < kVectors; ++v) sums[r][v] = Lanes::set1(0.0f);
     }
+    BITNET_UNROLL
+    for (int r = 0; r < kRows; ++r) {  // whose lines arrive while the sums are made
+      __builtin_prefetch(c + r * c_stride, 1);
+      __builtin_prefetch(c + r * c_stride + kColumns - 1, 1);
+    }
     for (int64_t i = 0; i < k; ++i, a += a_step, b += kColumns) {
       Vec columns[kVectors];
       BITNET_UNROLL
@@ -48,48 +53,50 @@ struct FloatMatmulLoops {
     }
   }
 
-  BITNET_TARGET static void pack_rows(const Operand<float>& a, int64_t row, int64_t count, int64_t begin, int64_t end,
-                                      float* to) {
-    if (count == kRows && a.row_stride == 1) {
-      for (int64_t i = begin; i < end; ++i, to += kRows) std::memcpy(to, a.at(row, i), kRows * sizeof(float));
-    } else {
-      pack_some(a, row, count, begin, end, kRows, to);
-    }
-  }
-
-  // Any layout, and fewer rows than a tile has.
-  template <typename T>
-  BITNET_INLINE static void pack_some(const Operand<T>& x, int64_t row, int64_t count, int64_t begin, int64_t end,
-                                      int64_t width, float* to) {
-    for (int64_t i = begin; i < end; ++i, to += width) {
-      const T* from = x.at(row, i);
-      for (int64_t r = 0; r < count; ++r) to[r] = static_cast<float>(from[r * x.row_stride]);
-      for (int64_t r = count; r < width; ++r) to[r] = 0.0f;
-    }
-  }
-
   BITNET_INLINE static Vec load(const float* x) { return Lanes::load(x); }
   BITNET_INLINE static Vec load(const int8_t* x) { return Lanes::load_int8(x); }
 
-  template <typename T>
-  BITNET_INLINE static void pack(const Operand<T>& b, int64_t row, int64_t count, int64_t begin, int64_t end, float* to) {
-    if (count == kColumns && b.row_stride == 1) {
-      for (int64_t i = begin; i < end; ++i, to += kColumns) {
-        const T* from = b.at(row, i);
-        BITNET_UNROLL
-        for (int v = 0; v < kVectors; ++v) Lanes::store(to + v * kLanes, load(from + v * kLanes));
+  // Where rows are contiguous, all of them are read for an input before the next: memory is read in order, once.
+  template <int64_t kWidth, typename T>
+  BITNET_INLINE static void pack(const Operand<T>& x, int64_t row, int64_t count, int64_t begin, int64_t end, float* to,
+                                 int64_t tile_stride) {
+    const int64_t whole = x.row_stride == 1 ? count / kWidth : 0;
+    if (whole > 0) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T* from = x.at(row, i);
+        float* tile = to + (i - begin) * kWidth;
+        for (int64_t t = 0; t < whole; ++t, from += kWidth, tile += tile_stride) {
+          if constexpr (kWidth % kLanes == 0) {
+            BITNET_UNROLL
+            for (int v = 0; v < kWidth / kLanes; ++v) Lanes::store(tile + v * kLanes, load(from + v * kLanes));
+          } else {
+            std::memcpy(tile, from, kWidth * sizeof(float));
+          }
+        }
       }
-    } else {
-      pack_some(b, row, count, begin, end, kColumns, to);
+    }
+    for (int64_t t = whole; t * kWidth < count; ++t) {
+      const int64_t some = count - t * kWidth < kWidth ? count - t * kWidth : kWidth;
+      float* tile = to + t * tile_stride;
+      for (int64_t i = begin; i < end; ++i, tile += kWidth) {
+        const T* from = x.at(row + t * kWidth, i);
+        for (int64_t r = 0; r < some; ++r) tile[r] = static_cast<float>(from[r * x.row_stride]);
+        for (int64_t r = some; r < kWidth; ++r) tile[r] = 0.0f;
+      }
     }
   }
 
+  BITNET_TARGET static void pack_rows(const Operand<float>& a, int64_t row, int64_t count, int64_t begin, int64_t end,
+                                      float* to, int64_t tile_stride) {
+    pack<kRows>(a, row, count, begin, end, to, tile_stride);
+  }
+
   BITNET_TARGET static void pack_columns(const FloatsOrCodes& b, int64_t row, int64_t count, int64_t begin, int64_t end,
-                                         float* to) {
+                                         float* to, int64_t tile_stride) {
     if (b.codes.data != nullptr) {
-      pack(b.codes, row, count, begin, end, to);
+      pack<kColumns>(b.codes, row, count, begin, end, to, tile_stride);
     } else {
-      pack(b.floats, row, count, begin, end, to);
+      pack<kColumns>(b.floats, row, count, begin, end, to, tile_stride);
     }
   }
 
