@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from bitnet_experiments.origin import origin, same_origin
 from bitnet_experiments.study import load_study, overridden
 from bitnet_jax.models import Architecture, Transformer
 from bitnet_jax.quantization import scales
@@ -26,7 +29,7 @@ from bitnet_jax.training.config import RunConfig, differing_fields
 from bitnet_jax.training.load import load_run
 from bitnet_jax.training.loop import fit
 from bitnet_jax.training.metrics import read_metrics
-from bitnet_jax.training.run_folder import RunError, RunFolder
+from bitnet_jax.training.run_folder import RunFolder, write_atomic
 from bitnet_jax.training.task import Task, abstract_variables, language_task
 from bitnet_jax.training.tasks import TASKS
 
@@ -36,24 +39,17 @@ RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
 def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | None = None) -> dict[str, Any]:
     """Trains from scratch in `folder`; `task` replaces the config's task, to change its initialization or loss.
 
-    A run with other settings is never resumed; an unfinished one is replaced.
+    A run is resumed, or taken as it is, only if its settings and its origin (machine and code, see origin.py) are those
+    of now. Another one is kept beside it as `<folder>.stale`.
 
     Returns:
       status, step, tokens, parameters, config_hash, training_seconds (summed over interruptions), error (if it
       diverged), valid_* and train_* (latest values), history (held-out loss over steps), and the fields of `sizes`.
-
-    Raises:
-      RunError: the folder contains a finished run with other settings.
     """
     with locked(folder.with_name(folder.name + ".lock")):
         run = RunFolder(folder)
-        others = differing_fields(run.read_config(), config) if run.trained() else []
-        if others and run.read_result() is not None:
-            raise RunError(
-                f"{folder} contains a finished run with other settings ({'; '.join(others)}; saved, then "
-                "requested); remove it to train again"
-            )
-        result = fit(config, folder, overwrite=bool(others), task=task)
+        _set_aside_others(run, config)
+        result = fit(config, folder, task=task)
     valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
     row = {name: result[name] for name in RESULT_FIELDS} | {"training_seconds": result["seconds"]}
     if config.task == "images":
@@ -65,6 +61,19 @@ def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | N
     for kind in ("valid", "train"):
         row |= {f"{kind}_{name}": value for name, value in result.get(kind, {}).items()}
     return row | {"history": [{"step": m["step"], "valid_loss": m["loss"]} for m in valid]}
+
+
+def _set_aside_others(run: RunFolder, config: RunConfig) -> None:
+    """Leaves in the folder only what this code would have computed here under these settings."""
+    file, here = run.path.with_name(run.path.name + ".origin.json"), origin()
+    if run.trained():
+        then = json.loads(file.read_text()) if file.is_file() else {}
+        if differing_fields(run.read_config(), config) or not same_origin(then, here):
+            aside = run.path.with_name(run.path.name + ".stale")
+            shutil.rmtree(aside, ignore_errors=True)
+            run.path.rename(aside)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(here) + "\n")
 
 
 def train_from(params: PyTree, config: RunConfig, folder: Path) -> dict[str, Any]:
