@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from bitnet_experiments.origin import origin, same_origin
-from bitnet_experiments.study import load_study, overridden
+from bitnet_experiments.study import TEST, load_study, overridden
 from bitnet_jax.models import Architecture, Transformer
 from bitnet_jax.quantization import scales
 from bitnet_jax.quantization.recipes import HEADS
@@ -44,7 +44,8 @@ def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | N
 
     Returns:
       status, step, tokens, parameters, config_hash, training_seconds (summed over interruptions), error (if it
-      diverged), valid_* and train_* (latest values), history (held-out loss over steps), and the fields of `sizes`.
+      diverged), valid_* and train_* (latest values), test_* (with data.test), history (held-out loss over steps), and
+      the fields of `sizes`.
     """
     with locked(folder.with_name(folder.name + ".lock")):
         run = RunFolder(folder)
@@ -58,6 +59,7 @@ def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | N
         row |= sizes(config.model_config(run.read_tokenizer().vocab_size))
     if result["message"]:
         row["error"] = result["message"]
+    row |= {name: value for name, value in result.items() if name.startswith(TEST)}
     for kind in ("valid", "train"):
         row |= {f"{kind}_{name}": value for name, value in result.get(kind, {}).items()}
     return row | {"history": [{"step": m["step"], "valid_loss": m["loss"]} for m in valid]}
@@ -113,14 +115,19 @@ def measure(
 ) -> dict[str, Any]:
     """valid_* of given weights without training, under a config that may differ from that of their training.
 
+    With data.test also test_*.
+
     Args:
       model_state: collections besides the parameters, such as batch statistics.
       overrides: fields of `model`, such as precision="int4".
     """
     fields = {f"model.{name}": value for name, value in overrides.items()}
     config = RunConfig.from_dict(overridden(config.to_dict(), fields))
-    values = TASKS[config.task](config).evaluate({"params": params, **(model_state or {})})
-    return {"status": "finished", "config_hash": config.hash()} | {f"valid_{n}": v for n, v in values.items()}
+    task, variables = TASKS[config.task](config), {"params": params, **(model_state or {})}
+    row: dict[str, Any] = {"status": "finished", "config_hash": config.hash()}
+    for part, metrics in (("valid_", task.evaluate), (TEST, task.test)):
+        row |= {f"{part}{n}": v for n, v in metrics(variables).items()} if metrics is not None else {}
+    return row
 
 
 def sizes(model: Architecture) -> dict[str, float]:
