@@ -134,6 +134,8 @@ def make_plan(
         raise ValueError(f"--set: got {min(clash_fields)}, which TUNE searches for; remove one of them")
     if sets:
         study.check_takes_overrides("--set")
+        if study.config is not None:
+            study.settings(chosen[0], counted[0], small, sets)  # an unknown field is an error before any run
     index, of = part
     if of < 1 or not 0 <= index < of:
         raise ValueError(f"--index: got {index} of {of}, expected 0 to {max(of, 1) - 1}")

@@ -109,6 +109,11 @@ class Study:
             )
 
     @property
+    def tuned_by(self) -> str:
+        """The validation metric that a search goes by."""
+        return "valid_" + self.metric.removeprefix(TEST)
+
+    @property
     def takes_overrides(self) -> bool:
         """Whether `run` has a parameter `overrides`, for tuned values and those of --set."""
         return self.run is not None and "overrides" in inspect.signature(self.run).parameters
@@ -237,6 +242,10 @@ def load_study(name: str) -> Study:
     names = study_names()
     if name not in names and (Path(name) / "study.py").is_file():
         return read_study(Path(name).resolve())
+    if not names:
+        raise ValueError(
+            f"study: got {name!r}, expected a folder with study.py; an installed copy has no studies of its own"
+        )
     check_name("study", name, names, also=" or a folder with study.py")
     return read_study(STUDIES / name)
 

@@ -12,6 +12,7 @@ share the remaining runs: a run belongs to the process that holds its lock, whic
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -172,22 +173,24 @@ def _run_all(plan: Plan, todo: Sequence[Job], how: tuple[int, str, dict[str, Any
     """Executes the jobs; the rows added. Raises ValueError: every arm failed alike, and more would."""
     rows: list[Row] = []
     began = time.monotonic()
-    for number, row in enumerate(executed(claim, plan, todo, *how), 1):
-        if row is None:
-            continue
-        rows.append(row)
-        left = (time.monotonic() - began) / number * (len(todo) - number) / 60
-        print(
-            f"[{number}/{len(todo)}] {row['run']}: {row['status']}, {plan.study.metric} "
-            f"{row.get(plan.study.metric)}, {row['wall_seconds']:.0f} s; about {left:.0f} minutes left",
-            file=sys.stderr,
-        )
-        error = failed_alike(rows, {job.arm for job in todo})
-        if error is not None and number < len(todo):
-            raise ValueError(
-                f"{plan.study.name}: every arm failed alike ({error}), so {len(todo) - number} more runs were not "
-                "started; correct it and start the sweep again"
+    with contextlib.closing(executed(claim, plan, todo, *how)) as found:
+        for row in found:
+            if row is None:
+                continue
+            rows.append(row)
+            metric = plan.study.tuned_by if todo[0].trial else plan.study.metric
+            left = (time.monotonic() - began) / len(rows) * (len(todo) - len(rows)) / 60
+            print(
+                f"[{len(rows)}/{len(todo)}] {row['run']}: {row['status']}, {metric} {row.get(metric)}, "
+                f"{row['wall_seconds']:.0f} s; about {left:.0f} minutes left",
+                file=sys.stderr,
             )
+            error = failed_alike(rows, {job.arm for job in todo})
+            if error is not None and len(rows) < len(todo):
+                raise ValueError(
+                    f"{plan.study.name}: every arm failed alike ({error}), so {len(todo) - len(rows)} more runs were "
+                    "not started; correct it and start the sweep again"
+                )
     return rows
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitnet_experiments.study import TEST, Overrides, Row, Study, read_results
+from bitnet_experiments.study import Overrides, Row, Study, read_results
 
 MOST_EXTENSIONS = 4  # values added to the grid of a field
 DIGITS = 6  # significant, of added values
@@ -49,7 +49,6 @@ def search(
       sets: overrides of all runs, see `bitnet-jax sweep --set`.
     """
     by_name = {row["run"]: row for row in rows}
-    metric = "valid_" + study.metric.removeprefix(TEST)
     seeds = study.tune_seeds[:1] if small else study.tune_seeds
     grid = {field: list(values) for field, values in study.tune.items()}
     losses: dict[str, float | None] = {}  # of every trial; None: not measured
@@ -64,11 +63,12 @@ def search(
             return None
         if row["status"] != "finished":
             return math.inf
-        if row.get(metric) is None:
+        if row.get(study.tuned_by) is None:
             raise ValueError(
-                f"{study.name}: {row['run']} has no {metric}, expected it beside {study.metric}; let `run` return both"
+                f"{study.name}: {row['run']} has no {study.tuned_by}, expected it beside {study.metric}; let `run` "
+                "return both"
             )
-        return float(row[metric])
+        return float(row[study.tuned_by])
 
     while True:
         points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -328,6 +328,21 @@ def test_runs_with_submitit(study: Study, tmp_path: Path) -> None:
         ("x = y", ["toy"], "study.py:{line}: NameError"),
         ("raise SystemExit(3)", ["toy"], "study.py:{line}: SystemExit: 3"),
         ("CONFIG = 'nowhere.py'", ["toy", "--workdir={tmp_path}/file"], "Not a directory"),
+        (
+            "",
+            ["toy", "--arms=nix"],
+            "--arms: got 'nix', which no arm of toy matches; expected some of float32",
+        ),
+        ("", ["toy", "--index=2", "--of=2"], "--index: got 2 of 2, expected 0 to 1"),
+        ("", ["toy", "--seeds=x"], "--seeds: got 'x', expected a number such as 5, or seeds such as 0,1,2"),
+        ("", ["toy", "--seeds=0"], "--seeds: got 0, expected at least 1"),
+        ("", ["toy", "--set=training"], "--set: got 'training', expected NAME=VALUE"),
+        ("", ["toy", "--set=training.stepz=3"], "field of training: got 'stepz'"),
+        (
+            "def run(arm, seed, workdir, small): ...",
+            ["toy", "--set=training.steps=3"],
+            "got --set, but run(arm, seed, workdir, small) takes no further settings; add the parameter overrides",
+        ),
     ],
 )
 def test_invalid_input_is_a_one_line_error_with_exit_code_2(
@@ -348,6 +363,54 @@ def test_invalid_input_is_a_one_line_error_with_exit_code_2(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message.format(line=line) in error
+
+
+QUICK = """
+def run(arm, seed, workdir, small, overrides):
+    return {"valid_loss": float(seed), "given": dict(overrides)}
+"""
+
+
+def test_a_part_of_a_study_anywhere(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chosen arms and seeds, job arrays, changed settings: what runs, and into which file."""
+    monkeypatch.chdir(tmp_path)
+    file = study.folder / "study.py"
+    file.write_text(file.read_text() + QUICK)
+
+    def run(*arguments: str) -> dict[str, dict[str, object]]:
+        assert main(["sweep", str(study.folder), *arguments]) == 0
+        return {row["run"]: row for row in read_results(Path(capsys.readouterr().out.strip()))}
+
+    assert set(run("--arms", "float32,tern*", "--seeds", "1")) == {"float32-seed0", "ternary-seed0"}
+    assert set(run("--arms", "ternary", "--seeds", "3,")) == {
+        "float32-seed0",
+        "ternary-seed0",
+        "ternary-seed3",
+    }
+    assert set(read_results(study.results)[0]) > {"run", "settings_hash", "code", "hardware"}
+
+    changed = run("--set", "training.steps=3", "--set", "data.split=document", "--seeds", "3")
+    assert len(changed) == 3 * 3
+    assert changed["broken-seed2"]["given"] == {"training.steps": 3, "data.split": "document"}
+    assert len(read_results(study.results)) == 3, "rows with other settings are not of the study"
+    (work,) = (tmp_path / "runs" / "studies").glob("toy-set-*")
+    assert (work / "results.jsonl").is_file()
+
+    parts = [set(run("--index", str(i), "--of", "4", "--workdir", f"part{i}")) for i in range(4)]
+    assert set.union(*parts) == set(study.runs())
+    assert sum(map(len, parts)) == len(study.runs())
+
+    assert main(["sweep", str(study.folder), "--status", "--json", "status.json"]) == 0
+    told = capsys.readouterr().out
+    figures = json.loads((tmp_path / "status.json").read_text())
+    assert figures["arms"]["ternary"] == {"done": 1, "unhashed": 0, "stale": 0, "failed": 0, "missing": 1}
+    assert figures["unused"] == 1
+    assert "1 rows of arms or seeds that are not asked for" in told
+    assert (
+        f"from 1: 3 rows of commit {figures['origins'] and read_results(study.results)[0]['commit']}" in told
+    )
 
 
 def test_without_submitit_the_error_says_what_to_install(
