@@ -80,14 +80,14 @@ def _changed(paths: list[Path]) -> bool:
         return False
 
 
-def of(row: Row) -> dict[str, Any]:
+def recorded(row: Row) -> dict[str, Any]:
     """The origin recorded in a row; rows without `code` are known by their commit alone."""
     return {"code": f"commit {row.get('commit')}"} | {name: row[name] for name in ORIGIN if name in row}
 
 
 def same_origin(row: Row, here: Mapping[str, str]) -> bool:
     """Whether a row agrees with `here` in all fields of ORIGIN that `here` has."""
-    there = of(row)
+    there = recorded(row)
     return all(there.get(name) == here[name] for name in ORIGIN if name in here)
 
 
@@ -96,7 +96,7 @@ def check_one_origin(rows: Iterable[Row], here: Mapping[str, str], file: Path) -
     others = [row for row in rows if not same_origin(row, here)]
     if not others:
         return
-    there = of(others[0])
+    there = recorded(others[0])
     differing = [name for name in ORIGIN if name in here and there.get(name) != here[name]]
     apart = "; ".join(f"{name} {there.get(name)}, now {here[name]}" for name in differing)
     raise ValueError(

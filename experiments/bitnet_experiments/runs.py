@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 
 from bitnet_experiments.origin import origin, same_origin
 from bitnet_experiments.study import TEST, load_study, overridden
+from bitnet_experiments.tuning import chosen
 from bitnet_jax.models import Architecture, Transformer
 from bitnet_jax.quantization import scales
 from bitnet_jax.quantization.recipes import HEADS
@@ -104,8 +105,14 @@ def model_of(
     It is kept in the workdir of that study, next to `workdir`, that of the calling study.
     """
     other = load_study(study)
-    folder = workdir.parent / other.workdir(small).name / f"{arm}-seed{seed}"
-    row = train(other.settings(arm, seed, small), folder)
+    work = workdir.parent / other.workdir(small).name
+    tuned = chosen(other, work / "tuning.jsonl" if small else None)
+    if other.tune and arm not in tuned:
+        raise ValueError(
+            f"{study}: got no tuned values of {arm!r}, expected some; run bitnet-jax sweep {study} first"
+        )
+    folder = work / f"{arm}-seed{seed}"
+    row = train(other.settings(arm, seed, small, tuned.get(arm)), folder)
     config, _, params, _ = load_run(folder)
     return row, config, params
 

@@ -87,6 +87,11 @@ class Study:
                 raise ValueError(
                     f"{self.name}: TUNE[{field!r}]: got {grid!r}, expected at least two positive numbers, ascending"
                 )
+        for arm, overrides in self.arms.items():
+            if both_set := set(self.tune) & overrides.keys():
+                raise ValueError(
+                    f"{self.name}: arm {arm!r}: got {min(both_set)}, which TUNE searches for; remove one of them"
+                )
         if not self.metric.startswith(TEST):
             raise ValueError(
                 f"{self.name}: METRIC: got {self.metric!r} with TUNE, which chooses by validation data; expected a "

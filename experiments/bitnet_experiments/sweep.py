@@ -163,9 +163,11 @@ def _tune(
                 continue
             with locked(plan.tuning.parent / ".locks" / job.name):  # another process's: wait for it
                 found = row_of(read_results(plan.tuning), job.name)
-            if found is None:
-                lost[job.name] = lost.get(job.name, 0) + 1
-            if lost.get(job.name) == LOST:
+            if found is not None:
+                tried.add(job.name)
+                continue
+            lost[job.name] = lost.get(job.name, 0) + 1
+            if lost[job.name] == LOST:
                 raise ValueError(f"{job.name} ended {LOST} times without a row; see its messages above")
 
 

@@ -159,6 +159,10 @@ def test_trained_arms_choose_by_validation_and_report_the_test(study: Study, tmp
             "TUNE_SEEDS: got .1,., expected fewer",
         ),
         (
+            "METRIC = 'test_loss'; TUNE = {'model.precision': (1, 2)}",
+            "arm 'float32': got model.precision, which TUNE",
+        ),
+        (
             "METRIC = 'test_loss'; TUNE = {'a.b': (1, 2)}\ndef run(arm, seed, workdir, small): ...",
             "add the parameter overrides",
         ),
