@@ -24,6 +24,7 @@ from bitnet_experiments.study import Row, Study
 PACKAGES = ("bitnet_jax", "bitnet_kernels", "bitnet_experiments")
 SOURCES = (".py", ".cc", ".h")
 ORIGIN = ("code", "hardware", "python", "jax")
+DIRTY = "-dirty"
 
 
 def origin(study: Study | None = None) -> dict[str, str]:
@@ -38,7 +39,7 @@ def code(study: Study | None = None) -> str:
         own = (study.folder / "study.py").read_bytes()
         digest = hashlib.sha256(digest.encode() + own).hexdigest()
         dirty = dirty or (study.committed and _changed([study.folder / "study.py"]))
-    return digest[:12] + "-dirty" * dirty
+    return digest[:12] + DIRTY * dirty
 
 
 def origin_here(study: Study) -> dict[str, str]:

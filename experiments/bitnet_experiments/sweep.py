@@ -23,7 +23,7 @@ from typing import Any
 
 from bitnet_experiments.executors import executed
 from bitnet_experiments.freshness import plain
-from bitnet_experiments.origin import check_one_origin, origin, origin_here
+from bitnet_experiments.origin import DIRTY, check_one_origin, origin, origin_here
 from bitnet_experiments.plan import Job, Plan, job_of, make_plan
 from bitnet_experiments.runs import locked, train
 from bitnet_experiments.study import Row, Study, read_results
@@ -111,6 +111,8 @@ def execute(plan: Plan, jobs: int, executor: str, cluster: dict[str, Any]) -> Pa
     how = (jobs, executor, cluster)
     alone = executor == "process" and jobs == 1
     here = origin(plan.study) if alone else origin_here(plan.study)
+    if here["code"].endswith(DIRTY) and plan.folder == plan.study.folder:
+        print("the code has uncommitted changes, and the rows will say so; commit before", file=sys.stderr)
     tuned = _tune(plan, here, how) if plan.study.tune else {}
     every = plan.jobs(tuned)
     todo = _needed(plan, every, here)
