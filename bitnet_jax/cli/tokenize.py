@@ -43,6 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from bitnet_jax.data import Source, Split, load_corpus
     from bitnet_jax.data.bpe import measure_compression, train_bpe
+    from bitnet_jax.data.documents import TRAIN
     from bitnet_jax.training.run_folder import write_atomic
 
     if (args.vocab_size is None) != (args.output is None):
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         documents = Source(args.source, **reading)
         split = Split.of(documents, args.split, args.valid_fraction)
         trained = train_bpe(
-            split.part(documents, held_out=False),
+            split.part(documents, TRAIN),
             args.vocab_size,
             end_token="<|endoftext|>",
             text_bytes=split.text_bytes,

@@ -24,7 +24,7 @@ import numpy as np
 
 from bitnet_jax.data.cache import Entry, Writer, cache_folder, cached
 from bitnet_jax.data.digests import Contents, contents
-from bitnet_jax.data.documents import AnyDocument, Split, text_bytes
+from bitnet_jax.data.documents import TEST, TRAIN, VALID, AnyDocument, Split, text_bytes
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.files import FILE_VARIABLE, JSON_BYTES, LINE_VARIABLE, decode, read_file, report_reads
 from bitnet_jax.data.streams import MeasuredStream, stream_blocks
@@ -54,9 +54,14 @@ class Corpus:
     valid_bytes: int  # the sum of valid_token_bytes
     skipped: tuple[str, ...]  # skipped files, see Documents
     fingerprint: int  # CRC-32 of the training tokens as int32
+    test: MeasuredStream | None = None  # of the test part, if asked for
+    test_documents: int = 0
+    test_bytes: int = 0
 
     def summary(self) -> dict[str, int | str | list[str]]:
         """Figures for a log or a result file; with the names of skipped files, if there are any."""
+        test = {} if self.test is None else {"test_tokens": len(self.test.tokens)}
+        test |= {"test_documents": self.test_documents, "test_bytes": self.test_bytes} if test else {}
         return {
             "tokenizer": self.tokenizer.kind,
             "vocab_size": self.tokenizer.vocab_size,
@@ -66,6 +71,7 @@ class Corpus:
             "valid_bytes": self.valid_bytes,
             "train_tokens": len(self.train),
             "valid_tokens": len(self.valid),
+            **test,
             "skipped_files": len(self.skipped),
             **({"skipped": list(self.skipped)} if self.skipped else {}),
         }
@@ -78,6 +84,7 @@ def load_corpus(
     split: str = "document",
     valid_fraction: float = 0.05,
     valid_source: str | None = None,
+    test: bool = False,
     root: str | os.PathLike[str] | None = None,
     skip_bad_files: bool = False,
     allow_download: bool | None = None,
@@ -90,12 +97,16 @@ def load_corpus(
       split: `document`, `tail` or `record`, see `split_documents`.
       valid_fraction: share to hold out.
       valid_source: hold out all of this source instead, ignoring `split` and `valid_fraction`.
+      test: also hold out a test part: as much again as `valid_fraction` (before the end of the text for `tail`, the
+        valid part moves forward; records with split `test`), or all of valid_source, and then the valid part is
+        split off `source`.
       root, skip_bad_files, allow_download: see `Source`.
 
     Raises:
       DataError: a source or the tokenizer cannot be read, one side of the split is empty, or a text cannot be
         encoded.
     """
+    names, splits = ("train", "valid", "test")[: 2 + test], valid_source is None or test
     opened = partial(Source, root=root, skip_bad_files=skip_bad_files, allow_download=allow_download)
     sources = [opened(name) for name in (source, valid_source) if name is not None]
     fixed = (
@@ -106,12 +117,13 @@ def load_corpus(
 
     def make(append: Append, documents: Sequence[Iterable[AnyDocument]]) -> dict[str, Any]:
         with _reading(sources):
-            if valid_source is None:
-                made = Split.of(documents[0], split, valid_fraction)
-                train, valid = made.part(documents[0], False), made.part(documents[0], True)
-                total = made.text_bytes
+            if splits:
+                made = Split.of(documents[0], split, valid_fraction, test and valid_source is None)
+                parts = [made.part(documents[0], part) for part in (TRAIN, VALID, TEST)][: 2 + made.test]
+                parts += [iter(one) for one in documents[1:]]
+                total = made.text_bytes + sum(map(text_bytes, documents[1:]))
             else:
-                train, valid = map(iter, documents)
+                parts = [iter(one) for one in documents]
                 total = sum(map(text_bytes, documents))
         if fixed == "char":
             with _reading(sources):
@@ -120,16 +132,16 @@ def load_corpus(
             assert not isinstance(fixed, str)
             used = fixed
         with progress_bar(total, unit="B", description="tokenizing", delay=1.0) as progress:
-            values = {
-                "train": _append_stream("train", train, used, False, append, progress),
-                "valid": _append_stream("valid", valid, used, True, append, progress),
+            values: dict[str, Any] = {
+                name: _append_stream(name, part, used, name != "train", append, progress)
+                for name, part in zip(names, parts, strict=True)
             }
         skipped = [name for one in sources for name in one.skipped]
         return values | {"skipped": skipped, "alphabet": used.to_json() if fixed == "char" else None}
 
-    settings = [split, valid_fraction] if valid_source is None else None
+    settings = [split, valid_fraction, *names[2:]] if splits else None
     values, arrays = _streams(sources, fixed, settings, make)
-    train, valid = values["train"], values["valid"]
+    train, valid, tested = values["train"], values["valid"], values.get("test")
     return Corpus(
         tokenizer=fixed if not isinstance(fixed, str) else from_json(values["alphabet"]),
         train=arrays["train"],
@@ -141,6 +153,9 @@ def load_corpus(
         valid_bytes=valid["text_bytes"],
         skipped=tuple(values["skipped"]),
         fingerprint=train["crc32"],
+        test=MeasuredStream(arrays["test"], arrays["test_token_bytes"]) if tested else None,
+        test_documents=tested["documents"] if tested else 0,
+        test_bytes=tested["text_bytes"] if tested else 0,
     )
 
 

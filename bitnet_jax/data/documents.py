@@ -19,6 +19,7 @@ from bitnet_jax.data.files import invalid_utf8, read_blocks
 Found = TypeVar("Found")
 SPLITS = ("document", "tail", "record")
 HELD_OUT_NAMES = ("valid", "validation", "dev")
+TRAIN, VALID, TEST, IGNORED = range(4)  # the parts of a split
 
 
 class Document(NamedTuple):
@@ -92,30 +93,32 @@ class Split:
 
     kind: str
     fraction: float
-    text_bytes: int = 0  # of the documents of both sides
+    test: bool = False  # whether a further part is held out for the test
+    text_bytes: int = 0  # of the documents that are not ignored
     _characters: array[int] = field(default_factory=lambda: array("q"))  # of each document
-    _held_out: bytearray = field(default_factory=bytearray)  # of each document: 0 no, 1 yes, 2 it is ignored
+    _parts: bytearray = field(default_factory=bytearray)  # of each document, unless the split is a tail
 
     @classmethod
-    def of(cls, documents: Iterable[AnyDocument], kind: str, fraction: float) -> Split:
-        """Reads all documents once. Raises DataError: an invalid split, or one without documents on one side."""
+    def of(cls, documents: Iterable[AnyDocument], kind: str, fraction: float, test: bool = False) -> Split:
+        """Reads all documents once. Raises DataError: an invalid split, or one with a part without documents."""
         if kind not in SPLITS:
             raise DataError(f"split: got {kind!r}, expected one of {', '.join(SPLITS)}; correct data.split")
         if kind != "record":
-            check_share("valid_fraction", fraction)
-        made = cls(kind, fraction)
+            check_held_out(fraction, test)
+        made = cls(kind, fraction, test)
         for document in documents:
             made._add(document)
-        train, valid = made.counts()
-        if not train or not valid:
+        train, *held_out = made.counts()
+        if not train or not all(held_out):
             advice = {
                 "document": "use data.split=tail, or another data.valid_fraction",
                 "tail": "use more text, or another data.valid_fraction",
-                "record": "give each record a field split (train, valid), or use data.split=document or tail",
+                "record": "give each record a field split (train, valid; test with data.test), or use "
+                "data.split=document or tail",
             }[kind]
             raise DataError(
-                f"split {kind!r} of {len(made._held_out)} documents: got {train} to train on and {valid} "
-                f"held out, expected at least one each; {advice}"
+                f"split {kind!r} of {len(made._characters)} documents: got {train} to train on and "
+                f"{' and '.join(map(str, held_out))} held out, expected at least one each; {advice}"
             )
         return made
 
@@ -127,45 +130,60 @@ class Split:
             size += len(content)
             if self.kind == "document":
                 digest.update(content)
-        side = 0
+        its = TRAIN
         if self.kind == "document":
-            side = int(_unit(digest.digest()) < self.fraction)
+            its = hashed_part(_unit(digest.digest()), self.fraction, self.test)
         elif self.kind == "record":
-            side = 1 if document.split in HELD_OUT_NAMES else 0 if document.split == "train" else 2
-        self.text_bytes += size if side < 2 else 0
+            named = {name: VALID for name in HELD_OUT_NAMES} | {"train": TRAIN}
+            named |= {"test": TEST} if self.test else {}
+            its = named.get(document.split or "", IGNORED)
+        self.text_bytes += size if its != IGNORED else 0
         self._characters.append(characters)
-        self._held_out.append(side)
+        self._parts.append(its)
 
-    def counts(self) -> tuple[int, int]:
-        """Documents for training, and held out; the one that the boundary of a `tail` is in counts as both."""
+    def counts(self) -> tuple[int, ...]:
+        """Documents for training, held out, and if there is one in the test part; one that a boundary of a `tail` is
+        in counts in each of its parts."""
+        parts = (TRAIN, VALID, TEST) if self.test else (TRAIN, VALID)
         if self.kind != "tail":
-            return self._held_out.count(0), self._held_out.count(1)
-        sides = [self._sides(size, left) for size, left in self._before_boundary()]
-        return sum(train > 0 for train, _ in sides), sum(valid > 0 for _, valid in sides)
+            return tuple(self._parts.count(part) for part in parts)
+        return tuple(sum(start < stop for _, start, stop in self._within(part)) for part in parts)
 
-    def part(self, documents: Iterable[AnyDocument], held_out: bool) -> Iterator[AnyDocument]:
-        """The documents of one side, in order. `documents` are those of `of`."""
+    def part(self, documents: Iterable[AnyDocument], part: int) -> Iterator[AnyDocument]:
+        """The documents of one part, TRAIN, VALID or TEST, in order. `documents` are those of `of`."""
         if self.kind != "tail":
-            yield from (document for document, side in _paired(documents, self._held_out) if side == held_out)
+            yield from (document for document, its in _paired(documents, self._parts) if its == part)
             return
-        for document, (size, left) in _paired(documents, self._before_boundary()):
-            train, valid = self._sides(size, left)
-            if train and valid:
-                yield document.between(train, size) if held_out else document.between(0, train)
-            elif (valid if held_out else train) > 0:
-                yield document
+        for document, (size, start, stop) in _paired(documents, self._within(part)):
+            if start < stop:
+                yield document if (start, stop) == (0, size) else document.between(start, stop)
 
-    def _before_boundary(self) -> Iterator[tuple[int, int]]:
-        """Of each document: its characters, and those from its start to the boundary."""
-        left = int(sum(self._characters) * (1 - self.fraction))
+    def _within(self, part: int) -> Iterator[tuple[int, int, int]]:
+        """Of each document: its characters, and the first and last one within a part of a `tail`."""
+        total = sum(self._characters)
+        ends = [int(total * (1 - self.fraction)), total]
+        if self.test:
+            ends.insert(0, int(total * (1 - 2 * self.fraction)))
+        first, end = [0, *ends][part], ends[part]
         for size in self._characters:
-            yield size, left
-            left -= size
+            yield size, min(max(first, 0), size), min(max(end, 0), size)
+            first, end = first - size, end - size
 
-    @staticmethod
-    def _sides(size: int, left: int) -> tuple[int, int]:
-        train = min(max(left, 0), size)
-        return train, size - train
+
+def hashed_part(value: float, fraction: float, test: bool) -> int:
+    """TRAIN, VALID or TEST of what has this hash in [0, 1): VALID below `fraction`, and TEST up to twice that."""
+    if value < fraction:
+        return VALID
+    return TEST if test and value < 2 * fraction else TRAIN
+
+
+def check_held_out(fraction: float, test: bool) -> None:
+    """Raises DataError unless `fraction` of the data, twice with a test part, leaves some to train on."""
+    check_share("valid_fraction", fraction)
+    if test and fraction >= 0.5:
+        raise DataError(
+            f"valid_fraction: got {fraction} with data.test, which holds out as much again, expected less than 0.5"
+        )
 
 
 def _paired(documents: Iterable[AnyDocument], found: Iterable[Found]) -> Iterator[tuple[AnyDocument, Found]]:
@@ -194,7 +212,7 @@ def split_documents(
         `record`.
     """
     made = Split.of(documents, split, valid_fraction)
-    train, valid = (tuple(made.part(documents, held_out)) for held_out in (False, True))
+    train, valid = (tuple(made.part(documents, part)) for part in (TRAIN, VALID))
     return train, valid  # type: ignore[return-value]  # the parts of Documents are Documents
 
 

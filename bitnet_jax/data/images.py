@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitnet_jax.data.errors import DataError
+from bitnet_jax.data.errors import DataError, check_share
 from bitnet_jax.data.files import BLOCK, read_blocks
 from bitnet_jax.data.text import resolve_path
 
@@ -43,6 +43,7 @@ class ImageSets(NamedTuple):
     valid: LabelledImages
     classes: int
     pixels: Pixels
+    test: LabelledImages | None = None
 
 
 def load_images(
@@ -52,6 +53,7 @@ def load_images(
     limit: int | None = None,
     root: str | os.PathLike[str] | None = None,
     pixels: Pixels | None = None,
+    test_with_valid: float | None = None,
 ) -> ImageSets:
     """Training and held-out images of a source (see the module docstring), normalised alike.
 
@@ -61,6 +63,8 @@ def load_images(
       root: base folder of a relative path, see `resolve_path`.
       pixels: normalisation of a trained model; None: computed here, so that the pixels of the training images have
         mean 0 and standard deviation 1.
+      test_with_valid: the held-out images are `test`, and `valid` is this share of the training images, the last
+        ones; None: the held-out images are `valid`.
 
     Raises:
       DataError: a file is missing, damaged or of another kind; the two parts have different sizes.
@@ -75,13 +79,17 @@ def load_images(
             f"{source}: got training images of {train.images.shape[1:3]} pixels and held-out ones of "
             f"{valid.images.shape[1:3]}, expected the same size"
         )
+    parts = [train, valid]
+    if test_with_valid is not None:
+        train, held_out = _cut(train, test_with_valid, source)
+        parts = [train, held_out, valid]
     if limit is not None:
         if not 1 <= limit <= len(train.labels):
             raise DataError(
                 f"data.limit: got {limit}, expected 1 to the {len(train.labels)} images of {source}"
             )
-        train = LabelledImages(train.images[:limit], train.labels[:limit])
-    images = [part.images.astype(np.float32) for part in (train, valid)]
+        parts[0] = LabelledImages(train.images[:limit], train.labels[:limit])
+    images = [part.images.astype(np.float32) for part in parts]
     if size is not None:
         images = [shrink(part, size) for part in images]
     if pixels is None:
@@ -90,11 +98,28 @@ def load_images(
             raise DataError(f"{source}: got training images of one colour, expected pixels that differ")
         height, width = train.images.shape[1:3]
         pixels = Pixels(float(mean), float(deviation), (height, width))
-    train, valid = (
-        LabelledImages(normalised(part, pixels), labels)
-        for part, labels in zip(images, (train.labels, valid.labels), strict=True)
+    train, valid, *test = (
+        LabelledImages(normalised(array, pixels), part.labels)
+        for array, part in zip(images, parts, strict=True)
     )
-    return ImageSets(train, valid, int(max(train.labels.max(), valid.labels.max())) + 1, pixels)
+    classes = int(max(part.labels.max() for part in parts)) + 1
+    return ImageSets(train, valid, classes, pixels, *test)
+
+
+def _cut(images: LabelledImages, share: float, source: str) -> tuple[LabelledImages, LabelledImages]:
+    """All but the last `share` of the images, and those."""
+    check_share("valid_fraction", share)
+    count = len(images.labels)
+    kept = int(count * (1 - share))
+    if not 0 < kept < count:
+        raise DataError(
+            f"{source}: got {kept} of {count} images to train on with data.valid_fraction={share}, expected some and "
+            "some to validate; use another data.valid_fraction"
+        )
+    first, last = (
+        LabelledImages(images.images[at], images.labels[at]) for at in (slice(kept), slice(kept, None))
+    )
+    return first, last
 
 
 def normalised(images: np.ndarray, pixels: Pixels) -> np.ndarray:

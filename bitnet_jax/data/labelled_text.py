@@ -17,8 +17,8 @@ import numpy as np
 
 from bitnet_jax.data import standard_library
 from bitnet_jax.data.corpus import load_tokenizer
-from bitnet_jax.data.documents import Document, unit_hash
-from bitnet_jax.data.errors import DataError, check_number, check_share
+from bitnet_jax.data.documents import TEST, TRAIN, VALID, Document, check_held_out, hashed_part, unit_hash
+from bitnet_jax.data.errors import DataError, check_number
 from bitnet_jax.data.text import checked_text, json_lines, resolve_path
 from bitnet_jax.data.tokenizers import Tokenizer
 
@@ -32,12 +32,13 @@ class Example(NamedTuple):
 
 
 class LabelledText(NamedTuple):
-    """Token ids of both parts, truncated or padded to one length; `mask` is False for padding."""
+    """Token ids of the parts, truncated or padded to one length; `mask` is False for padding."""
 
     tokenizer: Tokenizer
     classes: tuple[int | str, ...]  # label of each class
     train: dict[str, np.ndarray]  # inputs int32 [N, T], mask bool [N, T], targets int32 [N]
     valid: dict[str, np.ndarray]
+    test: dict[str, np.ndarray] | None = None
 
 
 def load_labelled_text(
@@ -47,6 +48,7 @@ def load_labelled_text(
     tokenizer: str | Tokenizer = "byte",
     valid_source: str | None = None,
     valid_fraction: float = 0.1,
+    test: bool = False,
     limit: int | None = None,
     root: str | os.PathLike[str] | None = None,
     classes: Sequence[int | str] | None = None,
@@ -57,6 +59,7 @@ def load_labelled_text(
       length: T; longer texts are truncated.
       tokenizer: a name, see `load_corpus`, or a tokenizer.
       valid_source: hold out all of it; None: the share `valid_fraction` of `source`, chosen by a hash of the text.
+      test: also hold out a test part: as much again, or all of valid_source, and then `valid` is split off `source`.
       limit: use at most the first `limit` training examples.
       root: base folder of relative paths, see `resolve_path`.
       classes: the labels of a trained model, in its order; None: the sorted labels of the training part.
@@ -66,33 +69,37 @@ def load_labelled_text(
     """
     check_number("length", length)
     check_number("limit", limit)
-    if valid_source is None:
-        check_share("valid_fraction", valid_fraction)
+    cuts = test and valid_source is None  # a test part off `source`
+    if valid_source is None or test:
+        check_held_out(valid_fraction, cuts)
     examples = read_examples(source, root)
-    if valid_source is None:
-        held_out = [unit_hash(example.text) < valid_fraction for example in examples]
-        train = [example for example, out in zip(examples, held_out, strict=True) if not out]
-        valid = [example for example, out in zip(examples, held_out, strict=True) if out]
+    if valid_source is None or test:
+        sides = [hashed_part(unit_hash(example.text), valid_fraction, cuts) for example in examples]
+        train, valid, tested = (
+            [example for example, side in zip(examples, sides, strict=True) if side == part]
+            for part in (TRAIN, VALID, TEST)
+        )
+        tested = tested if valid_source is None else read_examples(valid_source, root)
     else:
-        train, valid = examples, read_examples(valid_source, root)
+        train, valid, tested = examples, read_examples(valid_source, root), []
     train = train[:limit]
-    if not train or not valid:
+    if not train or not valid or (test and not tested):
         raise DataError(
-            f"{source}: got {len(train)} texts to train on and {len(valid)} held out, expected at least one "
-            "each; use another data.valid_fraction or data.valid_source"
+            f"{source}: got {len(train)} texts to train on and {len(valid)}{f' and {len(tested)}' * test} held out, "
+            "expected at least one each; use another data.valid_fraction or data.valid_source"
         )
     if classes is None:
         kinds = {type(example.label) for example in train}
         if len(kinds) > 1:
             raise DataError(f"{source}: got both integer and string labels, expected one type")
         classes = sorted({example.label for example in train})
-    for part, of_part in (("training", train), ("held-out", valid)):
+    for part, of_part in (("training", train), ("held-out", valid), ("test", tested)):
         unknown = sorted({str(example.label) for example in of_part if example.label not in classes})
         if unknown:
             raise DataError(f"{source}: got {part} labels {unknown[:8]} that no training text has")
     if isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer, [Document("", example.text) for example in train], root)
-    parts = (_encode(part, classes, tokenizer, length) for part in (train, valid))
+    parts = (_encode(part, classes, tokenizer, length) for part in (train, valid, tested)[: 2 + test])
     return LabelledText(tokenizer, tuple(classes), *parts)
 
 

@@ -37,6 +37,9 @@ class DataConfig:
     split: str = "document"  # what is held out: document, tail or record (see split_documents)
     valid_fraction: float = 0.05
     valid_source: str | None = None  # hold out all of this source instead
+    # Also hold out a test part, measured once, after the last update: as much again as valid_fraction; or what is held
+    # out otherwise (valid_source, MNIST's own), and then valid_fraction of the rest is held out for validation.
+    test: bool = False
     length: int = 128  # T, tokens per training sequence
     image_size: int | None = None  # images: downsample to this height and width
     limit: int | None = None  # images, text_classification: maximum number of training examples
@@ -70,9 +73,12 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: got {value}, expected at least 1")
-        if self.valid_source is None and self.split != "record" and not 0 < self.valid_fraction < 1:
+        largest = 0.5 if self.test and self.valid_source is None else 1  # each part gets valid_fraction
+        used = (self.valid_source is None or self.test) and self.split != "record"
+        if used and not 0 < self.valid_fraction < largest:
             raise ValueError(
-                f"data.valid_fraction: got {self.valid_fraction}, expected a number between 0 and 1, such as 0.05"
+                f"data.valid_fraction: got {self.valid_fraction}, expected a number between 0 and {largest}, such as "
+                "0.05"
             )
 
 
@@ -180,7 +186,7 @@ WHERE_COMPUTED = ("mesh", "distributed")
 # Settings that did not exist when runs and results were recorded: the hash leaves them out while they have their
 # default, so that it does not change.
 ADDED_LATER = {
-    "data": ("skip_bad_files", "document_mask", "mixture"),
+    "data": ("skip_bad_files", "document_mask", "mixture", "test"),
     "optimizer": ("name", "moments", "base_width", "ema_decay"),
     "evaluation": ("samples", "sample_tokens"),
     "training": ("scan_layers", "spike_factor", "spike_window", "max_returns"),

@@ -101,7 +101,7 @@ def load_config_file(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     for override in overrides:
         _add_default(config, override)
         _check_path(config, override)
-    return _apply_overrides(config, overrides)
+    return _apply_overrides(config, overrides) if overrides else config
 
 
 def _add_default(config: ConfigDict, override: str) -> None:

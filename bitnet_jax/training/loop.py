@@ -83,9 +83,9 @@ def fit(
 
     Returns:
       The content of `result.json`: status ("finished" or "diverged"), step, newest train and valid measurements,
-      parameters, tokens, seconds, record (see training/record.py), config_hash, versions, extended_from (earlier values
-      of training.steps) if training.steps was changed, and for text data (sizes and skipped files of each source). A
-      completed run is not trained again.
+      test_* (with data.test), parameters, tokens, seconds, record (see training/record.py), config_hash, versions,
+      extended_from (earlier values of training.steps) if training.steps was changed, and for text data (sizes and
+      skipped files of each source). A completed run is not trained again.
 
     Raises:
       ValueError, FileNotFoundError: an invalid config, a model that cannot be trained here or packed, unusable data,
@@ -244,7 +244,8 @@ def _train(
         "steps": training.steps,
         **run.extended,
         **({"returns": spikes.returns} if training.max_returns else {}),
-        **recorder.last,
+        **{kind: row for kind, row in recorder.last.items() if kind != "test"},
+        **({} if problem is not None else _tested(recorder.last)),
         **({} if task.data is None else {"data": dict(task.data)}),
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params)),
         "tokens": step * task.tokens,
@@ -260,6 +261,11 @@ def _train(
         "device": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
     }
+
+
+def _tested(last: Mapping[str, Any]) -> dict[str, float]:
+    """`test_<metric>` of the test data, if there is some."""
+    return {f"test_{name}": value for name, value in last.get("test", {}).items()}
 
 
 def _start(

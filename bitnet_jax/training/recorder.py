@@ -94,9 +94,10 @@ class Recorder:
         self.last, self.step = dict(last), step
         self.pause()
 
-    def valid(self, step: int, values: Mapping[str, float]) -> None:
-        self.log.write(step, "valid", values)
-        self.last["valid"] = dict(values)
+    def evaluated(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Kind: valid or test."""
+        self.log.write(step, kind, values)
+        self.last[kind] = dict(values)
 
     def pause(self) -> None:
         """Exclude the time until the next update (an evaluation, a save) from the speed."""

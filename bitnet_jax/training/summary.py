@@ -32,6 +32,9 @@ def _subjects(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if kind in result:
             found = [key for key in MEASUREMENTS if key in result[kind]]
             yield name, ", ".join(f"{MEASUREMENTS[key]} {number(result[kind][key])}" for key in found)
+    tested = {name.removeprefix("test_"): value for name, value in result.items() if name.startswith("test_")}
+    if found := [key for key in MEASUREMENTS if key in tested]:
+        yield "test", ", ".join(f"{MEASUREMENTS[key]} {number(tested[key])}" for key in found)
     if "parameters" in result:
         yield "parameters", f"{result['parameters']:,}, trained on {result['tokens']:,} tokens"
     if "record" in result:

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from bitnet_jax.data import Classes, MixedBatches, TokenBatches, Tokenizer, consecutive_batches, load_corpus
+from bitnet_jax.data import (
+    Classes,
+    MeasuredStream,
+    MixedBatches,
+    TokenBatches,
+    Tokenizer,
+    consecutive_batches,
+    load_corpus,
+)
 from bitnet_jax.evaluation.language import evaluate, model_logits
 from bitnet_jax.models import Architecture, ModelConfig, Transformer, init_variables
 from bitnet_jax.models.stacked import equal_layers, stack
@@ -47,6 +55,8 @@ class Task(NamedTuple):
     classes: Classes | None = None  # only for classifiers
     sample: Sampler | None = None  # only for language models, if the run writes samples
     data: Mapping[str, Any] | None = None  # JSON, for the result: what was read, and which files were skipped
+    # As `evaluate`, on the test part of the data, if data.test asks for one
+    test: Callable[[Mapping[str, PyTree]], dict[str, float]] | None = None
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:
@@ -176,6 +186,7 @@ def language_task(config: RunConfig) -> Task:
             split=data.split,
             valid_fraction=data.valid_fraction,
             valid_source=data.valid_source,
+            test=data.test,
             root=data.root,
             skip_bad_files=data.skip_bad_files,
         )
@@ -195,19 +206,24 @@ def language_task(config: RunConfig) -> Task:
     batches = streams[0] if data.mixture is None else MixedBatches(streams, tuple(data.mixture.values()))
     end = None if held_out.batches is None else held_out.batches * held_out.batch_size * data.length + 1
 
-    def valid_batches() -> Iterator[dict[str, np.ndarray]]:
-        """Of every source; one held-out source belongs to all of them."""
-        for corpus in corpora if data.valid_source is None else corpora[:1]:
-            token_bytes = corpus.valid_token_bytes[:end]
+    def held_out_batches(part: str) -> Iterator[dict[str, np.ndarray]]:
+        """Of every source; one valid_source belongs to all of them."""
+        separate = data.valid_source is not None and (part == "test") == data.test
+        for corpus in corpora[:1] if separate else corpora:
+            stream = (
+                MeasuredStream(corpus.valid, corpus.valid_token_bytes) if part == "valid" else corpus.test
+            )
+            assert stream is not None
             yield from consecutive_batches(
-                corpus.valid[:end], data.length, held_out.batch_size, token_bytes=token_bytes
+                stream.tokens[:end], data.length, held_out.batch_size, token_bytes=stream.token_bytes[:end]
             )
 
-    next(valid_batches())  # an unusable held-out text is an error before the training, not after it
+    for part in ("valid", "test")[: 1 + data.test]:
+        next(held_out_batches(part))  # an unusable text is an error before the training, not after it
     model_config = config.model_config(tokenizer.vocab_size)
 
-    def evaluate_variables(variables: Mapping[str, PyTree]) -> dict[str, float]:
-        score = evaluate(model_logits(model_config), variables, valid_batches())
+    def evaluate_variables(part: str, variables: Mapping[str, PyTree]) -> dict[str, float]:
+        score = evaluate(model_logits(model_config), variables, held_out_batches(part))
         return {
             "loss": score.nats_per_token,
             "bits_per_byte": score.bits_per_byte,
@@ -219,7 +235,8 @@ def language_task(config: RunConfig) -> Task:
         loss=language_loss(Transformer(model_config), config.training.z_loss),
         train_batch=batches.batch,
         tokens=data.batch_size * data.length,
-        evaluate=evaluate_variables,
+        evaluate=partial(evaluate_variables, "valid"),
+        test=partial(evaluate_variables, "test") if data.test else None,
         # A tied head shares its latents with the embedding.
         precisions={
             path: precision

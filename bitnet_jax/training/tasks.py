@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -35,16 +35,26 @@ def image_task(config: RunConfig) -> Task:
       ValueError: the model does not fit the data.
     """
     data, model = config.data, config.image_model_config()
-    sets = load_images(data.source, size=data.image_size, limit=data.limit, root=data.root)
+    sets = load_images(
+        data.source,
+        size=data.image_size,
+        limit=data.limit,
+        root=data.root,
+        test_with_valid=data.valid_fraction if data.test else None,
+    )
     expected = tuple(getattr(model, name) for name in ("image_size", "image_size", "channels"))
     if sets.train.images.shape[1:] != expected:
         raise ValueError(
             f"got images of {sets.train.images.shape[1:]}, expected the model's {expected}; change model.image_size "
             "and model.channels, or data.image_size"
         )
-    train, valid = ({"inputs": part.images, "targets": part.labels} for part in (sets.train, sets.valid))
+    parts = [
+        {"inputs": part.images, "targets": part.labels}
+        for part in (sets.train, sets.valid, sets.test)
+        if part is not None
+    ]
     classes = Classes("images", tuple(range(sets.classes)), pixels=sets.pixels, data=dataclasses.asdict(data))
-    return _classification(config, model, train, valid, classes, None)
+    return _classification(config, model, parts, classes, None)
 
 
 def text_task(config: RunConfig) -> Task:
@@ -62,13 +72,15 @@ def text_task(config: RunConfig) -> Task:
         tokenizer=data.tokenizer,
         valid_source=data.valid_source,
         valid_fraction=data.valid_fraction,
+        test=data.test,
         limit=data.limit,
         root=data.root,
     )
     model = config.model_config(texts.tokenizer.vocab_size)
     settings = dataclasses.asdict(data)
     classes = Classes("text_classification", texts.classes, length=data.length, data=settings)
-    task = _classification(config, model, texts.train, texts.valid, classes, texts.tokenizer)
+    parts = [texts.train, texts.valid] + ([] if texts.test is None else [texts.test])
+    task = _classification(config, model, parts, classes, texts.tokenizer)
     if config.distillation.teacher is None:
         return task
     teacher = make_teacher(config.distillation, model)
@@ -81,8 +93,7 @@ def text_task(config: RunConfig) -> Task:
 def _classification(
     config: RunConfig,
     model: Architecture,
-    train: Mapping[str, np.ndarray],
-    valid: Mapping[str, np.ndarray],
+    parts: Sequence[Mapping[str, np.ndarray]],
     classes: Classes,
     tokenizer: Tokenizer | None,
 ) -> Task:
@@ -91,19 +102,26 @@ def _classification(
         raise ValueError(
             f"model.num_classes: got {got}, expected the {len(classes.names)} classes of the data"
         )
+    train, *held_out_parts = parts
     batches = ExampleBatches(train, config.data.batch_size, config.seed)
     held_out = config.evaluation
-    valid_batches = list(itertools.islice(whole_batches(valid, held_out.batch_size), held_out.batches))
+    valid, *test = (
+        list(itertools.islice(whole_batches(part, held_out.batch_size), held_out.batches))
+        for part in held_out_parts
+    )
 
-    def evaluate(variables: Mapping[str, PyTree]) -> dict[str, float]:
-        return score_classifier(model, variables, valid_batches).summary()
+    def evaluate(
+        part: Sequence[Mapping[str, np.ndarray]], variables: Mapping[str, PyTree]
+    ) -> dict[str, float]:
+        return score_classifier(model, variables, part).summary()
 
     return Task(
         init=partial(initial_variables, config, model),
         loss=model_loss(model.module(), config.training.z_loss),
         train_batch=batches.batch,
         tokens=config.data.batch_size,
-        evaluate=evaluate,
+        evaluate=partial(evaluate, valid),
+        test=partial(evaluate, test[0]) if test else None,
         precisions=model.precisions(),
         tokenizer=tokenizer,
         fingerprint=_fingerprint(train),

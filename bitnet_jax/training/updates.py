@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from jaxtyping import PyTree
 
 from bitnet_jax.models.stacked import unstack
 from bitnet_jax.training.checkpoints import Checkpoints
@@ -81,13 +83,15 @@ class Run:
             return problem.step, problem.with_traceback(None)  # which would keep this state in memory
         return step, None
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Metrics of the held-out data, and with optimizer.ema_decay those of the averaged weights as `ema_<name>`."""
-        values = self.task.evaluate(state.variables)
+    def evaluate(
+        self, state: TrainState, metrics: Callable[[Mapping[str, PyTree]], dict[str, float]]
+    ) -> dict[str, float]:
+        """The metrics, and with optimizer.ema_decay those of the averaged weights as `ema_<name>`."""
+        values = metrics(state.variables)
         average = self.optimizer.averaged(state.opt_state)
         if average is None:
             return values
-        of_average = self.task.evaluate({"params": average, **state.model_state})
+        of_average = metrics({"params": average, **state.model_state})
         return values | {f"ema_{name}": value for name, value in of_average.items()}
 
     def go_back(
@@ -118,9 +122,11 @@ class Run:
         self, state: TrainState, step: int, *, evaluates: bool = True, saves: bool = True
     ) -> None:
         self.record.enter("evaluation")
-        values = self.evaluate(state) if evaluates else None
+        values = self.evaluate(state, self.task.evaluate) if evaluates else None
         if values is not None:
-            self.recorder.valid(step, values)
+            self.recorder.evaluated(step, "valid", values)
+        if evaluates and step == self.config.training.steps and self.task.test is not None:
+            self.recorder.evaluated(step, "test", self.evaluate(state, self.task.test))
         if evaluates and self.task.sample is not None and self.texts is not None:
             for number, sample in enumerate(self.task.sample(unstack(state).variables)):
                 self.texts.write(step, f"sample_{number}", sample._asdict())

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from bitnet_experiments.study import load_study, overridden
+from bitnet_experiments.origin import origin, same_origin
+from bitnet_experiments.study import TEST, load_study, overridden
+from bitnet_experiments.tuning import chosen
 from bitnet_jax.models import Architecture, Transformer
 from bitnet_jax.quantization import scales
 from bitnet_jax.quantization.recipes import HEADS
@@ -26,7 +30,7 @@ from bitnet_jax.training.config import RunConfig, differing_fields
 from bitnet_jax.training.load import load_run
 from bitnet_jax.training.loop import fit
 from bitnet_jax.training.metrics import read_metrics
-from bitnet_jax.training.run_folder import RunError, RunFolder
+from bitnet_jax.training.run_folder import RunFolder, write_atomic
 from bitnet_jax.training.task import Task, abstract_variables, language_task
 from bitnet_jax.training.tasks import TASKS
 
@@ -36,24 +40,18 @@ RESULT_FIELDS = ("status", "step", "tokens", "parameters", "config_hash")
 def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | None = None) -> dict[str, Any]:
     """Trains from scratch in `folder`; `task` replaces the config's task, to change its initialization or loss.
 
-    A run with other settings is never resumed; an unfinished one is replaced.
+    A run is resumed, or taken as it is, only if its settings and its origin (machine and code, see origin.py) are those
+    of now. Another one is kept beside it as `<folder>.stale`.
 
     Returns:
       status, step, tokens, parameters, config_hash, training_seconds (summed over interruptions), error (if it
-      diverged), valid_* and train_* (latest values), history (held-out loss over steps), and the fields of `sizes`.
-
-    Raises:
-      RunError: the folder contains a finished run with other settings.
+      diverged), valid_* and train_* (latest values), test_* (with data.test), history (held-out loss over steps), and
+      the fields of `sizes`.
     """
     with locked(folder.with_name(folder.name + ".lock")):
         run = RunFolder(folder)
-        others = differing_fields(run.read_config(), config) if run.trained() else []
-        if others and run.read_result() is not None:
-            raise RunError(
-                f"{folder} contains a finished run with other settings ({'; '.join(others)}; saved, then "
-                "requested); remove it to train again"
-            )
-        result = fit(config, folder, overwrite=bool(others), task=task)
+        _set_aside_others(run, config)
+        result = fit(config, folder, task=task)
     valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
     row = {name: result[name] for name in RESULT_FIELDS} | {"training_seconds": result["seconds"]}
     if config.task == "images":
@@ -62,9 +60,23 @@ def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | N
         row |= sizes(config.model_config(run.read_tokenizer().vocab_size))
     if result["message"]:
         row["error"] = result["message"]
+    row |= {name: value for name, value in result.items() if name.startswith(TEST)}
     for kind in ("valid", "train"):
         row |= {f"{kind}_{name}": value for name, value in result.get(kind, {}).items()}
     return row | {"history": [{"step": m["step"], "valid_loss": m["loss"]} for m in valid]}
+
+
+def _set_aside_others(run: RunFolder, config: RunConfig) -> None:
+    """Leaves in the folder only what this code would have computed here under these settings."""
+    file, here = run.path.with_name(run.path.name + ".origin.json"), origin()
+    if run.trained():
+        then = json.loads(file.read_text()) if file.is_file() else {}
+        if differing_fields(run.read_config(), config) or not same_origin(then, here):
+            aside = run.path.with_name(run.path.name + ".stale")
+            shutil.rmtree(aside, ignore_errors=True)
+            run.path.rename(aside)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(here) + "\n")
 
 
 def train_from(params: PyTree, config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -93,8 +105,14 @@ def model_of(
     It is kept in the workdir of that study, next to `workdir`, that of the calling study.
     """
     other = load_study(study)
-    folder = workdir.parent / other.workdir(small).name / f"{arm}-seed{seed}"
-    row = train(other.settings(arm, seed, small), folder)
+    work = workdir.parent / other.workdir(small).name
+    tuned = chosen(other, work / "tuning.jsonl" if small else None)
+    if other.tune and arm not in tuned:
+        raise ValueError(
+            f"{study}: got no tuned values of {arm!r}, expected some; run bitnet-jax sweep {study} first"
+        )
+    folder = work / f"{arm}-seed{seed}"
+    row = train(other.settings(arm, seed, small, tuned.get(arm)), folder)
     config, _, params, _ = load_run(folder)
     return row, config, params
 
@@ -104,14 +122,19 @@ def measure(
 ) -> dict[str, Any]:
     """valid_* of given weights without training, under a config that may differ from that of their training.
 
+    With data.test also test_*.
+
     Args:
       model_state: collections besides the parameters, such as batch statistics.
       overrides: fields of `model`, such as precision="int4".
     """
     fields = {f"model.{name}": value for name, value in overrides.items()}
     config = RunConfig.from_dict(overridden(config.to_dict(), fields))
-    values = TASKS[config.task](config).evaluate({"params": params, **(model_state or {})})
-    return {"status": "finished", "config_hash": config.hash()} | {f"valid_{n}": v for n, v in values.items()}
+    task, variables = TASKS[config.task](config), {"params": params, **(model_state or {})}
+    row: dict[str, Any] = {"status": "finished", "config_hash": config.hash()}
+    for part, metrics in (("valid_", task.evaluate), (TEST, task.test)):
+        row |= {f"{part}{n}": v for n, v in metrics(variables).items()} if metrics is not None else {}
+    return row
 
 
 def sizes(model: Architecture) -> dict[str, float]:

@@ -2,12 +2,15 @@
 
 experiments/studies/<name>/study.py        the constants read by `load_study`, see experiments/README.md
 experiments/studies/<name>/results.jsonl   written by `bitnet-jax sweep <name>`
+experiments/studies/<name>/tuning.jsonl    likewise, for studies with TUNE (see tuning.py)
 experiments/studies/<name>/README.md       claim, method, tables (written by `bitnet-jax report <name>`), verdict
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +27,9 @@ VERDICTS = ("reproduced", "partly", "not at this size", "open")
 
 Row = Mapping[str, Any]  # of results.jsonl
 Overrides = Mapping[str, Any]  # config fields, dotted -> values
-# (arm, seed, workdir of the study, small) -> fields of the row
-Run = Callable[[str, int, Path, bool], dict[str, Any]]
+# (arm, seed, workdir of the study, small) -> fields of the row; see `Study.takes_overrides`
+Run = Callable[..., dict[str, Any]]
+TEST = "test_"  # the metrics of a run's test data begin with it, those of its validation data with "valid_"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,8 @@ class Study:
     """The constants defined in a `study.py`, in lower case, and its folder. See experiments/README.md.
 
     Raises:
-      ValueError: an unknown verdict, no arms or seeds, or a baseline or small arm that does not exist.
+      ValueError: an unknown verdict, no arms or seeds, a baseline or small arm that does not exist, or a grid that
+        cannot be searched.
     """
 
     folder: Path
@@ -55,6 +60,9 @@ class Study:
     )  # with --small, on the config's variant "small"
     small_arms: tuple[str, ...] | None = None  # None: all
     small_seeds: tuple[int, ...] | None = None  # None: the first two
+    # Config field -> its grid, ascending: searched for every arm, with other seeds than the final ones; see tuning.py
+    tune: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    tune_seeds: tuple[int, ...] = (1000,)
     run: Run | None = None  # None: train the arm
     # Each returns a Section; (): the table of arms and the curves.
     report: tuple[Callable[[Study, Sequence[Row]], Any], ...] = ()
@@ -69,6 +77,51 @@ class Study:
             check_name(f"{self.name}: arm", arm, self.arms)
         if self.run is None and self.config is None:
             raise ValueError(f"{self.name}: got neither CONFIG nor run, expected at least one of them")
+        if self.tune:
+            self._check_tune()
+
+    def _check_tune(self) -> None:
+        for field, grid in self.tune.items():
+            numbers = all(isinstance(value, int | float) and value > 0 for value in grid)
+            if not numbers or len(grid) < 2 or list(grid) != sorted(set(grid)):
+                raise ValueError(
+                    f"{self.name}: TUNE[{field!r}]: got {grid!r}, expected at least two positive numbers, ascending"
+                )
+        for arm, overrides in self.arms.items():
+            if both_set := set(self.tune) & overrides.keys():
+                raise ValueError(
+                    f"{self.name}: arm {arm!r}: got {min(both_set)}, which TUNE searches for; remove one of them"
+                )
+        if not self.metric.startswith(TEST):
+            raise ValueError(
+                f"{self.name}: METRIC: got {self.metric!r} with TUNE, which chooses by validation data; expected a "
+                "metric of the test data such as 'test_loss', and data.test=True in COMMON"
+            )
+        both = set(self.tune_seeds) & {*self.seeds, *(self.small_seeds or ())}
+        if both or not 0 < len(self.tune_seeds) < len(self.seeds):
+            raise ValueError(
+                f"{self.name}: TUNE_SEEDS: got {self.tune_seeds}, expected fewer than the {len(self.seeds)} SEEDS "
+                "and none of them"
+            )
+        self.check_takes_overrides("TUNE")
+
+    def check_takes_overrides(self, wanted: str) -> None:
+        """Raises ValueError: `run` cannot be given overrides besides those of the arm."""
+        if self.run is not None and not self.takes_overrides:
+            raise ValueError(
+                f"{self.name}: got {wanted}, but run(arm, seed, workdir, small) takes no further settings; add the "
+                "parameter overrides={} and pass it to Study.settings"
+            )
+
+    @property
+    def tuned_by(self) -> str:
+        """The validation metric that a search goes by."""
+        return "valid_" + self.metric.removeprefix(TEST)
+
+    @property
+    def takes_overrides(self) -> bool:
+        """Whether `run` has a parameter `overrides`, for tuned values and those of --set."""
+        return self.run is not None and "overrides" in inspect.signature(self.run).parameters
 
     def __reduce__(self) -> tuple[Callable[[Path], Study], tuple[Path]]:
         return read_study, (self.folder,)  # unpickling reads study.py again
@@ -81,9 +134,19 @@ class Study:
     def results(self) -> Path:
         return self.folder / "results.jsonl"
 
-    def workdir(self, small: bool = False) -> Path:
-        """The default folder of its runs, relative to the current folder."""
-        return Path("runs/studies") / (self.name + ("-small" if small else ""))
+    @property
+    def committed(self) -> bool:
+        """Whether its folder is in the repository."""
+        return self.folder.parent == STUDIES
+
+    def workdir(self, small: bool = False, sets: Overrides | None = None) -> Path:
+        """The default folder of its runs, relative to the current folder.
+
+        Args:
+          sets: further settings of all runs.
+        """
+        mark = f"-set-{_short_hash(sorted(sets.items()))}" if sets else ""
+        return Path("runs/studies") / (self.name + ("-small" if small else "") + mark)
 
     def runs(self, small: bool = False) -> dict[str, tuple[str, int]]:
         """Name of the run -> (arm, seed), ordered by seed, then by arm."""
@@ -91,12 +154,20 @@ class Study:
         arms = (self.small_arms or tuple(self.arms)) if small else tuple(self.arms)
         return {f"{arm}-seed{seed}": (arm, seed) for seed in seeds for arm in arms}
 
-    def overrides(self, arm: str, seed: int, small: bool = False) -> dict[str, Any]:
-        """The run's overrides of the base config: seed, common, small, then the arm's own; the last one wins."""
-        return {"seed": seed, **self.common, **(self.small if small else {}), **self.arms[arm]}
+    def overrides(
+        self, arm: str, seed: int, small: bool = False, more: Overrides | None = None
+    ) -> dict[str, Any]:
+        """The run's overrides of the base config; the last one wins: seed, common, small, the arm's own, `more`."""
+        shared = {"seed": seed, **self.common, **(self.small if small else {})}
+        return {**shared, **self.arms[arm], **(more or {})}
 
-    def settings(self, arm: str, seed: int, small: bool = False) -> RunConfig:
+    def settings(
+        self, arm: str, seed: int, small: bool = False, overrides: Overrides | None = None
+    ) -> RunConfig:
         """The complete config of a run.
+
+        Args:
+          overrides: those that `run` was given, in addition to the arm's.
 
         Raises:
           ValueError: the arm has an unknown field or an invalid value.
@@ -104,7 +175,26 @@ class Study:
         if self.config is None:
             raise ValueError(f"{self.name}: got no CONFIG, expected one to derive settings from")
         base = load_config_file(f"{self.config}{':small' if small else ''}").to_dict()
-        return RunConfig.from_dict(overridden(base, self.overrides(arm, seed, small)))
+        return RunConfig.from_dict(overridden(base, self.overrides(arm, seed, small, overrides)))
+
+    def settings_hash(
+        self, arm: str, seed: int, small: bool = False, more: Overrides | None = None
+    ) -> str | None:
+        """Identifies what a run measures: its complete config, or without CONFIG the arm, seed and overrides.
+
+        The source of `run` is not part of it. None: the settings are invalid.
+        """
+        if self.config is None:
+            return _short_hash([arm, seed, small, self.overrides(arm, seed, small, more)])
+        try:
+            return self.settings(arm, seed, small, more).hash()
+        except (ValueError, OSError):
+            return None
+
+
+def _short_hash(value: Any) -> str:
+    """12 hex digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def overridden(fields: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
@@ -157,6 +247,10 @@ def load_study(name: str) -> Study:
     names = study_names()
     if name not in names and (Path(name) / "study.py").is_file():
         return read_study(Path(name).resolve())
+    if not names:
+        raise ValueError(
+            f"study: got {name!r}, expected a folder with study.py; an installed copy has no studies of its own"
+        )
     check_name("study", name, names, also=" or a folder with study.py")
     return read_study(STUDIES / name)
 

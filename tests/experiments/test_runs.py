@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitnet_experiments.origin import origin
 from bitnet_experiments.runs import measure, model_of, sizes, train, train_from
 from bitnet_experiments.study import Study, overridden
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.load import load_run
-from bitnet_jax.training.run_folder import RunError
+from bitnet_jax.training.run_folder import RunFolder
 
 
 def changed(config: RunConfig, **overrides: object) -> RunConfig:
@@ -55,13 +56,24 @@ def test_a_training_never_continues_under_other_settings(study: Study, tmp_path:
     longer = changed(config, training__steps=6)
     whole = train(longer, tmp_path / "whole")
     train(config, tmp_path / "run")
-    with pytest.raises(RunError, match="finished run with other settings .training.steps: 4, 6; saved, then"):
-        train(longer, tmp_path / "run")
-    (tmp_path / "run" / "result.json").unlink()  # as if it had been interrupted
     row = train(longer, tmp_path / "run")
     assert {n: v for n, v in row.items() if n != "training_seconds"} == {
         n: v for n, v in whole.items() if n != "training_seconds"
     }
+    assert RunFolder(tmp_path / "run.stale").read_config() == config
+
+
+def test_a_training_is_not_reused_by_other_code(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = study.settings("float32", 7, small=True)
+    train(config, tmp_path / "run")
+    before = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+    there = origin() | {"code": "0" * 12}
+    monkeypatch.setattr("bitnet_experiments.runs.origin", lambda: there)
+    train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").stat().st_mtime_ns != before
+    assert (tmp_path / "run.stale" / "result.json").stat().st_mtime_ns == before
 
 
 def test_a_model_of_another_study_is_trained_once(

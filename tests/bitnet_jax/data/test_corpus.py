@@ -236,3 +236,42 @@ def test_bad_files_are_skipped_and_listed_from_the_cache_too(tmp_path: Path, on_
     assert again.summary()["skipped"] == [*first.skipped]
     assert b"not this" not in bytes(first.train)
     assert b"not this" not in bytes(first.valid)
+
+
+@pytest.mark.parametrize("split", ["tail", "document", "record"])
+def test_a_test_part_is_held_out_besides_the_valid_part(folder: Path, split: str) -> None:
+    lines = [json.dumps({"text": f"{i:02d}" * 5, "split": "train"}) for i in range(60)]
+    lines += [json.dumps({"text": name, "split": name}) for name in ("valid", "test")]
+    (folder / "many.jsonl").write_text("\n".join(lines))
+    how = {"split": split, "valid_fraction": 0.2, "root": folder}
+    both, without = (load_corpus("many.jsonl", test=test, **how) for test in (True, False))  # type: ignore[arg-type]
+    assert both.test is not None
+    assert without.test is None
+    assert "test_tokens" not in without.summary()
+    assert both.summary()["test_bytes"] == both.test.token_bytes.sum() == both.test_bytes > 0
+    parts = {"train": both.train, "valid": both.valid, "test": both.test.tokens}
+    text = {name: ByteTokenizer().decode(part).replace("\0", "") for name, part in parts.items()}
+    whole = tuple(ByteTokenizer().decode(part).replace("\0", "") for part in (without.train, without.valid))
+    if split == "tail":
+        assert text["train"] + text["valid"] + text["test"] == "".join(whole)
+        assert text["test"] == whole[1]
+        assert abs(len(text["valid"]) - len(text["test"])) <= 1
+    elif split == "document":
+        assert text["valid"] == whole[1], "the valid documents are the same ones"
+        assert len(text["train"]) + len(text["test"]) == len(whole[0])
+    else:
+        assert (text["train"], text["valid"], text["test"]) == (*whole, "test")
+
+
+def test_with_a_test_part_a_separate_source_is_the_test(folder: Path) -> None:
+    both = load_corpus(
+        "more.txt", valid_source="records.jsonl", split="tail", valid_fraction=0.5, test=True, root=folder
+    )
+    assert both.test is not None
+    assert ByteTokenizer().decode(both.test.tokens) == "\0one two\0six\0left out\0"
+    assert ByteTokenizer().decode(both.train) + ByteTokenizer().decode(both.valid) == "\0h\u00e9\0\0ld\0"
+    with pytest.raises(DataError, match=r"valid_fraction: got 0.5 with data.test, .* expected less than 0.5"):
+        load_corpus("more.txt", split="tail", valid_fraction=0.5, test=True, root=folder)
+    (folder / "two.jsonl").write_text((folder / "records.jsonl").read_text().rpartition("\n")[0])
+    with pytest.raises(DataError, match="got 1 to train on and 1 and 0 held out"):
+        load_corpus("two.jsonl", split="record", test=True, root=folder)

@@ -129,3 +129,19 @@ def test_mnist(data_root: Path) -> None:
     sets = load_images("vision/mnist", root=data_root, size=14)
     assert (len(sets.train.labels), len(sets.valid.labels), sets.classes) == (60_000, 10_000, 10)
     assert np.bincount(sets.valid.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+def test_with_a_test_part_the_last_training_images_are_held_out(folder: Path) -> None:
+    plain, sets = load_images(str(folder)), load_images(str(folder), test_with_valid=0.2, pixels=None)
+    assert sets.test is not None
+    assert plain.test is None
+    assert [len(part.labels) for part in (sets.train, sets.valid, sets.test)] == [24, 6, 10]
+    labels = np.concatenate([sets.train.labels, sets.valid.labels])
+    np.testing.assert_array_equal(labels, plain.train.labels)
+    same = load_images(str(folder), test_with_valid=0.2, pixels=plain.pixels)
+    np.testing.assert_array_equal(same.test.images, plain.valid.images)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(same.valid.images, plain.train.images[24:])
+    few = load_images(str(folder), test_with_valid=0.2, limit=3)
+    assert [len(part.labels) for part in (few.train, few.valid)] == [3, 6]
+    with pytest.raises(DataError, match="got 30 of 30 images to train on"):
+        load_images(str(folder), test_with_valid=1e-18)

@@ -112,3 +112,18 @@ def test_damaged_files_and_unknown_names_are_rejected(tmp_path: Path) -> None:
     valid = write(tmp_path / "valid.jsonl", {"text": "a", "label": 2})
     with pytest.raises(DataError, match=r"held-out labels \['2'\] that no training text has"):
         load_labelled_text(train, valid_source=valid, length=4)
+
+
+def test_a_test_part_is_held_out_besides_the_valid_part(tmp_path: Path) -> None:
+    source = write(tmp_path / "all.jsonl", *({"text": f"text {i}", "label": i % 2} for i in range(200)))
+    plain = load_labelled_text(source, length=8, valid_fraction=0.2)
+    both = load_labelled_text(source, length=8, valid_fraction=0.2, test=True)
+    assert plain.test is None
+    assert both.test is not None
+    np.testing.assert_array_equal(both.valid["inputs"], plain.valid["inputs"])
+    assert len(both.train["targets"]) + len(both.test["targets"]) == len(plain.train["targets"])
+    other = write(tmp_path / "other.jsonl", {"text": "b", "label": 0})
+    separate = load_labelled_text(source, valid_source=other, length=8, valid_fraction=0.2, test=True)
+    assert separate.test is not None
+    assert len(separate.test["targets"]) == 1
+    np.testing.assert_array_equal(separate.valid["inputs"], plain.valid["inputs"])

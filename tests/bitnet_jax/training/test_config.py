@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from bitnet_jax.training.config import CHANGEABLE_ON_RESUME, RunConfig, differing_fields
+from bitnet_jax.training.config import ADDED_LATER, CHANGEABLE_ON_RESUME, RunConfig, differing_fields
 
 MODEL = dict(hidden_size=8, num_layers=1, num_heads=2, ffn_size=8)
 
@@ -167,6 +167,20 @@ def test_skipping_bad_files_is_a_setting_and_older_runs_keep_their_hash() -> Non
     plain = RunConfig.from_dict({"model": MODEL, "data": {"skip_bad_files": False}})
     assert plain.hash() == RunConfig.from_dict({"model": MODEL}).hash() == "b90c6977cc6e" != asked.hash()
     assert differing_fields(asked, plain) == ["data.skip_bad_files: True, 'not set'"]
+
+
+def test_a_field_added_later_leaves_the_hash_while_it_has_its_default() -> None:
+    """Which fields were is listed; a new one that is not would change the pinned hash above."""
+    plain = RunConfig.from_dict({"model": MODEL})
+    for section, names in ADDED_LATER.items():
+        explicit = {name: plain.to_dict()[section][name] for name in names}
+        assert RunConfig.from_dict({"model": MODEL, section: explicit}).hash() == plain.hash()
+    tested = RunConfig.from_dict({"model": MODEL, "data": {"test": True}})
+    assert tested.hash() != plain.hash()
+    with pytest.raises(
+        ValueError, match=r"data.valid_fraction: got 0.6, expected a number between 0 and 0.5"
+    ):
+        RunConfig.from_dict({"model": MODEL, "data": {"test": True, "valid_fraction": 0.6}})
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_rejected() -> None:

@@ -91,6 +91,22 @@ def test_a_run_of_a_real_model_on_real_text(tmp_path: Path, run_config: Config, 
     assert fit(config, tmp_path / "run", progress=False) == result  # finished: nothing is trained again
 
 
+def test_the_test_data_is_measured_once_after_the_last_update(tmp_path: Path, run_config: Config) -> None:
+    """Even if the process ends between that and the writing of the result."""
+    (tmp_path / "text.txt").write_text("".join(f"A tiny text about the number {i}. " for i in range(30)))
+    data = dict(source="text.txt", root=str(tmp_path), split="tail", valid_fraction=0.2, test=True)
+    config = run_config(data=data, evaluation=dict(batches=2))
+    result = fit(config, tmp_path / "run", progress=False)
+    found = [row for row in rows(tmp_path / "run") if row["kind"] == "test"]
+    assert [row["step"] for row in found] == [6]
+    assert result["test_loss"] == found[0]["loss"] != result["valid"]["loss"]
+    assert {"test_bits_per_byte", "test_perplexity"} <= result.keys()
+    assert "test" not in result
+    (tmp_path / "run" / "result.json").unlink()
+    again = fit(config, tmp_path / "run", progress=False)
+    assert again["test_loss"] == result["test_loss"]
+
+
 class Calls:
     """Wraps a train_batch: runs a callback before the batch of a given step is made."""
 

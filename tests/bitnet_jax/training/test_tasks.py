@@ -75,6 +75,22 @@ def test_an_interrupted_image_run_resumes_bit_identically(tmp_path: Path, archit
         assert all(np.abs(mean).max() > 0 for mean in flatten_dict(ours["batch_stats"], sep="/").values())
 
 
+def test_a_classifier_is_tested_on_data_that_is_not_its_validation_data(tmp_path: Path) -> None:
+    config = image_config(data=dict(test=True, valid_fraction=0.1))
+    result = fit(config, tmp_path, progress=False)
+    assert {"test_loss", "test_accuracy", "test_error"} <= result.keys()
+    _, model, variables = load_image_run(tmp_path)
+    sets = load_images("drawn", size=8, limit=60, test_with_valid=0.1)
+    parts = {"test": sets.test, "valid": sets.valid}
+    for name, part in parts.items():
+        assert part is not None
+        first = {"inputs": part.images[:100], "targets": part.labels[:100]}
+        parts[name] = score_classifier(model, variables, whole_batches(first, 50)).summary()
+    assert parts["valid"] == result["valid"]
+    assert parts["test"] == {k.removeprefix("test_"): v for k, v in result.items() if k.startswith("test_")}
+    assert parts["test"] != parts["valid"]
+
+
 def test_evaluation_uses_the_trained_batch_statistics(tmp_path: Path) -> None:
     """With the initial statistics, a trained network would give another result."""
     config = image_config()
