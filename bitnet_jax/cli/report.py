@@ -9,6 +9,7 @@ example:
   bitnet-jax report ternary_penalty
   bitnet-jax report ternary_penalty --workdir runs/studies/ternary_penalty-small   # of a small sweep
   bitnet-jax report --all --check
+  bitnet-jax report --compare scaling precision_ladder   # verdicts, and the arms that both have
 """
 
 from __future__ import annotations
@@ -31,18 +32,26 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="compare what is committed with the rows; write nothing"
     )
     command.add_argument(
+        "--compare", nargs=2, metavar="STUDY", help="print two studies side by side; write nothing"
+    )
+    command.add_argument(
         "--workdir", type=Path, help="report the small sweep in this folder, into this folder"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.all == (args.study is not None):
-        raise ValueError(f"got {'STUDY with --all' if args.all else 'no STUDY'}, expected STUDY or --all")
-    if args.check and args.workdir:
-        raise ValueError("got --check with --workdir, expected one; --check compares committed reports")
+    if (args.study is not None) + args.all + (args.compare is not None) != 1:
+        raise ValueError("expected exactly one of STUDY, --all and --compare; give one")
+    if args.check and (args.workdir or args.compare):
+        raise ValueError("got --check with --workdir or --compare; --check compares committed reports")
     from bitnet_experiments.report import report, report_all
     from bitnet_experiments.study import load_study, study_names
 
+    if args.compare:
+        from bitnet_experiments.compare import compare
+
+        print(compare(*map(load_study, args.compare)))
+        return 0
     if args.check:
         return _check(study_names() if args.all else [args.study], index=args.all)
     if args.all:

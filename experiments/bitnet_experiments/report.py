@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitnet_experiments import verdicts
+from bitnet_experiments.claims_figure import claims_figure
 from bitnet_experiments.pages import digest, digest_of, draw, page, replaced
 from bitnet_experiments.row_checks import problems
 from bitnet_experiments.sections import Section, arms_table, curves, markdown_table
@@ -32,6 +33,11 @@ def sections(study: Study, rows: Sequence[Row]) -> list[Section]:
     return [make(study, rows) for make in study.report or (arms_table(), curves())]
 
 
+def figures(parts: Sequence[Section], found: verdicts.Verdict) -> list[Section]:
+    """The sections that draw something, that of the claims among them."""
+    return [part for part in (claims_figure(found.findings), *parts) if part is not None and part.figure]
+
+
 def text_of(study: Study, rows: Sequence[Row], parts: Sequence[Section]) -> str:
     """Markdown of the sections, then the command and the provenance of the rows."""
     blocks = []
@@ -50,7 +56,10 @@ def text_of(study: Study, rows: Sequence[Row], parts: Sequence[Section]) -> str:
 
 
 def _readme(study: Study, rows: Sequence[Row], old: str, parts: Sequence[Section]) -> str:
-    new = replaced(old, verdicts.markdown(study, verdicts.judge(study, rows)), *VERDICT)
+    found = verdicts.judge(study, rows)
+    head = verdicts.markdown(study, found)
+    head += "" if claims_figure(found.findings) is None else "\n\n![claims](claims.png)"
+    new = replaced(old, head, *VERDICT)
     return replaced(new, text_of(study, rows, parts), *TABLE)
 
 
@@ -69,7 +78,7 @@ def report(study: Study, results: Path, folder: Path) -> str:
     if not rows:
         raise ValueError(f"{results} has no results; run: {command(study)}")
     parts = sections(study, rows)
-    for part in parts:
+    for part in figures(parts, verdicts.judge(study, rows)):
         draw(part, folder)
     readme = folder / "README.md"
     empty = "\n\n".join([f"# {study.question}", "\n".join(VERDICT), "\n".join(TABLE)]) + "\n"
@@ -98,8 +107,8 @@ def check(study: Study) -> tuple[list[str], list[str]]:
     file = study.folder / "verdict.json"
     written = file.read_text() if file.is_file() else ""
     differences += _first_difference(file, written, _verdict_file(study, rows))
-    for part in parts:
-        if part.figure and digest_of(study.folder / f"{part.figure}.png") != digest(part.plotted):
+    for part in figures(parts, verdicts.judge(study, rows)):
+        if digest_of(study.folder / f"{part.figure}.png") != digest(part.plotted):
             differences.append(f"{study.name}/{part.figure}.png shows other values than the rows give")
     return differences, notes
 

@@ -5,7 +5,9 @@ A study lists them in REPORT. Each call below returns a function (study, rows) -
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,10 +171,11 @@ def curves(figure: str = "curves", arms: Sequence[str] | None = None) -> Section
             return dots(figure, tuple(histories))(study, rows)
 
         def draw(axes: Axes) -> None:
+            looks = styles(list(histories))
             for arm, history in histories.items():
                 steps, losses = [step for step, _ in history[0]], np.array(history)[:, :, 1]
-                (line,) = axes.plot(steps, losses.mean(0), label=arm)
-                axes.fill_between(steps, losses.min(0), losses.max(0), alpha=0.2, color=line.get_color())
+                axes.plot(steps, losses.mean(0), label=arm, **looks[arm])
+                axes.fill_between(steps, losses.min(0), losses.max(0), alpha=0.15, color=looks[arm]["color"])
             axes.set(
                 xlabel="step", ylabel="held-out loss (nats)", title=f"{study.name}: mean and range over seeds"
             )
@@ -181,6 +184,39 @@ def curves(figure: str = "curves", arms: Sequence[str] | None = None) -> Section
         return Section("", figure, draw, histories)
 
     return make
+
+
+def styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """One hue per family, the first word of an arm's name, and one kind of line per arm of a family."""
+    import matplotlib.pyplot as plt
+
+    families: dict[str, list[str]] = {}
+    for arm in arms:
+        families.setdefault(re.split(r"[ ,]", arm)[0], []).append(arm)
+    kinds = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+    return {
+        arm: {"color": plt.get_cmap("tab10")(hue % 10), "linestyle": kinds[i % len(kinds)]}
+        for hue, members in enumerate(families.values())
+        for i, arm in enumerate(members)
+    }
+
+
+def ticks(axes: Axes, x: Iterable[float]) -> None:
+    """Readable ticks of a logarithmic x axis: at the plotted values if they are few, else at 1, 2 and 5."""
+    from matplotlib import ticker
+
+    found = sorted(set(x))
+    apart = all(b > 1.25 * a for a, b in itertools.pairwise(found))
+    axes.xaxis.set_major_locator(
+        ticker.FixedLocator(found) if len(found) <= 7 and apart else ticker.LogLocator(subs=(1, 2, 5))
+    )
+    big = found and found[0] >= 1000
+    axes.xaxis.set_major_formatter(
+        ticker.EngFormatter(sep=" ", places=None if not apart else 0)
+        if big
+        else ticker.FuncFormatter(lambda value, _: f"{value:.4g}")
+    )
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def dots(figure: str, arms: Sequence[str] | None = None) -> SectionMaker:
@@ -262,6 +298,7 @@ def size_law(
                     grid = np.geomspace(N.min(), N.max(), 100)
                     axes.plot(grid, fitted[series](grid), color=dots.get_color())
             axes.set(xlabel=xlabel, ylabel="held-out loss (nats)", xscale="log", title=study.name)
+            ticks(axes, (N for pairs in measured.values() for N, _ in pairs))
             axes.legend(fontsize="small")
 
         text = f"{markdown_table(header, lines)}\n\n{note}" if lines else ""
@@ -299,13 +336,14 @@ def points(
                 found.setdefault(point.series, []).append((point, mean))
 
         def draw(axes: Axes) -> None:
-            for series, places in found.items():
+            for i, (series, places) in enumerate(found.items()):
                 places = sorted(places, key=lambda pair: pair[0].x)
                 x, y = [point.x for point, _ in places], [y.mean for _, y in places]
                 half = [0.0 if math.isnan(y.half) else y.half for _, y in places]
                 axes.errorbar(
-                    x, y, half, fmt="o-" if joined else "o", capsize=3, markersize=4, label=series or None
-                )
+                    x, y, half, fmt="osD^"[i // 10 % 4] + ("-" if joined else ""), color=f"C{i % 10}",
+                    capsize=3, markersize=4, label=series or None,
+                )  # fmt: skip
                 for point, mean in places:
                     if point.label:
                         axes.annotate(
@@ -316,6 +354,8 @@ def points(
                             fontsize="x-small",
                         )
             axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, title=study.name)
+            if xscale == "log":
+                ticks(axes, (point.x for places in found.values() for point, _ in places))
             if any(found):
                 axes.legend(fontsize="small")
 

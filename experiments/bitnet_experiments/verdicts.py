@@ -68,11 +68,12 @@ def markdown(study: Study, found: Verdict) -> str:
     blocks = []
     if study.cannot_show:
         blocks.append(f"**This study cannot show the effect.** {study.cannot_show}")
-    counts = [
-        (outcome, sum(finding.outcome == outcome for finding in found.findings)) for outcome in OUTCOMES
-    ]
-    counted = ", ".join(f"{count} {outcome}" for outcome, count in counts if count)
-    claims = f"Of {len(found.findings)} claims: {counted}." if len(found.findings) > 1 else f"{counted}."
+    number = len(found.findings)
+    counts = [sum(finding.outcome == outcome for finding in found.findings) for outcome in OUTCOMES]
+    words = ("holds", "of another size", "contradicted", "undecided")
+    counted = ", ".join(f"{count} {word}" for count, word in zip(counts, words, strict=True) if count)
+    counted = counted.replace("holds", "hold") if counts[0] > 1 else counted
+    claims = f"Of {number} claims: {counted}." if number > 1 else f"One claim: {counted[2:]}."
     text = f"**Verdict: {found.name}.** "
     text += claims if found.findings else "The source states nothing that this study could test."
     if analogue(study):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitnet_experiments import report
 from bitnet_experiments.claims import Claim
+from bitnet_experiments.compare import compare
 from bitnet_experiments.pages import replaced
 from bitnet_experiments.sections import (
     Point,
@@ -68,7 +70,7 @@ def test_tables_figures_and_pages(study: Study) -> None:
     # one degree of freedom is left: too few runs for a pooled residual that excludes 0
     assert "| ternary is 0.5 above float | 0.5 | 0.5500 ± 0.6353 | undecided |" in text
     assert (
-        "**Verdict: open.** 1 undecided. An analogue: language modelling here, translation in the source."
+        "**Verdict: open.** One claim: undecided. An analogue: language modelling here, translation in the source."
         in text
     )
     assert json.loads((study.folder / "verdict.json").read_text())["claims"][0]["high"] == 1.18531
@@ -213,6 +215,30 @@ def test_rows_that_cannot_be_compared_fail_the_check(
     report.report(redo, study.results, study.folder)
     assert report.check(redo) == ([], [f"toy: {message}"])
     assert "**To be measured again:** the machine is gone." in (study.folder / "README.md").read_text()
+
+
+def test_two_studies_are_compared_by_their_common_arms(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = dataclasses.replace(
+        study,
+        folder=tmp_path / "other",
+        arms={"ternary": {}, "few": {}},
+        baseline="few",
+        small_arms=None,
+        claims=(),
+    )
+    write(study, [one | {"config_hash": one["run"]} for one in ROWS])
+    again = [row("few", 0, 4.0, config_hash="float32-seed0"), row("few", 1, 6.0), row("ternary", 0, 2.0)]
+    write(other, again)
+    lines = compare(study, other).splitlines()
+    assert lines[2].startswith(
+        "| toy | Does a toy learn? | open (analogue) | ternary minus float32: 0.5500 ± 0.6353 |"
+    )
+    # error^2 = 1/3 + 1, df = (4/3)^2 / ((1/3)^2 / 2 + 1) = 1.684: t(0.975) = 5.176
+    assert lines[7] == "| float32 / few | 2.0000 ± 2.4841 | 5.0000 ± 12.7062 | -3.0000 ± 5.9770 |"
+    assert lines[8] == "| ternary | 2.0500 ± 6.9884 | 2.0000 (one seed) | 0.0500 (one seed) |"
+    with pytest.raises(ValueError, match="studies of valid_loss and valid_error"):
+        compare(study, dataclasses.replace(other, metric="valid_error"))
 
 
 def test_a_figure_without_curves_shows_the_arms(study: Study) -> None:
