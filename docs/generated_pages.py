@@ -7,6 +7,7 @@ One page per family of quantizers, the straight-through estimators, the recipes,
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from bitnet_experiments import report
 from bitnet_experiments.sections import markdown_table
-from bitnet_experiments.study import load_study, study_names
+from bitnet_experiments.study import STUDIES, load_study, study_names
 from bitnet_jax.quantization import recipes
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
@@ -340,8 +341,10 @@ def block_drawing() -> str:
 
 
 def negative_page() -> str:
-    """The studies whose verdict is not "reproduced", with what their page concludes."""
-    studies = [study for study in map(load_study, study_names()) if study.verdict != "reproduced"]
+    """The studies with a claim that did not hold, or not fully: their verdict, and what their page says about it."""
+    left_out = ("reproduced", "own finding")
+    judged = {name: json.loads((STUDIES / name / "verdict.json").read_text()) for name in study_names()}
+    studies = [load_study(name) for name, found in judged.items() if found["verdict"] not in left_out]
     lines = [
         "# Negative results",
         "Claims of the literature that did not hold here, or only in part, at the sizes that two CPU cores can train. "
@@ -349,9 +352,12 @@ def negative_page() -> str:
         report.index(studies).replace("](studies/", "](experiments/studies/"),
     ]
     for study in studies:
-        verdict = (
-            (study.folder / "README.md").read_text().partition("\n## Verdict\n")[2].partition("\n## ")[0]
-        )
-        verdict = verdict.replace("](../", "](experiments/studies/")
-        lines += [f"## {study.question}", verdict.strip()]
+        text = (study.folder / "README.md").read_text()
+        begin, end = report.VERDICT
+        verdict = text.partition(begin)[2].partition(end)[0].strip()
+        discussion = text.partition("\n## Discussion\n")[2].partition("\n## ")[0].strip()
+        for place in ("](../../", "](../"):
+            target = "](experiments/" if place == "](../../" else "](experiments/studies/"
+            verdict, discussion = verdict.replace(place, target), discussion.replace(place, target)
+        lines += [f"## {study.question}", verdict, discussion]
     return "\n\n".join(lines) + "\n"

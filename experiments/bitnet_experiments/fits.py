@@ -12,17 +12,18 @@ with sizes in millions than in units.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 from numpy.typing import ArrayLike, NDArray
 
 from bitnet_jax.names import check_name
 
 Values = NDArray[np.float64]
 HUBER_DELTA = 1e-3  # as in Hoffmann et al.: quadratic below, linear above
+ITERATIONS = 100
 
 
 def power(x: Sequence[Values], a: float, b: float, c: float) -> Values:
@@ -76,79 +77,123 @@ class Fit(NamedTuple):
         return LAWS[self.law].formula([np.asarray(v, float) for v in x], **self.constants)
 
 
-def fit(
-    law: str,
-    x: Sequence[ArrayLike],
-    L: ArrayLike,
-    *,
-    starts: int = 50,
-    seed: int = 0,
-    near: Fit | None = None,
-) -> Fit:
+def fit(law: str, x: Sequence[ArrayLike], L: ArrayLike, *, starts: int = 50, seed: int = 0) -> Fit:
     """Fits the constants of a law to losses L [n] at x (one array [n] per variable).
 
     Args:
       starts: number of random starts within the law's boxes; the best fit is returned.
-      near: use these constants as the only start instead.
 
     Raises:
       ValueError: an unknown law, numbers that are not positive, or fewer points than constants.
     """
-    check_name("law", law, LAWS)
-    formula, boxes = LAWS[law]
-    columns, losses = [np.asarray(v, float) for v in x], np.asarray(L, float)
-    if not all(np.all(np.isfinite(v) & (v > 0)) for v in (*columns, losses)):
-        raise ValueError(f"{law}: got sizes or losses that are not positive numbers; exclude those runs")
-    if losses.size < len(boxes):
-        raise ValueError(f"{law}: got {losses.size} points for {len(boxes)} constants; measure more sizes")
-    target = np.log(losses)
-
-    def residuals(logarithms: Values) -> Values:
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            predicted = formula(columns, *np.exp(logarithms))
-            return np.nan_to_num(np.log(predicted) - target, nan=1e3, posinf=1e3, neginf=-1e3)
-
-    low, high = np.log(np.array(list(boxes.values()))).T
-    if near is not None:
-        begins = [np.log([near.constants[name] for name in boxes])]
-    else:
-        begins = list(np.random.default_rng(seed).uniform(low, high, (starts, len(boxes))))
-    # Wide bounds keep logarithms finite if the data does not determine a constant (c = 0 is log c = -inf).
-    bounds = (np.minimum(low, -30.0), np.maximum(high, 60.0))
-    ends = [
-        scipy.optimize.least_squares(
-            residuals, begin, loss="huber", f_scale=HUBER_DELTA, x_scale="jac", bounds=bounds, max_nfev=2000
-        )
-        for begin in begins
-    ]
-    best = min(ends, key=lambda end: end.cost)
-    constants = dict(zip(boxes, map(float, np.exp(best.x)), strict=True))
-    return Fit(law, constants, float(best.cost / losses.size), float(np.abs(best.fun).max()))
+    columns, losses = _checked(law, x, L)
+    begins = _starts(law, (starts,), seed)
+    ends, costs = _minimize(law, [column[None] for column in columns], np.log(losses)[None], begins)
+    best = ends[int(np.argmin(costs))]
+    constants = dict(zip(LAWS[law].boxes, map(float, np.exp(best)), strict=True))
+    error = np.abs(np.log(LAWS[law].formula(columns, **constants)) - np.log(losses))
+    return Fit(law, constants, float(np.min(costs)) / losses.size, float(error.max()))
 
 
 def bootstrap(
-    law: str, x: Sequence[ArrayLike], L: ArrayLike, *, draws: int = 200, seed: int = 0
+    law: str, x: Sequence[ArrayLike], L: ArrayLike, *, draws: int = 200, starts: int = 4, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the constants: percentiles over refits to points resampled with replacement.
+    """95 % intervals of the constants: percentiles over fits to runs resampled with replacement at each point x.
 
-    Samples with fewer distinct points than constants are redrawn: the law cannot be fitted to them.
+    Resampling within the points keeps all sizes in every sample: it is the runs that vary, the sizes were chosen. The
+    deviations of n runs from their mean are scaled by sqrt(n / (n - 1)), as their variance is too small by that. Every
+    sample is fitted from the constants of the whole data and from `starts` random ones, since the best fit to a sample
+    may be far from that to the data.
     """
+    columns, losses = _checked(law, x, L)
+    best = np.log(list(fit(law, columns, losses, seed=seed).constants.values()))
+    generator = np.random.default_rng(seed)
+    _, point = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
+    targets = np.tile(np.log(losses), (draws, 1))
+    for members in (np.flatnonzero(point.ravel() == i) for i in range(point.max() + 1)):
+        n, mean = members.size, np.log(losses[members]).mean()
+        deviations = np.log(losses[generator.choice(members, (draws, n))]) - mean
+        targets[:, members] = mean + math.sqrt(n / max(n - 1, 1)) * deviations
+    begins = np.concatenate(
+        [_starts(law, (draws, starts), seed), np.broadcast_to(best, (draws, 1, best.size))], axis=1
+    )
+    ends, costs = _minimize(
+        law,
+        [column[None] for column in columns],
+        np.repeat(targets, starts + 1, axis=0),
+        begins.reshape(-1, best.size),
+    )
+    winners = np.argmin(costs.reshape(draws, starts + 1), axis=1)
+    refits = np.exp(ends.reshape(draws, starts + 1, -1)[np.arange(draws), winners])
+    low, high = np.percentile(refits, [2.5, 97.5], axis=0)
+    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(LAWS[law].boxes)}
+
+
+def _checked(law: str, x: Sequence[ArrayLike], L: ArrayLike) -> tuple[list[Values], Values]:
+    check_name("law", law, LAWS)
     columns, losses = [np.asarray(v, float) for v in x], np.asarray(L, float)
-    best, generator = fit(law, columns, losses, seed=seed), np.random.default_rng(seed)
-    needed = len(LAWS[law].boxes)
-    refits: list[dict[str, float]] = []
-    while len(refits) < draws:
-        chosen = generator.integers(0, losses.size, losses.size)
-        sample = np.stack([column[chosen] for column in columns], 1)
-        if len(np.unique(sample, axis=0)) >= min(needed, len(np.unique(np.stack(columns, 1), axis=0))):
-            refits.append(fit(law, [c[chosen] for c in columns], losses[chosen], near=best).constants)
-    return {
-        name: (
-            float(np.percentile([constants[name] for constants in refits], 2.5)),
-            float(np.percentile([constants[name] for constants in refits], 97.5)),
+    if not all(np.all(np.isfinite(v) & (v > 0)) for v in (*columns, losses)):
+        raise ValueError(f"{law}: got sizes or losses that are not positive numbers; exclude those runs")
+    if losses.size < len(LAWS[law].boxes):
+        raise ValueError(
+            f"{law}: got {losses.size} points for {len(LAWS[law].boxes)} constants; measure more sizes"
         )
-        for name in best.constants
-    }
+    return columns, losses
+
+
+def _starts(law: str, shape: tuple[int, ...], seed: int) -> Values:
+    """Logarithms of random constants within the law's boxes [*shape, constants]."""
+    low, high = np.log(np.array(list(LAWS[law].boxes.values()))).T
+    return np.random.default_rng(seed).uniform(low, high, (*shape, low.size))
+
+
+def _minimize(law: str, x: Sequence[Values], target: Values, logs: Values) -> tuple[Values, Values]:
+    """Levenberg-Marquardt from many starts at once, reweighted for the Huber loss of log residuals.
+
+    Args:
+      x: variables, each [starts, n] or [1, n]; target: log losses, likewise.
+      logs: logarithms of the constants [starts, constants].
+
+    Returns:
+      Logarithms of the constants and the Huber losses, summed over the points [starts].
+    """
+    # Wide bounds keep logarithms finite if the data does not determine a constant (c = 0 is log c = -inf).
+    low, high = -30.0, 60.0
+    count = logs.shape[1]
+
+    def residuals(logs: Values) -> Values:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            predicted = LAWS[law].formula(x, *(np.exp(logs[:, i, None]) for i in range(count)))
+            return np.nan_to_num(np.log(predicted) - target, nan=1e3, posinf=1e3, neginf=-1e3)
+
+    def loss(r: Values) -> Values:
+        size = np.abs(r)
+        huber = np.where(size <= HUBER_DELTA, r**2 / 2, HUBER_DELTA * (size - HUBER_DELTA / 2))
+        return huber.sum(1)
+
+    r = residuals(logs)
+    cost, damping = loss(r), np.full(len(logs), 1e-2)
+    step_size = 1e-6
+    for _ in range(ITERATIONS):
+        steps = step_size * np.eye(count)
+        J = np.stack([(residuals(logs + step) - r) / step_size for step in steps], axis=2)
+        weight = HUBER_DELTA / np.maximum(np.abs(r), HUBER_DELTA)
+        JW = J * weight[:, :, None]
+        H = np.einsum("bni,bnj->bij", JW, J)
+        scale = np.maximum(np.einsum("bii->bi", H), 1e-12)
+        H[:, np.arange(count), np.arange(count)] += damping[:, None] * scale
+        move = np.linalg.solve(H, np.einsum("bni,bn->bi", JW, r)[:, :, None])[:, :, 0]
+        tried = np.clip(logs - np.clip(move, -2, 2), low, high)
+        new = residuals(tried)
+        new_cost = loss(new)
+        better = new_cost < cost
+        settled = np.all(np.abs(tried - logs) < 1e-9) or not np.any(better | (damping < 1e8))
+        logs = np.where(better[:, None], tried, logs)
+        r, cost = np.where(better[:, None], new, r), np.where(better, new_cost, cost)
+        damping = np.where(better, np.maximum(damping / 3, 1e-9), np.minimum(damping * 4, 1e10))
+        if settled:
+            break
+    return logs, cost
 
 
 def held_out_error(law: str, x: Sequence[ArrayLike], L: ArrayLike, largest: float | None = None) -> float:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bitnet_experiments.intervals import Interval, interval
-from bitnet_experiments.sections import Section, SectionMaker, values
+from bitnet_experiments.contrasts import Contrasts
+from bitnet_experiments.intervals import Estimate
+from bitnet_experiments.sections import Section, SectionMaker
 from bitnet_experiments.study import Row, Study
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Mark(NamedTuple):
 
 class Placed(NamedTuple):
     mark: Mark
-    loss: Interval
+    loss: Estimate
 
 
 def frontier(
@@ -47,18 +48,18 @@ def frontier(
     """
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
-        found = []
+        contrasts, found = Contrasts(study, rows), []
         for arm in study.arms:
-            good = values(rows, arm, study.metric)
-            if good:
+            loss = contrasts.arm(arm)
+            if loss is not None:
                 row = next(row for row in rows if row["arm"] == arm and row["status"] == "finished")
-                found.append(Placed(place(arm, row), interval(list(good.values()))))
+                found.append(Placed(place(arm, row), loss))
 
         def draw(axes: Axes) -> None:
             _draw(axes, found)
             axes.set(xlabel=xlabel, ylabel=ylabel)
 
-        return Section("", figure, draw)
+        return Section("", figure, draw, [(*point.mark, point.loss.mean, point.loss.half) for point in found])
 
     return make
 

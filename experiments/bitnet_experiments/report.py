@@ -1,23 +1,25 @@
-"""Tables, figures and an HTML page of a study, rebuilt from its results.
+"""The report of a study, rebuilt from its results: verdict, tables, figures and an HTML page.
 
-Writes the sections listed in the study's REPORT: tables between the marker comments of its README, figures next to it,
-and report.html, the README as one self-contained page.
+Writes into the study's README, between marker comments, the verdict on its claims and the sections listed in REPORT;
+the figures and verdict.json next to it; and report.html, the README as one self-contained page. `check` compares all
+of these with what the rows give, and the rows with what may be compared.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import re
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitnet_experiments.intervals import interval
-from bitnet_experiments.sections import Section, arms_table, curves, difference, markdown_table
+from bitnet_experiments import verdicts
+from bitnet_experiments.claims_figure import claims_figure
+from bitnet_experiments.pages import digest, digest_of, draw, page, replaced
+from bitnet_experiments.row_checks import problems
+from bitnet_experiments.sections import Section, arms_table, curves, markdown_table
 from bitnet_experiments.study import STUDIES, Row, Study, load_study, read_results, study_names
-from bitnet_jax.optional_packages import missing_package
 
-BEGIN, END = "<!-- table: written by bitnet-jax report -->", "<!-- end of table -->"
+TABLE = ("<!-- table: written by bitnet-jax report -->", "<!-- end of table -->")
+VERDICT = ("<!-- verdict: written by bitnet-jax report -->", "<!-- end of verdict -->")
 INDEX = STUDIES.parent / "README.md"
 
 
@@ -31,78 +33,43 @@ def sections(study: Study, rows: Sequence[Row]) -> list[Section]:
     return [make(study, rows) for make in study.report or (arms_table(), curves())]
 
 
+def figures(parts: Sequence[Section], found: verdicts.Verdict) -> list[Section]:
+    """The sections that draw something, that of the claims among them."""
+    return [part for part in (claims_figure(found.findings), *parts) if part is not None and part.figure]
+
+
 def text_of(study: Study, rows: Sequence[Row], parts: Sequence[Section]) -> str:
-    """Markdown of the sections, with the command below each table, and the provenance of the rows."""
+    """Markdown of the sections, then the command and the provenance of the rows."""
     blocks = []
     for part in parts:
         if part.markdown:
-            blocks += [part.markdown, f"Command: `{command(study)}`."]
+            blocks.append(part.markdown)
         if part.figure:
             blocks.append(f"![{part.figure.replace('_', ' ')}]({part.figure}.png)")
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     machines = ", ".join(sorted({row["hardware"] for row in rows}))
     versions = ", ".join(sorted({row["jax"] for row in rows}))
-    blocks.append(f"Measured at commits {commits}, on {machines}, jax {versions}.")
+    blocks.append(
+        f"Command: `{command(study)}`. Measured at commits {commits}, on {machines}, jax {versions}."
+    )
     return "\n\n".join(blocks)
 
 
-def draw(part: Section, folder: Path) -> None:
-    """Writes the figure of a section into a folder. Raises ValueError: matplotlib is not installed."""
-    if part.draw is not None:
-        try:
-            import matplotlib
-        except ImportError as error:
-            raise ValueError(missing_package("matplotlib")) from error
-        matplotlib.use("Agg")  # headless; must precede the import of pyplot
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-        part.draw(axes)
-        figure.savefig(folder / f"{part.figure}.png", dpi=120)
-        plt.close(figure)
+def _readme(study: Study, rows: Sequence[Row], old: str, parts: Sequence[Section]) -> str:
+    found = verdicts.judge(study, rows)
+    head = verdicts.markdown(study, found)
+    head += "" if claims_figure(found.findings) is None else "\n\n![claims](claims.png)"
+    new = replaced(old, head, *VERDICT)
+    return replaced(new, text_of(study, rows, parts), *TABLE)
 
 
-def replaced(old: str, text: str, begin: str = BEGIN, end: str = END) -> str:
-    """`old` with `text` between its markers. Raises ValueError: no markers."""
-    head, found, rest = old.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"got a README without {begin} and {end}; put them where the tables belong")
-    return f"{head}{begin}\n{text}\n{end}{tail}"
-
-
-def page(title: str, text: str, folder: Path) -> str:
-    """Markdown as one HTML page, with the figures in `folder` embedded.
-
-    Raises:
-      ValueError: the package markdown is not installed.
-    """
-    try:
-        import markdown
-    except ImportError as error:
-        raise ValueError(missing_package("markdown")) from error
-
-    def embed(match: re.Match[str]) -> str:
-        file = folder / html.unescape(match[1])
-        if not file.is_file():
-            return match[0]
-        return f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"'
-
-    body = re.sub(
-        r'src="([^":]+\.png)"', embed, markdown.markdown(text, extensions=["tables", "fenced_code"])
-    )
-    style = (
-        "body{max-width:60em;margin:2em auto;padding:0 1em;font:16px/1.5 sans-serif}img{max-width:100%}"
-        "table{border-collapse:collapse}td,th{padding:.2em .6em;border-bottom:1px solid #ccc}code{background:#eee}"
-    )
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style></head><body>\n{body}\n</body></html>\n"
-    )
+def _verdict_file(study: Study, rows: Sequence[Row]) -> str:
+    found = verdicts.to_json(study, verdicts.judge(study, rows))
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
 def report(study: Study, results: Path, folder: Path) -> str:
-    """Writes tables, figures and the page into `folder`; returns the Markdown of the tables.
+    """Writes verdict, tables, figures and the page into `folder`; returns the Markdown of the tables.
 
     Raises:
       ValueError: there are no results, or the README has no markers.
@@ -111,24 +78,55 @@ def report(study: Study, results: Path, folder: Path) -> str:
     if not rows:
         raise ValueError(f"{results} has no results; run: {command(study)}")
     parts = sections(study, rows)
-    for part in parts:
+    for part in figures(parts, verdicts.judge(study, rows)):
         draw(part, folder)
-    text = text_of(study, rows, parts)
     readme = folder / "README.md"
-    old = readme.read_text() if readme.is_file() else f"# {study.question}\n\n{BEGIN}\n{END}\n"
-    readme.write_text(replaced(old, text))
-    (folder / "report.html").write_text(page(study.question, readme.read_text(), folder))
-    return text
+    empty = "\n\n".join([f"# {study.question}", "\n".join(VERDICT), "\n".join(TABLE)]) + "\n"
+    readme.write_text(_readme(study, rows, readme.read_text() if readme.is_file() else empty, parts))
+    (folder / "verdict.json").write_text(_verdict_file(study, rows))
+    linked = readme.read_text().replace("../../README.md#", "../../report.html#")
+    (folder / "report.html").write_text(page(study.question, linked, folder))
+    return text_of(study, rows, parts)
 
 
-def effect(study: Study, rows: Sequence[Row]) -> str:
-    """The study's answer as a short text: a paired difference with its interval, or the text from EFFECT."""
-    if not rows or not study.effect:
-        return ""
-    if callable(study.effect):
-        return study.effect(study, rows)
-    differences = difference(study, rows, study.effect)
-    return f"{study.effect}: {interval(differences)}" if differences else ""
+def check(study: Study) -> tuple[list[str], list[str]]:
+    """Differences between the committed report and the rows, the first first, and notes on rows to measure again.
+
+    Nothing is written or drawn. A study without results has nothing to compare.
+    """
+    rows = read_results(study.results)
+    if not rows:
+        return [], []
+    wrong = [f"{study.name}: {problem}" for problem in problems(study, rows)]
+    notes = wrong if study.redo else []
+    differences = [] if study.redo else wrong
+    parts = sections(study, rows)
+    readme = study.folder / "README.md"
+    old = readme.read_text() if readme.is_file() else ""
+    differences += _first_difference(readme, old, _readme(study, rows, old, parts))
+    file = study.folder / "verdict.json"
+    written = file.read_text() if file.is_file() else ""
+    differences += _first_difference(file, written, _verdict_file(study, rows))
+    for part in figures(parts, verdicts.judge(study, rows)):
+        if digest_of(study.folder / f"{part.figure}.png") != digest(part.plotted):
+            differences.append(f"{study.name}/{part.figure}.png shows other values than the rows give")
+    return differences, notes
+
+
+def check_index() -> list[str]:
+    """Differences between the committed table of all studies and their rows."""
+    old = INDEX.read_text()
+    new = replaced(old, index([load_study(name) for name in study_names()]), *TABLE)
+    return _first_difference(INDEX, old, new)
+
+
+def _first_difference(file: Path, old: str, new: str) -> list[str]:
+    lines, expected = old.splitlines(), new.splitlines()
+    for number in range(max(len(lines), len(expected))):
+        got, want = (text[number] if number < len(text) else "" for text in (lines, expected))
+        if got != want:
+            return [f"{file.parent.name}/{file.name}:{number + 1}: got {got!r}, the rows give {want!r}"]
+    return []
 
 
 def index(studies: Sequence[Study]) -> str:
@@ -136,28 +134,37 @@ def index(studies: Sequence[Study]) -> str:
     lines = []
     for study in studies:
         rows = read_results(study.results)
+        found = verdicts.judge(study, rows)
         done, total = len({row["run"] for row in rows} & set(study.runs())), len(study.runs())
         hours = sum(row["wall_seconds"] for row in rows) / 3600
         lines.append(
             [
                 f"[{study.question}](studies/{study.name}/README.md)",
-                study.source,
-                study.verdict,
-                effect(study, rows) or "",
+                verdicts.label(study, found),
+                verdicts.effect(study, rows, found),
                 study.paper_effect,
+                study.source,
                 f"`{command(study)}`",
                 f"{hours:.1f} h" if done == total else f"{hours:.1f} h, {done} of {total} runs",
             ]
         )
-    header = ["question", "<source", "<verdict", "<effect here", "<effect there", "<command", "cost"]
+    header = ["question", "<verdict", "<effect here", "<effect there", "<source", "<command", "cost"]
     return markdown_table(header, lines)
 
 
 def report_all() -> Path:
-    """Reports every study with results and rewrites the table of all studies; returns its path."""
+    """Reports every study with results and rewrites the table of all studies; returns the path of its HTML page."""
     studies = [load_study(name) for name in study_names()]
     for study in studies:
         if study.results.is_file():
             report(study, study.results, study.folder)
-    INDEX.write_text(replaced(INDEX.read_text(), index(studies)))
-    return INDEX
+    INDEX.write_text(replaced(INDEX.read_text(), index(studies), *TABLE))
+    html = INDEX.with_name("report.html")
+    links = INDEX.read_text()
+    for study in studies:
+        if study.results.is_file():
+            links = links.replace(
+                f"](studies/{study.name}/README.md)", f"](studies/{study.name}/report.html)"
+            )
+    html.write_text(page("Experiments", links, INDEX.parent))
+    return html

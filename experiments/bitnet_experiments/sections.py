@@ -5,14 +5,17 @@ A study lists them in REPORT. Each call below returns a function (study, rows) -
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from bitnet_experiments.contrasts import Contrasts, values
 from bitnet_experiments.fits import bootstrap, fit, held_out_error
-from bitnet_experiments.intervals import Interval, detectable, interval, paired
+from bitnet_experiments.intervals import Estimate, detectable, holm, interval
 from bitnet_experiments.study import Row, Study
 
 if TYPE_CHECKING:
@@ -21,30 +24,19 @@ if TYPE_CHECKING:
 Draw = Callable[["Axes"], None]
 
 
+STATISTICS = "[How intervals and marks are computed](../../README.md#statistics)."
+
+
 class Section(NamedTuple):
-    """Markdown, and optionally a function that draws the axes of the figure `<figure>.png`."""
+    """Markdown, and optionally a figure `<figure>.png`: a function that draws its axes, and the plotted values."""
 
     markdown: str
     figure: str | None = None
     draw: Draw | None = None
+    plotted: Any = None  # nested lists and dicts of numbers and names
 
 
 SectionMaker = Callable[[Study, Sequence[Row]], Section]
-
-
-def values(rows: Iterable[Row], arm: str, metric: str) -> dict[int, float]:
-    """Seed -> metric, over the finished runs of an arm that have the metric."""
-    return {
-        row["seed"]: row[metric]
-        for row in rows
-        if row["arm"] == arm and row["status"] == "finished" and row.get(metric) is not None
-    }
-
-
-def difference(study: Study, rows: Sequence[Row], arm: str, metric: str | None = None) -> list[float]:
-    """Differences of an arm to the study's baseline, paired by seed."""
-    metric = metric or study.metric
-    return paired(values(rows, arm, metric), values(rows, study.baseline, metric))
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -60,8 +52,39 @@ def _number(value: float, digits: int = 4) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
+class Differences:
+    """The differences of one table: texts, marked where Holm's procedure over the table finds them, and a note."""
+
+    def __init__(self, contrasts: Contrasts, pairs: Iterable[tuple[str, str]]) -> None:
+        self.contrasts = contrasts
+        found = {pair: contrasts.difference(*pair) for pair in pairs if pair[0] != pair[1]}
+        self.estimates = {pair: estimate for pair, estimate in found.items() if estimate is not None}
+        known = [pair for pair, estimate in self.estimates.items() if not math.isnan(estimate.error)]
+        kept = holm([self.estimates[pair].p for pair in known])
+        self.marked = {pair for pair, significant in zip(known, kept, strict=True) if significant}
+
+    def cells(self, arm: str, other: str, named: bool = False) -> list[str]:
+        """The difference, and the detectable one; empty for an arm without one."""
+        estimate = self.estimates.get((arm, other))
+        if estimate is None:
+            return ["", ""]
+        text = f"{estimate} ({other})" if named else str(estimate)
+        text += " *" if (arm, other) in self.marked else ""
+        text += " †" if self.contrasts.disagrees(arm, other) else ""
+        return [text, _number(detectable(estimate))]
+
+    def note(self) -> str:
+        note = self.contrasts.note(self.estimates.values())
+        texts = [f"{note[:1].upper()}{note[1:]}."] if note else []
+        if self.marked:
+            texts.append("* Not 0 at 5 % after Holm's correction over this table.")
+        if any(self.contrasts.disagrees(*pair) for pair in self.estimates):
+            texts.append("† Welch's interval disagrees about 0.")
+        return " ".join(texts)
+
+
 def arms_table(*more: str, against: Callable[[str], str] | None = None) -> SectionMaker:
-    """One line per arm: the metric, its paired difference to the baseline, and the detectable difference.
+    """One line per arm: the metric, its difference to the baseline, and the detectable difference.
 
     Args:
       more: further fields of the rows, each a column of means (without interval).
@@ -72,7 +95,9 @@ def arms_table(*more: str, against: Callable[[str], str] | None = None) -> Secti
         name = study.baseline if against is None else "the arm named"
         header = ["arm", "seeds", study.metric, f"difference to {name}", "detectable", *more]
         header += ["parameters", "seconds per run"]
-        lines = []
+        contrasts = Contrasts(study, rows)
+        base = {arm: study.baseline if against is None else against(arm) for arm in study.arms}
+        differences, lines = Differences(contrasts, base.items()), []
         for arm in study.arms:
             runs = [row for row in rows if row["arm"] == arm]
             good = values(rows, arm, study.metric)
@@ -81,85 +106,137 @@ def arms_table(*more: str, against: Callable[[str], str] | None = None) -> Secti
             if not good:
                 lines.append([arm, seeds if runs else "not run", *[""] * (len(header) - 2)])
                 continue
-            base = study.baseline if against is None else against(arm)
-            differences = [] if arm == base else paired(good, values(rows, base, study.metric))
-            shown = str(interval(differences)) if differences else ""
-            shown += f" ({base})" if differences and against is not None else ""
-            line = [arm, seeds, str(interval(list(good.values()))), shown, _number(detectable(differences))]
+            line = [arm, seeds, str(contrasts.arm(arm))]
+            line += differences.cells(arm, base[arm], named=against is not None)
             means = [list(values(rows, arm, field).values()) for field in more]
             line += [f"{np.mean(column):.4g}" if column else "" for column in means]
             sizes = sorted({row["parameters"] for row in runs if row.get("parameters")})
             line += [", ".join(f"{size:,}" for size in sizes)]
             line += [f"{np.mean([row['wall_seconds'] for row in runs]):.0f}"]
             lines.append(line)
-        note = (
-            "Mean ± half of the 95 % Student-t interval over seeds; differences are paired by seed. Detectable: the "
-            "smallest true difference that a paired t-test at 5 % would have found with probability 0.8, given the "
-            "spread seen here."
-        )
-        return Section(f"{markdown_table(header, lines)}\n\n{note}")
+        note = f"Means ± half of their 95 % intervals over seeds. {differences.note()} {STATISTICS}"
+        return Section(f"{markdown_table(header, lines)}\n\n{note.strip()}")
 
     return make
 
 
 def measures_table(*fields: str) -> SectionMaker:
-    """One line per arm: the mean of each field with its interval over seeds; fields missing in all rows are omitted."""
+    """One line per arm: the mean of each field with its interval; fields missing in all rows are omitted."""
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
-        found = {field: {arm: values(rows, arm, field) for arm in study.arms} for field in fields}
-        shown = [field for field in fields if any(found[field].values())]
+        found = {field: Contrasts(study, rows, field) for field in fields}
+        shown = [field for field in fields if found[field].found]
         lines = [
-            [arm, *(str(interval(list(found[field][arm].values()))) for field in shown)]
+            [arm, *(str(found[field].arm(arm)) for field in shown)]
             for arm in study.arms
-            if all(found[field][arm] for field in shown)
+            if all(arm in found[field].found for field in shown)
         ]
         return Section(markdown_table(["arm", *shown], lines))
 
     return make
 
 
-def pairs_table(*pairs: tuple[str, str]) -> SectionMaker:
-    """One line per pair (arm, other arm): the difference of the metric, paired by seed, and the detectable one."""
+def pairs_table(*pairs: tuple[str, str], metric: str | None = None) -> SectionMaker:
+    """One line per pair (arm, other arm): the difference of the metric, and the detectable one."""
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
-        lines = []
-        for arm, other in pairs:
-            differences = paired(values(rows, arm, study.metric), values(rows, other, study.metric))
-            if differences:
-                lines.append(
-                    [f"{arm} minus {other}", str(interval(differences)), _number(detectable(differences))]
-                )
-        return Section(markdown_table([f"difference of {study.metric}", "mean", "detectable"], lines))
+        contrasts = Contrasts(study, rows, metric)
+        differences = Differences(contrasts, pairs)
+        lines = [
+            [f"{arm} minus {other}", *differences.cells(arm, other)] for arm, other in differences.estimates
+        ]
+        table = markdown_table([f"difference of {contrasts.metric}", "mean", "detectable"], lines)
+        return Section(f"{table}\n\n{differences.note()}".strip() if differences.estimates else "")
 
     return make
 
 
 def curves(figure: str = "curves", arms: Sequence[str] | None = None) -> SectionMaker:
-    """Held-out loss over steps: the mean over seeds as a line, the range over seeds as a band."""
+    """Held-out loss over steps: the mean over seeds as a line, the range over seeds as a band.
+
+    Where runs were evaluated only once, at the end, the metric of every arm with its 95 % interval instead.
+    """
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
         histories = {
             arm: [
-                r["history"]
+                [(point["step"], point["valid_loss"]) for point in r["history"]]
                 for r in rows
                 if r["arm"] == arm and r["status"] == "finished" and r.get("history")
             ]
             for arm in arms or study.arms
         }
+        histories = {arm: found for arm, found in histories.items() if found}
+        if all(len(one) < 2 for found in histories.values() for one in found):
+            return dots(figure, tuple(histories))(study, rows)
 
         def draw(axes: Axes) -> None:
+            looks = styles(list(histories))
             for arm, history in histories.items():
-                if history:
-                    steps = [point["step"] for point in history[0]]
-                    losses = np.array([[point["valid_loss"] for point in one] for one in history])
-                    (line,) = axes.plot(steps, losses.mean(0), label=arm)
-                    axes.fill_between(steps, losses.min(0), losses.max(0), alpha=0.2, color=line.get_color())
+                steps, losses = [step for step, _ in history[0]], np.array(history)[:, :, 1]
+                axes.plot(steps, losses.mean(0), label=arm, **looks[arm])
+                axes.fill_between(steps, losses.min(0), losses.max(0), alpha=0.15, color=looks[arm]["color"])
             axes.set(
                 xlabel="step", ylabel="held-out loss (nats)", title=f"{study.name}: mean and range over seeds"
             )
             axes.legend(fontsize="small")
 
-        return Section("", figure, draw)
+        return Section("", figure, draw, histories)
+
+    return make
+
+
+def styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """One hue per family, the first word of an arm's name, and one kind of line per arm of a family."""
+    import matplotlib.pyplot as plt
+
+    families: dict[str, list[str]] = {}
+    for arm in arms:
+        families.setdefault(re.split(r"[ ,]", arm)[0], []).append(arm)
+    kinds = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+    return {
+        arm: {"color": plt.get_cmap("tab10")(hue % 10), "linestyle": kinds[i % len(kinds)]}
+        for hue, members in enumerate(families.values())
+        for i, arm in enumerate(members)
+    }
+
+
+def ticks(axes: Axes, x: Iterable[float]) -> None:
+    """Readable ticks of a logarithmic x axis: at the plotted values if they are few, else at 1, 2 and 5."""
+    from matplotlib import ticker
+
+    found = sorted(set(x))
+    apart = all(b > 1.25 * a for a, b in itertools.pairwise(found))
+    axes.xaxis.set_major_locator(
+        ticker.FixedLocator(found) if len(found) <= 7 and apart else ticker.LogLocator(subs=(1, 2, 5))
+    )
+    big = found and found[0] >= 1000
+    axes.xaxis.set_major_formatter(
+        ticker.EngFormatter(sep=" ", places=None if not apart else 0)
+        if big
+        else ticker.FuncFormatter(lambda value, _: f"{value:.4g}")
+    )
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def dots(figure: str, arms: Sequence[str] | None = None) -> SectionMaker:
+    """The metric of every arm with its 95 % interval, one line per arm."""
+
+    def make(study: Study, rows: Sequence[Row]) -> Section:
+        contrasts = Contrasts(study, rows)
+        found = {arm: one for arm in arms or study.arms if (one := contrasts.arm(arm)) is not None}
+
+        def draw(axes: Axes) -> None:
+            names = list(found)[::-1]  # the first on top
+            half = [np.nan_to_num(found[name].half) for name in names]
+            axes.errorbar(
+                [found[name].mean for name in names], range(len(names)), xerr=half, fmt="o", capsize=3
+            )
+            axes.set_yticks(range(len(names)), names)
+            axes.set(xlabel=study.metric.replace("_", " "), title=f"{study.name}: mean and 95 % interval")
+            axes.grid(axis="x", alpha=0.3)
+
+        return Section("", figure, draw, {arm: (one.mean, one.half) for arm, one in found.items()})
 
     return make
 
@@ -203,8 +280,9 @@ def size_law(
             lines.append([series, *constants, f"{held_out_error('power', [N], L):+.2%}"])
         header = ["series", "a", "b", "c", "largest size, predicted from the others"]
         note = (
-            f"Fits of L(N) = a N^-b + c, N in {xlabel}, Huber loss of log residuals, 95 % bootstrap intervals over "
-            "runs. Last column: relative error of the mean loss at the largest size, from a fit to all smaller ones."
+            f"Fits of L(N) = a N^-b + c, N in {xlabel}, Huber loss of log residuals, 95 % intervals by bootstrap of "
+            "the runs of each size. Last column: relative error of the mean loss at the largest size, from a fit to "
+            "all smaller ones."
         )
 
         def draw(axes: Axes) -> None:
@@ -220,9 +298,12 @@ def size_law(
                     grid = np.geomspace(N.min(), N.max(), 100)
                     axes.plot(grid, fitted[series](grid), color=dots.get_color())
             axes.set(xlabel=xlabel, ylabel="held-out loss (nats)", xscale="log", title=study.name)
+            ticks(axes, (N for pairs in measured.values() for N, _ in pairs))
             axes.legend(fontsize="small")
 
-        return Section(f"{markdown_table(header, lines)}\n\n{note}" if lines else "", figure, draw)
+        text = f"{markdown_table(header, lines)}\n\n{note}" if lines else ""
+        laws = {series: found.constants for series, found in fitted.items()}
+        return Section(text, figure, draw, [measured, laws])
 
     return make
 
@@ -245,22 +326,24 @@ def points(
     """
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
-        found: dict[str, list[tuple[Point, Interval]]] = {}
+        contrasts = Contrasts(study, rows, metric)
+        found: dict[str, list[tuple[Point, Estimate]]] = {}
         for arm in study.arms:
-            good = values(rows, arm, metric or study.metric)
+            mean = contrasts.arm(arm)
             row = next((row for row in rows if row["arm"] == arm and row["status"] == "finished"), None)
-            point = None if row is None or not good else place(arm, row)
-            if point is not None:
-                found.setdefault(point.series, []).append((point, interval(list(good.values()))))
+            point = None if row is None or mean is None else place(arm, row)
+            if point is not None and mean is not None:
+                found.setdefault(point.series, []).append((point, mean))
 
         def draw(axes: Axes) -> None:
-            for series, places in found.items():
+            for i, (series, places) in enumerate(found.items()):
                 places = sorted(places, key=lambda pair: pair[0].x)
                 x, y = [point.x for point, _ in places], [y.mean for _, y in places]
                 half = [0.0 if math.isnan(y.half) else y.half for _, y in places]
                 axes.errorbar(
-                    x, y, half, fmt="o-" if joined else "o", capsize=3, markersize=4, label=series or None
-                )
+                    x, y, half, fmt="osD^"[i // 10 % 4] + ("-" if joined else ""), color=f"C{i % 10}",
+                    capsize=3, markersize=4, label=series or None,
+                )  # fmt: skip
                 for point, mean in places:
                     if point.label:
                         axes.annotate(
@@ -271,9 +354,15 @@ def points(
                             fontsize="x-small",
                         )
             axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, title=study.name)
+            if xscale == "log":
+                ticks(axes, (point.x for places in found.values() for point, _ in places))
             if any(found):
                 axes.legend(fontsize="small")
 
-        return Section("", figure, draw)
+        plotted = {
+            series: [(*point, mean.mean, mean.half) for point, mean in places]
+            for series, places in found.items()
+        }
+        return Section("", figure, draw, plotted)
 
     return make

@@ -17,13 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitnet_experiments.claims import Claim
 from bitnet_jax.names import check_name
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.config_file import load_config_file
 from bitnet_jax.training.python_file import load_python_file
 
 STUDIES = Path(__file__).resolve().parents[1] / "studies"  # in the repository; not part of a wheel
-VERDICTS = ("reproduced", "partly", "not at this size", "open")
+TASKS = ("language modelling", "image classification", "text classification", "translation")
 
 Row = Mapping[str, Any]  # of results.jsonl
 Overrides = Mapping[str, Any]  # config fields, dotted -> values
@@ -37,23 +38,35 @@ class Study:
     """The constants defined in a `study.py`, in lower case, and its folder. See experiments/README.md.
 
     Raises:
-      ValueError: an unknown verdict, no arms or seeds, a baseline or small arm that does not exist, or a grid that
-        cannot be searched.
+      ValueError: an unknown task, no arms or seeds, an arm that does not exist as baseline, small arm or in a claim, or a
+        grid that cannot be searched.
     """
 
     folder: Path
     question: str
     source: str  # paper and section
     paper_effect: str  # the paper's finding, as text
-    verdict: str  # one of VERDICTS, set by hand
+    source_task: str  # one of TASKS; where it is not TASK, the study is an analogue
+    task: str
+    claims: tuple[
+        Claim, ...
+    ]  # what is tested; (): the source states nothing that can be tested, an own finding
     arms: Mapping[str, Overrides]
     seeds: tuple[int, ...]
     metric: str  # the field of a row that is compared; smaller is better
     baseline: str  # the arm that the others are compared with, seed by seed
     # Name of an installed config, or a file with get_config(variant); None if `run` needs none.
     config: str | None = None
-    # The arm whose difference to the baseline is the answer, or a function that returns the answer as text.
+    # The answer for the index: an arm, for its difference to the baseline, or a function that returns a text; "": the
+    # effect of the first claim.
     effect: str | Callable[[Study, Sequence[Row]], str] = ""
+    cannot_show: str = (
+        ""  # why the model or the task cannot show the effect: the verdict is then at most "open"
+    )
+    redo: str = ""  # why the rows should be measured again: their problems are then a note, not an error
+    test_examples: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of metrics that are per cent
+    # arm -> the trained model that it evaluates; arms of one model are paired. None: every arm is trained.
+    trained_model: Callable[[str], str] | None = None
     common: Overrides = dataclasses.field(default_factory=dict)  # overrides of all arms
     small: Overrides = dataclasses.field(
         default_factory=dict
@@ -68,12 +81,14 @@ class Study:
     report: tuple[Callable[[Study, Sequence[Row]], Any], ...] = ()
 
     def __post_init__(self) -> None:
-        check_name(f"{self.name}: verdict", self.verdict, VERDICTS)
+        for task in (self.task, self.source_task):
+            check_name(f"{self.name}: task", task, TASKS)
         if not self.arms or not self.seeds:
             raise ValueError(
                 f"{self.name}: got {len(self.arms)} arms and {len(self.seeds)} seeds, expected some"
             )
-        for arm in (self.baseline, *(self.small_arms or ())):
+        named = [arm for claim in self.claims for arm in claim.contrast or ()]
+        for arm in (self.baseline, *(self.small_arms or ()), *named):
             check_name(f"{self.name}: arm", arm, self.arms)
         if self.run is None and self.config is None:
             raise ValueError(f"{self.name}: got neither CONFIG nor run, expected at least one of them")

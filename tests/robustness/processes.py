@@ -159,7 +159,8 @@ def two_packings(place: Path) -> dict[str, Any]:
 STUDY = """
 QUESTION = SOURCE = "none"
 PAPER_EFFECT = "none"
-VERDICT = "open"
+SOURCE_TASK = TASK = "language modelling"
+CLAIMS = ()
 CONFIG = {config!r}
 METRIC = "valid_loss"
 BASELINE, EFFECT = "float32", "ternary"

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bitnet_experiments.intervals import interval
+from bitnet_experiments.claims import Claim
+from bitnet_experiments.contrasts import Contrasts, values
+from bitnet_experiments.intervals import Estimate, Range, interval
 from bitnet_experiments.runs import model_of, train_from
-from bitnet_experiments.sections import Point, arms_table, points, values
+from bitnet_experiments.sections import Point, arms_table, points
 from bitnet_experiments.study import Study, load_study
 from bitnet_jax.training.load import load_run
 
@@ -19,7 +21,7 @@ SOURCE = "ParetoQ 2502.02631"
 PAPER_EFFECT = (
     "weights move 10 to 20 % from the float ones at 3 and 4 bits, about 40 % at 2 or fewer (digests)"
 )
-VERDICT = "partly"
+SOURCE_TASK, TASK = "language modelling", "language modelling"
 
 CONFIG = "study_lm"
 METRIC = "valid_loss"
@@ -81,6 +83,24 @@ def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
     texts = [f"{arm}: {interval([100 * v for v in changes])} %" for arm, changes in found.items() if changes]
     return f"weights move, {', '.join(texts)}" if texts else ""
 
+
+def _step(study: Study, rows: Sequence[Mapping[str, Any]]) -> Estimate | Range | None:
+    """The change of weights from 3 to 2 bits minus that from 2 to 1.58."""
+    return Contrasts(study, rows, "weight_change").combination({"W2 SEQ": 2.0, "W3": -1.0, "W1.58 SEQ": -1.0})
+
+
+CLAIMS = (
+    Claim(
+        says="weights move further at 2 bits than at 3",
+        contrast=("W2 SEQ", "W3"),
+        metric="weight_change",
+        greater_than=0,
+    ),
+    Claim(
+        says="there is a step between 3 and 2 bits: more than from 2 to 1.58", measure=_step, greater_than=0
+    ),
+    Claim(says="SEQ beats LSQ at 2 bits", contrast=("W2 SEQ", "W2 LSQ"), less_than=0),
+)
 
 REPORT = (
     arms_table("weight_change"),

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from bitnet_experiments.claims import Claim
 from bitnet_experiments.sections import arms_table, curves
 
 QUESTION = "Do finer scales help binary and ternary weights?"
 SOURCE = "BitNet 2310.11453, section 2.1; Spectra 2407.12327, appendix A.4"
 PAPER_EFFECT = "none to be seen"
-VERDICT = "reproduced"
-EFFECT = "ternary, 64"
+SOURCE_TASK, TASK = "language modelling", "language modelling"
+CLAIMS = (
+    Claim(
+        says="no visible change of the loss, ternary, finest groups",
+        contrast=("ternary, 64", "ternary, tensor"),
+        equivalent=0.02,
+    ),
+    Claim(
+        says="no visible change of the loss, binary, finest groups",
+        contrast=("binary, 64", "binary, tensor"),
+        equivalent=0.02,
+    ),
+)
 
 CONFIG = "study_lm"
 METRIC = "valid_loss"

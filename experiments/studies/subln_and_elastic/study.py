@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitnet_experiments.claims import Claim
 from bitnet_experiments.sections import arms_table, curves, pairs_table
 
 QUESTION = "Do a norm before every quantized projection and absmax scales help?"
@@ -9,12 +10,23 @@ SOURCE = "BitNet 2310.11453, table 4"
 PAPER_EFFECT = (
     "perplexity 20.34 SubLN absmax, 22.11 Pre-LN absmax, 24.05 Pre-LN elastic: -0.08 and +0.08 nats"
 )
-VERDICT = "not at this size"
+SOURCE_TASK, TASK = "language modelling", "language modelling"
+CLAIMS = (
+    Claim(
+        says="SubLN gains 0.083 nats over Pre-LN",
+        contrast=("SubLN absmax", "Pre-LN absmax"),
+        between=(-0.083, -0.083),
+    ),
+    Claim(
+        says="elastic scales lose 0.084 nats",
+        contrast=("Pre-LN elastic", "Pre-LN absmax"),
+        between=(0.084, 0.084),
+    ),
+)
 
 CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "Pre-LN absmax"
-EFFECT = "SubLN absmax"
 SEEDS = (0, 1, 2, 3, 4)
 
 _ABSMAX = {"model.precision": "bitnet"}

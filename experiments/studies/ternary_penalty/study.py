@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bitnet_experiments.claims import Claim
+
 QUESTION = "What do ternary and binary weights cost a tiny GPT?"
 SOURCE = "log of babyBitNet, one seed"
 PAPER_EFFECT = "ternary: 0.09 to 0.11 nats"
-VERDICT = "reproduced"
-EFFECT = "ternary"
+SOURCE_TASK, TASK = "language modelling", "language modelling"
+REDO = "8 of 9 rows are of uncommitted code"
+CLAIMS = (Claim(says="ternary: 0.09 to 0.11 nats", contrast=("ternary", "float32"), between=(0.09, 0.11)),)
 
 CONFIG = "tiny_shakespeare"
 METRIC = "valid_loss"  # nats per character, mean over all held-out text after the last step

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from bitnet_experiments.claims import Claim
 from bitnet_experiments.sections import arms_table, curves
 
 QUESTION = "Should ReLU outputs be binarized to {0, 1} rather than ±1?"
 SOURCE = "BiT 2205.13016 (two-set binarization)"
 PAPER_EFFECT = "{0, 1} better; ±1 on non-negative values can fail to train"
-VERDICT = "reproduced"
-EFFECT = "{0, a}"
+SOURCE_TASK, TASK = "text classification", "image classification"
+CLAIMS = (
+    Claim(says="{0, a} is better than ±a", contrast=("{0, a}", "±a"), less_than=0),
+    Claim(
+        says="±1 on non-negative values can fail to train, {0, 1} does not",
+        contrast=("±1 fixed", "{0, 1} fixed"),
+        greater_than=0,
+    ),
+)
 
 CONFIG = "mnist_mlp"
 METRIC = "valid_error"  # per cent of the test images
+TEST_EXAMPLES = {"valid_error": 10_000}
 BASELINE = "±a"
 
 _FIXED = "activation_scale=analytic, activation_shift=False"

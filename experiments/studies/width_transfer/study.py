@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_experiments.intervals import interval
+from bitnet_experiments.claims import Claim
+from bitnet_experiments.intervals import Estimate, interval
 from bitnet_experiments.sections import Point, Section, arms_table, markdown_table, points
 from bitnet_experiments.study import Study
 
@@ -16,7 +17,7 @@ SOURCE = "muP 2203.03466, table 8 and figure 1 (float); for few bits derived in 
 PAPER_EFFECT = (
     "float: moves to smaller rates with width in the usual parametrization, stays in muP; few bits: open"
 )
-VERDICT = "not at this size"
+SOURCE_TASK, TASK = "language modelling", "language modelling"
 
 CONFIG = "study_lm"
 METRIC = "valid_loss"
@@ -159,6 +160,34 @@ def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
 def _against(arm: str) -> str:
     return f"{arm.rsplit(' ', 1)[0]} 0.006"
 
+
+def _exponent(rows: Sequence[Mapping[str, Any]], precision: str, way: str) -> Estimate | None:
+    found = slopes(_curves(rows, precision, way))
+    return interval(found) if found else None
+
+
+CLAIMS = (
+    Claim(
+        says="float32: the best rate falls with width, exponent below 0",
+        measure=lambda study, rows: _exponent(rows, "float32", "same rate"),
+        less_than=0,
+    ),
+    Claim(
+        says="float32: it stays with muP",
+        measure=lambda study, rows: _exponent(rows, "float32", "width transfer"),
+        equivalent=0.25,
+    ),
+    Claim(
+        says="ternary (derived): it falls, exponent -1 to -1/2",
+        measure=lambda study, rows: _exponent(rows, "ternary", "same rate"),
+        between=(-1.0, -0.5),
+    ),
+    Claim(
+        says="ternary (derived): it stays with the option",
+        measure=lambda study, rows: _exponent(rows, "ternary", "width transfer"),
+        equivalent=0.25,
+    ),
+)
 
 REPORT = (
     moves,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bitnet_experiments.claims import Claim
+from bitnet_experiments.contrasts import diverged_share
+from bitnet_experiments.intervals import Range
 from bitnet_experiments.sections import Point, arms_table, curves, points
+from bitnet_experiments.study import Row, Study
 
 QUESTION = "Can weights be {0, 1}, and is the mean the right scale for ternary weights?"
 SOURCE = "BitNet Training Tips, Code and FAQ (2024)"
 PAPER_EFFECT = "{0, 1}: exploding gradients, early divergence; larger scales: more zeros, worse (no figures)"
-VERDICT = "partly"
+SOURCE_TASK, TASK = "language modelling", "language modelling"
 
 CONFIG = "study_lm"
 METRIC = "valid_loss"
 BASELINE = "ternary x1"
-EFFECT = "zero-one"
 SEEDS = (0, 1, 2)
 
 _FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -37,6 +40,22 @@ ARMS = {
 def _place(arm: str, row: Mapping[str, Any]) -> Point | None:
     return Point(float(arm.split("x")[1])) if arm.startswith("ternary") else None
 
+
+def _diverged(study: Study, rows: Sequence[Row]) -> Range:
+    return diverged_share(rows, ("zero-one",))
+
+
+CLAIMS = (
+    Claim(says="{0, 1} weights diverge: most runs", measure=_diverged, greater_than=0.5),
+    Claim(says="±1 works and is worse than ternary", contrast=("binary", "ternary x1"), greater_than=0),
+    Claim(
+        says="a larger scale gives more zeros",
+        contrast=("ternary x2", "ternary x1"),
+        metric="train_zero_fraction",
+        greater_than=0,
+    ),
+    Claim(says="and a higher loss", contrast=("ternary x2", "ternary x1"), greater_than=0),
+)
 
 REPORT = (
     arms_table("train_zero_fraction", "train_grad_norm"),

@@ -1,0 +1,61 @@
+"""How a difference between arms changes with size: its regression on log10 of the size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bitnet_experiments.contrasts import Contrasts
+from bitnet_experiments.intervals import Estimate
+from bitnet_experiments.sections import Section, SectionMaker, markdown_table
+from bitnet_experiments.study import Row, Study
+
+Pairs = Mapping[float, tuple[str, str]]  # size -> (arm, other arm)
+
+
+def slope(study: Study, rows: Sequence[Row], pairs: Pairs) -> Estimate | None:
+    """Slope of (arm minus other) over log10 size, per decade; None if an arm has no finished run.
+
+    For x = log10 size and w = (x - mean x) / sum (x - mean x)^2 it is the sum of w (arm - other), a combination of
+    means of arms, with the error of one.
+    """
+    x = np.log10(list(pairs))
+    w = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
+    weights: dict[str, float] = {}
+    for weight, (arm, other) in zip(w, pairs.values(), strict=True):
+        weights[arm] = weights.get(arm, 0.0) + float(weight)
+        weights[other] = weights.get(other, 0.0) - float(weight)
+    return Contrasts(study, rows).combination(weights)
+
+
+def middle(study: Study, rows: Sequence[Row], pairs: Pairs) -> Estimate | None:
+    """The mean of (arm minus other) over the sizes: the regression's value at their geometric mean."""
+    weights: dict[str, float] = {}
+    for arm, other in pairs.values():
+        weights[arm] = weights.get(arm, 0.0) + 1 / len(pairs)
+        weights[other] = weights.get(other, 0.0) - 1 / len(pairs)
+    return Contrasts(study, rows).combination(weights)
+
+
+def trends_table(series: Mapping[str, Pairs], unit: str = "parameters") -> SectionMaker:
+    """One line per series: the mean difference at the geometric mean of the sizes, and its change per decade."""
+
+    def make(study: Study, rows: Sequence[Row]) -> Section:
+        lines, used = [], []
+        for name, pairs in series.items():
+            mean, change = middle(study, rows, pairs), slope(study, rows, pairs)
+            if mean is not None and change is not None:
+                centre = math.exp(np.mean(np.log(list(pairs))))
+                lines.append([name, f"{mean} at {centre:,.0f}", str(change)])
+                used += [mean, change]
+        header = [f"difference of {study.metric}", f"mean at {unit}", "change per decade"]
+        note = Contrasts(study, rows).note(used)
+        return Section(
+            f"{markdown_table(header, lines)}\n\nLinear regression of the difference on log10 {unit}; {note}."
+            if lines
+            else ""
+        )
+
+    return make
