@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from bitnet_experiments import verdicts
 from bitnet_experiments.contrasts import Contrasts, welch
+from bitnet_experiments.row_checks import comparable_rows
 from bitnet_experiments.sections import markdown_table
-from bitnet_experiments.study import Row, Study, read_results
+from bitnet_experiments.study import Row, Study
 
 
 def compare(first: Study, second: Study) -> str:
@@ -25,7 +26,7 @@ def compare(first: Study, second: Study) -> str:
             "compare studies with the same METRIC"
         )
     both, lines = (first, second), []
-    rows = {study.name: read_results(study.results) for study in both}
+    rows = {study.name: comparable_rows(study) for study in both}
     for study in both:
         found = verdicts.judge(study, rows[study.name])
         effect = verdicts.effect(study, rows[study.name], found)

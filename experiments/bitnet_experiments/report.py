@@ -14,7 +14,7 @@ from pathlib import Path
 from bitnet_experiments import verdicts
 from bitnet_experiments.claims_figure import claims_figure
 from bitnet_experiments.pages import digest, digest_of, draw, page, replaced
-from bitnet_experiments.row_checks import problems
+from bitnet_experiments.row_checks import comparable_rows, problems
 from bitnet_experiments.sections import Section, arms_table, curves, markdown_table
 from bitnet_experiments.study import STUDIES, Row, Study, load_study, read_results, study_names
 
@@ -72,11 +72,14 @@ def report(study: Study, results: Path, folder: Path) -> str:
     """Writes verdict, tables, figures and the page into `folder`; returns the Markdown of the tables.
 
     Raises:
-      ValueError: there are no results, or the README has no markers.
+      ValueError: there are no results of the study as it is, or the README has no markers.
     """
-    rows = read_results(results)
+    rows = comparable_rows(study, results)
     if not rows:
-        raise ValueError(f"{results} has no results; run: {command(study)}")
+        stale = len(read_results(results))
+        raise ValueError(
+            f"{results} has no results{f' but {stale} stale ones' * (stale > 0)}; run: {command(study)}"
+        )
     parts = sections(study, rows)
     for part in figures(parts, verdicts.judge(study, rows)):
         draw(part, folder)
@@ -94,10 +97,11 @@ def check(study: Study) -> tuple[list[str], list[str]]:
 
     Nothing is written or drawn. A study without results has nothing to compare.
     """
-    rows = read_results(study.results)
-    if not rows:
+    measured = read_results(study.results)
+    if not measured:
         return [], []
-    wrong = [f"{study.name}: {problem}" for problem in problems(study, rows)]
+    rows = comparable_rows(study)
+    wrong = [f"{study.name}: {problem}" for problem in problems(study, measured)]
     notes = wrong if study.redo else []
     differences = [] if study.redo else wrong
     parts = sections(study, rows)
@@ -133,7 +137,7 @@ def index(studies: Sequence[Study]) -> str:
     """The table of all studies."""
     lines = []
     for study in studies:
-        rows = read_results(study.results)
+        rows = comparable_rows(study)
         found = verdicts.judge(study, rows)
         done, total = len({row["run"] for row in rows} & set(study.runs())), len(study.runs())
         hours = sum(row["wall_seconds"] for row in rows) / 3600

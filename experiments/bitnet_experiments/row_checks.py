@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from bitnet_experiments.study import Row, Study
+from bitnet_experiments.freshness import fresh_rows
+from bitnet_experiments.origin import DIRTY
+from bitnet_experiments.study import Row, Study, read_results
 
 
-def fresh_rows(study: Study, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows made with the overrides that the study has now, and the others."""
-    fresh: list[Row] = []
-    stale: list[Row] = []
-    for row in rows:
-        same = row["arm"] in study.arms and row.get("overrides") == json.loads(
-            json.dumps(study.overrides(row["arm"], row["seed"]))
-        )
-        (fresh if same else stale).append(row)
-    return fresh, stale
+def comparable_rows(study: Study, results: Path | None = None) -> list[Row]:
+    """The rows that tables and figures use: without stale ones, unless the study says that it has to be redone.
+
+    Args:
+      results: the file of the rows, which has the tuned values beside it; None: the one in the study's folder.
+    """
+    results = results or study.results
+    rows = read_results(results)
+    return list(rows) if study.redo else fresh_rows(study, rows, results.with_name("tuning.jsonl"))[0]
 
 
 def problems(study: Study, rows: Sequence[Row]) -> list[str]:
@@ -29,10 +30,11 @@ def problems(study: Study, rows: Sequence[Row]) -> list[str]:
             f"{len(stale)} of {len(rows)} rows were made with other settings than the study has now, such as "
             f"{stale[0]['run']}"
         )
-    machines = sorted({row["hardware"] for row in rows})
-    if len(machines) > 1:
-        found.append(f"rows of {len(machines)} machines: {', '.join(machines)}")
-    dirty = [row for row in rows if row["commit"].endswith("-dirty")]
+    for what, field in (("machines", "hardware"), ("states of the code", "code")):
+        values = sorted({row[field] for row in rows if field in row})
+        if len(values) > 1:
+            found.append(f"rows of {len(values)} {what}: {', '.join(values)}")
+    dirty = [row for row in rows if row["commit"].endswith(DIRTY) or row.get("code", "").endswith(DIRTY)]
     if dirty:
         found.append(
             f"{len(dirty)} of {len(rows)} rows are of uncommitted code, such as {dirty[0]['run']}: {dirty[0]['commit']}"

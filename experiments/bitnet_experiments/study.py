@@ -38,7 +38,7 @@ class Study:
     """The constants defined in a `study.py`, in lower case, and its folder. See experiments/README.md.
 
     Raises:
-      ValueError: an unknown task, no arms or seeds, an arm that does not exist as baseline, small arm or in a claim, or a
+      ValueError: an unknown task, no arms or seeds, an arm that is missing (baseline, small arm, of a claim), or a
         grid that cannot be searched.
     """
 
