@@ -407,7 +407,7 @@ def test_a_part_of_a_study_anywhere(
     figures = json.loads((tmp_path / "status.json").read_text())
     assert figures["arms"]["ternary"] == {"done": 1, "unhashed": 0, "stale": 0, "failed": 0, "missing": 1}
     assert figures["unused"] == 1
-    assert "1 rows of arms or seeds that are not asked for" in told
+    assert "1 row of arms or seeds that are not asked for" in told
     assert (
         f"from 1: 3 rows of commit {figures['origins'] and read_results(study.results)[0]['commit']}" in told
     )
