@@ -191,6 +191,8 @@ ADDED_LATER = {
     "evaluation": ("samples", "sample_tokens"),
     "training": ("scan_layers", "spike_factor", "spike_window", "max_returns"),
 }
+# Settings that were added before ADDED_LATER was: earlier results with their defaults have the hash without them.
+ADDED_BEFORE = ("task", "distillation", "data.image_size", "data.limit")
 TASK_NAMES = ("language", "images", "text_classification")
 
 
@@ -371,9 +373,29 @@ class RunConfig:
 
     def hash(self) -> str:
         """12 hex digits that identify these settings except WHERE_COMPUTED; stable across processes."""
-        canonical = RunConfig.from_dict(self.to_dict())  # 1 and 1.0 in a float field are the same setting
-        settings = json.dumps(_hashed_fields(canonical), indent=2, sort_keys=True) + "\n"
-        return hashlib.sha256(settings.encode()).hexdigest()[:12]
+        return self.hashes()[0]
+
+    def hashes(self) -> tuple[str, ...]:
+        """The hash, and the one of earlier results with these settings, see ADDED_BEFORE."""
+        fields = _hashed_fields(
+            RunConfig.from_dict(self.to_dict())
+        )  # 1 and 1.0 in a float field are the same
+        defaults: dict[str, Any] = {"task": "language", "distillation": _plain(DistillationConfig())}
+        defaults["data"] = _plain(DataConfig())
+        earlier = {name: dict(value) if isinstance(value, dict) else value for name, value in fields.items()}
+        for path in ADDED_BEFORE:
+            *sections, name = path.split(".")
+            of, default = earlier, defaults
+            for section in sections:
+                of, default = of[section], default[section]
+            if of.pop(name) != default[name]:
+                return (_hash(fields),)
+        return _hash(fields), _hash(earlier)
+
+
+def _hash(fields: Mapping[str, Any]) -> str:
+    settings = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def data_config(fields: Mapping[str, Any]) -> DataConfig:

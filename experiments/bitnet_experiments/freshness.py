@@ -32,10 +32,10 @@ def standing(study: Study, row: Row, small: bool = False, more: Overrides | None
     arm, seed = row["arm"], row["seed"]
     if arm not in study.arms:
         return "stale"
-    now = study.settings_hash(arm, seed, small, more)
+    now = study.settings_hashes(arm, seed, small, more)
     if "settings_hash" in row:
-        found = "done" if row["settings_hash"] == now else "stale"
-    elif row.get("config_hash") == now is not None:
+        found = "done" if row["settings_hash"] == next(iter(now), None) else "stale"
+    elif row.get("config_hash") in now:
         found = "done"
     elif study.run is None and "config_hash" in row:
         found = "stale"

@@ -46,9 +46,9 @@ class Status(NamedTuple):
             lines += ["", _aligned(["search", *COLUMNS, "chosen"], table)]
         lines.append("")
         for number, (place, found) in enumerate(self.origins.items(), 1):
-            lines.append(f"from {number}: {found.total()} rows of {place}")
+            lines.append(f"from {number}: {_rows(found.total())} of {place}")
         if self.unused:
-            lines.append(f"{self.unused} rows of arms or seeds that are not asked for")
+            lines.append(f"{_rows(self.unused)} of arms or seeds that are not asked for")
         if any(found["unhashed"] for found in self.arms.values()):
             lines.append("unhashed: no settings hash to compare; the overrides are those of now")
         return "\n".join(lines)
@@ -87,6 +87,10 @@ def _standings(plan: Plan, jobs: Sequence[Job], rows: Sequence[Row]) -> dict[str
         state = "missing" if row is None else standing(plan.study, row, plan.small, plan.more(job))
         found[job.arm][state] += 1
     return found
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def _counts(found: Mapping[str, int]) -> list[str]:

@@ -199,12 +199,18 @@ class Study:
 
         The source of `run` is not part of it. None: the settings are invalid.
         """
+        return next(iter(self.settings_hashes(arm, seed, small, more)), None)
+
+    def settings_hashes(
+        self, arm: str, seed: int, small: bool = False, more: Overrides | None = None
+    ) -> tuple[str, ...]:
+        """`settings_hash`, and others that earlier rows with the same settings may have."""
         if self.config is None:
-            return _short_hash([arm, seed, small, self.overrides(arm, seed, small, more)])
+            return (_short_hash([arm, seed, small, self.overrides(arm, seed, small, more)]),)
         try:
-            return self.settings(arm, seed, small, more).hash()
+            return self.settings(arm, seed, small, more).hashes()
         except (ValueError, OSError):
-            return None
+            return ()
 
 
 def _short_hash(value: Any) -> str:

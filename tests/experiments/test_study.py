@@ -8,6 +8,7 @@ import pickle
 import pytest
 
 from bitnet_experiments.claims import Claim
+from bitnet_experiments.freshness import fresh_rows
 from bitnet_experiments.study import (
     Study,
     load_study,
@@ -98,6 +99,14 @@ def test_errors_name_unknown_studies_and_damaged_results(study: Study) -> None:
     study.results.write_text("not json\n{}\n")
     with pytest.raises(ValueError, match=r"results\.jsonl:1 is not JSON"):
         read_results(study.results)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_committed_rows_have_the_settings_of_their_study(name: str) -> None:
+    """A new field, or a changed default, must not make them stale."""
+    study = load_study(name)
+    _, stale = fresh_rows(study, read_results(study.results))
+    assert not stale
 
 
 @pytest.mark.parametrize("name", study_names())

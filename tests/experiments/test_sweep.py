@@ -73,12 +73,12 @@ def test_failures_are_recorded_and_completed_runs_are_kept(
     assert again["float32-seed0"]["valid_loss"] == trained["valid_loss"]
     assert (tmp_path / "work" / "float32-seed0" / "result.json").stat().st_mtime_ns == before
     assert all(again[name] == rows[name] for name in rows if name != "float32-seed0")
-    hashes = {name: row["settings_hash"] for name, row in rows.items()}
+    hashes = {name: (row["settings_hash"],) for name, row in rows.items()}
 
     # A failed run is repeated on request, and replaces its row.
     monkeypatch.setattr(sweep, "train", lambda config, folder: {"status": "finished", "valid_loss": 1.0})
     monkeypatch.setattr(Study, "settings", lambda *_: None)
-    monkeypatch.setattr(Study, "settings_hash", lambda self, arm, seed, *_: hashes[f"{arm}-seed{seed}"])
+    monkeypatch.setattr(Study, "settings_hashes", lambda self, arm, seed, *_: hashes[f"{arm}-seed{seed}"])
     sweep.sweep(study, tmp_path / "work", small=False)
     assert statuses(results) == EXPECTED
     sweep.sweep(study, tmp_path / "work", small=False, retry_failed=True)
@@ -407,7 +407,7 @@ def test_a_part_of_a_study_anywhere(
     figures = json.loads((tmp_path / "status.json").read_text())
     assert figures["arms"]["ternary"] == {"done": 1, "unhashed": 0, "stale": 0, "failed": 0, "missing": 1}
     assert figures["unused"] == 1
-    assert "1 rows of arms or seeds that are not asked for" in told
+    assert "1 row of arms or seeds that are not asked for" in told
     assert (
         f"from 1: 3 rows of commit {figures['origins'] and read_results(study.results)[0]['commit']}" in told
     )

@@ -16,7 +16,6 @@ PAPER_EFFECT = (
     "ternary: 0.31 to 0.24 nats from 99 M to 390 M parameters, exponent 0.26; binary a further 0.19 at 99 M"
 )
 SOURCE_TASK, TASK = "language modelling", "language modelling"
-REDO = "the base config has changed since the rows were measured"
 
 CONFIG = "study_lm"
 METRIC = "valid_loss"

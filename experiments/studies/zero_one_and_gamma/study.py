@@ -15,7 +15,6 @@ QUESTION = "Can weights be {0, 1}, and is the mean the right scale for ternary w
 SOURCE = "BitNet Training Tips, Code and FAQ (2024)"
 PAPER_EFFECT = "{0, 1}: exploding gradients, early divergence; larger scales: more zeros, worse (no figures)"
 SOURCE_TASK, TASK = "language modelling", "language modelling"
-REDO = "the base config has changed since the rows were measured"
 
 CONFIG = "study_lm"
 METRIC = "valid_loss"

@@ -175,6 +175,13 @@ def test_a_field_added_later_leaves_the_hash_while_it_has_its_default() -> None:
     for section, names in ADDED_LATER.items():
         explicit = {name: plain.to_dict()[section][name] for name in names}
         assert RunConfig.from_dict({"model": MODEL, section: explicit}).hash() == plain.hash()
+    assert plain.hashes() == (plain.hash(), "2e47c4428c81")
+    limited = RunConfig.from_dict(
+        {"model": MODEL, "optimizer": {"weight_decay": 0.5}, "data": {"limit": None}}
+    )
+    assert len(limited.hashes()) == 2
+    teacher = RunConfig.from_dict({"model": MODEL, "distillation": {"temperature": 2.0}})
+    assert len(teacher.hashes()) == 1, "no result before there was distillation has this setting"
     tested = RunConfig.from_dict({"model": MODEL, "data": {"test": True}})
     assert tested.hash() != plain.hash()
     with pytest.raises(
