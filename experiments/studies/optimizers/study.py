@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from bitnet_experiments.claims import Claim
 from bitnet_experiments.contrasts import values, welch
 from bitnet_experiments.intervals import Estimate, detectable, interval, paired
@@ -65,18 +63,6 @@ def averages(study: Study, rows: Sequence[Mapping[str, Any]]) -> Section:
     found = {arm: _average(study, rows, arm) for arm in study.arms}
     lines = [[arm, str(one), f"{detectable(one):.4f}"] for arm, one in found.items() if one is not None]
     return Section(markdown_table(["arm", "loss of the average minus loss", "detectable"], lines))
-
-
-def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Muon minus AdamW, each at its better rate."""
-
-    def best(precision: str, name: str) -> float:
-        runs = [values(rows, f"{precision} {name} {rate}", METRIC) for rate in _RATES]
-        return min((float(np.mean(list(run.values()))) for run in runs if run), default=float("nan"))
-
-    differences = {name: best(name, "Muon") - best(name, "AdamW") for name in _PRECISIONS}
-    found = [f"{name}: {value:+.3f}" for name, value in differences.items() if not np.isnan(value)]
-    return f"Muon minus AdamW, {', '.join(found)}" if found else ""
 
 
 _PAIRS = tuple(

@@ -46,7 +46,7 @@ def _diverged(study: Study, rows: Sequence[Row]) -> Range:
 
 
 CLAIMS = (
-    Claim(says="{0, 1} weights diverge: most runs", measure=_diverged, greater_than=0.5),
+    Claim(says="{0, 1} weights diverge: share of runs", measure=_diverged, greater_than=0.5),
     Claim(says="±1 works and is worse than ternary", contrast=("binary", "ternary x1"), greater_than=0),
     Claim(
         says="a larger scale gives more zeros",
