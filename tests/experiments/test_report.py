@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bitnet_experiments import report
+from bitnet_experiments import report, verdicts
 from bitnet_experiments.claims import Claim
 from bitnet_experiments.compare import compare
 from bitnet_experiments.pages import replaced
@@ -24,7 +24,7 @@ from bitnet_experiments.sections import (
     points,
     size_law,
 )
-from bitnet_experiments.study import Study, load_study, study_names
+from bitnet_experiments.study import Study, load_study, read_results, study_names
 
 pytestmark = pytest.mark.extended
 
@@ -258,6 +258,14 @@ def test_a_figure_without_curves_shows_the_arms(study: Study) -> None:
 def test_every_committed_study_agrees_with_its_results(name: str) -> None:
     """Verdict, tables, the values in figures, and that the rows may be compared."""
     assert report.check(load_study(name))[0] == [], f"run: bitnet-jax report {name}"
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_a_study_without_most_of_its_rows_has_no_effects(name: str) -> None:
+    study = load_study(name)
+    found = [verdicts.judge(study, rows) for rows in ([], read_results(study.results)[:1])]
+    assert found[0].name in ("open", "own finding")
+    assert all(finding.outcome == "undecided" for one in found for finding in one.findings)
 
 
 @pytest.mark.parametrize("name", study_names())

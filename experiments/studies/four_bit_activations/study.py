@@ -49,7 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def _diverged(study: Study, rows: Sequence[Row]) -> Range:
+def _diverged(study: Study, rows: Sequence[Row]) -> Range | None:
     return diverged_share(rows, ("A4 absmean", "A4 absmax"))
 
 

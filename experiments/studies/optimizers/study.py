@@ -73,13 +73,13 @@ _PAIRS = tuple(
 )
 
 
-def _more_in_ternary(study: Study, rows: Sequence[Mapping[str, Any]]) -> Estimate:
+def _more_in_ternary(study: Study, rows: Sequence[Mapping[str, Any]]) -> Estimate | None:
     """The harm of the average at 0.018 in ternary minus that in float32; Welch's interval."""
     harm = {}
     for name in _PRECISIONS:
         loss, average = (values(rows, f"{name} AdamW 0.018", metric) for metric in (METRIC, "valid_ema_loss"))
-        harm[name] = {seed: average[seed] - loss[seed] for seed in loss}
-    return welch({"ternary": 1.0, "float32": -1.0}, harm)
+        harm[name] = {seed: average[seed] - loss[seed] for seed in loss if seed in average}
+    return welch({"ternary": 1.0, "float32": -1.0}, harm) if all(harm.values()) else None
 
 
 CLAIMS = (

@@ -41,7 +41,7 @@ def _place(arm: str, row: Mapping[str, Any]) -> Point | None:
     return Point(float(arm.split("x")[1])) if arm.startswith("ternary") else None
 
 
-def _diverged(study: Study, rows: Sequence[Row]) -> Range:
+def _diverged(study: Study, rows: Sequence[Row]) -> Range | None:
     return diverged_share(rows, ("zero-one",))
 
 
