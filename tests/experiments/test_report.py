@@ -25,6 +25,7 @@ from bitnet_experiments.sections import (
     size_law,
 )
 from bitnet_experiments.study import Study, load_study, read_results, study_names
+from bitnet_jax.cli.main import main
 
 pytestmark = pytest.mark.extended
 
@@ -189,6 +190,22 @@ def test_the_check_finds_the_first_difference(study: Study) -> None:
     changed = [fresh(study, "float32-seed0", 1.0, history=[{"step": 1, "valid_loss": 9.0}] * 2), *rows[1:]]
     write(study, changed)
     assert report.check(study)[0] == ["toy/curves.png shows other values than the rows give"]
+
+
+def test_the_command_exits_with_the_outcome_of_the_check(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        fresh(study, f"{arm}-seed{seed}", 1.0 + seed) for arm in ("float32", "ternary") for seed in (0, 1)
+    ]
+    write(study, rows)
+    own = load_study(str(study.folder))  # as study.py has it, without the claim added above
+    report.report(own, own.results, own.folder)
+    assert main(["report", str(study.folder), "--check"]) == 0
+    write(study, rows[:-1])
+    assert main(["report", str(study.folder), "--check"]) == 1
+    assert "error: toy/README.md:" in capsys.readouterr().err
+    assert main(["report", str(study.folder), "--check", "--workdir", "x"]) != 0
 
 
 @pytest.mark.parametrize(
