@@ -356,8 +356,12 @@ def negative_page() -> str:
         begin, end = report.VERDICT
         verdict = text.partition(begin)[2].partition(end)[0].strip()
         discussion = text.partition("\n## Discussion\n")[2].partition("\n## ")[0].strip()
-        for place in ("](../../", "](../"):
-            target = "](experiments/" if place == "](../../" else "](experiments/studies/"
-            verdict, discussion = verdict.replace(place, target), discussion.replace(place, target)
+        links = {
+            "](../../": "](experiments/",
+            "](../": "](experiments/studies/",
+            "](claims.png": f"](experiments/studies/{study.name}/claims.png",
+        }
+        for old, new in links.items():
+            verdict, discussion = verdict.replace(old, new), discussion.replace(old, new)
         lines += [f"## {study.question}", verdict, discussion]
     return "\n\n".join(lines) + "\n"

@@ -44,10 +44,10 @@ def values(rows: Iterable[Row], arm: str, metric: str) -> dict[int, float]:
     }
 
 
-def diverged_share(rows: Iterable[Row], arms: Sequence[str]) -> Range:
-    """The share of runs of these arms that diverged, with Wilson's 95 % interval; NaN without a run."""
+def diverged_share(rows: Iterable[Row], arms: Sequence[str]) -> Range | None:
+    """The share of runs of these arms that diverged, with Wilson's 95 % interval; None without a run."""
     ended = [row["status"] == "diverged" for row in rows if row["arm"] in arms and row["status"] != "failed"]
-    return Range(*proportion(sum(ended), len(ended))) if ended else Range(math.nan, math.nan, math.nan)
+    return Range(*proportion(sum(ended), len(ended))) if ended else None
 
 
 class Additive(NamedTuple):

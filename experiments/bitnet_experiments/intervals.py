@@ -57,9 +57,10 @@ class Estimate(NamedTuple):
         return abs(self.mean) + self.half_width(1 - 2 * level) < margin
 
     def __str__(self) -> str:
+        digits = 4 if abs(self.mean) < 1000 else 0
         if math.isnan(self.error):
-            return f"{self.mean:.4f} (one seed)"
-        return f"{self.mean:.4f} ± {self.half:.4f}"
+            return f"{self.mean:,.{digits}f} (one seed)"
+        return f"{self.mean:,.{digits}f} ± {self.half:,.{digits}f}"
 
 
 def interval(values: Sequence[float]) -> Estimate:

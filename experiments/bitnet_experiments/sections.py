@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from bitnet_experiments.axes import legend, styles, ticks
 from bitnet_experiments.contrasts import Contrasts, values
 from bitnet_experiments.fits import bootstrap, fit, held_out_error
 from bitnet_experiments.intervals import Estimate, detectable, holm, interval
@@ -179,44 +179,15 @@ def curves(figure: str = "curves", arms: Sequence[str] | None = None) -> Section
             axes.set(
                 xlabel="step", ylabel="held-out loss (nats)", title=f"{study.name}: mean and range over seeds"
             )
-            axes.legend(fontsize="small")
+            final = [history[i][-1][1] for history in histories.values() for i in range(len(history))]
+            first = [history[i][0][1] for history in histories.values() for i in range(len(history))]
+            if max(first) > 20 * min(final):
+                axes.set_yscale("log")
+            legend(axes)
 
         return Section("", figure, draw, histories)
 
     return make
-
-
-def styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """One hue per family, the first word of an arm's name, and one kind of line per arm of a family."""
-    import matplotlib.pyplot as plt
-
-    families: dict[str, list[str]] = {}
-    for arm in arms:
-        families.setdefault(re.split(r"[ ,]", arm)[0], []).append(arm)
-    kinds = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-    return {
-        arm: {"color": plt.get_cmap("tab10")(hue % 10), "linestyle": kinds[i % len(kinds)]}
-        for hue, members in enumerate(families.values())
-        for i, arm in enumerate(members)
-    }
-
-
-def ticks(axes: Axes, x: Iterable[float]) -> None:
-    """Readable ticks of a logarithmic x axis: at the plotted values if they are few, else at 1, 2 and 5."""
-    from matplotlib import ticker
-
-    found = sorted(set(x))
-    apart = all(b > 1.25 * a for a, b in itertools.pairwise(found))
-    axes.xaxis.set_major_locator(
-        ticker.FixedLocator(found) if len(found) <= 7 and apart else ticker.LogLocator(subs=(1, 2, 5))
-    )
-    big = found and found[0] >= 1000
-    axes.xaxis.set_major_formatter(
-        ticker.EngFormatter(sep=" ", places=None if not apart else 0)
-        if big
-        else ticker.FuncFormatter(lambda value, _: f"{value:.4g}")
-    )
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def dots(figure: str, arms: Sequence[str] | None = None) -> SectionMaker:
@@ -299,7 +270,7 @@ def size_law(
                     axes.plot(grid, fitted[series](grid), color=dots.get_color())
             axes.set(xlabel=xlabel, ylabel="held-out loss (nats)", xscale="log", title=study.name)
             ticks(axes, (N for pairs in measured.values() for N, _ in pairs))
-            axes.legend(fontsize="small")
+            legend(axes)
 
         text = f"{markdown_table(header, lines)}\n\n{note}" if lines else ""
         laws = {series: found.constants for series, found in fitted.items()}
@@ -344,12 +315,12 @@ def points(
                     x, y, half, fmt="osD^"[i // 10 % 4] + ("-" if joined else ""), color=f"C{i % 10}",
                     capsize=3, markersize=4, label=series or None,
                 )  # fmt: skip
-                for point, mean in places:
+                for below, (point, mean) in zip(itertools.cycle((False, True)), places, strict=False):
                     if point.label:
                         axes.annotate(
                             point.label,
                             (point.x, mean.mean),
-                            (4, 4),
+                            (4, -10 if below else 4),
                             textcoords="offset points",
                             fontsize="x-small",
                         )
@@ -357,7 +328,7 @@ def points(
             if xscale == "log":
                 ticks(axes, (point.x for places in found.values() for point, _ in places))
             if any(found):
-                axes.legend(fontsize="small")
+                legend(axes)
 
         plotted = {
             series: [(*point, mean.mean, mean.half) for point, mean in places]

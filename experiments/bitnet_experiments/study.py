@@ -48,9 +48,8 @@ class Study:
     paper_effect: str  # the paper's finding, as text
     source_task: str  # one of TASKS; where it is not TASK, the study is an analogue
     task: str
-    claims: tuple[
-        Claim, ...
-    ]  # what is tested; (): the source states nothing that can be tested, an own finding
+    # What is tested; (): the source states nothing that can be tested, the study has an own finding.
+    claims: tuple[Claim, ...]
     arms: Mapping[str, Overrides]
     seeds: tuple[int, ...]
     metric: str  # the field of a row that is compared; smaller is better
@@ -60,9 +59,7 @@ class Study:
     # The answer for the index: an arm, for its difference to the baseline, or a function that returns a text; "": the
     # effect of the first claim.
     effect: str | Callable[[Study, Sequence[Row]], str] = ""
-    cannot_show: str = (
-        ""  # why the model or the task cannot show the effect: the verdict is then at most "open"
-    )
+    cannot_show: str = ""  # why the model or the task cannot show the effect: the verdict is then "open"
     redo: str = ""  # why the rows should be measured again: their problems are then a note, not an error
     test_examples: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of metrics that are per cent
     # arm -> the trained model that it evaluates; arms of one model are paired. None: every arm is trained.

@@ -101,8 +101,10 @@ def test_slope_and_middle_of_a_penalty(study: Study) -> None:
 
 def test_the_share_of_diverged_runs() -> None:
     rows = [{"arm": "A", "status": status} for status in ("finished", "diverged", "failed")]
-    assert diverged_share(rows, ("A",)).mean == 0.5
-    assert np.isnan(diverged_share(rows, ("B",)).mean)
+    found = diverged_share(rows, ("A",))
+    assert found is not None
+    assert found.mean == 0.5
+    assert diverged_share(rows, ("B",)) is None
 
 
 def coverage(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bitnet_experiments import report
+from bitnet_experiments import report, verdicts
 from bitnet_experiments.claims import Claim
 from bitnet_experiments.compare import compare
 from bitnet_experiments.pages import replaced
@@ -24,7 +24,8 @@ from bitnet_experiments.sections import (
     points,
     size_law,
 )
-from bitnet_experiments.study import Study, load_study, study_names
+from bitnet_experiments.study import Study, load_study, read_results, study_names
+from bitnet_jax.cli.main import main
 
 pytestmark = pytest.mark.extended
 
@@ -191,6 +192,22 @@ def test_the_check_finds_the_first_difference(study: Study) -> None:
     assert report.check(study)[0] == ["toy/curves.png shows other values than the rows give"]
 
 
+def test_the_command_exits_with_the_outcome_of_the_check(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        fresh(study, f"{arm}-seed{seed}", 1.0 + seed) for arm in ("float32", "ternary") for seed in (0, 1)
+    ]
+    write(study, rows)
+    own = load_study(str(study.folder))  # as study.py has it, without the claim added above
+    report.report(own, own.results, own.folder)
+    assert main(["report", str(study.folder), "--check"]) == 0
+    write(study, rows[:-1])
+    assert main(["report", str(study.folder), "--check"]) == 1
+    assert "error: toy/README.md:" in capsys.readouterr().err
+    assert main(["report", str(study.folder), "--check", "--workdir", "x"]) != 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -258,6 +275,14 @@ def test_a_figure_without_curves_shows_the_arms(study: Study) -> None:
 def test_every_committed_study_agrees_with_its_results(name: str) -> None:
     """Verdict, tables, the values in figures, and that the rows may be compared."""
     assert report.check(load_study(name))[0] == [], f"run: bitnet-jax report {name}"
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_a_study_without_most_of_its_rows_has_no_effects(name: str) -> None:
+    study = load_study(name)
+    found = [verdicts.judge(study, rows) for rows in ([], read_results(study.results)[:1])]
+    assert found[0].name in ("open", "own finding")
+    assert all(finding.outcome == "undecided" for one in found for finding in one.findings)
 
 
 @pytest.mark.parametrize("name", study_names())

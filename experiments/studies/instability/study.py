@@ -134,7 +134,7 @@ def EFFECT(study: Study, rows: Sequence[Row]) -> str:
     return "; ".join(failed(kind) for kind in ("nothing", "QK-norm", "z-loss", "clipping", "return"))
 
 
-def prevented(study: Study, rows: Sequence[Row]) -> Range:
+def prevented(study: Study, rows: Sequence[Row]) -> Range | None:
     """Share of failed runs with the better of QK-norm and z-loss, minus that without a remedy, over both weights."""
 
     def failed(kind: str) -> tuple[int, int]:
@@ -143,8 +143,10 @@ def prevented(study: Study, rows: Sequence[Row]) -> Range:
         ]
         return sum(found), len(found)
 
-    best = min((failed(remedy) for remedy in ("QK-norm", "z-loss")), key=lambda pair: pair[0])
-    return proportions(*best, *failed("nothing"))
+    without, *remedies = (failed(kind) for kind in ("nothing", "QK-norm", "z-loss"))
+    if not all(count for _, count in (without, *remedies)):
+        return None
+    return proportions(*min(remedies), *without)
 
 
 CLAIMS = (

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from bitnet_experiments.claims import Claim
 from bitnet_experiments.contrasts import Contrasts, diverged_share, values, welch
 from bitnet_experiments.intervals import Estimate
@@ -42,20 +40,6 @@ def _place(arm: str, row: Mapping[str, Any]) -> Point:
     return Point(float(rate), name)
 
 
-def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The best rate of each precision, by its mean over seeds."""
-    best = []
-    for name in _PRECISIONS:
-        means = {
-            rate: float(np.mean(list(found.values())))
-            for rate in _RATES
-            if (found := values(rows, f"{name} {rate}", METRIC))
-        }
-        if means:
-            best.append(f"{name}: {min(means, key=lambda rate: means[rate]):g}")
-    return f"best of five, {', '.join(best)}" if best else ""
-
-
 def _tolerance(study: Study, rows: Sequence[Mapping[str, Any]], name: str) -> Estimate | None:
     """What the largest rate costs over the float model's best, minus what it costs the float model."""
     cost = {f"{name} 0.032": 1.0, f"{name} 0.004": -1.0, "float32 0.032": -1.0, "float32 0.004": 1.0}
@@ -88,7 +72,7 @@ CLAIMS = (
         less_than=0,
     ),
     Claim(
-        says="float32 diverges at a rate at which few-bit models train: most runs at 0.032",
+        says="float32 diverges at a rate at which few-bit models train: share of runs at 0.032",
         measure=lambda study, rows: diverged_share(rows, ("float32 0.032",)),
         greater_than=0.5,
     ),

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from bitnet_experiments.claims import Claim
 from bitnet_experiments.contrasts import values, welch
 from bitnet_experiments.intervals import Estimate, detectable, interval, paired
@@ -67,18 +65,6 @@ def averages(study: Study, rows: Sequence[Mapping[str, Any]]) -> Section:
     return Section(markdown_table(["arm", "loss of the average minus loss", "detectable"], lines))
 
 
-def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Muon minus AdamW, each at its better rate."""
-
-    def best(precision: str, name: str) -> float:
-        runs = [values(rows, f"{precision} {name} {rate}", METRIC) for rate in _RATES]
-        return min((float(np.mean(list(run.values()))) for run in runs if run), default=float("nan"))
-
-    differences = {name: best(name, "Muon") - best(name, "AdamW") for name in _PRECISIONS}
-    found = [f"{name}: {value:+.3f}" for name, value in differences.items() if not np.isnan(value)]
-    return f"Muon minus AdamW, {', '.join(found)}" if found else ""
-
-
 _PAIRS = tuple(
     (f"{precision} {name} {rate}", f"{precision} AdamW {rate}")
     for name in ("AdamW bfloat16", "Muon")
@@ -87,13 +73,13 @@ _PAIRS = tuple(
 )
 
 
-def _more_in_ternary(study: Study, rows: Sequence[Mapping[str, Any]]) -> Estimate:
+def _more_in_ternary(study: Study, rows: Sequence[Mapping[str, Any]]) -> Estimate | None:
     """The harm of the average at 0.018 in ternary minus that in float32; Welch's interval."""
     harm = {}
     for name in _PRECISIONS:
         loss, average = (values(rows, f"{name} AdamW 0.018", metric) for metric in (METRIC, "valid_ema_loss"))
-        harm[name] = {seed: average[seed] - loss[seed] for seed in loss}
-    return welch({"ternary": 1.0, "float32": -1.0}, harm)
+        harm[name] = {seed: average[seed] - loss[seed] for seed in loss if seed in average}
+    return welch({"ternary": 1.0, "float32": -1.0}, harm) if all(harm.values()) else None
 
 
 CLAIMS = (

@@ -146,17 +146,6 @@ def _place(arm: str, row: Mapping[str, Any]) -> Point:
     return Point(float(rate), " ".join(series))
 
 
-def EFFECT(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The exponents of the best rate."""
-    found = {
-        f"{precision}, {way}": slopes(curves)
-        for precision in _PRECISIONS
-        for way in _WAYS
-        if (curves := _curves(rows, precision, way))
-    }
-    return "; ".join(f"{name}: width^{np.mean(exponents):.2f}" for name, exponents in found.items())
-
-
 def _against(arm: str) -> str:
     return f"{arm.rsplit(' ', 1)[0]} 0.006"
 

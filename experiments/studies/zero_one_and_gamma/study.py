@@ -41,12 +41,12 @@ def _place(arm: str, row: Mapping[str, Any]) -> Point | None:
     return Point(float(arm.split("x")[1])) if arm.startswith("ternary") else None
 
 
-def _diverged(study: Study, rows: Sequence[Row]) -> Range:
+def _diverged(study: Study, rows: Sequence[Row]) -> Range | None:
     return diverged_share(rows, ("zero-one",))
 
 
 CLAIMS = (
-    Claim(says="{0, 1} weights diverge: most runs", measure=_diverged, greater_than=0.5),
+    Claim(says="{0, 1} weights diverge: share of runs", measure=_diverged, greater_than=0.5),
     Claim(says="±1 works and is worse than ternary", contrast=("binary", "ternary x1"), greater_than=0),
     Claim(
         says="a larger scale gives more zeros",
