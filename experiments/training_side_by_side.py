@@ -53,6 +53,9 @@ SIZES = {
     "1m": Size(128, 384, 5, 4),
     "5m": Size(256, 768, 6, 4),
     "20m": Size(512, 1536, 6, 8),
+    "1m-long": Size(
+        128, 384, 5, 4, batch=16, length=1024
+    ),  # for the memory: many tokens, whole scores of attention
 }
 RECIPES = {"float32": "float32", "ternary": "bitnet_b158"}
 OURS = {f"bitnet_jax {recipe}": ("ours", recipe) for recipe in RECIPES}
