@@ -68,7 +68,7 @@ def compared(losses: dict[str, dict[str, float]]) -> dict[str, Any]:
         "interval": interval(differences),
         "deviation": statistics.stdev(recorded),
         "p": float(stats.ttest_1samp(differences, 0.0).pvalue),
-        "detectable": detectable(differences, level=LEVEL),
+        "detectable": detectable(interval(differences), level=LEVEL),
     }
 
 
