@@ -86,4 +86,4 @@ def test_the_script_of_the_documentation_trains(
     assert done.returncode == 0, output
     result = json.loads((tmp_path / "runs" / "cluster" / "result.json").read_text())
     assert result["status"] == "finished"
-    assert result["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert result["mesh"] == {"data": 1, "fsdp": 2, "context": 1, "tensor": 1}
