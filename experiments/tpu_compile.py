@@ -16,7 +16,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -34,6 +32,7 @@ from bitnet_jax.models import PRESETS, ModelConfig, Transformer
 from bitnet_jax.models.stacked import equal_layers, stack
 from bitnet_jax.nn.placement import AXES, DATA, TENSOR
 from bitnet_jax.packed import packing
+from bitnet_jax.training.collectives import collectives, totals
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.sharding import (
     MeshConfig,
@@ -213,86 +212,9 @@ def compiled(program: Program) -> dict[str, Any]:
             "code": memory.generated_code_size_in_bytes,
             "peak": memory.peak_memory_in_bytes,
         }
-        row["collectives"] = collectives(executable.as_text())
+        row["collectives"] = totals(collectives(executable.as_text()))
     row["compile_seconds"] = round(time.perf_counter() - began, 1)
     return row
-
-
-COLLECTIVE = re.compile(
-    r"= (?P<shape>\S.*?) (?P<name>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-    r"(?P<start>-start)?\("
-)
-ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
-COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-LOOP = re.compile(r"condition=%?(?P<condition>[\w.\-]+), body=%?(?P<body>[\w.\-]+)")
-CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-LIMIT = re.compile(r"constant\((\d+)\)")
-
-
-def collectives(hlo: str) -> dict[str, dict[str, dict[str, int]]]:
-    """Collectives of one execution of a compiled program: operation -> element type -> count, bytes, largest_bytes.
-
-    Bytes are those of results, on one device. An operation in a loop counts as often as the loop runs: the constant
-    its counter is compared with. An all-reduce of which a device keeps a part, which is how the compiler writes some,
-    is a reduce-scatter here, with the bytes before the reduction.
-
-    Raises:
-      ValueError: a loop whose number of iterations is not in the text.
-    """
-    bodies: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if found := COMPUTATION.match(line):
-            name = found["name"]
-            bodies[name] = []
-            entry = name if line.startswith("ENTRY") else entry
-        elif name:
-            bodies[name].append(line)
-
-    total: dict[str, dict[str, dict[str, int]]] = {}
-
-    def add(computation: str, times: int) -> None:
-        for line in bodies.get(computation, ()):
-            if match := COLLECTIVE.search(line):
-                scatters = computation.startswith("all-reduce-scatter")
-                _count(total, "reduce-scatter" if scatters else match["name"], match, times)
-            elif loop := LOOP.search(line):
-                add(loop["body"], times * _iterations(bodies[loop["condition"]]))
-            elif branches := BRANCHES.search(line):
-                for branch in branches[1].split(","):
-                    add(branch.strip().lstrip("%"), times)
-            else:
-                for called in CALLED.findall(line):
-                    add(called, times)
-
-    add(entry, 1)
-    return total
-
-
-def _iterations(condition: Sequence[str]) -> int:
-    limits = {int(value) for line in condition for value in LIMIT.findall(line)}
-    if len(limits) != 1 or not any("direction=LT" in line for line in condition):
-        raise ValueError(
-            f"loop condition: got the limits {sorted(limits)}, expected a comparison with one constant"
-        )
-    return limits.pop()
-
-
-def _count(total: dict[str, Any], name: str, match: re.Match[str], times: int) -> None:
-    sizes = [(_bytes(kind, dims), kind) for kind, dims in ARRAY.findall(match["shape"])]
-    if match["start"]:  # a tuple of operands, results and semaphores
-        sizes = [max(sizes)]
-    for size, kind in sizes:
-        entry = total.setdefault(name, {}).setdefault(kind, {"count": 0, "bytes": 0, "largest_bytes": 0})
-        entry["count"] += times
-        entry["bytes"] += times * size
-        entry["largest_bytes"] = max(entry["largest_bytes"], size)
-
-
-def _bytes(kind: str, dims: str) -> int:
-    bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))
-    return bits * int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64)) // 8
 
 
 def compile_case(case: Case) -> dict[str, Any]:

@@ -97,12 +97,14 @@ def test_the_script_of_the_documentation_trains(
     assert done.returncode == 0, output
     result = json.loads((tmp_path / "runs" / "cluster" / "result.json").read_text())
     assert result["status"] == "finished"
-    assert result["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert result["mesh"] == {"data": 1, "fsdp": 2, "context": 1, "tensor": 1}
 
 
 STUDY = """
 QUESTION = SOURCE = PAPER_EFFECT = "none"
-VERDICT, CONFIG, METRIC, BASELINE = "open", "byte_lm:small", "valid_loss", "float32"
+TASK = SOURCE_TASK = "language modelling"
+CLAIMS = ()
+CONFIG, METRIC, BASELINE = "byte_lm:small", "valid_loss", "float32"
 ARMS = {{"float32": {{"model.precision": "float32"}}, "ternary": {{}}}}
 SEEDS = (0,)
 COMMON = {{"data.source": {source!r}, "data.split": "tail", "training.steps": 600, "training.checkpoint_every": 100}}

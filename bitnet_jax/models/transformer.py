@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from bitnet_jax.models.stacked import equal_layers, layer_precisions, run_name
 from bitnet_jax.nn.attention import Attention
 from bitnet_jax.nn.config import TransformerShape
+from bitnet_jax.nn.context import split_sequence
 from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.nn.head import next_token_logits
 from bitnet_jax.nn.kv_cache import KVCache, write_at
@@ -28,7 +29,7 @@ from bitnet_jax.nn.linear import KEPT_CODES, KEPT_SCALES, BitLinear
 from bitnet_jax.nn.linear_attention import LinearState
 from bitnet_jax.nn.mlp import MLP
 from bitnet_jax.nn.norms import block_norm
-from bitnet_jax.nn.placement import split_over_batch
+from bitnet_jax.nn.placement import split_over_tokens
 from bitnet_jax.quantization.precision import Precision
 
 
@@ -151,7 +152,7 @@ def blocks(
                 cache=None if cache is None else cache.layers[i],
                 length=None if cache is None else cache.length,
             )
-            x = split_over_batch(x)
+            x = split_over_tokens(x)
             layers.append(layer_cache)
     return block_norm(config, "final_norm")(x), tuple(layers)
 
@@ -177,7 +178,7 @@ def _scanned(
     def one(x: Array, layer: tuple[PyTree, dict[str, Array]]) -> tuple[Array, None]:
         params, rngs = layer
         y, _ = block.apply({"params": params}, x, **call, cache=None, length=None, rngs=rngs)
-        return split_over_batch(y), None
+        return split_over_tokens(y), None
 
     if block.config.remat:
         # The scan keeps both passes apart, so they need no barriers against common subexpressions.
@@ -254,10 +255,11 @@ class Transformer(nn.Module):
             visible = visible & (segments[:, :, None] == segments[:, None, :])
 
         embed = Embedding.of(config, config.vocab_size, "embed")
+        tokens, positions, visible = map(split_sequence, (tokens, positions, visible))
         x = embed(tokens)
         if config.position == "learned":
             x = x + Embedding.of(config, config.max_length, "position_embed")(positions)
-        x = split_over_batch(nn.Dropout(config.dropout, deterministic=deterministic)(x))
+        x = split_over_tokens(nn.Dropout(config.dropout, deterministic=deterministic)(x))
 
         x, layers = blocks(
             self,

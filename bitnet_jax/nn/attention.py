@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax.nn import linear_attention
 from bitnet_jax.nn.config import TransformerShape
+from bitnet_jax.nn.context import context_parts, cut, join, whole_sequence
 from bitnet_jax.nn.kv_cache import KVCache, cached_keys_values, fake_quantized_kv, write
 from bitnet_jax.nn.linear import BitLinear, apply_fused
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
@@ -157,7 +158,8 @@ def in_pieces(
     """
     B, T, H, _ = q.shape
     scores = B * H * T * k.shape[1] // math.prod(automatic_axes().values())
-    pieces = next((n for n in range(1, T) if T % n == 0 and scores // n <= MOST_SCORES), T)
+    own = T // context_parts(T)  # queries of a device
+    pieces = next((n for n in range(1, own) if own % n == 0 and scores // n <= MOST_SCORES), own)
     if pieces == 1:
         return mixed(q, k, v, visible)
 
@@ -166,10 +168,7 @@ def in_pieces(
         q, visible = piece
         return mixed(q, k, v, visible)
 
-    def cut(x: Array) -> Array:  # [B, T, ...] -> [pieces, B, T / pieces, ...]
-        return jnp.moveaxis(x.reshape(B, pieces, -1, *x.shape[2:]), 1, 0)
-
-    return jnp.moveaxis(jax.lax.map(of_piece, (cut(q), cut(visible))), 0, 1).reshape(q.shape)
+    return join(jax.lax.map(of_piece, (cut(q, pieces), cut(visible, pieces))))
 
 
 class Attention(nn.Module):
@@ -229,6 +228,8 @@ class Attention(nn.Module):
         if config.kv_bits is not None:
             k, v = fake_quantized_kv(k, config.kv_bits), fake_quantized_kv(v, config.kv_bits)
 
+        if cache is None:
+            k, v = whole_sequence(k), whole_sequence(v)
         if kind == "linear":
             if isinstance(cache, KVCache):
                 raise TypeError(

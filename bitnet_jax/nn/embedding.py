@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.nn.config import INTEGER_TABLES, TransformerShape, table_precision
+from bitnet_jax.nn.context import from_rows, to_rows
 from bitnet_jax.nn.linear import dense, quantized_matmul
 from bitnet_jax.nn.placement import split_by_rows
 from bitnet_jax.quantization.precision import Precision
@@ -112,7 +113,7 @@ class Embedding(nn.Module):
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32: `x @ table.T`."""
-        rows = floats("x", x).reshape(-1, x.shape[-1]).astype(jnp.float32)
+        rows = to_rows(floats("x", x)).astype(jnp.float32)
         precision = table_precision(self.stored_dtype, self.features)
         if self.dtype == "bfloat16" and precision is None:
             rows = round_to_bfloat16(rows)
@@ -125,4 +126,4 @@ class Embedding(nn.Module):
             logits = bfloat16_logits(rows, self.stored)
         else:
             logits = dense(rows, self.table(), self.dtype)
-        return logits.reshape(*x.shape[:-1], self.rows)
+        return from_rows(logits, x.shape[:-1])

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import TransformerShape
+from bitnet_jax.nn.context import from_rows, to_rows
 from bitnet_jax.nn.norms import Norm, projection_norm
 from bitnet_jax.nn.packed_gather import gathered
 from bitnet_jax.nn.products import sums_of_products
@@ -40,7 +41,7 @@ def dense(
     """`x @ w.T` in float32, with operands rounded to `dtype`."""
     x, w = floats("x", x), floats("w", w)
     # Flattened to matrices: on CPU the gradient of a product with more axes takes XLA's slow path.
-    return sums_of_products(x.reshape(-1, x.shape[-1]), w, dtype).reshape(*x.shape[:-1], w.shape[0])
+    return from_rows(sums_of_products(to_rows(x), w, dtype), x.shape[:-1])
 
 
 def quantized_matmul(
@@ -71,12 +72,12 @@ def _scaled_sums(
 ) -> Float[Array, "*rows n"]:
     """Integer codes times a quantized matrix, without the scale of the codes."""
     (n, k), groups = w.codes.shape, w.scale.shape[-1]
-    rows, w_codes = x.reshape(-1, k), w.codes
+    rows, w_codes = to_rows(x), w.codes
     if groups > 1:
         rows, w_codes = rows.reshape(-1, groups, k // groups), w_codes.reshape(n, groups, k // groups)
     sums = sums_of_products(rows, w_codes, dtype, product, format).reshape(groups, -1, n)
     x_sums = None if w.minimum is None else rows.sum(axis=-1).reshape(-1, groups).T
-    return rescale(sums, w.scale, w.minimum, x_sums).reshape(*x.shape[:-1], n)
+    return from_rows(rescale(sums, w.scale, w.minimum, x_sums), x.shape[:-1])
 
 
 def _digits(codes: Float[Array, "*rows k"]) -> tuple[Array, Array]:

@@ -7,8 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import TransformerShape
+from bitnet_jax.nn.placement import on_one_device
 from bitnet_jax.quantization.scales import floats
 from bitnet_kernels import rms_norm
+
+
+def root_mean_square_norm(
+    x: Float[Array, "*rows D"], gain: Float[Array, "D"] | None = None, *, eps: float
+) -> Float[Array, "*rows D"]:
+    """`bitnet_kernels.rms_norm`, by XLA on several devices: for the kernel it would gather x on each of them."""
+    return rms_norm(x, gain, eps=eps, implementation=None if on_one_device() else "reference")
 
 
 def layer_norm(
@@ -17,18 +25,19 @@ def layer_norm(
     """`(x - mean) / sqrt(var + eps)`, computed in float32, cast to the dtype of x, then times the gain (1607.06450)."""
     x = floats("x", x)
     x32 = x.astype(jnp.float32)
-    y = rms_norm(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps=eps).astype(x.dtype)
+    y = root_mean_square_norm(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps=eps).astype(x.dtype)
     return y if gain is None else y * jnp.expand_dims(gain.astype(x.dtype), range(x.ndim - 1))
 
 
-NORMS = {"rmsnorm": rms_norm, "layernorm": layer_norm}
+NORMS = {"rmsnorm": root_mean_square_norm, "layernorm": layer_norm}
 
 
 class Norm(nn.Module):
     """One of NORMS with an optional gain (and no bias, even for LayerNorm: the 1-bit papers use none).
 
     The gain is applied after the cast back to the input dtype, as in the released 2B-4T model. Where nothing is
-    differentiated, RMSNorm runs `bitnet_kernels.rms_norm` (C++ on CPU), with latent and packed weights alike.
+    differentiated, RMSNorm on one device runs `bitnet_kernels.rms_norm` (C++ on CPU), with latent and packed weights
+    alike.
     """
 
     kind: str = "rmsnorm"

@@ -9,9 +9,9 @@ import math
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+DATA, FSDP, CONTEXT, TENSOR = AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = (
     DATA,
     FSDP,
@@ -32,13 +32,13 @@ def on_one_device() -> bool:
     return jax.sharding.get_abstract_mesh().size <= 1
 
 
-def split_over_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Constrains the first axis of x to be split over data and fsdp.
+def split_over_tokens(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
+    """Constrains the first axis of x to be split over data and fsdp, and the second over context.
 
     Otherwise the compiler may split x along the axis of a split parameter, and then all-reduces activations where it
     should gather the smaller parameter.
     """
-    return _first_axis_split(x, BATCH_AXES)
+    return _split(x, BATCH_AXES, (CONTEXT,))
 
 
 def split_by_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
@@ -46,7 +46,7 @@ def split_by_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
 
     For lookups: split rows would give activations split along features instead of along the batch.
     """
-    return _first_axis_split(table, (TENSOR,))
+    return _split(table, (TENSOR,))
 
 
 def whole(x: Array) -> Array:
@@ -61,9 +61,12 @@ def automatic_axes() -> dict[str, int]:
     return {axis: mesh.shape[axis] for axis, kind in kinds.items() if kind == AxisType.Auto}
 
 
-def _first_axis_split(x: Array, axes: tuple[str, ...]) -> Array:
+def _split(x: Array, *axes: tuple[str, ...]) -> Array:
+    """The leading axes of x split, each over those of the mesh axes named for it that the mesh has."""
     sizes = automatic_axes()
-    axes = tuple(axis for axis in axes if axis in sizes)
-    if not axes or x.shape[0] % math.prod(sizes[axis] for axis in axes):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+    spec: list[tuple[str, ...] | None] = []
+    for size, names in zip(x.shape, axes, strict=False):
+        present = tuple(name for name in names if name in sizes)
+        divides = present and size % math.prod(sizes[name] for name in present) == 0
+        spec.append(present if divides else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if any(spec) else x

@@ -18,7 +18,7 @@ from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import LARGEST
 from bitnet_jax.training.distributed import DistributedConfig
 from bitnet_jax.training.optimizers import OptimizerConfig
-from bitnet_jax.training.sharding import MeshConfig
+from bitnet_jax.training.sharding import MeshConfig, check_context
 from bitnet_jax.training.width_transfer import check_transferable
 
 
@@ -263,6 +263,7 @@ class RunConfig:
                 f"{self.data.batch_size // self.training.accumulate} sequences of a micro-batch "
                 f"(data.batch_size / training.accumulate); change one of them"
             )
+        check_context(self.mesh.context, self.task, self.data.length, self.model, self.distillation.relations)
         if self.task == "images":  # validate the model's fields before any work
             self.image_model_config()
             if self.optimizer.base_width is not None:

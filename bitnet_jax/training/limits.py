@@ -72,7 +72,7 @@ def memory_bytes(config: RunConfig) -> int:
     Several processes are assumed to run on separate machines, each like this one.
     """
     mesh, processes = config.mesh, jax.process_count()
-    devices = jax.local_devices()[: mesh.data * mesh.fsdp * mesh.tensor]
+    devices = jax.local_devices()[: mesh.devices]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     if devices[0].platform != "cpu" and all(limits):
         return processes * sum(limit for limit in limits if limit)

@@ -31,6 +31,7 @@ from bitnet_jax.models.stacked import is_stacked, stack_like, unstack
 from bitnet_jax.progress import progress_bar
 from bitnet_jax.quantization.ste import ANNEALED
 from bitnet_jax.training.checkpoints import Checkpoints
+from bitnet_jax.training.collectives import collectives, received_bytes
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.distributed import (
     AnyProcess,
@@ -60,7 +61,7 @@ from bitnet_jax.training.sharding import (
 from bitnet_jax.training.spikes import Spikes
 from bitnet_jax.training.state import TrainState
 from bitnet_jax.training.statistics import quantized_paths
-from bitnet_jax.training.step import Metrics, make_train_step
+from bitnet_jax.training.step import Batch, Metrics, TrainStep, make_train_step
 from bitnet_jax.training.task import Task
 from bitnet_jax.training.tasks import TASKS
 from bitnet_jax.training.updates import Run
@@ -170,10 +171,14 @@ def _train(
         shardings=shardings,
     )
 
+    programs: list[TrainStep] = []  # the update, once it is compiled
+
     def advance(state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         rows = partial(task.train_batch, spikes.position(step))
         batch = place_batch(rows, config.data.batch_size, mesh)
-        advanced = update(state, batch, key)
+        if not programs:
+            programs.append(update if mesh.size == 1 else _compiled(update, state, batch, key, record))
+        advanced = programs[0](state, batch, key)
         return jax.block_until_ready(advanced) if needs_synchronous_dispatch(mesh) else advanced
 
     if (warning := average_warning(config.optimizer, task.precisions)) is not None:
@@ -266,6 +271,19 @@ def _train(
 def _tested(last: Mapping[str, Any]) -> dict[str, float]:
     """`test_<metric>` of the test data, if there is some."""
     return {f"test_{name}": value for name, value in last.get("test", {}).items()}
+
+
+def _compiled(
+    update: TrainStep, state: TrainState, batch: Batch, key: PRNGKeyArray, record: RunRecord
+) -> TrainStep:
+    """The update compiled ahead of its first call, which is no second compilation; the record gets what it moves."""
+    program = update.lower(state, batch, key).compile()  # type: ignore[attr-defined]
+    if is_first():
+        try:
+            record.received = received_bytes(collectives(program.as_text()))
+        except ValueError as error:  # a loop whose length is not known before it runs
+            tell(f"the bytes that an update moves are unknown: {error}")
+    return program
 
 
 def _start(

@@ -71,6 +71,8 @@ class RunRecord:
         saved: Mapping[str, Any] | None,
     ):
         self.file, self.work, self.devices = file, work, devices
+        # Bytes that a device receives in an update (collectives.py); None: of one device, or not known
+        self.received: dict[str, dict[str, int]] | None = None
         self.totals = _after(saved, None if file is None else read_totals(file), run)
         self.totals.starts += 1
         self.activity, self._since, self._beat = "setup", began, began
@@ -159,6 +161,7 @@ class RunRecord:
             if joules and totals.updates
             else None,
             "meters_absent": dict(self.absent),
+            "received_bytes_per_update": self.received,
         }
 
 

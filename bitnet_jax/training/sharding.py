@@ -6,6 +6,7 @@ statistics of a matrix are those of the global matrix, however it is sharded.
     data     replicates the model; splits the batch
     fsdp     splits the batch too; parameters and optimizer state are sharded and gathered where they are used, those of
              quantized layers as packed codes (nn/packed_gather.py)
+    context  splits the tokens of each sequence; keys and values are gathered for attention (nn/context.py)
     tensor   splits every layer: outputs of q, k, v, gate, up and the heads, inputs of o and down
 
 The devices are those of all processes of the run (distributed.py).
@@ -37,6 +38,7 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = 1
+    context: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -49,28 +51,64 @@ class MeshConfig:
         """Number of parts a batch is split into."""
         return self.data * self.fsdp
 
+    @property
+    def devices(self) -> int:
+        return math.prod(dataclasses.astuple(self))
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
+        return f"{sizes}, which is {self.devices} devices"
+
+
+def check_context(parts: int, task: str, length: int, model: Mapping[str, Any], relations: float) -> None:
+    """Whether the sequences of a run can be split into `parts`.
+
+    Args:
+      task, length, model, relations: config.task, data.length, the section model, distillation.relations.
+
+    Raises:
+      ValueError: they cannot.
+    """
+    if parts == 1:
+        return
+    if task == "images":
+        raise ValueError(
+            f"mesh.context: got {parts} for task 'images', whose inputs are not sequences of tokens; use mesh.data"
+        )
+    if length % parts:
+        raise ValueError(
+            f"mesh.context: got {parts}, expected a divisor of data.length={length}; change one of them"
+        )
+    if relations:
+        raise ValueError(
+            f"mesh.context: got {parts} with distillation.relations, which compares all tokens with all; remove one"
+        )
+    if model.get("attention") == "linear" and model.get("causal", True):
+        raise ValueError(
+            f"mesh.context: got {parts} with causal model.attention 'linear', whose state passes from token to token; "
+            "use mesh.data"
+        )
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The first devices (default: of all devices) as a mesh with the axes data, fsdp and tensor.
+    """The first devices (default: of all devices) as a mesh with the axes data, fsdp, context and tensor.
 
     Raises:
       ValueError: fewer devices than the config requires, or with several processes also more: each takes part with all
         its devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.astuple(config)
-    if (needed := math.prod(sizes)) > len(devices):
+    if (needed := config.devices) > len(devices):
         raise ValueError(
-            f"mesh: got data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}, which is {needed} devices, "
-            f"expected at most the {len(devices)} available ({devices[0].platform}); use fewer, or try it with "
-            f"JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+            f"mesh: got {config}, expected at most the {len(devices)} available ({devices[0].platform}); use "
+            f"fewer, or try it with JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         )
     if (processes := jax.process_count()) > 1 and needed < len(devices):
         raise ValueError(
-            f"mesh: got data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}, which is {needed} devices, "
-            f"expected all {len(devices)} devices of the {processes} processes; raise mesh.data or mesh.fsdp, or start "
-            "fewer processes"
+            f"mesh: got {config}, expected all {len(devices)} devices of the {processes} processes; raise mesh.data "
+            "or mesh.fsdp, or start fewer processes"
         )
+    sizes = dataclasses.astuple(config)
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
 
 
@@ -107,7 +145,10 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of every array of a batch: first axis over data and fsdp."""
+    """The sharding of every array of a batch: first axis over data and fsdp.
+
+    Every device of context has all tokens of its sequences, which are few bytes, and takes its own (nn/context.py).
+    """
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

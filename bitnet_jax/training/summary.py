@@ -17,7 +17,8 @@ def summary(result: Mapping[str, Any]) -> str:
     """
     lines = []
     for name, text in _subjects(result):
-        wrapped = [line.replace(TIED, " ") for line in textwrap.wrap(text, WIDTH - INDENT)] or [""]
+        broken = textwrap.wrap(text, WIDTH - INDENT, break_on_hyphens=False)
+        wrapped = [line.replace(TIED, " ") for line in broken] or [""]
         lines += [
             f"{label:{INDENT}s}{part}" for label, part in zip([name] + [""] * WIDTH, wrapped, strict=False)
         ]
@@ -69,6 +70,8 @@ def _record(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "goodput", f"{percent(record['goodput'])} of the wall time is productive"
         spent = sorted(record["seconds"].items(), key=lambda item: -item[1])
         yield "", ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent if seconds)
+    if received := record.get("received_bytes_per_update"):
+        yield "communication", _traffic(received)
     memory = record["peak_memory_bytes"]
     yield "peak memory", ", ".join(f"{name} {value / 1e6:,.0f} MB" for name, value in memory.items())
     if record["joules"]:
@@ -76,6 +79,15 @@ def _record(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "energy", f"{joules}: {number(record['joules_per_token'])} J a token"
     else:
         yield "energy", "no meter: " + "; ".join(record["meters_absent"].values())
+
+
+def _traffic(received: Mapping[str, Mapping[str, int]]) -> str:
+    """`one update moves 1.9 MB a device: all-gather u8 0.4, all-reduce f32 1.5`."""
+    kinds = {f"{name} {kind}": size for name, sizes in received.items() for kind, size in sizes.items()}
+    total = sum(kinds.values())
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if total >= s), ("B", 1.0))
+    parts = ", ".join(f"{name} {value / size:.1f}" for name, value in kinds.items())
+    return f"one update moves {total / size:.1f}{TIED}{unit} a device: {parts}"
 
 
 def number(value: Any) -> str:

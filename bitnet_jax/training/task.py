@@ -28,6 +28,7 @@ from bitnet_jax.evaluation.language import evaluate, model_logits
 from bitnet_jax.models import Architecture, ModelConfig, Transformer, init_variables
 from bitnet_jax.models.stacked import equal_layers, stack
 from bitnet_jax.models.transformer import LanguageHead
+from bitnet_jax.nn.context import context_parts, cut
 from bitnet_jax.nn.placement import automatic_axes
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.config import RunConfig
@@ -105,11 +106,8 @@ def language_loss(model: Transformer, z_loss: float = 0.0) -> LossFunction:
             logits: Any = head.apply(variables, hidden, progress, rngs=rngs)
             return cross_entropy_sums(logits, targets, weights, z_loss)
 
-        def cut(x: Array) -> Array:  # [B, T, ...] -> [pieces, B, T / pieces, ...]
-            return jnp.moveaxis(x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), 1, 0)
-
         weights = batch.get("weights", jnp.ones(batch["targets"].shape, jnp.float32))
-        parts = (cut(output.hidden), cut(jnp.asarray(batch["targets"])), cut(jnp.asarray(weights)))
+        parts = [cut(jnp.asarray(x), pieces) for x in (output.hidden, batch["targets"], weights)]
         return jax.tree.map(jnp.sum, jax.lax.map(lambda part: sums(*part), parts)), state
 
     return loss
@@ -124,12 +122,13 @@ def loss_pieces(targets: tuple[int, int], vocab_size: int) -> int:
     sequences, length = targets
     devices = math.prod(automatic_axes().values())
     most = MOST_LOGITS["cpu" if jax.default_backend() == "cpu" else "other"]
+    own = length // context_parts(length)  # targets of a device, in a sequence
     fitting = (
         pieces
-        for pieces in range(1, length + 1)
-        if length % pieces == 0 and sequences * (length // pieces) * vocab_size <= most * devices
+        for pieces in range(1, own + 1)
+        if own % pieces == 0 and sequences * (length // pieces) * vocab_size <= most * devices
     )
-    return next(fitting, length)
+    return next(fitting, own)
 
 
 def forward(

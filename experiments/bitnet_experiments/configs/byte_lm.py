@@ -60,5 +60,6 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.mesh = mesh = ConfigDict()  # devices along each axis, see bitnet_jax/training/sharding.py
     mesh.data = 1
     mesh.fsdp = 1
+    mesh.context = 1  # parts of a sequence; divides data.length
     mesh.tensor = 1
     return config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import pytest
 from bitnet_jax.models import ModelConfig, Transformer, init_variables
 from bitnet_jax.models.stacked import equal_layers, is_stacked, located, stack, stack_like, unstack
 from bitnet_jax.packed import pack
+from bitnet_jax.training.collectives import collectives
 from bitnet_jax.training.optimizers import OptimizerConfig, clip_latents, make_optimizer
 from bitnet_jax.training.sharding import (
     MeshConfig,
@@ -157,11 +157,7 @@ def test_no_float_of_a_quantized_matrix_is_gathered_in_the_scan() -> None:
     with jax.set_mesh(mesh):
         placed = jax.device_put(state, shardings)
         text = update.lower(placed, jax.device_put(batch(0), batch_sharding(mesh)), jax.random.key(1))
-    gathers = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather(?:-start)?\(", text.compile().as_text())
+    gathers = [one for one in collectives(text.compile().as_text()) if one.operation == "all-gather"]
     matrices = {n * k for path, (n, k) in CONFIG.linear_shapes().items() if path != "lm_head"}
-    of_weights = [
-        (kind, dims)
-        for kind, dims in gathers
-        if np.prod([int(d) for d in dims.split(",") if d]) in matrices | {size // 4 for size in matrices}
-    ]
-    assert {kind for kind, _ in of_weights} == {"u8"}
+    of_weights = [one for one in gathers if np.prod(one.shape) in matrices | {size // 4 for size in matrices}]
+    assert {one.dtype for one in of_weights} == {"u8"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.nn import linear
 from bitnet_jax.nn.packed_gather import gathered, pack_bytes, unpack_bytes
+from bitnet_jax.training.collectives import collectives
 from bitnet_jax.training.optimizers import OptimizerConfig, make_optimizer
 from bitnet_jax.training.sharding import MeshConfig, batch_sharding, make_mesh, state_shardings
 from bitnet_jax.training.state import TrainState
@@ -34,10 +34,10 @@ def test_every_code_survives_packing(format: str) -> None:
     np.testing.assert_array_equal(unpack_bytes(packed, format), codes)
 
 
-def collectives(compiled: str, kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of the results of the collective operations of one kind in a compiled program."""
-    found = re.findall(rf"= (\w+)\[([\d,]*)\]\S* {kind}(?:-start)?\(", compiled)
-    return [(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in found if shape]
+def gathers(program: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of what a compiled program gathers."""
+    found = collectives(program)
+    return [(one.dtype, one.shape) for one in found if one.operation == "all-gather" and one.shape]
 
 
 def step_of(recipe: str) -> tuple[Callable[[], float], str, ModelConfig]:
@@ -71,13 +71,13 @@ def test_no_float_of_a_quantized_matrix_is_gathered(recipe: str, bits: int) -> N
     _, program, config = step_of(recipe)
     matrices = {shape for shape in config.linear_shapes().values() if shape[0] != config.vocab_size}
     packed = {(n, k * bits // 8) for n, k in matrices}
-    gathers = collectives(program, "all-gather")
-    assert packed <= {shape for dtype, shape in gathers if dtype == "u8"}
+    moved = gathers(program)
+    assert packed <= {shape for dtype, shape in moved if dtype == "u8"}
     sizes = {n * k for n, k in matrices}
-    wide = [(dtype, shape) for dtype, shape in gathers if dtype != "u8" and int(np.prod(shape)) in sizes]
+    wide = [(dtype, shape) for dtype, shape in moved if dtype != "u8" and int(np.prod(shape)) in sizes]
     assert wide == []
     _, of_float, _ = step_of("float32")
-    assert any(dtype == "f32" and shape in matrices for dtype, shape in collectives(of_float, "all-gather"))
+    assert any(dtype == "f32" and shape in matrices for dtype, shape in gathers(of_float))
 
 
 def test_the_loss_has_the_bits_of_gathered_floats(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_the_loss_has_the_bits_of_gathered_floats(monkeypatch: pytest.MonkeyPatc
     loss = packed()
     monkeypatch.setattr(linear, "gathered", lambda codes, format, layer: codes)
     floats, program, _ = step_of("bitnet_b158")
-    assert not any(dtype == "u8" for dtype, _ in collectives(program, "all-gather"))
+    assert not any(dtype == "u8" for dtype, _ in gathers(program))
     assert floats() == loss
 
 

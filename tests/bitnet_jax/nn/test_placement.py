@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from bitnet_jax.nn.placement import split_by_rows, split_over_batch
+from bitnet_jax.nn.placement import split_by_rows, split_over_tokens
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def mesh() -> Mesh:
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
-@pytest.mark.parametrize("place", [split_over_batch, split_by_rows])
+@pytest.mark.parametrize("place", [split_over_tokens, split_by_rows])
 def test_placement_is_a_no_op_without_a_mesh(place: Callable[[jax.Array], jax.Array]) -> None:
     x = jnp.asarray(X)
     assert place(x) is x
@@ -31,8 +31,8 @@ def test_placement_is_a_no_op_without_a_mesh(place: Callable[[jax.Array], jax.Ar
 
 def test_a_batch_is_sharded_where_it_divides(mesh: Mesh) -> None:
     with jax.set_mesh(mesh):
-        split = jax.jit(split_over_batch)(X)
-        odd = jax.jit(split_over_batch)(X[:3])
+        split = jax.jit(split_over_tokens)(X)
+        odd = jax.jit(split_over_tokens)(X[:3])
     assert split.addressable_shards[0].data.shape == (2, 3)
     assert odd.addressable_shards[0].data.shape == (3, 3)
     np.testing.assert_array_equal(split, X)
@@ -47,5 +47,5 @@ def test_embedding_rows_are_gathered(mesh: Mesh) -> None:
 
 def test_placement_is_a_no_op_inside_shard_map(mesh: Mesh) -> None:
     with jax.set_mesh(mesh):
-        y = jax.jit(jax.shard_map(split_over_batch, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp")))(X)
+        y = jax.jit(jax.shard_map(split_over_tokens, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp")))(X)
     np.testing.assert_array_equal(y, X)

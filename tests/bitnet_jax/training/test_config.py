@@ -128,6 +128,27 @@ def test_the_hash_is_stable_and_covers_every_section() -> None:
             "data.skip_bad_files: got True for task 'images'",
         ),
         ({"model": MODEL, "mesh": {"fsdp": 0}}, "mesh.fsdp: got 0, expected at least 1"),
+        (
+            {"model": MODEL, "data": {"length": 9}, "mesh": {"context": 2}},
+            "mesh.context: got 2, expected a divisor of data.length=9; change one of them",
+        ),
+        (
+            {"model": MODEL | {"attention": "linear"}, "mesh": {"context": 2}},
+            "mesh.context: got 2 with causal model.attention 'linear'",
+        ),
+        (
+            {"model": {"architecture": "mlp"}, "task": "images", "mesh": {"context": 2}},
+            "mesh.context: got 2 for task 'images', whose inputs are not sequences",
+        ),
+        (
+            {
+                "model": MODEL | {"num_classes": 2},
+                "task": "text_classification",
+                "distillation": {"teacher": "x", "relations": 1.0},
+                "mesh": {"context": 2},
+            },
+            "mesh.context: got 2 with distillation.relations",
+        ),
         ({"model": MODEL, "mesh": {"pipeline": 2}}, "field of mesh: got 'pipeline'"),
         (
             {"model": MODEL, "training": {"accumulate": 4}, "mesh": {"data": 4, "fsdp": 2}},

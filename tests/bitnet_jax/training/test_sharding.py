@@ -62,7 +62,7 @@ def test_all_matrices_of_a_large_model_are_sharded_over_tensor_and_fsdp() -> Non
 
 def test_a_mesh_larger_than_the_number_of_devices_is_rejected() -> None:
     with pytest.raises(
-        ValueError, match=r"mesh: got data=2, fsdp=2, tensor=16, which is 64 .* at most the 2 "
+        ValueError, match=r"mesh: got data=2, fsdp=2, context=1, tensor=16, which is 64 .* at most the 2 "
     ):
         make_mesh(MeshConfig(data=2, fsdp=2, tensor=16), jax.devices()[:2])
 
@@ -70,7 +70,7 @@ def test_a_mesh_larger_than_the_number_of_devices_is_rejected() -> None:
 def test_a_mesh_uses_the_first_devices() -> None:
     assert make_mesh(MeshConfig()).devices.flatten().tolist() == jax.devices()[:1]
     both = make_mesh(MeshConfig(fsdp=2))
-    assert dict(both.shape) == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert dict(both.shape) == {"data": 1, "fsdp": 2, "context": 1, "tensor": 1}
     assert needs_synchronous_dispatch(both)
     assert not needs_synchronous_dispatch(make_mesh(MeshConfig()))
 
@@ -94,8 +94,8 @@ def test_a_run_may_resume_on_another_mesh(
         start("moved", toy._replace(train_batch=stop_at_three), fsdp=2)
     moved = start("moved", toy, data=2)
     assert (whole["mesh"], moved["mesh"]) == (
-        {"data": 1, "fsdp": 1, "tensor": 1},
-        {"data": 2, "fsdp": 1, "tensor": 1},
+        {"data": 1, "fsdp": 1, "context": 1, "tensor": 1},
+        {"data": 2, "fsdp": 1, "context": 1, "tensor": 1},
     )
     assert whole["config_hash"] == moved["config_hash"]
     shapes = jax.eval_shape(toy.init, jax.random.key(0))
