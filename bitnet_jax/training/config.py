@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
-import types
-import typing
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,6 +15,7 @@ from bitnet_jax.names import check_name
 from bitnet_jax.nn.config import LARGEST
 from bitnet_jax.training.distributed import DistributedConfig
 from bitnet_jax.training.optimizers import OptimizerConfig
+from bitnet_jax.training.sections import flatten, is_a, plain, section_of
 from bitnet_jax.training.sharding import MeshConfig, check_context
 from bitnet_jax.training.width_transfer import check_transferable
 
@@ -346,17 +344,17 @@ class RunConfig:
         if "model" not in fields:
             raise ValueError(f"config has no section model; got {', '.join(fields) or 'nothing'}")
         seed = fields.get("seed", 0)
-        if not _is_a(seed, int) or not 0 <= seed < 2**32:
+        if not is_a(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"config.seed: got {seed!r}, expected an integer from 0 to 2**32 - 1")
         built = {
-            name: _section(name, kind, fields[name]) for name, kind in sections.items() if name in fields
+            name: section_of(name, kind, fields[name]) for name, kind in sections.items() if name in fields
         }
         task = fields.get("task", "language")
-        return cls(seed=seed, task=task, model=_plain(fields["model"]), **built)
+        return cls(seed=seed, task=task, model=plain(fields["model"]), **built)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars that survive a JSON round trip."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -381,8 +379,8 @@ class RunConfig:
         fields = _hashed_fields(
             RunConfig.from_dict(self.to_dict())
         )  # 1 and 1.0 in a float field are the same
-        defaults: dict[str, Any] = {"task": "language", "distillation": _plain(DistillationConfig())}
-        defaults["data"] = _plain(DataConfig())
+        defaults: dict[str, Any] = {"task": "language", "distillation": plain(DistillationConfig())}
+        defaults["data"] = plain(DataConfig())
         earlier = {name: dict(value) if isinstance(value, dict) else value for name, value in fields.items()}
         for path in ADDED_BEFORE:
             *sections, name = path.split(".")
@@ -401,12 +399,12 @@ def _hash(fields: Mapping[str, Any]) -> str:
 
 def data_config(fields: Mapping[str, Any]) -> DataConfig:
     """Section `data` alone. Raises ValueError: an unknown field or a wrong type."""
-    return _section("data", DataConfig, fields)
+    return section_of("data", DataConfig, fields)
 
 
 def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) -> list[str]:
     """`section.field: value in a, value in b` for every setting that differs, except WHERE_COMPUTED and `ignored`."""
-    flat_a, flat_b = _flatten(_hashed_fields(a)), _flatten(_hashed_fields(b))
+    flat_a, flat_b = flatten(_hashed_fields(a)), flatten(_hashed_fields(b))
     names = sorted((flat_a.keys() | flat_b.keys()) - set(ignored))
     return [
         f"{name}: {flat_a.get(name, 'not set')!r}, {flat_b.get(name, 'not set')!r}"
@@ -417,7 +415,7 @@ def differing_fields(a: RunConfig, b: RunConfig, ignored: Collection[str] = ()) 
 
 def flat_fields(config: RunConfig) -> dict[str, Any]:
     """`section.field` -> value, for every setting."""
-    return _flatten(config.to_dict())
+    return flatten(config.to_dict())
 
 
 def _hashed_fields(config: RunConfig) -> dict[str, Any]:
@@ -430,44 +428,3 @@ def _hashed_fields(config: RunConfig) -> dict[str, Any]:
             if fields[section][name] == getattr(default, name):
                 del fields[section][name]
     return fields
-
-
-def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _section(section: str, kind: type, fields: Mapping[str, Any]) -> Any:
-    expected = typing.get_type_hints(kind)
-    for name, value in fields.items():
-        check_name(f"field of {section}", name, expected)
-        if not _is_a(value, expected[name]):
-            wanted = getattr(expected[name], "__name__", str(expected[name]))
-            raise ValueError(f"{section}.{name}: got {value!r}, expected {wanted}")
-    return kind(**{name: float(v) if expected[name] is float else v for name, v in fields.items()})
-
-
-def _is_a(value: Any, expected: Any) -> bool:
-    if typing.get_origin(expected) is Mapping:
-        inner = typing.get_args(expected)
-        return isinstance(value, Mapping) and all(
-            _is_a(part, kind) for item in value.items() for part, kind in zip(item, inner, strict=True)
-        )
-    if isinstance(expected, types.UnionType):
-        return any(_is_a(value, kind) for kind in typing.get_args(expected))
-    if expected is float:
-        largest = sys.float_info.max  # excludes NaN, infinities and integers too large for a float
-        return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) <= largest
-    return isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    return value
