@@ -5,12 +5,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <limits>
+#include <numeric>
 #include <random>
-#include <sstream>
-#include <string>
 #include <vector>
 
 #include "attention.h"
@@ -18,6 +17,7 @@
 #include "head.h"
 #include "head_exact.h"
 #include "kernels.h"
+#include "tally.h"
 #include "threads.h"
 
 using namespace bitnet;
@@ -39,12 +39,6 @@ float widened(uint16_t x) {
   float wide;
   std::memcpy(&wide, &bits, 4);
   return wide;
-}
-
-int64_t differing(const std::vector<float>& a, const std::vector<float>& b) {
-  int64_t count = 0;
-  for (size_t i = 0; i < a.size(); ++i) count += std::memcmp(&a[i], &b[i], sizeof(float)) != 0;
-  return count;
 }
 
 // A cache whose keys and values behind `length` are NaN (int8: large), for nothing may look at them.
@@ -152,11 +146,25 @@ int64_t far_outputs(const Cache& c, const std::vector<float>& out) {
   return wrong;
 }
 
-int64_t wrong_attention(const AttentionKernels& kernels, const Sizes& sizes, KvType type) {
-  source.seed(7);  // every instruction set meets the same numbers
+void test_attention(std::vector<Tally>& tallies, const Sizes& sizes, KvType type) {
   Cache c = make_cache(sizes, type);
-  const std::vector<float> scalar = attend(find_kernels("scalar")->floats->attention, c), out = attend(kernels, c);
-  return far_outputs(c, scalar) + differing(out, scalar);
+  const auto run = [&](const Kernels& with) { return attend(with.floats->attention, c); };
+  const std::vector<float> scalar = run(*find_kernels("scalar"));
+  compare(tallies, far_outputs(c, scalar), scalar, run);
+}
+
+// Scores that overflow, infinite values, a key and a query with NaN.
+void test_special_attention(std::vector<Tally>& tallies, const Sizes& sizes) {
+  Cache c = make_cache(sizes, KvType::kFloat32);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float specials[] = {0.0f, -0.0f, 1e-45f, -1e-39f, 1e25f, -1e25f, 3e38f};
+  for (auto* values : {&c.q, &c.k_floats, &c.v_floats}) {
+    for (size_t i = 0; i < values->size(); i += 1 + source() % 40) (*values)[i] = specials[source() % std::size(specials)];
+  }
+  for (size_t i = 0; i < c.v_floats.size(); i += 97) c.v_floats[i] = i % 2 ? kInfinity : -kInfinity;
+  c.k_floats[c.k_floats.size() / 2] = c.q[c.q.size() / 3] = std::numeric_limits<float>::quiet_NaN();
+  const auto run = [&](const Kernels& with) { return attend(with.floats->attention, c); };
+  compare(tallies, 0, run(*find_kernels("scalar")), run);
 }
 
 struct Head {
@@ -257,11 +265,35 @@ int64_t wrong_largest(const Head& head, HeadRows rows, const std::vector<float>&
   return wrong;
 }
 
-int64_t wrong_head(HeadRows rows, int64_t m, int64_t n, int64_t k) {
-  source.seed(11);
+void test_head(std::vector<Tally>& tallies, int64_t m, int64_t n, int64_t k) {
   const Head head(m, n, k);
-  const std::vector<float> scalar = head.logits(find_kernels("scalar")->floats->head_rows), y = head.logits(rows);
-  return far_logits(head, scalar) + differing(y, scalar) + wrong_largest(head, rows, scalar, 3);
+  const std::vector<float> scalar = head.logits(find_kernels("scalar")->floats->head_rows);
+  const int64_t wrong = far_logits(head, scalar);
+  for (Tally& tally : tallies) {
+    const HeadRows rows = tally.kernels.floats->head_rows;
+    tally.add(wrong + differing(head.logits(rows), scalar) + wrong_largest(head, rows, scalar, 3));
+  }
+}
+
+void test_special_head(std::vector<Tally>& tallies, int64_t m, int64_t n, int64_t k) {
+  Head head(m, n, k);
+  const float specials[] = {0.0f, -0.0f, 1e-45f, -1e-39f, 3e38f, -3e38f, std::numeric_limits<float>::infinity()};
+  for (size_t i = 0; i < head.x.size(); i += 1 + source() % 7) head.x[i] = specials[source() % std::size(specials)];
+  for (uint16_t& value : head.table) value = static_cast<uint16_t>(source());  // also NaN
+  const auto run = [&](const Kernels& with) { return head.logits(with.floats->head_rows); };
+  compare(tallies, 0, run(*find_kernels("scalar")), run);
+}
+
+// Every float16 there is.
+void test_widening(std::vector<Tally>& tallies) {
+  std::vector<uint16_t> halves(1 << 16);
+  std::iota(halves.begin(), halves.end(), uint16_t{0});
+  std::vector<float> scalar(halves.size()), floats(halves.size());
+  widen_scalar(halves.data(), scalar.size(), scalar.data());
+  for (Tally& tally : tallies) {
+    tally.kernels.widen(halves.data(), floats.size(), floats.data());
+    tally.add(differing(floats, scalar));
+  }
 }
 
 }  // namespace
@@ -273,23 +305,17 @@ int main() {
                           {1, 70, 4, 2, 24, 130, 130}, {3, 9, 2, 2, 64, 140, 139}, {1, 2, 2, 2, 16, 20, 0}};
   // Less than a vector, ends of vectors, fewer rows than streams, more rows of x than a tile, several pieces of rows.
   const int64_t heads[][3] = {{1, 1, 1}, {2, 3, 15}, {1, 37, 16}, {7, 70, 33}, {26, 50, 100}, {1, 5000, 48}};
-  int64_t all_wrong = 0;
-  std::istringstream names(bitnet_kernels_available_isas());
-  for (std::string isa; std::getline(names, isa, ',');) {
-    const FloatKernels& kernels = *find_kernels(isa)->floats;
-    int64_t wrong = 0, cases = 0;
-    for (const Sizes& sizes : caches) {
-      for (KvType type : {KvType::kFloat32, KvType::kBfloat16, KvType::kInt8}) {
-        wrong += wrong_attention(kernels.attention, sizes, type);
-        ++cases;
-      }
-    }
-    for (const auto& [m, n, k] : heads) {
-      wrong += wrong_head(kernels.head_rows, m, n, k);
-      ++cases;
-    }
-    std::printf("%s: %d cases, %d wrong\n", isa.c_str(), static_cast<int>(cases), static_cast<int>(wrong));
-    all_wrong += wrong;
+  std::vector<Tally> tallies = ::tallies();
+  for (const Sizes& sizes : caches) {
+    for (KvType type : {KvType::kFloat32, KvType::kBfloat16, KvType::kInt8}) test_attention(tallies, sizes, type);
   }
-  return all_wrong != 0;
+  test_special_attention(tallies, {2, 9, 4, 2, 20, 150, 149});
+  for (const auto& [m, n, k] : heads) test_head(tallies, m, n, k);
+  test_special_head(tallies, 7, 70, 33);
+  test_widening(tallies);
+  for (Tally& tally : tallies) {  // the loops of the benchmark run at all
+    if (tally.kernels.floats->peak) tally.add(tally.kernels.floats->peak(1) <= 0);
+    if (tally.kernels.dot_peak) tally.add(tally.kernels.dot_peak(1) <= 0);
+  }
+  return report(tallies);
 }

@@ -1,4 +1,4 @@
-"""The C++ arithmetic on other processors, emulated by qemu where it is installed."""
+"""The C++ arithmetic on other processors, emulated by qemu or Bochs where they are installed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels import bochs
+
 COMPILERS = {
     "x86_64": os.environ.get("CXX_X86_64") or shutil.which("x86_64-linux-gnu-g++"),
     "aarch64": os.environ.get("CXX_AARCH64") or shutil.which("aarch64-linux-gnu-g++"),
@@ -18,6 +20,13 @@ COMPILERS = {
 
 
 PROGRAMS = ("exactness", "float_exactness", "training_exactness")
+
+
+def check(output: str, expected: list[str]) -> None:
+    """What a program printed: a line for each instruction set, nothing wrong."""
+    lines = output.splitlines()
+    assert [line.split(":")[0] for line in lines] == expected, output
+    assert all(line.endswith(" 0 wrong") for line in lines), output
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +40,7 @@ def programs(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         folder = repository / "kernels" / "csrc"
         sources = [source for source in folder.glob("*.cc") if not source.name.startswith("ffi")]
         # As in setup.py: fused operations with a single rounding are explicit.
-        command = [compiler, "-std=c++17", "-O2", "-w", "-ffp-contract=off", "-pthread", f"-I{folder}"]
+        command = [compiler, "-std=c++17", "-O3", "-w", "-ffp-contract=off", "-pthread", f"-I{folder}"]
         objects = []
         for source in sources:
             objects.append(str(place / f"{source.stem}.o"))
@@ -70,5 +79,30 @@ def test_every_emulated_instruction_set_is_exact(
         command = [emulator, "-cpu", processor, str(program)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert [line.split(":")[0] for line in result.stdout.splitlines()] == expected
-        assert all(line.endswith(" 0 wrong") for line in result.stdout.splitlines()), result.stdout
+        check(result.stdout, expected)
+
+
+AVX512 = ["avx512vnni", "avx512lookup", "avx512vbmi"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ("tigerlake", ["scalar", "avx2", *AVX512]),
+        ("sapphire_rapids", ["scalar", "avx2", "avxvnni", *AVX512]),  # Bochs 3
+    ],
+)
+def test_avx512_is_exact_in_an_emulated_machine(
+    processor: str, expected: list[str], programs: Callable[[str], list[Path]], tmp_path: Path
+) -> None:
+    compiler, obstacle = COMPILERS["x86_64"], bochs.obstacle(processor)
+    if obstacle or compiler is None:
+        pytest.skip(obstacle or "no compiler for x86_64 (set CXX_X86_64, or install x86_64-linux-gnu-g++)")
+    init, source = tmp_path / "init", Path(__file__).parent / "init.cc"
+    command = [compiler, "-std=c++17", "-O2", "-static", str(source), "-o", str(init)]
+    subprocess.run(command, check=True, timeout=600)
+    results = bochs.run(programs("x86_64"), init, processor, tmp_path / "machine", timeout=3600)
+    for status, output in results.values():
+        assert status == 0, output
+        check(output, expected)
