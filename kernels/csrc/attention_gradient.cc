@@ -35,7 +35,9 @@ class Head {
       : rows_(rows), products_(products), p_(p), size_(p.head_size), width_(round_up(size_, products.columns)),
         keys_(round_up(p.keys, products.rows * products.columns)) {
     for (auto* panels : {&k_scores_, &v_scores_}) panels->assign(keys_ * size_, 0.0f);
-    for (auto* panels : {&k_mixed_, &dk_, &dv_}) panels->assign(keys_ * width_, 0.0f);
+    k_mixed_.assign(keys_ * width_, 0.0f);
+    // A block's first key is not the first of a tile of rows, so its last tile may reach behind all keys.
+    for (auto* sums : {&dk_, &dv_}) sums->assign((keys_ + products.rows) * width_, 0.0f);
     for (auto* block : {&q_, &dout_}) block->resize(kBlockRows * size_);
     for (auto* block : {&q_panels_, &dout_panels_, &dq_}) block->resize(kBlockRows * width_);
     for (auto* block : {&p_block_, &dp_block_}) block->resize(kBlockRows * keys_);

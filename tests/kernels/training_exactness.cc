@@ -104,14 +104,17 @@ void test_special_product(std::vector<Tally>& tallies, int64_t m, int64_t n, int
   }
 }
 
+// With a window a token sees itself and those before it, `window` in all: the last keys without the first.
 void test_gradient(std::vector<Tally>& tallies, int64_t tokens, int64_t keys, int64_t heads, int64_t kv_heads,
-                   int64_t size) {
+                   int64_t size, int64_t window = 0) {
   const int64_t batch = 2, queries = batch * tokens * heads * size, stored = batch * keys * kv_heads * size;
   const std::vector<float> q = normals(queries), k = normals(stored), v = normals(stored), dout = normals(queries);
   std::vector<uint8_t> visible(batch * tokens * keys);
   for (int64_t i = 0; i < batch * tokens; ++i) {  // causal, full, with holes, nothing
     for (int64_t j = 0; j < keys; ++j) {
-      visible[i * keys + j] = i % 4 == 0 ? j <= i % tokens : i % 4 == 1 ? 1 : i % 4 == 2 ? source() % 3 == 0 : 0;
+      const int64_t back = i % tokens - j;
+      if (window > 0) visible[i * keys + j] = back >= 0 && back < window;
+      else visible[i * keys + j] = i % 4 == 0 ? j <= i % tokens : i % 4 == 1 ? 1 : i % 4 == 2 ? source() % 3 == 0 : 0;
     }
   }
   const auto run = [&](const Kernels& with) {
@@ -215,5 +218,7 @@ int main() {
   for (const auto& [tokens, keys, heads, kv_heads, size] : gradients) {
     test_gradient(tallies, tokens, keys, heads, kv_heads, size);
   }
+  // Blocks of queries begin at keys that no tile of rows begins at, and end at the last.
+  for (int64_t tokens : {64, 96}) test_gradient(tallies, tokens, tokens, 2, 1, 8, 17);
   return report(tallies);
 }
