@@ -142,3 +142,14 @@ def test_the_peak_of_a_known_device_is_published_and_that_of_another_unknown() -
     assert "Abacus 3000" in unknown.source
     measured = peak_flops(jax.devices("cpu"))
     assert measured.flops is None or measured.flops > 1e8
+
+
+def test_the_table_says_what_an_update_moves() -> None:
+    record = dict.fromkeys(
+        ("tokens_per_second", "mfu", "flops_per_token", "goodput", "joules", "joules_per_token")
+    ) | {"peak": "unknown", "wall_seconds": 1.0, "starts": 1, "peak_memory_bytes": {}, "meters_absent": {}}
+    result = {"status": "finished", "step": 1, "steps": 1, "record": record}
+    assert "communication" not in summary(result)
+    record["received_bytes_per_update"] = {"all-gather": {"u8": 400_000}, "all-reduce": {"f32": 1_500_000}}
+    line = "one update moves 1.9 MB a device: all-gather u8 0.4, all-reduce"
+    assert f"communication   {line}" in summary(result).splitlines()
