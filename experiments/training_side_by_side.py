@@ -66,7 +66,7 @@ COMPILED = {f"PyTorch compiled {recipe}": ("torch_compiled", recipe) for recipe 
 
 
 def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, python: str) -> dict[str, Any]:
-    """Tokens per second and share of the float32 peak, as medians with ranges over rounds.
+    """Tokens per second as medians with ranges over rounds, and the highest float32 peak.
 
     Args:
       variants: name -> (who trains, recipe), see `worker` and training_torch.py.
@@ -98,8 +98,6 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
                     time.sleep(QUIET_SECONDS)
                     bar.update()
         ready = {name: process.ready for name, process in processes.items()}
-    peak = float(np.median(peaks)) if peaks else None
-    flops = training_flops_per_token(_model(size, "float32"), size.length)
     return {
         "size": size._asdict(),
         "parameters": {name: about["parameters"] for name, about in ready.items()},
@@ -108,11 +106,26 @@ def compare(size: Size, variants: Mapping[str, tuple[str, str]], rounds: int, py
             name: _spread([tokens / took for took in values]) for name, values in seconds.items()
         },
         "peak_resident_bytes": memory,
-        "float_peak_gflops": peak and 1e-9 * peak,
-        "mfu": {name: flops * tokens / np.median(values) / peak for name, values in seconds.items()}
-        if peak
-        else None,
+        "float_peak_gflops": 1e-9 * max(peaks) if peaks else None,
     }
+
+
+def with_mfu(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures with `mfu` for every size: the share of the highest peak that was measured at any.
+
+    A peak is a limit: a lower one, while another process had a core or the clock was low, limits nothing.
+    """
+    peaks = [found["float_peak_gflops"] for found in figures["sizes"].values()]
+    sizes = {}
+    for name, found in figures["sizes"].items():
+        size = Size(**found["size"])
+        flops = training_flops_per_token(_model(size, "float32"), size.length)
+        speeds = found["tokens_per_second"]
+        mfu = None
+        if None not in peaks:
+            mfu = {who: 1e-9 * flops * speed["median"] / max(peaks) for who, speed in speeds.items()}
+        sizes[name] = found | {"mfu": mfu}
+    return {**figures, "sizes": sizes}
 
 
 def side_by_side(sizes: list[str], rounds: int, python: str | None, json_file: Path | None) -> dict[str, Any]:
@@ -126,6 +139,7 @@ def side_by_side(sizes: list[str], rounds: int, python: str | None, json_file: P
     }
     for name in sizes:
         figures["sizes"][name] = compare(SIZES[name], variants, rounds, python or sys.executable)
+        figures = with_mfu(figures)
         if json_file is not None:
             json_file.write_text(json.dumps(figures, indent=1) + "\n")
         print(table(name, figures["sizes"][name]), flush=True)
@@ -135,7 +149,7 @@ def side_by_side(sizes: list[str], rounds: int, python: str | None, json_file: P
 def table(name: str, figures: Mapping[str, Any]) -> str:
     lines = [f"{name}: {figures['size']['batch']} x {figures['size']['length']} tokens per step"]
     for who, speed in figures["tokens_per_second"].items():
-        share = f", {100 * figures['mfu'][who]:.0f} % of the float32 peak" if figures["mfu"] else ""
+        share = f", {100 * figures['mfu'][who]:.0f} % of the float32 peak" if figures.get("mfu") else ""
         spread = f"[{speed['lowest']:.0f}, {speed['highest']:.0f}]"
         memory = f"{figures['peak_resident_bytes'][who] / 1e6:.0f} MB"
         lines.append(f"  {who:32s} {speed['median']:8.0f} tokens/s {spread}{share}, {memory}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import training_side_by_side as side_by_side
-from experiments.training_side_by_side import Size, compare, markdown, table
+from experiments.training_side_by_side import Size, compare, markdown, table, with_mfu
 
 STUDY = Path(__file__).parents[2] / "experiments" / "studies" / "training_speed"
 TINY = Size(16, 32, 1, 2, batch=1, length=8)
@@ -29,6 +29,16 @@ def test_processes_train_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_ends_is_an_error_with_its_last_words() -> None:
     with pytest.raises(RuntimeError, match=r"PyTorch float32: the process ended: .*torch_is_not_here"):
         side_by_side._Process("PyTorch float32", [sys.executable, "-c", "import torch_is_not_here"])
+
+
+def test_the_peak_is_the_highest_of_all_sizes() -> None:
+    """While a core was taken from the measurement of one size, its share must not come out above one."""
+    size = {"size": Size(16, 32, 1, 2)._asdict(), "tokens_per_second": {"a": {"median": 100.0}}}
+    figures = {"sizes": {"x": size | {"float_peak_gflops": 50.0}, "y": size | {"float_peak_gflops": 100.0}}}
+    shares = [found["mfu"]["a"] for found in with_mfu(figures)["sizes"].values()]
+    assert shares[0] == shares[1] > 0
+    figures["sizes"]["x"]["float_peak_gflops"] = None
+    assert with_mfu(figures)["sizes"]["y"]["mfu"] is None
 
 
 def test_the_table_of_the_study_is_that_of_its_results() -> None:
