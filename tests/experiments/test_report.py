@@ -58,7 +58,12 @@ ROWS = [
 
 
 def write(study: Study, rows: list[dict[str, Any]]) -> None:
-    study.results.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    """Rows with the settings that the study has now, where it has the arm."""
+    settings = [
+        {"settings_hash": study.settings_hash(r["arm"], r["seed"])} if r["arm"] in study.arms else {}
+        for r in rows
+    ]
+    study.results.write_text("".join(json.dumps(s | r) + "\n" for r, s in zip(rows, settings, strict=True)))
 
 
 def test_tables_figures_and_pages(study: Study) -> None:
@@ -214,7 +219,7 @@ def test_the_command_exits_with_the_outcome_of_the_check(
         ({"commit": "abc-dirty"}, "1 of 4 rows are of uncommitted code, such as ternary-seed1: abc-dirty"),
         ({"hardware": "other"}, "rows of 2 machines: h, other"),
         (
-            {"overrides": {}},
+            {"settings_hash": "another"},
             "1 of 4 rows were made with other settings than the study has now, such as ternary-seed1",
         ),
     ],
