@@ -70,16 +70,16 @@ def _check(names: list[str], index: bool) -> int:
     from bitnet_experiments.report import check, check_index
     from bitnet_experiments.study import load_study
 
-    wrong = 0
+    differing = 0
     for name in names:
         differences, notes = check(load_study(name))
         for note in notes:
             print(f"note: {note}")
         if differences:
-            wrong += 1
+            differing += 1
             print(f"error: {differences[0]}; run: bitnet-jax report {name}", file=sys.stderr)
-    for difference in check_index() if index else ():
-        wrong += 1
+    of_index = check_index() if index else []
+    for difference in of_index:
         print(f"error: {difference}; run: bitnet-jax report --all", file=sys.stderr)
-    print(f"{len(names) - min(wrong, len(names))} of {len(names)} studies agree with their rows")
-    return 1 if wrong else 0
+    print(f"{len(names) - differing} of {len(names)} studies agree with their rows")
+    return 1 if differing or of_index else 0

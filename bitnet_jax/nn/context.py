@@ -1,6 +1,6 @@
 """Sequences whose tokens are split over the mesh axis context.
 
-Linear layers, norms and the loss work token by token, so each device does it for its own T / n tokens. Attention
+Linear layers, norms and the loss work token by token, so each device handles its own T / n tokens. Attention
 needs the keys and values of all of them (`whole_sequence`): 2 K h numbers a token, few with grouped queries. Queries
 and scores stay split. What flattens or cuts the axis T does so within the tokens of a device (`to_rows`, `cut`): in the
 order of the sequence devices would need tokens of each other.
@@ -35,7 +35,7 @@ def split_sequence(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
 def whole_sequence(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
     """Constrains x to hold all tokens of a sequence on every device of context: an all-gather.
 
-    The gradient is a sum over these devices, of which each keeps that of its own tokens.
+    Its gradient is summed over these devices; each keeps the part for its own tokens.
     """
     return x if context_parts(x.shape[1]) == 1 else _whole(x)
 

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from bitnet_experiments.plan import Job, Plan
-from bitnet_experiments.study import Row, read_results
+from bitnet_experiments.study import Row, read_results, row_of
 from bitnet_jax.optional_packages import missing_package
 from bitnet_jax.training.interrupt import Interrupted
 
@@ -68,7 +68,7 @@ def _in_parallel(claim: Claim, plan: Plan, todo: Sequence[Job], jobs: int) -> It
                         f"{one.name} exited with code {process.exitcode}; start the sweep again",
                         file=sys.stderr,
                     )
-                yield next((row for row in read_results(plan.file(one)) if row["run"] == one.name), None)
+                yield row_of(read_results(plan.file(one)), one.name)
     finally:
         signal.signal(signal.SIGTERM, before)
         for process, _ in running.values():

@@ -1,9 +1,9 @@
 """Where rows come from: rows that are compared are measured on one kind of machine, by one state of the code.
 
 `origin` is recorded in every row. Its `code` is a hash of the source files that decide what a run does: the three
-packages, the C++ sources of a checkout, and study.py if it has a `run` of its own (of a study without, the settings
-say all). Commits that add results or documentation therefore do not change it. It ends in `-dirty` if one of these
-files has uncommitted changes.
+packages, the C++ sources of a checkout, and study.py if it defines `run` (otherwise the settings determine the run).
+Commits that add results or documentation therefore do not change it. It ends in `-dirty` if one of these files has
+uncommitted changes.
 """
 
 from __future__ import annotations

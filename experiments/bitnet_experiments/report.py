@@ -76,10 +76,8 @@ def report(study: Study, results: Path, folder: Path) -> str:
     """
     rows = comparable_rows(study, results)
     if not rows:
-        stale = len(read_results(results))
-        raise ValueError(
-            f"{results} has no results{f' but {stale} stale ones' * (stale > 0)}; run: {command(study)}"
-        )
+        found = "only stale results" if read_results(results) else "no results"
+        raise ValueError(f"{results} has {found}; run: {command(study)}")
     parts = sections(study, rows)
     for part in figures(parts, verdicts.judge(study, rows)):
         draw(part, folder)

@@ -267,7 +267,7 @@ def load_study(name: str) -> Study:
         return read_study(Path(name).resolve())
     if not names:
         raise ValueError(
-            f"study: got {name!r}, expected a folder with study.py; an installed copy has no studies of its own"
+            f"study: got {name!r}, expected a folder with study.py; an installed package contains no studies"
         )
     check_name("study", name, names, also=" or a folder with study.py")
     return read_study(STUDIES / name)
@@ -311,3 +311,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
+
+
+def row_of(rows: Sequence[Row], name: str) -> Row | None:
+    """The row of the run with this name; None if there is none."""
+    return next((row for row in rows if row["run"] == name), None)

@@ -26,7 +26,7 @@ from bitnet_experiments.freshness import plain
 from bitnet_experiments.origin import DIRTY, check_one_origin, origin, origin_here
 from bitnet_experiments.plan import Job, Plan, job_of, make_plan
 from bitnet_experiments.runs import locked, train
-from bitnet_experiments.study import Row, Study, read_results
+from bitnet_experiments.study import Row, Study, read_results, row_of
 from bitnet_experiments.tuning import search
 from bitnet_jax.training.run_folder import write_atomic
 
@@ -79,10 +79,6 @@ def claim(plan: Plan, job: Job) -> Row | None:
                 row |= {"mixed": True}
             write_atomic(file, "".join(json.dumps(plain(r)) + "\n" for r in (*others, row)))
     return row
-
-
-def row_of(rows: Sequence[Row], name: str) -> Row | None:
-    return next((row for row in rows if row["run"] == name), None)
 
 
 def sweep(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitnet_experiments.contrasts import Contrasts
 from bitnet_experiments.intervals import Estimate
@@ -22,21 +23,23 @@ def slope(study: Study, rows: Sequence[Row], pairs: Pairs) -> Estimate | None:
     means of arms, with the error of one.
     """
     x = np.log10(list(pairs))
-    w = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
-    weights: dict[str, float] = {}
-    for weight, (arm, other) in zip(w, pairs.values(), strict=True):
-        weights[arm] = weights.get(arm, 0.0) + float(weight)
-        weights[other] = weights.get(other, 0.0) - float(weight)
-    return Contrasts(study, rows).combination(weights)
+    return _weighted(study, rows, pairs, (x - x.mean()) / np.sum((x - x.mean()) ** 2))
 
 
 def middle(study: Study, rows: Sequence[Row], pairs: Pairs) -> Estimate | None:
     """The mean of (arm minus other) over the sizes: the regression's value at their geometric mean."""
-    weights: dict[str, float] = {}
-    for arm, other in pairs.values():
-        weights[arm] = weights.get(arm, 0.0) + 1 / len(pairs)
-        weights[other] = weights.get(other, 0.0) - 1 / len(pairs)
-    return Contrasts(study, rows).combination(weights)
+    return _weighted(study, rows, pairs, np.full(len(pairs), 1 / len(pairs)))
+
+
+def _weighted(
+    study: Study, rows: Sequence[Row], pairs: Pairs, weights: NDArray[np.float64]
+) -> Estimate | None:
+    """The sum over the sizes of weight times (arm minus other)."""
+    of_arms: dict[str, float] = {}
+    for weight, (arm, other) in zip(weights, pairs.values(), strict=True):
+        of_arms[arm] = of_arms.get(arm, 0.0) + float(weight)
+        of_arms[other] = of_arms.get(other, 0.0) - float(weight)
+    return Contrasts(study, rows).combination(of_arms)
 
 
 def trends_table(series: Mapping[str, Pairs], unit: str = "parameters") -> SectionMaker:
