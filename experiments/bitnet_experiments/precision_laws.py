@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bitnet_experiments.fits import Law, Values, bootstrap, chinchilla, effective_size, fit
+from bitnet_experiments.intervals import Range
 
 _SHARED = {"E": (0.1, 3.0), "A": (1e-2, 1e2), "alpha": (0.05, 1.0), "B": (1e-2, 1e2), "beta": (0.05, 1.0)}
 DECISIVE = 10.0  # difference of BIC: odds of e^5
@@ -129,16 +130,8 @@ def _compared(
     return Compared(form, constants, bic, math.sqrt(squared), held_out)
 
 
-class Gamma(NamedTuple):
-    """gamma of Kumar's form and its 95 % interval by bootstrap."""
-
-    value: float
-    low: float
-    high: float
-
-
-def gamma(N: ArrayLike, D: ArrayLike, P: ArrayLike, L: ArrayLike, *, draws: int = 200) -> Gamma:
-    """gamma of the whole law, fitted to losses L [n] at N, D, P [n]."""
+def gamma(N: ArrayLike, D: ArrayLike, P: ArrayLike, L: ArrayLike, *, draws: int = 200) -> Range:
+    """gamma of Kumar's form, fitted to losses L [n] at N, D, P [n], with its 95 % interval by bootstrap."""
     law, x = Law(kumar, _SHARED | {"gamma": (0.3, 10.0)}), [N, D, P]
     low, high = bootstrap(law, x, L, draws=draws, starts=2)["gamma"]
-    return Gamma(fit(law, x, L).constants["gamma"], low, high)
+    return Range(fit(law, x, L).constants["gamma"], low, high)

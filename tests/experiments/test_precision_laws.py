@@ -31,7 +31,14 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("form", MADE)
+@pytest.mark.parametrize(
+    "form",
+    [
+        "Kumar",
+        "additive",
+        *(pytest.param(form, marks=pytest.mark.extended) for form in ("no bits", "capacity", "both")),
+    ],
+)
 def test_the_form_that_made_the_data_is_preferred(form: str) -> None:
     found = compare(N, D, P, losses(form, *MADE[form]), starts=8)
     assert found[0].form == form
