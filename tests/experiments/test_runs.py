@@ -22,7 +22,7 @@ def changed(config: RunConfig, **overrides: object) -> RunConfig:
     )
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_training_continues_from_given_weights(study: Study, tmp_path: Path) -> None:
     config = study.settings("float32", 0)
     first = train(config, tmp_path / "float")
@@ -49,7 +49,7 @@ def test_a_finished_training_is_reused(study: Study, tmp_path: Path) -> None:
     assert 0 <= row["train_zero_fraction"] <= 1
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_a_training_never_continues_under_other_settings(study: Study, tmp_path: Path) -> None:
     """Not even for more steps: a row describes a training with its settings from the start."""
     config = study.settings("ternary", 0)

@@ -148,7 +148,7 @@ def test_parts_divide_the_arms(study: Study, tmp_path: Path) -> None:
         assert done == ({"ternary"} if index == 1 else {"ternary", "float32"})
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_trained_arms_choose_by_validation_and_report_the_test(study: Study, tmp_path: Path) -> None:
     file = study.folder / "study.py"
     lines = ['METRIC = "test_loss"', 'COMMON = {"data.test": True}', f"TUNE = {{{RATE!r}: (1e-3, 1e-2)}}"]
