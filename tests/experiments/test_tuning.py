@@ -13,6 +13,7 @@ import pytest
 from bitnet_experiments import sweep
 from bitnet_experiments.freshness import fresh_rows
 from bitnet_experiments.plan import make_plan
+from bitnet_experiments.sections import arms_table
 from bitnet_experiments.status import status
 from bitnet_experiments.study import Study, read_results, read_study
 from bitnet_experiments.tuning import MOST_EXTENSIONS, chosen, searches
@@ -203,3 +204,12 @@ def test_a_trial_that_keeps_dying_ends_the_search(
     monkeypatch.setattr(sweep, "claim", lambda plan, job: None)
     with pytest.raises(ValueError, match="ended 3 times without a row"):
         sweep.sweep(tuned(study, [], near), tmp_path / "work", small=False)
+
+
+def test_the_table_says_what_was_chosen(study: Study, tmp_path: Path) -> None:
+    own = tuned(study, [], near)
+    rows = read_results(sweep.sweep(own, tmp_path / "work", small=False))
+    rows = [row | {"parameters": 1, "wall_seconds": 1.0} for row in rows]
+    lines = arms_table()(own, rows).markdown.splitlines()
+    column = lines[0].split(" | ").index("learning_rate")
+    assert [line.split(" | ")[column] for line in lines[2:4]] == ["0.01", "0.08"]
