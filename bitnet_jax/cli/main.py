@@ -23,6 +23,7 @@ from typing import NoReturn, TextIO
 import bitnet_jax
 from bitnet_jax.cli import (
     bench,
+    chat,
     convert,
     doctor,
     energy,
@@ -34,6 +35,7 @@ from bitnet_jax.cli import (
     predict,
     report,
     runs,
+    serve,
     sweep,
     tokenize,
     train,
@@ -60,6 +62,8 @@ COMMANDS: dict[str, ModuleType] = {
     "convert": convert,
     "verify": verify,
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
     "predict": predict,
     "eval": evaluate,
     "info": info,

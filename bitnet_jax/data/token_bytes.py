@@ -21,12 +21,12 @@ def token_bytes(tokenizer: Tokenizer) -> Callable[[int], bytes]:
         return lambda token: tokenizer.decode([token]).encode()
     fields = json.loads(tokenizer.to_json())
     decoders = _kinds(fields.get("decoder"))
-    special = {entry["id"]: entry["content"] for entry in fields.get("added_tokens") or []}
+    special = special_tokens(tokenizer)
     letters = _byte_of_letter() if "ByteLevel" in decoders else None
 
     def of(token: int) -> bytes:
         if token in special:
-            return str(special[token]).encode()
+            return special[token].encode()
         name = tokenizer.token_text(token)
         if name is None:
             return b""
@@ -38,6 +38,14 @@ def token_bytes(tokenizer: Tokenizer) -> Callable[[int], bytes]:
         return tokenizer.decode([token, token]).encode()[len(tokenizer.decode([token]).encode()) :]
 
     return of
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The tokens that `decode` drops, with their names."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        return {}
+    added = json.loads(tokenizer.to_json()).get("added_tokens") or []
+    return {entry["id"]: entry["content"] for entry in added if entry["special"]}
 
 
 def _kinds(decoder: Any) -> set[str]:

@@ -28,12 +28,13 @@ import numpy as np
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.inference.cache import default_kv_format
 from bitnet_jax.inference.limits import check_tokens, warn_of_unknown_tokens
+from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.inference.steps import Variables
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.serving.answer import Answer
 from bitnet_jax.serving.fair_queue import FairQueue
 from bitnet_jax.serving.passes import rows_are_exact
-from bitnet_jax.serving.pool import Pool, choose, row_of, score
+from bitnet_jax.serving.pool import SMALLEST_WIDTH, Pool, choose, row_of, score
 from bitnet_jax.serving.requests import Closed, QueueFull, Request, Sink, TokenScore
 
 CHUNK = 128  # tokens of a prompt that a step reads; a power of two
@@ -149,6 +150,17 @@ class Engine:
             self._queue.push(request.client, answer)
             self._wake.notify()
         return answer
+
+    def warm(self) -> None:
+        """Compiles what ordinary requests need, before the first one comes."""
+        pool, width = self._pools[0], self._chunk
+        while width >= SMALLEST_WIDTH:
+            pool.read_tokens(0, np.zeros(width, np.int32), 0, self._chunk, False)
+            width //= 2
+        rows = np.zeros(pool.rows, np.int32)
+        logits = row_of(pool.decode(rows, rows, rows > 0), 0)
+        for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
+            choose(sampling.filters(), logits, np.zeros(2, np.uint32), 0)
 
     @property
     def running(self) -> int:
