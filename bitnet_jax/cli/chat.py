@@ -115,7 +115,8 @@ def _converse(chat: Chat) -> None:
             return
         try:
             if text.startswith("/"):
-                print(chat.command(text), file=sys.stderr)
+                if said := chat.command(text):
+                    print(said, file=sys.stderr)
                 continue
             finished = chat.ask(text, _show)
             print(f"\n{describe(finished)}", file=sys.stderr)

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from pathlib import PurePath
+from pathlib import Path
 
 from bitnet_jax.cli.shared import kv_format_argument, model_argument, write_json
 
@@ -46,7 +46,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax.model_folders import folder_kind, load_text_model, source_path
+    from bitnet_jax.model_folders import INSTALLED, folder_kind, load_text_model, source_path
 
     folder_kind(source_path(args.folder))  # before anything listens
     from bitnet_jax.serving.engine import Engine
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.serving.schemas import Served
     from bitnet_jax.serving.server import Server
 
-    name = PurePath(args.folder.removeprefix("pypi:")).name
+    package = args.folder.removeprefix(INSTALLED)
+    name = package if package != args.folder else Path(args.folder).resolve().name
     api_key = args.api_key or os.environ.get(API_KEY)
     if api_key is None and not is_loopback(args.host):
         print(f"warning: anyone who reaches {args.host} can use the model; pass --api-key", file=sys.stderr)

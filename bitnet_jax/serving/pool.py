@@ -43,7 +43,8 @@ class Pool:
         program = self._program(passes.read_tokens, self._config, every_position, shapes=(W,), donate=(1,))
         numbers = np.int32(row), padded, np.int32(start), np.int32(len(tokens))
         logits, self._layers = program(self._variables, self._layers, *numbers)
-        return logits
+        # JAX would return at once, and all chunks of a prompt be queued before anyone else's pass.
+        return jax.block_until_ready(logits)
 
     def decode(self, tokens: np.ndarray, lengths: np.ndarray, active: np.ndarray) -> Any:
         """Logits [R, V]; see `passes.decode`."""

@@ -111,6 +111,7 @@ def test_a_long_prompt_delays_an_answer_by_a_chunk_a_token() -> None:
     serving.submit(request(bytes(8 * CHUNK), 1), lambda event: seen.append("long"))
     for _ in range(6):
         serving.step()
+    assert serving._pools[0].read_tokens(0, np.zeros(CHUNK, np.int32), 0, CHUNK, False).is_ready()
     assert seen == ["short"] * 9  # all eight tokens and the end, while the other prompt is read
     while serving.step():
         pass
