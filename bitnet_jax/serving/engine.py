@@ -34,7 +34,7 @@ from bitnet_jax.models import ModelConfig
 from bitnet_jax.serving.answer import Answer
 from bitnet_jax.serving.fair_queue import FairQueue
 from bitnet_jax.serving.passes import rows_are_exact
-from bitnet_jax.serving.pool import SMALLEST_WIDTH, Pool, choose, row_of, score
+from bitnet_jax.serving.pool import Pool, choose, row_of, score
 from bitnet_jax.serving.requests import Closed, QueueFull, Request, Sink, TokenScore
 
 CHUNK = 128  # tokens of a prompt that a step reads; a power of two
@@ -153,12 +153,9 @@ class Engine:
 
     def warm(self) -> None:
         """Compiles what ordinary requests need, before the first one comes."""
-        pool, width = self._pools[0], self._chunk
-        while width >= SMALLEST_WIDTH:
-            pool.read_tokens(0, np.zeros(width, np.int32), 0, self._chunk, False)
-            width //= 2
-        rows = np.zeros(pool.rows, np.int32)
-        logits = row_of(pool.decode(rows, rows, rows > 0), 0)
+        pool = self._pools[0]
+        pool.compile(self._chunk)
+        logits = row_of(np.zeros((pool.rows, self.config.vocab_size), np.float32), 0)
         for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
             choose(sampling.filters(), logits, np.zeros(2, np.uint32), 0)
 

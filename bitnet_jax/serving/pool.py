@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from bitnet_jax.inference.cache import init_cache
-from bitnet_jax.inference.programs import PROGRAMS
+from bitnet_jax.inference.programs import PROGRAMS, Program
 from bitnet_jax.inference.sampling import Filters
 from bitnet_jax.inference.steps import Variables
 from bitnet_jax.models import ModelConfig
@@ -40,23 +40,39 @@ class Pool:
         W = width(len(tokens), chunk)
         padded = np.zeros(W, np.int32)
         padded[: len(tokens)] = tokens
-        program = self._program(passes.read_tokens, self._config, every_position, shapes=(W,), donate=(1,))
         numbers = np.int32(row), padded, np.int32(start), np.int32(len(tokens))
-        logits, self._layers = program(self._variables, self._layers, *numbers)
+        logits, self._layers = self._reading(W, every_position)(self._variables, self._layers, *numbers)
         # JAX would return at once, and all chunks of a prompt be queued before anyone else's pass.
         return jax.block_until_ready(logits)
 
     def decode(self, tokens: np.ndarray, lengths: np.ndarray, active: np.ndarray) -> Any:
         """Logits [R, V]; see `passes.decode`."""
-        program = self._program(passes.decode, self._config, shapes=(), donate=(1,))
-        logits, self._layers = program(self._variables, self._layers, tokens, lengths, active)
+        logits, self._layers = self._decoding()(self._variables, self._layers, tokens, lengths, active)
         return logits
+
+    def compile(self, chunk: int) -> None:
+        """Compiles the passes of ordinary requests, and runs none."""
+        W, zero = chunk, np.int32(0)
+        while W >= SMALLEST_WIDTH:
+            arguments = self._variables, self._layers, zero, np.zeros(W, np.int32), zero, zero
+            self._reading(W, False).lower(*arguments).compile()
+            W //= 2
+        rows = np.zeros(self.rows, np.int32)
+        self._decoding().lower(self._variables, self._layers, rows, rows, rows > 0).compile()
+
+    def _reading(self, W: int, every_position: bool) -> Program:
+        return self._program(passes.read_tokens, self._config, every_position, shapes=(W,), donate=(1,))
+
+    def _decoding(self) -> Program:
+        return self._program(passes.decode, self._config, shapes=(), donate=(1,))
 
     def copy_row(self, source: int, target: int) -> None:
         program = self._program(passes.copy_row, shapes=(self._config,), donate=(0,))
         self._layers = program(self._layers, np.int32(source), np.int32(target))
 
-    def _program(self, function: Any, *static: Any, shapes: tuple[Any, ...], donate: tuple[int, ...]) -> Any:
+    def _program(
+        self, function: Any, *static: Any, shapes: tuple[Any, ...], donate: tuple[int, ...]
+    ) -> Program:
         key = (self.rows, self.room, self._kv_format, "packed" in self._variables, *shapes)
         return PROGRAMS.of(function, *static, shapes=key, donate=donate)
 

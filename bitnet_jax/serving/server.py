@@ -65,7 +65,7 @@ class Server:
         self._engine_thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def run(self) -> None:
-        """Serves until SIGINT or SIGTERM, or `stop`. Raises what `load` raised."""
+        """Serves until SIGINT or SIGTERM, or `stop`. Raises what `load` or the engine's thread raised."""
         self._engine_thread.start()
         self._uvicorn.run(sockets=[self._socket])
         if self._failure is not None:
@@ -78,13 +78,12 @@ class Server:
     def _work(self) -> None:
         try:
             engine, served = self._load()
-        except BaseException as error:
+            self.serving.loaded(engine, served)
+            self._on_ready(self)
+            engine.run()
+        except BaseException as error:  # a server without an engine would accept requests and never answer
             self._failure = error
             self.stop()
-            return
-        self.serving.loaded(engine, served)
-        self._on_ready(self)
-        engine.run()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:

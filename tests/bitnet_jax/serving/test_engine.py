@@ -42,6 +42,7 @@ def mixed_requests() -> list[Request]:
 
 
 @pytest.mark.optimized
+@pytest.mark.extended(after=1)
 @pytest.mark.parametrize("precision", ["bitnet_b158", "float32"])
 def test_an_answer_does_not_depend_on_what_else_runs(precision: str) -> None:
     requests, config_variables = mixed_requests(), model(precision)
@@ -202,3 +203,16 @@ def test_requests_that_cannot_be_served() -> None:
     assert (serving.counters.requests, serving.counters.refused, serving.counters.cancelled) == (2, 1, 2)
     with pytest.raises(ValueError, match="context: got 161, expected 2 to 160"):
         engine(context=161)
+
+
+def test_a_warm_engine_compiles_nothing_for_ordinary_requests(compilations: list[str]) -> None:
+    serving = engine(slots=4, context=100)
+    serving.warm()
+    compilations.clear()
+    sampled = SamplingConfig(temperature=1.0)
+    answers(
+        serving,
+        request(b"a prompt of several chunks, the last one short", 4),
+        request(b"x", 4, sampling=sampled),
+    )
+    assert compilations == []
