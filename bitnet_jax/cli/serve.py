@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
     package = args.folder.removeprefix(INSTALLED)
     name = package if package != args.folder else Path(args.folder).resolve().name
-    api_key = args.api_key or os.environ.get(API_KEY)
+    api_key = os.environ.get(API_KEY) if args.api_key is None else args.api_key
+    if api_key == "":  # an unset variable of a shell must not open the server
+        raise ValueError("got an empty API key, expected at least one character, or no key at all")
     if api_key is None and not is_loopback(args.host):
         print(f"warning: anyone who reaches {args.host} can use the model; pass --api-key", file=sys.stderr)
 

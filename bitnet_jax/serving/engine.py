@@ -318,7 +318,13 @@ class Engine:
         if answer.request.scores:
             (scored,) = _scored(logits, np.array([token], np.int32))
         self.counters.generated_tokens += 1
-        if reason := answer.push(token, scored):
+        try:
+            reason = answer.push(token, scored)
+        except Exception as error:  # such as a token that the tokenizer lacks: it concerns no other answer
+            self.counters.failed += 1
+            self._end(slot, "error", f"{type(error).__name__}: {error}")
+            return
+        if reason:
             self._end(slot, reason)
 
     def _end(self, slot: Slot, reason: str, message: str = "") -> None:

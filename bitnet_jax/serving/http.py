@@ -72,7 +72,8 @@ class Serving:
             return
         if self.api_key is not None:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(key.strip().encode(), self.api_key.encode())
+            # Headers are bytes, which Starlette decodes as Latin-1.
+            right = hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode())
             if scheme.lower() != "bearer" or not right:
                 raise ApiError(
                     "got no or a wrong API key, expected the header Authorization: Bearer KEY",

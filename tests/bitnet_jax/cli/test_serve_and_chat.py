@@ -108,3 +108,6 @@ def test_serve_says_where_it_listens_and_stops_on_a_signal(folder: Path) -> None
 def test_serve_refuses_what_it_cannot_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", str(tmp_path / "missing")]) == 2
     assert "missing" in capsys.readouterr().err
+    pytest.importorskip("uvicorn", reason="package uvicorn is not installed; pip install uvicorn")
+    assert cli.main(["serve", str(write_folder(tmp_path / "model")), "--api-key", ""]) == 2
+    assert "got an empty API key" in capsys.readouterr().err

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from bitnet_jax.data.tokenizers import CharTokenizer
 from bitnet_jax.inference.generation import generate
 from bitnet_jax.inference.sampling import SamplingConfig
+from bitnet_jax.serving.engine import Engine
 from bitnet_jax.serving.requests import Closed, Finished, Piece, PromptScores, QueueFull, Request
 from tests.bitnet_jax.serving.tiny_models import (
     CHUNK,
@@ -163,6 +165,15 @@ def test_a_failed_pass_ends_the_answers_at_work_and_no_others(monkeypatch: pytes
     (after,) = answers(serving, request(b"fails", 5))
     assert end(after).reason == "length"
     assert end(after).cached_tokens == 0
+
+
+def test_a_token_that_the_tokenizer_lacks_ends_its_answer_alone() -> None:
+    serving = Engine(*model("bitnet_b158"), CharTokenizer("abc"), slots=2, chunk=CHUNK)
+    wanted = request(b"\0\1", 3, bias=tuple((token, 100.0) for token in range(3)))
+    failed, unharmed = answers(serving, request(b"\2", 3, bias=((200, 1000.0),)), wanted)
+    assert (end(failed).reason, end(unharmed).reason) == ("error", "length")
+    assert "got 200, expected 0 to 2" in end(failed).message
+    assert set(text(unharmed)) <= set("abc")
 
 
 def test_end_tokens_stop_strings_and_the_scores_that_belong_to_the_text() -> None:
