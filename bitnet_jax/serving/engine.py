@@ -12,8 +12,7 @@ Where rows are exact (`passes.rows_are_exact`), all slots decode in one pass. Fo
 by the shape of a pass, each slot has a cache and passes of its own, and prompts are cut at the same places whatever is
 in the cache. Either way an answer depends on its request alone.
 
-The prefix cache is the slots themselves: a row keeps its tokens until another request needs it. A new request
-continues the row that shares the longest prefix with it, or a copy of it; else it takes the row unused for longest.
+The prefix cache is the slots themselves (slots.py).
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from bitnet_jax.serving.fair_queue import FairQueue
 from bitnet_jax.serving.passes import rows_are_exact
 from bitnet_jax.serving.pool import Pool, choose, row_of, score
 from bitnet_jax.serving.requests import Closed, QueueFull, Request, Sink, TokenScore
+from bitnet_jax.serving.slots import Slot, Slots
 
 CHUNK = 128  # tokens of a prompt that a step reads; a power of two
 
@@ -53,18 +53,6 @@ class Counters:
     prefix_hits: int = 0  # requests that found any
     generated_tokens: int = 0
     passes: int = 0  # chunks read, and decode passes
-
-
-@dataclasses.dataclass
-class Slot:
-    """A row of a pool: `tokens` are in its cache; `chunked` of them were read in whole chunks from its beginning."""
-
-    pool: Pool
-    row: int
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    chunked: int = 0
-    answer: Answer | None = None
-    used: int = 0  # the engine's clock when its last request came
 
 
 class Engine:
@@ -113,11 +101,10 @@ class Engine:
         # Padding of a last chunk, and what inactive rows write, lies behind the context.
         sizes = (config, variables, slots if self.exact else 1, self.context + chunk, kv_format)
         self._pools = [Pool(*sizes) for _ in range(1 if self.exact else slots)]
-        self._slots = [Slot(pool, row) for pool in self._pools for row in range(pool.rows)]
+        self._slots = Slots(self._pools, self.exact, chunk)
         self._queue: FairQueue[Answer] = FairQueue()
         self._wake = threading.Condition()
         self._closed = False
-        self._clock = self._turn = 0
 
     def submit(self, request: Request, sink: Sink) -> Answer:
         """Queues a request; `sink` is called with its events by the thread that steps.
@@ -161,7 +148,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return sum(slot.answer is not None for slot in self._slots)
+        return self._slots.running
 
     @property
     def waiting(self) -> int:
@@ -220,67 +207,35 @@ class Engine:
                 self._end(slot, "cancelled")
 
     def _admit(self) -> None:
-        while any(slot.answer is None for slot in self._slots):
+        while self.running < len(self._slots):
             with self._wake:
                 if not len(self._queue):
                     return
                 answer = self._queue.pop()
-            self._place(answer)
-
-    def _place(self, answer: Answer) -> None:
-        """Gives an answer a free slot, with as much of its prompt as any slot has."""
-        request, self._clock = answer.request, self._clock + 1
-        free = [slot for slot in self._slots if slot.answer is None]
-        oldest = min(free, key=lambda slot: slot.used)
-        sources = self._slots if self.exact else free
-        shared = {} if request.score_prompt else {id(s): self._shared(s, request.prompt) for s in sources}
-        source = max(sources, key=lambda slot: (shared.get(id(slot), 0), slot is oldest))
-        count, slot = shared.get(id(source), 0), oldest
-        if source is oldest or (source.answer is None and 2 * count >= self._reusable(source)):
-            slot = source  # at most half of what a younger one holds is lost
-        elif not self.exact or count < self._chunk:  # too few to be worth a copy
-            count = 0
-        else:
-            source.pool.copy_row(source.row, oldest.row)
-        slot.tokens, slot.chunked = request.prompt[:count].tolist(), min(source.chunked, count)
-        slot.answer, slot.used, answer.cached = answer, self._clock, count
-        self.counters.prompt_tokens += len(request.prompt)
-        self.counters.cached_tokens += count
-        self.counters.prefix_hits += count > 0
-
-    def _reusable(self, slot: Slot) -> int:
-        """Tokens of a slot whose cache is the same, bit for bit, as if another request had read them."""
-        return len(slot.tokens) if self.exact else slot.chunked
-
-    def _shared(self, slot: Slot, prompt: np.ndarray) -> int:
-        """Tokens of a prompt that its answer may take from a slot; the last one must be read, for its logits."""
-        most = min(self._reusable(slot), len(prompt) - 1)
-        differ = np.flatnonzero(np.asarray(slot.tokens[:most], np.int32) != prompt[:most])
-        same = int(differ[0]) if differ.size else most
-        return same if self.exact else same - same % self._chunk
+            self._slots.place(answer)
+            self.counters.prompt_tokens += len(answer.request.prompt)
+            self.counters.cached_tokens += answer.cached
+            self.counters.prefix_hits += answer.cached > 0
 
     def _read_chunk(self) -> bool:
         """The next chunk of the prompt whose turn it is."""
-        n = len(self._slots)
-        turns = (self._slots[(self._turn + i) % n] for i in range(n))
-        slot = next((s for s in turns if s.answer and len(s.tokens) < len(s.answer.request.prompt)), None)
+        slot = self._slots.next_to_read()
         if slot is None or slot.answer is None:
             return False
-        self._turn = (self._slots.index(slot) + 1) % n
         answer, start = slot.answer, len(slot.tokens)
         request = answer.request
         tokens = request.prompt[start : start + self._chunk]
         logits = slot.pool.read_tokens(slot.row, tokens, start, self._chunk, request.score_prompt)
         self.counters.passes += 1
         slot.tokens += tokens.tolist()
-        if len(tokens) == self._chunk and slot.chunked == start:
-            slot.chunked += self._chunk
+        if len(tokens) == self._chunk and slot.chunked == start and not request.score_prompt:
+            slot.chunked += self._chunk  # a pass that scores is another program
         if request.score_prompt:
             if not start:
                 answer.prompt_scores.append(TokenScore(int(tokens[0]), None, ()))
             following = request.prompt[start + 1 : start + 1 + len(tokens)]
             answer.prompt_scores += _scored(logits, following)
-        if len(slot.tokens) < len(request.prompt):
+        if slot.reads:
             return True
         if request.score_prompt:
             answer.send_prompt_scores()
@@ -292,7 +247,7 @@ class Engine:
 
     def _decode(self, pool: Pool) -> bool:
         """One token of every answer in a pool whose prompt has been read."""
-        slots = [s for s in self._slots if s.pool is pool and s.answer and s.answer.tokens]
+        slots = [slot for slot in self._slots if slot.pool is pool and slot.decodes]
         if not slots:
             return False
         tokens, lengths = np.zeros(pool.rows, np.int32), np.zeros(pool.rows, np.int32)

@@ -165,6 +165,14 @@ def test_a_failed_pass_ends_the_answers_at_work_and_no_others(monkeypatch: pytes
     (after,) = answers(serving, request(b"fails", 5))
     assert end(after).reason == "length"
     assert end(after).cached_tokens == 0
+    # An answer that has just left the queue is one of them.
+    serving, prompt = engine(slots=2), bytes(3 * CHUNK)
+    answers(serving, request(b"another"), request(prompt, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(serving._pools[0], "copy_row", lambda *_: 1 / 0)
+        (failed,) = answers(serving, request(prompt, 5))
+    assert end(failed).reason == "error"
+    assert serving.running == 0
 
 
 def test_a_token_that_the_tokenizer_lacks_ends_its_answer_alone() -> None:
