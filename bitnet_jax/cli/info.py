@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.verify and model.kind == "packed":
         figures["verified"] = True
     text = model.config if isinstance(model.config, ModelConfig) else None
-    if text is not None and classes is None:
+    if text is not None and text.causal:
         figures["decode"] = model_summary.decode_figures(text, model.variables)
     write_json(args.json, figures)
     print(f"{args.folder}: {model.kind}, tokenizer {figures['tokenizer']}, {describe_sizes(sizes)}")

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import write_json
+from bitnet_jax.cli.shared import input_lines, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             f"got {args.folder} without classes.json, which names its classes; train and pack it again"
         )
     answer = _image_answers if model.classes.task == "images" else _text_answers
-    inputs = iter(args.inputs) if args.inputs else _lines(args.file)
+    inputs = iter(args.inputs) if args.inputs else input_lines(args.file)
     answers: list[dict[str, Any]] = []
     while part := list(itertools.islice(inputs, args.batch_size)):
         for row in answer(model, part, args):
@@ -74,24 +74,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _line(row: dict[str, Any]) -> str:
     return f"{row['label']}\t{row['probability']:.4f}\t{' '.join(row['input'].split())}"
-
-
-def _lines(path: Path | None) -> Iterator[str]:
-    """The lines of a file or of standard input, without line endings."""
-    from bitnet_jax.data.text import read_lines
-
-    numbered = enumerate(sys.stdin.buffer, 1) if path is None else read_lines(path)
-    where = "standard input" if path is None else str(path)
-    for number, line in numbered:
-        try:
-            text = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{where}:{number}: got bytes that are not UTF-8, expected UTF-8; convert it"
-            ) from error
-        if not text:
-            raise ValueError(f"{where}:{number}: got an empty line, expected an input; remove it")
-        yield text
 
 
 def _text_answers(model: Any, texts: list[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,3 +154,21 @@ def use_threads(count: int) -> None:
     if not 1 <= count <= len(allowed):
         raise ValueError(f"got --threads {count}, expected 1 to {len(allowed)}, the number of processors")
     os.sched_setaffinity(0, allowed[:count])
+
+
+def input_lines(path: Path | None) -> Iterator[str]:
+    """The lines of a file or of standard input, without line endings."""
+    from bitnet_jax.data.text import read_lines
+
+    numbered = enumerate(sys.stdin.buffer, 1) if path is None else read_lines(path)
+    where = "standard input" if path is None else str(path)
+    for number, line in numbered:
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{where}:{number}: got bytes that are not UTF-8, expected UTF-8; convert it"
+            ) from error
+        if not text:
+            raise ValueError(f"{where}:{number}: got an empty line, expected an input; remove it")
+        yield text

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.names import check_name
-from bitnet_jax.nn.config import table_precision
+from bitnet_jax.nn.tables import table_precision
 from bitnet_jax.quantization.precision import Precision
 
 HEADS = ("lm_head", "classifier")
@@ -111,7 +111,7 @@ def operations(
         count = 1 if path == "classifier" else length
         part = "head" if path in HEADS else "linear"
         rows += _product(part, count, n, k, precisions.get(path, Precision()), zero_shares[path], floats)
-    if not config.num_classes and "lm_head" not in config.linear_shapes():  # the tied table as stored
+    if config.head_is_table:
         table = table_precision(config.embedding_dtype, config.hidden_size) or Precision()
         rows += _product("head", length, config.vocab_size, config.hidden_size, table, 0.0, floats)
     # Linear attention multiplies with a state of head_size rows instead of the keys.

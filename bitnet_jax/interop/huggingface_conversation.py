@@ -130,9 +130,23 @@ def _token_text(settings: dict[str, Any], name: str) -> str | None:
 
 def _written_begin(folder: Path, vocab_size: int) -> tuple[int, ...] | None:
     """The ids that the post-processor of tokenizer.json writes before a text; None: it writes no tokens."""
+    before, after = written_around(folder, vocab_size)
+    if after:
+        raise DataError(
+            f"{TOKENIZER}: post_processor: adds the tokens {list(after)} after every text, expected tokens before it "
+            "only; remove them"
+        )
+    return before
+
+
+def written_around(folder: Path, vocab_size: int) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """The ids that the post-processor of tokenizer.json writes before a text (None: it writes no tokens), and after it.
+
+    Raises DataError: a damaged file, or a processor of another structure.
+    """
     path = folder / TOKENIZER
     if not path.exists():
-        return None
+        return None, ()
     content = parse_json(decode(read_file(path, JSON_BYTES), TOKENIZER), TOKENIZER, "a complete file")
     where = f"{TOKENIZER}: post_processor"
     try:
@@ -141,11 +155,8 @@ def _written_begin(folder: Path, vocab_size: int) -> tuple[int, ...] | None:
         raise DataError(
             f"{where}: got an unknown structure ({one_line(error)}); save the tokenizer again"
         ) from error
-    if after:
-        raise DataError(
-            f"{where}: adds the tokens {after} after every text, expected tokens before it only; remove them"
-        )
-    return _checked_ids(before, vocab_size, where) if before is not None else None
+    checked = None if before is None else _checked_ids(before, vocab_size, where)
+    return checked, _checked_ids(after, vocab_size, where)
 
 
 def _written_around(processor: Any, where: str) -> tuple[list[int] | None, list[int]]:

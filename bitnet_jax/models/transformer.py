@@ -53,7 +53,8 @@ class Cache:
 
 @flax.struct.dataclass
 class Output:
-    logits: Float[Array, "B T V"] | Float[Array, "B C"]  # float32; [B, C] for a classifier
+    # float32; [B, C] for a classifier; with pooling unit vectors [B, D] in place of logits
+    logits: Float[Array, "B T V"] | Float[Array, "B C"]
     hidden: Float[Array, "B *T D"]  # after the final norm: the input of the head; [B, D] without positions
     cache: Cache | None = None
 
@@ -82,9 +83,9 @@ class Block(nn.Module):
         attention = Attention(config, self._of("attention"), self.rotary, name="attention")
         mlp = MLP(config, self._of("mlp"), name="mlp")
         dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
-        pre_norm = config.norm_placement != "inside"
+        pre, post = config.norm_placement in ("sub", "pre"), config.norm_placement == "post"
 
-        y = block_norm(config, "attention_norm")(x) if pre_norm else x
+        y = block_norm(config, "attention_norm")(x) if pre else x
         y, cache = attention(
             y,
             positions=positions,
@@ -95,8 +96,11 @@ class Block(nn.Module):
             progress=progress,
         )
         x = x + dropout(y)
-        y = block_norm(config, "mlp_norm")(x) if pre_norm else x
-        return x + dropout(mlp(y, progress)), cache
+        if post:
+            x = block_norm(config, "attention_norm")(x)
+        y = block_norm(config, "mlp_norm")(x) if pre else x
+        x = x + dropout(mlp(y, progress))
+        return block_norm(config, "mlp_norm")(x) if post else x, cache
 
     def _of(self, part: str) -> dict[str, Precision]:
         return {
@@ -118,7 +122,8 @@ def blocks(
     progress: Float[Array, ""] | float,
     deterministic: bool,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-    """All blocks and the final norm, as submodules of `module`; also returns the new cache of each block.
+    """All blocks and the final norm, which "post" has no more, as submodules of `module`; also returns the new cache of
+    each block.
 
     Blocks of one kind are traced once, not one by one, in generation, where that would take most of the time to the
     first token, and where the parameters of equal layers are stacked (models/stacked.py): those blocks are a scan.
@@ -154,7 +159,7 @@ def blocks(
             )
             x = split_over_tokens(x)
             layers.append(layer_cache)
-    return block_norm(config, "final_norm")(x), tuple(layers)
+    return x if config.norm_placement == "post" else block_norm(config, "final_norm")(x), tuple(layers)
 
 
 def _kept(config: ModelConfig) -> Callable[..., bool] | None:
@@ -193,10 +198,20 @@ def classify(
     progress: Float[Array, ""] | float,
 ) -> Float[Array, "B C"]:
     """Logits of the linear layer `classifier` of the calling module, from the mean of the unmasked positions."""
-    weights = mask.astype(x.dtype)[..., None]
-    pooled = jnp.sum(x * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
     head = BitLinear.of(config, config.num_classes, config.precisions()["classifier"], "classifier")
-    return head(pooled, progress).astype(jnp.float32)
+    return head(masked_mean(x, mask), progress).astype(jnp.float32)
+
+
+def masked_mean(x: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+    """The mean over the unmasked positions; 0 if there are none."""
+    weights = mask.astype(x.dtype)[..., None]
+    return jnp.sum(x * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
+
+
+def unit_vectors(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """x / max(|x|, 1e-12) in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True)), 1e-12)
 
 
 class Transformer(nn.Module):
@@ -217,7 +232,7 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         read: Int[Array, "B"] | None = None,
     ) -> Output:
-        """Logits for every position, or class logits.
+        """Logits for every position, class logits, or with pooling unit vectors.
 
         Args:
           tokens: ids in [0, vocab_size).
@@ -259,6 +274,8 @@ class Transformer(nn.Module):
         x = embed(tokens)
         if config.position == "learned":
             x = x + Embedding.of(config, config.max_length, "position_embed")(positions)
+        if config.norm_placement == "post":
+            x = block_norm(config, "embed_norm")(x)
         x = split_over_tokens(nn.Dropout(config.dropout, deterministic=deterministic)(x))
 
         x, layers = blocks(
@@ -274,6 +291,8 @@ class Transformer(nn.Module):
         )
         if config.num_classes:
             return Output(classify(config, x, mask, progress), x)
+        if config.pooling == "mean":
+            return Output(unit_vectors(masked_mean(x, mask)), x)
         if read is not None:
             x = jnp.take_along_axis(x, read[:, None, None], axis=1)
         logits = next_token_logits(config, embed, x, progress)

@@ -18,12 +18,11 @@ from jaxtyping import Array
 
 from bitnet_jax.names import check_name
 from bitnet_jax.nn.rope_scaling import RopeScaling
+from bitnet_jax.nn.tables import HEADS, INTEGER_TABLES, head_precision, table_precision
 from bitnet_jax.quantization.precision import Precision
-from bitnet_jax.quantization.recipes import RECIPES, Recipe, Rules, resolve
+from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
 
 GATED_MLPS = ("silu_glu", "relu2_glu")
-HEADS = ("float", "int8", "int4")
-INTEGER_TABLES = {name: f"{name}_a16" for name in ("int8", "int4", "uint4")}  # embedding_dtype -> recipe
 FLOAT32_MAX = 3.4028234e38  # settings enter float32 computations
 
 # Upper bound of all integer settings: JAX indexes in int32. Layers are Python objects traced one by one, so their
@@ -33,10 +32,11 @@ MAX_LAYERS = {"num_layers": 4096, "convolutions": 4096}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rmsnorm", "layernorm"),
-    "norm_placement": ("sub", "pre", "inside"),
-    "mlp": ("relu", "relu2", "gelu", *GATED_MLPS),
+    "norm_placement": ("sub", "pre", "inside", "post"),
+    "mlp": ("relu", "relu2", "gelu", "gelu_erf", *GATED_MLPS),
     "attention": ("softmax", "relu", "linear", "binary_qk", "binary"),
     "position": ("rope", "learned", "none"),
+    "pooling": ("none", "mean"),
     "attention_bias": ("none", "qkv", "qkvo"),
     "embedding_dtype": ("float32", "bfloat16", *INTEGER_TABLES),
     "head": HEADS,
@@ -48,34 +48,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 def _recipe(recipe: Recipe) -> str | Precision:
     return Precision.from_dict(recipe) if isinstance(recipe, Mapping) else recipe
-
-
-def head_precision(head: str, inputs: int) -> Precision:
-    """int8: one scale per row. int4: one per 128 inputs, or per 64 or 32 if 128 does not divide them."""
-    if head == "int8":
-        return Precision(weight="int8", activation="int8", granularity="channel")
-    group = next((size for size in (128, 64, 32) if inputs % size == 0), None)
-    if group is None:
-        raise ValueError(f"model.head={head!r}: got hidden_size={inputs}, expected a multiple of 32")
-    return Precision(weight=head, activation="int8", granularity=group)
-
-
-def table_precision(embedding_dtype: str, inputs: int) -> Precision | None:
-    """Of an integer embedding table, as rows are looked up and as a head is multiplied; None for a float one.
-
-    Blocks and scales are those of the types Q8_0, Q4_0 and Q4_1 of GGUF files; the input of a head has 16 bits.
-    """
-    if embedding_dtype not in INTEGER_TABLES:
-        return None
-    precision = RECIPES[INTEGER_TABLES[embedding_dtype]]
-    assert isinstance(precision, Precision)
-    assert isinstance(precision.granularity, int)
-    if inputs % precision.granularity:
-        raise ValueError(
-            f"model.embedding_dtype={embedding_dtype!r}: got hidden_size={inputs}, expected a multiple of "
-            f"{precision.granularity}"
-        )
-    return precision
 
 
 def _check_int8(precisions: Mapping[str, Precision], product: str) -> None:
@@ -207,7 +179,7 @@ def override_ends(precision: Rules, *ends: tuple[str, Recipe]) -> Rules:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerShape(Architecture):
-    """A decoder language model, or an encoder classifier when `num_classes` > 0.
+    """A decoder language model, an encoder classifier when `num_classes` > 0, or an encoder of texts with `pooling`.
 
     Raises:
       ValueError: an unknown choice, or inconsistent sizes.
@@ -227,6 +199,7 @@ class TransformerShape(Architecture):
 
     causal: bool = True
     num_classes: int = 0  # 0: language model; > 0: masked mean of the hidden states, then a linear head
+    pooling: str = "none"  # mean: the output is the masked mean of the hidden states, scaled to length 1
 
     attention: str = "softmax"
     attention_scale: float | None = None  # factor on q.k; None: head_dim ** -0.5
@@ -254,7 +227,9 @@ class TransformerShape(Architecture):
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
     norm_scale: bool = True  # gains on the block norms and sub norms
-    norm_placement: str = "sub"  # papers' variants: sub = B (2B-4T), pre = C (TriLM), inside = A (BitNet b1)
+    norm_bias: bool = False  # on the block norms of norm="layernorm"
+    # Papers' variants: sub = B (2B-4T), pre = C (TriLM), inside = A (BitNet b1), post = after the residual sum (BERT).
+    norm_placement: str = "sub"
     inside_norm: bool = False  # an extra RMSNorm with gain before each projection (HF `use_rms_norm`)
     inside_norm_eps: float = 1e-6
 
@@ -298,6 +273,13 @@ class TransformerShape(Architecture):
                 f"model.head: got {self.head!r} with causal={self.causal}, num_classes={self.num_classes}; "
                 "expected a causal language model, or head='float'"
             )
+        if self.pooling != "none" and (self.num_classes or self.causal):
+            raise ValueError(
+                f"model.pooling: got {self.pooling!r} with causal={self.causal}, num_classes={self.num_classes}; "
+                "expected an encoder (causal=False) without classes, or pooling='none'"
+            )
+        if self.norm_bias and self.norm != "layernorm":
+            raise ValueError(f"model.norm_bias: got true with norm={self.norm!r}, expected norm='layernorm'")
         self._check_rotary()
         if isinstance(self.remat, str):
             check_name("model.remat", self.remat, ("codes",), also=", true or false")
@@ -418,9 +400,14 @@ class TransformerShape(Architecture):
             shapes |= {f"layers_{i}/mlp/{name}": shape for name, shape in mlp.items()}
         if self.num_classes:
             shapes["classifier"] = (self.num_classes, D)
-        elif not self.tie_embeddings or self.head != "float":
+        elif self.pooling == "none" and (not self.tie_embeddings or self.head != "float"):
             shapes["lm_head"] = (self.vocab_size, D)
         return shapes
+
+    @property
+    def head_is_table(self) -> bool:
+        """Whether logits are products with the embedding table as it is stored."""
+        return self.pooling == "none" and not self.num_classes and "lm_head" not in self.linear_shapes()
 
     def precisions(self) -> dict[str, Precision]:
         """Path of every linear layer -> its Precision. A head other than "float" has the path "lm_head", tied or not.

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bitnet_jax.nn.config import INTEGER_TABLES, TransformerShape, table_precision
+from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.context import from_rows, to_rows
 from bitnet_jax.nn.linear import dense, quantized_matmul
 from bitnet_jax.nn.placement import split_by_rows
+from bitnet_jax.nn.tables import INTEGER_TABLES, table_precision
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import floats
 from bitnet_kernels import (

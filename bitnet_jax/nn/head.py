@@ -36,7 +36,7 @@ def next_token_logits(
 
 
 class QuantizedHead(nn.Module):
-    """Logits from integer codes of a table and of its input, with the Precision of nn.config.head_precision.
+    """Logits from integer codes of a table and of its input, with the Precision of nn.tables.head_precision.
 
     The table is the rounded embedding table (`tied`) or a parameter `weight`, quantized in the forward pass. In a
     packed model the codes are the variable `weight` of the collection `packed`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
@@ -23,7 +24,8 @@ def relu2(x: Float[Array, "..."]) -> Float[Array, "..."]:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "relu2": relu2,
-    "gelu": jax.nn.gelu,
+    "gelu": jax.nn.gelu,  # the approximation by tanh
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),  # BERT's
     "silu_glu": jax.nn.silu,
     "relu2_glu": relu2,
 }

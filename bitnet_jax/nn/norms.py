@@ -20,20 +20,27 @@ def root_mean_square_norm(
 
 
 def layer_norm(
-    x: Float[Array, "*rows D"], gain: Float[Array, "D"] | None = None, *, eps: float
+    x: Float[Array, "*rows D"],
+    gain: Float[Array, "D"] | None = None,
+    *,
+    eps: float,
+    bias: Float[Array, "D"] | None = None,
 ) -> Float[Array, "*rows D"]:
-    """`(x - mean) / sqrt(var + eps)`, computed in float32, cast to the dtype of x, then times the gain (1607.06450)."""
+    """`(x - mean) / sqrt(var + eps)`, computed in float32, cast to the dtype of x, then times the gain (1607.06450),
+    plus the bias."""
     x = floats("x", x)
     x32 = x.astype(jnp.float32)
     y = root_mean_square_norm(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps=eps).astype(x.dtype)
-    return y if gain is None else y * jnp.expand_dims(gain.astype(x.dtype), range(x.ndim - 1))
+    if gain is not None:
+        y = y * jnp.expand_dims(gain.astype(x.dtype), range(x.ndim - 1))
+    return y if bias is None else y + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
 
 
 NORMS = {"rmsnorm": root_mean_square_norm, "layernorm": layer_norm}
 
 
 class Norm(nn.Module):
-    """One of NORMS with an optional gain (and no bias, even for LayerNorm: the 1-bit papers use none).
+    """One of NORMS with an optional gain. A bias is for published encoders: the 1-bit papers use none.
 
     The gain is applied after the cast back to the input dtype, as in the released 2B-4T model. Where nothing is
     differentiated, RMSNorm on one device runs `bitnet_kernels.rms_norm` (C++ on CPU), with latent and packed weights
@@ -43,18 +50,22 @@ class Norm(nn.Module):
     kind: str = "rmsnorm"
     eps: float = 1e-5
     use_scale: bool = True
+    use_bias: bool = False  # of LayerNorm
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         scale = None
         if self.use_scale:
             scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        return NORMS[self.kind](x, scale, eps=self.eps)
+        if not self.use_bias:
+            return NORMS[self.kind](x, scale, eps=self.eps)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return layer_norm(x, scale, eps=self.eps, bias=bias)
 
 
 def block_norm(config: TransformerShape, name: str) -> Norm:
-    """The norm before a block, before the output head, or before an output projection (SubLN)."""
-    return Norm(config.norm, config.norm_eps, config.norm_scale, name=name)
+    """The norm before or after a block, before the output head, or before an output projection (SubLN)."""
+    return Norm(config.norm, config.norm_eps, config.norm_scale, config.norm_bias, name=name)
 
 
 def projection_norm(config: TransformerShape) -> Norm | None:

@@ -10,8 +10,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bitnet_jax.models import Architecture, ModelConfig
-from bitnet_jax.nn.config import INTEGER_TABLES
 from bitnet_jax.nn.embedding import rounded
+from bitnet_jax.nn.tables import INTEGER_TABLES
 from bitnet_jax.packed.packing import TABLES, Layer, PackingError, Variables, layers, quantize
 from bitnet_kernels import PackedArray, dequantize, unpack
 

@@ -39,6 +39,7 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+FOREIGN_DTYPES = DTYPES | {"I64": np.dtype(np.int64)}  # also read, in files of others
 MESSAGE_LIMIT = 1000
 RESTORE = "restore the file or make it again"
 
@@ -184,11 +185,14 @@ def read(path: Path, *, aligned: bool = True) -> TensorFile:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise StorageError(f"{path}: __metadata__ is not a table of strings; {RESTORE}")
 
+    dtypes = DTYPES if aligned else FOREIGN_DTYPES
     tensors: dict[str, np.ndarray] = {}
     available, end = size - 8 - length, 0
-    for name, entry in sorted(_checked_entries(header, path), key=lambda item: item[1]["data_offsets"]):
+    for name, entry in sorted(
+        _checked_entries(header, path, dtypes), key=lambda item: item[1]["data_offsets"]
+    ):
         begin, stop = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape = dtypes[entry["dtype"]], entry["shape"]
         nbytes, is_pad = math.prod(shape) * dtype.itemsize, name.startswith(PAD)
         if begin != end or stop - begin != nbytes or (aligned and begin % ALIGNMENT and not is_pad):
             rule = f", a multiple of {ALIGNMENT}" if aligned else ""
@@ -237,7 +241,9 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _checked_entries(header: dict[str, Any], path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _checked_entries(
+    header: dict[str, Any], path: Path, dtypes: dict[str, np.dtype]
+) -> list[tuple[str, dict[str, Any]]]:
     """The entries of the header, each checked to have a known dtype, a positive shape and non-negative offsets."""
 
     def naturals(value: Any, lowest: int) -> bool:
@@ -248,7 +254,7 @@ def _checked_entries(header: dict[str, Any], path: Path) -> list[tuple[str, dict
             not isinstance(entry, dict)
             or entry.keys() != {"dtype", "shape", "data_offsets"}
             or not isinstance(entry["dtype"], str)
-            or entry["dtype"] not in DTYPES
+            or entry["dtype"] not in dtypes
             or not naturals(entry["shape"], 1)
             or len(entry["shape"]) > 8
             or not naturals(entry["data_offsets"], 0)
@@ -256,6 +262,6 @@ def _checked_entries(header: dict[str, Any], path: Path) -> list[tuple[str, dict
         ):
             raise StorageError(
                 f"{path}: tensor {name[:80]!r} is described by {str(entry)[:120]}, expected a dtype in "
-                f"{', '.join(DTYPES)}, a shape and two data_offsets; {RESTORE}"
+                f"{', '.join(dtypes)}, a shape and two data_offsets; {RESTORE}"
             )
     return list(header.items())

@@ -84,6 +84,7 @@ WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {
     ),
     "int3": _integer(3),
     "int4": _integer(4),
+    "int6": _integer(6),
     "int8": _integer(8),
     "uint4": WeightQuantizer(
         function=block_weights.uint4, bits=4, packed_format="uint4", stes=ROUNDING_STES, first_scale=None

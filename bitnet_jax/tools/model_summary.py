@@ -89,10 +89,11 @@ def layer_groups(config: Architecture, variables: Mapping[str, Any]) -> list[dic
 def describe_architecture(config: ModelConfig) -> str:
     """The shape of a Transformer in words."""
     kind = "encoder" if not config.causal else "classifier" if config.num_classes else "decoder"
+    head = "tied head" if config.tie_embeddings else "untied head"
     heads = f"{config.num_heads} heads of {config.head_size}"
     heads += f" ({config.kv_heads} of keys)" if config.kv_heads != config.num_heads else ""
     extras = [
-        "tied head" if config.tie_embeddings else "untied head",
+        head if config.pooling == "none" else f"{config.pooling} of the hidden states",
         f"{config.norm_placement} norms",
         *(["norms of q and k"] if config.qk_norm else []),
         *([f"biases of {', '.join(config.biased)}"] if config.biased else []),

@@ -72,7 +72,7 @@ def _calls(config: ModelConfig) -> list[list[str]]:
         last = calls[-1][-1].rpartition("/") if calls else ("", "", "")
         together = last[0] == folder and any({last[2], name} <= names for names in FUSED_PROJECTIONS)
         calls[-1].append(path) if together else calls.append([path])
-    if config.tie_embeddings and config.head == "float" and not config.num_classes:
+    if config.head_is_table:
         calls.append(["embed"])
     return calls
 

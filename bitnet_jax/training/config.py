@@ -303,6 +303,10 @@ class RunConfig:
         if self.task == "language":
             fields["trained_length"] = self.data.length
         config = ModelConfig.from_dict(fields)
+        if config.pooling != "none":
+            raise ValueError(
+                f"model.pooling: got {config.pooling!r} for task {self.task!r}, expected 'none': no task trains vectors"
+            )
         if (config.num_classes > 0) != (self.task == "text_classification"):
             raise ValueError(
                 f"model.num_classes: got {config.num_classes} for task {self.task!r}; expected 0 for language and "

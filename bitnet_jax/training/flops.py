@@ -24,7 +24,7 @@ def training_flops_per_token(config: ModelConfig, length: int) -> float:
     products = sum(
         n * k / (length if path == "classifier" else 1) for path, (n, k) in config.linear_shapes().items()
     )
-    if not config.num_classes and "lm_head" not in config.linear_shapes():  # tied to the embedding
+    if config.head_is_table:
         products += config.vocab_size * config.hidden_size
     attention = config.num_layers * config.num_heads * config.head_size * _keys(config, length)
     return 6 * products + 12 * attention

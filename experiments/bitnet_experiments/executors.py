@@ -46,21 +46,22 @@ def executed(
 
 
 def _in_parallel(claim: Claim, plan: Plan, todo: Sequence[Job], jobs: int) -> Iterator[Row | None]:
-    """In separate processes. When stopped, it first stops them cleanly."""
+    """In separate processes, each with its own share of the processors. When stopped, it first stops them cleanly."""
     context = multiprocessing.get_context("spawn")
-    waiting = list(todo)
-    running: dict[Any, tuple[Any, Job]] = {}  # by the sentinel of the process
+    waiting, free = list(todo), list(range(jobs))
+    running: dict[Any, tuple[Any, Job, int]] = {}  # by the sentinel of the process; the last is its share
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                one = waiting.pop(0)
-                process = context.Process(target=_in_process, args=(claim, plan, one))
+                one, share = waiting.pop(0), free.pop(0)
+                process = context.Process(target=_in_process, args=(claim, plan, one, (share, jobs)))
                 process.start()
-                running[process.sentinel] = (process, one)
+                running[process.sentinel] = (process, one, share)
             for sentinel in multiprocessing.connection.wait(list(running)):
-                process, one = running.pop(sentinel)
+                process, one, share = running.pop(sentinel)
                 process.join()
+                free.append(share)
                 if process.exitcode == REFUSED:
                     raise ValueError(f"{one.name} was not started; see the message above")
                 if process.exitcode != 0:
@@ -71,19 +72,30 @@ def _in_parallel(claim: Claim, plan: Plan, todo: Sequence[Job], jobs: int) -> It
                 yield row_of(read_results(plan.file(one)), one.name)
     finally:
         signal.signal(signal.SIGTERM, before)
-        for process, _ in running.values():
+        for process, *_ in running.values():
             process.terminate()  # on SIGTERM a training run saves a checkpoint
-        for process, _ in running.values():
+        for process, *_ in running.values():
             process.join()
 
 
-def _in_process(claim: Claim, plan: Plan, job: Job) -> None:
+def _in_process(claim: Claim, plan: Plan, job: Job, share: tuple[int, int]) -> None:
     os.setpgid(0, 0)  # Ctrl-C reaches only the parent, which then stops each child once
+    _use_share(*share)
     try:
         claim(plan, job)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(REFUSED)
+
+
+def _use_share(index: int, of: int) -> None:
+    """Uses one of `of` equal parts of the processors, where there are enough: threads of several runs that share
+    processors wait for each other.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        if len(allowed) >= of:
+            os.sched_setaffinity(0, allowed[index::of])
 
 
 class Resumable:

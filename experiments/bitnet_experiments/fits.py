@@ -68,35 +68,37 @@ LAWS = {
 class Fit(NamedTuple):
     """Constants by name; `loss` is the mean Huber loss of the log residuals, `error` the largest absolute one."""
 
-    law: str
+    law: Law
     constants: dict[str, float]
     loss: float
     error: float
 
     def __call__(self, *x: ArrayLike) -> Values:
-        return LAWS[self.law].formula([np.asarray(v, float) for v in x], **self.constants)
+        return self.law.formula([np.asarray(v, float) for v in x], *self.constants.values())
 
 
-def fit(law: str, x: Sequence[ArrayLike], L: ArrayLike, *, starts: int = 50, seed: int = 0) -> Fit:
+def fit(law: str | Law, x: Sequence[ArrayLike], L: ArrayLike, *, starts: int = 50, seed: int = 0) -> Fit:
     """Fits the constants of a law to losses L [n] at x (one array [n] per variable).
 
     Args:
+      law: a name in LAWS, or another law.
       starts: number of random starts within the law's boxes; the best fit is returned.
 
     Raises:
       ValueError: an unknown law, numbers that are not positive, or fewer points than constants.
     """
+    law = _law(law)
     columns, losses = _checked(law, x, L)
     begins = _starts(law, (starts,), seed)
     ends, costs = _minimize(law, [column[None] for column in columns], np.log(losses)[None], begins)
     best = ends[int(np.argmin(costs))]
-    constants = dict(zip(LAWS[law].boxes, map(float, np.exp(best)), strict=True))
-    error = np.abs(np.log(LAWS[law].formula(columns, **constants)) - np.log(losses))
-    return Fit(law, constants, float(np.min(costs)) / losses.size, float(error.max()))
+    constants = dict(zip(law.boxes, map(float, np.exp(best)), strict=True))
+    found = Fit(law, constants, float(np.min(costs)) / losses.size, math.nan)
+    return found._replace(error=float(np.abs(np.log(found(*columns)) - np.log(losses)).max()))
 
 
 def bootstrap(
-    law: str, x: Sequence[ArrayLike], L: ArrayLike, *, draws: int = 200, starts: int = 4, seed: int = 0
+    law: str | Law, x: Sequence[ArrayLike], L: ArrayLike, *, draws: int = 200, starts: int = 4, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals of the constants: percentiles over fits to runs resampled with replacement at each point x.
 
@@ -105,6 +107,7 @@ def bootstrap(
     sample is fitted from the constants of the whole data and from `starts` random ones, since the best fit to a sample
     may be far from that to the data.
     """
+    law = _law(law)
     columns, losses = _checked(law, x, L)
     best = np.log(list(fit(law, columns, losses, seed=seed).constants.values()))
     generator = np.random.default_rng(seed)
@@ -126,28 +129,32 @@ def bootstrap(
     winners = np.argmin(costs.reshape(draws, starts + 1), axis=1)
     refits = np.exp(ends.reshape(draws, starts + 1, -1)[np.arange(draws), winners])
     low, high = np.percentile(refits, [2.5, 97.5], axis=0)
-    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(LAWS[law].boxes)}
+    return {name: (float(low[i]), float(high[i])) for i, name in enumerate(law.boxes)}
 
 
-def _checked(law: str, x: Sequence[ArrayLike], L: ArrayLike) -> tuple[list[Values], Values]:
+def _law(law: str | Law) -> Law:
+    if isinstance(law, Law):
+        return law
     check_name("law", law, LAWS)
+    return LAWS[law]
+
+
+def _checked(law: Law, x: Sequence[ArrayLike], L: ArrayLike) -> tuple[list[Values], Values]:
     columns, losses = [np.asarray(v, float) for v in x], np.asarray(L, float)
     if not all(np.all(np.isfinite(v) & (v > 0)) for v in (*columns, losses)):
-        raise ValueError(f"{law}: got sizes or losses that are not positive numbers; exclude those runs")
-    if losses.size < len(LAWS[law].boxes):
-        raise ValueError(
-            f"{law}: got {losses.size} points for {len(LAWS[law].boxes)} constants; measure more sizes"
-        )
+        raise ValueError("law: got sizes or losses that are not positive numbers; exclude those runs")
+    if losses.size < len(law.boxes):
+        raise ValueError(f"law: got {losses.size} points for {len(law.boxes)} constants; measure more sizes")
     return columns, losses
 
 
-def _starts(law: str, shape: tuple[int, ...], seed: int) -> Values:
+def _starts(law: Law, shape: tuple[int, ...], seed: int) -> Values:
     """Logarithms of random constants within the law's boxes [*shape, constants]."""
-    low, high = np.log(np.array(list(LAWS[law].boxes.values()))).T
+    low, high = np.log(np.array(list(law.boxes.values()))).T
     return np.random.default_rng(seed).uniform(low, high, (*shape, low.size))
 
 
-def _minimize(law: str, x: Sequence[Values], target: Values, logs: Values) -> tuple[Values, Values]:
+def _minimize(law: Law, x: Sequence[Values], target: Values, logs: Values) -> tuple[Values, Values]:
     """Levenberg-Marquardt from many starts at once, reweighted for the Huber loss of log residuals.
 
     Args:
@@ -163,7 +170,7 @@ def _minimize(law: str, x: Sequence[Values], target: Values, logs: Values) -> tu
 
     def residuals(logs: Values) -> Values:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            predicted = LAWS[law].formula(x, *(np.exp(logs[:, i, None]) for i in range(count)))
+            predicted = law.formula(x, *(np.exp(logs[:, i, None]) for i in range(count)))
             return np.nan_to_num(np.log(predicted) - target, nan=1e3, posinf=1e3, neginf=-1e3)
 
     def loss(r: Values) -> Values:
@@ -196,7 +203,9 @@ def _minimize(law: str, x: Sequence[Values], target: Values, logs: Values) -> tu
     return logs, cost
 
 
-def held_out_error(law: str, x: Sequence[ArrayLike], L: ArrayLike, largest: float | None = None) -> float:
+def held_out_error(
+    law: str | Law, x: Sequence[ArrayLike], L: ArrayLike, largest: float | None = None
+) -> float:
     """Relative error of the mean loss at the largest N (x[0]), predicted by a fit to all smaller ones.
 
     Raises:

@@ -85,11 +85,12 @@ class Plan:
     def apart(self, rows: Iterable[Row], here: Mapping[str, str]) -> list[Row]:
         """The rows that this sweep leaves in their file and that have another origin than its own."""
         seeds = {*self.seeds, *self.study.tune_seeds}
+        arms = {*self.arms, *map(self.study.search_arm, self.arms)}
         return [
             row
             for row in rows
             if not same_origin(row, here)
-            and not (self.again and row["arm"] in self.arms and row["seed"] in seeds)
+            and not (self.again and row["arm"] in arms and row["seed"] in seeds)
             and standing(self.study, row, self.small, {**row.get("tuned", {}), **self.sets})
             in ("done", "unhashed")
         ]

@@ -44,7 +44,8 @@ def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | N
     of now. Another one is kept beside it as `<folder>.stale`.
 
     Returns:
-      status, step, tokens, parameters, config_hash, training_seconds (summed over interruptions), error (if it
+      status, step, tokens, parameters, config_hash, training_seconds (summed over interruptions), training_flops (of
+      the model's products, however they were computed), mfu (their share of the machine's peak), error (if it
       diverged), valid_* and train_* (latest values), test_* (with data.test), history (held-out loss over steps), and
       the fields of `sizes`.
     """
@@ -54,6 +55,10 @@ def train(config: RunConfig, folder: Path, task: Callable[[RunConfig], Task] | N
         result = fit(config, folder, task=task)
     valid = [row for row in read_metrics(run.metrics) if row["kind"] == "valid"]
     row = {name: result[name] for name in RESULT_FIELDS} | {"training_seconds": result["seconds"]}
+    if (per_token := result["record"]["flops_per_token"]) is not None:
+        row["training_flops"] = per_token * result["tokens"]
+    if (mfu := result["record"]["mfu"]) is not None:
+        row["mfu"] = mfu
     if config.task == "images":
         row |= sizes(config.image_model_config())
     else:

@@ -87,13 +87,15 @@ def arms_table(*more: str, against: Callable[[str], str] | None = None) -> Secti
     """One line per arm: the metric, its difference to the baseline, and the detectable difference.
 
     Args:
-      more: further fields of the rows, each a column of means (without interval).
+      more: further fields of the rows, each a column of means (without interval). Tuned values follow.
       against: arm -> the arm it is compared with, if that is not always the study's baseline.
     """
 
     def make(study: Study, rows: Sequence[Row]) -> Section:
         name = study.baseline if against is None else "the arm named"
+        tuned = list(study.tune)
         header = ["arm", "seeds", study.metric, f"difference to {name}", "detectable", *more]
+        header += [field.rpartition(".")[2] for field in tuned]
         header += ["parameters", "seconds per run"]
         contrasts = Contrasts(study, rows)
         base = {arm: study.baseline if against is None else against(arm) for arm in study.arms}
@@ -110,6 +112,9 @@ def arms_table(*more: str, against: Callable[[str], str] | None = None) -> Secti
             line += differences.cells(arm, base[arm], named=against is not None)
             means = [list(values(rows, arm, field).values()) for field in more]
             line += [f"{np.mean(column):.4g}" if column else "" for column in means]
+            line += [
+                ", ".join(f"{value:g}" for value in sorted({row["tuned"][f] for row in runs})) for f in tuned
+            ]
             sizes = sorted({row["parameters"] for row in runs if row.get("parameters")})
             line += [", ".join(f"{size:,}" for size in sizes)]
             line += [f"{np.mean([row['wall_seconds'] for row in runs]):.0f}"]

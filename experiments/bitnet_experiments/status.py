@@ -42,7 +42,8 @@ class Status(NamedTuple):
         table = [[arm, *_counts(found), where[arm]] for arm, found in self.arms.items()]
         lines = [_aligned([self.name, *COLUMNS, "from"], table)]
         if self.searches:
-            table = [[arm, *_counts(self.trials[arm]), _choice(one)] for arm, one in self.searches.items()]
+            own = [(arm, one) for arm, one in self.searches.items() if arm in self.trials]
+            table = [[arm, *_counts(self.trials[arm]), _choice(one)] for arm, one in own]
             lines += ["", _aligned(["search", *COLUMNS, "chosen"], table)]
         lines.append("")
         for number, (place, found) in enumerate(self.origins.items(), 1):
@@ -59,13 +60,16 @@ def status(plan: Plan) -> Status:
     study, rows, trials = plan.study, read_results(plan.results), read_results(plan.tuning)
     searches = {arm: search(study, arm, trials, plan.small, plan.sets) for arm in plan.arms if study.tune}
     tuned = {arm: one.values for arm, one in searches.items() if one.values is not None}
+    asked = {
+        trial.name: trial for one in searches.values() for trial in one.trials
+    }  # arms may share a search
     every = [
         Job(f"{arm}-seed{seed}", arm, seed, tuned.get(arm, {})) for seed in plan.seeds for arm in plan.arms
     ]
     return Status(
         study.name,
         _standings(plan, every, rows),
-        _standings(plan, [job_of(trial) for one in searches.values() for trial in one.trials], trials),
+        _standings(plan, [job_of(trial) for trial in asked.values()], trials),
         searches,
         _origins(rows),
         len({row["run"] for row in rows} - {job.name for job in every}),

@@ -73,6 +73,8 @@ class Study:
     # Config field -> its grid, ascending: searched for every arm, with other seeds than the final ones; see tuning.py
     tune: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     tune_seeds: tuple[int, ...] = (1000,)
+    # arm -> the arm whose search gives its values, such as a smaller model's; None: every arm has its own
+    tuned_as: Callable[[str], str] | None = None
     run: Run | None = None  # None: train the arm
     # Each returns a Section; (): the table of arms and the curves.
     report: tuple[Callable[[Study, Sequence[Row]], Any], ...] = ()
@@ -93,6 +95,8 @@ class Study:
             self._check_tune()
 
     def _check_tune(self) -> None:
+        for arm in self.arms:
+            check_name(f"{self.name}: TUNED_AS({arm!r})", self.search_arm(arm), self.arms)
         for field, grid in self.tune.items():
             numbers = all(isinstance(value, int | float) and value > 0 for value in grid)
             if not numbers or len(grid) < 2 or list(grid) != sorted(set(grid)):
@@ -129,6 +133,10 @@ class Study:
     def tuned_by(self) -> str:
         """The validation metric that a search goes by."""
         return "valid_" + self.metric.removeprefix(TEST)
+
+    def search_arm(self, arm: str) -> str:
+        """The arm whose search gives an arm's values."""
+        return arm if self.tuned_as is None else self.tuned_as(arm)
 
     @property
     def takes_overrides(self) -> bool:

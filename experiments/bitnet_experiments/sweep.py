@@ -150,7 +150,10 @@ def _tune(
     while True:
         rows = read_results(plan.tuning)
         states = {arm: search(plan.study, arm, rows, plan.small, plan.sets) for arm in plan.tuned_arms}
-        jobs = [job_of(trial) for one in states.values() for trial in one.trials if trial.name not in tried]
+        trials = {
+            trial.name: trial for one in states.values() for trial in one.trials
+        }  # arms may share a search
+        jobs = [job_of(trial) for name, trial in trials.items() if name not in tried]
         todo = _needed(plan, jobs, here)
         if not todo:
             return {arm: one.values for arm, one in states.items() if one.values is not None}

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_experiments.axes import legend, ticks
 from bitnet_experiments.contrasts import Contrasts
 from bitnet_experiments.intervals import Estimate
 from bitnet_experiments.sections import Section, SectionMaker, markdown_table
 from bitnet_experiments.study import Row, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Pairs = Mapping[float, tuple[str, str]]  # size -> (arm, other arm)
 
@@ -60,5 +65,30 @@ def trends_table(series: Mapping[str, Pairs], unit: str = "parameters") -> Secti
             if lines
             else ""
         )
+
+    return make
+
+
+def trends_figure(figure: str, series: Mapping[str, Pairs], xlabel: str) -> SectionMaker:
+    """The differences against size with their 95 % intervals, one line per series."""
+
+    def make(study: Study, rows: Sequence[Row]) -> Section:
+        contrasts = Contrasts(study, rows)
+        found: dict[str, list[tuple[float, float, float]]] = {}
+        for name, pairs in series.items():
+            for size, pair in pairs.items():
+                if (one := contrasts.difference(*pair)) is not None:
+                    found.setdefault(name, []).append((size, one.mean, one.half))
+
+        def draw(axes: Axes) -> None:
+            for name, points in found.items():
+                x, y, half = zip(*points, strict=True)
+                axes.errorbar(x, y, np.nan_to_num(half), fmt="o-", capsize=3, markersize=4, label=name)
+            axes.axhline(0, color="grey", linewidth=0.8)
+            axes.set(xlabel=xlabel, ylabel="difference (nats)", xscale="log", title=study.name)
+            ticks(axes, (point[0] for points in found.values() for point in points))
+            legend(axes)
+
+        return Section("", figure, draw, found) if found else Section("")
 
     return make

@@ -6,6 +6,8 @@
    and the new combinations run, at most MOST_EXTENSIONS times per field.
 3. The final runs use the best values, other seeds, and report on the test data.
 
+With TUNED_AS an arm takes its values from another arm's search: that of a small model, for models too large to search.
+
 The state of a search is read from its rows alone (tuning.jsonl), so that it resumes anywhere.
 """
 
@@ -43,12 +45,12 @@ class Search(NamedTuple):
 def search(
     study: Study, arm: str, rows: Iterable[Row], small: bool = False, sets: Overrides | None = None
 ) -> Search:
-    """The state of an arm's search, from the rows of trials so far; stale rows do not count.
+    """The state of the search that gives an arm's values, from the rows of trials so far; stale rows do not count.
 
     Args:
       sets: overrides of all runs, see `bitnet-jax sweep --set`.
     """
-    by_name = {row["run"]: row for row in rows}
+    arm, by_name = study.search_arm(arm), {row["run"]: row for row in rows}
     seeds = study.tune_seeds[:1] if small else study.tune_seeds
     grid = {field: list(values) for field, values in study.tune.items()}
     losses: dict[str, float | None] = {}  # of every trial; None: not measured

@@ -118,3 +118,23 @@ def test_a_refused_run_ends_the_sweep_and_cancels_the_others(
     with pytest.raises(ValueError, match="rows of another origin"):
         list(executed(lambda plan, job: None, make_plan(study, tmp_path), jobs, 2, "slurm", {}))
     assert cluster.cancelled == 2
+
+
+@pytest.mark.parametrize(
+    ("processors", "jobs", "shares"),
+    [
+        ({0, 1, 2, 3}, 2, [{0, 2}, {1, 3}]),
+        ({4, 7}, 2, [{4}, {7}]),
+        ({0, 1}, 3, [None, None, None]),  # too few: all are shared
+    ],
+)
+def test_parallel_runs_share_the_processors_out(
+    monkeypatch: pytest.MonkeyPatch, processors: set[int], jobs: int, shares: list[set[int] | None]
+) -> None:
+    used: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: processors)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, share: used.append(set(share)))
+    for index, expected in enumerate(shares):
+        used.clear()
+        executors._use_share(index, jobs)
+        assert used == ([] if expected is None else [expected])

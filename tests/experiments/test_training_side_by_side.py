@@ -15,7 +15,7 @@ STUDY = Path(__file__).parents[2] / "experiments" / "studies" / "training_speed"
 TINY = Size(16, 32, 1, 2, batch=1, length=8)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_processes_train_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "TURN_SECONDS", 0.01)
     figures = compare(TINY, side_by_side.OURS | side_by_side.PLAIN_JAX, 2, sys.executable)

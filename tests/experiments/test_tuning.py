@@ -12,6 +12,9 @@ import pytest
 
 from bitnet_experiments import sweep
 from bitnet_experiments.freshness import fresh_rows
+from bitnet_experiments.plan import make_plan
+from bitnet_experiments.sections import arms_table
+from bitnet_experiments.status import status
 from bitnet_experiments.study import Study, read_results, read_study
 from bitnet_experiments.tuning import MOST_EXTENSIONS, chosen, searches
 
@@ -122,6 +125,22 @@ def test_extensions_are_bounded_and_divergence_is_no_choice(study: Study, tmp_pa
     assert {row["arm"] for row in read_results(own.results)} == {"float32"}
 
 
+def test_arms_may_share_a_search(study: Study, tmp_path: Path) -> None:
+    calls: list[tuple[str, int]] = []
+    own = tuned(study, calls, near, tuned_as=lambda arm: "float32")
+    rows = read_results(sweep.sweep(own, tmp_path / "work", small=False))
+    assert len(read_results(own.folder / "tuning.jsonl")) == 4
+    assert chosen(own) == {"float32": {RATE: 0.01}, "ternary": {RATE: 0.01}}
+    assert {(row["arm"], row["tuned"][RATE]) for row in rows} == {("float32", 0.01), ("ternary", 0.01)}
+    shown = status(make_plan(own, tmp_path / "work")).text()
+    assert "ternary" not in shown.partition("search")[2].partition("from 1")[0]
+
+    calls.clear()  # one arm alone needs the other's search
+    (own.folder / "tuning.jsonl").unlink()
+    sweep.sweep(own, tmp_path / "work", small=False, arms=["ternary"])
+    assert calls == [("float32", 100)] * 4
+
+
 def test_parts_divide_the_arms(study: Study, tmp_path: Path) -> None:
     own = tuned(study, [], near)
     for index in (1, 0, 2):
@@ -130,7 +149,7 @@ def test_parts_divide_the_arms(study: Study, tmp_path: Path) -> None:
         assert done == ({"ternary"} if index == 1 else {"ternary", "float32"})
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_trained_arms_choose_by_validation_and_report_the_test(study: Study, tmp_path: Path) -> None:
     file = study.folder / "study.py"
     lines = ['METRIC = "test_loss"', 'COMMON = {"data.test": True}', f"TUNE = {{{RATE!r}: (1e-3, 1e-2)}}"]
@@ -166,6 +185,10 @@ def test_trained_arms_choose_by_validation_and_report_the_test(study: Study, tmp
             "METRIC = 'test_loss'; TUNE = {'a.b': (1, 2)}\ndef run(arm, seed, workdir, small): ...",
             "add the parameter overrides",
         ),
+        (
+            "METRIC = 'test_loss'; TUNE = {'a.b': (1, 2)}; TUNED_AS = lambda arm: 'none'",
+            "TUNED_AS",
+        ),
     ],
 )
 def test_errors_name_the_mistake(study: Study, change: str, message: str) -> None:
@@ -181,3 +204,12 @@ def test_a_trial_that_keeps_dying_ends_the_search(
     monkeypatch.setattr(sweep, "claim", lambda plan, job: None)
     with pytest.raises(ValueError, match="ended 3 times without a row"):
         sweep.sweep(tuned(study, [], near), tmp_path / "work", small=False)
+
+
+def test_the_table_says_what_was_chosen(study: Study, tmp_path: Path) -> None:
+    own = tuned(study, [], near)
+    rows = read_results(sweep.sweep(own, tmp_path / "work", small=False))
+    rows = [row | {"parameters": 1, "wall_seconds": 1.0} for row in rows]
+    lines = arms_table()(own, rows).markdown.splitlines()
+    column = lines[0].split(" | ").index("learning_rate")
+    assert [line.split(" | ")[column] for line in lines[2:4]] == ["0.01", "0.08"]

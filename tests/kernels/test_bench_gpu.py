@@ -12,7 +12,7 @@ from bitnet_kernels.timing import Spread
 SMALL = Shape(2, 128, 512)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_correct_products_pass_and_wrong_ones_are_counted(monkeypatch) -> None:
     assert [row["wrong"] for row in bench_gpu.check([SMALL])] == [0, 0]
     right = bench_gpu.packed_matmul

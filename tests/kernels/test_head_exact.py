@@ -49,7 +49,7 @@ def normal(m: int, n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     return random.normal(size=(m, k)).astype(np.float32), table
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_random_heads_need_few_candidates() -> None:
     x, table = normal(3, 20000, 256)
     greedy, forty = check(x, table, 1), check(x, table, 40)

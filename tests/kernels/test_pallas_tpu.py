@@ -51,7 +51,7 @@ def test_one_scale_per_output(format: str, m: int, n: int, k: int, seed: int) ->
     assert_equals_reference(*random_product(format, m, n, k, 1, seed), interpret=True)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(TPU_FORMATS),

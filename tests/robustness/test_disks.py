@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_during_a_write(disk: Path) -> None:
     load_packed(disk / "model", verify=True)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_every_writer_rejects_a_read_only_disk(disk: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path)
     save_packed(disk / "model", variables(), CONFIG)
@@ -128,7 +128,7 @@ except Exception as error:
     assert (result["status"], result["step"]) == ("finished", 3)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_pack_killed_at_any_moment_leaves_complete_models_and_no_permanent_leftovers(
     tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch

@@ -173,7 +173,7 @@ def test_refusals_are_one_line_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_verify_compares_models_texts_and_stored_logits(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,7 +257,7 @@ def test_verify_rejects_invalid_input(
     assert message.format(new=tmp_path) in error[-1]
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_a_float_model_is_packed_by_a_recipe_and_proved(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

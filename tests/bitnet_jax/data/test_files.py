@@ -69,7 +69,7 @@ def test_lines_equal_those_of_the_file(
             assert read_file(path) == content
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_a_gzip_bomb_is_rejected_in_constant_memory(tmp_path: Path) -> None:
     """512 MiB of a single letter compressed to half a megabyte, read as text, lines and images."""
     for name in ("bomb.txt.gz", "bomb.jsonl.gz"):

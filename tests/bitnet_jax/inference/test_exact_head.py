@@ -56,7 +56,7 @@ def test_tokens_equal_those_of_the_bfloat16_head(variables: dict[str, Any], samp
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), expected)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_an_untied_head_and_bfloat16_activations() -> None:
     config = dataclasses.replace(CONFIG, tie_embeddings=False, dtype="bfloat16")
     variables = packed(config)

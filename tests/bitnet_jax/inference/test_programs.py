@@ -146,7 +146,7 @@ def test_evaluation_programs_are_bounded_too(module: Any) -> None:
 SOAK = Path(__file__).parent / "soak.py"
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list memory maps")
 @pytest.mark.parametrize(("rounds", "longest"), [(60, 48), pytest.param(500, 160, marks=pytest.mark.slow)])
 def test_new_lengths_do_not_grow_memory_maps_memory_or_compilations(

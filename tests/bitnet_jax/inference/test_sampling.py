@@ -125,7 +125,7 @@ EXTREMES = st.one_of(
 )
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(
     arrays(np.float32, (2, 5), elements=EXTREMES),

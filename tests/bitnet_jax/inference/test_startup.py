@@ -31,7 +31,7 @@ def run(folder: Path | str) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_a_second_process_finds_the_programs_of_the_first(tmp_path: Path) -> None:
     hits, where = run(tmp_path)
     assert hits == "0"

@@ -94,7 +94,7 @@ def updated(stacked: bool, steps: int, **fields: Any) -> tuple[TrainState, list[
     return unstack(state), rows
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_updates_of_stacked_layers_have_the_bits_of_those_of_layers_one_by_one() -> None:
     """Without clipping, whose factor is a norm: a sum over all parameters, which is taken in another order."""
     (one, rows), (scanned, scanned_rows) = (updated(stacked, 3, clip_norm=None) for stacked in (False, True))
@@ -118,11 +118,13 @@ def operations(layers: int, stacked: bool) -> int:
     return len(update_of(config).lower(state, batch(0), jax.random.key(1)).as_text().splitlines())
 
 
+@pytest.mark.extended
 def test_the_size_of_an_update_does_not_depend_on_depth() -> None:
     assert operations(16, stacked=True) == operations(4, stacked=True)
     assert operations(4, stacked=False) > 1.5 * operations(2, stacked=False)
 
 
+@pytest.mark.extended
 def test_stacked_parameters_are_split_clipped_and_decayed_as_those_of_a_layer() -> None:
     sizes = {"data": 1, "fsdp": 2, "tensor": 2}
     for name, shape in {
@@ -147,7 +149,7 @@ def test_stacked_parameters_are_split_clipped_and_decayed_as_those_of_a_layer() 
     assert not updates["layers_0-3"]["mlp_norm"]["scale"].any()  # two axes, but a norm
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_no_float_of_a_quantized_matrix_is_gathered_in_the_scan() -> None:
     mesh, state = make_mesh(MeshConfig(fsdp=2)), state_of(CONFIG, True)
     shardings = state_shardings(mesh, state)

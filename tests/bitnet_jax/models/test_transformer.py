@@ -276,7 +276,7 @@ def test_selected_positions_have_the_same_logits_and_hidden_states(tied: bool) -
     np.testing.assert_allclose(whole.hidden @ head.T, whole.logits, **SAME)
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @pytest.mark.slow(after=1)
 @pytest.mark.parametrize("precision", ["bitnet_b158", "float32"])
 def test_remat_changes_residuals_and_not_gradients(precision: str) -> None:

@@ -19,7 +19,7 @@ LEVELS = {name: {-1, 1} for name in BINARY} | {name: {-1, 0, 1} for name in TERN
 LEVELS["zero_one"] = {0, 1}
 LEVELS |= {"int2": {-3, -1, 1, 3}, "seq_int2": {-3, -1, 1, 3}}
 LEVELS["uint4"] = set(range(16))
-LEVELS |= {f"int{bits}": set(range(-(2 ** (bits - 1)), 2 ** (bits - 1))) for bits in (3, 4, 8)}
+LEVELS |= {f"int{bits}": set(range(-(2 ** (bits - 1)), 2 ** (bits - 1))) for bits in (3, 4, 6, 8)}
 LEARNED = [name for name, record in WEIGHT_QUANTIZERS.items() if "scale" in record.uses]
 WINDOWED = ("binary_raw", "binary_stochastic", "bwn")  # their STE window applies to the raw latents
 
@@ -83,7 +83,7 @@ def expected(name: str, w: np.ndarray, granularity) -> tuple[np.ndarray, np.ndar
         case "int2":
             step = 0.997 * np.sqrt(np.pi / 2) * size
             return half_open_odd(w / step * 2), step / 2
-        case "int3" | "int4" | "int8":
+        case "int3" | "int4" | "int6" | "int8":
             high = 2 ** (int(name[3]) - 1) - 1
             scale = over(np.abs(w), granularity, np.max) / high
             return np.clip(np.round(w / scale), -high - 1, high), scale
@@ -126,7 +126,7 @@ def test_backward_formula(name: str, granularity, ste: str) -> None:
     low, high = {"seq_ternary": (-1.485, 1.485), "seq_int2": (-3.96, 3.96), "int2": (-4, 4)}.get(
         name, (-1, 1)
     )
-    if name in ("int3", "int4", "int8"):
+    if name in ("int3", "int4", "int6", "int8"):
         high = 2 ** (int(name[3]) - 1) - 1 + 1e-5  # the largest weight is an end point, up to rounding
         low = -high - 1
     if name == "uint4":
@@ -180,7 +180,7 @@ def test_constant_matrices(name: str, value: float) -> None:
     if abs(value) < 1e-30:
         unscaled = name in ("binary_raw", "binary_stochastic")
         assert np.abs(values).max() <= (1 if unscaled else 1.1e-5)
-        if name in TERNARY + ("int3", "int4", "int8"):
+        if name in TERNARY + ("int3", "int4", "int6", "int8"):
             assert not codes.any()
 
 

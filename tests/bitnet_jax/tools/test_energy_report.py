@@ -63,7 +63,7 @@ def test_options_change_the_figures_they_document(tmp_path: Path) -> None:
     assert "linear float32" in floats["bytes"]["weights"]
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_a_config_file_and_a_packed_folder_agree(tmp_path: Path) -> None:
     file = tmp_path / "config.py"
     file.write_text(CONFIG.replace("MORE", "vocab_size=50, head='int8'"))

@@ -13,7 +13,7 @@ from bitnet_jax.tools.first_token import start_figures
 from bitnet_jax.tools.random_model import write_random
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_it_is_that_of_processes_with_and_without_compiled_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,7 @@ def test_templates_are_shown_by_their_first_words() -> None:
     assert long.endswith("...")
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_bench_times_a_packed_copy_of_other_formats(tmp_path: Path) -> None:
     save_model(tmp_path / "m.gguf", model(FLOAT), "gguf")
     with model_bench.model_folder(None, f"{tmp_path}/m.gguf") as folder:

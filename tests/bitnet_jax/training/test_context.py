@@ -100,6 +100,7 @@ def assert_same(recipe: str, one: tuple[Any, ...], split: tuple[Any, ...]) -> No
     )
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize(
     ("recipe", "kind"),
     [

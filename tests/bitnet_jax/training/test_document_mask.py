@@ -53,6 +53,7 @@ def test_a_batch_tells_documents_and_positions_apart() -> None:
         np.testing.assert_array_equal(whole.batch(1, slice(1, 3))[name], array[1:3])
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize(
     "fields",
     [

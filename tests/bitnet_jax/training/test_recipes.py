@@ -118,6 +118,7 @@ def training_of(chosen: dict[str, Precision]) -> Training:
     )
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("chosen", MODELS)
 def test_the_precisions_of_all_recipes_learn_together(chosen: dict[str, Precision]) -> None:
     """Recipes share models, because compilation dominates the time: each Precision has a layer in one of them."""

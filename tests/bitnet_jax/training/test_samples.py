@@ -21,6 +21,7 @@ def samples(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.extended
 @pytest.mark.unchecked_annotations  # generation builds caches of shapes
 def test_samples_continue_the_held_out_text_and_change_nothing(tmp_path: Path, run_config: Config) -> None:
     (tmp_path / "text.txt").write_text(TEXT)

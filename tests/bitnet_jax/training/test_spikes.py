@@ -104,6 +104,7 @@ def test_the_run_goes_on_as_if_the_skipped_batches_did_not_exist(
     assert rows(tmp_path / "run") == rows(tmp_path / "clean")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("fails_at", [5, 8, 11, 14])  # before the spike, after it, after the next checkpoint
 def test_a_run_that_dies_and_resumes_is_bit_identical(
     toy: Task, tmp_path: Path, run_config: Config, fails_at: int

@@ -45,7 +45,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in found]
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["mlp", pytest.param("vision_transformer", marks=pytest.mark.slow)])
 def test_an_interrupted_image_run_resumes_bit_identically(tmp_path: Path, architecture: str) -> None:
     config = image_config(architecture)
@@ -141,7 +141,7 @@ def text_config(source: str, **sections: Any) -> RunConfig:
     return RunConfig.from_dict(merged | {"task": "text_classification"})
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 def test_distillation_from_another_text_run(tmp_path: Path, texts: str) -> None:
     teacher = text_config(texts, training=dict(steps=60, eval_every=60, checkpoint_every=60))
     result = fit(teacher, tmp_path / "teacher", progress=False)
