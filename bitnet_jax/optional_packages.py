@@ -18,11 +18,14 @@ PURPOSES = {
     "matplotlib": "draws figures",
     "nvidia-ml-py": "reads the energy counters of NVIDIA GPUs",
     "pillow": "reads image files such as .png",
+    "prometheus-client": "writes the metrics of a server",
     "pyarrow": "reads Parquet files",
     "rouge-score": "scores summaries",
+    "starlette": "routes the requests of a server",
     "submitit": "submits jobs to a cluster",
     "tensorboardX": "writes TensorBoard files",
     "tokenizers": "reads and trains tokenizers",
+    "uvicorn": "serves HTTP",
 }
 
 

@@ -46,9 +46,11 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": MODEL | {"evaluation", "inference", "data", "training.losses"},
     "training": MODEL | {"training", "evaluation", "data", "packed"},
     "model_folders": MODEL | {"packed", "inference", "training", "data", "interop"},
+    "serving": MODEL | {"serving", "inference", "data", "model_folders"},
     "tools": MODEL
     | {"tools", "model_folders", "packed", "interop", "inference", "evaluation", "training", "data"},
-    "cli": MODEL | {"cli", "tools", "model_folders", "packed", "inference", "evaluation", "training", "data"},
+    "cli": MODEL
+    | {"cli", "serving", "tools", "model_folders", "packed", "inference", "evaluation", "training", "data"},
 }
 # The version, the errors about missing packages and unknown names, and the progress of long tasks.
 EVERYWHERE = {"", "optional_packages", "names", "progress"}
@@ -68,6 +70,7 @@ TOUCH_KERNELS = {
     "inference.exact_head",
     "inference.programs",
     "training.hardware",
+    "serving.passes",
     "packed",
     "interop",
     "tools",

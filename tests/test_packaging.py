@@ -264,7 +264,7 @@ TYPES_ONLY = re.compile(r"^if TYPE_CHECKING:\n(?: +.*\n|\n)+", re.MULTILINE)
 def test_every_import_of_an_optional_package_says_how_to_install_it() -> None:
     modules = {
         "lm-eval": "lm_eval", "llama-cpp-python": "llama_cpp", "nvidia-ml-py": "pynvml",
-        "rouge-score": "rouge_score", "pillow": "PIL",
+        "rouge-score": "rouge_score", "pillow": "PIL", "prometheus-client": "prometheus_client",
     }  # fmt: skip
     for name in PURPOSES:
         imported = re.compile(rf"^ +(?:import|from) {modules.get(name, name)}\b", re.MULTILINE)

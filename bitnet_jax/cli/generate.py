@@ -19,7 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import huge_pages_argument, kv_format_argument, model_argument, utf8, write_json
+from bitnet_jax.cli.shared import (
+    huge_pages_argument,
+    kv_format_argument,
+    model_argument,
+    sampling_arguments,
+    sampling_config,
+    utf8,
+    write_json,
+)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -39,24 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="at most N new tokens (default 200, or what remains of the trained sequence length)",
     )
-    command.add_argument(
-        "--temperature",
-        type=float,
-        help="0: greedy (default); with --top-k, --top-p or --min-p the default is 1",
-    )
-    command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
-    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... with total probability P")
-    command.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="... at least P times as likely as the most likely",
-    )
-    command.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less"
-    )
-    command.add_argument("--seed", type=int, default=0)
+    sampling_arguments(command)
     command.add_argument(
         "--exact-head",
         action="store_true",
@@ -85,19 +76,12 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.data.chat_template import chat_ids
     from bitnet_jax.data.conversation import prompt_ids
     from bitnet_jax.inference.exact_head import with_exact_head
-    from bitnet_jax.inference.sampling import SamplingConfig
     from bitnet_jax.inference.streaming import stream
     from bitnet_jax.model_folders import load_text_model
     from bitnet_jax.packed.huge_pages import on_huge_pages
     from bitnet_jax.tools.machine import chosen
 
-    sampling = SamplingConfig(
-        temperature=_temperature(args),
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-    )
+    sampling = sampling_config(args)
     if args.system is not None and not args.chat:
         raise ValueError("got --system without --chat, expected both; a plain prompt has no system message")
     prompt = _prompt(args)
@@ -183,10 +167,3 @@ def _describe_generation(figures: dict[str, Any]) -> str:
         f"{'too few to time' if speed is None else f'{speed:.1f} tokens/s after it'}; "
         f"{'packed weights on ' + ', '.join(ran_on) if ran_on else 'latent weights on XLA'}]"
     )
-
-
-def _temperature(args: argparse.Namespace) -> float:
-    if args.temperature is not None:
-        return args.temperature
-    filtered = args.top_k is not None or args.top_p < 1 or args.min_p > 0
-    return 1.0 if filtered else 0.0

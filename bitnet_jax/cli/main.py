@@ -23,6 +23,7 @@ from typing import NoReturn, TextIO
 import bitnet_jax
 from bitnet_jax.cli import (
     bench,
+    chat,
     convert,
     doctor,
     embed,
@@ -35,6 +36,7 @@ from bitnet_jax.cli import (
     predict,
     report,
     runs,
+    serve,
     sweep,
     tokenize,
     train,
@@ -61,6 +63,8 @@ COMMANDS: dict[str, ModuleType] = {
     "convert": convert,
     "verify": verify,
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
     "predict": predict,
     "embed": embed,
     "eval": evaluate,

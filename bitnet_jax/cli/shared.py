@@ -9,7 +9,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitnet_jax.inference.sampling import SamplingConfig
 
 
 def check_json_target(path: Path | None) -> None:
@@ -64,6 +67,42 @@ def ternary_format_argument(command: argparse.ArgumentParser) -> None:
         choices=("ternary2", "ternary5"),
         help="store ternary codes in two bits each, or five in a byte: a fifth less to read, more to decode "
         "(default: as in the config; ternary2)",
+    )
+
+
+def sampling_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--temperature",
+        type=float,
+        help="0: greedy (default); with --top-k, --top-p or --min-p the default is 1",
+    )
+    command.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="... with total probability P")
+    command.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="... at least P times as likely as the most likely",
+    )
+    command.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less"
+    )
+    command.add_argument("--seed", type=int, default=0)
+
+
+def sampling_config(args: argparse.Namespace) -> SamplingConfig:
+    """Raises ValueError: an option of `sampling_arguments` is out of range."""
+    from bitnet_jax.inference.sampling import SamplingConfig
+
+    filtered = args.top_k is not None or args.top_p < 1 or args.min_p > 0
+    default = 1.0 if filtered else 0.0
+    return SamplingConfig(
+        temperature=default if args.temperature is None else args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
     )
 
 

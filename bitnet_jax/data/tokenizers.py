@@ -244,6 +244,11 @@ class JsonTokenizer:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
+    def token_text(self, token: int) -> str | None:
+        """The text of a token in the vocabulary, the inverse of `token_id`."""
+        found: str | None = self._tokenizer.id_to_token(token)
+        return found
+
     @property
     def splits_words(self) -> bool:
         """Whether words are encoded independently: texts are split into words and not normalized as a whole."""

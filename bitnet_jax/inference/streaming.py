@@ -92,21 +92,38 @@ def _decoded(chunks: Iterator[np.ndarray], tokenizer: Tokenizer, eos_ids: frozen
 
 def cut_at_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
     """The joined text up to the first stop string; a suffix that may become one is held back."""
-    held = ""
+    cutter = StopCutter(stop)
     for piece in pieces:
-        held += piece
-        first, pending = _first_stop(held, stop), len(held) - _length_of_possible_stop(held, stop)
-        if first <= pending:  # otherwise a stop string that begins earlier may still be completed
-            if first:
-                yield held[:first]
-            if first < len(held):
-                return
-            held = ""
-        elif pending:
-            yield held[:pending]
-            held = held[pending:]
-    if rest := held[: _first_stop(held, stop)]:
+        if text := cutter.push(piece):
+            yield text
+        if cutter.stopped:
+            return
+    if rest := cutter.finish():
         yield rest
+
+
+class StopCutter:
+    """`cut_at_stop` for pieces that are pushed: what may be shown of them; `stopped` after the first stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stopped = False
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        held = self._held + piece
+        first, pending = _first_stop(held, self._stop), len(held) - _length_of_possible_stop(held, self._stop)
+        if first <= pending:  # otherwise a stop string that begins earlier may still be completed
+            self._held, self.stopped = "", first < len(held)
+            return held[:first]
+        self._held = held[pending:]
+        return held[:pending]
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        first = _first_stop(held, self._stop)
+        self.stopped |= first < len(held)
+        return held[:first]
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int:

@@ -1,0 +1,101 @@
+"""Answer requests of the OpenAI API over HTTP, many at once, each with the bytes it would get alone.
+
+One line with the address is printed when the model is ready; Ctrl-C finishes the answers at work and stops. Prompts and
+answers are not written anywhere. The key may also be in the environment variable BITNET_JAX_API_KEY, where other users
+of the machine do not see it.
+
+example:
+  bitnet-jax serve models/SmolLM2-135M-Instruct --port 8080 --slots 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from bitnet_jax.cli.shared import kv_format_argument, model_argument, write_json
+
+API_KEY = "BITNET_JAX_API_KEY"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    model_argument(command)
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: this machine only)"
+    )
+    command.add_argument("--port", type=int, default=8080, metavar="P", help="0: a free one (default 8080)")
+    command.add_argument(
+        "--slots", type=int, default=4, metavar="N", help="requests that run at once (default 4)"
+    )
+    command.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="most tokens of a prompt and its answer (default: the trained sequence length); each slot has a cache of "
+        "this size",
+    )
+    command.add_argument(
+        "--queue", type=int, default=256, metavar="N", help="requests that may wait (default 256)"
+    )
+    command.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (also: {API_KEY})")
+    kv_format_argument(command)
+    command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitnet_jax.model_folders import INSTALLED, folder_kind, load_text_model, source_path
+
+    folder_kind(source_path(args.folder))  # before anything listens
+    from bitnet_jax.serving.engine import Engine
+    from bitnet_jax.serving.http import is_loopback
+    from bitnet_jax.serving.schemas import Served
+    from bitnet_jax.serving.server import Server
+
+    package = args.folder.removeprefix(INSTALLED)
+    name = package if package != args.folder else Path(args.folder).resolve().name
+    api_key = os.environ.get(API_KEY) if args.api_key is None else args.api_key
+    if api_key == "":  # an unset variable of a shell must not open the server
+        raise ValueError("got an empty API key, expected at least one character, or no key at all")
+    if api_key is None and not is_loopback(args.host):
+        print(f"warning: anyone who reaches {args.host} can use the model; pass --api-key", file=sys.stderr)
+
+    def load() -> tuple[Engine, Served]:
+        model = load_text_model(args.folder, step=args.step)
+        if model.tokenizer is None:
+            raise ValueError(
+                f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it"
+            )
+        engine = Engine(
+            model.config,
+            model.variables,
+            model.tokenizer,
+            slots=args.slots,
+            context=args.context,
+            kv_format=args.kv_format,
+            queue_limit=args.queue,
+        )
+        if not engine.exact:
+            print(
+                "warning: the sums of this model depend on the shape of a pass, so each slot has passes of its own; a "
+                "packed model answers many requests in one",
+                file=sys.stderr,
+            )
+        engine.warm()
+        return engine, Served(name, model.tokenizer, model.conversation, engine.context)
+
+    def ready(server: Server) -> None:
+        engine = server.serving.engine
+        assert engine is not None
+        slots = f"{engine.slots} slots of {engine.context} tokens"
+        print(f"serving {name} at {server.address} ({slots})", flush=True)
+
+    server = Server(load, host=args.host, port=args.port, api_key=api_key, on_ready=ready)
+    try:
+        server.run()
+    finally:
+        if server.serving.engine is not None:
+            write_json(args.json, dataclasses.asdict(server.serving.engine.counters))
+    return 0

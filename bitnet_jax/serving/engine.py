@@ -1,0 +1,306 @@
+"""Continuous batching: many requests share the passes of one model, and each gets the bytes it would get alone.
+
+    engine = Engine(model.config, model.variables, model.tokenizer, slots=4)
+    answer = engine.submit(Request(prompt=ids, max_tokens=100), sink)   # from any thread; `sink` gets the events
+    engine.run()                                                        # in one thread, until `close`
+
+A step reads one chunk of one prompt, the prompts taking turns, and decodes one token of every answer; so a long prompt
+delays an answer by one chunk a token, and a request that is cancelled ends within one. Requests wait in a fair queue
+for one of the slots, each a row of the cache.
+
+Where rows are exact (`passes.rows_are_exact`), all slots decode in one pass. For other models, whose sums XLA may order
+by the shape of a pass, each slot has a cache and passes of its own, and prompts are cut at the same places whatever is
+in the cache. Either way an answer depends on its request alone.
+
+The prefix cache is the slots themselves (slots.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from bitnet_jax.data.tokenizers import Tokenizer
+from bitnet_jax.inference.cache import default_kv_format
+from bitnet_jax.inference.limits import check_tokens, warn_of_unknown_tokens
+from bitnet_jax.inference.sampling import SamplingConfig
+from bitnet_jax.inference.steps import Variables
+from bitnet_jax.models import ModelConfig
+from bitnet_jax.serving.answer import Answer
+from bitnet_jax.serving.fair_queue import FairQueue
+from bitnet_jax.serving.passes import rows_are_exact
+from bitnet_jax.serving.pool import Pool, choose, row_of, score
+from bitnet_jax.serving.requests import Closed, QueueFull, Request, Sink, TokenScore
+from bitnet_jax.serving.slots import Slot, Slots
+
+CHUNK = 128  # tokens of a prompt that a step reads; a power of two
+
+
+@dataclasses.dataclass
+class Counters:
+    """Since the engine was made."""
+
+    requests: int = 0
+    refused: int = 0  # for a full queue
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0  # read, or found in the cache
+    cached_tokens: int = 0  # found in the cache
+    prefix_hits: int = 0  # requests that found any
+    generated_tokens: int = 0
+    passes: int = 0  # chunks read, and decode passes
+
+
+class Engine:
+    """See the module docstring.
+
+    Args:
+      slots: requests that run at once.
+      context: most tokens of a prompt and its answer; None: the length that the model was trained with.
+      kv_format: see `generation.generate`.
+      queue_limit: requests that may wait for a slot.
+      chunk: see CHUNK.
+
+    Raises:
+      ValueError: not a causal language model with a cache of keys, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        variables: Variables,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 4,
+        context: int | None = None,
+        kv_format: str | None = None,
+        queue_limit: int = 256,
+        chunk: int = CHUNK,
+    ) -> None:
+        if config.attention == "linear":
+            raise ValueError(
+                "got a model with linear attention, expected a cache of keys; use bitnet-jax generate"
+            )
+        for name, value in {"slots": slots, "queue_limit": queue_limit}.items():
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        self.context = config.known_length if context is None else context
+        if not 2 <= self.context <= config.max_length:
+            raise ValueError(
+                f"context: got {context}, expected 2 to {config.max_length}, the model's max_length"
+            )
+        warn_of_unknown_tokens(config, tokenizer)
+        self.config, self.tokenizer, self.counters = config, tokenizer, Counters()
+        self.exact = rows_are_exact(config, variables)
+        self._chunk, self._queue_limit = chunk, queue_limit
+        kv_format = kv_format or default_kv_format(config, variables)
+        # Padding of a last chunk, and what inactive rows write, lies behind the context.
+        sizes = (config, variables, slots if self.exact else 1, self.context + chunk, kv_format)
+        self._pools = [Pool(*sizes) for _ in range(1 if self.exact else slots)]
+        self._slots = Slots(self._pools, self.exact, chunk)
+        self._queue: FairQueue[Answer] = FairQueue()
+        self._wake = threading.Condition()
+        self._closed = False
+
+    def submit(self, request: Request, sink: Sink) -> Answer:
+        """Queues a request; `sink` is called with its events by the thread that steps.
+
+        Raises:
+          ValueError: an empty prompt, a token outside the vocabulary, or prompt and answer exceed the context.
+          QueueFull, Closed: see there.
+        """
+        length = len(request.prompt)
+        if not length:
+            raise ValueError("the prompt has no tokens; begin with at least one, such as a newline")
+        if (lowest := int(request.prompt.min())) < 0:
+            raise ValueError(f"prompt: got the token {lowest}, expected ids from 0")
+        check_tokens(self.config, self.tokenizer, request.prompt, "prompt")
+        if length + request.max_tokens > self.context:
+            raise ValueError(
+                f"a prompt of {length} tokens and {request.max_tokens} new ones need {length + request.max_tokens} "
+                f"positions, expected at most {self.context}; shorten the prompt or request fewer tokens"
+            )
+        if outside := [token for token, _ in request.bias if not 0 <= token < self.config.vocab_size]:
+            raise ValueError(f"bias: got the token {outside[0]}, expected 0 to {self.config.vocab_size - 1}")
+        answer = Answer(request, sink, self.tokenizer, self.config.vocab_size)
+        with self._wake:
+            if self._closed:
+                raise Closed("the server is shutting down")
+            if len(self._queue) >= self._queue_limit:
+                self.counters.refused += 1
+                raise QueueFull(f"{self._queue_limit} requests wait; try again later")
+            self.counters.requests += 1
+            self._queue.push(request.client, answer)
+            self._wake.notify()
+        return answer
+
+    def warm(self) -> None:
+        """Compiles what ordinary requests need, before the first one comes."""
+        pool = self._pools[0]
+        pool.compile(self._chunk)
+        logits = row_of(np.zeros((pool.rows, self.config.vocab_size), np.float32), 0)
+        for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
+            choose(sampling.filters(), logits, np.zeros(2, np.uint32), 0)
+
+    @property
+    def running(self) -> int:
+        return self._slots.running
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def slots(self) -> int:
+        return len(self._slots)
+
+    def run(self) -> None:
+        """Steps while there is work and waits where there is none, until `close`."""
+        while True:
+            if self.step():
+                continue
+            with self._wake:
+                if self._closed and not self.waiting and not self.running:
+                    return
+                if not self.waiting:
+                    self._wake.wait()
+
+    def close(self, grace: float = 0.0) -> None:
+        """Refuses new requests; those at work have `grace` seconds to finish, then they are cancelled."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        until = time.monotonic() + grace
+        while (self.running or self.waiting) and time.monotonic() < until:
+            time.sleep(0.02)
+        with self._wake:
+            for answer in [*self._queue, *(slot.answer for slot in self._slots)]:
+                if answer is not None:
+                    answer.cancel()
+            self._wake.notify()
+
+    def step(self) -> bool:
+        """Reads one chunk of a prompt and decodes one token of every answer; False: there was nothing to do."""
+        self._drop_cancelled()
+        try:
+            self._admit()
+            read = self._read_chunk()
+            decoded = [self._decode(pool) for pool in self._pools]
+        except Exception as error:  # the caches may be gone: they were donated
+            self._fail(error)
+            return True
+        return read or any(decoded)
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            dropped = self._queue.remove(lambda answer: answer.cancelled)
+        for answer in dropped:
+            self.counters.cancelled += 1
+            answer.finish("cancelled")
+        for slot in self._slots:
+            if slot.answer is not None and slot.answer.cancelled:
+                self.counters.cancelled += 1
+                self._end(slot, "cancelled")
+
+    def _admit(self) -> None:
+        while self.running < len(self._slots):
+            with self._wake:
+                if not len(self._queue):
+                    return
+                answer = self._queue.pop()
+            self._slots.place(answer)
+            self.counters.prompt_tokens += len(answer.request.prompt)
+            self.counters.cached_tokens += answer.cached
+            self.counters.prefix_hits += answer.cached > 0
+
+    def _read_chunk(self) -> bool:
+        """The next chunk of the prompt whose turn it is."""
+        slot = self._slots.next_to_read()
+        if slot is None or slot.answer is None:
+            return False
+        answer, start = slot.answer, len(slot.tokens)
+        request = answer.request
+        tokens = request.prompt[start : start + self._chunk]
+        logits = slot.pool.read_tokens(slot.row, tokens, start, self._chunk, request.score_prompt)
+        self.counters.passes += 1
+        slot.tokens += tokens.tolist()
+        if len(tokens) == self._chunk and slot.chunked == start and not request.score_prompt:
+            slot.chunked += self._chunk  # a pass that scores is another program
+        if request.score_prompt:
+            if not start:
+                answer.prompt_scores.append(TokenScore(int(tokens[0]), None, ()))
+            following = request.prompt[start + 1 : start + 1 + len(tokens)]
+            answer.prompt_scores += _scored(logits, following)
+        if slot.reads:
+            return True
+        if request.score_prompt:
+            answer.send_prompt_scores()
+        if request.max_tokens:
+            self._choose(slot, row_of(logits, len(tokens) - 1 if request.score_prompt else 0))
+        else:
+            self._end(slot, "length")
+        return True
+
+    def _decode(self, pool: Pool) -> bool:
+        """One token of every answer in a pool whose prompt has been read."""
+        slots = [slot for slot in self._slots if slot.pool is pool and slot.decodes]
+        if not slots:
+            return False
+        tokens, lengths = np.zeros(pool.rows, np.int32), np.zeros(pool.rows, np.int32)
+        active = np.zeros(pool.rows, bool)
+        for slot in slots:
+            assert slot.answer is not None
+            token = slot.answer.tokens[-1]
+            tokens[slot.row], lengths[slot.row], active[slot.row] = token, len(slot.tokens), True
+            slot.tokens.append(token)
+        logits = pool.decode(tokens, lengths, active)
+        self.counters.passes += 1
+        for slot in slots:
+            self._choose(slot, row_of(logits, slot.row))
+        return True
+
+    def _choose(self, slot: Slot, logits: Any) -> None:
+        """The next token of an answer, from logits [1, V]."""
+        answer = slot.answer
+        assert answer is not None
+        step = len(answer.tokens)
+        token = choose(answer.filters, logits, answer.key, step, answer.added, answer.seen)
+        scored = None
+        if answer.request.scores:
+            (scored,) = _scored(logits, np.array([token], np.int32))
+        self.counters.generated_tokens += 1
+        try:
+            reason = answer.push(token, scored)
+        except Exception as error:  # such as a token that the tokenizer lacks: it concerns no other answer
+            self.counters.failed += 1
+            self._end(slot, "error", f"{type(error).__name__}: {error}")
+            return
+        if reason:
+            self._end(slot, reason)
+
+    def _end(self, slot: Slot, reason: str, message: str = "") -> None:
+        answer, slot.answer = slot.answer, None
+        assert answer is not None
+        answer.finish(reason, message)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends all answers at work, and begins anew with empty caches."""
+        for slot in self._slots:
+            if slot.answer is not None:
+                self.counters.failed += 1
+                self._end(slot, "error", f"{type(error).__name__}: {error}")
+            slot.tokens, slot.chunked = [], 0
+        for pool in self._pools:
+            pool.clear()
+
+
+def _scored(logits: Any, tokens: np.ndarray) -> list[TokenScore]:
+    if not len(tokens):
+        return []
+    found = score(logits, tokens)
+    rows = zip(tokens.tolist(), *(x.tolist() for x in found), strict=True)
+    return [TokenScore(token, ln, tuple(zip(ids, top, strict=True))) for token, ln, ids, top in rows]

@@ -1,0 +1,105 @@
+"""A cache of R rows on the device, and its passes as compiled programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from bitnet_jax.inference.cache import init_cache
+from bitnet_jax.inference.programs import PROGRAMS, Program
+from bitnet_jax.inference.sampling import Filters
+from bitnet_jax.inference.steps import Variables
+from bitnet_jax.models import ModelConfig
+from bitnet_jax.serving import passes
+
+SMALLEST_WIDTH = 16
+
+
+def width(tokens: int, chunk: int) -> int:
+    """The padded length of a pass over `tokens` tokens of a prompt: a power of two, at most `chunk`."""
+    return min(max(SMALLEST_WIDTH, 1 << (tokens - 1).bit_length()), chunk)
+
+
+class Pool:
+    """R rows of S positions. The arrays are donated from pass to pass, so a pool has one thread."""
+
+    def __init__(
+        self, config: ModelConfig, variables: Variables, rows: int, room: int, kv_format: str
+    ) -> None:
+        self._config, self._variables, self._kv_format = config, variables, kv_format
+        self.rows, self.room = rows, room
+        self.clear()
+
+    def clear(self) -> None:
+        self._layers: Any = init_cache(self._config, self.rows, self.room, self._kv_format).layers
+
+    def read_tokens(self, row: int, tokens: np.ndarray, start: int, chunk: int, every_position: bool) -> Any:
+        """Logits [1, V] after the last of the tokens, or [W, V]; see `passes.read_tokens`."""
+        W = width(len(tokens), chunk)
+        padded = np.zeros(W, np.int32)
+        padded[: len(tokens)] = tokens
+        numbers = np.int32(row), padded, np.int32(start), np.int32(len(tokens))
+        logits, self._layers = self._reading(W, every_position)(self._variables, self._layers, *numbers)
+        # JAX would return at once, and all chunks of a prompt be queued before anyone else's pass.
+        return jax.block_until_ready(logits)
+
+    def decode(self, tokens: np.ndarray, lengths: np.ndarray, active: np.ndarray) -> Any:
+        """Logits [R, V]; see `passes.decode`."""
+        logits, self._layers = self._decoding()(self._variables, self._layers, tokens, lengths, active)
+        return logits
+
+    def compile(self, chunk: int) -> None:
+        """Compiles the passes of ordinary requests, and runs none."""
+        W, zero = chunk, np.int32(0)
+        while W >= SMALLEST_WIDTH:
+            arguments = self._variables, self._layers, zero, np.zeros(W, np.int32), zero, zero
+            self._reading(W, False).lower(*arguments).compile()
+            W //= 2
+        rows = np.zeros(self.rows, np.int32)
+        self._decoding().lower(self._variables, self._layers, rows, rows, rows > 0).compile()
+
+    def _reading(self, W: int, every_position: bool) -> Program:
+        return self._program(passes.read_tokens, self._config, every_position, shapes=(W,), donate=(1,))
+
+    def _decoding(self) -> Program:
+        return self._program(passes.decode, self._config, shapes=(), donate=(1,))
+
+    def copy_row(self, source: int, target: int) -> None:
+        program = self._program(passes.copy_row, shapes=(self._config,), donate=(0,))
+        self._layers = program(self._layers, np.int32(source), np.int32(target))
+
+    def _program(
+        self, function: Any, *static: Any, shapes: tuple[Any, ...], donate: tuple[int, ...]
+    ) -> Program:
+        key = (self.rows, self.room, self._kv_format, "packed" in self._variables, *shapes)
+        return PROGRAMS.of(function, *static, shapes=key, donate=donate)
+
+
+def row_of(logits: Any, row: int) -> Any:
+    """One row of logits [N, V], as [1, V]."""
+    if logits.shape[0] == 1:
+        return logits
+    return PROGRAMS.of(passes.row_of, shapes=logits.shape)(logits, np.int32(row))
+
+
+def choose(
+    filters: Filters,
+    logits: Any,
+    key: np.ndarray,
+    step: int,
+    added: np.ndarray | None = None,
+    seen: np.ndarray | None = None,
+) -> int:
+    """See `passes.choose`."""
+    program = PROGRAMS.of(passes.choose, shapes=(logits.shape, jax.tree.structure((filters, added, seen))))
+    return int(program(filters, logits, key, np.int32(step), added, seen))
+
+
+def score(logits: Any, targets: np.ndarray) -> passes.Scores:
+    """See `passes.score`; of at most N targets, as NumPy arrays."""
+    padded = np.zeros(logits.shape[0], np.int32)
+    padded[: len(targets)] = targets
+    found = PROGRAMS.of(passes.score, shapes=logits.shape)(logits, padded)
+    return passes.Scores(*(np.asarray(x)[: len(targets)] for x in found))

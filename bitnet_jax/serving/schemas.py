@@ -1,0 +1,238 @@
+"""Bodies of the OpenAI API to requests of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from typing import Any
+
+import numpy as np
+
+from bitnet_jax.data.chat_template import chat_ids
+from bitnet_jax.data.conversation import Conversation, prompt_ids
+from bitnet_jax.data.token_bytes import special_tokens, token_bytes
+from bitnet_jax.data.tokenizers import Tokenizer
+from bitnet_jax.inference.sampling import MIN_TEMPERATURE, SamplingConfig
+from bitnet_jax.serving.fields import ApiError, Fields
+from bitnet_jax.serving.passes import TOP
+from bitnet_jax.serving.requests import Request
+
+MAX_ANSWERS = 128  # prompts times n
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_BIASES = 1024
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# Fields of OpenAI's that ask for what this server cannot do, and the values that do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+}
+
+
+class Served:
+    """The model as requests name and see it."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer, conversation: Conversation, context: int) -> None:
+        self.name, self.tokenizer, self.conversation, self.context = name, tokenizer, conversation, context
+        self.bytes_of = token_bytes(tokenizer)
+        self.special = special_tokens(tokenizer)
+        self.vocab_size = tokenizer.vocab_size
+
+    def check_model(self, fields: Fields) -> None:
+        name = fields.text("model")
+        if name is None:
+            raise ApiError(f"model: missing, expected {self.name!r}", param="model")
+        if name != self.name:
+            message = f"model: got {name[:60]!r}, expected {self.name!r}, the only one that is loaded"
+            raise ApiError(message, status=404, param="model", code="model_not_found")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a body asks for: one request for every choice."""
+
+    chat: bool
+    requests: tuple[Request, ...]
+    stream: bool
+    include_usage: bool  # in a stream
+    top: int | None  # most likely tokens beside the log-probability of each; None: no log-probabilities
+    echo: tuple[str, ...] | None  # the text of each choice's prompt, or None
+
+
+def chat_completion(fields: Fields, served: Served, client: str) -> Asked:
+    """Raises ApiError, or DataError of the chat template."""
+    served.check_model(fields)
+    prompt = chat_ids(served.tokenizer, served.conversation, _messages(fields))
+    if fields.boolean("logprobs"):
+        top: int | None = fields.integer("top_logprobs", 0, TOP, 0)
+    else:
+        top = None
+        fields.only("top_logprobs", (0,))
+    limits = [fields.integer(name, 1, 2**31 - 1) for name in ("max_completion_tokens", "max_tokens")]
+    given = [limit for limit in limits if limit is not None]
+    most = min(given) if given else max(1, served.context - len(prompt))
+    for name, neutral in NEUTRAL.items():
+        fields.only(name, neutral)
+    return _asked(fields, served, client, [prompt], most, chat=True, top=top)
+
+
+def completion(fields: Fields, served: Served, client: str) -> Asked:
+    """Raises ApiError."""
+    served.check_model(fields)
+    texts, prompts = _prompts(fields, served)
+    top = fields.integer("logprobs", 0, TOP)
+    echo = fields.boolean("echo")
+    most = fields.integer("max_tokens", 0 if echo else 1, 2**31 - 1, 16)
+    assert most is not None
+    fields.only("best_of", (1,))
+    fields.only("suffix", ("",))
+    return _asked(fields, served, client, prompts, most, chat=False, top=top, echo=texts if echo else None)
+
+
+def _asked(
+    fields: Fields,
+    served: Served,
+    client: str,
+    prompts: list[np.ndarray],
+    max_tokens: int,
+    *,
+    chat: bool,
+    top: int | None,
+    echo: list[str] | None = None,
+) -> Asked:
+    """The fields that both kinds of completion have."""
+    temperature = fields.number("temperature", 0, 2, 1.0)
+    top_p = fields.number("top_p", 0, 1, 1.0)
+    seed = fields.integer("seed", -(2**63), 2**64 - 1)
+    seed = secrets.randbits(63) if seed is None else seed % 2**64
+    n = fields.integer("n", 1, MAX_ANSWERS, 1)
+    assert n is not None
+    if len(prompts) * n > MAX_ANSWERS:
+        raise ApiError(
+            f"got {len(prompts)} prompts with n={n}, expected at most {MAX_ANSWERS} answers", param="n"
+        )
+    stream = fields.boolean("stream")
+    options = fields.take("stream_options", {})
+    if not isinstance(options, dict) or (options and not stream):
+        raise fields.wrong("stream_options", options, "an object, in a stream")
+    options = Fields(options, "stream_options.")
+    include_usage = options.boolean("include_usage")
+    options.done()
+    first = Request(
+        prompt=prompts[0],
+        max_tokens=max_tokens,
+        sampling=_sampling(temperature, top_p),
+        end=served.conversation.end,
+        stop=_stop(fields),
+        bias=_bias(fields, served),
+        presence_penalty=fields.number("presence_penalty", -2, 2, 0.0),
+        frequency_penalty=fields.number("frequency_penalty", -2, 2, 0.0),
+        scores=top is not None,
+        score_prompt=top is not None and echo is not None,
+        client=fields.text("user") or client,
+    )
+    fields.done()
+    # A choice has the seed of the first one plus its number, and so is the answer to n=1 with that seed.
+    requests = tuple(
+        dataclasses.replace(first, prompt=prompt, seed=(seed + i) % 2**64)
+        for prompt in prompts
+        for i in range(n)
+    )
+    texts = None if echo is None else tuple(text for text in echo for _ in range(n))
+    return Asked(chat, requests, stream, include_usage, top, texts)
+
+
+def _sampling(temperature: float, top_p: float) -> SamplingConfig:
+    if temperature < MIN_TEMPERATURE or top_p == 0:
+        return SamplingConfig()  # of the most likely tokens with a probability of 0 there is the first
+    return SamplingConfig(temperature=temperature, top_p=top_p)
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+    stop = fields.take("stop", [])
+    words = [stop] if isinstance(stop, str) else stop
+    expected = f"up to {MAX_STOPS} non-empty strings of at most {MAX_STOP_LENGTH} characters"
+    if not isinstance(words, list) or len(words) > MAX_STOPS:
+        raise fields.wrong("stop", stop, expected)
+    if not all(isinstance(word, str) and 0 < len(word) <= MAX_STOP_LENGTH for word in words):
+        raise fields.wrong("stop", stop, expected)
+    return tuple(words)
+
+
+def _bias(fields: Fields, served: Served) -> tuple[tuple[int, float], ...]:
+    bias = fields.take("logit_bias", {})
+    expected = f"an object of at most {MAX_BIASES} token ids with numbers from -100 to 100"
+    if not isinstance(bias, dict) or len(bias) > MAX_BIASES:
+        raise fields.wrong("logit_bias", bias, expected)
+    for token, addition in bias.items():
+        number = isinstance(addition, int | float) and not isinstance(addition, bool)
+        if not (
+            token.isascii() and token.isdigit() and len(token) < 10 and number and -100 <= addition <= 100
+        ):
+            raise fields.wrong("logit_bias", {token: addition}, expected)
+    return tuple((int(token), float(addition)) for token, addition in bias.items())
+
+
+def _prompts(fields: Fields, served: Served) -> tuple[list[str], list[np.ndarray]]:
+    """The prompts of a completion, as texts and as tokens: a text, tokens, or a list of either."""
+    prompt = fields.take("prompt")
+    expected = "a text, token ids, or a list of either"
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise fields.wrong("prompt", prompt, expected)
+    if len(prompt) > MAX_ANSWERS:
+        raise ApiError(f"prompt: got {len(prompt)}, expected at most {MAX_ANSWERS}", param="prompt")
+    texts, ids = [], []
+    for one in prompt:
+        if isinstance(one, str):
+            texts.append(one)
+            ids.append(prompt_ids(served.tokenizer, served.conversation, one))
+        else:
+            ids.append(token_ids(fields, "prompt", one, served))
+            texts.append(b"".join(map(served.bytes_of, ids[-1].tolist())).decode(errors="replace"))
+    return texts, ids
+
+
+def token_ids(fields: Fields, name: str, value: Any, served: Served) -> np.ndarray:
+    """int32 [T]. Raises ApiError: not a list of token ids."""
+    if not isinstance(value, list) or not all(
+        type(token) is int and 0 <= token < served.vocab_size for token in value
+    ):
+        raise fields.wrong(name, value, f"token ids from 0 to {served.vocab_size - 1}")
+    return np.array(value, np.int32)
+
+
+def _messages(fields: Fields) -> list[dict[str, str]]:
+    messages = fields.take("messages")
+    if not isinstance(messages, list) or not messages:
+        raise fields.wrong("messages", messages, "a list of messages")
+    return [_message(message, f"messages[{i}].") for i, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise ApiError(f"{where[:-1]}: expected an object with role and content", param="messages")
+    fields = Fields(message, where)
+    role, content = fields.text("role"), fields.take("content")
+    if role not in ROLES:
+        raise fields.wrong("role", role, f"one of {', '.join(ROLES)}")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{where}content[{i}].") for i, part in enumerate(content))
+    if not isinstance(content, str):
+        raise fields.wrong("content", content, "a text, or a list of text parts")
+    fields.only("refusal", ())
+    fields.done()
+    return {"role": ROLES[role], "content": content}
+
+
+def _part(part: Any, where: str) -> str:
+    fields = Fields(part if isinstance(part, dict) else {}, where)
+    kind, text = fields.text("type"), fields.text("text")
+    if kind != "text" or text is None:
+        raise fields.wrong("type", kind, "a part of type text, the only one supported")
+    fields.done()
+    return text

@@ -1,0 +1,100 @@
+"""The slots of the engine, each a row of a cache, which are also its prefix cache.
+
+A row keeps its tokens until another request needs it. A new request continues the row that shares the longest prefix
+with it, or a copy of that; else it takes the row unused for longest. So the memory is fixed from the start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from bitnet_jax.serving.answer import Answer
+from bitnet_jax.serving.pool import Pool
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """A row of a pool: `tokens` are in its cache; `chunked` of them were read in whole chunks from its beginning."""
+
+    pool: Pool
+    row: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    chunked: int = 0
+    answer: Answer | None = None
+    used: int = 0  # the number of the last request that came
+
+    @property
+    def reads(self) -> bool:
+        """Whether a prompt is still to be read."""
+        return self.answer is not None and len(self.tokens) < len(self.answer.request.prompt)
+
+    @property
+    def decodes(self) -> bool:
+        return self.answer is not None and bool(self.answer.tokens)
+
+
+class Slots:
+    """The rows of all pools.
+
+    Args:
+      exact: see `passes.rows_are_exact`. If not, only whole chunks of a prompt are taken from a row, since only these
+        are the same bits for every request.
+      chunk: tokens of a prompt that are read at once.
+    """
+
+    def __init__(self, pools: Sequence[Pool], exact: bool, chunk: int) -> None:
+        self._all = [Slot(pool, row) for pool in pools for row in range(pool.rows)]
+        self._exact, self._chunk = exact, chunk
+        self._placed = self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._all)
+
+    @property
+    def running(self) -> int:
+        return sum(slot.answer is not None for slot in self._all)
+
+    def next_to_read(self) -> Slot | None:
+        """The slot whose prompt has its turn."""
+        turns = [*self._all[self._turn :], *self._all[: self._turn]]
+        slot = next((slot for slot in turns if slot.reads), None)
+        if slot is not None:
+            self._turn = (self._all.index(slot) + 1) % len(self._all)
+        return slot
+
+    def place(self, answer: Answer) -> None:
+        """Gives an answer one of the free slots, with as much of its prompt as any slot has."""
+        prompt = answer.request.prompt
+        self._placed += 1
+        free = [slot for slot in self._all if slot.answer is None]
+        slot = oldest = min(free, key=lambda slot: slot.used)
+        source, count = oldest, 0
+        if not answer.request.score_prompt:  # else all of it must be read
+            shared = [(self._shared(slot, prompt), slot) for slot in (self._all if self._exact else free)]
+            count, source = max(shared, key=lambda pair: (pair[0], pair[1] is oldest))
+        in_place = source is oldest or (source.answer is None and 2 * count >= self._reusable(source))
+        if in_place:
+            slot = source  # at most half of what a younger one holds is lost
+        elif not self._exact or count < self._chunk:  # too few to be worth a copy
+            count = 0
+        slot.answer, slot.used, answer.cached = answer, self._placed, count
+        if count and not in_place:
+            source.pool.copy_row(source.row, slot.row)
+        slot.tokens, slot.chunked = prompt[:count].tolist(), min(source.chunked, count)
+
+    def _reusable(self, slot: Slot) -> int:
+        """Tokens of a slot whose cache is the same, bit for bit, as if another request had read them."""
+        return len(slot.tokens) if self._exact else slot.chunked
+
+    def _shared(self, slot: Slot, prompt: np.ndarray) -> int:
+        """Tokens of a prompt that its answer may take from a slot; the last one must be read, for its logits."""
+        most = min(self._reusable(slot), len(prompt) - 1)
+        differ = np.flatnonzero(np.asarray(slot.tokens[:most], np.int32) != prompt[:most])
+        same = int(differ[0]) if differ.size else most
+        return same if self._exact else same - same % self._chunk

@@ -1,0 +1,128 @@
+"""Between the thread of the engine and the event loop: events of an answer, its stream, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from bitnet_jax.serving.answer import Answer
+from bitnet_jax.serving.engine import Engine
+from bitnet_jax.serving.fields import ApiError
+from bitnet_jax.serving.objects import Choice, Envelope
+from bitnet_jax.serving.requests import Event, Finished
+from bitnet_jax.serving.schemas import Asked, Served
+
+PING_SECONDS = (
+    15.0  # between comments in a stream that has nothing to say, so that nothing on the way closes it
+)
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+
+class Running:
+    """The choices of a body at work. `cancel` must be called in the end, whatever happens.
+
+    Raises (when made): what `Engine.submit` raises; then none of the choices runs.
+    """
+
+    def __init__(
+        self, engine: Engine, asked: Asked, served: Served, finished: Callable[[Finished], None]
+    ) -> None:
+        self._finished = finished
+        self.choices = [Choice(asked, served, i) for i in range(len(asked.requests))]
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._answers: list[Answer] = []
+        loop = asyncio.get_running_loop()
+
+        def sink(index: int, event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        try:
+            for i, request in enumerate(asked.requests):
+                self._answers.append(engine.submit(request, partial(sink, i)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        for answer in self._answers:
+            answer.cancel()
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
+        """Choices of chunks, until all are finished; None where PING_SECONDS pass without one.
+
+        Raises ApiError: the engine failed, or ended an answer because the server shuts down.
+        """
+        for choice in self.choices:
+            if (first := choice.begin()) is not None:
+                yield first
+        left = len(self.choices)
+        while left:
+            try:
+                index, event = await asyncio.wait_for(self._events.get(), PING_SECONDS)
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(event, Finished):
+                left -= 1
+                self._finished(event)
+                if event.reason == "error":
+                    raise ApiError(f"the engine failed: {event.message}", status=500, kind="server_error")
+                if event.reason == "cancelled":
+                    raise ApiError("the server is shutting down", status=503, kind="server_error")
+            if (chunk := self.choices[index].take(event)) is not None:
+                yield chunk
+
+
+@contextlib.asynccontextmanager
+async def cancelled_if_the_client_leaves(running: Running, receive: Receive) -> AsyncIterator[None]:
+    """Cancels the answers when the client disconnects, also where nothing is sent yet, and in the end."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        running.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        running.cancel()
+        watcher.cancel()
+
+
+class EventStream:
+    """Server-sent events of an answer, as an ASGI response."""
+
+    def __init__(self, running: Running, envelope: Envelope) -> None:
+        self._running, self._envelope = running, envelope
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        async with cancelled_if_the_client_leaves(self._running, receive):
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+            ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            try:
+                async for choice in self._running.chunks():
+                    await _send(send, ": ping" if choice is None else _data(self._envelope.chunk([choice])))
+                if (usage := self._envelope.last(self._running.choices)) is not None:
+                    await _send(send, _data(usage))
+                await _send(send, "data: [DONE]")
+            except ApiError as error:  # the status has been sent
+                await _send(send, _data(error.body))
+            await send({"type": "http.response.body", "body": b""})
+
+
+def _data(value: dict[str, Any]) -> str:
+    return "data: " + json.dumps(value, allow_nan=False)
+
+
+async def _send(send: Send, line: str) -> None:
+    await send({"type": "http.response.body", "body": f"{line}\n\n".encode(), "more_body": True})
