@@ -44,3 +44,13 @@ def test_the_peak_is_the_highest_of_all_sizes() -> None:
 def test_the_table_of_the_study_is_that_of_its_results() -> None:
     for file in (STUDY / "results").glob("*.json"):
         assert markdown(json.loads(file.read_text())) in (STUDY / "README.md").read_text(), file
+
+
+def test_the_memory_of_long_sequences_is_that_of_the_results() -> None:
+    text = (STUDY / "README.md").read_text().replace("\n", " ")
+    peaks = json.loads((STUDY / "long_sequences.json").read_text())["sizes"]["1m-long"]["peak_resident_bytes"]
+    plain, floats, ternary = (
+        f"{peaks[who] / 1e6:.0f} MB"
+        for who in ("plain JAX float32", "bitnet_jax float32", "bitnet_jax ternary")
+    )
+    assert f"peak of {plain} of resident memory; here float32 takes {floats} and ternary {ternary}" in text
