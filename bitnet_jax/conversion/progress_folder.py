@@ -30,7 +30,7 @@ class FinishedBlocks:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         file = folder / SUBJECT
-        if not file.exists():
+        if not file.exists() or not any(folder.glob("layers_*.npz")):
             _write(file, json.dumps(subject, indent=1).encode())
             return
         found = parse_json(

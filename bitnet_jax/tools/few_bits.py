@@ -116,23 +116,24 @@ def few_bits(
     if settings.calibrated:
         tokens = _calibration_windows(model, str(calibration), length, count)
         _check_fits(model, tokens[0])
-    params = model.variables["params"]
+    params = dict(model.variables["params"])
+    model = model._replace(config=config, variables={})
     subject = {
         "settings": dataclasses.asdict(settings),
+        "embedding": config.embedding_dtype,
         "weights": _digest(flatten_dict(params, sep="/")),
         "calibration": None if tokens is None else _digest({"tokens": tokens}),
     }
     finished = FinishedBlocks(target.with_name(target.name + PARTS), subject)
     stream = None if tokens is None else Stream(config, embedded(config, params, tokens))
-    latent: dict[str, Any] = dict(params)
     reports: dict[str, Report] = {}
     resumed = 0
     with progress_bar(config.num_layers, unit="block", description="converting", show=progress) as bar:
         for layer in range(config.num_layers):
             name = f"layers_{layer}"
-            block = finished.read(layer, linear_shapes(latent[name]))
+            block = finished.read(layer, linear_shapes(params[name]))
             if block is None:
-                block, its = convert_block(config, latent[name], layer, settings, stream)
+                block, its = convert_block(config, params[name], layer, settings, stream)
                 finished.write(layer, block)
                 reports |= {f"{name}/{path}": report for path, report in its.items()}
                 worst = max(its, key=lambda path: its[path].error)
@@ -140,13 +141,10 @@ def few_bits(
             else:
                 resumed += 1
             if stream is not None:
-                advance(stream, latent[name], layer, block)
-            latent[name] = _latent(
-                latent[name], block
-            )  # the float weights of the block are not needed any more
+                advance(stream, params[name], layer, block)
+            params[name] = _latent(params[name], block)  # frees the float weights of the block
             bar.update()
-    written = model._replace(config=config, variables={"params": latent})
-    del model, params
+    written = model._replace(variables={"params": params})
     proof, sizes = prove_and_save(target, written, PROOF_TOKENS, overwrite)
     finished.remove()
     return Converted(settings, reports, resumed, 0 if tokens is None else tokens.size, proof, sizes)

@@ -171,6 +171,8 @@ def test_an_interrupted_conversion_continues_to_the_same_bytes(
         ValueError, match=r"new.parts: got blocks of an interrupted conversion with settings .*remove it"
     ):
         convert(source, tmp_path / "new", grid="binary", **options)
+    with pytest.raises(ValueError, match="with embedding float32, expected int8"):
+        convert(source, tmp_path / "new", embedding="int8", **options)
     assert convert(source, tmp_path / "new", **options).resumed == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "whole"]
     for name in ("model.safetensors", "config.json"):
