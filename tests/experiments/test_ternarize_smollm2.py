@@ -25,7 +25,7 @@ def test_a_step_is_a_difference_of_windows_to_the_row_above() -> None:
     first, second = script.STEPS[:2]
     rows = {
         "float32": row([0, 0], [2.0, 2.0]),
-        first: row([3.0, 5.0], [4.0, 6.0], seconds=61.2),
+        first: row([3.0, 5.0], [4.0, 6.0], seconds=61.2, processor_seconds=99),
         second: row([1.0, 2.0], [3.0, 3.0], blimp={"value": 0.625}),
     }
     results = {"rows": rows, "texts": {"a.txt": ""}, "calibration": {"name": "c.txt"}} | dict.fromkeys(
@@ -35,8 +35,8 @@ def test_a_step_is_a_difference_of_windows_to_the_row_above() -> None:
     assert "| float32 |  |  | 7.4 | 0.500 |" in lines
     assert f"| {first} | 4.000 ± 1.000 |  | 148.4 | 0.500 |" in lines
     assert f"| {second} | 1.500 ± 0.500 | -2.500 ± 0.500 | 20.1 | 0.500 |" in lines
-    assert f"| {first} | 2.5 | 61 |  |" in lines
-    assert f"| {second} | 2.5 |  | 62.5 % |" in lines
+    assert f"| {first} | 2.5 | 61 | 99 |  |" in lines
+    assert f"| {second} | 2.5 |  |  | 62.5 % |" in lines
 
 
 def test_windows_are_spread_over_the_text(tmp_path: Path) -> None:
