@@ -106,7 +106,10 @@ def measure(
             if name != FLOAT:
                 began, used = time.perf_counter(), time.process_time()
                 converted(name, Path(folder) / "model", calibration, calibration_windows)
-                row["seconds"], row["processor_seconds"] = time.perf_counter() - began, time.process_time() - used
+                row["seconds"], row["processor_seconds"] = (
+                    time.perf_counter() - began,
+                    time.process_time() - used,
+                )
                 model = load_model(Path(folder) / "model")
             row["matrix_bytes"] = sizes(model.variables).packed
             row["texts"] = {}
@@ -146,8 +149,9 @@ def report(results: dict[str, Any]) -> str:
         f"{last['hardware']}, commit {', '.join(commits)}, jax {last['jax']}. Calibration: "
         f"{results['calibration_windows']} windows of 512 tokens of {results['calibration']['name']}. Each text: "
         f"{results['windows']} windows of {results['length']} tokens. Mean ± standard error over windows; KL in nats a "
-        "token; steps are differences of KL to the row above, window by window. Seconds are those of reading, converting, proving and writing, beside other work on the machine; "
-        "processor seconds are those of all its threads.",
+        "token; steps are differences of KL to the row above, window by window. Seconds are those of reading, "
+        "converting, proving and writing, beside other work on the machine; processor seconds are those of all its "
+        "threads.",
         "",
     ]
     for text in texts:
