@@ -130,9 +130,10 @@ def _few_bits(args: argparse.Namespace) -> int:
         "bytes": size_figures(done.sizes),
     }
     write_json(args.json, figures)
+    bits = f"{args.grid}-bit" if args.grid.isdecimal() else args.grid
     of = "outputs" if done.settings.calibrated else "weights"
     print(
-        f"{args.source} -> {args.target}: {args.grid} weights by {done.settings.method}, granularity "
+        f"{args.source} -> {args.target}: {bits} weights by {done.settings.method}, granularity "
         f"{done.settings.granularity}, {done.calibration_tokens:,d} tokens of calibration text"
     )
     if done.layers:

@@ -27,13 +27,13 @@ from bitnet_jax.conversion.gptq import DAMPING
 from bitnet_jax.conversion.progress_folder import FinishedBlocks
 from bitnet_jax.data.streams import stream_blocks
 from bitnet_jax.data.text import Source
-from bitnet_jax.evaluation.language import model_logits, token_nats
+from bitnet_jax.evaluation.language import token_nats
 from bitnet_jax.inference.limits import check_tokens
 from bitnet_jax.model_folders import LoadedModel, load_text_model, quantizes_layers
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.nn.norms import projection_norm
 from bitnet_jax.packed import packing, storage
-from bitnet_jax.packed.proof import Proof
+from bitnet_jax.packed.proof import Proof, logits
 from bitnet_jax.progress import progress_bar
 from bitnet_jax.quantization.scales import Granularity
 from bitnet_jax.tools.pack_model import prove_and_save
@@ -182,8 +182,8 @@ def _calibration_windows(
 
 def _check_fits(model: LoadedModel[ModelConfig], tokens: Int[np.ndarray, "T"]) -> None:
     """Raises ValueError if the float model predicts a window worse than a uniform guess does, by a nat a token."""
-    logits = model_logits(model.config)(model.variables, jnp.asarray(tokens[None, :-1]))
-    nats = float(jnp.mean(token_nats(logits, jnp.asarray(tokens[None, 1:]))))
+    predicted = logits(model.config.module(), model.variables, jnp.asarray(tokens[None, :-1]))
+    nats = float(jnp.mean(token_nats(predicted, jnp.asarray(tokens[None, 1:]))))
     uniform = math.log(model.config.vocab_size)
     if not nats < uniform + 1:
         raise ValueError(

@@ -282,7 +282,7 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert figures["settings"]["grid"] == "2"
     assert figures["settings"]["granularity"] == "channel"
     assert len(figures["layers"]) == figures["proof"]["matrices"] == 14
-    assert "2 weights by gptq" in capsys.readouterr().out
+    assert "2-bit weights by gptq" in capsys.readouterr().out
     for wrong in (["--ternarize", "--to", "gguf"], ["--calibration", "x"], ["--rotate"]):
         assert cli.main(["convert", str(source / "float"), str(tmp_path / "b"), *wrong]) == 2
         assert "expected none; leave it out" in capsys.readouterr().err
