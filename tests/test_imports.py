@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "packed.atomic_folder": {"packed.tensor_file"},
     "packed": MODEL | {"packed", "data"},
     "interop": MODEL | {"packed", "data", "interop"},
+    "conversion": MODEL | {"conversion", "data"},
     "inference": MODEL | {"inference", "data"},
     "training.losses": NO_MODEL,
     "training.metrics": NO_MODEL,
@@ -48,7 +49,17 @@ ARROWS: dict[str, set[str]] = {
     "model_folders": MODEL | {"packed", "inference", "training", "data", "interop"},
     "serving": MODEL | {"serving", "inference", "data", "model_folders"},
     "tools": MODEL
-    | {"tools", "model_folders", "packed", "interop", "inference", "evaluation", "training", "data"},
+    | {
+        "tools",
+        "model_folders",
+        "conversion",
+        "packed",
+        "interop",
+        "inference",
+        "evaluation",
+        "training",
+        "data",
+    },
     "cli": MODEL
     | {"cli", "serving", "tools", "model_folders", "packed", "inference", "evaluation", "training", "data"},
 }

@@ -77,7 +77,14 @@ def pack_model(
     config = dataclasses.replace(
         config, **{name: value for name, value in overrides.items() if value is not None and name in fields}
     )
-    latent = model.variables
+    return prove_and_save(folder, model._replace(config=config), tokens, overwrite)
+
+
+def prove_and_save(
+    folder: Path, model: LoadedModel[Any], tokens: int, overwrite: bool
+) -> tuple[Proof, packing.Sizes]:
+    """Packs a latent model and proves it equal, then writes it. Arguments and errors: see `pack_model`."""
+    config, latent = model.config, model.variables
     variables = latent | packing.pack(latent["params"], config)
     inputs, new_tokens = _proof_inputs(config, tokens)
     proof = prove(config, latent, variables, inputs, greedy=greedy, new_tokens=new_tokens)
