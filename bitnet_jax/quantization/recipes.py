@@ -43,7 +43,6 @@ RECIPES: dict[str, Precision | tuple[tuple[str, Precision], ...]] = {
     "bfloat16": Precision(compute_dtype="bfloat16"),
     # measured scales, 8-bit activations
     "int8": Precision(weight="int8", activation="int8", granularity="channel"),
-    "int6": Precision(weight="int6", activation="int8", granularity="channel"),
     "int4": Precision(weight="int4", activation="int8", granularity="channel"),
     "int3": Precision(weight="int3", activation="int8", granularity="channel"),
     "int2": Precision(weight="int2", activation="int8", granularity="channel"),

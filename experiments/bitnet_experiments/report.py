@@ -23,8 +23,8 @@ VERDICT = ("<!-- verdict: written by bitnet-jax report -->", "<!-- end of verdic
 INDEX = STUDIES.parent / "README.md"
 
 
-def command(study: Study) -> str:
-    return f"bitnet-jax sweep {study.name}"
+def command(study: Study, small: bool = False) -> str:
+    return f"bitnet-jax sweep {study.name}{' --small' if small else ''}"
 
 
 def sections(study: Study, rows: Sequence[Row]) -> list[Section]:
@@ -49,8 +49,9 @@ def text_of(study: Study, rows: Sequence[Row], parts: Sequence[Section]) -> str:
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     machines = ", ".join(sorted({row["hardware"] for row in rows}))
     versions = ", ".join(sorted({row["jax"] for row in rows}))
+    small = any(row.get("small") for row in rows)
     blocks.append(
-        f"Command: `{command(study)}`. Measured at commits {commits}, on {machines}, jax {versions}."
+        f"Command: `{command(study, small)}`. Measured at commits {commits}, on {machines}, jax {versions}."
     )
     return "\n\n".join(blocks)
 
@@ -77,7 +78,9 @@ def report(study: Study, results: Path, folder: Path) -> str:
     rows = comparable_rows(study, results)
     if not rows:
         found = "only stale results" if read_results(results) else "no results"
-        raise ValueError(f"{results} has {found}; run: {command(study)}")
+        small = study.workdir(small=True)
+        other = f" (--workdir {small} reports the small sweep)" if (small / results.name).is_file() else ""
+        raise ValueError(f"{results} has {found}; run: {command(study, folder != study.folder)}{other}")
     parts = sections(study, rows)
     for part in figures(parts, verdicts.judge(study, rows)):
         draw(part, folder)

@@ -6,6 +6,8 @@
    and the new combinations run, at most MOST_EXTENSIONS times per field.
 3. The final runs use the best values, other seeds, and report on the test data.
 
+With --small a search has one seed, and its grid is not continued.
+
 With TUNED_AS an arm takes its values from another arm's search: that of a small model, for models too large to search.
 
 The state of a search is read from its rows alone (tuning.jsonl), so that it resumes anywhere.
@@ -92,7 +94,7 @@ def search(
             return Search(grid, everything, None, True, [])
         best = points[known.index(min(known))]
         ends = [field for field, values in grid.items() if best[field] in (values[0], values[-1])]
-        if not any([_extend(grid[field], best[field], len(study.tune[field])) for field in ends]):
+        if small or not any([_extend(grid[field], best[field], len(study.tune[field])) for field in ends]):
             return Search(grid, everything, best, True, ends)
 
 

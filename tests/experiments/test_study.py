@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
 from bitnet_experiments.claims import Claim
 from bitnet_experiments.freshness import fresh_rows
+from bitnet_experiments.report import TABLE, VERDICT
 from bitnet_experiments.study import (
+    STUDIES,
     Study,
     load_study,
     overridden,
@@ -133,3 +137,16 @@ def test_every_recipe_is_part_of_a_study() -> None:
     named = {recipe.partition("(")[0] for recipe in recipes if isinstance(recipe, str)}
     rounded = {arm["recipe"] for arm in real_model.OURS.values() if "recipe" in arm}  # without training
     assert set(RECIPES) <= named | rounded
+
+
+def test_the_study_of_the_documentation_is_complete(tmp_path: Path) -> None:
+    text = (STUDIES.parent / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    folder = tmp_path / "my_question"
+    folder.mkdir()
+    (folder / "study.py").write_text(block)
+    own = read_study(folder)
+    for arm in own.arms:
+        own.settings(arm, 0, overrides={"optimizer.learning_rate": 0.004})
+    for marker in (*VERDICT, *TABLE):
+        assert marker in text

@@ -113,7 +113,8 @@ def test_inputs_declared_as_signs_are_signs(name: str) -> None:
 @pytest.mark.parametrize("name", WEIGHT_QUANTIZERS)
 def test_the_measured_scale_is_one_where_the_record_says_so(name: str) -> None:
     record = WEIGHT_QUANTIZERS[name]
-    assert record.unit_scale == bool((record(X).scale == 1).all())
+    # Times 3: a measured scale that is a power of two happens to be 1 for X.
+    assert record.unit_scale == bool((record(3 * X).scale == 1).all())
 
 
 def test_fixed_arguments_are_not_options() -> None:
