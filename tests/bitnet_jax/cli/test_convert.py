@@ -157,7 +157,7 @@ def test_differences_count_codes_and_scales(models: Path) -> None:
         (["pypi:../numpy", "{new}"], "got pypi:../numpy, expected pypi:PACKAGE"),
         (["{models}/float/model.safetensors", "{new}"], "a file that is not in GGUF format"),
         (["{models}/float/config.json", "{new}"], "a file that is not in GGUF format"),
-        (["pypi:numpy", "{new}"], "with 0 .gguf files, expected one"),
+        (["pypi:numpy", "{new}"], "with 0 .gguf files and folders with modules.json"),
         (["{models}/nothing", "{new}"], "there is no such folder or file"),
         (["{models}/float", "{new}", "--i2s-layout", "rows4"], "only a gguf model has one"),
     ],

@@ -51,14 +51,16 @@ def test_chat_on_a_terminal(folder: Path) -> None:
         stdin=terminal, stdout=terminal, stderr=terminal, env=ENVIRONMENT, start_new_session=True,
     )  # fmt: skip
     os.close(terminal)
-    screen = ""
+    screen, seen = "", 0
 
     def wait_for(text: str) -> None:
-        nonlocal screen
-        while text not in screen:
+        """Until it is shown after what was waited for before."""
+        nonlocal screen, seen
+        while text not in screen[seen:]:
             assert select.select([master], [], [], 120)[0], screen
             with contextlib.suppress(OSError):
                 screen += os.read(master, 4096).decode(errors="replace")
+        seen = screen.index(text, seen) + len(text)
 
     try:
         wait_for("> ")
@@ -69,10 +71,12 @@ def test_chat_on_a_terminal(folder: Path) -> None:
         assert ANSWER in screen
         os.write(master, b"/nonsense\n")
         wait_for("/nonsense, which is no command")
+        wait_for("> ")  # a Ctrl-D before the prompt may be lost when it prepares the terminal
         os.write(master, b"\x04")
         assert process.wait(60) == 0
     finally:
         process.kill()
+        process.wait()
         os.close(master)
 
 

@@ -158,7 +158,7 @@ def test_a_file_in_the_current_folder_takes_precedence_over_a_name(
     [
         ("byte_ml", "did you mean 'byte_lm'"),
         ("byte_ml:small", "did you mean 'byte_lm'"),
-        ("entirely_else", "byte_lm, mnist_cnn"),
+        ("entirely_else", "byte_lm, law_lm, mnist_cnn"),
         ("byte_lm.py:small", "without .py; did you mean 'byte_lm'"),
         ("experiments/configs/mnist_cnn.py", "without .py; did you mean 'mnist_cnn'"),
         ("nowhere/byte_lm", "there is no file nowhere/byte_lm"),
