@@ -25,7 +25,7 @@ def blocks(language: str, page: str = README) -> list[str]:
     return [text for name, text in fenced if name == language]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_example_runs_as_written() -> None:
     (example,) = blocks("python")
     lines = [line for line in example.splitlines() if line.strip()]

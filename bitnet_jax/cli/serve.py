@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         )
         if not engine.exact:
             print(
-                "warning: the sums of this model depend on the shape of a pass, so each slot has passes of its own; a "
+                "warning: the sums of this model depend on the shape of a pass, so each slot runs its own passes; a "
                 "packed model answers many requests in one",
                 file=sys.stderr,
             )

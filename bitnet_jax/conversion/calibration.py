@@ -20,6 +20,7 @@ from bitnet_jax.models.stacked import layer_precisions
 from bitnet_jax.models.transformer import Block, ModelConfig
 from bitnet_jax.nn.embedding import Embedding
 from bitnet_jax.nn.linear import BitLinear, dense
+from bitnet_jax.nn.norms import block_norm
 from bitnet_jax.quantization.precision import Precision
 
 Weights = Mapping[str, Array | np.ndarray]  # of linear layers, by path
@@ -71,7 +72,13 @@ def embedded(config: ModelConfig, params: Mapping[str, Any], tokens: Int[np.ndar
 
         x = table("embed", config.vocab_size, tokens)
         if config.position == "learned":
-            x = x + table("position_embed", config.max_length, jnp.arange(tokens.shape[1], dtype=jnp.int32))
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            x = x + table("position_embed", config.max_length, positions)
+        if config.norm_placement == "post":
+            normalized: Any = block_norm(config, "embed_norm").apply(
+                {"params": params.get("embed_norm", {})}, x
+            )
+            return normalized
         return x
 
     return np.array(rows(params, jnp.asarray(tokens)), np.float32)  # a copy that can be written

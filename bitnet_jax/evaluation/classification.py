@@ -18,6 +18,7 @@ from bitnet_jax.evaluation.intervals import bootstrap, proportion
 from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.multiple_choice import choose, question_item
 from bitnet_jax.evaluation.result import Result
+from bitnet_jax.inference.buckets import padded_rows
 from bitnet_jax.inference.limits import check_tokens, warn_of_unknown_tokens
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.models import ModelConfig, Transformer
@@ -125,13 +126,9 @@ def predict_classes(
     for indices, batch_rows, width in batches(
         sizes, config.max_length, lambda width: BATCH_TOKENS // width, progress=progress
     ):
-        tokens = np.zeros((batch_rows, width), np.int32)
-        lengths = np.ones(batch_rows, int)  # padding rows have one token, to avoid division by zero
-        lengths[: len(indices)] = sizes[indices]
-        for row, i in enumerate(indices):
-            tokens[row, : sizes[i]] = rows[i]
+        tokens, mask = padded_rows([rows[i] for i in indices], batch_rows, width)
         program = PROGRAMS.of(_class_logits, config, shapes=tokens.shape)
-        logits = program(model.variables, tokens, np.arange(width) < lengths[:, None])
+        logits = program(model.variables, tokens, mask)
         predictions[indices] = np.asarray(logits)[: len(indices)].argmax(axis=-1)
     return predictions
 

@@ -3,10 +3,14 @@
     prompt_width    16, 32, ..., 128, then four sizes per octave: at most a quarter of the prompt is padding
     cache_capacity      64, 128, 192, 256, then two sizes per octave: at most a third of the cache is never written
 
-Both are capped at the model's max_length, so the number of sizes is logarithmic in it.
+Both are capped at the model's max_length, so the number of sizes is logarithmic in it. `padded_rows` fills a batch.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
 
 from bitnet_jax.models import ModelConfig
 
@@ -26,3 +30,14 @@ def prompt_width(config: ModelConfig, tokens: int) -> int:
 def cache_capacity(config: ModelConfig, positions: int) -> int:
     """The capacity of a cache that must hold `positions`; at least `prompt_width`."""
     return min(bucket(positions, smallest=64, parts=2), config.max_length)
+
+
+def padded_rows(rows: Sequence[np.ndarray], count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token sequences as int32 [count, width], and the mask of their tokens.
+
+    Rows beyond the sequences have one token: a mean over none is undefined.
+    """
+    tokens, lengths = np.zeros((count, width), np.int32), np.ones(count, np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    return tokens, np.arange(width, dtype=np.int32)[None] < lengths[:, None]

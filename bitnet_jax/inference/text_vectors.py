@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.tokenizers import Tokenizer
-from bitnet_jax.inference.buckets import prompt_width
+from bitnet_jax.inference.buckets import padded_rows, prompt_width
 from bitnet_jax.inference.programs import PROGRAMS
 from bitnet_jax.inference.steps import Variables
 from bitnet_jax.models import ModelConfig, Transformer
@@ -44,7 +44,7 @@ def embed(
     """
     if config.pooling == "none":
         raise ValueError(
-            "got a model without pooling, expected an encoder of texts; see Bring your own model"
+            "got a model without pooling, expected an encoder of texts, such as a folder of sentence-transformers"
         )
     for i, one in enumerate(ids):
         if not 1 <= len(one) <= config.max_length:
@@ -59,11 +59,7 @@ def embed(
         program = PROGRAMS.of(_vectors, config, shapes=(batch_size, width, "packed" in variables))
         for start in range(0, len(members), batch_size):
             part = members[start : start + batch_size]
-            tokens = np.zeros((batch_size, width), np.int32)
-            lengths = np.ones(batch_size, np.int32)
-            for row, i in enumerate(part):
-                tokens[row, : len(ids[i])], lengths[row] = ids[i], len(ids[i])
-            mask = np.arange(width, dtype=np.int32)[None] < lengths[:, None]
+            tokens, mask = padded_rows([ids[i] for i in part], batch_size, width)
             vectors[part] = np.asarray(program(variables, tokens, mask))[: len(part)]
     return vectors
 

@@ -26,7 +26,7 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int8, Shaped, UInt8
 
 from bitnet_jax.interop.huggingface_config import Form, module_name, read_config
-from bitnet_jax.interop.safetensors_folder import open_tensors, read_json
+from bitnet_jax.interop.safetensors_folder import float32, open_tensors, read_json
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.names import unmatched
 from bitnet_jax.packed.latent import unpack_model
@@ -79,7 +79,7 @@ def load(
         weight = f"{path.rpartition('/')[0]}/weight"
         try:
             if path not in ternary:
-                value = _float32(tensors[name], shape)
+                value = float32(tensors[name], shape)
                 if path.endswith("/bias") and weight in ternary and form.scale_multiplies:
                     # The library multiplies the output by the scale after it has added the bias.
                     value = value * _scale(tensors[f"{names[weight][0]}_scale"], form)
@@ -196,19 +196,6 @@ def _check_names(folder: Path, tensors: dict[str, np.ndarray], wanted: set[str],
         )
 
 
-def _float32(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The values cast to float32, which is exact for every float dtype of these files."""
-    if tensor.dtype == np.uint8 or tensor.shape != shape:
-        raise ValueError(
-            f"got {tensor.dtype}{list(tensor.shape)}, expected floats {list(shape)}; "
-            "check the sizes and the quantization_config of config.json"
-        )
-    values = tensor.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError("got NaN or infinity, expected finite weights; the file is damaged")
-    return values
-
-
 def _codes(tensor: np.ndarray, shape: tuple[int, ...], form: Form) -> np.ndarray:
     """int8 codes [n, k] from packed bytes [n/4, k] or from floats [n, k], as the library saves a loaded model."""
     n, k = shape
@@ -220,7 +207,7 @@ def _codes(tensor: np.ndarray, shape: tuple[int, ...], form: Form) -> np.ndarray
             f"got {tensor.dtype}{list(tensor.shape)}, expected uint8 [{n}/4, {k}]{floats}; "
             "check the sizes and the quantization_config of config.json"
         )
-    values = _float32(tensor, shape)
+    values = float32(tensor, shape)
     if not np.isin(values, (-1.0, 0.0, 1.0)).all():
         raise ValueError(
             "got values other than -1, 0 and 1 in an offline checkpoint; "
@@ -233,7 +220,7 @@ def _scale(tensor: np.ndarray, form: Form) -> np.float32:
     """The factor that multiplies the integer product."""
     if tensor.size != 1:
         raise ValueError(f"weight_scale has shape {list(tensor.shape)}, expected one value")
-    value = _float32(tensor, tensor.shape).reshape(())
+    value = float32(tensor, tensor.shape).reshape(())
     # The reciprocal of a smaller number overflows float32; real scales are far larger.
     if not value > 1e-37:
         raise ValueError(f"weight_scale is {value}, expected a positive number")

@@ -75,6 +75,22 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def float32(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The values cast to float32, which is exact for every float dtype of these files.
+
+    Raises ValueError: another shape, integers, or values that are not finite.
+    """
+    if np.issubdtype(tensor.dtype, np.integer) or tensor.shape != shape:
+        raise ValueError(
+            f"got {tensor.dtype}{list(tensor.shape)}, expected floats {list(shape)}; "
+            "check the sizes and the quantization_config of config.json"
+        )
+    values = tensor.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("got NaN or infinity, expected finite weights; the file is damaged")
+    return values
+
+
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two tensors have the same dtype, shape and bytes."""
     same = a.dtype == b.dtype and a.shape == b.shape

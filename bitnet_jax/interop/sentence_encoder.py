@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.files import decode, parse_json, read_file
 from bitnet_jax.interop.huggingface_conversation import written_around
 from bitnet_jax.interop.json_values import integer, positive, shown
-from bitnet_jax.interop.safetensors_folder import open_tensors, read_json
+from bitnet_jax.interop.safetensors_folder import float32, open_tensors, read_json
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.names import check_name, unmatched
 
@@ -79,36 +78,41 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, Any], Conversation]:
     types = "embeddings.token_type_embeddings.weight"
     found = {name.removeprefix(prefix) for name in tensors}
     used = {name for name in found if not name.startswith(UNUSED)}
-    if differ := unmatched({*names.values(), types}, used):
+    if differ := unmatched({name for name, _ in names.values()} | {types}, used):
         raise ValueError(f"{folder}: the tensors do not match config.json: {differ}; check num_hidden_layers")
-    params: dict[tuple[str, ...], Any] = {}
-    for path, name in names.items():
-        values = _floats(tensors[prefix + name], f"{folder}: {name}")
-        if path == "position_embed/embedding":
-            values = values + _floats(tensors[prefix + types], f"{folder}: {types}")[:1]
-        params[tuple(path.split("/"))] = jnp.asarray(values)
+    shapes = dict(names.values()) | {types: (integer(content.get, "type_vocab_size"), config.hidden_size)}
+    values = {}
+    for name, shape in shapes.items():
+        try:
+            values[name] = float32(tensors[prefix + name], shape)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {name}: {error}") from error
+    values[names["position_embed/embedding"][0]] += values[types][:1]
+    params = {tuple(path.split("/")): jnp.asarray(values[name]) for path, (name, _) in names.items()}
     before, after = written_around(folder, config.vocab_size)
     conversation = Conversation(begin=before or (), end=after)
     return config, {"params": unflatten_dict(params)}, conversation
 
 
-def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Parameter path -> tensor name, without the embeddings of token types."""
+def tensor_names(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Parameter path -> (tensor name, shape), without the embeddings of token types."""
+    D = config.hidden_size
+
+    def norm(ours: str, theirs: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {f"{ours}/scale": (f"{theirs}.weight", (D,)), f"{ours}/bias": (f"{theirs}.bias", (D,))}
+
     names = {
-        "embed/embedding": "embeddings.word_embeddings.weight",
-        "position_embed/embedding": "embeddings.position_embeddings.weight",
-        "embed_norm/scale": "embeddings.LayerNorm.weight",
-        "embed_norm/bias": "embeddings.LayerNorm.bias",
+        "embed/embedding": ("embeddings.word_embeddings.weight", (config.vocab_size, D)),
+        "position_embed/embedding": ("embeddings.position_embeddings.weight", (config.max_length, D)),
+        **norm("embed_norm", "embeddings.LayerNorm"),
     }
     for i in range(config.num_layers):
-        ours, theirs = f"layers_{i}", f"encoder.layer.{i}"
-        for path, name in LINEARS.items():
-            names |= {f"{ours}/{path}/{part}": f"{theirs}.{name}.{part}" for part in ("weight", "bias")}
-        for path, name in NORMS.items():
-            names |= {
-                f"{ours}/{path}/scale": f"{theirs}.{name}.weight",
-                f"{ours}/{path}/bias": f"{theirs}.{name}.bias",
-            }
+        for name, theirs in NORMS.items():
+            names |= norm(f"layers_{i}/{name}", f"encoder.layer.{i}.{theirs}")
+    for path, (n, k) in config.linear_shapes().items():
+        layer, _, name = path.partition("/")
+        module = f"encoder.layer.{layer.removeprefix('layers_')}.{LINEARS[name]}"
+        names |= {f"{path}/weight": (f"{module}.weight", (n, k)), f"{path}/bias": (f"{module}.bias", (n,))}
     return names
 
 
@@ -179,12 +183,3 @@ def _longest(folder: Path) -> int | None:
     if not path.is_file() or _json(path).get("max_seq_length") is None:
         return None
     return integer(_json(path).get, "max_seq_length")
-
-
-def _floats(tensor: np.ndarray, where: str) -> np.ndarray:
-    values = tensor.astype(np.float32)
-    if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != "bfloat16":
-        raise ValueError(f"{where}: got {tensor.dtype}, expected floats")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{where}: got NaN or infinity, expected finite weights; the file is damaged")
-    return values

@@ -42,7 +42,7 @@ from bitnet_jax.quantization.scales import (
     float16_values,
     measure,
 )
-from bitnet_jax.quantization.ste import Progress
+from bitnet_jax.quantization.ste import ANNEALED, Progress
 
 Options = Mapping[str, Any] | tuple[tuple[str, Any], ...]
 OPTION_FIELDS = ("weight_options", "activation_options")
@@ -314,3 +314,8 @@ def _check_given(setting: str, what: str, value: Array | None, expected: bool) -
     if (value is not None) != expected:
         got, wanted = ("no", "one") if expected else ("a", "none")
         raise ValueError(f"{setting}: got {got} {what}, expected {wanted}")
+
+
+def annealed_gradients(precisions: Iterable[Precision]) -> list[str]:
+    """The gradient estimators of these layers that depend on the total number of updates, by name."""
+    return sorted({ste for p in precisions for ste in (p.weight_ste, p.activation_ste)} & ANNEALED)

@@ -9,7 +9,7 @@ delays an answer by one chunk a token, and a request that is cancelled ends with
 for one of the slots, each a row of the cache.
 
 Where rows are exact (`passes.rows_are_exact`), all slots decode in one pass. For other models, whose sums XLA may order
-by the shape of a pass, each slot has a cache and passes of its own, and prompts are cut at the same places whatever is
+by the shape of a pass, each slot has its own cache and passes, and prompts are cut at the same places whatever is
 in the cache. Either way an answer depends on its request alone.
 
 The prefix cache is the slots themselves (slots.py).

@@ -1,4 +1,4 @@
-"""The fields of a request's JSON body: each is taken once, with its type and range; one that nobody takes is an error.
+"""The fields of a request's JSON body: each is taken once, with its type and range; an unused one is an error.
 
 Servers that accept fields they ignore give answers that are not what was asked for.
 """

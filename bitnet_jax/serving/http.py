@@ -148,7 +148,7 @@ def application(serving: Serving) -> Starlette:
             engine, served = serving.ready
             body = await read_body(request)
             client = request.client.host if request.client else ""
-            # Tokenizing a long prompt takes time, and a chat template runs in a process of its own.
+            # Tokenizing a long prompt takes time, and a chat template runs in a separate process.
             with refusing():
                 asked = await asyncio.to_thread(lambda: parse(parse_body(body), served, client))
                 running = Running(engine, asked, served, serving.metrics.observe)

@@ -29,7 +29,7 @@ from jaxtyping import PRNGKeyArray
 import bitnet_jax
 from bitnet_jax.models.stacked import is_stacked, stack_like, unstack
 from bitnet_jax.progress import progress_bar
-from bitnet_jax.quantization.ste import ANNEALED
+from bitnet_jax.quantization.precision import annealed_gradients
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.collectives import collectives, received_bytes
 from bitnet_jax.training.config import RunConfig
@@ -328,11 +328,10 @@ def _write_settings(folder: RunFolder, config: RunConfig, meta: Mapping[str, Any
 def _extension_notice(config: RunConfig, task: Task, before: int, step: int) -> str:
     """One line: where a run with a changed training.steps resumes, and whether that changes its updates."""
     steps, optimizer = config.training.steps, config.optimizer
-    stes = {ste for p in task.precisions.values() for ste in (p.weight_ste, p.activation_ste)}
     follows = [f"schedule={optimizer.schedule!r}"] if optimizer.schedule != "constant" else []
     if optimizer.weight_decay and optimizer.weight_decay_until < 1:
         follows.append(f"weight_decay_until={optimizer.weight_decay_until}")
-    follows += [f"the gradient {ste!r}" for ste in sorted(stes & ANNEALED)]
+    follows += [f"the gradient {ste!r}" for ste in annealed_gradients(task.precisions.values())]
     effect = (
         f"with {', '.join(follows)} computed for {steps} from here on; differs from a run started with {steps}"
         if follows

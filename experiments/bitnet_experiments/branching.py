@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_experiments.runs import locked, train
-from bitnet_jax.quantization.ste import ANNEALED
+from bitnet_jax.quantization.precision import annealed_gradients
 from bitnet_jax.training.checkpoints import saved_steps
 from bitnet_jax.training.config import CHANGEABLE_ON_RESUME, RunConfig, differing_fields
 from bitnet_jax.training.optimizers import learning_rate, weight_decay
@@ -51,7 +51,8 @@ def _decay_begins(config: RunConfig) -> int:
         raise ValueError(
             f"optimizer.schedule: got {config.optimizer.schedule!r}, expected 'wsd' to branch from"
         )
-    return int(config.training.steps * (1 - config.optimizer.decay_share) + 1e-6)
+    share = 1 - config.optimizer.decay_share
+    return int(config.training.steps * share + 1e-6)  # a product just below a whole number counts as it
 
 
 def _check_shared(shorter: RunConfig, config: RunConfig, step: int) -> None:
@@ -69,8 +70,8 @@ def _check_shared(shorter: RunConfig, config: RunConfig, step: int) -> None:
                 "number of updates only in the decay"
             )
     precisions = config.model_config(config.model["vocab_size"]).precisions()
-    if annealed := {p.weight_ste for p in precisions.values()} & ANNEALED:
-        raise ValueError(f"got the gradient {min(annealed)!r}, which follows the total number of updates")
+    if annealed := annealed_gradients(precisions.values()):
+        raise ValueError(f"got the gradient {annealed[0]!r}, which depends on the total number of updates")
 
 
 def _copy(begun: Path, config: RunConfig, folder: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bitnet_experiments.axes import legend, ticks
 from bitnet_experiments.fits import bootstrap, effective_size, fit
 from bitnet_experiments.intervals import Range
-from bitnet_experiments.precision_laws import DECISIVE, compare, forms, gamma
+from bitnet_experiments.precision_laws import DECISIVE, KUMAR, compare, forms, gamma
 from bitnet_experiments.sections import Section, SectionMaker, markdown_table
 from bitnet_experiments.study import Row, Study
 
@@ -133,7 +133,7 @@ def factors(figure: str, place: Callable[[str], Place]) -> SectionMaker:
         law, x = forms(bits)["capacity"], data[:3]
         constants, spread = fit(law, x, data.L).constants, bootstrap(law, x, data.L, draws=DRAWS, starts=2)
         names = {one: f"rho_{one:g}" for one in bits[:-1]}
-        own = gamma(*data, draws=2).mean
+        own = fit(KUMAR, x, data.L).constants["gamma"]
         published = {one: float(effective_size(1.0, one, PUBLISHED_GAMMA)) for one in names}
         lines = [
             [

@@ -7,7 +7,7 @@ N is the number of weights, D of tokens, P of bits; every form is L(N, D) = E + 
     capacity   N rho_P in place of N, one factor for each P      as 2506.01863 has it for compressed weights
     both       and D sigma_P in place of D
     additive   + k_P D^delta / N^nu, one factor for each P       as 2505.14302 has it for the error of quantization
-    separate   five constants of its own for each P              as Spectra 1.1 (2506.23025) fits ternary models
+    separate   five separate constants for each P                as Spectra 1.1 (2506.23025) fits ternary models
 
 The factors of the largest P are 1 (k: 0), so that its law is the one without bits.
 """
@@ -15,11 +15,11 @@ The factors of the largest P are 1 (k: 0), so that its law is the one without bi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bitnet_experiments.fits import Law, Values, bootstrap, chinchilla, effective_size, fit
 from bitnet_experiments.intervals import Range
@@ -33,6 +33,9 @@ def kumar(
 ) -> Values:
     """x = (N, D, P)."""
     return chinchilla([effective_size(x[0], x[2], gamma), x[1]], E, A, alpha, B, beta)
+
+
+KUMAR = Law(kumar, _SHARED | {"gamma": (0.3, 10.0)})
 
 
 def forms(bits: Sequence[float]) -> dict[str, Law]:
@@ -68,7 +71,7 @@ def forms(bits: Sequence[float]) -> dict[str, Law]:
 
     return {
         "no bits": Law(lambda x, *constants: chinchilla(x[:2], *constants), _SHARED),
-        "Kumar": Law(kumar, _SHARED | {"gamma": (0.3, 10.0)}),
+        "Kumar": KUMAR,
         "capacity": Law(capacity, _SHARED | each("rho", (0.1, 1.0))),
         "both": Law(both, _SHARED | each("rho", (0.1, 1.0)) | each("sigma", (0.1, 1.0))),
         "additive": Law(
@@ -97,41 +100,34 @@ def compare(N: ArrayLike, D: ArrayLike, P: ArrayLike, L: ArrayLike, *, starts: i
     x, losses = [np.asarray(v, float) for v in (N, D, P)], np.asarray(L, float)
     smaller = x[0] < x[0].max()
     bits = np.unique(x[2]).tolist()
+
+    def predicted(law: str | Law, used: NDArray[np.bool_], variables: Sequence[Values]) -> Values:
+        """At all points, by a fit to the used ones."""
+        return fit(law, [v[used] for v in variables], losses[used], starts=starts)(*variables)
+
+    def compared(form: str, constants: int, whole: Values, rest: Values) -> Compared:
+        """Of the predictions by a fit to all points, and by one to the smaller sizes."""
+        squared = float(np.mean((np.log(whole) - np.log(losses)) ** 2))
+        bic = losses.size * math.log(squared) + constants * math.log(losses.size)
+        held_out = float(np.mean(rest[~smaller]) / np.mean(losses[~smaller]) - 1)
+        return Compared(form, constants, bic, math.sqrt(squared), held_out)
+
     rows = []
     for name, law in forms(bits).items():
         if np.count_nonzero(smaller) > len(law.boxes):
-            rest = fit(law, [v[smaller] for v in x], losses[smaller], starts=starts)
-            rows.append(_compared(name, len(law.boxes), x, losses, fit(law, x, losses, starts=starts), rest))
-    per_bits = [x[2] == one for one in bits]
-    if min(np.count_nonzero(mine & smaller) for mine in per_bits) > len(_SHARED):
-        predicted = [np.empty_like(losses), np.empty_like(losses)]
-        for mine in per_bits:
-            for values, used in zip(predicted, (mine, mine & smaller), strict=True):
-                own = fit("chinchilla", [v[used] for v in x[:2]], losses[used], starts=starts)
-                values[mine] = own(*(v[mine] for v in x[:2]))
-        count = len(_SHARED) * len(bits)
-        rows.append(_compared("separate", count, x, losses, *(lambda *_, p=p: p for p in predicted)))
+            fits = (predicted(law, used, x) for used in (np.full(losses.size, True), smaller))
+            rows.append(compared(name, len(law.boxes), *fits))
+    each = [x[2] == one for one in bits]
+    if min(np.count_nonzero(mine & smaller) for mine in each) > len(_SHARED):
+        whole, rest = np.empty_like(losses), np.empty_like(losses)
+        for mine in each:
+            whole[mine] = predicted("chinchilla", mine, x[:2])[mine]
+            rest[mine] = predicted("chinchilla", mine & smaller, x[:2])[mine]
+        rows.append(compared("separate", len(_SHARED) * len(bits), whole, rest))
     return sorted(rows, key=lambda row: row.bic)
-
-
-def _compared(
-    form: str,
-    constants: int,
-    x: Sequence[Values],
-    losses: Values,
-    whole: Callable[..., Values],
-    rest: Callable[..., Values],
-) -> Compared:
-    """Of the predictions `whole` by a fit to all points, and `rest` by one to those below the largest N."""
-    squared = float(np.mean((np.log(whole(*x)) - np.log(losses)) ** 2))
-    bic = losses.size * math.log(squared) + constants * math.log(losses.size)
-    largest = x[0] == x[0].max()
-    held_out = float(np.mean(rest(*x)[largest]) / np.mean(losses[largest]) - 1)
-    return Compared(form, constants, bic, math.sqrt(squared), held_out)
 
 
 def gamma(N: ArrayLike, D: ArrayLike, P: ArrayLike, L: ArrayLike, *, draws: int = 200) -> Range:
     """gamma of Kumar's form, fitted to losses L [n] at N, D, P [n], with its 95 % interval by bootstrap."""
-    law, x = Law(kumar, _SHARED | {"gamma": (0.3, 10.0)}), [N, D, P]
-    low, high = bootstrap(law, x, L, draws=draws, starts=2)["gamma"]
-    return Range(fit(law, x, L).constants["gamma"], low, high)
+    low, high = bootstrap(KUMAR, [N, D, P], L, draws=draws, starts=2)["gamma"]
+    return Range(fit(KUMAR, [N, D, P], L).constants["gamma"], low, high)

@@ -62,6 +62,13 @@ def test_a_branch_equals_a_run_from_scratch(study: Study, tmp_path: Path) -> Non
             "weight_decay: got values that differ before step 2",
         ),
         ({"training__checkpoint_every": 3}, {}, "expected one at 2"),
+        *(
+            ({"model__precision": precision}, {"model__precision": precision}, "the gradient 'tanh'")
+            for precision in (
+                {"weight": "binary_centred", "activation": "int8", "weight_ste": "tanh"},
+                {"weight": "binary_centred", "activation": "sign", "activation_ste": "tanh"},
+            )
+        ),
     ],
 )
 def test_runs_that_share_nothing_are_refused(

@@ -141,6 +141,15 @@ def test_arms_may_share_a_search(study: Study, tmp_path: Path) -> None:
     assert calls == [("float32", 100)] * 4
 
 
+def test_a_small_search_is_not_continued(study: Study, tmp_path: Path) -> None:
+    calls: list[tuple[str, int]] = []
+    own = tuned(study, calls, near, tune_seeds=(100, 101), seeds=(0, 1, 2), small_seeds=(0,))
+    sweep.sweep(own, tmp_path / "work", small=True)
+    assert calls[:-2] == [(arm, 100) for arm in BEST for _ in range(3)]  # near prefers 0.08 for the second
+    found = searches(own, tmp_path / "work" / "tuning.jsonl")["ternary"]
+    assert (found.grid, found.values, found.at_edge) == ({RATE: [0.01, 0.02, 0.04]}, {RATE: 0.04}, [RATE])
+
+
 def test_parts_divide_the_arms(study: Study, tmp_path: Path) -> None:
     own = tuned(study, [], near)
     for index in (1, 0, 2):

@@ -22,7 +22,7 @@ def minimum_of(format: str) -> np.ndarray | None:
 LAYOUTS_OF = [(format, layout) for format, form in FORMATS.items() for layout in form.layouts]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @settings(max_examples=40, deadline=None)  # every new shape compiles
 @given(st.sampled_from(LAYOUTS_OF), st.integers(1, 40), st.integers(1, 80), st.integers(0, 2**32 - 1))
 def test_round_trip(names: tuple[str, str], n: int, k: int, seed: int) -> None:

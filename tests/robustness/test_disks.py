@@ -128,7 +128,7 @@ except Exception as error:
     assert (result["status"], result["step"]) == ("finished", 3)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_pack_killed_at_any_moment_leaves_complete_models_and_no_permanent_leftovers(
     tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch

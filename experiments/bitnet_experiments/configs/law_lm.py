@@ -1,4 +1,4 @@
-"""The language model of the study precision_law: bytes of Wikipedia, with a schedule that serves many durations.
+"""The language model for laws of loss in size, tokens and bits: bytes of Wikipedia, and a schedule for many durations.
 
     bitnet-jax train --config law_lm --workdir runs/law_lm
     bitnet-jax train --config law_lm:small --workdir runs/law_lm-small

@@ -257,7 +257,7 @@ def test_verify_rejects_invalid_input(
     assert message.format(new=tmp_path) in error[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_float_model_is_packed_by_a_recipe_and_proved(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

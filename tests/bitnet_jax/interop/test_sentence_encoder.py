@@ -117,6 +117,10 @@ def _without(name: str) -> dict[str, np.ndarray]:
             },
             "NaN or infinity",
         ),
+        (
+            {"tensors": sentence_folder.tensors() | {NORM: np.zeros(16, np.float32)}},
+            r"LayerNorm.bias: got float32\[16\], expected floats \[32\]",
+        ),
         ({"longest": -1}, "max_seq_length is -1"),
     ],
 )

@@ -62,7 +62,7 @@ def test_codes_are_kept_as_int8_once_for_layers_of_one_input(stacked: bool) -> N
     assert sorted(added) == sorted(expected)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("recipe", ["bitnet_b158", "bitnet"])
 def test_gradients_do_not_depend_on_what_is_kept(recipe: str) -> None:
     plain = dataclasses.replace(CONFIG, precision=recipe)

@@ -94,7 +94,7 @@ def updated(stacked: bool, steps: int, **fields: Any) -> tuple[TrainState, list[
     return unstack(state), rows
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_updates_of_stacked_layers_have_the_bits_of_those_of_layers_one_by_one() -> None:
     """Without clipping, whose factor is a norm: a sum over all parameters, which is taken in another order."""
     (one, rows), (scanned, scanned_rows) = (updated(stacked, 3, clip_norm=None) for stacked in (False, True))
@@ -149,7 +149,7 @@ def test_stacked_parameters_are_split_clipped_and_decayed_as_those_of_a_layer() 
     assert not updates["layers_0-3"]["mlp_norm"]["scale"].any()  # two axes, but a norm
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_no_float_of_a_quantized_matrix_is_gathered_in_the_scan() -> None:
     mesh, state = make_mesh(MeshConfig(fsdp=2)), state_of(CONFIG, True)
     shardings = state_shardings(mesh, state)

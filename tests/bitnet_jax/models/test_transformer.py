@@ -22,13 +22,14 @@ T, ROOM = 5, 7
 ATTENTIONS = ["softmax", "relu", "linear", "binary_qk", "binary"]
 PLACEMENTS = ["sub", "pre", "inside"]
 MLPS = ["relu", "relu2", "gelu", "silu_glu", "relu2_glu"]
-# Every pair (attention, placement) and (placement, MLP), in 15 models.
+# Every pair (attention, placement) and (placement, MLP) of the 1-bit papers, in 15 models, and BERT's.
 TRIPLES = [
     (a, p, MLPS[(i + j) % 5])
     for (i, a), (j, p) in itertools.product(*map(enumerate, (ATTENTIONS, PLACEMENTS)))
-]
+] + [("softmax", "post", "gelu_erf")]
 PER_KIND = [  # each attention kind and each MLP once
-    (a, PLACEMENTS[2 * i % 3], m) for i, (a, m) in enumerate(zip(ATTENTIONS, MLPS, strict=True))
+    *((a, PLACEMENTS[2 * i % 3], m) for i, (a, m) in enumerate(zip(ATTENTIONS, MLPS, strict=True))),
+    ("softmax", "post", "gelu_erf"),
 ]
 # Logits of magnitude 1 from one or two layers of float32 sums of at most 24 terms, in a different order.
 SAME = {"rtol": 1e-4, "atol": 1e-4}

@@ -66,7 +66,7 @@ def greedy_without_cache(
     return np.stack(generated, axis=1)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("half", [0, 1])
 def test_all_packable_recipes_in_few_models_are_proved(half: int) -> None:
     """Each linear layer of a model has a different recipe, so that one compilation covers many."""
@@ -118,7 +118,7 @@ def test_each_packable_recipe_alone_is_proved(recipe: str) -> None:
     assert proof.tokens_identical == 60
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.optimized
 def test_ternary_is_bit_identical_and_generates_the_same_text(ternary: Any) -> None:
     config, params, _ = ternary
@@ -129,7 +129,7 @@ def test_ternary_is_bit_identical_and_generates_the_same_text(ternary: Any) -> N
     )
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.optimized
 def test_bfloat16_models_are_proved_and_only_packed_layers_lose_their_latents() -> None:
     config = ModelConfig(
@@ -366,7 +366,7 @@ def test_the_ternary5_format_gives_the_same_model(ternary: Any) -> None:
 HEAD_SHAPE = SHAPE | {"hidden_size": 32, "embedding_dtype": "bfloat16"}
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("head", ["int8", "int4"])
 def test_a_quantized_head_is_packed_and_proved(head: str, tied: bool) -> None:

@@ -113,8 +113,12 @@ def test_rotated_weights_meet_rotated_inputs(source: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.extended
-def test_inputs_are_those_of_the_packed_model(source: Path, tmp_path: Path) -> None:
-    done = convert(source, tmp_path / "new", **calibrated(source))
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm_placement": "post", "norm": "layernorm", "norm_bias": True, "position": "learned"}]
+)
+def test_inputs_are_those_of_the_packed_model(source: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    saved(tmp_path / "float", dataclasses.replace(CONFIG, **changes))
+    done = convert(tmp_path, tmp_path / "new", **calibrated(source))
     model = load_text_model(tmp_path / "new")
     tokens = windows([ByteTokenizer().encode(TEXT)], 32, 40)
     seen: dict[str, np.ndarray] = {}

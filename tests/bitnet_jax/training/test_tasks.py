@@ -45,7 +45,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in found]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("architecture", ["mlp", pytest.param("vision_transformer", marks=pytest.mark.slow)])
 def test_an_interrupted_image_run_resumes_bit_identically(tmp_path: Path, architecture: str) -> None:
     config = image_config(architecture)
