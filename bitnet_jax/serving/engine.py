@@ -8,9 +8,9 @@ A step reads one chunk of one prompt, the prompts taking turns, and decodes one 
 delays an answer by one chunk a token, and a request that is cancelled ends within one. Requests wait in a fair queue
 for one of the slots, each a row of the cache.
 
-Where rows are exact (`passes.rows_are_exact`), all slots decode in one pass. For other models, whose sums XLA may order
-by the shape of a pass, each slot has its own cache and passes, and prompts are cut at the same places whatever is
-in the cache. Either way an answer depends on its request alone.
+Where rows are exact (`passes.rows_are_exact`), all answers decode in one pass. For other models, whose sums XLA may
+order by the shape of a pass, each slot has its own cache and passes, and prompts are cut at the same places whatever
+is in the cache. Either way an answer depends on its request alone.
 
 The prefix cache is the slots themselves (slots.py).
 """
@@ -250,17 +250,12 @@ class Engine:
         slots = [slot for slot in self._slots if slot.pool is pool and slot.decodes]
         if not slots:
             return False
-        tokens, lengths = np.zeros(pool.rows, np.int32), np.zeros(pool.rows, np.int32)
-        active = np.zeros(pool.rows, bool)
-        for slot in slots:
-            assert slot.answer is not None
-            token = slot.answer.tokens[-1]
-            tokens[slot.row], lengths[slot.row], active[slot.row] = token, len(slot.tokens), True
-            slot.tokens.append(token)
-        logits = pool.decode(tokens, lengths, active)
+        tokens = [slot.answer.tokens[-1] for slot in slots if slot.answer is not None]
+        logits = pool.decode([slot.row for slot in slots], tokens, [len(slot.tokens) for slot in slots])
         self.counters.passes += 1
-        for slot in slots:
-            self._choose(slot, row_of(logits, slot.row))
+        for i, slot in enumerate(slots):
+            slot.tokens.append(tokens[i])
+            self._choose(slot, row_of(logits, i))
         return True
 
     def _choose(self, slot: Slot, logits: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,11 @@ SMALLEST_WIDTH = 16
 def width(tokens: int, chunk: int) -> int:
     """The padded length of a pass over `tokens` tokens of a prompt: a power of two, at most `chunk`."""
     return min(max(SMALLEST_WIDTH, 1 << (tokens - 1).bit_length()), chunk)
+
+
+def decoded_rows(active: int, rows: int) -> int:
+    """The rows of a decode pass for `active` answers."""
+    return min(1 << (active - 1).bit_length(), rows)
 
 
 class Pool:
@@ -45,9 +51,19 @@ class Pool:
         # JAX would return at once, and all chunks of a prompt be queued before anyone else's pass.
         return jax.block_until_ready(logits)
 
-    def decode(self, tokens: np.ndarray, lengths: np.ndarray, active: np.ndarray) -> Any:
-        """Logits [R, V]; see `passes.decode`."""
-        logits, self._layers = self._decoding()(self._variables, self._layers, tokens, lengths, active)
+    def decode(self, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> Any:
+        """Logits [B, V], of which the first are those of these rows; see `passes.decode`.
+
+        B is a power of two, or all rows; other rows fill it, with a token at a position that no one reads.
+        """
+        others = [row for row in range(self.rows) if row not in rows]
+        others = others[: decoded_rows(len(rows), self.rows) - len(rows)]
+        numbers = (
+            np.array([*rows, *others], np.int32),
+            np.array([*tokens, *(0 for _ in others)], np.int32),
+            np.array([*lengths, *(self.room - 1 for _ in others)], np.int32),
+        )
+        logits, self._layers = self._decoding(len(numbers[0]))(self._variables, self._layers, *numbers)
         return logits
 
     def compile(self, chunk: int) -> None:
@@ -57,14 +73,15 @@ class Pool:
             arguments = self._variables, self._layers, zero, np.zeros(W, np.int32), zero, zero
             self._reading(W, False).lower(*arguments).compile()
             W //= 2
-        rows = np.zeros(self.rows, np.int32)
-        self._decoding().lower(self._variables, self._layers, rows, rows, rows > 0).compile()
+        for B in sorted({decoded_rows(n, self.rows) for n in range(1, self.rows + 1)}):
+            rows = np.zeros(B, np.int32)
+            self._decoding(B).lower(self._variables, self._layers, rows, rows, rows).compile()
 
     def _reading(self, W: int, every_position: bool) -> Program:
         return self._program(passes.read_tokens, self._config, every_position, shapes=(W,), donate=(1,))
 
-    def _decoding(self) -> Program:
-        return self._program(passes.decode, self._config, shapes=(), donate=(1,))
+    def _decoding(self, B: int) -> Program:
+        return self._program(passes.decode, self._config, shapes=(B,), donate=(1,))
 
     def copy_row(self, source: int, target: int) -> None:
         program = self._program(passes.copy_row, shapes=(self._config,), donate=(0,))
