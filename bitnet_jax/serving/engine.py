@@ -138,13 +138,13 @@ class Engine:
             self._wake.notify()
         return answer
 
-    def warm(self) -> None:
-        """Compiles what ordinary requests need, before the first one comes."""
-        pool = self._pools[0]
-        pool.compile(self._chunk)
-        logits = row_of(np.zeros((pool.rows, self.config.vocab_size), np.float32), 0)
+    def warm(self) -> threading.Thread:
+        """Compiles what the first ordinary request needs, and in the thread that it returns what others need."""
+        compiling = self._pools[0].compile(self._chunk)
+        logits = np.zeros((1, self.config.vocab_size), np.float32)
         for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
             choose(sampling.filters(), logits, np.zeros(2, np.uint32), 0)
+        return compiling
 
     @property
     def running(self) -> int:
@@ -214,8 +214,6 @@ class Engine:
                 answer = self._queue.pop()
             self._slots.place(answer)
             self.counters.prompt_tokens += len(answer.request.prompt)
-            self.counters.cached_tokens += answer.cached
-            self.counters.prefix_hits += answer.cached > 0
 
     def _read_chunk(self) -> bool:
         """The next chunk of the prompt whose turn it is."""
@@ -237,6 +235,8 @@ class Engine:
             answer.prompt_scores += _scored(logits, following)
         if slot.reads:
             return True
+        self.counters.cached_tokens += answer.cached
+        self.counters.prefix_hits += answer.cached > 0
         if request.score_prompt:
             answer.send_prompt_scores()
         if request.max_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,16 +67,25 @@ class Pool:
         logits, self._layers = self._decoding(len(numbers[0]))(self._variables, self._layers, *numbers)
         return logits
 
-    def compile(self, chunk: int) -> None:
-        """Compiles the passes of ordinary requests, and runs none."""
-        W, zero = chunk, np.int32(0)
-        while W >= SMALLEST_WIDTH:
-            arguments = self._variables, self._layers, zero, np.zeros(W, np.int32), zero, zero
-            self._reading(W, False).lower(*arguments).compile()
-            W //= 2
-        for B in sorted({decoded_rows(n, self.rows) for n in range(1, self.rows + 1)}):
-            rows = np.zeros(B, np.int32)
-            self._decoding(B).lower(self._variables, self._layers, rows, rows, rows).compile()
+    def compile(self, chunk: int) -> threading.Thread:
+        """Compiles the passes of ordinary requests: the smallest ones now, the others in the thread that it returns.
+        Runs none."""
+        widths = sorted({width(n, chunk) for n in range(1, chunk + 1)})
+        counts = sorted({decoded_rows(n, self.rows) for n in range(1, self.rows + 1)})
+        zero, held = np.int32(0), (self._variables, jax.eval_shape(lambda: self._layers))
+        first, *others = [
+            (self._reading(W, False), (zero, np.zeros(W, np.int32), zero, zero)) for W in widths
+        ]
+        second, *more = [(self._decoding(B), [np.zeros(B, np.int32)] * 3) for B in counts]
+
+        def compile(programs: list[tuple[Program, Sequence[Any]]]) -> None:
+            for program, numbers in programs:
+                program.lower(*held, *numbers).compile()
+
+        compile([first, second])
+        thread = threading.Thread(target=compile, args=([*others, *more],), name="compile")
+        thread.start()
+        return thread
 
     def _reading(self, W: int, every_position: bool) -> Program:
         return self._program(passes.read_tokens, self._config, every_position, shapes=(W,), donate=(1,))

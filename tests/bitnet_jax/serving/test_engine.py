@@ -106,6 +106,26 @@ def test_a_turn_continues_the_cache_of_the_last_one_and_a_busy_slot_lends_its_pr
     )  # all must be read
 
 
+def test_what_prompts_share_is_read_once_even_when_they_come_together() -> None:
+    shared = b"a system prompt of several chunks, which four requests share. "
+    serving = engine(slots=4)
+    requests = [request(shared + suffix, 5) for suffix in (b"1", b"2", b"1", b"")]
+    events = answers(serving, *requests)
+    for wanted, got in zip(requests, events, strict=True):
+        assert timeless(got) == timeless(answers(engine(slots=4), wanted)[0])
+    assert [end(e).cached_tokens for e in events] == [0, len(shared), len(shared), len(shared) - 1]
+    assert serving.counters.prefix_hits == 3
+    # A request whose reader was cancelled goes on by itself.
+    waiting: list[list[object]] = [[], []]
+    other = shared[::-1]
+    first, _ = (serving.submit(request(other, 3), events.append) for events in waiting)
+    serving.step()
+    first.cancel()
+    while serving.step():
+        pass
+    assert timeless(waiting[1]) == timeless(answers(engine(slots=4), request(other, 3))[0])
+
+
 def test_a_long_prompt_delays_an_answer_by_a_chunk_a_token() -> None:
     serving, seen = engine(slots=2), []
     serving.submit(request(b"short", 8), lambda event: seen.append("short"))
@@ -226,7 +246,7 @@ def test_requests_that_cannot_be_served() -> None:
 
 def test_a_warm_engine_compiles_nothing_for_ordinary_requests(compilations: list[str]) -> None:
     serving = engine(slots=4, context=100)
-    serving.warm()
+    serving.warm().join()
     compilations.clear()
     sampled = SamplingConfig(temperature=1.0)
     answers(
