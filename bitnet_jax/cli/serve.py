@@ -40,6 +40,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--queue", type=int, default=256, metavar="N", help="requests that may wait (default 256)"
     )
+    command.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="give an answer up that takes longer, the wait for a slot included (default: no limit)",
+    )
     command.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (also: {API_KEY})")
     kv_format_argument(command)
     command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
@@ -76,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             context=args.context,
             kv_format=args.kv_format,
             queue_limit=args.queue,
+            timeout=args.timeout,
         )
         if not engine.exact:
             print(

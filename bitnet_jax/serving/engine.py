@@ -47,6 +47,7 @@ class Counters:
     requests: int = 0
     refused: int = 0  # for a full queue
     cancelled: int = 0
+    timed_out: int = 0
     failed: int = 0
     prompt_tokens: int = 0  # read, or found in the cache
     cached_tokens: int = 0  # found in the cache
@@ -64,6 +65,7 @@ class Engine:
       kv_format: see `generation.generate`.
       queue_limit: requests that may wait for a slot.
       chunk: see CHUNK.
+      timeout: seconds from a request to the end of its answer, after which it is given up; None: no limit.
 
     Raises:
       ValueError: not a causal language model with a cache of keys, or a setting out of range.
@@ -80,6 +82,7 @@ class Engine:
         kv_format: str | None = None,
         queue_limit: int = 256,
         chunk: int = CHUNK,
+        timeout: float | None = None,
     ) -> None:
         if config.attention == "linear":
             raise ValueError(
@@ -88,6 +91,8 @@ class Engine:
         for name, value in {"slots": slots, "queue_limit": queue_limit}.items():
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout: got {timeout:g}, expected more than 0 seconds")
         self.context = config.known_length if context is None else context
         if not 2 <= self.context <= config.max_length:
             raise ValueError(
@@ -96,7 +101,7 @@ class Engine:
         warn_of_unknown_tokens(config, tokenizer)
         self.config, self.tokenizer, self.counters = config, tokenizer, Counters()
         self.exact = rows_are_exact(config, variables)
-        self._chunk, self._queue_limit = chunk, queue_limit
+        self._chunk, self._queue_limit, self.timeout = chunk, queue_limit, timeout
         kv_format = kv_format or default_kv_format(config, variables)
         # Padding of a last chunk, and what inactive rows write, lies behind the context.
         sizes = (config, variables, slots if self.exact else 1, self.context + chunk, kv_format)
@@ -158,6 +163,10 @@ class Engine:
     def slots(self) -> int:
         return len(self._slots)
 
+    def describe_slots(self) -> list[dict[str, Any]]:
+        """What each slot does; read from another thread, so the numbers may be of different steps."""
+        return [slot.describe() for slot in self._slots]
+
     def run(self) -> None:
         """Steps while there is work and waits where there is none, until `close`."""
         while True:
@@ -185,7 +194,7 @@ class Engine:
 
     def step(self) -> bool:
         """Reads one chunk of a prompt and decodes one token of every answer; False: there was nothing to do."""
-        self._drop_cancelled()
+        self._drop()
         try:
             self._admit()
             read = self._read_chunk()
@@ -195,16 +204,27 @@ class Engine:
             return True
         return read or any(decoded)
 
-    def _drop_cancelled(self) -> None:
+    def _drop(self) -> None:
+        """Ends what was cancelled or takes too long."""
+
+        def reason(answer: Answer) -> str | None:
+            if answer.cancelled:
+                return "cancelled"
+            return "timeout" if self.timeout is not None and answer.seconds > self.timeout else None
+
         with self._wake:
-            dropped = self._queue.remove(lambda answer: answer.cancelled)
-        for answer in dropped:
-            self.counters.cancelled += 1
-            answer.finish("cancelled")
+            dropped = self._queue.remove(lambda answer: reason(answer) is not None)
         for slot in self._slots:
-            if slot.answer is not None and slot.answer.cancelled:
+            if slot.answer is not None and reason(slot.answer) is not None:
+                dropped.append(slot.answer)
+                slot.answer = None
+        for answer in dropped:
+            if answer.cancelled:
                 self.counters.cancelled += 1
-                self._end(slot, "cancelled")
+                answer.finish("cancelled")
+            else:
+                self.counters.timed_out += 1
+                answer.finish("timeout", f"it took longer than {self.timeout:g} s")
 
     def _admit(self) -> None:
         while self.running < len(self._slots):

@@ -83,7 +83,8 @@ class Pool:
                 program.lower(*held, *numbers).compile()
 
         compile([first, second])
-        thread = threading.Thread(target=compile, args=([*others, *more],), name="compile")
+        # Python must not exit while XLA compiles, so unlike the engine's thread this one is no daemon.
+        thread = threading.Thread(target=compile, args=([*others, *more],), name="compile", daemon=False)
         thread.start()
         return thread
 

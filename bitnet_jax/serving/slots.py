@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,12 @@ class Slot:
     @property
     def decodes(self) -> bool:
         return self.answer is not None and bool(self.answer.tokens)
+
+    def describe(self) -> dict[str, Any]:
+        answer = self.answer  # another thread may set it to None
+        state = "idle" if answer is None else "decoding" if answer.tokens else "reading"
+        made = {} if answer is None else {"generated_tokens": len(answer.tokens), "seconds": answer.seconds}
+        return {"state": state, "tokens_in_cache": len(self.tokens), **made}
 
 
 class Slots:

@@ -195,6 +195,33 @@ def test_a_failed_pass_ends_the_answers_at_work_and_no_others(monkeypatch: pytes
     assert serving.running == 0
 
 
+def test_an_answer_that_takes_too_long_is_given_up_and_slots_say_what_they_do() -> None:
+    serving = engine(slots=2, timeout=60.0)
+    idle = {"state": "idle", "tokens_in_cache": 0}
+    assert serving.describe_slots() == [idle, idle]
+    events: list[list[object]] = [[], [], []]
+    for sink, wanted in zip(
+        events, (request(b"x", 50), request(bytes(3 * CHUNK), 50), request(b"y", 50)), strict=True
+    ):
+        serving.submit(wanted, sink.append)
+    serving.step()
+    serving.step()
+    states = [{k: v for k, v in slot.items() if k != "seconds"} for slot in serving.describe_slots()]
+    assert states == [
+        {"state": "decoding", "tokens_in_cache": 3, "generated_tokens": 3},
+        {"state": "reading", "tokens_in_cache": CHUNK, "generated_tokens": 0},
+    ]
+    serving.timeout = 1e-9
+    serving.step()
+    for sink in events:  # two at work and one in the queue
+        assert sink[-1].reason == "timeout"
+        assert sink[-1].message == "it took longer than 1e-09 s"
+    assert serving.counters.timed_out == 3
+    assert (serving.running, serving.waiting) == (0, 0)
+    with pytest.raises(ValueError, match="timeout: got 0, expected more than 0 seconds"):
+        engine(timeout=0)
+
+
 def test_a_token_that_the_tokenizer_lacks_ends_its_answer_alone() -> None:
     serving = Engine(*model("bitnet_b158"), CharTokenizer("abc"), slots=2, chunk=CHUNK)
     wanted = request(b"\0\1", 3, bias=tuple((token, 100.0) for token in range(3)))
