@@ -10,7 +10,8 @@ for one of the slots, each a row of the cache.
 
 Where rows are exact (`passes.rows_are_exact`), all answers decode in one pass. For other models, whose sums XLA may
 order by the shape of a pass, each slot has its own cache and passes, and prompts are cut at the same places whatever
-is in the cache. Either way an answer depends on its request alone.
+is in the cache. Either way an answer depends on its request alone. Prompt look-up (inference/prompt_lookup.py) drafts
+tokens where one answer decodes alone: together, the passes of several cost less for each.
 
 The prefix cache is the slots themselves (slots.py).
 """
@@ -33,7 +34,7 @@ from bitnet_jax.models import ModelConfig
 from bitnet_jax.serving.answer import Answer
 from bitnet_jax.serving.fair_queue import FairQueue
 from bitnet_jax.serving.passes import rows_are_exact
-from bitnet_jax.serving.pool import Pool, choose, row_of, score
+from bitnet_jax.serving.pool import Pool, choose, draft_tokens, row_of, score
 from bitnet_jax.serving.requests import Closed, QueueFull, Request, Sink, TokenScore
 from bitnet_jax.serving.slots import Slot, Slots
 
@@ -65,6 +66,8 @@ class Engine:
       kv_format: see `generation.generate`.
       queue_limit: requests that may wait for a slot.
       chunk: see CHUNK.
+      prompt_lookup: tokens to draft for a pass, fewer than a chunk; 0: none. Only where rows are exact, since elsewhere
+        a draft may change an answer.
       timeout: seconds from a request to the end of its answer, after which it is given up; None: no limit.
 
     Raises:
@@ -82,15 +85,18 @@ class Engine:
         kv_format: str | None = None,
         queue_limit: int = 256,
         chunk: int = CHUNK,
+        prompt_lookup: int = 0,
         timeout: float | None = None,
     ) -> None:
         if config.attention == "linear":
             raise ValueError(
                 "got a model with linear attention, expected a cache of keys; use bitnet-jax generate"
             )
-        for name, value in {"slots": slots, "queue_limit": queue_limit}.items():
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+        for name, value, least in (
+            ("slots", slots, 1), ("queue_limit", queue_limit, 1), ("prompt_lookup", prompt_lookup, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}: got {value}, expected at least {least}")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout: got {timeout:g}, expected more than 0 seconds")
         self.context = config.known_length if context is None else context
@@ -101,6 +107,14 @@ class Engine:
         warn_of_unknown_tokens(config, tokenizer)
         self.config, self.tokenizer, self.counters = config, tokenizer, Counters()
         self.exact = rows_are_exact(config, variables)
+        if prompt_lookup and not self.exact:
+            raise ValueError(
+                f"prompt_lookup: got {prompt_lookup} for a model whose sums depend on the shape of a pass, expected 0; "
+                "pack the model"
+            )
+        if prompt_lookup >= chunk:
+            raise ValueError(f"prompt_lookup: got {prompt_lookup}, expected fewer than {chunk}")
+        self._drafted = prompt_lookup
         self._chunk, self._queue_limit, self.timeout = chunk, queue_limit, timeout
         kv_format = kv_format or default_kv_format(config, variables)
         # Padding of a last chunk, and what inactive rows write, lies behind the context.
@@ -270,11 +284,32 @@ class Engine:
         slots = [slot for slot in self._slots if slot.pool is pool and slot.decodes]
         if not slots:
             return False
+        if self._drafted and len(slots) == 1 and self._decode_drafted(slots[0]):
+            return True
         tokens = [slot.answer.tokens[-1] for slot in slots if slot.answer is not None]
         logits = pool.decode([slot.row for slot in slots], tokens, [len(slot.tokens) for slot in slots])
         self.counters.passes += 1
         for i, slot in enumerate(slots):
             slot.tokens.append(tokens[i])
+            self._choose(slot, row_of(logits, i))
+        return True
+
+    def _decode_drafted(self, slot: Slot) -> bool:
+        """As many tokens of an answer as a draft foresees, and the next one, in one pass; False: there is no draft."""
+        answer, start = slot.answer, len(slot.tokens)
+        assert answer is not None
+        text = np.zeros(self.context + 1, np.int32)
+        text[: start + 1] = [*slot.tokens, answer.tokens[-1]]
+        draft = draft_tokens(text, start, self._drafted)
+        if draft is None:
+            return False
+        tokens = np.array([answer.tokens[-1], *draft], np.int32)
+        logits = slot.pool.read_tokens(slot.row, tokens, start, len(tokens), every_position=True)
+        self.counters.passes += 1
+        for i, token in enumerate(tokens):
+            if i and (slot.answer is None or answer.tokens[-1] != token):
+                break
+            slot.tokens.append(int(token))
             self._choose(slot, row_of(logits, i))
         return True
 

@@ -5,6 +5,7 @@
     copy_row      the cache of one row into another
     row_of        one row of logits
     choose        the next token, from the logits of one row
+    draft         the next tokens by prompt look-up
     score         ln P of given tokens, and the most likely ones
 
 Other rows are neither computed nor changed. The shape of `read_tokens` follows from the prompt, that of `decode` from
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from bitnet_jax.inference import steps
+from bitnet_jax.inference import prompt_lookup, steps
 from bitnet_jax.inference.sampling import Filters, SamplingConfig, next_token
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Cache
@@ -134,6 +135,10 @@ def choose(
     key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
     logits = logits if added is None else logits + added[None]
     return next_token(logits, key, filters, None if seen is None else seen[None])[0]
+
+
+def draft(count: int, text: Int[Array, "S"], last: Int[Array, ""]) -> tuple[Int[Array, "N"], Bool[Array, ""]]:
+    return prompt_lookup.draft(text, last, count)
 
 
 class Scores(NamedTuple):

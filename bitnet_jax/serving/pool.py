@@ -20,7 +20,7 @@ SMALLEST_WIDTH = 16
 
 
 def width(tokens: int, chunk: int) -> int:
-    """The padded length of a pass over `tokens` tokens of a prompt: a power of two, at most `chunk`."""
+    """The padded length of a pass over `tokens` tokens: a power of two, at most `chunk`."""
     return min(max(SMALLEST_WIDTH, 1 << (tokens - 1).bit_length()), chunk)
 
 
@@ -123,6 +123,13 @@ def choose(
     """See `passes.choose`."""
     program = PROGRAMS.of(passes.choose, shapes=(logits.shape, jax.tree.structure((filters, added, seen))))
     return int(program(filters, logits, key, np.int32(step), added, seen))
+
+
+def draft_tokens(text: np.ndarray, last: int, count: int) -> np.ndarray | None:
+    """See `prompt_lookup.draft`; None if nothing is found."""
+    program = PROGRAMS.of(passes.draft, count, shapes=text.shape)
+    draft, found = program(text, np.int32(last))
+    return np.asarray(draft) if found else None
 
 
 def score(logits: Any, targets: np.ndarray) -> passes.Scores:

@@ -126,6 +126,28 @@ def test_what_prompts_share_is_read_once_even_when_they_come_together() -> None:
     assert timeless(waiting[1]) == timeless(answers(engine(slots=4), request(other, 3))[0])
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_prompt_lookup_changes_no_answer(temperature: float) -> None:
+    bias = tuple((token, 9.0) for token in range(65, 70))  # so that the text repeats itself
+    sampling = SamplingConfig(temperature=temperature)
+    wanted = request(b"ABCDEABCDE" * 3, 60, sampling=sampling, bias=bias, scores=True, stop=("EEEEEE",))
+    (plain,) = answers(engine(), wanted)
+    with_drafts = engine(prompt_lookup=4)
+    (drafted,) = answers(with_drafts, wanted)
+    assert timeless(drafted) == timeless(plain)
+    assert with_drafts.counters.passes < 0.9 * end(drafted).completion_tokens
+    # To the end of the context, with another answer at times; then from the cache that drafts were written to.
+    longest = request(b"ABCDEABCDE", 150, sampling=sampling, bias=bias)
+    both = answers(with_drafts, longest, request(b"x", 9))
+    (alone,) = answers(engine(), longest)
+    assert timeless(both[0]) == timeless(alone)
+    again = request(b"ABCDEABCDE" + text(alone).encode()[:70] + b"?", 30, bias=bias)
+    assert timeless(answers(with_drafts, again)[0]) == timeless(answers(engine(), again)[0])
+    with pytest.raises(ValueError, match="prompt_lookup: got 4 for a model whose sums depend"):
+        engine("float32", prompt_lookup=4)
+
+
 def test_a_long_prompt_delays_an_answer_by_a_chunk_a_token() -> None:
     serving, seen = engine(slots=2), []
     serving.submit(request(b"short", 8), lambda event: seen.append("short"))
