@@ -9,8 +9,9 @@ import time
 from typing import Any
 
 from bitnet_jax.data.conversation import Conversation
+from bitnet_jax.serving.engine import Engine
 from bitnet_jax.serving.schemas import Served
-from bitnet_jax.serving.server import Server
+from bitnet_jax.serving.server import Load, Server
 from tests.bitnet_jax.serving.tiny_models import TOKENIZER, engine
 
 TEMPLATE = """\
@@ -19,14 +20,18 @@ TEMPLATE = """\
 CONVERSATION = Conversation(end=(0,), template=TEMPLATE)
 
 
-def started(*, loading: threading.Event | None = None, **options: Any) -> Server:
+def tiny() -> tuple[Engine, Served]:
+    serving = engine()
+    return serving, Served("tiny", TOKENIZER, CONVERSATION, serving.context)
+
+
+def started(model: Load = tiny, *, loading: threading.Event | None = None, **options: Any) -> Server:
     """A server on a free port, ready unless `loading` is to be set first."""
 
-    def load() -> Any:
+    def load() -> tuple[Engine, Served]:
         if loading is not None:
             loading.wait()
-        serving = engine()
-        return serving, Served("tiny", TOKENIZER, CONVERSATION, serving.context)
+        return model()
 
     ready = threading.Event()
     server = Server(load, port=0, on_ready=lambda _: ready.set(), **options)
