@@ -21,7 +21,7 @@ from bitnet_jax.serving.fields import ApiError, Fields, parse_body
 from bitnet_jax.serving.metrics import Metrics
 from bitnet_jax.serving.objects import Envelope
 from bitnet_jax.serving.page import chat_page
-from bitnet_jax.serving.requests import Closed, QueueFull
+from bitnet_jax.serving.requests import Closed, Finished, QueueFull
 from bitnet_jax.serving.schemas import Asked, Served, chat_completion, completion, token_ids
 from bitnet_jax.serving.streams import EventStream, Running, cancelled_if_the_client_leaves
 
@@ -156,10 +156,15 @@ def application(serving: Serving) -> Starlette:
             engine, served = serving.ready
             body = await read_body(request)
             client = request.client.host if request.client else ""
+
+            def finished(event: Finished) -> None:
+                serving.metrics.observe(event)
+                request.scope.get("answers", []).append(event)  # of the log, see request_log.py
+
             # Tokenizing a long prompt takes time, and a chat template runs in a separate process.
             with refusing():
                 asked = await asyncio.to_thread(lambda: parse(parse_body(body), served, client))
-                running = Running(engine, asked, served, serving.metrics.observe)
+                running = Running(engine, asked, served, finished)
             envelope = Envelope(asked, served)
             if asked.stream:
                 return EventStream(running, envelope)  # Starlette calls it next, and it cancels
