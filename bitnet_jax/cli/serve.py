@@ -1,8 +1,8 @@
 """Answer requests of the OpenAI API over HTTP, many at once, each with the bytes it would get alone.
 
 One line with the address is printed when the model is ready; in a browser it shows a chat page. Ctrl-C finishes the
-answers at work and stops. Prompts and answers are not written anywhere, unless --log asks for prompts. The key may also be
-in the environment variable BITNET_JAX_API_KEY, where other users of the machine do not see it.
+answers at work and stops. Prompts and answers are not written anywhere, unless --log asks for prompts. The key may also
+be in the environment variable BITNET_JAX_API_KEY, where other users of the machine do not see it.
 
 example:
   bitnet-jax serve models/SmolLM2-135M-Instruct --port 8080 --slots 4
