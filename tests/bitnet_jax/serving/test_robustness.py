@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -28,9 +29,11 @@ pytest.importorskip("jinja2", reason="package jinja2 is not installed; pip insta
 
 from bitnet_jax.serving import http as http_face
 from bitnet_jax.serving import streams
+from bitnet_jax.serving.fields import Fields
+from bitnet_jax.serving.objects import Envelope
 from bitnet_jax.serving.server import Server
 from tests.bitnet_jax.chat_folders import write_folder
-from tests.bitnet_jax.serving.tiny_servers import ask, connection, started, until
+from tests.bitnet_jax.serving.tiny_servers import ask, connection, started, tiny, until
 
 JSON = {"Content-Type": "application/json"}
 BODY = {"model": "tiny", "prompt": "the same", "max_tokens": 8, "temperature": 0}
@@ -134,6 +137,39 @@ def test_a_stream_says_something_while_a_long_prompt_is_read(
     held.set()
     assert stream.read().endswith(b"data: [DONE]\n\n")
     link.close()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_answer_whose_task_is_cancelled_ends(begun: bool) -> None:
+    """As at a shutdown: after the request is accepted, before anything is sent or in the middle."""
+    serving, served = tiny()
+
+    async def scenario() -> None:
+        asked = http_face.completion(Fields(BODY | {"stream": True, "max_tokens": 60}), served, "")
+        running = streams.Running(serving, asked, served, lambda _: None)
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        stream = streams.EventStream(running, Envelope(asked, served))
+        task = asyncio.create_task(stream({}, receive, send))
+        for _ in range(50):
+            await asyncio.sleep(0)
+            if begun and len(sent) < 2:  # the start, and a first piece of text
+                serving.step()
+        assert (len(sent) > 1) == begun
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
+    while serving.step():
+        pass
+    assert (serving.counters.cancelled, serving.running, serving.waiting) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(120, marks=pytest.mark.slow)])
