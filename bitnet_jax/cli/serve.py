@@ -1,8 +1,8 @@
 """Answer requests of the OpenAI API over HTTP, many at once, each with the bytes it would get alone.
 
-One line with the address is printed when the model is ready; Ctrl-C finishes the answers at work and stops. Prompts and
-answers are not written anywhere. The key may also be in the environment variable BITNET_JAX_API_KEY, where other users
-of the machine do not see it.
+One line with the address is printed when the model is ready; in a browser it shows a chat page. Ctrl-C finishes the
+answers at work and stops. Prompts and answers are not written anywhere, unless --log asks for prompts. The key may also
+be in the environment variable BITNET_JAX_API_KEY, where other users of the machine do not see it.
 
 example:
   bitnet-jax serve models/SmolLM2-135M-Instruct --port 8080 --slots 4
@@ -56,6 +56,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (also: {API_KEY})")
     kv_format_argument(command)
+    command.add_argument(
+        "--log",
+        choices=("requests", "prompts"),
+        help="a line of JSON on stderr for each request: its tokens and times; `prompts`: also what it says",
+    )
     command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
 
 
@@ -108,7 +113,15 @@ def run(args: argparse.Namespace) -> int:
         slots = f"{engine.slots} slots of {engine.context} tokens"
         print(f"serving {name} at {server.address} ({slots})", flush=True)
 
-    server = Server(load, host=args.host, port=args.port, api_key=api_key, on_ready=ready)
+    server = Server(
+        load,
+        host=args.host,
+        port=args.port,
+        api_key=api_key,
+        on_ready=ready,
+        log=None if args.log is None else lambda line: print(line, file=sys.stderr, flush=True),
+        log_prompts=args.log == "prompts",
+    )
     try:
         server.run()
     finally:

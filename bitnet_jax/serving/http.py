@@ -20,7 +20,8 @@ from bitnet_jax.serving.engine import Engine
 from bitnet_jax.serving.fields import ApiError, Fields, parse_body
 from bitnet_jax.serving.metrics import Metrics
 from bitnet_jax.serving.objects import Envelope
-from bitnet_jax.serving.requests import Closed, QueueFull
+from bitnet_jax.serving.page import chat_page
+from bitnet_jax.serving.requests import Closed, Finished, QueueFull
 from bitnet_jax.serving.schemas import Asked, Served, chat_completion, completion, token_ids
 from bitnet_jax.serving.streams import EventStream, Running, cancelled_if_the_client_leaves
 
@@ -36,7 +37,8 @@ except ImportError as error:
 MAX_BODY = 4 << 20  # bytes
 BODY_SECONDS = 30.0  # for a client to send it
 RETRY_SECONDS = 2
-OPEN = ("/health",)  # without an API key
+OPEN = ("/health",)  # without an API key, and from any host
+PAGE = "/"  # without an API key: the page asks for it
 
 Endpoint = Callable[[Request], Awaitable[Any]]
 
@@ -71,6 +73,8 @@ class Serving:
         if request.url.path in OPEN:
             return
         if self.api_key is not None:
+            if request.url.path == PAGE:
+                return
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             # Headers are bytes, which Starlette decodes as Latin-1.
             right = hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode())
@@ -109,6 +113,10 @@ def application(serving: Serving) -> Starlette:
         if serving.engine is None:
             return JSONResponse({"status": "loading"}, 503)
         return JSONResponse({"status": "ok"})
+
+    async def page(request: Request) -> Response:
+        content, headers = chat_page()
+        return Response(content, headers=headers, media_type="text/html")
 
     async def metrics(request: Request) -> Response:
         return Response(serving.metrics.text(), media_type=serving.metrics.media_type)
@@ -151,10 +159,15 @@ def application(serving: Serving) -> Starlette:
             engine, served = serving.ready
             body = await read_body(request)
             client = request.client.host if request.client else ""
+
+            def finished(event: Finished) -> None:
+                serving.metrics.observe(event)
+                request.scope.get("answers", []).append(event)  # of the log, see request_log.py
+
             # Tokenizing a long prompt takes time, and a chat template runs in a separate process.
             with refusing():
                 asked = await asyncio.to_thread(lambda: parse(parse_body(body), served, client))
-                running = Running(engine, asked, served, serving.metrics.observe)
+                running = Running(engine, asked, served, finished)
             envelope = Envelope(asked, served)
             if asked.stream:
                 return EventStream(running, envelope)  # Starlette calls it next, and it cancels
@@ -166,6 +179,7 @@ def application(serving: Serving) -> Starlette:
         return endpoint
 
     routes = [
+        route(PAGE, page, "GET"),
         route("/health", health, "GET"),
         route("/metrics", metrics, "GET"),
         route("/slots", slots, "GET"),

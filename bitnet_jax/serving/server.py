@@ -12,6 +12,7 @@ from bitnet_jax.data.errors import DataError
 from bitnet_jax.optional_packages import missing_package
 from bitnet_jax.serving.engine import Engine
 from bitnet_jax.serving.http import Serving, application
+from bitnet_jax.serving.request_log import RequestLog
 from bitnet_jax.serving.schemas import Served
 
 try:
@@ -31,6 +32,8 @@ class Server:
       load: makes the engine; called in the engine's thread.
       on_ready: called once requests can be answered.
       port: 0 takes a free one; `address` says which.
+      log: takes a line of JSON for each request; None: there is no log.
+      log_prompts: the log holds the bodies of requests too.
 
     Raises:
       OSError: the address cannot be used.
@@ -44,6 +47,8 @@ class Server:
         port: int = 8080,
         api_key: str | None = None,
         on_ready: Callable[[Server], None] = lambda server: None,
+        log: Callable[[str], None] | None = None,
+        log_prompts: bool = False,
     ) -> None:
         self.serving = Serving(api_key, host)
         self._load, self._on_ready = load, on_ready
@@ -54,7 +59,7 @@ class Server:
         app = application(self.serving)
         app.router.lifespan_context = self._lifespan
         config = uvicorn.Config(
-            app,
+            app if log is None else RequestLog(app, log, prompts=log_prompts),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
