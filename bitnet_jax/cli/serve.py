@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.model_folders import INSTALLED, folder_kind, load_text_model, source_path
 
     folder_kind(source_path(args.folder))  # before anything listens
+    from bitnet_jax.serving.embeddings import Encoder
     from bitnet_jax.serving.engine import Engine
     from bitnet_jax.serving.http import is_loopback
     from bitnet_jax.serving.schemas import Served
@@ -81,12 +82,18 @@ def run(args: argparse.Namespace) -> int:
     if api_key is None and not is_loopback(args.host):
         print(f"warning: anyone who reaches {args.host} can use the model; pass --api-key", file=sys.stderr)
 
-    def load() -> tuple[Engine, Served]:
+    def load() -> tuple[Engine | Encoder, Served]:
         model = load_text_model(args.folder, step=args.step)
         if model.tokenizer is None:
             raise ValueError(
                 f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it"
             )
+        if model.config.pooling != "none":
+            encoder = Encoder(
+                model.config, model.variables, model.tokenizer, model.conversation, queue_limit=args.queue
+            )
+            encoder.warm()
+            return encoder, Served(name, model.tokenizer, model.conversation, encoder.context)
         engine = Engine(
             model.config,
             model.variables,
@@ -108,9 +115,9 @@ def run(args: argparse.Namespace) -> int:
         return engine, Served(name, model.tokenizer, model.conversation, engine.context)
 
     def ready(server: Server) -> None:
-        engine = server.serving.engine
-        assert engine is not None
-        slots = f"{engine.slots} slots of {engine.context} tokens"
+        engine, encoder = server.serving.engine, server.serving.encoder
+        assert engine or encoder
+        slots = f"{engine.slots} slots of {engine.context} tokens" if engine else "vectors of texts"
         print(f"serving {name} at {server.address} ({slots})", flush=True)
 
     server = Server(

@@ -10,6 +10,7 @@ from typing import Any
 
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.optional_packages import missing_package
+from bitnet_jax.serving.embeddings import Encoder
 from bitnet_jax.serving.engine import Engine
 from bitnet_jax.serving.http import Serving, application
 from bitnet_jax.serving.request_log import RequestLog
@@ -22,7 +23,7 @@ except ImportError as error:
 
 GRACE_SECONDS = 30  # for answers at work when the server is asked to stop
 
-Load = Callable[[], tuple[Engine, Served]]
+Load = Callable[[], tuple[Engine | Encoder, Served]]
 
 
 class Server:
@@ -82,10 +83,10 @@ class Server:
 
     def _work(self) -> None:
         try:
-            engine, served = self._load()
-            self.serving.loaded(engine, served)
+            model, served = self._load()
+            self.serving.loaded(model, served)
             self._on_ready(self)
-            engine.run()
+            model.run()
         except BaseException as error:  # a server without an engine would accept requests and never answer
             self._failure = error
             self.stop()
@@ -93,6 +94,7 @@ class Server:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         yield
-        if self.serving.engine is not None:
-            self.serving.engine.close()
+        model = self.serving.engine or self.serving.encoder
+        if model is not None:
+            model.close()
             self._engine_thread.join(timeout=5)

@@ -155,7 +155,7 @@ def test_a_second_turn_reads_only_what_is_new(server: Server) -> None:
         ("completions", b"[" * 100_000, 400, "nested too deeply"),
         ("completions", b'{"seed": ' + b"9" * 5000 + b"}", 400, "not valid JSON in UTF-8"),
         ("completions", b" " * (5 << 20), 413, "the body is too long"),
-        ("embeddings", {"model": "tiny", "input": "x"}, 404, "got POST /v1/embeddings, which this server does not"),
+        ("moderations", {"model": "tiny", "input": "x"}, 404, "got POST /v1/moderations, which this server does not"),
     ],
 )  # fmt: skip
 def test_bad_input_has_an_answer_in_the_shape_of_openai(
