@@ -21,8 +21,9 @@ from bitnet_jax.serving.engine import Engine
 from bitnet_jax.serving.fields import ApiError, Fields, parse_body
 from bitnet_jax.serving.metrics import Metrics
 from bitnet_jax.serving.objects import Envelope
+from bitnet_jax.serving.openapi import document
 from bitnet_jax.serving.page import chat_page
-from bitnet_jax.serving.requests import Closed, Finished, QueueFull
+from bitnet_jax.serving.requests import Closed, Finished, QueueFull, TooLong
 from bitnet_jax.serving.schemas import Asked, Served, chat_completion, completion, token_ids
 from bitnet_jax.serving.streams import EventStream, Running, cancelled_if_the_client_leaves
 
@@ -148,6 +149,9 @@ def application(serving: Serving) -> Starlette:
     async def slots(request: Request) -> Response:
         return JSONResponse(serving.generating[0].describe_slots())
 
+    async def described_by_openapi(request: Request) -> Response:
+        return JSONResponse(document(serving.ready))
+
     def described(served: Served) -> dict[str, Any]:
         return {"id": served.name, "object": "model", "created": serving.created, "owned_by": "bitnet-jax"}
 
@@ -215,6 +219,7 @@ def application(serving: Serving) -> Starlette:
         route("/health", health, "GET"),
         route("/metrics", metrics, "GET"),
         route("/slots", slots, "GET"),
+        route("/openapi.json", described_by_openapi, "GET"),
         route("/v1/models", models, "GET"),
         route("/v1/models/{name:path}", model, "GET"),
         route("/v1/chat/completions", answered(chat_completion), "POST"),
@@ -234,6 +239,8 @@ def refusing() -> Iterator[None]:
         yield
     except RecursionError as error:
         raise ApiError("the body is nested too deeply") from error
+    except TooLong as error:
+        raise ApiError(str(error), code="context_length_exceeded") from error
     except ValueError as error:
         raise ApiError(str(error)) from error
 

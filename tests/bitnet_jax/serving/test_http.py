@@ -56,6 +56,11 @@ def test_what_runs_together_is_what_each_gets_alone(server: Server) -> None:
     assert together[2][0]["text"] == text(events)
 
 
+def test_a_text_that_exceeds_the_context_has_the_code_that_clients_look_for(server: Server) -> None:
+    _, answer, _ = ask(server, "/v1/completions", {"model": "tiny", "prompt": "x" * 200})
+    assert answer["error"]["code"] == "context_length_exceeded"
+
+
 def chat(**fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, **fields}
 
