@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from bitnet_jax.data import Classes
-from bitnet_jax.data.conversation import Conversation, of_documents
+from bitnet_jax.data.conversation import Conversation
 from bitnet_jax.data.tokenizers import Tokenizer, from_json
 from bitnet_jax.interop import (
     gguf,
@@ -242,8 +242,7 @@ def _is_gguf(path: Path) -> bool:
 def _read_run(path: Path, step: int | None = None) -> LoadedModel[Any]:
     from bitnet_jax.training.load import read_run  # imports optax and orbax, not needed for packed models
 
-    _, config, latent, tokenizer, classes = read_run(path, step)
-    return LoadedModel("run", config, latent, tokenizer, classes, of_documents(tokenizer))
+    return LoadedModel("run", *read_run(path, step)[1:])
 
 
 def _read_packed(path: Path, verify: bool | None = None) -> LoadedModel[Any]:

@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
 def _language_figures(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     from bitnet_jax.data import MeasuredStream, load_corpus, load_stream
     from bitnet_jax.evaluation.language import evaluate_text
-    from bitnet_jax.training.config import DataConfig
+    from bitnet_jax.training.config_sections import DataConfig
     from bitnet_jax.training.run_folder import RunFolder
 
     own = RunFolder(args.folder).read_config().data if model.kind == "run" else DataConfig()

@@ -40,6 +40,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--queue", type=int, default=256, metavar="N", help="requests that may wait (default 256)"
     )
+    command.add_argument(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="while one answer is generated alone, draft N tokens a pass from earlier text; the answer is the same, "
+        "sooner where it repeats its prompt",
+    )
+    command.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="give an answer up that takes longer, the wait for a slot included (default: no limit)",
+    )
     command.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (also: {API_KEY})")
     kv_format_argument(command)
     command.add_argument(
@@ -81,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
             context=args.context,
             kv_format=args.kv_format,
             queue_limit=args.queue,
+            prompt_lookup=args.prompt_lookup,
+            timeout=args.timeout,
         )
         if not engine.exact:
             print(

@@ -44,11 +44,15 @@ class ModelConfig(TransformerShape):
 @flax.struct.dataclass
 class Cache:
     """The state of generation. S is the number of positions allocated, `length` the number written: a scalar for all
-    rows, or [B]. Positions from `length` on are not valid and are overwritten by the next tokens."""
+    rows, or [B]. Positions from `length` on are not valid and are overwritten by the next tokens.
+
+    With `rows`, the layers hold more rows than B, and these are the ones that the B sequences have: softmax attention
+    only."""
 
     layers: tuple[KVCache | LinearState, ...]
     valid: Bool[Array, "B S"]  # True where a real token (not padding) was written
     length: Int[Array, "*rows"]
+    rows: Int[Array, "B"] | None = None
 
 
 @flax.struct.dataclass
@@ -77,6 +81,7 @@ class Block(nn.Module):
         key_mask: Bool[Array, "B T"],
         cache: KVCache | LinearState | None,
         length: Int[Array, "*rows"] | None,
+        rows: Int[Array, "B"] | None = None,
         progress: Float[Array, ""] | float,
     ) -> tuple[Float[Array, "B T D"], KVCache | LinearState | None]:
         config = self.config
@@ -93,6 +98,7 @@ class Block(nn.Module):
             key_mask=key_mask,
             cache=cache,
             length=length,
+            rows=rows,
             progress=progress,
         )
         x = x + dropout(y)
@@ -156,6 +162,7 @@ def blocks(
                 **call,
                 cache=None if cache is None else cache.layers[i],
                 length=None if cache is None else cache.length,
+                rows=None if cache is None else cache.rows,
             )
             x = split_over_tokens(x)
             layers.append(layer_cache)
@@ -297,7 +304,7 @@ class Transformer(nn.Module):
             x = jnp.take_along_axis(x, read[:, None, None], axis=1)
         logits = next_token_logits(config, embed, x, progress)
         if cache is not None:
-            cache = Cache(layers, valid, length + T)
+            cache = Cache(layers, valid, length + T, cache.rows)
         return Output(logits, x, cache)
 
 

@@ -182,6 +182,7 @@ class Attention(nn.Module):
       key_mask: [B, T], False for padding among the new tokens. Causal "linear" attention uses this instead of
         `visible`, since its state covers all earlier tokens.
       cache, length: the cache and its number of written positions, [] or [B].
+      rows: [B], the rows that the sequences have in a larger cache, see `extend_and_attend`; "softmax" only.
 
     Returns: y [B, T, D] and the updated cache (None without a cache).
     """
@@ -200,6 +201,7 @@ class Attention(nn.Module):
         key_mask: Bool[Array, "B T"] | None = None,
         cache: KVCache | LinearState | None = None,
         length: Int[Array, "*rows"] | None = None,
+        rows: Int[Array, "B"] | None = None,
         progress: Float[Array, ""] | float = 1.0,
     ) -> tuple[Float[Array, "B T D"], KVCache | LinearState | None]:
         config, kind = self.config, self.config.attention
@@ -264,9 +266,11 @@ class Attention(nn.Module):
                 o = in_pieces(mixed, q, k, v, visible)
             elif length is None:
                 raise ValueError("got a cache without its length; pass the number of written positions")
+            elif rows is not None and kind != "softmax":
+                raise ValueError(f"got rows of a cache for {kind} attention, expected softmax attention")
             elif kind == "softmax":
                 o, cache = extend_and_attend(
-                    q, k, v, cache, visible, config.score_scale, length=length, angles=turns
+                    q, k, v, cache, visible, config.score_scale, length=length, rows=rows, angles=turns
                 )
                 o = o.astype(q.dtype)
             else:

@@ -56,6 +56,11 @@ class Answer:
         return self._cancelled.is_set()
 
     @property
+    def seconds(self) -> float:
+        """Since the request."""
+        return time.perf_counter() - self._began
+
+    @property
     def added(self) -> np.ndarray | None:
         """float32 [V], what bias and penalties add to the logits; None if there are none."""
         if self._counts is None:
@@ -106,7 +111,6 @@ class Answer:
                 text += self._cutter.finish()
             reason = "stop" if self._cutter.stopped else reason
             self._release(text)
-        now = time.perf_counter()
         self.send(
             Finished(
                 reason,
@@ -114,7 +118,7 @@ class Answer:
                 completion_tokens=len(self.tokens),
                 cached_tokens=self.cached,
                 first_seconds=None if self._first is None else self._first - self._began,
-                seconds=now - self._began,
+                seconds=self.seconds,
                 message=message,
             )
         )

@@ -8,9 +8,10 @@ A step reads one chunk of one prompt, the prompts taking turns, and decodes one 
 delays an answer by one chunk a token, and a request that is cancelled ends within one. Requests wait in a fair queue
 for one of the slots, each a row of the cache.
 
-Where rows are exact (`passes.rows_are_exact`), all slots decode in one pass. For other models, whose sums XLA may order
-by the shape of a pass, each slot has its own cache and passes, and prompts are cut at the same places whatever is
-in the cache. Either way an answer depends on its request alone.
+Where rows are exact (`passes.rows_are_exact`), all answers decode in one pass. For other models, whose sums XLA may
+order by the shape of a pass, each slot has its own cache and passes, and prompts are cut at the same places whatever
+is in the cache. Either way an answer depends on its request alone. Prompt look-up (inference/prompt_lookup.py) drafts
+tokens where one answer decodes alone: together, the passes of several cost less for each.
 
 The prefix cache is the slots themselves (slots.py).
 """
@@ -33,7 +34,7 @@ from bitnet_jax.models import ModelConfig
 from bitnet_jax.serving.answer import Answer
 from bitnet_jax.serving.fair_queue import FairQueue
 from bitnet_jax.serving.passes import rows_are_exact
-from bitnet_jax.serving.pool import Pool, choose, row_of, score
+from bitnet_jax.serving.pool import Pool, choose, draft_tokens, row_of, score
 from bitnet_jax.serving.requests import Closed, QueueFull, Request, Sink, TokenScore
 from bitnet_jax.serving.slots import Slot, Slots
 
@@ -47,6 +48,7 @@ class Counters:
     requests: int = 0
     refused: int = 0  # for a full queue
     cancelled: int = 0
+    timed_out: int = 0
     failed: int = 0
     prompt_tokens: int = 0  # read, or found in the cache
     cached_tokens: int = 0  # found in the cache
@@ -64,6 +66,9 @@ class Engine:
       kv_format: see `generation.generate`.
       queue_limit: requests that may wait for a slot.
       chunk: see CHUNK.
+      prompt_lookup: tokens to draft for a pass, fewer than a chunk; 0: none. Only where rows are exact, since elsewhere
+        a draft may change an answer.
+      timeout: seconds from a request to the end of its answer, after which it is given up; None: no limit.
 
     Raises:
       ValueError: not a causal language model with a cache of keys, or a setting out of range.
@@ -80,14 +85,20 @@ class Engine:
         kv_format: str | None = None,
         queue_limit: int = 256,
         chunk: int = CHUNK,
+        prompt_lookup: int = 0,
+        timeout: float | None = None,
     ) -> None:
         if config.attention == "linear":
             raise ValueError(
                 "got a model with linear attention, expected a cache of keys; use bitnet-jax generate"
             )
-        for name, value in {"slots": slots, "queue_limit": queue_limit}.items():
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+        for name, value, least in (
+            ("slots", slots, 1), ("queue_limit", queue_limit, 1), ("prompt_lookup", prompt_lookup, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}: got {value}, expected at least {least}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout: got {timeout:g}, expected more than 0 seconds")
         self.context = config.known_length if context is None else context
         if not 2 <= self.context <= config.max_length:
             raise ValueError(
@@ -96,7 +107,15 @@ class Engine:
         warn_of_unknown_tokens(config, tokenizer)
         self.config, self.tokenizer, self.counters = config, tokenizer, Counters()
         self.exact = rows_are_exact(config, variables)
-        self._chunk, self._queue_limit = chunk, queue_limit
+        if prompt_lookup and not self.exact:
+            raise ValueError(
+                f"prompt_lookup: got {prompt_lookup} for a model whose sums depend on the shape of a pass, expected 0; "
+                "pack the model"
+            )
+        if prompt_lookup >= chunk:
+            raise ValueError(f"prompt_lookup: got {prompt_lookup}, expected fewer than {chunk}")
+        self._drafted = prompt_lookup
+        self._chunk, self._queue_limit, self.timeout = chunk, queue_limit, timeout
         kv_format = kv_format or default_kv_format(config, variables)
         # Padding of a last chunk, and what inactive rows write, lies behind the context.
         sizes = (config, variables, slots if self.exact else 1, self.context + chunk, kv_format)
@@ -138,13 +157,13 @@ class Engine:
             self._wake.notify()
         return answer
 
-    def warm(self) -> None:
-        """Compiles what ordinary requests need, before the first one comes."""
-        pool = self._pools[0]
-        pool.compile(self._chunk)
-        logits = row_of(np.zeros((pool.rows, self.config.vocab_size), np.float32), 0)
+    def warm(self) -> threading.Thread:
+        """Compiles what the first ordinary request needs, and in the thread that it returns what others need."""
+        compiling = self._pools[0].compile(self._chunk)
+        logits = np.zeros((1, self.config.vocab_size), np.float32)
         for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
             choose(sampling.filters(), logits, np.zeros(2, np.uint32), 0)
+        return compiling
 
     @property
     def running(self) -> int:
@@ -157,6 +176,10 @@ class Engine:
     @property
     def slots(self) -> int:
         return len(self._slots)
+
+    def describe_slots(self) -> list[dict[str, Any]]:
+        """What each slot does; read from another thread, so the numbers may be of different steps."""
+        return [slot.describe() for slot in self._slots]
 
     def run(self) -> None:
         """Steps while there is work and waits where there is none, until `close`."""
@@ -185,7 +208,7 @@ class Engine:
 
     def step(self) -> bool:
         """Reads one chunk of a prompt and decodes one token of every answer; False: there was nothing to do."""
-        self._drop_cancelled()
+        self._drop()
         try:
             self._admit()
             read = self._read_chunk()
@@ -195,16 +218,27 @@ class Engine:
             return True
         return read or any(decoded)
 
-    def _drop_cancelled(self) -> None:
+    def _drop(self) -> None:
+        """Ends what was cancelled or takes too long."""
+
+        def reason(answer: Answer) -> str | None:
+            if answer.cancelled:
+                return "cancelled"
+            return "timeout" if self.timeout is not None and answer.seconds > self.timeout else None
+
         with self._wake:
-            dropped = self._queue.remove(lambda answer: answer.cancelled)
-        for answer in dropped:
-            self.counters.cancelled += 1
-            answer.finish("cancelled")
+            dropped = self._queue.remove(lambda answer: reason(answer) is not None)
         for slot in self._slots:
-            if slot.answer is not None and slot.answer.cancelled:
+            if slot.answer is not None and reason(slot.answer) is not None:
+                dropped.append(slot.answer)
+                slot.answer = None
+        for answer in dropped:
+            if answer.cancelled:
                 self.counters.cancelled += 1
-                self._end(slot, "cancelled")
+                answer.finish("cancelled")
+            else:
+                self.counters.timed_out += 1
+                answer.finish("timeout", f"it took longer than {self.timeout:g} s")
 
     def _admit(self) -> None:
         while self.running < len(self._slots):
@@ -214,8 +248,6 @@ class Engine:
                 answer = self._queue.pop()
             self._slots.place(answer)
             self.counters.prompt_tokens += len(answer.request.prompt)
-            self.counters.cached_tokens += answer.cached
-            self.counters.prefix_hits += answer.cached > 0
 
     def _read_chunk(self) -> bool:
         """The next chunk of the prompt whose turn it is."""
@@ -237,6 +269,8 @@ class Engine:
             answer.prompt_scores += _scored(logits, following)
         if slot.reads:
             return True
+        self.counters.cached_tokens += answer.cached
+        self.counters.prefix_hits += answer.cached > 0
         if request.score_prompt:
             answer.send_prompt_scores()
         if request.max_tokens:
@@ -250,17 +284,33 @@ class Engine:
         slots = [slot for slot in self._slots if slot.pool is pool and slot.decodes]
         if not slots:
             return False
-        tokens, lengths = np.zeros(pool.rows, np.int32), np.zeros(pool.rows, np.int32)
-        active = np.zeros(pool.rows, bool)
-        for slot in slots:
-            assert slot.answer is not None
-            token = slot.answer.tokens[-1]
-            tokens[slot.row], lengths[slot.row], active[slot.row] = token, len(slot.tokens), True
-            slot.tokens.append(token)
-        logits = pool.decode(tokens, lengths, active)
+        if self._drafted and len(slots) == 1 and self._decode_drafted(slots[0]):
+            return True
+        tokens = [slot.answer.tokens[-1] for slot in slots if slot.answer is not None]
+        logits = pool.decode([slot.row for slot in slots], tokens, [len(slot.tokens) for slot in slots])
         self.counters.passes += 1
-        for slot in slots:
-            self._choose(slot, row_of(logits, slot.row))
+        for i, slot in enumerate(slots):
+            slot.tokens.append(tokens[i])
+            self._choose(slot, row_of(logits, i))
+        return True
+
+    def _decode_drafted(self, slot: Slot) -> bool:
+        """As many tokens of an answer as a draft foresees, and the next one, in one pass; False: there is no draft."""
+        answer, start = slot.answer, len(slot.tokens)
+        assert answer is not None
+        text = np.zeros(self.context + 1, np.int32)
+        text[: start + 1] = [*slot.tokens, answer.tokens[-1]]
+        draft = draft_tokens(text, start, self._drafted)
+        if draft is None:
+            return False
+        tokens = np.array([answer.tokens[-1], *draft], np.int32)
+        logits = slot.pool.read_tokens(slot.row, tokens, start, len(tokens), every_position=True)
+        self.counters.passes += 1
+        for i, token in enumerate(tokens):
+            if i and (slot.answer is None or answer.tokens[-1] != token):
+                break
+            slot.tokens.append(int(token))
+            self._choose(slot, row_of(logits, i))
         return True
 
     def _choose(self, slot: Slot, logits: Any) -> None:

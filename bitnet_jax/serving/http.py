@@ -121,6 +121,9 @@ def application(serving: Serving) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(serving.metrics.text(), media_type=serving.metrics.media_type)
 
+    async def slots(request: Request) -> Response:
+        return JSONResponse(serving.ready[0].describe_slots())
+
     def described(served: Served) -> dict[str, Any]:
         return {"id": served.name, "object": "model", "created": serving.created, "owned_by": "bitnet-jax"}
 
@@ -179,6 +182,7 @@ def application(serving: Serving) -> Starlette:
         route(PAGE, page, "GET"),
         route("/health", health, "GET"),
         route("/metrics", metrics, "GET"),
+        route("/slots", slots, "GET"),
         route("/v1/models", models, "GET"),
         route("/v1/models/{name:path}", model, "GET"),
         route("/v1/chat/completions", answered(chat_completion), "POST"),

@@ -23,6 +23,7 @@ HELP = {
     "requests": "Requests accepted",
     "refused": "Requests refused because the queue was full",
     "cancelled": "Requests whose client left",
+    "timed_out": "Requests that took too long",
     "failed": "Requests that ended in an error of the engine",
     "prompt_tokens": "Tokens of prompts",
     "cached_tokens": "Tokens of prompts that were in the cache",

@@ -1,15 +1,15 @@
 """The compiled passes of the engine over a cache of R rows, one request in each, as pure functions.
 
     read_tokens   the next tokens of one prompt, into its row
-    decode        one token of every active row
+    decode        one token of some rows
     copy_row      the cache of one row into another
-    row_of        the logits of one row
+    row_of        one row of logits
     choose        the next token, from the logits of one row
+    draft         the next tokens by prompt look-up
     score         ln P of given tokens, and the most likely ones
 
-Their shapes depend on the engine's settings alone, never on how many requests run: R rows in `decode`, one row in
-`read_tokens`, of a width that follows from the prompt. With `rows_are_exact` the bits of a row depend on nothing else
-either.
+Other rows are neither computed nor changed. The shape of `read_tokens` follows from the prompt, that of `decode` from
+how many answers run; with `rows_are_exact` the bits of a row do not depend on it, and without it R is 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from bitnet_jax.inference import steps
+from bitnet_jax.inference import prompt_lookup, steps
 from bitnet_jax.inference.sampling import Filters, SamplingConfig, next_token
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.models.transformer import Cache
@@ -79,30 +79,24 @@ def read_tokens(
 
     Returns: the logits after the last one, [1, V], or after every one, [W, V]; and the cache.
     """
-    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0), layers)
     mask = jnp.arange(tokens.shape[0], dtype=jnp.int32) < count
-    cache = Cache(own, _written(own, start[None]), start)
+    cache = _cache(layers, row[None], start[None])
     last = None if every_position else (count - 1)[None]
     logits, cache = steps.forward(config, variables, _GREEDY, tokens[None], cache, mask[None], read=last)
-    return logits[0], jax.tree.map(
-        lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, row, axis=0), layers, cache.layers
-    )
+    return logits[0], cache.layers
 
 
 def decode(
     config: ModelConfig,
     variables: steps.Variables,
     layers: Layers,
-    tokens: Int[Array, "R"],
-    lengths: Int[Array, "R"],
-    active: Bool[Array, "R"],
-) -> tuple[Float[Array, "R V"], Layers]:
-    """Appends one token to each active row of `lengths` tokens; an inactive row gets a position that no one reads."""
-    room = layers[0].k.shape[1]
-    lengths = jnp.where(active, lengths, room - 1)
-    valid = _written(layers, lengths) & active[:, None]
-    cache = Cache(layers, valid, lengths)
-    logits, cache = steps.forward(config, variables, _GREEDY, tokens[:, None], cache, active[:, None])
+    rows: Int[Array, "B"],
+    tokens: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B V"], Layers]:
+    """Appends one token to each of some rows, all different, of `lengths` tokens."""
+    cache = _cache(layers, rows, lengths)
+    logits, cache = steps.forward(config, variables, _GREEDY, tokens[:, None], cache)
     return logits[:, 0], cache.layers
 
 
@@ -114,8 +108,10 @@ def copy_row(layers: Layers, source: Int[Array, ""], target: Int[Array, ""]) -> 
     return jax.tree.map(copied, layers)
 
 
-def _written(layers: Layers, lengths: Int[Array, "R"]) -> Bool[Array, "R S"]:
-    return jnp.arange(layers[0].k.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+def _cache(layers: Layers, rows: Int[Array, "B"], lengths: Int[Array, "B"]) -> Cache:
+    R, S = layers[0].k.shape[:2]
+    written = jnp.arange(S, dtype=jnp.int32)[None] < lengths[:, None]
+    return Cache(layers, written, lengths, rows if R > 1 else None)
 
 
 def row_of(logits: Float[Array, "N V"], row: Int[Array, ""]) -> Float[Array, "1 V"]:
@@ -139,6 +135,10 @@ def choose(
     key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
     logits = logits if added is None else logits + added[None]
     return next_token(logits, key, filters, None if seen is None else seen[None])[0]
+
+
+def draft(count: int, text: Int[Array, "S"], last: Int[Array, ""]) -> tuple[Int[Array, "N"], Bool[Array, ""]]:
+    return prompt_lookup.draft(text, last, count)
 
 
 class Scores(NamedTuple):

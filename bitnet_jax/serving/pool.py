@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,8 +20,13 @@ SMALLEST_WIDTH = 16
 
 
 def width(tokens: int, chunk: int) -> int:
-    """The padded length of a pass over `tokens` tokens of a prompt: a power of two, at most `chunk`."""
+    """The padded length of a pass over `tokens` tokens: a power of two, at most `chunk`."""
     return min(max(SMALLEST_WIDTH, 1 << (tokens - 1).bit_length()), chunk)
+
+
+def decoded_rows(active: int, rows: int) -> int:
+    """The rows of a decode pass for `active` answers."""
+    return min(1 << (active - 1).bit_length(), rows)
 
 
 class Pool:
@@ -45,26 +52,47 @@ class Pool:
         # JAX would return at once, and all chunks of a prompt be queued before anyone else's pass.
         return jax.block_until_ready(logits)
 
-    def decode(self, tokens: np.ndarray, lengths: np.ndarray, active: np.ndarray) -> Any:
-        """Logits [R, V]; see `passes.decode`."""
-        logits, self._layers = self._decoding()(self._variables, self._layers, tokens, lengths, active)
+    def decode(self, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> Any:
+        """Logits [B, V], of which the first are those of these rows; see `passes.decode`.
+
+        B is a power of two, or all rows; other rows fill it, with a token at a position that no one reads.
+        """
+        others = [row for row in range(self.rows) if row not in rows]
+        others = others[: decoded_rows(len(rows), self.rows) - len(rows)]
+        numbers = (
+            np.array([*rows, *others], np.int32),
+            np.array([*tokens, *(0 for _ in others)], np.int32),
+            np.array([*lengths, *(self.room - 1 for _ in others)], np.int32),
+        )
+        logits, self._layers = self._decoding(len(numbers[0]))(self._variables, self._layers, *numbers)
         return logits
 
-    def compile(self, chunk: int) -> None:
-        """Compiles the passes of ordinary requests, and runs none."""
-        W, zero = chunk, np.int32(0)
-        while W >= SMALLEST_WIDTH:
-            arguments = self._variables, self._layers, zero, np.zeros(W, np.int32), zero, zero
-            self._reading(W, False).lower(*arguments).compile()
-            W //= 2
-        rows = np.zeros(self.rows, np.int32)
-        self._decoding().lower(self._variables, self._layers, rows, rows, rows > 0).compile()
+    def compile(self, chunk: int) -> threading.Thread:
+        """Compiles the passes of ordinary requests: the smallest ones now, the others in the thread that it returns.
+        Runs none."""
+        widths = sorted({width(n, chunk) for n in range(1, chunk + 1)})
+        counts = sorted({decoded_rows(n, self.rows) for n in range(1, self.rows + 1)})
+        zero, held = np.int32(0), (self._variables, jax.eval_shape(lambda: self._layers))
+        first, *others = [
+            (self._reading(W, False), (zero, np.zeros(W, np.int32), zero, zero)) for W in widths
+        ]
+        second, *more = [(self._decoding(B), [np.zeros(B, np.int32)] * 3) for B in counts]
+
+        def compile(programs: list[tuple[Program, Sequence[Any]]]) -> None:
+            for program, numbers in programs:
+                program.lower(*held, *numbers).compile()
+
+        compile([first, second])
+        # Python must not exit while XLA compiles, so unlike the engine's thread this one is no daemon.
+        thread = threading.Thread(target=compile, args=([*others, *more],), name="compile", daemon=False)
+        thread.start()
+        return thread
 
     def _reading(self, W: int, every_position: bool) -> Program:
         return self._program(passes.read_tokens, self._config, every_position, shapes=(W,), donate=(1,))
 
-    def _decoding(self) -> Program:
-        return self._program(passes.decode, self._config, shapes=(), donate=(1,))
+    def _decoding(self, B: int) -> Program:
+        return self._program(passes.decode, self._config, shapes=(B,), donate=(1,))
 
     def copy_row(self, source: int, target: int) -> None:
         program = self._program(passes.copy_row, shapes=(self._config,), donate=(0,))
@@ -95,6 +123,13 @@ def choose(
     """See `passes.choose`."""
     program = PROGRAMS.of(passes.choose, shapes=(logits.shape, jax.tree.structure((filters, added, seen))))
     return int(program(filters, logits, key, np.int32(step), added, seen))
+
+
+def draft_tokens(text: np.ndarray, last: int, count: int) -> np.ndarray | None:
+    """See `prompt_lookup.draft`; None if nothing is found."""
+    program = PROGRAMS.of(passes.draft, count, shapes=text.shape)
+    draft, found = program(text, np.int32(last))
+    return np.asarray(draft) if found else None
 
 
 def score(logits: Any, targets: np.ndarray) -> passes.Scores:

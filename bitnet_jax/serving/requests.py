@@ -59,13 +59,13 @@ class PromptScores(NamedTuple):
 class Finished(NamedTuple):
     """The last event."""
 
-    reason: str  # "stop": an end token or stop string; "length"; "cancelled"; "error"
+    reason: str  # "stop": an end token or stop string; "length"; "cancelled"; "timeout"; "error"
     prompt_tokens: int
     completion_tokens: int  # an end token included
     cached_tokens: int  # of the prompt, that were in the cache before
     first_seconds: float | None  # from the request to its first token
     seconds: float  # from the request to this event
-    message: str = ""  # of an error
+    message: str = ""  # of an error or timeout
 
 
 Event = Piece | PromptScores | Finished

@@ -1,18 +1,22 @@
 """The slots of the engine, each a row of a cache, which are also its prefix cache.
 
 A row keeps its tokens until another request needs it. A new request continues the row that shares the longest prefix
-with it, or a copy of that; else it takes the row unused for longest. So the memory is fixed from the start.
+with it, or a copy of that; else it takes the row unused for longest. So the memory is fixed from the start. What two
+prompts share is read once, even if both come at the same time: the second waits, and copies the row of the first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from bitnet_jax.serving.answer import Answer
 from bitnet_jax.serving.pool import Pool
+
+WORTH_A_COPY = 32  # tokens of a prompt that take longer to read than to copy a row
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,6 +38,12 @@ class Slot:
     @property
     def decodes(self) -> bool:
         return self.answer is not None and bool(self.answer.tokens)
+
+    def describe(self) -> dict[str, Any]:
+        answer = self.answer  # another thread may set it to None
+        state = "idle" if answer is None else "decoding" if answer.tokens else "reading"
+        made = {} if answer is None else {"generated_tokens": len(answer.tokens), "seconds": answer.seconds}
+        return {"state": state, "tokens_in_cache": len(self.tokens), **made}
 
 
 class Slots:
@@ -63,10 +73,37 @@ class Slots:
     def next_to_read(self) -> Slot | None:
         """The slot whose prompt has its turn."""
         turns = [*self._all[self._turn :], *self._all[: self._turn]]
-        slot = next((slot for slot in turns if slot.reads), None)
+        slot = next((slot for slot in turns if slot.reads and not self._waits(slot)), None)
         if slot is not None:
             self._turn = (self._all.index(slot) + 1) % len(self._all)
+            self._copy_what_others_read(slot)
         return slot
+
+    def _waits(self, slot: Slot) -> bool:
+        """Whether an earlier request still reads what the prompt shares with its own."""
+        return any(
+            other.reads and other.used < slot.used and self._worth_copying(slot, other.answer.request.prompt)
+            for other in self._all
+            if other.answer is not None
+        )
+
+    def _copy_what_others_read(self, slot: Slot) -> None:
+        answer = slot.answer
+        assert answer is not None
+        prompt = answer.request.prompt
+        source = max(self._all, key=lambda other: self._shared(other, prompt))
+        if self._worth_copying(slot, np.asarray(source.tokens, np.int32)):
+            count = self._shared(source, prompt)
+            source.pool.copy_row(source.row, slot.row)
+            answer.cached += count - len(slot.tokens)
+            slot.tokens, slot.chunked = prompt[:count].tolist(), min(source.chunked, count)
+
+    def _worth_copying(self, slot: Slot, tokens: np.ndarray) -> bool:
+        """Whether these tokens begin like the prompt of a slot, much further than it has been read."""
+        assert slot.answer is not None
+        request = slot.answer.request
+        shares = self._exact and not request.score_prompt
+        return shares and _common(tokens, request.prompt[:-1]) >= len(slot.tokens) + WORTH_A_COPY
 
     def place(self, answer: Answer) -> None:
         """Gives an answer one of the free slots, with as much of its prompt as any slot has."""
@@ -81,7 +118,7 @@ class Slots:
         in_place = source is oldest or (source.answer is None and 2 * count >= self._reusable(source))
         if in_place:
             slot = source  # at most half of what a younger one holds is lost
-        elif not self._exact or count < self._chunk:  # too few to be worth a copy
+        elif not self._exact or count < WORTH_A_COPY:
             count = 0
         slot.answer, slot.used, answer.cached = answer, self._placed, count
         if count and not in_place:
@@ -94,7 +131,12 @@ class Slots:
 
     def _shared(self, slot: Slot, prompt: np.ndarray) -> int:
         """Tokens of a prompt that its answer may take from a slot; the last one must be read, for its logits."""
-        most = min(self._reusable(slot), len(prompt) - 1)
-        differ = np.flatnonzero(np.asarray(slot.tokens[:most], np.int32) != prompt[:most])
-        same = int(differ[0]) if differ.size else most
+        same = _common(np.asarray(slot.tokens[: self._reusable(slot)], np.int32), prompt[:-1])
         return same if self._exact else same - same % self._chunk
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens with which both begin."""
+    most = min(len(a), len(b))
+    differ = np.flatnonzero(a[:most] != b[:most])
+    return int(differ[0]) if differ.size else most

@@ -56,7 +56,7 @@ class Running:
     async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
         """Choices of chunks, until all are finished; None where PING_SECONDS pass without one.
 
-        Raises ApiError: the engine failed, or ended an answer because the server shuts down.
+        Raises ApiError: the engine failed, or ended an answer after its time or because the server shuts down.
         """
         for choice in self.choices:
             if (first := choice.begin()) is not None:
@@ -73,6 +73,8 @@ class Running:
                 self._finished(event)
                 if event.reason == "error":
                     raise ApiError(f"the engine failed: {event.message}", status=500, kind="server_error")
+                if event.reason == "timeout":
+                    raise ApiError(f"{event.message}; request fewer tokens", status=504, kind="server_error")
                 if event.reason == "cancelled":
                     raise ApiError("the server is shutting down", status=503, kind="server_error")
             if (chunk := self.choices[index].take(event)) is not None:

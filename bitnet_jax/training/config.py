@@ -12,157 +12,17 @@ from ml_collections import ConfigDict
 
 from bitnet_jax.models import Architecture, ModelConfig, model_config
 from bitnet_jax.names import check_name
-from bitnet_jax.nn.config import LARGEST
+from bitnet_jax.training.config_sections import (
+    DataConfig,
+    DistillationConfig,
+    EvaluationConfig,
+    TrainingConfig,
+)
 from bitnet_jax.training.distributed import DistributedConfig
 from bitnet_jax.training.optimizers import OptimizerConfig
 from bitnet_jax.training.sections import flatten, is_a, plain, section_of
 from bitnet_jax.training.sharding import MeshConfig, check_context
 from bitnet_jax.training.width_transfer import check_transferable
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Section `data`: the dataset and its batches. Names and paths are validated by their readers."""
-
-    # language: stdlib (the running Python's standard library), a path, or hf:NAME (see data/text.py); images: drawn
-    # or a folder of MNIST files (data/images.py); text_classification: keywords or JSON lines (data/labelled_text.py)
-    source: str = "stdlib"
-    mixture: Mapping[str, float] | None = (
-        None  # language: source -> weight, instead of `source`; see data/mixtures.py
-    )
-    root: str | None = None  # base folder of relative paths; None: working directory, then $BITNET_JAX_DATA
-    tokenizer: str = "byte"  # byte, char, or the path of a tokenizer.json
-    split: str = "document"  # what is held out: document, tail or record (see split_documents)
-    valid_fraction: float = 0.05
-    valid_source: str | None = None  # hold out all of this source instead
-    # Also hold out a test part, measured once, after the last update: as much again as valid_fraction; or what is held
-    # out otherwise (valid_source, MNIST's own), and then valid_fraction of the rest is held out for validation.
-    test: bool = False
-    length: int = 128  # T, tokens per training sequence
-    image_size: int | None = None  # images: downsample to this height and width
-    limit: int | None = None  # images, text_classification: maximum number of training examples
-    batch_size: int = 16  # B, sequences or images per update (all micro-batches together)
-    # epoch: reshuffled passes over all windows; shuffle: the same in constant memory, by the package grain; windows:
-    # random positions
-    sampling: str = "epoch"
-    skip_bad_files: bool = False  # folders of text: skip unreadable files instead of raising an error
-    document_mask: bool = False  # language: attend within a document only, positions from its start
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,) if self.mixture is None else tuple(self.mixture)
-
-    def __post_init__(self) -> None:
-        if self.mixture is not None:
-            if not self.mixture or min(self.mixture.values()) <= 0:
-                raise ValueError(
-                    f"data.mixture: got {dict(self.mixture)}, expected sources with positive weights"
-                )
-            # The order of the sources matters, and a config file does not keep it.
-            weights = {source: float(weight) for source, weight in sorted(self.mixture.items())}
-            object.__setattr__(self, "mixture", weights)
-            for name, one in (("source", "stdlib"), ("tokenizer", "char"), ("sampling", "windows")):
-                if (getattr(self, name) == one) != (name == "source"):
-                    raise ValueError(
-                        f"data.{name}: got {getattr(self, name)!r} beside data.mixture, which names the sources "
-                        "and needs one tokenizer and sampling epoch or shuffle; remove it"
-                    )
-        for name in ("length", "image_size", "limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name}: got {value}, expected at least 1")
-        largest = 0.5 if self.test and self.valid_source is None else 1  # each part gets valid_fraction
-        used = (self.valid_source is None or self.test) and self.split != "record"
-        if used and not 0 < self.valid_fraction < largest:
-            raise ValueError(
-                f"data.valid_fraction: got {self.valid_fraction}, expected a number between 0 and {largest}, such as "
-                "0.05"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Section `training`: duration, logging, evaluation and checkpointing."""
-
-    steps: int = 1000  # updates
-    accumulate: int = 1  # micro-batches per update; divides data.batch_size
-    z_loss: float = 0.0  # weight of (log Z)^2 in the loss
-    max_loss: float | None = None  # a loss above it counts as divergence, as NaN does; None: only NaN and inf
-    spike_factor: float | None = (
-        None  # so does a loss this many deviations above recent ones (spikes.py), such as 10
-    )
-    spike_window: int = 100  # number of recent losses
-    max_returns: int = (
-        0  # returns to the last checkpoint, with other batches, before the run ends as diverged
-    )
-    log_every: int = 50  # updates between rows with per-layer statistics and throughput
-    scan_layers: bool = False  # compile one block per kind of layer, not one per layer (models/stacked.py)
-    statistics_every: int = 1  # updates between measurements of the codes (flips, zeros, clips); 0: never
-    eval_every: int = 250  # updates between evaluations on held-out data; the last update is always evaluated
-    checkpoint_every: int = 250
-    keep_checkpoints: int = 2
-    keep_best: bool = False  # also keep the checkpoint with the lowest held-out loss
-    tensorboard: bool = False  # also write TensorBoard files (optional package tensorboardX)
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "accumulate": 1, "log_every": 1, "eval_every": 1, "checkpoint_every": 1}
-        least |= {
-            "statistics_every": 0,
-            "z_loss": 0,
-            "keep_checkpoints": 2,
-            "spike_window": 2,
-            "max_returns": 0,
-        }
-        for name, low in least.items():
-            if not low <= getattr(self, name) <= LARGEST:  # updates are counted in int32
-                raise ValueError(
-                    f"training.{name}: got {getattr(self, name)}, expected a number from {low} to {LARGEST}"
-                )
-        if self.spike_factor is not None and self.spike_factor <= 0:
-            raise ValueError(
-                f"training.spike_factor: got {self.spike_factor}, expected a positive number or None"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Section `evaluation`: evaluation on held-out data during training."""
-
-    batches: int | None = 20  # from the start of the held-out data; None: all of them
-    batch_size: int = 16
-    samples: int = (
-        0  # language: greedy continuations of held-out text written at each evaluation (samples.py)
-    )
-    sample_tokens: int = 32  # their length
-
-    def __post_init__(self) -> None:
-        if self.samples < 0 or self.sample_tokens < 1:
-            raise ValueError(
-                f"evaluation: got samples={self.samples}, sample_tokens={self.sample_tokens}, expected at least 0 and 1"
-            )
-        if self.batch_size < 1 or (self.batches is not None and self.batches < 1):
-            raise ValueError(
-                f"evaluation: got batches={self.batches}, batch_size={self.batch_size}, expected at least 1"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """Section `distillation`: training a text classifier from a teacher. See training/distillation.py."""
-
-    teacher: str | None = None  # run folder of the teacher; None: no distillation
-    labels: float = 0.0  # weight of the cross entropy with the true classes
-    logits: float = 1.0  # weight of the cross entropy with the teacher's probabilities
-    temperature: float = 1.0  # divides the logits of student and teacher
-    relations: float = 0.0  # weight of the distance between the Q, K and V similarity matrices
-
-    def __post_init__(self) -> None:
-        for name in ("labels", "logits", "relations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"distillation.{name}: got {getattr(self, name)}, expected 0 or more")
-        if self.temperature <= 0:
-            raise ValueError(f"distillation.temperature: got {self.temperature}, expected a positive number")
-
 
 # Settings that may change when a run resumes. Most affect only what is measured, kept and shown: the updates are the
 # same. For the effect of training.steps see `loop.fit`; scan_layers changes rounding, as the mesh does, and the random
@@ -184,14 +44,15 @@ WHERE_COMPUTED = ("mesh", "distributed")
 # Settings that did not exist when runs and results were recorded: the hash leaves them out while they have their
 # default, so that it does not change.
 ADDED_LATER = {
-    "data": ("skip_bad_files", "document_mask", "mixture", "test"),
+    "data": ("skip_bad_files", "document_mask", "mixture", "test", "begin_tokens", "end_tokens"),
+    "distillation": ("hidden", "vectors", "similarities"),
     "optimizer": ("name", "moments", "base_width", "ema_decay"),
     "evaluation": ("samples", "sample_tokens"),
     "training": ("scan_layers", "spike_factor", "spike_window", "max_returns"),
 }
 # Settings that were added before ADDED_LATER was: earlier results with their defaults have the hash without them.
 ADDED_BEFORE = ("task", "distillation", "data.image_size", "data.limit")
-TASK_NAMES = ("language", "images", "text_classification")
+TASK_NAMES = ("language", "images", "text_classification", "sentence_vectors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,6 +67,8 @@ class RunConfig:
 
     seed: int = 0
     task: str = "language"  # one of TASK_NAMES
+    # Folder of a run or of a packed model to start from: shape, tokenizer and weights (training/initial.py)
+    init: str | None = None
     model: Mapping[str, Any]
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -218,11 +81,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_name("config.task", self.task, TASK_NAMES)
         used_by = {
-            "limit": ("images", "text_classification"),
+            "limit": ("images", "text_classification", "sentence_vectors"),
             "image_size": ("images",),
             "skip_bad_files": ("language",),
             "document_mask": ("language",),
             "mixture": ("language",),
+            "begin_tokens": ("sentence_vectors",),
+            "end_tokens": ("sentence_vectors",),
         }
         for name, tasks in used_by.items():  # otherwise it would be silently ignored
             value = getattr(self.data, name)
@@ -240,9 +105,20 @@ class RunConfig:
                 f"evaluation.samples: got {self.evaluation.samples} for task {self.task!r}, which writes no text; "
                 "remove it"
             )
-        if self.distillation.teacher is not None and self.task != "text_classification":
+        distilled = ("text_classification", "sentence_vectors")
+        if self.distillation.teacher is not None and self.task not in distilled:
             raise ValueError(
-                f"distillation.teacher: got a teacher for task {self.task!r}, expected task text_classification"
+                f"distillation.teacher: got a teacher for task {self.task!r}, expected task {' or '.join(distilled)}"
+            )
+        if self.distillation.teacher is None and self.task == "sentence_vectors":
+            raise ValueError(
+                "distillation.teacher: got None for task 'sentence_vectors', expected the folder of an encoder whose "
+                "vectors are learned"
+            )
+        if self.init is not None and (self.task == "images" or self.training.scan_layers):
+            raise ValueError(
+                f"init: got {self.init} for task {self.task!r} with training.scan_layers={self.training.scan_layers}, "
+                "expected a text model without scan_layers; remove one of them"
             )
         if self.training.scan_layers and (self.task == "images" or self.distillation.relations):
             reads = f"task {self.task!r}" if self.task == "images" else "distillation.relations"
@@ -268,7 +144,7 @@ class RunConfig:
                 raise ValueError(
                     f"optimizer.base_width: got {self.optimizer.base_width} for task 'images', expected None"
                 )
-        else:
+        elif self.init is None or "hidden_size" in self.model:  # else `init` gives the shape
             model = self.model_config(vocab_size=self.model.get("vocab_size", 256))
             if self.optimizer.base_width is not None:
                 check_transferable(model.precisions(), model.norm_scale)
@@ -295,7 +171,7 @@ class RunConfig:
             )
         fields = {"vocab_size": vocab_size, "max_length": self.data.length} | dict(self.model)
         fields.pop("architecture", None)
-        if "trained_length" in self.model:
+        if "trained_length" in self.model and self.task != "sentence_vectors":
             raise ValueError(
                 f"model.trained_length: got {self.model['trained_length']!r}, expected it to be unset: a run always "
                 f"uses data.length ({self.data.length}); remove it"
@@ -303,9 +179,10 @@ class RunConfig:
         if self.task == "language":
             fields["trained_length"] = self.data.length
         config = ModelConfig.from_dict(fields)
-        if config.pooling != "none":
+        pooling = "mean" if self.task == "sentence_vectors" else "none"
+        if config.pooling != pooling:
             raise ValueError(
-                f"model.pooling: got {config.pooling!r} for task {self.task!r}, expected 'none': no task trains vectors"
+                f"model.pooling: got {config.pooling!r} for task {self.task!r}, expected {pooling!r}"
             )
         if (config.num_classes > 0) != (self.task == "text_classification"):
             raise ValueError(
@@ -343,7 +220,7 @@ class RunConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in fields.items():
             check_name("section of config", name, known)
-            if name not in ("seed", "task") and not isinstance(value, Mapping):
+            if name not in ("seed", "task", "init") and not isinstance(value, Mapping):
                 raise ValueError(f"config.{name}: got {value!r}, expected a section of fields")
         if "model" not in fields:
             raise ValueError(f"config has no section model; got {', '.join(fields) or 'nothing'}")
@@ -353,8 +230,10 @@ class RunConfig:
         built = {
             name: section_of(name, kind, fields[name]) for name, kind in sections.items() if name in fields
         }
-        task = fields.get("task", "language")
-        return cls(seed=seed, task=task, model=plain(fields["model"]), **built)
+        task, init = fields.get("task", "language"), fields.get("init")
+        if init is not None and not isinstance(init, str):
+            raise ValueError(f"config.init: got {init!r}, expected the folder of a model or None")
+        return cls(seed=seed, task=task, init=init, model=plain(fields["model"]), **built)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars that survive a JSON round trip."""
@@ -383,8 +262,8 @@ class RunConfig:
         fields = _hashed_fields(
             RunConfig.from_dict(self.to_dict())
         )  # 1 and 1.0 in a float field are the same
-        defaults: dict[str, Any] = {"task": "language", "distillation": plain(DistillationConfig())}
-        defaults["data"] = plain(DataConfig())
+        later = {"data": plain(DataConfig()), "distillation": plain(DistillationConfig())}
+        defaults: dict[str, Any] = {"task": "language", **_without_added(later)}
         earlier = {name: dict(value) if isinstance(value, dict) else value for name, value in fields.items()}
         for path in ADDED_BEFORE:
             *sections, name = path.split(".")
@@ -426,9 +305,17 @@ def _hashed_fields(config: RunConfig) -> dict[str, Any]:
     fields = config.to_dict()
     for section in WHERE_COMPUTED:
         del fields[section]
-    for section, names in ADDED_LATER.items():
-        default = type(getattr(config, section))()
-        for name in names:
+    if config.init is None:
+        del fields["init"]
+    return _without_added(fields)
+
+
+def _without_added(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of sections without those of ADDED_LATER that have their default."""
+    kinds = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
+    for section in ADDED_LATER.keys() & fields.keys():
+        default = kinds[section]()  # type: ignore[operator]
+        for name in ADDED_LATER[section]:
             if fields[section][name] == getattr(default, name):
                 del fields[section][name]
     return fields

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from bitnet_jax.models import ModelConfig, Transformer
-from bitnet_jax.training.config import DistillationConfig
+from bitnet_jax.training.config_sections import DistillationConfig
 from bitnet_jax.training.load import load_run
 from bitnet_jax.training.losses import LossSums, cross_entropy_sums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bitnet_jax.data import Classes, Tokenizer
+from bitnet_jax.data.conversation import Conversation, of_documents
 from bitnet_jax.models import Architecture, ModelConfig
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.config import RunConfig
@@ -20,6 +21,7 @@ class LoadedRun(NamedTuple):
     variables: dict[str, Any]  # latent parameters and, if the model has them, batch statistics
     tokenizer: Tokenizer | None  # only for runs on text
     classes: Classes | None  # only for classifiers
+    conversation: Conversation  # begin and end tokens of a text
 
 
 def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
@@ -36,7 +38,11 @@ def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
         restored = checkpoints.restore(
             abstract_variables(model), step=step, check=partial(folder.check_meta, config)
         )
-    return LoadedRun(config, model, restored.variables, tokenizer, folder.read_classes())
+    conversation = of_documents(tokenizer)
+    if config.task == "sentence_vectors":
+        begin, end = (tuple(ids or ()) for ids in (config.data.begin_tokens, config.data.end_tokens))
+        conversation = Conversation(begin, end)
+    return LoadedRun(config, model, restored.variables, tokenizer, folder.read_classes(), conversation)
 
 
 def load_run(
@@ -46,7 +52,7 @@ def load_run(
     folder = RunFolder(workdir)
     if folder.read_config().task == "images":
         raise RunError(f"{folder.path}: got a run on images, expected one on text; use load_image_run")
-    config, model, variables, tokenizer, _ = read_run(workdir, step)
+    config, model, variables, tokenizer, *_ = read_run(workdir, step)
     assert isinstance(model, ModelConfig)
     assert tokenizer is not None
     return config, model, variables["params"], tokenizer

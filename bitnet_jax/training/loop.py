@@ -44,6 +44,7 @@ from bitnet_jax.training.distributed import (
 )
 from bitnet_jax.training.flops import run_flops_per_token
 from bitnet_jax.training.hardware import peak_flops
+from bitnet_jax.training.initial import initial_values, read_initial, with_shape
 from bitnet_jax.training.interrupt import Interrupted, stop_on_signals
 from bitnet_jax.training.limits import check_trainable
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
@@ -99,12 +100,18 @@ def fit(
     if not isinstance(config, RunConfig):
         config = RunConfig.from_dict(config)
     connect(config.distributed)
+    initial = None if config.init is None else everywhere(partial(read_initial, config.init))
+    if initial is not None:
+        config = with_shape(config, initial)
     folder = RunFolder(workdir)
     result = everywhere(partial(_finished, folder, config, overwrite), only_first=True)
     if result is not None:
         return result
     check_trainable(config)
     problem = everywhere(partial(task or TASKS[config.task], config))
+    if initial is not None:
+        problem = problem._replace(init=partial(initial_values, problem.init, initial))
+        jax.eval_shape(problem.init, jax.random.key(0))  # an error before the folder exists
     with contextlib.ExitStack() as stack:
         lock = folder.training(config, overwrite=overwrite)
         result = everywhere(partial(stack.enter_context, lock), only_first=True)

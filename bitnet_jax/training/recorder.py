@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from bitnet_jax.progress import Progress
-from bitnet_jax.training.config import TrainingConfig
+from bitnet_jax.training.config_sections import TrainingConfig
 from bitnet_jax.training.metrics import MetricsLog
 from bitnet_jax.training.spikes import Spikes
 from bitnet_jax.training.statistics import Statistics

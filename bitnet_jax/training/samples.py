@@ -12,7 +12,7 @@ from bitnet_jax.data import Tokenizer
 from bitnet_jax.evaluation.completion import complete
 from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.models import ModelConfig
-from bitnet_jax.training.config import EvaluationConfig
+from bitnet_jax.training.config_sections import EvaluationConfig
 
 PROMPT = 32  # tokens, or as many as leave room for the continuation
 

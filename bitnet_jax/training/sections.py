@@ -38,6 +38,8 @@ def is_a(value: Any, expected: Any) -> bool:
         return isinstance(value, Mapping) and all(
             is_a(part, kind) for item in value.items() for part, kind in zip(item, inner, strict=True)
         )
+    if typing.get_origin(expected) is list:
+        return isinstance(value, list) and all(is_a(part, *typing.get_args(expected)) for part in value)
     if isinstance(expected, types.UnionType):
         return any(is_a(value, kind) for kind in typing.get_args(expected))
     if expected is float:

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitnet_jax.training.config import TrainingConfig
+from bitnet_jax.training.config_sections import TrainingConfig
 
 NORMAL = 1.4826  # standard deviation / MAD of a normal distribution
 

@@ -24,6 +24,7 @@ from bitnet_jax.evaluation.classifiers import score_classifier
 from bitnet_jax.models import Architecture
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.distillation import distilled_loss, make_teacher
+from bitnet_jax.training.sentence_vectors import sentence_task
 from bitnet_jax.training.task import Task, initial_variables, language_task, model_loss
 
 
@@ -140,4 +141,5 @@ TASKS: dict[str, Callable[[RunConfig], Task]] = {
     "language": language_task,
     "images": image_task,
     "text_classification": text_task,
+    "sentence_vectors": sentence_task,
 }

@@ -138,12 +138,18 @@ def check_attention(
     visible: jax.Array,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    any_rows: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Validates the arguments; returns q in float32, k, v, scales (with no positions if None) and visible."""
+    """Validates the arguments; returns q in float32, k, v, scales (with no positions if None) and visible.
+
+    Args:
+      any_rows: k and v may have another number of rows than q.
+    """
     if q.ndim != 4 or q.dtype.name not in FLOATS:
         raise ValueError(f"q is {q.dtype}{list(q.shape)}; expected {', '.join(FLOATS)} and [B, T, H, h]")
     B, T, H, h = q.shape
-    if k.ndim != 4 or k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, h) or H % max(1, k.shape[2]):
+    R = k.shape[0] if any_rows and k.ndim else B
+    if k.ndim != 4 or k.shape != v.shape or (k.shape[0], k.shape[3]) != (R, h) or H % max(1, k.shape[2]):
         raise ValueError(
             f"k is {list(k.shape)} and v {list(v.shape)} for q {list(q.shape)}; "
             "expected [B, S, K, h], H a multiple of K"
@@ -155,11 +161,11 @@ def check_attention(
         raise ValueError(f"visible is {visible.dtype}{list(visible.shape)}; expected bool{[B, T, S]}")
     coded = k.dtype == jnp.int8
     for x in (k_scale, v_scale):
-        if (x is not None) != coded or (x is not None and (x.shape, x.dtype) != ((B, S, K), jnp.float32)):
+        if (x is not None) != coded or (x is not None and (x.shape, x.dtype) != ((R, S, K), jnp.float32)):
             got = "None" if x is None else f"{x.dtype}{list(x.shape)}"
-            expected = f"float32{[B, S, K]} for int8 keys and values" if coded else f"None for {k.dtype}"
+            expected = f"float32{[R, S, K]} for int8 keys and values" if coded else f"None for {k.dtype}"
             raise ValueError(f"k_scale or v_scale is {got}; expected {expected}")
-    no_scale = jnp.zeros((B, 0, K), jnp.float32)
+    no_scale = jnp.zeros((R, 0, K), jnp.float32)
     scales = [no_scale if x is None else x for x in (k_scale, v_scale)]
     return q.astype(jnp.float32), k, v, *scales, visible
 

@@ -365,8 +365,8 @@ def attention_gradient(scale: float, isa_name: str) -> Callable[..., tuple[jax.A
 
 @functools.cache
 def extend_attention(scale: float, isa_name: str) -> Callable[..., tuple[jax.Array, ...]]:
-    """The custom call (q, new k, new v, k, v, k_scale, v_scale, visible, start, angles) of extend_attention.py, which
-    writes k, v and their scales in place; sequential under vmap."""
+    """The custom call (q, new k, new v, k, v, k_scale, v_scale, visible, start, rows, angles) of extend_attention.py,
+    which writes k, v and their scales in place; sequential under vmap."""
     load()
 
     @jax.custom_batching.sequential_vmap

@@ -31,6 +31,7 @@ def extend_and_attend(
     scale: float,
     *,
     length: jax.Array,
+    rows: jax.Array | None = None,
     angles: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, KVCache]:
@@ -38,10 +39,11 @@ def extend_and_attend(
 
     Args:
       q: float [B, T, H, h]; k, v: float [B, T, K, h]; all are converted to float32.
-      cache: with room for S positions, see KVCache.
+      cache: with room for S positions, see KVCache; of B rows, or R >= B with `rows`.
       visible: bool [B, T, S], see `cached_attention`.
       scale: factor on q.k, a Python number.
       length: int [] or [B], the number of positions written before; beyond S - T it is taken as S - T.
+      rows: int [B], the row of the cache that each sequence has, all different; None: sequence i has row i.
       angles: float32 [B, T, h], see `kv_cache.rotate`; None: q and k are not rotated.
       implementation: as in `cached_attention`. The cache is bit-identical, except for fused multiply-adds that XLA's
         compiler may use in a rotation; for o see `cached_attention`.
@@ -58,7 +60,9 @@ def extend_and_attend(
         raise ValueError(
             f"got {k.shape[1]} tokens for a cache of {cache.k.shape[1]} positions; make a longer cache"
         )
-    q, *arrays, visible = check_attention(q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale)
+    q, *arrays, visible = check_attention(
+        q, cache.k, cache.v, visible, cache.k_scale, cache.v_scale, any_rows=rows is not None
+    )
     B, T, _, h = q.shape
     K = cache.k.shape[2]
     for new, x in {"k": k, "v": v}.items():
@@ -67,6 +71,11 @@ def extend_and_attend(
     start = integers("length", length).astype(jnp.int32)
     if start.shape not in ((), (B,)):
         raise ValueError(f"length has shape {start.shape}; expected () or ({B},)")
+    places = jnp.arange(B, dtype=jnp.int32) if rows is None else integers("rows", rows).astype(jnp.int32)
+    if places.shape != (B,) or cache.k.shape[0] < B:
+        raise ValueError(
+            f"rows has shape {places.shape} for {cache.k.shape[0]} rows of the cache; expected ({B},)"
+        )
     if angles is None:
         angles = jnp.zeros((B, T, 0), jnp.float32)
     elif angles.shape != (B, T, h) or angles.dtype != jnp.float32 or h % 2:
@@ -78,21 +87,22 @@ def extend_and_attend(
             f"implementation={implementation!r}; expected None or one of {list(IMPLEMENTATIONS)}"
         )
     name, isa = cpu.resolve("extend_and_attend", implementation, cpu.unavailable())
-    operation = _extend(float(scale), name, isa)
-    o, *written = operation(q, k, v, *arrays, visible, jnp.broadcast_to(start, (B,)), angles)
+    operation = _extend(float(scale), name, isa, by_row=rows is not None)
+    o, *written = operation(q, k, v, *arrays, visible, jnp.broadcast_to(start, (B,)), places, angles)
     return o, KVCache(*written) if cache.k_scale is not None else KVCache(*written[:2])
 
 
 @functools.cache
 def _extend(
-    scale: float, implementation: str | None, isa: str | None
+    scale: float, implementation: str | None, isa: str | None, by_row: bool
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """The operation on validated arrays (q, new k, new v, k, v, k_scale, v_scale, visible, start, angles); without
-    scales these are [B, 0, K]."""
+    """The operation on validated arrays (q, new k, new v, k, v, k_scale, v_scale, visible, start, rows, angles);
+    without scales these are [R, 0, K]."""
 
-    def by_xla(q, k, v, cache_k, cache_v, k_scale, v_scale, visible, start, angles):  # type: ignore[no-untyped-def]
+    def by_xla(q, k, v, cache_k, cache_v, k_scale, v_scale, visible, start, rows, angles):  # type: ignore[no-untyped-def]
+        whole = [cache_k, cache_v, k_scale, v_scale]
         coded = cache_k.dtype == jnp.int8
-        cache = KVCache(cache_k, cache_v, *((k_scale, v_scale) if coded else ()))
+        cache = KVCache(*(x[rows] if by_row else x for x in (whole if coded else whole[:2])))
         if angles.shape[-1]:
             q, k = rotate(q, angles), rotate(k, angles)
         T, S = q.shape[1], cache_k.shape[1]
@@ -100,7 +110,10 @@ def _extend(
         cache = write(cache, k, v, start)
         scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale} if coded else {}
         o = reference_attention(q, cache.k, cache.v, visible, scale, length=jnp.max(start) + T, **scales)
-        return o, cache.k, cache.v, *(scales.values() or (k_scale, v_scale))
+        written = [cache.k, cache.v, *scales.values()]
+        if by_row:
+            written = [x.at[rows].set(y) for x, y in zip(whole, written, strict=False)]
+        return o, *written, *whole[len(written) :]
 
     by_cpu = cpu.extend_attention(scale, isa) if isa else by_xla
     branches = {"cpu": by_cpu} if implementation == "cpu" else {"cpu": by_cpu, "default": by_xla}

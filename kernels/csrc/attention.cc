@@ -123,7 +123,7 @@ class BlockWork {
   bool attend_chunk(int64_t chunk, const Partial& out) {
     const int64_t first = chunk * kChunkKeys, keys = std::min(kChunkKeys, p_.length - first);
     if (!find_key_ranges(first, keys)) return false;
-    const int64_t stride = p_.kv_heads * p_.head_size, token = block_.sequence * p_.room + first;
+    const int64_t stride = p_.kv_heads * p_.head_size, token = p_.cache_row(block_.sequence) * p_.room + first;
     const int64_t bytes = p_.type == KvType::kFloat32 ? 4 : p_.type == KvType::kBfloat16 ? 2 : 1;
     const int64_t offset = (token * stride + block_.kv_head * p_.head_size) * bytes;
     const bool scaled = p_.type == KvType::kInt8;

@@ -11,6 +11,7 @@
 #ifndef BITNET_KERNELS_ATTENTION_H_
 #define BITNET_KERNELS_ATTENTION_H_
 
+#include <algorithm>
 #include <cstdint>
 
 namespace bitnet {
@@ -29,15 +30,20 @@ struct AttentionProblem {
   float scale;
   KvType type;
   const float* q;          // [batch, tokens, heads, head_size]
-  const void* k;           // [batch, room, kv_heads, head_size]
+  const void* k;           // [cache_rows, room, kv_heads, head_size]
   const void* v;           // the same
-  const float* k_scale;    // [batch, room, kv_heads] for int8, else null
+  const float* k_scale;    // [cache_rows, room, kv_heads] for int8, else null
   const float* v_scale;    // the same
   const uint8_t* visible;  // [batch, tokens, room], 0 or 1
   const float* angles;     // [batch, tokens, head_size], by which q is rotated first (kv_cache.h); null for none
   float* out;              // [batch, tokens, heads, head_size]
+  const int32_t* rows;     // [batch], the row of the cache of each sequence; null: sequence i has row i
+  int64_t cache_rows;      // batch, if rows is null
 
   int64_t group() const { return heads / kv_heads; }
+  int64_t cache_row(int64_t sequence) const {
+    return rows == nullptr ? sequence : std::clamp<int64_t>(rows[sequence], 0, cache_rows - 1);
+  }
   int64_t padded() const { return (head_size + kChannelStep - 1) / kChannelStep * kChannelStep; }
 };
 

@@ -62,7 +62,7 @@ int64_t first_position(const AttentionProblem& p, const NewTokens& tokens, int64
 void append(const AttentionProblem& p, const NewTokens& tokens, const CacheArrays& cache) {
   const auto token = [&](int64_t index) {
     const int64_t sequence = index / p.tokens, size = p.head_size;
-    const int64_t position = sequence * p.room + first_position(p, tokens, sequence) + index % p.tokens;
+    const int64_t position = p.cache_row(sequence) * p.room + first_position(p, tokens, sequence) + index % p.tokens;
     thread_local std::vector<float> rotated;
     rotated.resize(size);
     for (int64_t head = 0; head < p.kv_heads; ++head) {

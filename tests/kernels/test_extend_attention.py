@@ -191,3 +191,24 @@ def test_wrong_arguments_are_refused() -> None:
             extend_and_attend(**given | changed)
     with pytest.raises(NotImplementedError, match="extend_and_attend has no gradient"):
         jax.grad(lambda q: extend_and_attend(**given | {"q": q})[0].sum())(given["q"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_sequences_can_have_any_rows_of_a_larger_cache(dtype: str, implementation: str) -> None:
+    """The same as if a sequence's rows were the whole cache, and other rows stay as they are."""
+    given, turns, rows = arguments(dtype, [9, 2]), angles(), np.array([3, 1])
+    small = given["cache"]
+    large = KVCache(*(None if x is None else jnp.full((5, *x.shape[1:]), 7, x.dtype) for x in small))
+    large = jax.tree.map(lambda x, y: x.at[rows].set(y), large, small)
+    given |= {"angles": turns, "implementation": implementation}
+    o, cache = extend_and_attend(**given)
+    o_of_rows, extended = extend_and_attend(**given | {"cache": large, "rows": jnp.asarray(rows)})
+    same_bits(o_of_rows, o)
+    same_bits(extended, jax.tree.map(lambda x, y: x.at[rows].set(y), large, cache))
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2]], ids=str)
+def test_rows_that_do_not_fit_are_refused(rows: list[int]) -> None:
+    with pytest.raises(ValueError, match="rows has shape"):
+        extend_and_attend(**arguments("float32", 9), rows=jnp.asarray(rows))

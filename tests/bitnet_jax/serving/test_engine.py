@@ -106,6 +106,48 @@ def test_a_turn_continues_the_cache_of_the_last_one_and_a_busy_slot_lends_its_pr
     )  # all must be read
 
 
+def test_what_prompts_share_is_read_once_even_when_they_come_together() -> None:
+    shared = b"a system prompt of several chunks, which four requests share. "
+    serving = engine(slots=4)
+    requests = [request(shared + suffix, 5) for suffix in (b"1", b"2", b"1", b"")]
+    events = answers(serving, *requests)
+    for wanted, got in zip(requests, events, strict=True):
+        assert timeless(got) == timeless(answers(engine(slots=4), wanted)[0])
+    assert [end(e).cached_tokens for e in events] == [0, len(shared), len(shared), len(shared) - 1]
+    assert serving.counters.prefix_hits == 3
+    # A request whose reader was cancelled goes on by itself.
+    waiting: list[list[object]] = [[], []]
+    other = shared[::-1]
+    first, _ = (serving.submit(request(other, 3), events.append) for events in waiting)
+    serving.step()
+    first.cancel()
+    while serving.step():
+        pass
+    assert timeless(waiting[1]) == timeless(answers(engine(slots=4), request(other, 3))[0])
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_prompt_lookup_changes_no_answer(temperature: float) -> None:
+    bias = tuple((token, 9.0) for token in range(65, 70))  # so that the text repeats itself
+    sampling = SamplingConfig(temperature=temperature)
+    wanted = request(b"ABCDEABCDE" * 3, 60, sampling=sampling, bias=bias, scores=True, stop=("EEEEEE",))
+    (plain,) = answers(engine(), wanted)
+    with_drafts = engine(prompt_lookup=4)
+    (drafted,) = answers(with_drafts, wanted)
+    assert timeless(drafted) == timeless(plain)
+    assert with_drafts.counters.passes < 0.9 * end(drafted).completion_tokens
+    # To the end of the context, with another answer at times; then from the cache that drafts were written to.
+    longest = request(b"ABCDEABCDE", 150, sampling=sampling, bias=bias)
+    both = answers(with_drafts, longest, request(b"x", 9))
+    (alone,) = answers(engine(), longest)
+    assert timeless(both[0]) == timeless(alone)
+    again = request(b"ABCDEABCDE" + text(alone).encode()[:70] + b"?", 30, bias=bias)
+    assert timeless(answers(with_drafts, again)[0]) == timeless(answers(engine(), again)[0])
+    with pytest.raises(ValueError, match="prompt_lookup: got 4 for a model whose sums depend"):
+        engine("float32", prompt_lookup=4)
+
+
 def test_a_long_prompt_delays_an_answer_by_a_chunk_a_token() -> None:
     serving, seen = engine(slots=2), []
     serving.submit(request(b"short", 8), lambda event: seen.append("short"))
@@ -175,6 +217,33 @@ def test_a_failed_pass_ends_the_answers_at_work_and_no_others(monkeypatch: pytes
     assert serving.running == 0
 
 
+def test_an_answer_that_takes_too_long_is_given_up_and_slots_say_what_they_do() -> None:
+    serving = engine(slots=2, timeout=60.0)
+    idle = {"state": "idle", "tokens_in_cache": 0}
+    assert serving.describe_slots() == [idle, idle]
+    events: list[list[object]] = [[], [], []]
+    for sink, wanted in zip(
+        events, (request(b"x", 50), request(bytes(3 * CHUNK), 50), request(b"y", 50)), strict=True
+    ):
+        serving.submit(wanted, sink.append)
+    serving.step()
+    serving.step()
+    states = [{k: v for k, v in slot.items() if k != "seconds"} for slot in serving.describe_slots()]
+    assert states == [
+        {"state": "decoding", "tokens_in_cache": 3, "generated_tokens": 3},
+        {"state": "reading", "tokens_in_cache": CHUNK, "generated_tokens": 0},
+    ]
+    serving.timeout = 1e-9
+    serving.step()
+    for sink in events:  # two at work and one in the queue
+        assert sink[-1].reason == "timeout"
+        assert sink[-1].message == "it took longer than 1e-09 s"
+    assert serving.counters.timed_out == 3
+    assert (serving.running, serving.waiting) == (0, 0)
+    with pytest.raises(ValueError, match="timeout: got 0, expected more than 0 seconds"):
+        engine(timeout=0)
+
+
 def test_a_token_that_the_tokenizer_lacks_ends_its_answer_alone() -> None:
     serving = Engine(*model("bitnet_b158"), CharTokenizer("abc"), slots=2, chunk=CHUNK)
     wanted = request(b"\0\1", 3, bias=tuple((token, 100.0) for token in range(3)))
@@ -226,7 +295,7 @@ def test_requests_that_cannot_be_served() -> None:
 
 def test_a_warm_engine_compiles_nothing_for_ordinary_requests(compilations: list[str]) -> None:
     serving = engine(slots=4, context=100)
-    serving.warm()
+    serving.warm().join()
     compilations.clear()
     sampled = SamplingConfig(temperature=1.0)
     answers(

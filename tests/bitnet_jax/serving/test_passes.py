@@ -13,7 +13,7 @@ import pytest
 from bitnet_jax.models import ModelConfig, Transformer
 from bitnet_jax.packed import packing
 from bitnet_jax.serving.passes import rows_are_exact
-from bitnet_jax.serving.pool import Pool, width
+from bitnet_jax.serving.pool import Pool, decoded_rows, width
 from tests.bitnet_jax.serving.tiny_models import model
 
 CONFIG = ModelConfig(
@@ -43,7 +43,7 @@ def test_bits_depend_neither_on_other_rows_nor_on_where_a_text_is_cut(fields: di
     config, variables = packed(**fields)
     assert rows_are_exact(config, variables)
     text = np.random.default_rng(0).integers(1, config.vocab_size, 40).astype(np.int32)
-    alone, several = (Pool(config, variables, rows, 96, "bfloat16") for rows in (1, 3))
+    alone, several = (Pool(config, variables, rows, 96, "bfloat16") for rows in (1, 5))
 
     def read(pool: Pool, row: int, cuts: list[int]) -> np.ndarray:
         for start, end in zip([0, *cuts], [*cuts, 40], strict=True):
@@ -53,16 +53,20 @@ def test_bits_depend_neither_on_other_rows_nor_on_where_a_text_is_cut(fields: di
     first = read(alone, 0, [32])
     np.testing.assert_array_equal(first, read(several, 1, [5, 20, 25]))
     read(several, 2, [16, 32])
-    lengths, active = np.array([0, 40, 7], np.int32), np.array([False, True, True])
-    expected = np.asarray(alone.decode(text[:1], np.array([40], np.int32), np.array([True])))[0]
-    among = np.asarray(several.decode(np.array([9, text[0], 3], np.int32), lengths, active))[1]
-    np.testing.assert_array_equal(among, expected)
-    # The idle row was left as it was, and the row may be copied.
+    (expected,) = np.asarray(alone.decode([0], text[:1], [40]))
+    # Each decodes the same token at the same place, so the rows stay as they were.
+    for rows, lengths in (
+        ([1], [40]),
+        ([2, 1], [40, 40]),
+        ([4, 1, 2], [7, 40, 40]),
+        ([0, 1, 2, 3, 4], [0, 40, 40, 0, 8]),
+    ):
+        among = np.asarray(several.decode(rows, [text[0]] * len(rows), lengths))
+        for row in (1, 2):
+            if row in rows:
+                np.testing.assert_array_equal(among[rows.index(row)], expected)
     several.copy_row(1, 0)
-    again = np.asarray(
-        several.decode(np.array([text[0]] * 3, np.int32), np.full(3, 40, np.int32), np.arange(3) == 0)
-    )
-    np.testing.assert_array_equal(again[0], expected)
+    np.testing.assert_array_equal(np.asarray(several.decode([0], text[:1], [40]))[0], expected)
 
 
 def test_rows_of_other_models_are_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +83,7 @@ def test_rows_of_other_models_are_not_exact(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_widths() -> None:
     assert [width(n, 128) for n in (1, 16, 17, 64, 65, 128)] == [16, 16, 32, 64, 128, 128]
+
+
+def test_rows_of_a_decode_pass() -> None:
+    assert [decoded_rows(n, 6) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.models import ModelConfig, Transformer
-from bitnet_jax.training.config import DistillationConfig
+from bitnet_jax.training.config_sections import DistillationConfig
 from bitnet_jax.training.distillation import (
     distilled_loss,
     relation_distance,

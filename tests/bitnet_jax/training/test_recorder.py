@@ -10,7 +10,7 @@ import pytest
 
 from bitnet_jax.progress import progress_bar
 from bitnet_jax.training import recorder as recorder_module
-from bitnet_jax.training.config import TrainingConfig
+from bitnet_jax.training.config_sections import TrainingConfig
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
 from bitnet_jax.training.recorder import Recorder
 from bitnet_jax.training.spikes import Spikes
