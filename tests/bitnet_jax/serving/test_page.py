@@ -239,6 +239,10 @@ def test_errors_are_shown_in_words_and_lose_nothing() -> None:
 
             assert server.serving.engine is not None
             limit, server.serving.engine._queue_limit = server.serving.engine._queue_limit, 0
+            kept = page.texts("assistant")
+            driver.find_element("xpath", "//button[text()='Answer again']").click()
+            assert until(lambda: "The server is busy." in page["error"].text)
+            assert page.texts("assistant") == kept
             page["message"].send_keys("again" + Keys.ENTER)
             assert until(lambda: "The server is busy." in page["error"].text)
             assert "Try again in 2 s." in page["error"].text

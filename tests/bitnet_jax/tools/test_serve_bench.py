@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def test_the_command_starts_a_server_and_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("uvicorn", reason="package uvicorn is not installed; pip install uvicorn")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     monkeypatch.setattr(serve_bench, "CLIENTS", (1, 2))
     folder = write_folder(tmp_path / "model")
     command = ["bench", "--serve", str(folder), "--prompt", "8", "--generate", "3", "--repeats", "1"]
