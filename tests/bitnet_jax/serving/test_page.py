@@ -213,6 +213,7 @@ def test_conversations_are_kept_renamed_and_deleted(page: Page) -> None:
 
 @pytest.mark.extended
 def test_errors_are_shown_in_words_and_lose_nothing() -> None:
+    pytest.importorskip("selenium", reason="package selenium is not installed; pip install selenium")
     from selenium.webdriver import Keys
 
     server = started(api_key="a secret")
