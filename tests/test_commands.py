@@ -62,6 +62,7 @@ NOT_RUN = {
     r"pre-commit install": "pre-commit is the reader's own tool",
     r"bitnet-jax generate models/.*": "the reader downloads the model; cli/test_chat.py runs --chat on a tiny one",
     r"bitnet-jax (?:chat|serve) .*": "they wait for messages; cli/test_serve_and_chat.py runs them",
+    r"python -m tests\.bitnet_jax\.serving\.screenshot .*": "needs Chromium and a server, as serving/test_page.py",
     r"pip install -e .* && pip install --no-deps [\w-]+": "asks an index",
     r"bitnet-jax .*\bminilm-.*": "the reader installs the model; interop/test_sentence_encoder.py runs a tiny one",
     r"python -m bitnet_jax\.tools\.lm_eval_model": "needs lm-eval; evaluation/test_lm_harness.py runs it",

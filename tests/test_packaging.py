@@ -224,8 +224,10 @@ def test_the_wheel_holds_every_package_and_the_library_and_serves_every_python(t
     expected = {
         f"{package}/{file.relative_to(folder).as_posix()}"
         for package, folder in ROOTS.items()
-        for file in folder.rglob("*.py")
+        for pattern in ("*.py", *PYPROJECT["tool"]["setuptools"]["package-data"]["*"])
+        for file in folder.rglob(pattern)
     }
+    assert "bitnet_jax/serving/chat.html" in expected
     assert files == expected | {"bitnet_kernels/_cpu.so"}
 
 

@@ -6,8 +6,12 @@ Ratios (to the read ceiling, to the multiplier peak, of kernels to the whole ste
 tokens per second vary with the load of the machine. The time to the first token is measured in separate
 processes, with an empty and with a filled compilation cache.
 
+With --serve, the server instead: 1, 4, 8 and 16 clients at once over HTTP. If an answer is not the one to the same
+request alone, there are no figures.
+
 example:
   bitnet-jax bench --preset 2b4t --recipe bitnet_b158 --prompt 512 --generate 64 --threads 2 --json bench.json
+  bitnet-jax bench --serve models/SmolLM2-135M-Instruct --prompt 128 --repeats 3 --json serve.json
 """
 
 from __future__ import annotations
@@ -35,6 +39,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "if it is not; a folder that does not exist is created",
     )
     command.add_argument(
+        "--serve",
+        metavar="MODEL",
+        help="time a server of this model instead: throughput, times to the first token and between tokens",
+    )
+    command.add_argument(
         "--keep", action="store_true", help="do not remove the temporary folder of the weights"
     )
     command.add_argument(
@@ -60,8 +69,35 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax.tools import model_bench, peer_bench
+    from bitnet_jax.tools import model_bench, peer_bench, serve_bench
 
+    if args.serve is not None:
+        others = (
+            "preset",
+            "recipe",
+            "head",
+            "ternary_format",
+            "model",
+            "keep",
+            "quick",
+            "huge_pages",
+            "compare",
+        )
+        if given := [name for name in others if getattr(args, name)]:
+            flag = given[0].replace("_", "-")
+            raise ValueError(
+                f"got --serve with --{flag}, expected --prompt, --generate, --repeats, --kv-format only"
+            )
+        served = serve_bench.bench_serving(
+            args.serve,
+            prompt=args.prompt,
+            new_tokens=args.generate,
+            repeats=args.repeats,
+            kv_format=args.kv_format,
+        )
+        write_json(args.json, served)
+        print(serve_bench.table(served))
+        return 0
     if args.compare is not None and args.huge_pages:
         raise ValueError(
             "got --compare with --huge-pages, expected one of them: llama.cpp would have ordinary pages"

@@ -1,8 +1,8 @@
 """Answer requests of the OpenAI API over HTTP, many at once, each with the bytes it would get alone.
 
-One line with the address is printed when the model is ready; Ctrl-C finishes the answers at work and stops. Prompts and
-answers are not written anywhere. The key may also be in the environment variable BITNET_JAX_API_KEY, where other users
-of the machine do not see it.
+One line with the address is printed when the model is ready; in a browser it shows a chat page. Ctrl-C finishes the
+answers at work and stops. Prompts and answers are not written anywhere, unless --log asks for prompts. The key may also
+be in the environment variable BITNET_JAX_API_KEY, where other users of the machine do not see it.
 
 example:
   bitnet-jax serve models/SmolLM2-135M-Instruct --port 8080 --slots 4
@@ -56,6 +56,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (also: {API_KEY})")
     kv_format_argument(command)
+    command.add_argument(
+        "--log",
+        choices=("requests", "prompts"),
+        help="a line of JSON on stderr for each request: its tokens and times; `prompts`: also what it says",
+    )
     command.add_argument("--step", type=int, help="for a run: this checkpoint instead of the newest")
 
 
@@ -63,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.model_folders import INSTALLED, folder_kind, load_text_model, source_path
 
     folder_kind(source_path(args.folder))  # before anything listens
+    from bitnet_jax.serving.embeddings import Encoder
     from bitnet_jax.serving.engine import Engine
     from bitnet_jax.serving.http import is_loopback
     from bitnet_jax.serving.schemas import Served
@@ -76,12 +82,18 @@ def run(args: argparse.Namespace) -> int:
     if api_key is None and not is_loopback(args.host):
         print(f"warning: anyone who reaches {args.host} can use the model; pass --api-key", file=sys.stderr)
 
-    def load() -> tuple[Engine, Served]:
+    def load() -> tuple[Engine | Encoder, Served]:
         model = load_text_model(args.folder, step=args.step)
         if model.tokenizer is None:
             raise ValueError(
                 f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it"
             )
+        if model.config.pooling != "none":
+            encoder = Encoder(
+                model.config, model.variables, model.tokenizer, model.conversation, queue_limit=args.queue
+            )
+            encoder.warm()
+            return encoder, Served(name, model.tokenizer, model.conversation, encoder.context)
         engine = Engine(
             model.config,
             model.variables,
@@ -103,12 +115,20 @@ def run(args: argparse.Namespace) -> int:
         return engine, Served(name, model.tokenizer, model.conversation, engine.context)
 
     def ready(server: Server) -> None:
-        engine = server.serving.engine
-        assert engine is not None
-        slots = f"{engine.slots} slots of {engine.context} tokens"
+        engine, encoder = server.serving.engine, server.serving.encoder
+        assert engine or encoder
+        slots = f"{engine.slots} slots of {engine.context} tokens" if engine else "vectors of texts"
         print(f"serving {name} at {server.address} ({slots})", flush=True)
 
-    server = Server(load, host=args.host, port=args.port, api_key=api_key, on_ready=ready)
+    server = Server(
+        load,
+        host=args.host,
+        port=args.port,
+        api_key=api_key,
+        on_ready=ready,
+        log=None if args.log is None else lambda line: print(line, file=sys.stderr, flush=True),
+        log_prompts=args.log == "prompts",
+    )
     try:
         server.run()
     finally:

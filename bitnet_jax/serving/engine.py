@@ -35,7 +35,7 @@ from bitnet_jax.serving.answer import Answer
 from bitnet_jax.serving.fair_queue import FairQueue
 from bitnet_jax.serving.passes import rows_are_exact
 from bitnet_jax.serving.pool import Pool, choose, draft_tokens, row_of, score
-from bitnet_jax.serving.requests import Closed, QueueFull, Request, Sink, TokenScore
+from bitnet_jax.serving.requests import Closed, QueueFull, Request, Sink, TokenScore, TooLong
 from bitnet_jax.serving.slots import Slot, Slots
 
 CHUNK = 128  # tokens of a prompt that a step reads; a power of two
@@ -129,8 +129,8 @@ class Engine:
         """Queues a request; `sink` is called with its events by the thread that steps.
 
         Raises:
-          ValueError: an empty prompt, a token outside the vocabulary, or prompt and answer exceed the context.
-          QueueFull, Closed: see there.
+          ValueError: an empty prompt, or a token outside the vocabulary.
+          TooLong (a ValueError), QueueFull, Closed: see there.
         """
         length = len(request.prompt)
         if not length:
@@ -139,7 +139,7 @@ class Engine:
             raise ValueError(f"prompt: got the token {lowest}, expected ids from 0")
         check_tokens(self.config, self.tokenizer, request.prompt, "prompt")
         if length + request.max_tokens > self.context:
-            raise ValueError(
+            raise TooLong(
                 f"a prompt of {length} tokens and {request.max_tokens} new ones need {length + request.max_tokens} "
                 f"positions, expected at most {self.context}; shorten the prompt or request fewer tokens"
             )

@@ -16,11 +16,14 @@ from typing import Any
 from bitnet_jax.data.conversation import with_begin
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.optional_packages import missing_package
+from bitnet_jax.serving.embeddings import Encoder, embeddings
 from bitnet_jax.serving.engine import Engine
 from bitnet_jax.serving.fields import ApiError, Fields, parse_body
 from bitnet_jax.serving.metrics import Metrics
 from bitnet_jax.serving.objects import Envelope
-from bitnet_jax.serving.requests import Closed, QueueFull
+from bitnet_jax.serving.openapi import document
+from bitnet_jax.serving.page import chat_page
+from bitnet_jax.serving.requests import Closed, Finished, QueueFull, TooLong
 from bitnet_jax.serving.schemas import Asked, Served, chat_completion, completion, token_ids
 from bitnet_jax.serving.streams import EventStream, Running, cancelled_if_the_client_leaves
 
@@ -36,41 +39,67 @@ except ImportError as error:
 MAX_BODY = 4 << 20  # bytes
 BODY_SECONDS = 30.0  # for a client to send it
 RETRY_SECONDS = 2
-OPEN = ("/health",)  # without an API key
+OPEN = ("/health",)  # without an API key, and from any host
+PAGE = "/"  # without an API key: the page asks for it
 
 Endpoint = Callable[[Request], Awaitable[Any]]
 
 
 class Serving:
-    """What the endpoints share: the engine and its model, once they are loaded."""
+    """What the endpoints share: the model once it is loaded, with the engine or encoder that runs it."""
 
     def __init__(self, api_key: str | None = None, host: str = "127.0.0.1") -> None:
         self.engine: Engine | None = None
+        self.encoder: Encoder | None = None
         self.served: Served | None = None
         self.api_key, self.host = api_key, host
         self.metrics = Metrics(lambda: self.engine)
         self.created = int(time.time())
 
-    def loaded(self, engine: Engine, served: Served) -> None:
-        self.served, self.engine = served, engine
+    def loaded(self, model: Engine | Encoder, served: Served) -> None:
+        if isinstance(model, Encoder):
+            self.encoder = model
+        else:
+            self.engine = model
+        self.served = served  # last: from now on it is ready
 
     @property
-    def ready(self) -> tuple[Engine, Served]:
+    def generating(self) -> tuple[Engine, Served]:
+        """Raises ApiError 503 while the model is loading, 400 for an encoder."""
+        served = self.ready
+        if self.engine is None:
+            raise ApiError(f"{served.name} gives vectors of texts and writes none; use /v1/embeddings")
+        return self.engine, served
+
+    @property
+    def encoding(self) -> tuple[Encoder, Served]:
+        """Raises ApiError 503 while the model is loading, 400 for a model that writes text."""
+        served = self.ready
+        if self.encoder is None:
+            raise ApiError(
+                f"{served.name} writes text and gives no vectors; serve a sentence encoder for these"
+            )
+        return self.encoder, served
+
+    @property
+    def ready(self) -> Served:
         """Raises ApiError 503 while the model is loading."""
-        if self.engine is None or self.served is None:
+        if self.served is None:
             raise ApiError(
                 "the model is loading; try again later",
                 status=503,
                 kind="server_error",
                 headers={"Retry-After": str(RETRY_SECONDS)},
             )
-        return self.engine, self.served
+        return self.served
 
     def check(self, request: Request) -> None:
         """Raises ApiError: no or a wrong API key, or a page of another site that wants to use the server."""
         if request.url.path in OPEN:
             return
         if self.api_key is not None:
+            if request.url.path == PAGE:
+                return
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             # Headers are bytes, which Starlette decodes as Latin-1.
             right = hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode())
@@ -106,29 +135,36 @@ def application(serving: Serving) -> Starlette:
         return Route(path, guarded, methods=[method])
 
     async def health(request: Request) -> Response:
-        if serving.engine is None:
+        if serving.served is None:
             return JSONResponse({"status": "loading"}, 503)
         return JSONResponse({"status": "ok"})
+
+    async def page(request: Request) -> Response:
+        content, headers = chat_page()
+        return Response(content, headers=headers, media_type="text/html")
 
     async def metrics(request: Request) -> Response:
         return Response(serving.metrics.text(), media_type=serving.metrics.media_type)
 
     async def slots(request: Request) -> Response:
-        return JSONResponse(serving.ready[0].describe_slots())
+        return JSONResponse(serving.generating[0].describe_slots())
+
+    async def described_by_openapi(request: Request) -> Response:
+        return JSONResponse(document(serving.ready))
 
     def described(served: Served) -> dict[str, Any]:
         return {"id": served.name, "object": "model", "created": serving.created, "owned_by": "bitnet-jax"}
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [described(serving.ready[1])]})
+        return JSONResponse({"object": "list", "data": [described(serving.ready)]})
 
     async def model(request: Request) -> Response:
-        _, served = serving.ready
+        served = serving.ready
         served.check_model(Fields({"model": request.path_params["name"]}))
         return JSONResponse(described(served))
 
     async def tokenize(request: Request) -> Response:
-        _, served = serving.ready
+        served = serving.ready
         fields = parse_body(await read_body(request))
         text, begin = fields.text("content"), fields.boolean("add_special")
         if text is None:
@@ -140,21 +176,34 @@ def application(serving: Serving) -> Starlette:
         return JSONResponse({"tokens": ids.tolist()})
 
     async def detokenize(request: Request) -> Response:
-        _, served = serving.ready
+        served = serving.ready
         fields = parse_body(await read_body(request))
         ids = token_ids(fields, "tokens", fields.take("tokens"), served)
         fields.done()
         return JSONResponse({"content": await asyncio.to_thread(served.tokenizer.decode, ids)})
 
+    async def vectors(request: Request) -> Response:
+        encoder, served = serving.encoding
+        body = await read_body(request)
+        with refusing():
+            return JSONResponse(
+                await asyncio.to_thread(lambda: embeddings(parse_body(body), served, encoder))
+            )
+
     def answered(parse: Callable[[Fields, Served, str], Asked]) -> Endpoint:
         async def endpoint(request: Request) -> Any:
-            engine, served = serving.ready
+            engine, served = serving.generating
             body = await read_body(request)
             client = request.client.host if request.client else ""
+
+            def finished(event: Finished) -> None:
+                serving.metrics.observe(event)
+                request.scope.get("answers", []).append(event)  # of the log, see request_log.py
+
             # Tokenizing a long prompt takes time, and a chat template runs in a separate process.
             with refusing():
                 asked = await asyncio.to_thread(lambda: parse(parse_body(body), served, client))
-                running = Running(engine, asked, served, serving.metrics.observe)
+                running = Running(engine, asked, served, finished)
             envelope = Envelope(asked, served)
             if asked.stream:
                 return EventStream(running, envelope)  # Starlette calls it next, and it cancels
@@ -166,13 +215,16 @@ def application(serving: Serving) -> Starlette:
         return endpoint
 
     routes = [
+        route(PAGE, page, "GET"),
         route("/health", health, "GET"),
         route("/metrics", metrics, "GET"),
         route("/slots", slots, "GET"),
+        route("/openapi.json", described_by_openapi, "GET"),
         route("/v1/models", models, "GET"),
         route("/v1/models/{name:path}", model, "GET"),
         route("/v1/chat/completions", answered(chat_completion), "POST"),
         route("/v1/completions", answered(completion), "POST"),
+        route("/v1/embeddings", vectors, "POST"),
         route("/tokenize", tokenize, "POST"),
         route("/detokenize", detokenize, "POST"),
     ]
@@ -187,6 +239,8 @@ def refusing() -> Iterator[None]:
         yield
     except RecursionError as error:
         raise ApiError("the body is nested too deeply") from error
+    except TooLong as error:
+        raise ApiError(str(error), code="context_length_exceeded") from error
     except ValueError as error:
         raise ApiError(str(error)) from error
 

@@ -15,6 +15,10 @@ class QueueFull(RuntimeError):
     """As many requests wait as may; ask again later."""
 
 
+class TooLong(ValueError):
+    """A prompt and its answer need more positions than the context has."""
+
+
 class Closed(RuntimeError):
     """The engine is shutting down."""
 

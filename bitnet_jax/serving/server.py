@@ -10,8 +10,10 @@ from typing import Any
 
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.optional_packages import missing_package
+from bitnet_jax.serving.embeddings import Encoder
 from bitnet_jax.serving.engine import Engine
 from bitnet_jax.serving.http import Serving, application
+from bitnet_jax.serving.request_log import RequestLog
 from bitnet_jax.serving.schemas import Served
 
 try:
@@ -21,7 +23,7 @@ except ImportError as error:
 
 GRACE_SECONDS = 30  # for answers at work when the server is asked to stop
 
-Load = Callable[[], tuple[Engine, Served]]
+Load = Callable[[], tuple[Engine | Encoder, Served]]
 
 
 class Server:
@@ -31,6 +33,8 @@ class Server:
       load: makes the engine; called in the engine's thread.
       on_ready: called once requests can be answered.
       port: 0 takes a free one; `address` says which.
+      log: takes a line of JSON for each request; None: there is no log.
+      log_prompts: the log holds the bodies of requests too.
 
     Raises:
       OSError: the address cannot be used.
@@ -44,6 +48,8 @@ class Server:
         port: int = 8080,
         api_key: str | None = None,
         on_ready: Callable[[Server], None] = lambda server: None,
+        log: Callable[[str], None] | None = None,
+        log_prompts: bool = False,
     ) -> None:
         self.serving = Serving(api_key, host)
         self._load, self._on_ready = load, on_ready
@@ -54,7 +60,7 @@ class Server:
         app = application(self.serving)
         app.router.lifespan_context = self._lifespan
         config = uvicorn.Config(
-            app,
+            app if log is None else RequestLog(app, log, prompts=log_prompts),
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
@@ -77,10 +83,10 @@ class Server:
 
     def _work(self) -> None:
         try:
-            engine, served = self._load()
-            self.serving.loaded(engine, served)
+            model, served = self._load()
+            self.serving.loaded(model, served)
             self._on_ready(self)
-            engine.run()
+            model.run()
         except BaseException as error:  # a server without an engine would accept requests and never answer
             self._failure = error
             self.stop()
@@ -88,6 +94,7 @@ class Server:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         yield
-        if self.serving.engine is not None:
-            self.serving.engine.close()
+        model = self.serving.engine or self.serving.encoder
+        if model is not None:
+            model.close()
             self._engine_thread.join(timeout=5)

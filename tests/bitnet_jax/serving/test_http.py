@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import threading
 import time
@@ -12,39 +11,17 @@ from typing import Any
 
 import pytest
 
-from bitnet_jax.data.conversation import Conversation
-from tests.bitnet_jax.serving.tiny_models import TOKENIZER, answers, engine, request, text
+from tests.bitnet_jax.serving.tiny_models import answers, engine, request, text
 
 pytest.importorskip("starlette", reason="package starlette is not installed; pip install starlette")
 pytest.importorskip("uvicorn", reason="package uvicorn is not installed; pip install uvicorn")
 pytest.importorskip("prometheus_client", reason="package prometheus-client is not installed")
 pytest.importorskip("jinja2", reason="package jinja2 is not installed; pip install jinja2")
 
-from bitnet_jax.serving.schemas import Served
 from bitnet_jax.serving.server import Server
+from tests.bitnet_jax.serving.tiny_servers import ask, connection, started, until
 
-TEMPLATE = """\
-{% for m in messages %}<{{ m.role }}>{{ m.content }}
-{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"""
-CONVERSATION = Conversation(end=(0,), template=TEMPLATE)
 KEY = "a secret"
-
-
-def started(**options: Any) -> Server:
-    loading = options.pop("loading", None)
-
-    def load() -> Any:
-        if loading is not None:
-            loading.wait()
-        serving = engine()
-        return serving, Served("tiny", TOKENIZER, CONVERSATION, serving.context)
-
-    ready = threading.Event()
-    server = Server(load, port=0, on_ready=lambda _: ready.set(), **options)
-    threading.Thread(target=server.run, daemon=True).start()
-    if loading is None:
-        ready.wait()
-    return server
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +29,6 @@ def server() -> Iterator[Server]:
     running = started()
     yield running
     running.stop()
-
-
-def connection(server: Server) -> http.client.HTTPConnection:
-    host, port = server.address.removeprefix("http://").split(":")
-    return http.client.HTTPConnection(host, int(port), timeout=60)
-
-
-def ask(server: Server, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
-    """(status, JSON or text of the answer, headers); a body that is not bytes is sent as JSON."""
-    link = connection(server)
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    sent = {"Content-Type": "application/json"} | headers if body is not None else headers
-    link.request("GET" if body is None else "POST", path, data, sent)
-    answer = link.getresponse()
-    content = answer.read().decode()
-    link.close()
-    kind = answer.headers.get("content-type", "")
-    return answer.status, json.loads(content) if "json" in kind else content, dict(answer.headers)
 
 
 def complete(server: Server, **fields: Any) -> Any:
@@ -95,6 +54,11 @@ def test_what_runs_together_is_what_each_gets_alone(server: Server) -> None:
     assert together == [complete(server, **body)["choices"] for body in bodies]
     (events,) = answers(engine(), request(bodies[2]["prompt"].encode(), 8))
     assert together[2][0]["text"] == text(events)
+
+
+def test_a_text_that_exceeds_the_context_has_the_code_that_clients_look_for(server: Server) -> None:
+    _, answer, _ = ask(server, "/v1/completions", {"model": "tiny", "prompt": "x" * 200})
+    assert answer["error"]["code"] == "context_length_exceeded"
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -196,7 +160,7 @@ def test_a_second_turn_reads_only_what_is_new(server: Server) -> None:
         ("completions", b"[" * 100_000, 400, "nested too deeply"),
         ("completions", b'{"seed": ' + b"9" * 5000 + b"}", 400, "not valid JSON in UTF-8"),
         ("completions", b" " * (5 << 20), 413, "the body is too long"),
-        ("embeddings", {"model": "tiny", "input": "x"}, 404, "got POST /v1/embeddings, which this server does not"),
+        ("moderations", {"model": "tiny", "input": "x"}, 404, "got POST /v1/moderations, which this server does not"),
     ],
 )  # fmt: skip
 def test_bad_input_has_an_answer_in_the_shape_of_openai(
@@ -219,13 +183,6 @@ def test_tokens_models_and_metrics(server: Server) -> None:
     assert status == 200
     assert "bitnet_jax_slots 3.0" in metrics
     assert "bitnet_jax_generated_tokens_total" in metrics
-
-
-def until(condition: Any, seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -20,10 +20,10 @@ CHUNK = 16
 
 
 @functools.cache
-def model(precision: str) -> tuple[ModelConfig, dict[str, Any]]:
+def model(precision: str, vocab_size: int = 256) -> tuple[ModelConfig, dict[str, Any]]:
     packed = precision != "float32"
     config = ModelConfig(
-        vocab_size=256, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=64, max_length=160,
+        vocab_size=vocab_size, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=64, max_length=160,
         init_std=0.5, tie_embeddings=True, precision=precision, embedding_dtype="bfloat16" if packed else "float32",
     )  # fmt: skip
     variables = jax.jit(Transformer(config).init)(jax.random.key(2), jnp.zeros((1, 2), jnp.int32))
