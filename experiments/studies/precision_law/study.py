@@ -9,10 +9,18 @@ from typing import Any
 from bitnet_experiments.branching import train_longer
 from bitnet_experiments.claims import Claim
 from bitnet_experiments.intervals import Estimate
+from bitnet_experiments.law_sections import PUBLISHED_GAMMA as _PUBLISHED_GAMMA
+from bitnet_experiments.law_sections import (
+    Place,
+    factors,
+    forms_table,
+    gamma_table,
+    measured_gamma,
+)
 from bitnet_experiments.runs import train
 from bitnet_experiments.sections import arms_table
 from bitnet_experiments.study import Row, Study, read_study
-from bitnet_experiments.trends import Pairs, slope
+from bitnet_experiments.trends import Pairs, slope, trends_figure, trends_table
 
 QUESTION = "What is loss as a function of size, tokens and bits per weight?"
 SOURCE = "Kumar et al. 2411.04330, Chen et al. 2505.14302, Spectra 2407.12327"
@@ -115,6 +123,19 @@ def _ternary_over_size(study: Study, rows: Sequence[Row]) -> Estimate | None:
     return slope(study, rows, _pairs_over_size("P1.58", 20))
 
 
+def _place(arm: str) -> Place:
+    size, ratio, precision = arm.split()
+    millions = _SIZES[size] / 1e6
+    return Place(millions, millions * float(ratio[1:]), float(precision[1:]))
+
+
+_SUBSETS = {
+    "all": None,
+    "1 to 2 and 16 bits": lambda data: (data.P <= 2) | (data.P == 16),
+    "3, 4 and 16 bits": lambda data: data.P >= 3,
+    "20 and 40 bytes per parameter": lambda data: data.D / data.N < 60,
+    "80 and 160 bytes per parameter": lambda data: data.D / data.N > 60,
+}
 CLAIMS = (
     Claim(
         says="the penalty of ternary weights shrinks with size (at 20 bytes per parameter)",
@@ -131,5 +152,27 @@ CLAIMS = (
         measure=_ternary_over_tokens,
         equivalent=0.01,
     ),
+    Claim(
+        says="gamma = 2.6745 (Kumar et al.), all runs",
+        measure=measured_gamma(_place),
+        between=(_PUBLISHED_GAMMA, _PUBLISHED_GAMMA),
+    ),
+    Claim(
+        says="and below 3 bits, where they have no runs",
+        measure=measured_gamma(_place, _SUBSETS["1 to 2 and 16 bits"]),
+        between=(_PUBLISHED_GAMMA, _PUBLISHED_GAMMA),
+    ),
 )
-REPORT = (arms_table(against=lambda arm: f"{arm.rpartition(' ')[0]} P16"),)
+_FEW = ("P1", "P1.58", "P2", "P3", "P4")
+_OVER_SIZE = {f"{bits} minus P16": _pairs_over_size(bits, 20) for bits in _FEW}
+_OVER_TOKENS = {f"{bits} minus P16": _pairs_over_tokens(bits, "55k") for bits in _FEW}
+REPORT = (
+    arms_table(against=lambda arm: f"{arm.rpartition(' ')[0]} P16"),
+    trends_table(_OVER_SIZE),
+    trends_table(_OVER_TOKENS, unit="bytes of text"),
+    forms_table(_place),
+    gamma_table(_place, _SUBSETS),
+    factors("factors", _place),
+    trends_figure("size", _OVER_SIZE, xlabel="parameters, at 20 bytes of text for each"),
+    trends_figure("tokens", _OVER_TOKENS, xlabel="bytes of text, at 55 thousand parameters"),
+)
