@@ -110,10 +110,10 @@ class RunConfig:
             raise ValueError(
                 f"distillation.teacher: got a teacher for task {self.task!r}, expected task {' or '.join(distilled)}"
             )
-        if self.distillation.teacher is None and self.task == "sentence_vectors":
+        if self.task == "sentence_vectors" and (self.distillation.teacher or self.init) is None:
             raise ValueError(
-                "distillation.teacher: got None for task 'sentence_vectors', expected the folder of an encoder whose "
-                "vectors are learned"
+                "init: got None for task 'sentence_vectors', expected the folder of an encoder, whose vectors are "
+                "learned unless distillation.teacher names another"
             )
         if self.init is not None and (self.task == "images" or self.training.scan_layers):
             raise ValueError(

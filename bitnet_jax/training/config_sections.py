@@ -142,9 +142,8 @@ class DistillationConfig:
     """Section `distillation`: training from a teacher. See training/distillation.py, for a text classifier, and
     training/sentence_vectors.py, for an encoder of sentences."""
 
-    teacher: str | None = (
-        None  # folder of a run, or for sentence_vectors of a packed model; None: no distillation
-    )
+    # Folder of a run; None: no distillation. sentence_vectors: of a run or packed model; None: `init`
+    teacher: str | None = None
     labels: float = 0.0  # weight of the cross entropy with the true classes
     logits: float = 1.0  # weight of the cross entropy with the teacher's probabilities
     temperature: float = 1.0  # divides the logits of student and teacher

