@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import secrets
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 
 from bitnet_jax.data.chat_template import chat_ids
 from bitnet_jax.data.conversation import Conversation, prompt_ids
+from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.token_bytes import special_tokens, token_bytes
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.inference.sampling import MIN_TEMPERATURE, SamplingConfig
 from bitnet_jax.serving.fields import ApiError, Fields
+from bitnet_jax.serving.grammar import Grammar, Grammars
 from bitnet_jax.serving.passes import TOP
 from bitnet_jax.serving.requests import Request
+from bitnet_jax.serving.response_format import response_format
 
 MAX_ANSWERS = 128  # prompts times n
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
@@ -25,7 +29,6 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
@@ -40,6 +43,17 @@ class Served:
         self.bytes_of = token_bytes(tokenizer)
         self.special = special_tokens(tokenizer)
         self.vocab_size = tokenizer.vocab_size
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.conversation.end)
+
+    def grammar(self, lark: str, param: str) -> Grammar:
+        """Raises ApiError, named by the field that asks for it."""
+        try:
+            return self._grammars.compile(lark)
+        except DataError as error:
+            raise ApiError(f"{param}: {error}", param=param) from error
 
     def check_model(self, fields: Fields) -> None:
         name = fields.text("model")
@@ -74,9 +88,11 @@ def chat_completion(fields: Fields, served: Served, client: str) -> Asked:
     limits = [fields.integer(name, 1, 2**31 - 1) for name in ("max_completion_tokens", "max_tokens")]
     given = [limit for limit in limits if limit is not None]
     most = min(given) if given else max(1, served.context - len(prompt))
+    lark = response_format(fields)
     for name, neutral in NEUTRAL.items():
         fields.only(name, neutral)
-    return _asked(fields, served, client, [prompt], most, chat=True, top=top)
+    grammar = None if lark is None else served.grammar(lark, "response_format")
+    return _asked(fields, served, client, [prompt], most, chat=True, top=top, grammar=grammar)
 
 
 def completion(fields: Fields, served: Served, client: str) -> Asked:
@@ -102,6 +118,7 @@ def _asked(
     chat: bool,
     top: int | None,
     echo: list[str] | None = None,
+    grammar: Grammar | None = None,
 ) -> Asked:
     """The fields that both kinds of completion have."""
     temperature = fields.number("temperature", 0, 2, 1.0)
@@ -130,6 +147,7 @@ def _asked(
         bias=_bias(fields, served),
         presence_penalty=fields.number("presence_penalty", -2, 2, 0.0),
         frequency_penalty=fields.number("frequency_penalty", -2, 2, 0.0),
+        grammar=grammar,
         scores=top is not None,
         score_prompt=top is not None and echo is not None,
         client=fields.text("user") or client,

@@ -127,7 +127,7 @@ def test_a_second_turn_reads_only_what_is_new(server: Server) -> None:
     ("path", "body", "status", "message"),
     [
         ("chat/completions", chat(tools=[{"type": "function"}]), 400, "tools: not supported"),
-        ("chat/completions", chat(response_format={"type": "json_object"}), 400, "response_format: not supported"),
+        ("chat/completions", chat(response_format={"type": "xml"}), 400, "response_format.type: got 'xml'"),
         ("chat/completions", chat(functions=[]), 400, "functions: unknown or unsupported field"),
         ("chat/completions", chat(messages=[{"role": "tool", "content": ""}]), 400, "role: got 'tool', expected"),
         ("chat/completions", chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "type: got"),
