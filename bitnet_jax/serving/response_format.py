@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.serving.fields import ApiError, Fields
 from bitnet_jax.serving.grammar import json_answer
-
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def response_format(fields: Fields) -> str | None:
@@ -34,7 +31,7 @@ def _schema(asked: Fields) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise asked.wrong("json_schema", value, "an object with name and schema")
     inner = Fields(value, "response_format.json_schema.")
-    checked_name(inner)
+    inner.identifier("name")
     inner.text("description")
     inner.boolean("strict")  # the schema is kept to either way
     schema = inner.take("schema")
@@ -42,14 +39,6 @@ def _schema(asked: Fields) -> dict[str, Any]:
         raise inner.wrong("schema", schema, "an object")
     inner.done()
     return schema
-
-
-def checked_name(fields: Fields) -> str:
-    """The field `name`. Raises ApiError."""
-    name = fields.text("name")
-    if name is None or not NAME.fullmatch(name):
-        raise fields.wrong("name", name, "1 to 64 letters, digits, underscores or hyphens")
-    return name
 
 
 def grammar_of(schema: dict[str, Any], param: str) -> str:
