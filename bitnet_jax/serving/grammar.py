@@ -11,7 +11,6 @@ Schemas come from strangers, so their size, their depth and the work of each ste
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from typing import Any
@@ -72,10 +71,11 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, end: tuple[int, ...]) -> None:
         try:
-            self._library: Any = importlib.import_module("llguidance")
+            import llguidance
         except ImportError as error:
             raise DataError(missing_package("llguidance")) from error
         self._vocab_size = tokenizer.vocab_size
+        self._library: Any = llguidance
         # A model without an end has one that it cannot choose, behind its vocabulary.
         ends = [*end] or [tokenizer.vocab_size]
         wrapper = self._library.TokenizerWrapper(_Vocabulary(tokenizer, ends))

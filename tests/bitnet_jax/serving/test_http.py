@@ -274,7 +274,7 @@ def test_the_openai_client(server: Server) -> None:
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
         scored = client.completions.create(model="tiny", prompt="x", max_tokens=1, echo=True, logprobs=1)
         assert scored.choices[0].logprobs.token_logprobs[0] is None
-        with pytest.raises(openai.BadRequestError, match="parallel_tool_calls: unknown or unsupported"):
-            client.chat.completions.create(**fields, verbosity=True)
+        with pytest.raises(openai.BadRequestError, match="verbosity: unknown or unsupported"):
+            client.chat.completions.create(**fields, verbosity="low")
         with pytest.raises(openai.NotFoundError, match="model: got 'other'"):
             client.completions.create(model="other", prompt="x")
