@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("starlette", reason="package starlette is not installed; pip install starlette")
@@ -15,9 +16,11 @@ pytest.importorskip("prometheus_client", reason="package prometheus-client is no
 pytest.importorskip("jinja2", reason="package jinja2 is not installed; pip install jinja2")
 pytest.importorskip("llguidance", reason="package llguidance is not installed; pip install llguidance")
 
+from bitnet_jax.data.tokenizers import from_json
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.serving.grammar import GrammarError, Grammars, Progress, json_answer
 from bitnet_jax.serving.server import Server
+from tests.bitnet_jax.chat_folders import SIZE, tokenizer_json
 from tests.bitnet_jax.serving.tiny_models import TOKENIZER, answers, end, engine, request, text, timeless
 from tests.bitnet_jax.serving.tiny_servers import ask, started
 
@@ -123,6 +126,18 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     bare = started()
     assert "pip install llguidance" in chat(bare, PERSON, 400)
     bare.stop()
+
+
+@pytest.mark.parametrize("ends", [(258,), ()])
+def test_special_tokens_are_no_text(ends: tuple[int, ...]) -> None:
+    """Of a tokenizer.json, in a model with more rows than tokens: they cannot be written in a string, only end it."""
+    tokenizer = from_json(tokenizer_json())
+    progress = Grammars(tokenizer, ends).compile(json_answer({"type": "string"})).start()
+    for token in tokenizer.encode('"\u00e9<'):
+        assert progress.mask(SIZE + 9)[token] == 0
+        assert not progress.advance(token)
+    assert np.isneginf(progress.mask(SIZE + 9)[256:]).all()
+    assert progress.advance(ord('"'))
 
 
 @pytest.mark.parametrize("drafted", [0, 4])
