@@ -13,6 +13,7 @@ PURPOSES = {
     "grain": "shuffles without an array of the order",
     "jinja2": "renders chat templates",
     "llama-cpp-python": "runs GGUF files in llama.cpp",
+    "llguidance": "keeps answers to a JSON schema",
     "lm-eval": "is lm-evaluation-harness",
     "markdown": "writes report pages",
     "matplotlib": "draws figures",

@@ -36,13 +36,18 @@ MEMORY_BYTES = 1 << 28
 
 
 def render(
-    conversation: Conversation, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    conversation: Conversation,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The text of messages, as transformers' `apply_chat_template(..., tokenize=False)`.
 
     Args:
       messages: objects with `role` (such as system, user, assistant) and `content`.
       add_generation_prompt: whether to end with the header of an answer.
+      tools: functions that the model may call, in the form of OpenAI's API.
 
     Raises:
       DataError: no template; a syntax error or a failure in it, also one that it raises itself (for example because
@@ -60,7 +65,7 @@ def render(
         | {
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": None if tools is None else [dict(tool) for tool in tools],
             "documents": None,
         },
         "max_output": MAX_OUTPUT,
@@ -93,14 +98,17 @@ def render(
 
 
 def chat_ids(
-    tokenizer: Tokenizer, conversation: Conversation, messages: Sequence[Mapping[str, Any]]
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> np.ndarray:
     """int32 [T]: the tokens of messages, ending with the header of an answer. Raises DataError: see `render`.
 
     The whole text is encoded at once, and special tokens that the template writes become single tokens. No begin
     tokens are added: the template writes those the model was trained with (as in transformers).
     """
-    return tokenizer.encode(render(conversation, messages))
+    return tokenizer.encode(render(conversation, messages, tools=tools))
 
 
 def _printable(text: str) -> str:

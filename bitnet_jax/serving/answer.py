@@ -41,6 +41,8 @@ class Answer:
             self._bias = np.zeros(vocab_size, np.float32)
             for token, addition in request.bias:
                 self._bias[token] += addition
+        self._progress = request.grammar.start() if request.grammar else None
+        self._mask = self._progress.mask(vocab_size) if self._progress else None
         if request.presence_penalty or request.frequency_penalty:
             self._counts = np.zeros(vocab_size, np.float32)
         if request.sampling.repetition_penalty != 1:
@@ -62,12 +64,16 @@ class Answer:
 
     @property
     def added(self) -> np.ndarray | None:
-        """float32 [V], what bias and penalties add to the logits; None if there are none."""
+        """float32 [V], what bias, penalties and grammar add to the logits; None if there are none."""
+        parts = [part for part in (self._bias, self._penalty, self._mask) if part is not None]
+        return np.sum(parts, axis=0).astype(np.float32) if parts else None
+
+    @property
+    def _penalty(self) -> np.ndarray | None:
         if self._counts is None:
-            return self._bias
+            return None
         request = self.request
-        penalty = request.presence_penalty * (self._counts > 0) + request.frequency_penalty * self._counts
-        return ((0 if self._bias is None else self._bias) - penalty).astype(np.float32)
+        return -(request.presence_penalty * (self._counts > 0) + request.frequency_penalty * self._counts)
 
     def push(self, token: int, score: TokenScore | None) -> str | None:
         """Adds the next token and sends what is new; the reason why the answer ends with it, or None."""
@@ -78,14 +84,18 @@ class Answer:
             self._counts[token] += 1
         if self.seen is not None:
             self.seen[token] = True
-        ended = token in self.request.end
+        ended, complete = token in self.request.end, False
+        if self._progress is not None and self._mask is not None:
+            complete = self._progress.advance(token)
+            if not (ended or complete):
+                self._mask = self._progress.mask(len(self._mask))
         if score is not None:
             self._held.append((self._decoded, score))
         if not ended:
             text = self._decoder.push([token])
             self._decoded += len(text)
             self._release(self._cutter.push(text))
-        if ended or self._cutter.stopped:
+        if ended or complete or self._cutter.stopped:
             return "stop"
         return "length" if len(self.tokens) == self.request.max_tokens else None
 

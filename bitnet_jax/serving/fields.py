@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -87,6 +88,12 @@ class Fields:
         value = self.take(name, default)
         if value is not None and not isinstance(value, str):
             raise self.wrong(name, value, "a string")
+        return value
+
+    def identifier(self, name: str) -> str:
+        value = self.take(name)
+        if not isinstance(value, str) or not re.fullmatch("[A-Za-z0-9_-]{1,64}", value):
+            raise self.wrong(name, value, "1 to 64 letters, digits, underscores or hyphens")
         return value
 
     def only(self, name: str, neutral: Collection[Any]) -> None:

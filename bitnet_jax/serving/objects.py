@@ -10,6 +10,7 @@ from typing import Any
 
 from bitnet_jax.serving.requests import Event, Finished, Piece, PromptScores, TokenScore
 from bitnet_jax.serving.schemas import Asked, Served
+from bitnet_jax.serving.tool_calls import ToolCalls
 
 NAMES = {True: ("chatcmpl", "chat.completion"), False: ("cmpl", "text_completion")}
 
@@ -20,6 +21,7 @@ class Choice:
     def __init__(self, asked: Asked, served: Served, index: int) -> None:
         self._asked, self._served, self.index = asked, served, index
         self.finished: Finished | None = None
+        self._calls = ToolCalls(asked.tools.names, asked.requests[index]) if asked.tools else None
         self._offset = 0  # characters before the next token
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._text: list[str] = []
@@ -36,12 +38,16 @@ class Choice:
     def take(self, event: Event) -> dict[str, Any] | None:
         if isinstance(event, Finished):
             self.finished = event
-            return self._chunk({} if self._asked.chat else "", None, event.reason)
+            rest = self._calls.finish() if self._calls else {}
+            return self._chunk(rest if self._asked.chat else "", None, self._reason)
         if isinstance(event, PromptScores):
             assert self._asked.echo is not None
             return self._chunk(self._asked.echo[self.index], self._scored(event.scores))
         assert isinstance(event, Piece)
         scores = self._scored(event.scores) if event.scores else None
+        if self._calls is not None:
+            new = self._calls.push(event.text)
+            return self._chunk(new, scores) if new or scores else None
         return self._chunk({"content": event.text} if self._asked.chat else event.text, scores)
 
     def whole(self) -> dict[str, Any]:
@@ -51,14 +57,22 @@ class Choice:
         logprobs = _joined(self._logprobs) if scored else None
         choice: dict[str, Any] = {
             "index": self.index,
-            "finish_reason": self.finished.reason,
+            "finish_reason": self._reason,
             "logprobs": logprobs,
         }
         if self._asked.chat:
             logprobs_or_none = logprobs or ({"content": [], "refusal": None} if scored else None)
-            message = {"role": "assistant", "content": text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if self._calls is not None and self._calls.calls:
+                message |= {"content": text or None, "tool_calls": self._calls.calls}
             return choice | {"message": message, "logprobs": logprobs_or_none}
         return choice | {"text": text}
+
+    @property
+    def _reason(self) -> str:
+        assert self.finished is not None
+        called = self._calls is not None and self._calls.calls and self.finished.reason == "stop"
+        return "tool_calls" if called else self.finished.reason
 
     def _chunk(self, new: Any, logprobs: Any, reason: str | None = None) -> dict[str, Any]:
         self._text.append(new.get("content", "") if self._asked.chat else new)

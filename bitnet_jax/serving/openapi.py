@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from bitnet_jax.serving.embeddings import MOST_INPUTS
+from bitnet_jax.serving.messages import ROLES
 from bitnet_jax.serving.passes import TOP
 from bitnet_jax.serving.schemas import (
     MAX_ANSWERS,
     MAX_BIASES,
     MAX_STOP_LENGTH,
     MAX_STOPS,
-    ROLES,
     Served,
 )
 
@@ -86,7 +86,31 @@ def _sampled(most: str) -> dict[str, Schema]:
 def _chat(model: Schema) -> Schema:
     part = _object(["type", "text"], type={"const": "text"}, text={"type": "string"})
     content = {"anyOf": [{"type": "string"}, _list(part)]}
-    message = _object(["role", "content"], role={"enum": list(ROLES)}, content=content)
+    function = _object(["name", "arguments"], name=TEXT, arguments={"type": "string"})
+    call = _object(["id", "function"], id=TEXT, type={"const": "function"}, function=function)
+    message = _object(
+        ["role"],
+        role={"enum": list(ROLES)},
+        content=content | {"description": "may be absent beside tool_calls only"},
+        tool_calls=_list(call, description="of an assistant"),
+        tool_call_id={"type": "string", "description": "of a tool"},
+    )
+    described = _object(
+        ["name"],
+        name=TEXT,
+        description=_field("string"),
+        parameters=_field("object", description="a JSON schema"),
+        strict=_field("boolean"),
+    )
+    tool = _object(["type", "function"], type={"const": "function"}, function=described)
+    named = _object(["type", "function"], type={"const": "function"}, function=_object(["name"], name=TEXT))
+    schema = _object(
+        ["name", "schema"],
+        name=TEXT,
+        description=_field("string"),
+        schema={"type": "object"},
+        strict=_field("boolean"),
+    )
     return _object(
         ["model", "messages"],
         model=model,
@@ -94,6 +118,16 @@ def _chat(model: Schema) -> Schema:
         max_completion_tokens=_field("integer", minimum=1, maximum=LARGEST),
         logprobs=_field("boolean", default=False),
         top_logprobs=_field("integer", minimum=0, maximum=TOP, description="with logprobs only"),
+        tools={"anyOf": [_list(tool), {"type": "null"}]},
+        tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, named]},
+        parallel_tool_calls=_field("boolean", default=True),
+        response_format={
+            "anyOf": [
+                {"type": "null"},
+                _object(["type"], type={"enum": ["text", "json_object"]}),
+                _object(["type", "json_schema"], type={"const": "json_schema"}, json_schema=schema),
+            ]
+        },
         **_sampled("without it the answer may fill the context"),
     )
 

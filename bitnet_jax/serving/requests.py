@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitnet_jax.inference.sampling import SamplingConfig
+from bitnet_jax.serving.grammar import Grammar
 
 
 class QueueFull(RuntimeError):
@@ -36,6 +37,7 @@ class Request:
     bias: tuple[tuple[int, float], ...] = ()  # (token, addition to its logit)
     presence_penalty: float = 0.0  # subtracted from the logit of a token of the answer so far
     frequency_penalty: float = 0.0  # ... for every time that it occurs there
+    grammar: Grammar | None = None  # that the answer follows; it ends when nothing more may follow
     scores: bool = False  # of the tokens of the answer
     score_prompt: bool = False  # of the tokens of the prompt
     client: str = ""  # clients take turns in the queue
@@ -63,7 +65,7 @@ class PromptScores(NamedTuple):
 class Finished(NamedTuple):
     """The last event."""
 
-    reason: str  # "stop": an end token or stop string; "length"; "cancelled"; "timeout"; "error"
+    reason: str  # "stop": an end token, stop string or complete grammar; "length"; "cancelled"; "timeout"; "error"
     prompt_tokens: int
     completion_tokens: int  # an end token included
     cached_tokens: int  # of the prompt, that were in the cache before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import secrets
 from typing import Any
 
@@ -10,22 +11,23 @@ import numpy as np
 
 from bitnet_jax.data.chat_template import chat_ids
 from bitnet_jax.data.conversation import Conversation, prompt_ids
+from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.token_bytes import special_tokens, token_bytes
 from bitnet_jax.data.tokenizers import Tokenizer
 from bitnet_jax.inference.sampling import MIN_TEMPERATURE, SamplingConfig
 from bitnet_jax.serving.fields import ApiError, Fields
+from bitnet_jax.serving.grammar import Grammar, Grammars
+from bitnet_jax.serving.messages import mentions_calls, messages
 from bitnet_jax.serving.passes import TOP
 from bitnet_jax.serving.requests import Request
+from bitnet_jax.serving.response_format import response_format
+from bitnet_jax.serving.tools import OPEN, Tools, tools
 
 MAX_ANSWERS = 128  # prompts times n
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES = 1024
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Fields of OpenAI's that ask for what this server cannot do, and the values that do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
@@ -40,6 +42,17 @@ class Served:
         self.bytes_of = token_bytes(tokenizer)
         self.special = special_tokens(tokenizer)
         self.vocab_size = tokenizer.vocab_size
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.conversation.end)
+
+    def grammar(self, lark: str, param: str) -> Grammar:
+        """Raises ApiError, named by the field that asks for it."""
+        try:
+            return self._grammars.compile(lark)
+        except DataError as error:
+            raise ApiError(f"{param}: {error}", param=param) from error
 
     def check_model(self, fields: Fields) -> None:
         name = fields.text("model")
@@ -60,12 +73,17 @@ class Asked:
     include_usage: bool  # in a stream
     top: int | None  # most likely tokens beside the log-probability of each; None: no log-probabilities
     echo: tuple[str, ...] | None  # the text of each choice's prompt, or None
+    tools: Tools | None = None  # whose calls are recognised in the answers
 
 
 def chat_completion(fields: Fields, served: Served, client: str) -> Asked:
     """Raises ApiError, or DataError of the chat template."""
     served.check_model(fields)
-    prompt = chat_ids(served.tokenizer, served.conversation, _messages(fields))
+    history, functions, lark = messages(fields), tools(fields), response_format(fields)
+    if functions is not None or any(map(mentions_calls, history)):
+        _check_tools(served, functions, lark)
+    definitions = None if functions is None else functions.definitions
+    prompt = chat_ids(served.tokenizer, served.conversation, history, definitions)
     if fields.boolean("logprobs"):
         top: int | None = fields.integer("top_logprobs", 0, TOP, 0)
     else:
@@ -76,7 +94,32 @@ def chat_completion(fields: Fields, served: Served, client: str) -> Asked:
     most = min(given) if given else max(1, served.context - len(prompt))
     for name, neutral in NEUTRAL.items():
         fields.only(name, neutral)
-    return _asked(fields, served, client, [prompt], most, chat=True, top=top)
+    grammar = None
+    if lark is not None:
+        grammar = served.grammar(lark, "response_format")
+    elif functions is not None and functions.lark is not None:
+        grammar = served.grammar(functions.lark, "tools")
+    asked = _asked(fields, served, client, [prompt], most, chat=True, top=top, grammar=grammar)
+    return dataclasses.replace(asked, tools=functions)
+
+
+def _check_tools(served: Served, functions: Tools | None, lark: str | None) -> None:
+    """Raises ApiError: the model cannot be told of tools, or its calls not be recognised."""
+    template = served.conversation.template
+    if template is not None and "tools" not in template:
+        raise ApiError(
+            "tools: the chat template of this model does not mention tools, expected one that does; "
+            "leave them out, or serve another model",
+            param="tools",
+        )
+    if OPEN in served.special.values():
+        raise ApiError(f"tools: {OPEN} is a special token of this model, expected one of text", param="tools")
+    if functions is not None and lark is not None:
+        raise ApiError(
+            "response_format: got JSON together with tools, expected one of them; leave one out, "
+            'or set tool_choice to "none"',
+            param="response_format",
+        )
 
 
 def completion(fields: Fields, served: Served, client: str) -> Asked:
@@ -102,6 +145,7 @@ def _asked(
     chat: bool,
     top: int | None,
     echo: list[str] | None = None,
+    grammar: Grammar | None = None,
 ) -> Asked:
     """The fields that both kinds of completion have."""
     temperature = fields.number("temperature", 0, 2, 1.0)
@@ -130,6 +174,7 @@ def _asked(
         bias=_bias(fields, served),
         presence_penalty=fields.number("presence_penalty", -2, 2, 0.0),
         frequency_penalty=fields.number("frequency_penalty", -2, 2, 0.0),
+        grammar=grammar,
         scores=top is not None,
         score_prompt=top is not None and echo is not None,
         client=fields.text("user") or client,
@@ -204,35 +249,3 @@ def token_ids(fields: Fields, name: str, value: Any, served: Served) -> np.ndarr
     ):
         raise fields.wrong(name, value, f"token ids from 0 to {served.vocab_size - 1}")
     return np.array(value, np.int32)
-
-
-def _messages(fields: Fields) -> list[dict[str, str]]:
-    messages = fields.take("messages")
-    if not isinstance(messages, list) or not messages:
-        raise fields.wrong("messages", messages, "a list of messages")
-    return [_message(message, f"messages[{i}].") for i, message in enumerate(messages)]
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise ApiError(f"{where[:-1]}: expected an object with role and content", param="messages")
-    fields = Fields(message, where)
-    role, content = fields.text("role"), fields.take("content")
-    if role not in ROLES:
-        raise fields.wrong("role", role, f"one of {', '.join(ROLES)}")
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{where}content[{i}].") for i, part in enumerate(content))
-    if not isinstance(content, str):
-        raise fields.wrong("content", content, "a text, or a list of text parts")
-    fields.only("refusal", ())
-    fields.done()
-    return {"role": ROLES[role], "content": content}
-
-
-def _part(part: Any, where: str) -> str:
-    fields = Fields(part if isinstance(part, dict) else {}, where)
-    kind, text = fields.text("type"), fields.text("text")
-    if kind != "text" or text is None:
-        raise fields.wrong("type", kind, "a part of type text, the only one supported")
-    fields.done()
-    return text

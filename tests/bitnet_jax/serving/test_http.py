@@ -131,10 +131,10 @@ def test_a_second_turn_reads_only_what_is_new(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
-        ("chat/completions", chat(tools=[{"type": "function"}]), 400, "tools: not supported"),
-        ("chat/completions", chat(response_format={"type": "json_object"}), 400, "response_format: not supported"),
+        ("chat/completions", chat(tools=[{"type": "function"}]), 400, "tools[0].function: got None"),
+        ("chat/completions", chat(response_format={"type": "xml"}), 400, "response_format.type: got 'xml'"),
         ("chat/completions", chat(functions=[]), 400, "functions: unknown or unsupported field"),
-        ("chat/completions", chat(messages=[{"role": "tool", "content": ""}]), 400, "role: got 'tool', expected"),
+        ("chat/completions", chat(messages=[{"role": "tool", "content": ""}]), 400, "tool_call_id: got '', expected"),
         ("chat/completions", chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "type: got"),
         ("chat/completions", chat(messages=[{"role": "user", "content": "x", "name": "y"}]), 400, "name: unknown"),
         ("chat/completions", chat(max_tokens=500), 400, "500 new ones need 512 positions, expected at most 160"),
@@ -279,7 +279,7 @@ def test_the_openai_client(server: Server) -> None:
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
         scored = client.completions.create(model="tiny", prompt="x", max_tokens=1, echo=True, logprobs=1)
         assert scored.choices[0].logprobs.token_logprobs[0] is None
-        with pytest.raises(openai.BadRequestError, match="parallel_tool_calls: unknown or unsupported"):
-            client.chat.completions.create(**fields, parallel_tool_calls=True)
+        with pytest.raises(openai.BadRequestError, match="verbosity: unknown or unsupported"):
+            client.chat.completions.create(**fields, verbosity="low")
         with pytest.raises(openai.NotFoundError, match="model: got 'other'"):
             client.completions.create(model="other", prompt="x")
