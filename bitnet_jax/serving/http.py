@@ -20,12 +20,12 @@ from bitnet_jax.serving.embeddings import Encoder, embeddings
 from bitnet_jax.serving.engine import Engine
 from bitnet_jax.serving.fields import ApiError, Fields, parse_body
 from bitnet_jax.serving.metrics import Metrics
-from bitnet_jax.serving.objects import Envelope
 from bitnet_jax.serving.openapi import document
 from bitnet_jax.serving.page import chat_page
 from bitnet_jax.serving.requests import Closed, Finished, QueueFull, TooLong
+from bitnet_jax.serving.responses import ResponseEnvelope, response
 from bitnet_jax.serving.schemas import Asked, Served, chat_completion, completion, token_ids
-from bitnet_jax.serving.streams import EventStream, Running, cancelled_if_the_client_leaves
+from bitnet_jax.serving.streams import Completion, EventStream, Reply, Running, cancelled_if_the_client_leaves
 
 try:
     from starlette.applications import Starlette
@@ -190,7 +190,9 @@ def application(serving: Serving) -> Starlette:
                 await asyncio.to_thread(lambda: embeddings(parse_body(body), served, encoder))
             )
 
-    def answered(parse: Callable[[Fields, Served, str], Asked]) -> Endpoint:
+    def answered(
+        parse: Callable[[Fields, Served, str], Asked], reply_of: Callable[[Asked, Served], Reply] = Completion
+    ) -> Endpoint:
         async def endpoint(request: Request) -> Any:
             engine, served = serving.generating
             body = await read_body(request)
@@ -204,13 +206,13 @@ def application(serving: Serving) -> Starlette:
             with refusing():
                 asked = await asyncio.to_thread(lambda: parse(parse_body(body), served, client))
                 running = Running(engine, asked, served, finished)
-            envelope = Envelope(asked, served)
+            reply = reply_of(asked, served)
             if asked.stream:
-                return EventStream(running, envelope)  # Starlette calls it next, and it cancels
+                return EventStream(running, reply)  # Starlette calls it next, and it cancels
             async with cancelled_if_the_client_leaves(running, request.receive):
                 async for _ in running.chunks():
                     pass
-            return JSONResponse(envelope.whole(running.choices))
+            return JSONResponse(reply.whole(running.choices))
 
         return endpoint
 
@@ -224,6 +226,7 @@ def application(serving: Serving) -> Starlette:
         route("/v1/models/{name:path}", model, "GET"),
         route("/v1/chat/completions", answered(chat_completion), "POST"),
         route("/v1/completions", answered(completion), "POST"),
+        route("/v1/responses", answered(response, ResponseEnvelope), "POST"),
         route("/v1/embeddings", vectors, "POST"),
         route("/tokenize", tokenize, "POST"),
         route("/detokenize", detokenize, "POST"),

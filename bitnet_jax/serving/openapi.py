@@ -7,6 +7,8 @@ from typing import Any
 from bitnet_jax.serving.embeddings import MOST_INPUTS
 from bitnet_jax.serving.messages import ROLES
 from bitnet_jax.serving.passes import TOP
+from bitnet_jax.serving.responses import PARTS
+from bitnet_jax.serving.responses import ROLES as RESPONSE_ROLES
 from bitnet_jax.serving.schemas import (
     MAX_ANSWERS,
     MAX_BIASES,
@@ -141,6 +143,26 @@ def _text(model: Schema) -> Schema:
     return _object(["model", "prompt"], model=model, prompt=prompt, echo=echo, logprobs=logprobs, **fields)
 
 
+def _responses(model: Schema) -> Schema:
+    part = _object(["type", "text"], type={"enum": list(PARTS)}, text={"type": "string"})
+    content = {"anyOf": [{"type": "string"}, _list(part)]}
+    message = _object(
+        ["role", "content"], type={"const": "message"}, role={"enum": list(RESPONSE_ROLES)}, content=content
+    )
+    return _object(
+        ["model", "input"],
+        model=model,
+        input={"anyOf": [{"type": "string"}, _list(message, minItems=1)]},
+        instructions=_field("string"),
+        max_output_tokens=_field("integer", minimum=1, maximum=LARGEST),
+        temperature=_field("number", minimum=0, maximum=2, default=1, description="0 is greedy"),
+        top_p=_field("number", minimum=0, maximum=1, default=1),
+        stream=_field("boolean", default=False),
+        store={"enum": [False, None], "description": "nothing is stored"},
+        user=_field("string", description="clients take turns by it"),
+    )
+
+
 def _vectors(model: Schema) -> Schema:
     many = _list({"anyOf": [TEXT, TOKENS]}, minItems=1, maxItems=MOST_INPUTS)
     return _object(
@@ -182,6 +204,7 @@ def document(served: Served) -> dict[str, Any]:
         "/v1/models/{name}": {"get": operation("the model of this name") | {"parameters": [name]}},
         "/v1/chat/completions": {"post": operation("answers to messages", of=_chat(model), stream=True)},
         "/v1/completions": {"post": operation("continuations of texts", of=_text(model), stream=True)},
+        "/v1/responses": {"post": operation("an answer to messages", of=_responses(model), stream=True)},
         "/v1/embeddings": {"post": operation("vectors of texts", of=_vectors(model))},
         "/tokenize": {"post": operation("tokens of a text", of=asked, gives=tokens)},
         "/detokenize": {

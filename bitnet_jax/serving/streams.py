@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from bitnet_jax.serving.answer import Answer
 from bitnet_jax.serving.engine import Engine
@@ -19,6 +19,7 @@ from bitnet_jax.serving.schemas import Asked, Served
 PING_SECONDS = (
     15.0  # between comments in a stream that has nothing to say, so that nothing on the way closes it
 )
+PING = ": ping"
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
@@ -98,11 +99,33 @@ async def cancelled_if_the_client_leaves(running: Running, receive: Receive) -> 
         watcher.cancel()
 
 
+class Reply(Protocol):
+    """What running choices are to the client: one object, or the lines of a stream."""
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]: ...
+
+    def events(self, running: Running) -> AsyncIterator[str]: ...
+
+
+class Completion(Envelope):
+    """The reply of both kinds of completion."""
+
+    async def events(self, running: Running) -> AsyncIterator[str]:
+        try:
+            async for choice in running.chunks():
+                yield PING if choice is None else data(self.chunk([choice]))
+            if (usage := self.last(running.choices)) is not None:
+                yield data(usage)
+            yield "data: [DONE]"
+        except ApiError as error:  # the status has been sent
+            yield data(error.body)
+
+
 class EventStream:
     """Server-sent events of an answer, as an ASGI response."""
 
-    def __init__(self, running: Running, envelope: Envelope) -> None:
-        self._running, self._envelope = running, envelope
+    def __init__(self, running: Running, reply: Reply) -> None:
+        self._running, self._reply = running, reply
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         async with cancelled_if_the_client_leaves(self._running, receive):
@@ -111,20 +134,10 @@ class EventStream:
                 (b"cache-control", b"no-cache"),
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            try:
-                async for choice in self._running.chunks():
-                    await _send(send, ": ping" if choice is None else _data(self._envelope.chunk([choice])))
-                if (usage := self._envelope.last(self._running.choices)) is not None:
-                    await _send(send, _data(usage))
-                await _send(send, "data: [DONE]")
-            except ApiError as error:  # the status has been sent
-                await _send(send, _data(error.body))
+            async for line in self._reply.events(self._running):
+                await send({"type": "http.response.body", "body": f"{line}\n\n".encode(), "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
 
-def _data(value: dict[str, Any]) -> str:
+def data(value: dict[str, Any]) -> str:
     return "data: " + json.dumps(value, allow_nan=False)
-
-
-async def _send(send: Send, line: str) -> None:
-    await send({"type": "http.response.body", "body": f"{line}\n\n".encode(), "more_body": True})

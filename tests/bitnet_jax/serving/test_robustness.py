@@ -30,7 +30,6 @@ pytest.importorskip("jinja2", reason="package jinja2 is not installed; pip insta
 from bitnet_jax.serving import http as http_face
 from bitnet_jax.serving import streams
 from bitnet_jax.serving.fields import Fields
-from bitnet_jax.serving.objects import Envelope
 from bitnet_jax.serving.server import Server
 from tests.bitnet_jax.chat_folders import write_folder
 from tests.bitnet_jax.serving.tiny_servers import ask, connection, started, tiny, until
@@ -155,7 +154,7 @@ def test_an_answer_whose_task_is_cancelled_ends(begun: bool) -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        stream = streams.EventStream(running, Envelope(asked, served))
+        stream = streams.EventStream(running, streams.Completion(asked, served))
         task = asyncio.create_task(stream({}, receive, send))
         for _ in range(50):
             await asyncio.sleep(0)

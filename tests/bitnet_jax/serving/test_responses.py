@@ -1,0 +1,128 @@
+"""The Responses API: the answers of chat in its objects, the order of its events, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason="package starlette is not installed; pip install starlette")
+pytest.importorskip("uvicorn", reason="package uvicorn is not installed; pip install uvicorn")
+pytest.importorskip("prometheus_client", reason="package prometheus-client is not installed")
+pytest.importorskip("jinja2", reason="package jinja2 is not installed; pip install jinja2")
+
+from bitnet_jax.serving.schemas import Served
+from bitnet_jax.serving.server import Server
+from tests.bitnet_jax.serving.tiny_models import engine
+from tests.bitnet_jax.serving.tiny_servers import CONVERSATION, TOKENIZER, ask, started
+
+PATH = "/v1/responses"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = started()
+    yield running
+    running.stop()
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "input": "Hi", "temperature": 0, "max_output_tokens": 8, **fields}
+
+
+def events(content: str) -> list[dict[str, Any]]:
+    """The data of a stream, whose `event:` lines must name its types."""
+    found = []
+    for event in content.removesuffix("\n\n").split("\n\n"):
+        name, value = event.split("\n")
+        found.append(json.loads(value.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+def unnamed(value: Any) -> Any:
+    """Without ids and times."""
+    if isinstance(value, dict):
+        return {key: unnamed(one) for key, one in value.items() if key not in ("id", "created_at", "usage")}
+    return [unnamed(one) for one in value] if isinstance(value, list) else value
+
+
+def test_a_response_is_the_answer_of_chat(server: Server) -> None:
+    parts = [{"type": "input_text", "text": "H"}, {"type": "input_text", "text": "i"}]
+    earlier = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant",
+               "content": [{"type": "output_text", "text": "Yes?", "annotations": [], "logprobs": []}]}  # fmt: skip
+    items = [{"role": "user", "content": parts}, earlier, {"role": "user", "content": "So"}]
+    said = (("system", "Be."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "So"))
+    messages = [{"role": role, "content": text} for role, text in said]
+    asked = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 8}
+    _, chat, _ = ask(server, "/v1/chat/completions", asked)
+    status, answer, _ = ask(server, PATH, body(input=items, instructions="Be."))
+    assert (status, answer["status"]) == (200, "incomplete"), answer
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert answer["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+    for ours, theirs in (("input", "prompt"), ("output", "completion"), ("total", "total")):
+        assert answer["usage"][f"{ours}_tokens"] == chat["usage"][f"{theirs}_tokens"]
+
+
+def test_a_stream_has_typed_events_and_ends_once(server: Server) -> None:
+    _, whole, _ = ask(server, PATH, body())
+    _, content, headers = ask(server, PATH, body(stream=True))
+    assert headers["content-type"] == "text/event-stream; charset=utf-8"
+    found = events(content)
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    kinds = [event["type"].removeprefix("response.") for event in found]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+    assert set(kinds[4:-4]) == {"output_text.delta"}
+    text = "".join(event["delta"] for event in found[4:-4])
+    assert text == found[-4]["text"] == whole["output"][0]["content"][0]["text"]
+    assert unnamed(found[-1]["response"]) == unnamed(whole)
+
+
+def test_an_answer_that_fails_in_a_stream_says_so_once() -> None:
+    serving = engine(timeout=1e-9)
+    slow = started(lambda: (serving, Served("tiny", TOKENIZER, CONVERSATION, serving.context)))
+    status, answer, _ = ask(slow, PATH, body())
+    assert (status, "it took longer" in answer["error"]["message"]) == (504, True)
+    found = events(ask(slow, PATH, body(stream=True))[1])
+    slow.stop()
+    ends = [e for e in found if e["type"].split(".")[1] in ("completed", "incomplete", "failed")]
+    assert ends == found[-1:]
+    assert (ends[0]["response"]["status"], ends[0]["response"]["error"]["code"]) == ("failed", "server_error")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"input": None}, "input: got None, expected a text or a list of messages"),
+        ({"input": []}, "input: got [], expected"),
+        ({"input": [{"type": "function_call_output"}]}, "input[0].type: got 'function_call_output', expected message"),
+        ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role: got 'robot', expected one of system"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type: got"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id: unknown or unsupported field"),
+        ({"store": True}, "store: not supported"),
+        ({"background": True}, "background: not supported"),
+        ({"tools": [{"type": "web_search"}]}, "tools: not supported"),
+        ({"text": {"format": {"type": "json_object"}}}, "text: not supported"),
+        ({"max_output_tokens": 0}, "max_output_tokens: got 0, expected an integer from 1"),
+        ({"input": "x" * 200}, "tokens"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_refused(server: Server, fields: dict[str, Any], message: str) -> None:
+    status, answer, _ = ask(server, PATH, body(**fields))
+    assert (status, message in answer["error"]["message"]) == (400, True), answer
+
+
+def test_the_client_of_openai(server: Server) -> None:
+    openai = pytest.importorskip("openai", reason="package openai is not installed; pip install openai")
+    client = openai.OpenAI(base_url=server.address + "/v1", api_key="none")
+    asked = {"model": "tiny", "input": "Hi", "temperature": 0, "max_output_tokens": 8}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert whole.output_text == text == client.responses.create(**asked, store=False).output_text
+    with pytest.raises(openai.BadRequestError, match="store: not supported"):
+        client.responses.create(**asked, store=True)
