@@ -1,4 +1,4 @@
-"""Throughput and latency of the server, asked by several clients at once over HTTP, in a process of its own.
+"""Throughput and latency of the server, asked by several clients at once over HTTP; it runs as a separate process.
 
     figures = bench_serving("smollm2-packed", prompt=128, new_tokens=64, repeats=3)
 
