@@ -107,6 +107,9 @@ def load_config_file(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 def _add_default(config: ConfigDict, override: str) -> None:
     """Adds the field that an override names, with its default, if it exists and only the file lacks it."""
     section, _, name = override.partition("=")[0].removeprefix("--config.").partition(".")
+    if (section, name) == ("init", "") and "init" not in config:
+        config.init = placeholder(str)
+        return
     kinds: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)}
     kind = ModelConfig if section == "model" and "model" in config else kinds.get(section)
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):

@@ -43,11 +43,12 @@ def test_overrides_keep_the_type_of_their_field(spec: str) -> None:
 
 def test_overrides_may_name_fields_with_a_default_that_the_file_lacks(spec: str) -> None:
     overrides = ["--config.distributed.coordinator=host:1", "--config.distributed.processes=2"]
-    overrides += ["--config.training.max_loss=9", "--config.model.dropout=0.1"]
+    overrides += ["--config.training.max_loss=9", "--config.model.dropout=0.1", "--config.init=runs/float"]
     config = load_config_file(spec, overrides)
     assert config.distributed.to_dict() == {"coordinator": "host:1", "processes": 2}
     assert config.training.to_dict() == {"max_loss": 9.0}
     assert config.model.dropout == 0.1
+    assert config.init == "runs/float"
 
 
 def test_the_command_line_of_the_process_is_ignored(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
