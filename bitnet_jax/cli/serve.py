@@ -89,6 +89,12 @@ def run(args: argparse.Namespace) -> int:
                 f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it"
             )
         if model.config.pooling != "none":
+            for flag in ("context", "kv_format", "prompt_lookup", "timeout"):
+                if value := getattr(args, flag):
+                    name_of = flag.replace("_", "-")
+                    raise ValueError(
+                        f"got --{name_of} {value} for a sentence encoder, which has no such setting"
+                    )
             encoder = Encoder(
                 model.config, model.variables, model.tokenizer, model.conversation, queue_limit=args.queue
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,6 +17,7 @@ from bitnet_jax.data.errors import DataError, check_share
 from bitnet_jax.data.files import invalid_utf8, read_blocks
 
 Found = TypeVar("Found")
+Item = TypeVar("Item")
 SPLITS = ("document", "tail", "record")
 HELD_OUT_NAMES = ("valid", "validation", "dev")
 TRAIN, VALID, TEST, IGNORED = range(4)  # the parts of a split
@@ -168,6 +169,32 @@ class Split:
         for size in self._characters:
             yield size, min(max(first, 0), size), min(max(end, 0), size)
             first, end = first - size, end - size
+
+
+def split_by_hash(
+    items: Sequence[Item],
+    text: Callable[[Item], str],
+    fraction: float,
+    test: bool,
+    held_out: Sequence[Item] | None,
+) -> tuple[list[Item], list[Item], list[Item]]:
+    """(train, valid, test) of short texts, each to a part by the hash of its text.
+
+    Args:
+      fraction: of the items, for each part that is cut off them.
+      test: whether there is a test part.
+      held_out: other items that are all of the part measured last, test if there is one, else valid.
+
+    Raises DataError: the fraction leaves nothing to train on.
+    """
+    if held_out is not None and not test:
+        return list(items), list(held_out), []
+    cuts = test and held_out is None
+    check_held_out(fraction, cuts)
+    parts: dict[int, list[Item]] = {TRAIN: [], VALID: [], TEST: []}
+    for item in items:
+        parts[hashed_part(unit_hash(text(item)), fraction, cuts)].append(item)
+    return parts[TRAIN], parts[VALID], parts[TEST] if held_out is None else list(held_out)
 
 
 def hashed_part(value: float, fraction: float, test: bool) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from bitnet_jax.data import standard_library
 from bitnet_jax.data.corpus import load_tokenizer
-from bitnet_jax.data.documents import TEST, TRAIN, VALID, Document, check_held_out, hashed_part, unit_hash
+from bitnet_jax.data.documents import Document, split_by_hash, unit_hash
 from bitnet_jax.data.errors import DataError, check_number
 from bitnet_jax.data.text import checked_text, json_lines, resolve_path
 from bitnet_jax.data.tokenizers import Tokenizer
@@ -69,19 +69,11 @@ def load_labelled_text(
     """
     check_number("length", length)
     check_number("limit", limit)
-    cuts = test and valid_source is None  # a test part off `source`
-    if valid_source is None or test:
-        check_held_out(valid_fraction, cuts)
+    held_out = None if valid_source is None else read_examples(valid_source, root)
     examples = read_examples(source, root)
-    if valid_source is None or test:
-        sides = [hashed_part(unit_hash(example.text), valid_fraction, cuts) for example in examples]
-        train, valid, tested = (
-            [example for example, side in zip(examples, sides, strict=True) if side == part]
-            for part in (TRAIN, VALID, TEST)
-        )
-        tested = tested if valid_source is None else read_examples(valid_source, root)
-    else:
-        train, valid, tested = examples, read_examples(valid_source, root), []
+    train, valid, tested = split_by_hash(
+        examples, lambda example: example.text, valid_fraction, test, held_out
+    )
     train = train[:limit]
     if not train or not valid or (test and not tested):
         raise DataError(
@@ -111,12 +103,19 @@ def _encode(
     return encode_texts([example.text for example in examples], tokenizer, length) | {"targets": targets}
 
 
-def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
-    """Inputs of a classifier: inputs int32 [N, length] and mask bool [N, length], False for padding."""
+def encode_texts(
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    length: int,
+    begin: Sequence[int] = (),
+    end: Sequence[int] = (),
+) -> dict[str, np.ndarray]:
+    """Texts between begin and end tokens, cut to fit: inputs int32 [N, length] and mask bool [N, length], False for
+    padding."""
     inputs = np.zeros((len(texts), length), np.int32)
     mask = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts):
-        ids = tokenizer.encode(text)[:length]
+        ids = [*begin, *tokenizer.encode(text)[: length - len(begin) - len(end)], *end]
         inputs[row, : len(ids)], mask[row, : len(ids)] = ids, True
     return {"inputs": inputs, "mask": mask}
 

@@ -70,7 +70,7 @@ def with_shape(config: RunConfig, initial: Initial) -> RunConfig:
     Raises ValueError: another tokenizer.
     """
     assert config.init is not None
-    own = str(Path(config.init) / TOKENIZER)
+    own = str((Path(config.init) / TOKENIZER).absolute())  # data.root does not apply to it
     if config.data.tokenizer not in ("byte", own):
         raise ValueError(
             f"data.tokenizer: got {config.data.tokenizer!r} beside init, expected it to be unset"
@@ -92,7 +92,7 @@ def with_shape(config: RunConfig, initial: Initial) -> RunConfig:
 def initial_values(
     fresh: Callable[[PRNGKeyArray], Mapping[str, PyTree]], initial: Initial, key: PRNGKeyArray
 ) -> dict[str, PyTree]:
-    """The variables of a new run, with the parameters of `initial` in place of its own.
+    """The variables of a new run, whose parameters are replaced by those of `initial`.
 
     Raises ValueError: a parameter that the new model does not have, or has in another shape.
     """

@@ -32,7 +32,7 @@ from bitnet_jax.training.config_sections import DistillationConfig
 from bitnet_jax.training.initial import read_initial
 from bitnet_jax.training.losses import LossSums
 from bitnet_jax.training.step import Batch, LossFunction, ModelState
-from bitnet_jax.training.task import Task, initial_variables
+from bitnet_jax.training.task import Task, forward, initial_variables
 
 Hidden = Float[Array, "layers B T D"]
 
@@ -59,27 +59,38 @@ def outputs(
     progress: Float[Array, ""] | float,
 ) -> tuple[Hidden, Float[Array, "B D"]]:
     """The outputs of all blocks, and the unit vectors."""
-    rngs = {} if key is None else dict(zip(("dropout", "stochastic"), jax.random.split(key), strict=True))
-    output, state = model.apply(
-        variables,
-        batch["inputs"],
-        mask=batch["mask"],
-        progress=progress,
-        deterministic=key is None,
-        rngs=rngs,
-        capture_intermediates=lambda module, method: isinstance(module, Block) and method == "__call__",
-        mutable=["intermediates"],
-    )
+    output, state = forward(model, variables, batch, key, progress, ("intermediates",), capture=_of_block)
     blocks = state["intermediates"]
     hidden = [blocks[f"layers_{i}"]["__call__"][0][0] for i in range(len(blocks))]
     return jnp.stack(hidden).astype(jnp.float32), output.logits
 
 
-def vectors_loss(model: nn.Module, config: DistillationConfig) -> LossFunction:
-    """The weighted sum of the three distances, for batches with `teacher`. A row of padding has no token.
+def _of_block(module: nn.Module, method: str) -> bool:
+    return isinstance(module, Block) and method == "__call__"
 
-    `correct` of the sums is the sum of the cosines, so that the accuracy of a training row is their mean.
+
+def distance_sums(
+    config: DistillationConfig, hidden: Hidden, vectors: Float[Array, "B D"], batch: Batch
+) -> LossSums:
+    """The weighted sum of the three distances to `teacher` of the batch, times the texts; a row of padding is none.
+
+    `correct` is the sum of the cosines, so that the accuracy of a training row is their mean.
     """
+    teacher = batch["teacher"]
+    real = jnp.any(batch["mask"], axis=1, keepdims=True)
+    count = jnp.sum(real.astype(jnp.float32))
+    own, wanted = (jnp.where(real, x, 0.0) for x in (vectors, teacher["vectors"]))
+    cosines = jnp.sum(own * wanted)
+    distance = (
+        config.hidden * hidden_distance(hidden, teacher["hidden"], batch["mask"])
+        + config.vectors * (1 - cosines / count)
+        + config.similarities * similarity_distance(own, wanted)
+    )
+    return LossSums(count * distance, cosines, count)
+
+
+def vectors_loss(model: nn.Module, config: DistillationConfig) -> LossFunction:
+    """`distance_sums` of the model's outputs."""
 
     def loss(
         variables: Mapping[str, PyTree],
@@ -87,18 +98,7 @@ def vectors_loss(model: nn.Module, config: DistillationConfig) -> LossFunction:
         key: PRNGKeyArray | None,
         progress: Float[Array, ""] | float,
     ) -> tuple[LossSums, ModelState]:
-        hidden, vectors = outputs(model, variables, batch, key, progress)
-        teacher = batch["teacher"]
-        real = jnp.any(batch["mask"], axis=1, keepdims=True)
-        count = jnp.sum(real.astype(jnp.float32))
-        own, wanted = (jnp.where(real, x, 0.0) for x in (vectors, teacher["vectors"]))
-        cosines = jnp.sum(own * wanted)
-        distance = (
-            config.hidden * hidden_distance(hidden, teacher["hidden"], batch["mask"])
-            + config.vectors * (1 - cosines / count)
-            + config.similarities * similarity_distance(own, wanted)
-        )
-        return LossSums(count * distance, cosines, count), {}
+        return distance_sums(config, *outputs(model, variables, batch, key, progress), batch), {}
 
     return loss
 
@@ -150,8 +150,8 @@ def sentence_task(config: RunConfig) -> Task:
         return {**batch, "teacher": taught(teacher.params, batch["inputs"], batch["mask"])}
 
     batches = ExampleBatches(parts.train, data.batch_size, config.seed)
-    loss = vectors_loss(Transformer(model), distillation)
-    evaluate = partial(_evaluate, jax.jit(partial(_measured, Transformer(model), loss)), with_teacher)
+    measured = jax.jit(partial(_measured, Transformer(model), distillation))
+    evaluate = partial(_evaluate, measured, with_teacher)
 
     def of(part: Sentences) -> Callable[[Mapping[str, PyTree]], dict[str, float]]:
         some = list(itertools.islice(whole_batches(part, held_out.batch_size), held_out.batches))
@@ -159,7 +159,7 @@ def sentence_task(config: RunConfig) -> Task:
 
     return Task(
         init=partial(initial_variables, config, model),
-        loss=loss,
+        loss=vectors_loss(Transformer(model), distillation),
         train_batch=lambda step, rows=EVERY_ROW: with_teacher(batches.batch(step, rows)),
         tokens=data.batch_size * data.length,
         evaluate=of(parts.valid),
@@ -171,10 +171,10 @@ def sentence_task(config: RunConfig) -> Task:
 
 
 def _measured(
-    model: nn.Module, loss: LossFunction, variables: Mapping[str, PyTree], batch: Batch
+    model: nn.Module, config: DistillationConfig, variables: Mapping[str, PyTree], batch: Batch
 ) -> tuple[LossSums, Float[Array, "B D"]]:
-    sums, _ = loss(variables, batch, None, 1.0)
-    return sums, outputs(model, variables, batch, None, 1.0)[1]
+    hidden, vectors = outputs(model, variables, batch, None, 1.0)
+    return distance_sums(config, hidden, vectors, batch), vectors
 
 
 def _evaluate(

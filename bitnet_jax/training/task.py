@@ -138,8 +138,13 @@ def forward(
     key: PRNGKeyArray | None,
     progress: Float[Array, ""] | float,
     mutable: tuple[str, ...],
+    capture: Callable[[nn.Module, str], bool] | bool = False,
 ) -> tuple[Any, ModelState]:
-    """The model's output on a batch, and its collections named in `mutable`."""
+    """The model's output on a batch, and its collections named in `mutable`.
+
+    Args:
+      capture: the outputs of which modules are kept in the collection intermediates, see flax's `apply`.
+    """
     rngs = {} if key is None else dict(zip(("dropout", "stochastic"), jax.random.split(key), strict=True))
     described = {name: batch[name] for name in ("mask", "segments", "positions") if name in batch}
     output, state = model.apply(
@@ -150,6 +155,7 @@ def forward(
         deterministic=key is None,
         rngs=rngs,
         mutable=list(mutable),
+        capture_intermediates=capture,
     )
     return output, dict(state)
 

@@ -102,7 +102,7 @@ def test_aider(talker: Server, tmp_path: Path) -> None:
     """One message without a terminal, a repository, or changes of files; its own prompts have thousands of bytes."""
     aider = shutil.which("aider")
     if aider is None:
-        pytest.skip("no aider on the path; pip install aider-chat, in an environment of its own")
+        pytest.skip("no aider on the path; pip install aider-chat, in a separate environment")
     command = [
         aider, "--model", "openai/talker", "--message", "What?", "--dry-run", "--no-git", "--yes-always", "--no-pretty",
         "--no-check-update", "--analytics-disable", "--no-show-model-warnings", "--no-show-release-notes",

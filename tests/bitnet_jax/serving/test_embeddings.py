@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitnet_jax.cli import serve
 from bitnet_jax.inference.text_vectors import embed, encoder_ids
 from bitnet_jax.model_folders import load_text_model
 from tests.bitnet_jax.interop.sentence_folder import write
@@ -132,3 +134,18 @@ def test_a_full_queue(tmp_path: Path) -> None:
     for thread in waiting:
         thread.join()
     assert encoder.vectors(ids).shape == (1, 32)
+
+
+@pytest.mark.parametrize("flag", [["--timeout", "9"], ["--context", "16"], ["--prompt-lookup", "2"]], ids=str)
+def test_settings_of_the_engine_are_refused_for_an_encoder(tmp_path: Path, flag: list[str]) -> None:
+    folder = str(write(tmp_path / "model"))
+    with pytest.raises(
+        ValueError, match=f"got {flag[0]} .* for a sentence encoder, which has no such setting"
+    ):
+        _run_serve([folder, "--port", "0", *flag])
+
+
+def _run_serve(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    serve.run(parser.parse_args(arguments))
