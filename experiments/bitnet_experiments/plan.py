@@ -82,14 +82,16 @@ class Plan:
         )  # else it is decided where the run would be executed
         return found == "stale" or (self.again and not same)
 
-    def apart(self, rows: Iterable[Row], here: Mapping[str, str]) -> list[Row]:
-        """The rows that this sweep leaves in their file and that have another origin than its own."""
+    def apart(self, rows: Iterable[Row], here: Mapping[str, str], added: Iterable[str]) -> list[Row]:
+        """The rows of another origin that would stay in their file, in a block with rows of the arms `added`."""
+        blocks = set(map(self.study.block_of, added))
         seeds = {*self.seeds, *self.study.tune_seeds}
         arms = {*self.arms, *map(self.study.search_arm, self.arms)}
         return [
             row
             for row in rows
-            if not same_origin(row, here)
+            if self.study.block_of(row["arm"]) in blocks
+            and not same_origin(row, here)
             and not (self.again and row["arm"] in arms and row["seed"] in seeds)
             and standing(self.study, row, self.small, {**row.get("tuned", {}), **self.sets})
             in ("done", "unhashed")

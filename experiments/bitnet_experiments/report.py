@@ -47,13 +47,23 @@ def text_of(study: Study, rows: Sequence[Row], parts: Sequence[Section]) -> str:
         if part.figure:
             blocks.append(f"![{part.figure.replace('_', ' ')}]({part.figure}.png)")
     commits = ", ".join(sorted({row["commit"] for row in rows}))
-    machines = ", ".join(sorted({row["hardware"] for row in rows}))
+    machines = _machines(study, rows)
     versions = ", ".join(sorted({row["jax"] for row in rows}))
     small = any(row.get("small") for row in rows)
     blocks.append(
         f"Command: `{command(study, small)}`. Measured at commits {commits}, on {machines}, jax {versions}."
     )
     return "\n\n".join(blocks)
+
+
+def _machines(study: Study, rows: Sequence[Row]) -> str:
+    """The machines of the rows, each with its blocks if there are several."""
+    blocks: dict[str, dict[str, None]] = {}
+    for row in rows:
+        blocks.setdefault(row["hardware"], {})[study.block_of(row["arm"])] = None
+    if len(blocks) == 1 or study.block is None:
+        return ", ".join(sorted(blocks))
+    return ", ".join(f"{machine} ({', '.join(blocks[machine])})" for machine in sorted(blocks))
 
 
 def _readme(study: Study, rows: Sequence[Row], old: str, parts: Sequence[Section]) -> str:

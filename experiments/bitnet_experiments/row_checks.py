@@ -1,4 +1,4 @@
-"""Whether the rows of a study can be compared: made with its present settings, on one machine, from committed code."""
+"""Whether rows that are compared may be: made with the present settings, on one machine, from committed code."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ def problems(study: Study, rows: Sequence[Row]) -> list[str]:
             f"{len(stale)} of {len(rows)} rows were made with other settings than the study has now, such as "
             f"{stale[0]['run']}"
         )
-    for what, field in (("machines", "hardware"), ("states of the code", "code")):
-        values = sorted({row[field] for row in rows if field in row})
-        if len(values) > 1:
-            found.append(f"rows of {len(values)} {what}: {', '.join(values)}")
+    blocks: dict[str, list[Row]] = {}
+    for row in rows:
+        blocks.setdefault(study.block_of(row["arm"]), []).append(row)
+    for block, members in blocks.items():
+        for what, field in (("machines", "hardware"), ("states of the code", "code")):
+            values = sorted({row[field] for row in members if field in row})
+            if len(values) > 1:
+                found.append(f"{block and f'{block}: '}rows of {len(values)} {what}: {', '.join(values)}")
     dirty = [row for row in rows if row["commit"].endswith(DIRTY) or row.get("code", "").endswith(DIRTY)]
     if dirty:
         found.append(

@@ -64,6 +64,8 @@ class Study:
     test_examples: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of metrics that are per cent
     # arm -> the trained model that it evaluates; arms of one model are paired. None: every arm is trained.
     trained_model: Callable[[str], str] | None = None
+    # arm -> its block: arms that are compared with each other, so their rows have one origin. None: all are one block.
+    block: Callable[[str], str] | None = None
     common: Overrides = dataclasses.field(default_factory=dict)  # overrides of all arms
     small: Overrides = dataclasses.field(
         default_factory=dict
@@ -89,6 +91,12 @@ class Study:
         named = [arm for claim in self.claims for arm in claim.contrast or ()]
         for arm in (self.baseline, *(self.small_arms or ()), *named):
             check_name(f"{self.name}: arm", arm, self.arms)
+        for claim in self.claims:
+            if len(blocks := {self.block_of(arm) for arm in claim.contrast or ()}) > 1:
+                raise ValueError(
+                    f"{self.name}: claim {claim.says!r}: got arms of the blocks {', '.join(sorted(blocks))}, "
+                    "expected a contrast within one block"
+                )
         if self.run is None and self.config is None:
             raise ValueError(f"{self.name}: got neither CONFIG nor run, expected at least one of them")
         if self.tune:
@@ -128,6 +136,10 @@ class Study:
                 f"{self.name}: got {wanted}, but run(arm, seed, workdir, small) takes no further settings; add the "
                 "parameter overrides={} and pass it to Study.settings"
             )
+
+    def block_of(self, arm: str) -> str:
+        """The block of an arm; "" where all arms are one, and for an arm that the study does not have."""
+        return "" if self.block is None or arm not in self.arms else self.block(arm)
 
     @property
     def tuned_by(self) -> str:

@@ -71,11 +71,11 @@ def claim(plan: Plan, job: Job) -> Row | None:
         if not mine or not plan.needed(job, row_of(rows, job.name), here):
             return None
         if not plan.mix:
-            check_one_origin(plan.apart(rows, here), here, file)
+            check_one_origin(plan.apart(rows, here, [job.arm]), here, file)
         row = run_one(plan, job, here)
         with locked(locks / "results"):
             others = [other for other in read_results(file) if other["run"] != job.name]
-            if plan.apart(others, here):
+            if plan.apart(others, here, [job.arm]):
                 row |= {"mixed": True}
             write_atomic(file, "".join(json.dumps(plain(r)) + "\n" for r in (*others, row)))
     return row
@@ -131,7 +131,7 @@ def _needed(plan: Plan, jobs: Sequence[Job], here: dict[str, str]) -> list[Job]:
     by_name = {row["run"]: row for row in rows}
     todo = [job for job in jobs if plan.needed(job, by_name.get(job.name), here)]
     if todo and not plan.mix:
-        check_one_origin(plan.apart(rows, here), here, file)
+        check_one_origin(plan.apart(rows, here, [job.arm for job in todo]), here, file)
     failed = sum(by_name.get(job.name, {}).get("status") == "failed" for job in jobs if job not in todo)
     if failed:
         print(

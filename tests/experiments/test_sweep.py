@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 from bitnet_experiments import sweep
+from bitnet_experiments.claims import Claim
 from bitnet_experiments.freshness import fresh_rows, standing
 from bitnet_experiments.origin import code
+from bitnet_experiments.report import text_of
+from bitnet_experiments.row_checks import problems
 from bitnet_experiments.runs import locked
 from bitnet_experiments.study import Study, read_results
 from bitnet_jax.cli.main import main
@@ -186,6 +189,29 @@ def test_rows_of_one_study_have_one_origin(study: Study, tmp_path: Path) -> None
     results.write_text(text)
     sweep.sweep(one, tmp_path / "work", small=False)
     assert not any("mixed" in row for row in read_results(results))
+
+
+def test_only_the_rows_of_a_block_need_one_origin(study: Study, tmp_path: Path) -> None:
+    first = dataclasses.replace(
+        measuring(study, []), block=lambda arm: "float" if arm == "float32" else "ternary"
+    )
+    results = sweep.sweep(first, tmp_path / "work", small=False, seeds=1, arms=["float32"])
+    elsewhere = [row | {"hardware": "another"} for row in read_results(results)]
+    results.write_text("".join(json.dumps(row) + "\n" for row in elsewhere))
+    with pytest.raises(ValueError, match="1 rows of another origin .hardware another"):
+        sweep.sweep(first, tmp_path / "work", small=False, arms=["float32"])
+    sweep.sweep(first, tmp_path / "work", small=False, arms=["ternary*"])
+    rows = read_results(results)
+    assert len({row["hardware"] for row in rows}) == 2
+    assert not any("mixed" in row for row in rows)
+    assert not any("machines" in problem for problem in problems(first, rows))
+    assert "another (float)" in text_of(first, rows, [])
+
+    moved = [row | {"hardware": "another"} if row["run"] == "ternary-seed0" else row for row in rows]
+    assert any(problem.startswith("ternary: rows of 2 machines") for problem in problems(first, moved))
+    contrast = Claim(says="ternary costs", contrast=("ternary", "float32"), greater_than=0)
+    with pytest.raises(ValueError, match="arms of the blocks float, ternary, expected a contrast within one"):
+        dataclasses.replace(first, claims=(contrast,))
 
 
 def test_a_sweep_stops_when_every_arm_fails_alike(study: Study, tmp_path: Path) -> None:

@@ -87,6 +87,11 @@ def TUNED_AS(arm: str) -> str:
     return _arm("98k", 20, arm.split()[2])
 
 
+def BLOCK(arm: str) -> str:
+    """Size and ratio: precisions are compared within it."""
+    return arm.rpartition(" ")[0]
+
+
 def run(arm: str, seed: int, workdir: Path, small: bool, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Trains the arm, beginning with the updates that it shares with the arm of half as many tokens."""
     study = read_study(Path(__file__).parent)
