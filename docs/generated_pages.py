@@ -343,7 +343,10 @@ def block_drawing() -> str:
 def negative_page() -> str:
     """The studies with a claim that did not hold, or not fully: their verdict, and what their page says about it."""
     left_out = ("reproduced", "own finding")
-    judged = {name: json.loads((STUDIES / name / "verdict.json").read_text()) for name in study_names()}
+    verdicts = {
+        name: STUDIES / name / "verdict.json" for name in study_names()
+    }  # none before the first result
+    judged = {name: json.loads(file.read_text()) for name, file in verdicts.items() if file.is_file()}
     studies = [load_study(name) for name, found in judged.items() if found["verdict"] not in left_out]
     lines = [
         "# Negative results",

@@ -24,7 +24,11 @@ from bitnet_experiments.origin import origin, same_origin
 from bitnet_experiments.study import TEST, load_study, overridden
 from bitnet_experiments.tuning import chosen
 from bitnet_jax.models import Architecture, Transformer
+from bitnet_jax.nn.config import TransformerShape
+from bitnet_jax.nn.embedding import stored_dtype
+from bitnet_jax.nn.tables import table_precision
 from bitnet_jax.quantization import scales
+from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import HEADS
 from bitnet_jax.training.config import RunConfig, differing_fields
 from bitnet_jax.training.load import load_run
@@ -145,10 +149,11 @@ def measure(
 def sizes(model: Architecture) -> dict[str, float]:
     """weight_bits, the bits of information per weight of all linear layers except the head, and model_bytes in total.
 
-    A ternary weight counts as log2(3) bits, the information-theoretic minimum. Scales and everything else (embeddings,
-    head, norms, statistics) count as four bytes per number.
+    A ternary weight counts as log2(3) bits, the information-theoretic minimum. Tables of integers have their bits and
+    scales. Scales of linear layers and all else (float tables, norms, statistics) count as four bytes per number.
     """
     precisions, weights, bits, numbers, counted = model.precisions(), 0, 0.0, 0, set()
+    tables = 0.0
     for path, (n, k) in model.linear_shapes().items():
         if path not in HEADS:
             precision = precisions[path]
@@ -161,9 +166,22 @@ def sizes(model: Architecture) -> dict[str, float]:
                 ).size
     for place, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(model)):
         name = jax.tree_util.keystr(place[1:], simple=True, separator="/")  # without the collection
-        if name not in counted:
+        table = _integer_table(model, name)
+        if table is not None:
+            assert isinstance(table.granularity, int)
+            per_row = leaf.shape[1] * table.weight_bits / 8
+            per_row += leaf.shape[1] // table.granularity * jnp.dtype(table.scale_dtype).itemsize
+            tables += leaf.shape[0] * per_row
+        elif name not in counted:
             numbers += math.prod(leaf.shape)
-    return {"weight_bits": bits / weights, "model_bytes": bits / 8 + 4 * numbers}
+    return {"weight_bits": bits / weights, "model_bytes": bits / 8 + tables + 4 * numbers}
+
+
+def _integer_table(model: Architecture, leaf: str) -> Precision | None:
+    """The precision of a leaf that is an embedding table, or a head, of integers; None for any other."""
+    if not isinstance(model, TransformerShape) or leaf not in ("embed/embedding", "lm_head/weight"):
+        return None
+    return table_precision(stored_dtype(model, leaf.partition("/")[0]), model.hidden_size)
 
 
 @contextlib.contextmanager

@@ -95,6 +95,24 @@ def test_a_model_of_another_study_is_trained_once(
     assert other["config_hash"] != row["config_hash"]
 
 
+def test_sizes_count_a_table_of_integers_by_its_bits() -> None:
+    """One byte per number and a float16 scale per 32 of them, instead of four bytes."""
+    shape = {
+        "vocab_size": 7,
+        "hidden_size": 64,
+        "num_layers": 1,
+        "num_heads": 2,
+        "ffn_size": 64,
+        "max_length": 4,
+    }
+    plain, tables = (
+        sizes(ModelConfig(precision="bitnet", embedding_dtype=dtype, tie_embeddings=False, **shape))
+        for dtype in ("float32", "int8")
+    )
+    assert plain["model_bytes"] - tables["model_bytes"] == 2 * 7 * (4 * 64 - (64 + 2 * 2))
+    assert plain["weight_bits"] == tables["weight_bits"] == 1
+
+
 def test_sizes_count_bits_scales_and_the_rest() -> None:
     shape = {
         "hidden_size": 8,
