@@ -35,7 +35,8 @@ from bitnet_jax.interop import (
 from bitnet_jax.interop.sentence_encoder import MODULES
 from bitnet_jax.models import Architecture, ModelConfig, text_config
 from bitnet_jax.names import check_name
-from bitnet_jax.packed import packing, storage
+from bitnet_jax.nn.adapter import COLLECTION
+from bitnet_jax.packed import adapters, packing, storage
 from bitnet_jax.packed.latent import unpack_model
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import RECIPES
@@ -107,6 +108,36 @@ def text_model(model: LoadedModel[Architecture]) -> LoadedModel[ModelConfig]:
     return LoadedModel(model.kind, text_config(model.config), *model[2:])
 
 
+def with_adapter_files(
+    model: LoadedModel[ModelConfig], source: str | Path, files: Sequence[str]
+) -> LoadedModel[ModelConfig]:
+    """A packed model with the sum of some adapters.
+
+    Args:
+      source: that the model was loaded from.
+      files: adapter files, each with the weight 1 or, as "FILE:0.5", another.
+
+    Raises:
+      ValueError: not a packed model.
+      StorageError: a file is damaged or belongs to another model.
+    """
+    if not files:
+        return model
+    if model.kind != "packed":
+        raise ValueError(
+            f"got an adapter for {source}, a {model.kind} model, expected the packed model that it belongs to"
+        )
+    found = []
+    for text in files:
+        path, _, weight = text.rpartition(":")
+        try:
+            of_file = (path, float(weight))
+        except ValueError:
+            of_file = (text, 1.0)
+        found.append((adapters.load_adapter(of_file[0], source_path(source), model.config), of_file[1]))
+    return model._replace(variables=adapters.with_adapters(model.variables, found))
+
+
 def save_model(
     target: str | Path,
     model: LoadedModel[Any],
@@ -127,6 +158,7 @@ def save_model(
       ValueError: the format cannot hold the model; the message names what. Nothing is written.
       StorageError: the target exists (without overwrite) or cannot be written.
     """
+    check_no_adapter(model.variables, target)
     writers = {name: write for format in FORMATS.values() for name, write in format.writers.items()}
     check_name("format", to, writers)
     options = {}
@@ -188,6 +220,15 @@ def folder_kind(path: Path) -> str:
     raise FileNotFoundError(
         f"got {path}, expected checkpoints/ (a run) or {storage.MODEL} (a model) in it, or a .gguf file"
     )
+
+
+def check_no_adapter(variables: Mapping[str, Any], target: str | Path) -> None:
+    """Raises ValueError: a model has an adapter, which no folder of a model holds."""
+    if COLLECTION in variables:
+        raise ValueError(
+            f"got a model with an adapter for {target}, expected one without; write it beside the packed model with "
+            "`bitnet-jax adapter RUN FILE`"
+        )
 
 
 def matrices(config: Architecture, variables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

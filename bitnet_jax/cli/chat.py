@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bitnet_jax.cli.shared import (
+    adapter_argument,
     kv_format_argument,
     model_argument,
     sampling_arguments,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     model_argument(command)
+    adapter_argument(command)
     command.add_argument("--system", metavar="TEXT", help="the system message")
     command.add_argument("--tokens", type=int, metavar="N", help="at most N tokens in an answer")
     command.add_argument(
@@ -49,14 +51,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax.model_folders import load_text_model
+    from bitnet_jax.model_folders import load_text_model, with_adapter_files
     from bitnet_jax.serving.engine import Engine
     from bitnet_jax.serving.terminal import Chat
 
     if args.tokens is not None and args.tokens < 1:
         raise ValueError(f"got --tokens {args.tokens}, expected at least 1")
     sampling = sampling_config(args)
-    model = load_text_model(args.folder, step=args.step)
+    model = with_adapter_files(load_text_model(args.folder, step=args.step), args.folder, args.adapter)
     if model.tokenizer is None:
         raise ValueError(f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it")
     if model.conversation.template is None:

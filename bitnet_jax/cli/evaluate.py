@@ -28,11 +28,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bitnet_jax.cli.shared import allow_download_argument, model_argument, write_json
+from bitnet_jax.cli.shared import adapter_argument, allow_download_argument, model_argument, write_json
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     model_argument(command)
+    adapter_argument(command)
     command.add_argument(
         "--tasks",
         metavar="NAME[,NAME...]",
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.data.text import ROOT_VARIABLE, resolve_path
     from bitnet_jax.evaluation.likelihood import TextModel
     from bitnet_jax.evaluation.tasks import TASKS, describe, run_task
-    from bitnet_jax.model_folders import load_model
+    from bitnet_jax.model_folders import load_model, text_model, with_adapter_files
     from bitnet_jax.models import text_config
     from bitnet_jax.names import check_name
 
@@ -113,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
         for file in TASKS[name].files if name in TASKS else ():
             expected = f"the data of task {name}; pass its folder as --data-root or in ${ROOT_VARIABLE}"
             resolve_path(file, args.data_root, expected)
-    model = load_model(args.folder, step=args.step)
+    model: Any = load_model(args.folder, step=args.step)
+    if args.adapter:
+        model = with_adapter_files(text_model(model), args.folder, args.adapter)
     classifier = bool(getattr(model.config, "num_classes", 0))
     names = names or ["classification" if classifier else "language"]
     if names == ["classification"] and not args.harness:
@@ -124,12 +127,12 @@ def run(args: argparse.Namespace) -> int:
     config = text_config(model.config)
     if model.tokenizer is None:
         raise ValueError(f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it")
-    text_model = TextModel(config, model.variables, model.tokenizer, model.conversation)
+    scored = TextModel(config, model.variables, model.tokenizer, model.conversation)
     how = {"limit": args.limit, "progress": not args.quiet}
     if args.harness:
         from bitnet_jax.evaluation.lm_harness import run_harness
 
-        results = run_harness(text_model, args.harness.split(","), include_path=args.include_path, **how)
+        results = run_harness(scored, args.harness.split(","), include_path=args.include_path, **how)
         write_json(args.json, results)
         print(json.dumps(results, indent=2, default=str))
         return 0
@@ -142,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
             figures[name] = _classification_figures(args, model)
             print("\n".join(describe(name, figures[name])))
         else:
-            figures[name] = run_task(text_model, name, root=args.data_root, **how)
+            figures[name] = run_task(scored, name, root=args.data_root, **how)
             print("\n".join(describe(name, figures[name])))
         # Written after each task: the next one may take hours.
         write_json(args.json, figures["language"] if names == ["language"] else figures)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_jax.cli.shared import (
+    adapter_argument,
     huge_pages_argument,
     kv_format_argument,
     model_argument,
@@ -32,6 +33,7 @@ from bitnet_jax.cli.shared import (
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     model_argument(command)
+    adapter_argument(command)
     source = command.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", type=Path, help="read the prompt from FILE")
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.data.conversation import prompt_ids
     from bitnet_jax.inference.exact_head import with_exact_head
     from bitnet_jax.inference.streaming import stream
-    from bitnet_jax.model_folders import load_text_model
+    from bitnet_jax.model_folders import load_text_model, with_adapter_files
     from bitnet_jax.packed.huge_pages import on_huge_pages
     from bitnet_jax.tools.machine import chosen
 
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if args.system is not None and not args.chat:
         raise ValueError("got --system without --chat, expected both; a plain prompt has no system message")
     prompt = _prompt(args)
-    model = load_text_model(args.folder, step=args.step)
+    model = with_adapter_files(load_text_model(args.folder, step=args.step), args.folder, args.adapter)
     if model.tokenizer is None:
         raise ValueError(f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it")
     variables = on_huge_pages(model.variables).variables if args.huge_pages else model.variables

@@ -22,6 +22,7 @@ from typing import NoReturn, TextIO
 
 import bitnet_jax
 from bitnet_jax.cli import (
+    adapter,
     bench,
     chat,
     convert,
@@ -59,6 +60,7 @@ COMMANDS: dict[str, ModuleType] = {
     "init": init,
     "tokenize": tokenize,
     "train": train,
+    "adapter": adapter,
     "pack": pack,
     "convert": convert,
     "verify": verify,

@@ -61,6 +61,16 @@ def model_argument(command: argparse.ArgumentParser, **options: Any) -> None:
     )
 
 
+def adapter_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="add this adapter of the packed model (see `bitnet-jax adapter`); repeatable: their sum",
+    )
+
+
 def ternary_format_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ternary-format",

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from bitnet_jax.nn.adapter import COLLECTION, PARTS, adapter_output
 from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.context import from_rows, to_rows
 from bitnet_jax.nn.norms import Norm, projection_norm
@@ -113,11 +114,12 @@ def packed_product(x: Quantized, w: PackedArray, precision: Precision) -> Float[
 
 
 class BitLinear(nn.Module):
-    """`y = quantized(norm(x)) @ quantized(weight).T + bias`.
+    """`y = quantized(norm(x)) @ quantized(weight).T + adapter(norm(x)) + bias`.
 
     Parameters: weight [n, k], bias [n] if `use_bias`, and the learned scales and thresholds of `precision`. With a
     variable `weight` (a PackedArray) in the collection `packed`, the layer has no parameter `weight` and calls
-    `packed_matmul`. With a float Precision it is a plain dense layer.
+    `packed_matmul`. With a float Precision it is a plain dense layer. The term of the adapter (nn/adapter.py)
+    is there if the collection `adapter` has variables of the layer.
 
     Raises:
       ValueError: the packed weight does not fit the layer.
@@ -172,12 +174,16 @@ class BitLinear(nn.Module):
           product: quantized(x) @ quantized(weight).T if apply_fused has already computed it.
           quantized: the quantized input, if apply_fused has.
         """
-        x = floats("x", x)
-        y = self._product(x, progress, quantized) if product is None else product
+        dtype, inputs = x.dtype, floats("x", x)
+        if self.norm is not None:
+            inputs = self.norm(inputs)
+        y = self._product(inputs, progress, quantized) if product is None else product
+        if self.has_variable(COLLECTION, "a"):
+            y = y + adapter_output(inputs, {name: self.get_variable(COLLECTION, name) for name in PARTS})
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + jnp.expand_dims(bias, range(y.ndim - 1))
-        return y.astype(x.dtype)
+        return y.astype(dtype)
 
     def _keys(self) -> tuple[Array | None, Array | None]:
         """PRNG keys for the codes of the input and of the weights; None for deterministic quantizers."""
@@ -228,8 +234,6 @@ class BitLinear(nn.Module):
     def _product(
         self, x: Float[Array, "*rows k"], progress: Float[Array, ""] | float, quantized: Quantized | None
     ) -> Float[Array, "*rows n"]:
-        if self.norm is not None:
-            x = self.norm(x)
         precision, k = self.precision, x.shape[-1]
         packed = self.packed_weight(k)
         if packed is not None and precision.absmax_bits:

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array
 
 from bitnet_jax.inference.generation import greedy
-from bitnet_jax.model_folders import LoadedModel, load_model, quantizes_layers, text_model
+from bitnet_jax.model_folders import LoadedModel, check_no_adapter, load_model, quantizes_layers, text_model
 from bitnet_jax.models import Architecture, ModelConfig, config_fields, text_config
 from bitnet_jax.packed import packing, storage
 from bitnet_jax.packed.proof import Proof, prove
@@ -61,6 +61,7 @@ def pack_model(
     if tokens < 0:
         raise ValueError(f"got tokens={tokens}, expected 0 or more greedy tokens to compare")
     model: Any = load_model(source, step=step)
+    check_no_adapter(model.variables, folder)
     if model.variables.get("packed"):
         raise ValueError(
             f"got {source}, a {model.kind} model whose weights are packed, expected latent weights: a run, or a float "

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from bitnet_jax.models import Architecture, ModelConfig, model_config
 from bitnet_jax.names import check_name
 from bitnet_jax.training.config_sections import (
+    AdapterConfig,
     DataConfig,
     DistillationConfig,
     EvaluationConfig,
@@ -77,6 +78,7 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
         check_name("config.task", self.task, TASK_NAMES)
@@ -119,6 +121,15 @@ class RunConfig:
             raise ValueError(
                 f"init: got {self.init} for task {self.task!r} with training.scan_layers={self.training.scan_layers}, "
                 "expected a text model without scan_layers; remove one of them"
+            )
+        if self.adapter.rank is not None and (
+            self.task != "language"
+            or self.init is None
+            or self.mesh.batch_parts * self.mesh.context * self.mesh.tensor > 1
+        ):
+            raise ValueError(
+                f"adapter.rank: got {self.adapter.rank} for task {self.task!r} with init {self.init}, expected task "
+                "'language', the folder of a packed model, and a mesh of one device"
             )
         if self.training.scan_layers and (self.task == "images" or self.distillation.relations):
             reads = f"task {self.task!r}" if self.task == "images" else "distillation.relations"
@@ -216,6 +227,7 @@ class RunConfig:
             "mesh": MeshConfig,
             "distributed": DistributedConfig,
             "distillation": DistillationConfig,
+            "adapter": AdapterConfig,
         }
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in fields.items():
@@ -307,6 +319,8 @@ def _hashed_fields(config: RunConfig) -> dict[str, Any]:
         del fields[section]
     if config.init is None:
         del fields["init"]
+    if config.adapter.rank is None:
+        del fields["adapter"]
     return _without_added(fields)
 
 

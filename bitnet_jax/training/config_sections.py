@@ -1,4 +1,4 @@
-"""Sections of run settings: data, training, evaluation, distillation."""
+"""Sections of run settings: data, training, evaluation, distillation, adapter."""
 
 from __future__ import annotations
 
@@ -158,3 +158,23 @@ class DistillationConfig:
                 raise ValueError(f"distillation.{name}: got {getattr(self, name)}, expected 0 or more")
         if self.temperature <= 0:
             raise ValueError(f"distillation.temperature: got {self.temperature}, expected a positive number")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Section `adapter`: train a low-rank adapter on the frozen packed model `init`. See training/adapter_task.py."""
+
+    rank: int | None = None  # r; None: no adapter, all parameters are trained
+    alpha: float = 16.0  # the adapter's output is multiplied by alpha / rank
+    layers: list[str] = dataclasses.field(default_factory=lambda: ["*"])  # patterns, such as "*/attention/*"
+    base: str | None = None  # fingerprint of `init`; set when the run begins
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and not 1 <= self.rank <= LARGEST:
+            raise ValueError(f"adapter.rank: got {self.rank}, expected a positive number or None")
+        if self.alpha <= 0:
+            raise ValueError(f"adapter.alpha: got {self.alpha}, expected a positive number")
+        if not self.layers:
+            raise ValueError(
+                "adapter.layers: got none, expected patterns of paths of linear layers, such as '*'"
+            )

@@ -31,8 +31,9 @@ def training_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def run_flops_per_token(config: RunConfig, tokenizer: Tokenizer | None) -> float | None:
-    """Of the model and the sequences of a run; None for images, whose layers are applied to parts of an image."""
-    if tokenizer is None:
+    """Of the model and the sequences of a run. None for images, whose layers are applied to parts of an image, and for
+    an adapter, whose model has no gradients of its weights."""
+    if tokenizer is None or config.adapter.rank is not None:
         return None
     return training_flops_per_token(config.model_config(tokenizer.vocab_size), config.data.length)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from bitnet_jax.models import Architecture, ModelConfig
 from bitnet_jax.packed.packing import check_packable
+from bitnet_jax.training.adapter_task import adapted_layers
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.optimizers import OptimizerConfig
 
@@ -48,7 +49,11 @@ def min_training_bytes(config: RunConfig) -> int:
         inputs = 8 * data.length  # tokens and targets
         outputs = 4 * data.length * (model.vocab_size if config.task == "language" else model.hidden_size)
     rows = max(_micro_batch(config), config.evaluation.batch_size)
-    return state_bytes(config.optimizer) * parameters(model) + data.batch_size * inputs + rows * outputs
+    trained = parameters(model)
+    if (rank := config.adapter.rank) is not None:
+        assert isinstance(model, ModelConfig)
+        trained = rank * sum(sum(shape) for shape in adapted_layers(config.adapter, model).values())
+    return state_bytes(config.optimizer) * trained + data.batch_size * inputs + rows * outputs
 
 
 def state_bytes(config: OptimizerConfig) -> int:

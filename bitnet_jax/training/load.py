@@ -6,9 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+from jaxtyping import PyTree
+
 from bitnet_jax.data import Classes, Tokenizer
 from bitnet_jax.data.conversation import Conversation, of_documents
 from bitnet_jax.models import Architecture, ModelConfig
+from bitnet_jax.packed.adapters import Adapter
+from bitnet_jax.training.adapter_task import adapted, new_adapter, read_base, trained_adapter
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.run_folder import RunError, RunFolder
@@ -18,7 +23,8 @@ from bitnet_jax.training.task import abstract_variables
 class LoadedRun(NamedTuple):
     config: RunConfig
     model: Architecture
-    variables: dict[str, Any]  # latent parameters and, if the model has them, batch statistics
+    # Latent parameters and, if the model has them, batch statistics; of a run of an adapter, the packed model with it
+    variables: dict[str, Any]
     tokenizer: Tokenizer | None  # only for runs on text
     classes: Classes | None  # only for classifiers
     conversation: Conversation  # begin and end tokens of a text
@@ -32,6 +38,8 @@ def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
     """
     folder = RunFolder(workdir)
     config = folder.read_config()
+    if config.adapter.rank is not None:
+        return _read_adapter_run(folder, config, step)
     tokenizer = None if config.task == "images" else folder.read_tokenizer()
     model = config.image_model_config() if tokenizer is None else config.model_config(tokenizer.vocab_size)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
@@ -43,6 +51,33 @@ def read_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
         begin, end = (tuple(ids or ()) for ids in (config.data.begin_tokens, config.data.end_tokens))
         conversation = Conversation(begin, end)
     return LoadedRun(config, model, restored.variables, tokenizer, folder.read_classes(), conversation)
+
+
+def _read_adapter_run(folder: RunFolder, config: RunConfig, step: int | None) -> LoadedRun:
+    """The packed model that the run began with, and its adapter. Raises ValueError: it is not there any more."""
+    base = read_base(config)
+    variables = adapted(base.variables, _adapter_params(folder, config, step), config.adapter)
+    return LoadedRun(config, base.config, variables, base.tokenizer, None, base.conversation)
+
+
+def _adapter_params(folder: RunFolder, config: RunConfig, step: int | None) -> PyTree:
+    model = config.model_config(config.model["vocab_size"])
+    shapes = {"params": jax.eval_shape(partial(new_adapter, config.adapter, model), jax.random.key(0))}
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        restored = checkpoints.restore(shapes, step=step, check=partial(folder.check_meta, config))
+    return restored.variables["params"]
+
+
+def read_adapter(workdir: str | Path, step: int | None = None) -> Adapter:
+    """The adapter of a run; the packed model is not read.
+
+    Raises RunError, CheckpointError: as `read_run`, or a run without an adapter.
+    """
+    folder = RunFolder(workdir)
+    config = folder.read_config()
+    if config.adapter.rank is None:
+        raise RunError(f"{folder.path}: got a run without an adapter, expected one with config.adapter.rank")
+    return trained_adapter(config, _adapter_params(folder, config, step))
 
 
 def load_run(

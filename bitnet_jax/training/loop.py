@@ -30,6 +30,7 @@ import bitnet_jax
 from bitnet_jax.models.stacked import is_stacked, stack_like, unstack
 from bitnet_jax.progress import progress_bar
 from bitnet_jax.quantization.precision import annealed_gradients
+from bitnet_jax.training.adapter_task import adapter_task, with_base
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.collectives import collectives, received_bytes
 from bitnet_jax.training.config import RunConfig
@@ -100,15 +101,20 @@ def fit(
     if not isinstance(config, RunConfig):
         config = RunConfig.from_dict(config)
     connect(config.distributed)
-    initial = None if config.init is None else everywhere(partial(read_initial, config.init))
+    adapts = config.adapter.rank is not None
+    initial = None if config.init is None or adapts else everywhere(partial(read_initial, config.init))
     if initial is not None:
         config = with_shape(config, initial)
+    if adapts:
+        config = with_base(config)
     folder = RunFolder(workdir)
     result = everywhere(partial(_finished, folder, config, overwrite), only_first=True)
     if result is not None:
         return result
     check_trainable(config)
     problem = everywhere(partial(task or TASKS[config.task], config))
+    if adapts:
+        problem = adapter_task(problem, config)
     if initial is not None:
         problem = problem._replace(init=partial(initial_values, problem.init, initial))
         jax.eval_shape(problem.init, jax.random.key(0))  # an error before the folder exists
@@ -185,7 +191,7 @@ def _train(
         batch = place_batch(rows, config.data.batch_size, mesh)
         if not programs:
             programs.append(update if mesh.size == 1 else _compiled(update, state, batch, key, record))
-        advanced = programs[0](state, batch, key)
+        advanced = programs[0](state, batch, key, *([task.frozen] if task.frozen else []))
         return jax.block_until_ready(advanced) if needs_synchronous_dispatch(mesh) else advanced
 
     if (warning := average_warning(config.optimizer, task.precisions)) is not None:

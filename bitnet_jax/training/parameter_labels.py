@@ -21,12 +21,14 @@ LABELS = {
     "activation_scale": "quantizer",
     "activation_shift": "quantizer",
     "probability_scale": "quantizer",
+    "a": "adapter",
+    "b": "adapter",
 }
 
 
 def label_parameters(params: Mapping[str, Any]) -> PyTree[str]:
-    """The tree with leaves `weight` (of a hidden layer), `end` (of a first or last layer), `embedding`, `norm`, `bias`
-    or `quantizer` (learned scales, shifts).
+    """The tree with leaves `weight` (of a hidden layer), `end` (of a first or last layer), `embedding`, `norm`, `bias`,
+    `quantizer` (learned scales, shifts) or `adapter`.
 
     Raises:
       ValueError: a parameter whose name has no label.

@@ -24,7 +24,8 @@ ModelState = dict[str, PyTree]  # the collections other than "params", such as b
 LossFunction = Callable[
     [Mapping[str, PyTree], Batch, PRNGKeyArray | None, Float[Array, ""] | float], tuple[LossSums, ModelState]
 ]
-TrainStep = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
+# (state, batch, key, collections that are not trained, default none) -> (state, metrics)
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -56,25 +57,30 @@ def make_train_step(
     precisions = precisions or {}
 
     def summed_loss(
-        params: PyTree, model_state: ModelState, batch: Batch, key: PRNGKeyArray, progress: Array
+        params: PyTree,
+        model_state: ModelState,
+        frozen: Mapping[str, PyTree],
+        batch: Batch,
+        key: PRNGKeyArray,
+        progress: Array,
     ) -> tuple[Array, tuple[LossSums, ModelState]]:
-        sums, model_state = loss({"params": params, **model_state}, batch, key, progress)
+        sums, model_state = loss({"params": params, **model_state, **frozen}, batch, key, progress)
         return sums.loss, (sums, model_state)
 
     gradient = jax.grad(summed_loss, has_aux=True)
 
     def gradients_and_sums(
-        state: TrainState, batch: Batch, key: PRNGKeyArray, progress: Array
+        state: TrainState, frozen: Mapping[str, PyTree], batch: Batch, key: PRNGKeyArray, progress: Array
     ) -> tuple[PyTree, tuple[LossSums, ModelState]]:
         params = state.params
         if accumulate == 1:
-            return gradient(params, state.model_state, batch, key, progress)
+            return gradient(params, state.model_state, frozen, batch, key, progress)
 
         def add(total: PyTree, indexed: tuple[Array, Batch]) -> tuple[PyTree, None]:
             gradients, (sums, model_state) = total
             index, micro_batch = indexed
             part, (part_sums, model_state) = gradient(
-                params, model_state, micro_batch, jax.random.fold_in(key, index), progress
+                params, model_state, frozen, micro_batch, jax.random.fold_in(key, index), progress
             )
             gradients, sums = jax.tree.map(jnp.add, (gradients, sums), (part, part_sums))
             return (gradients, (sums, model_state)), None
@@ -84,10 +90,12 @@ def make_train_step(
         start = (jax.tree.map(jnp.zeros_like, params), (LossSums(zero, zero, zero), state.model_state))
         return jax.lax.scan(add, start, (jnp.arange(accumulate), micro_batches))[0]
 
-    def train_step(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, key: PRNGKeyArray, frozen: Mapping[str, PyTree] | None = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         progress = state.step.astype(jnp.float32) / total_steps
-        gradients, (sums, model_state) = gradients_and_sums(state, batch, key, progress)
+        gradients, (sums, model_state) = gradients_and_sums(state, frozen or {}, batch, key, progress)
         gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, state.step)
         params = clip_latents(optax.apply_updates(state.params, updates), precisions)

@@ -58,6 +58,8 @@ class Task(NamedTuple):
     data: Mapping[str, Any] | None = None  # JSON, for the result: what was read, and which files were skipped
     # As `evaluate`, on the test part of the data, if data.test asks for one
     test: Callable[[Mapping[str, PyTree]], dict[str, float]] | None = None
+    # Collections of the loss's variables besides the state: arguments of the update that it does not change
+    frozen: Mapping[str, PyTree] = {}
 
 
 def model_loss(model: nn.Module, z_loss: float = 0.0) -> LossFunction:

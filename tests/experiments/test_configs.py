@@ -15,7 +15,7 @@ VARIANTS = {"quickstart": ("base", "short")}
 def test_every_variant_is_a_valid_run(name: str) -> None:
     for variant in VARIANTS.get(name, ("base", "small")):
         fields = load_config_file(f"{name}:{variant}")
-        if name == "sentence_vectors":
+        if name in ("sentence_vectors", "adapter"):
             fields.init = "folder"  # which gives the shape
         config = RunConfig.from_dict(fields)
         if config.task == "images":
