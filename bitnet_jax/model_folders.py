@@ -123,10 +123,7 @@ def with_adapter_files(
     """
     if not files:
         return model
-    if model.kind != "packed":
-        raise ValueError(
-            f"got an adapter for {source}, a {model.kind} model, expected the packed model that it belongs to"
-        )
+    _check_packed(model, source)
     found = []
     for text in files:
         path, _, weight = text.rpartition(":")
@@ -136,6 +133,33 @@ def with_adapter_files(
             of_file = (text, 1.0)
         found.append((adapters.load_adapter(of_file[0], source_path(source), model.config), of_file[1]))
     return model._replace(variables=adapters.with_adapters(model.variables, found))
+
+
+def by_adapter(
+    model: LoadedModel[ModelConfig], source: str | Path, files: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The variables of a packed model with each of some adapters, all of the same shapes.
+
+    Args:
+      files: name -> adapter file.
+
+    Raises: see with_adapter_files.
+    """
+    if files:
+        _check_packed(model, source)
+    path = source_path(source)
+    found = {name: adapters.load_adapter(file, path, model.config) for name, file in files.items()}
+    return {
+        name: adapters.with_adapters(model.variables, [(adapter, 1.0)])
+        for name, adapter in adapters.padded(found).items()
+    }
+
+
+def _check_packed(model: LoadedModel[ModelConfig], source: str | Path) -> None:
+    if model.kind != "packed":
+        raise ValueError(
+            f"got an adapter for {source}, a {model.kind} model, expected the packed model that it belongs to"
+        )
 
 
 def save_model(

@@ -146,6 +146,28 @@ def _layers(
     return found
 
 
+def padded(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The same adapters with arrays of the same layers and the largest rank, filled with zeros, which change no bit of
+    their outputs: a program compiled for one takes all of them."""
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for adapter in adapters.values():
+        for name, (a, b) in adapter.layers.items():
+            rank = max(len(a), shapes.get(name, (0, 0, 0))[0])
+            shapes[name] = (rank, a.shape[1], len(b))
+
+    def filled(adapter: Adapter) -> Adapter:
+        layers = {}
+        for name, (rank, k, n) in shapes.items():
+            a, b = np.zeros((rank, k), jnp.bfloat16), np.zeros((n, rank), jnp.bfloat16)
+            if name in adapter.layers:
+                given = adapter.layers[name]
+                a[: len(given[0])], b[:, : len(given[0])] = given
+            layers[name] = (a, b)
+        return adapter._replace(layers=layers)
+
+    return {name: filled(adapter) for name, adapter in adapters.items()}
+
+
 def with_adapters(variables: Mapping[str, Any], adapters: Sequence[tuple[Adapter, float]]) -> dict[str, Any]:
     """The variables of a model with the sum of some adapters, each times its weight, in place of those it has.
 

@@ -19,8 +19,10 @@ The prefix cache is the slots themselves (slots.py).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from bitnet_jax.inference.limits import check_tokens, warn_of_unknown_tokens
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.inference.steps import Variables
 from bitnet_jax.models import ModelConfig
+from bitnet_jax.names import check_name
 from bitnet_jax.serving.answer import Answer
 from bitnet_jax.serving.fair_queue import FairQueue
 from bitnet_jax.serving.passes import rows_are_exact
@@ -69,6 +72,8 @@ class Engine:
       prompt_lookup: tokens to draft for a pass, fewer than a chunk; 0: none. Only where rows are exact, since elsewhere
         a draft may change an answer.
       timeout: seconds from a request to the end of its answer, after which it is given up; None: no limit.
+      adapters: name -> variables of the model with this adapter, which requests choose by name. Their arrays have the
+        same shapes, so that all are served by one program. Answers of different adapters decode in turn.
 
     Raises:
       ValueError: not a causal language model with a cache of keys, or a setting out of range.
@@ -87,6 +92,7 @@ class Engine:
         chunk: int = CHUNK,
         prompt_lookup: int = 0,
         timeout: float | None = None,
+        adapters: Mapping[str, Variables] | None = None,
     ) -> None:
         if config.attention == "linear":
             raise ValueError(
@@ -118,7 +124,10 @@ class Engine:
         self._chunk, self._queue_limit, self.timeout = chunk, queue_limit, timeout
         kv_format = kv_format or default_kv_format(config, variables)
         # Padding of a last chunk, and what inactive rows write, lies behind the context.
-        sizes = (config, variables, slots if self.exact else 1, self.context + chunk, kv_format)
+        every: dict[str | None, Variables] = {None: variables}
+        every.update(adapters or {})
+        self.adapters = tuple(adapters or ())
+        sizes = (config, every, slots if self.exact else 1, self.context + chunk, kv_format)
         self._pools = [Pool(*sizes) for _ in range(1 if self.exact else slots)]
         self._slots = Slots(self._pools, self.exact, chunk)
         self._queue: FairQueue[Answer] = FairQueue()
@@ -137,6 +146,8 @@ class Engine:
             raise ValueError("the prompt has no tokens; begin with at least one, such as a newline")
         if (lowest := int(request.prompt.min())) < 0:
             raise ValueError(f"prompt: got the token {lowest}, expected ids from 0")
+        if request.adapter is not None:
+            check_name("adapter", request.adapter, self.adapters)
         check_tokens(self.config, self.tokenizer, request.prompt, "prompt")
         if length + request.max_tokens > self.context:
             raise TooLong(
@@ -257,7 +268,8 @@ class Engine:
         answer, start = slot.answer, len(slot.tokens)
         request = answer.request
         tokens = request.prompt[start : start + self._chunk]
-        logits = slot.pool.read_tokens(slot.row, tokens, start, self._chunk, request.score_prompt)
+        every = request.score_prompt
+        logits = slot.pool.read_tokens(slot.row, tokens, start, self._chunk, every, slot.adapter)
         self.counters.passes += 1
         slot.tokens += tokens.tolist()
         if len(tokens) == self._chunk and slot.chunked == start and not request.score_prompt:
@@ -286,13 +298,18 @@ class Engine:
             return False
         if self._drafted and len(slots) == 1 and self._decode_drafted(slots[0]):
             return True
+        for adapter, alike in itertools.groupby(sorted(slots, key=_adapter_name), key=_adapter_name):
+            self._decode_together(pool, list(alike), adapter or None)
+        return True
+
+    def _decode_together(self, pool: Pool, slots: list[Slot], adapter: str | None) -> None:
         tokens = [slot.answer.tokens[-1] for slot in slots if slot.answer is not None]
-        logits = pool.decode([slot.row for slot in slots], tokens, [len(slot.tokens) for slot in slots])
+        lengths = [len(slot.tokens) for slot in slots]
+        logits = pool.decode([slot.row for slot in slots], tokens, lengths, adapter)
         self.counters.passes += 1
         for i, slot in enumerate(slots):
             slot.tokens.append(tokens[i])
             self._choose(slot, row_of(logits, i))
-        return True
 
     def _decode_drafted(self, slot: Slot) -> bool:
         """As many tokens of an answer as a draft foresees, and the next one, in one pass; False: there is no draft."""
@@ -304,7 +321,7 @@ class Engine:
         if draft is None:
             return False
         tokens = np.array([answer.tokens[-1], *draft], np.int32)
-        logits = slot.pool.read_tokens(slot.row, tokens, start, len(tokens), every_position=True)
+        logits = slot.pool.read_tokens(slot.row, tokens, start, len(tokens), True, slot.adapter)
         self.counters.passes += 1
         for i, token in enumerate(tokens):
             if i and (slot.answer is None or answer.tokens[-1] != token):
@@ -346,6 +363,10 @@ class Engine:
             slot.tokens, slot.chunked = [], 0
         for pool in self._pools:
             pool.clear()
+
+
+def _adapter_name(slot: Slot) -> str:
+    return slot.adapter or ""
 
 
 def _scored(logits: Any, tokens: np.ndarray) -> list[TokenScore]:

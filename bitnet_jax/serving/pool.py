@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,10 +30,19 @@ def decoded_rows(active: int, rows: int) -> int:
 
 
 class Pool:
-    """R rows of S positions. The arrays are donated from pass to pass, so a pool has one thread."""
+    """R rows of S positions. The arrays are donated from pass to pass, so a pool has one thread.
+
+    Args:
+      variables: of the model without an adapter (None), and with each one by its name.
+    """
 
     def __init__(
-        self, config: ModelConfig, variables: Variables, rows: int, room: int, kv_format: str
+        self,
+        config: ModelConfig,
+        variables: Mapping[str | None, Variables],
+        rows: int,
+        room: int,
+        kv_format: str,
     ) -> None:
         self._config, self._variables, self._kv_format = config, variables, kv_format
         self.rows, self.room = rows, room
@@ -42,17 +51,28 @@ class Pool:
     def clear(self) -> None:
         self._layers: Any = init_cache(self._config, self.rows, self.room, self._kv_format).layers
 
-    def read_tokens(self, row: int, tokens: np.ndarray, start: int, chunk: int, every_position: bool) -> Any:
+    def read_tokens(
+        self,
+        row: int,
+        tokens: np.ndarray,
+        start: int,
+        chunk: int,
+        every_position: bool,
+        adapter: str | None = None,
+    ) -> Any:
         """Logits [1, V] after the last of the tokens, or [W, V]; see `passes.read_tokens`."""
         W = width(len(tokens), chunk)
         padded = np.zeros(W, np.int32)
         padded[: len(tokens)] = tokens
         numbers = np.int32(row), padded, np.int32(start), np.int32(len(tokens))
-        logits, self._layers = self._reading(W, every_position)(self._variables, self._layers, *numbers)
+        read = self._reading(W, every_position, adapter)
+        logits, self._layers = read(self._variables[adapter], self._layers, *numbers)
         # JAX would return at once, and all chunks of a prompt be queued before anyone else's pass.
         return jax.block_until_ready(logits)
 
-    def decode(self, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> Any:
+    def decode(
+        self, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int], adapter: str | None = None
+    ) -> Any:
         """Logits [B, V], of which the first are those of these rows; see `passes.decode`.
 
         B is a power of two, or all rows; other rows fill it, with a token at a position that no one reads.
@@ -64,7 +84,8 @@ class Pool:
             np.array([*tokens, *(0 for _ in others)], np.int32),
             np.array([*lengths, *(self.room - 1 for _ in others)], np.int32),
         )
-        logits, self._layers = self._decoding(len(numbers[0]))(self._variables, self._layers, *numbers)
+        decode = self._decoding(len(numbers[0]), adapter)
+        logits, self._layers = decode(self._variables[adapter], self._layers, *numbers)
         return logits
 
     def compile(self, chunk: int) -> threading.Thread:
@@ -72,15 +93,23 @@ class Pool:
         Runs none."""
         widths = sorted({width(n, chunk) for n in range(1, chunk + 1)})
         counts = sorted({decoded_rows(n, self.rows) for n in range(1, self.rows + 1)})
-        zero, held = np.int32(0), (self._variables, jax.eval_shape(lambda: self._layers))
-        first, *others = [
-            (self._reading(W, False), (zero, np.zeros(W, np.int32), zero, zero)) for W in widths
+        zero, layers = np.int32(0), jax.eval_shape(lambda: self._layers)
+        kinds = list(self._variables)[:2]  # adapters are alike: one stands for all
+        readers = [
+            (adapter, self._reading(W, False, adapter), (zero, np.zeros(W, np.int32), zero, zero))
+            for adapter in kinds
+            for W in widths
         ]
-        second, *more = [(self._decoding(B), [np.zeros(B, np.int32)] * 3) for B in counts]
+        decoders = [
+            (adapter, self._decoding(B, adapter), (np.zeros(B, np.int32),) * 3)
+            for adapter in kinds
+            for B in counts
+        ]
+        (first, *others), (second, *more) = readers, decoders
 
-        def compile(programs: list[tuple[Program, Sequence[Any]]]) -> None:
-            for program, numbers in programs:
-                program.lower(*held, *numbers).compile()
+        def compile(programs: Sequence[tuple[str | None, Program, tuple[Any, ...]]]) -> None:
+            for adapter, program, numbers in programs:
+                program.lower(self._variables[adapter], layers, *numbers).compile()
 
         compile([first, second])
         # Python must not exit while XLA compiles, so unlike the engine's thread this one is no daemon.
@@ -88,11 +117,12 @@ class Pool:
         thread.start()
         return thread
 
-    def _reading(self, W: int, every_position: bool) -> Program:
-        return self._program(passes.read_tokens, self._config, every_position, shapes=(W,), donate=(1,))
+    def _reading(self, W: int, every_position: bool, adapter: str | None) -> Program:
+        shapes = W, adapter is None
+        return self._program(passes.read_tokens, self._config, every_position, shapes=shapes, donate=(1,))
 
-    def _decoding(self, B: int) -> Program:
-        return self._program(passes.decode, self._config, shapes=(B,), donate=(1,))
+    def _decoding(self, B: int, adapter: str | None) -> Program:
+        return self._program(passes.decode, self._config, shapes=(B, adapter is None), donate=(1,))
 
     def copy_row(self, source: int, target: int) -> None:
         program = self._program(passes.copy_row, shapes=(self._config,), donate=(0,))
@@ -101,7 +131,7 @@ class Pool:
     def _program(
         self, function: Any, *static: Any, shapes: tuple[Any, ...], donate: tuple[int, ...]
     ) -> Program:
-        key = (self.rows, self.room, self._kv_format, "packed" in self._variables, *shapes)
+        key = (self.rows, self.room, self._kv_format, "packed" in self._variables[None], *shapes)
         return PROGRAMS.of(function, *static, shapes=key, donate=donate)
 
 

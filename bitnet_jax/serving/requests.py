@@ -40,6 +40,7 @@ class Request:
     grammar: Grammar | None = None  # that the answer follows; it ends when nothing more may follow
     scores: bool = False  # of the tokens of the answer
     score_prompt: bool = False  # of the tokens of the prompt
+    adapter: str | None = None  # of the engine's, by its name; None: the model alone
     client: str = ""  # clients take turns in the queue
 
 

@@ -28,6 +28,7 @@ class Slot:
     tokens: list[int] = dataclasses.field(default_factory=list)
     chunked: int = 0
     answer: Answer | None = None
+    adapter: str | None = None  # with which the tokens were read
     used: int = 0  # the number of the last request that came
 
     @property
@@ -84,16 +85,16 @@ class Slots:
         return any(
             other.reads and other.used < slot.used and self._worth_copying(slot, other.answer.request.prompt)
             for other in self._all
-            if other.answer is not None
+            if other.answer is not None and other.adapter == slot.adapter
         )
 
     def _copy_what_others_read(self, slot: Slot) -> None:
         answer = slot.answer
         assert answer is not None
         prompt = answer.request.prompt
-        source = max(self._all, key=lambda other: self._shared(other, prompt))
+        source = max(self._all, key=lambda other: self._shared(other, prompt, slot.adapter))
         if self._worth_copying(slot, np.asarray(source.tokens, np.int32)):
-            count = self._shared(source, prompt)
+            count = self._shared(source, prompt, slot.adapter)
             source.pool.copy_row(source.row, slot.row)
             answer.cached += count - len(slot.tokens)
             slot.tokens, slot.chunked = prompt[:count].tolist(), min(source.chunked, count)
@@ -107,20 +108,22 @@ class Slots:
 
     def place(self, answer: Answer) -> None:
         """Gives an answer one of the free slots, with as much of its prompt as any slot has."""
-        prompt = answer.request.prompt
+        prompt, adapter = answer.request.prompt, answer.request.adapter
         self._placed += 1
         free = [slot for slot in self._all if slot.answer is None]
         slot = oldest = min(free, key=lambda slot: slot.used)
         source, count = oldest, 0
         if not answer.request.score_prompt:  # else all of it must be read
-            shared = [(self._shared(slot, prompt), slot) for slot in (self._all if self._exact else free)]
+            shared = [
+                (self._shared(slot, prompt, adapter), slot) for slot in (self._all if self._exact else free)
+            ]
             count, source = max(shared, key=lambda pair: (pair[0], pair[1] is oldest))
         in_place = source is oldest or (source.answer is None and 2 * count >= self._reusable(source))
         if in_place:
             slot = source  # at most half of what a younger one holds is lost
         elif not self._exact or count < WORTH_A_COPY:
             count = 0
-        slot.answer, slot.used, answer.cached = answer, self._placed, count
+        slot.answer, slot.adapter, slot.used, answer.cached = answer, adapter, self._placed, count
         if count and not in_place:
             source.pool.copy_row(source.row, slot.row)
         slot.tokens, slot.chunked = prompt[:count].tolist(), min(source.chunked, count)
@@ -129,8 +132,10 @@ class Slots:
         """Tokens of a slot whose cache is the same, bit for bit, as if another request had read them."""
         return len(slot.tokens) if self._exact else slot.chunked
 
-    def _shared(self, slot: Slot, prompt: np.ndarray) -> int:
+    def _shared(self, slot: Slot, prompt: np.ndarray, adapter: str | None) -> int:
         """Tokens of a prompt that its answer may take from a slot; the last one must be read, for its logits."""
+        if slot.adapter != adapter:
+            return 0
         same = _common(np.asarray(slot.tokens[: self._reusable(slot)], np.int32), prompt[:-1])
         return same if self._exact else same - same % self._chunk
 
