@@ -58,6 +58,10 @@ class Fields:
     def take(self, name: str, default: Any = None) -> Any:
         return self._values.pop(name, default)
 
+    def look(self, name: str, default: Any = None) -> Any:
+        """The value of a field that is still to be taken."""
+        return self._values.get(name, default)
+
     def wrong(self, name: str, got: Any, expected: str) -> ApiError:
         name = self._within + name
         return ApiError(f"{name}: got {_shown(got)}, expected {expected}", param=name)

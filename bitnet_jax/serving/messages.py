@@ -73,15 +73,19 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if identity is None or kind != "function" or not isinstance(function, dict):
         raise ApiError(f"{where[:-1]}: expected an id, type function and function", param="messages")
     fields.done()
-    inner = Fields(function, f"{where}function.")
-    name, text = inner.identifier("name"), inner.text("arguments", "{}")
-    inner.done()
+    return call_of(Fields(function, f"{where}function."), identity)
+
+
+def call_of(fields: Fields, identity: str) -> dict[str, Any]:
+    """The call in the fields `name` and `arguments`, and no others. Raises ApiError."""
+    name, text = fields.identifier("name"), fields.text("arguments", "{}")
+    fields.done()
     try:
         arguments = json.loads(text or "{}")
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise inner.wrong("arguments", text, "an object as JSON text")
+        raise fields.wrong("arguments", text, "an object as JSON text")
     return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 

@@ -24,7 +24,7 @@ class Choice:
         self._calls = ToolCalls(asked.tools.names, asked.requests[index]) if asked.tools else None
         self._offset = 0  # characters before the next token
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._text: list[str] = []
+        self.news: list[Any] = []  # what the chunks say: deltas of a chat, else texts
         self._logprobs: list[Any] = []
 
     def begin(self) -> dict[str, Any] | None:
@@ -53,7 +53,8 @@ class Choice:
     def whole(self) -> dict[str, Any]:
         """The choice of an answer that is not streamed, once it is finished."""
         assert self.finished is not None
-        text, scored = "".join(self._text), self._asked.top is not None
+        texts = [new.get("content", "") for new in self.news] if self._asked.chat else self.news
+        text, scored = "".join(texts), self._asked.top is not None
         logprobs = _joined(self._logprobs) if scored else None
         choice: dict[str, Any] = {
             "index": self.index,
@@ -75,7 +76,7 @@ class Choice:
         return "tool_calls" if called else self.finished.reason
 
     def _chunk(self, new: Any, logprobs: Any, reason: str | None = None) -> dict[str, Any]:
-        self._text.append(new.get("content", "") if self._asked.chat else new)
+        self.news.append(new)
         if logprobs is not None:
             self._logprobs.append(logprobs)
         name = "delta" if self._asked.chat else "text"

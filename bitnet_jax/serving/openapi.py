@@ -7,8 +7,8 @@ from typing import Any
 from bitnet_jax.serving.embeddings import MOST_INPUTS
 from bitnet_jax.serving.messages import ROLES
 from bitnet_jax.serving.passes import TOP
-from bitnet_jax.serving.responses import PARTS
-from bitnet_jax.serving.responses import ROLES as RESPONSE_ROLES
+from bitnet_jax.serving.response_items import PARTS
+from bitnet_jax.serving.response_items import ROLES as RESPONSE_ROLES
 from bitnet_jax.serving.schemas import (
     MAX_ANSWERS,
     MAX_BIASES,
@@ -16,6 +16,7 @@ from bitnet_jax.serving.schemas import (
     MAX_STOPS,
     Served,
 )
+from bitnet_jax.serving.tools import CHOICES, MAX_TOOLS
 
 Schema = dict[str, Any]
 
@@ -34,6 +35,7 @@ def _list(of: Schema, **more: Any) -> Schema:
 
 
 TEXT: Schema = {"type": "string", "minLength": 1}
+NAME: Schema = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
 TOKENS = _list({"type": "integer", "minimum": 0})
 ERROR = {
     "type": "object",
@@ -85,10 +87,30 @@ def _sampled(most: str) -> dict[str, Schema]:
     }
 
 
+def _function() -> dict[str, Schema]:
+    """The fields of a function that may be called."""
+    return {
+        "name": NAME,
+        "description": _field("string"),
+        "parameters": _field("object", description="a JSON schema"),
+        "strict": _field("boolean"),
+    }
+
+
+def _json_schema() -> dict[str, Schema]:
+    """The fields of the schema of an answer."""
+    return {
+        "name": NAME,
+        "description": _field("string"),
+        "schema": {"type": "object"},
+        "strict": _field("boolean"),
+    }
+
+
 def _chat(model: Schema) -> Schema:
     part = _object(["type", "text"], type={"const": "text"}, text={"type": "string"})
     content = {"anyOf": [{"type": "string"}, _list(part)]}
-    function = _object(["name", "arguments"], name=TEXT, arguments={"type": "string"})
+    function = _object(["name", "arguments"], name=NAME, arguments={"type": "string"})
     call = _object(["id", "function"], id=TEXT, type={"const": "function"}, function=function)
     message = _object(
         ["role"],
@@ -97,22 +119,11 @@ def _chat(model: Schema) -> Schema:
         tool_calls=_list(call, description="of an assistant"),
         tool_call_id={"type": "string", "description": "of a tool"},
     )
-    described = _object(
-        ["name"],
-        name=TEXT,
-        description=_field("string"),
-        parameters=_field("object", description="a JSON schema"),
-        strict=_field("boolean"),
+    tool = _object(
+        ["type", "function"], type={"const": "function"}, function=_object(["name"], **_function())
     )
-    tool = _object(["type", "function"], type={"const": "function"}, function=described)
-    named = _object(["type", "function"], type={"const": "function"}, function=_object(["name"], name=TEXT))
-    schema = _object(
-        ["name", "schema"],
-        name=TEXT,
-        description=_field("string"),
-        schema={"type": "object"},
-        strict=_field("boolean"),
-    )
+    named = _object(["type", "function"], type={"const": "function"}, function=_object(["name"], name=NAME))
+    schema = _object(["name", "schema"], **_json_schema())
     return _object(
         ["model", "messages"],
         model=model,
@@ -120,8 +131,8 @@ def _chat(model: Schema) -> Schema:
         max_completion_tokens=_field("integer", minimum=1, maximum=LARGEST),
         logprobs=_field("boolean", default=False),
         top_logprobs=_field("integer", minimum=0, maximum=TOP, description="with logprobs only"),
-        tools={"anyOf": [_list(tool), {"type": "null"}]},
-        tool_choice={"anyOf": [{"enum": ["none", "auto", "required", None]}, named]},
+        tools={"anyOf": [_list(tool, maxItems=MAX_TOOLS), {"type": "null"}]},
+        tool_choice={"anyOf": [{"enum": [*CHOICES, None]}, named]},
         parallel_tool_calls=_field("boolean", default=True),
         response_format={
             "anyOf": [
@@ -146,13 +157,45 @@ def _text(model: Schema) -> Schema:
 def _responses(model: Schema) -> Schema:
     part = _object(["type", "text"], type={"enum": list(PARTS)}, text={"type": "string"})
     content = {"anyOf": [{"type": "string"}, _list(part)]}
+    marks = {"id": _field("string"), "status": _field("string")}
     message = _object(
-        ["role", "content"], type={"const": "message"}, role={"enum": list(RESPONSE_ROLES)}, content=content
+        ["role", "content"],
+        type={"enum": ["message", None]},
+        role={"enum": list(RESPONSE_ROLES)},
+        content=content,
+        **marks,
     )
+    call = _object(
+        ["type", "call_id", "name"],
+        type={"const": "function_call"},
+        call_id={"type": "string"},
+        name=NAME,
+        arguments=_field("string"),
+        **marks,
+    )
+    output = _object(
+        ["type", "call_id", "output"],
+        type={"const": "function_call_output"},
+        call_id={"type": "string", "description": "of an earlier call"},
+        output=content,
+        **marks,
+    )
+    function = {"const": "function"}
+    tool = _object(["type", "name"], type=function, **_function())
+    named = _object(["type", "name"], type=function, name=NAME)
+    form = [
+        {"type": "null"},
+        _object(["type"], type={"enum": ["text", "json_object"]}),
+        _object(["type", "name", "schema"], type={"const": "json_schema"}, **_json_schema()),
+    ]
     return _object(
         ["model", "input"],
         model=model,
-        input={"anyOf": [{"type": "string"}, _list(message, minItems=1)]},
+        input={"anyOf": [{"type": "string"}, _list({"anyOf": [message, call, output]}, minItems=1)]},
+        text={"anyOf": [{"type": "null"}, _object([], format={"anyOf": form})]},
+        tools={"anyOf": [_list(tool, maxItems=MAX_TOOLS), {"type": "null"}]},
+        tool_choice={"anyOf": [{"enum": [*CHOICES, None]}, named]},
+        parallel_tool_calls=_field("boolean", default=True),
         instructions=_field("string"),
         max_output_tokens=_field("integer", minimum=1, maximum=LARGEST),
         temperature=_field("number", minimum=0, maximum=2, default=1, description="0 is greedy"),

@@ -80,8 +80,29 @@ def chat_completion(fields: Fields, served: Served, client: str) -> Asked:
     """Raises ApiError, or DataError of the chat template."""
     served.check_model(fields)
     history, functions, lark = messages(fields), tools(fields), response_format(fields)
+    return chat(fields, served, client, history, functions, lark)
+
+
+def chat(
+    fields: Fields,
+    served: Served,
+    client: str,
+    history: list[dict[str, Any]],
+    functions: Tools | None,
+    lark: str | None,
+    format_name: str = "response_format",
+) -> Asked:
+    """An answer to messages.
+
+    Args:
+      fields: the other fields of a chat.
+      lark: the grammar of an answer that is JSON, which the field `format_name` asks for.
+
+    Raises:
+      ApiError, or DataError of the chat template.
+    """
     if functions is not None or any(map(mentions_calls, history)):
-        _check_tools(served, functions, lark)
+        _check_tools(served, functions, lark, format_name)
     definitions = None if functions is None else functions.definitions
     prompt = chat_ids(served.tokenizer, served.conversation, history, definitions)
     if fields.boolean("logprobs"):
@@ -96,14 +117,14 @@ def chat_completion(fields: Fields, served: Served, client: str) -> Asked:
         fields.only(name, neutral)
     grammar = None
     if lark is not None:
-        grammar = served.grammar(lark, "response_format")
+        grammar = served.grammar(lark, format_name)
     elif functions is not None and functions.lark is not None:
         grammar = served.grammar(functions.lark, "tools")
     asked = _asked(fields, served, client, [prompt], most, chat=True, top=top, grammar=grammar)
     return dataclasses.replace(asked, tools=functions)
 
 
-def _check_tools(served: Served, functions: Tools | None, lark: str | None) -> None:
+def _check_tools(served: Served, functions: Tools | None, lark: str | None, format_name: str) -> None:
     """Raises ApiError: the model cannot be told of tools, or its calls not be recognised."""
     template = served.conversation.template
     if template is not None and "tools" not in template:
@@ -116,9 +137,9 @@ def _check_tools(served: Served, functions: Tools | None, lark: str | None) -> N
         raise ApiError(f"tools: {OPEN} is a special token of this model, expected one of text", param="tools")
     if functions is not None and lark is not None:
         raise ApiError(
-            "response_format: got JSON together with tools, expected one of them; leave one out, "
+            f"{format_name}: got JSON together with tools, expected one of them; leave one out, "
             'or set tool_choice to "none"',
-            param="response_format",
+            param=format_name,
         )
 
 

@@ -29,18 +29,26 @@ class Tools:
     lark: str | None  # the grammar of the answer; None: any text, in which calls are recognised
 
 
-def tools(fields: Fields) -> Tools | None:
-    """The fields `tools`, `tool_choice` and `parallel_tool_calls`; None: nothing can be called. Raises ApiError."""
+def tools(fields: Fields, *, flat: bool = False) -> Tools | None:
+    """The fields `tools`, `tool_choice` and `parallel_tool_calls`; None: nothing can be called.
+
+    Args:
+      flat: the form of the Responses API, where name and parameters stand beside the type, and calls keep to the
+        parameters unless `strict` is false.
+
+    Raises:
+      ApiError: not in this form, or too large.
+    """
     given = fields.take("tools", [])
     choice, parallel = fields.take("tool_choice", "auto"), fields.boolean("parallel_tool_calls", True)
     if not isinstance(given, list) or len(given) > MAX_TOOLS:
         raise fields.wrong("tools", given, f"a list of at most {MAX_TOOLS} functions")
-    functions = [_function(tool, f"tools[{i}].") for i, tool in enumerate(given)]
+    functions = [_function(tool, f"tools[{i}].", flat) for i, tool in enumerate(given)]
     schemas = {name: schema for name, schema, _ in functions}
     if len(schemas) < len(functions):
         raise ApiError("tools: got two functions with one name, expected different names", param="tools")
     if isinstance(choice, dict):
-        called = [_named(choice)]
+        called = [_named(choice, flat)]
     elif choice in CHOICES:
         called = list(schemas)
     else:
@@ -65,7 +73,13 @@ def tools(fields: Fields) -> Tools | None:
         lark = None
     if lark is not None:
         lark += _calls({name: schemas[name] for name in called})
-    return Tools(tuple(given), tuple(schemas), lark)
+    definitions = [_nested(tool) for tool in given] if flat else given
+    return Tools(tuple(definitions), tuple(schemas), lark)
+
+
+def _nested(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool of the Responses API in the form of a chat."""
+    return {"type": "function", "function": {name: tool[name] for name in tool if name != "type"}}
 
 
 def _calls(schemas: dict[str, dict[str, Any]]) -> str:
@@ -80,34 +94,34 @@ def _calls(schemas: dict[str, dict[str, Any]]) -> str:
     return "\n".join(rules) + "\n"
 
 
-def _function(tool: Any, where: str) -> tuple[str, dict[str, Any], bool]:
+def _function(tool: Any, where: str, flat: bool) -> tuple[str, dict[str, Any], bool]:
     """Name, schema of the arguments, and whether calls must keep to it."""
-    outer = Fields(tool if isinstance(tool, dict) else {}, where)
-    if (kind := outer.text("type")) != "function":
-        raise outer.wrong("type", kind, "function, the only type supported")
-    value = outer.take("function")
-    if not isinstance(value, dict):
-        raise outer.wrong("function", value, "an object with name and parameters")
-    outer.done()
-    inner = Fields(value, f"{where}function.")
-    name, strict = inner.identifier("name"), inner.boolean("strict")
-    inner.text("description")
-    schema = inner.take("parameters", {"type": "object", "properties": {}, "additionalProperties": False})
+    fields = _described(tool, where, flat)
+    name, strict = fields.identifier("name"), fields.boolean("strict", flat)
+    fields.text("description")
+    schema = fields.take("parameters", {"type": "object", "properties": {}, "additionalProperties": False})
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-        raise inner.wrong("parameters", schema, "a schema of type object")
-    inner.done()
+        raise fields.wrong("parameters", schema, "a schema of type object")
+    fields.done()
     return name, {"type": "object"} | schema, strict
 
 
-def _named(choice: dict[str, Any]) -> str:
-    fields = Fields(choice, "tool_choice.")
-    kind, function = fields.text("type"), fields.take("function")
-    if kind != "function" or not isinstance(function, dict):
-        raise fields.wrong(
-            "type", kind, 'an object such as {"type": "function", "function": {"name": "search"}}'
-        )
+def _named(choice: dict[str, Any], flat: bool) -> str:
+    fields = _described(choice, "tool_choice.", flat)
+    name = fields.identifier("name")
     fields.done()
-    inner = Fields(function, "tool_choice.function.")
-    name = inner.identifier("name")
-    inner.done()
     return name
+
+
+def _described(value: Any, where: str, flat: bool) -> Fields:
+    """The fields of a function."""
+    outer = Fields(value if isinstance(value, dict) else {}, where)
+    if (kind := outer.text("type")) != "function":
+        raise outer.wrong("type", kind, "function, the only type supported")
+    if flat:
+        return outer
+    function = outer.take("function")
+    if not isinstance(function, dict):
+        raise outer.wrong("function", function, 'an object such as {"name": "search"}')
+    outer.done()
+    return Fields(function, f"{where}function.")
