@@ -36,6 +36,7 @@ from bitnet_jax.models import ModelConfig
 from bitnet_jax.names import check_name
 from bitnet_jax.serving.answer import Answer
 from bitnet_jax.serving.fair_queue import FairQueue
+from bitnet_jax.serving.grammar import GrammarError
 from bitnet_jax.serving.passes import rows_are_exact
 from bitnet_jax.serving.pool import Pool, choose, draft_tokens, row_of, score
 from bitnet_jax.serving.requests import Closed, QueueFull, Request, Sink, TokenScore, TooLong
@@ -342,6 +343,10 @@ class Engine:
         self.counters.generated_tokens += 1
         try:
             reason = answer.push(token, scored)
+        except GrammarError as error:
+            self.counters.failed += 1
+            self._end(slot, "grammar", str(error))
+            return
         except Exception as error:  # such as a token that the tokenizer lacks: it concerns no other answer
             self.counters.failed += 1
             self._end(slot, "error", f"{type(error).__name__}: {error}")

@@ -271,7 +271,7 @@ async def _error(request: Request, error: Exception) -> Response:
         again = {"Retry-After": str(RETRY_SECONDS)}
         error = ApiError(str(error), status=429, kind="rate_limit_error", code="queue_full", headers=again)
     elif isinstance(error, Closed):
-        error = ApiError(str(error), status=503, kind="server_error")
+        error = ApiError(str(error), status=503, kind="server_error", code="shutting_down")
     elif isinstance(error, HTTPException):
         got = f"{request.method} {request.url.path[:60]}"
         message = {
@@ -280,5 +280,6 @@ async def _error(request: Request, error: Exception) -> Response:
         }
         error = ApiError(message.get(error.status_code, error.detail), status=error.status_code)
     elif not isinstance(error, ApiError):
-        error = ApiError("the server failed; its log says why", status=500, kind="server_error")
+        failed = "the server failed; its log says why"
+        error = ApiError(failed, status=500, kind="server_error", code="server_error")
     return JSONResponse(error.body, error.status, error.headers)

@@ -24,7 +24,7 @@ HELP = {
     "refused": "Requests refused because the queue was full",
     "cancelled": "Requests whose client left",
     "timed_out": "Requests that took too long",
-    "failed": "Requests that ended in an error of the engine",
+    "failed": "Requests that ended in an error of the engine or of their schema",
     "prompt_tokens": "Tokens of prompts",
     "cached_tokens": "Tokens of prompts that were in the cache",
     "prefix_hits": "Requests that found a prefix of their prompt in the cache",

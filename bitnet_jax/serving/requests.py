@@ -66,13 +66,15 @@ class PromptScores(NamedTuple):
 class Finished(NamedTuple):
     """The last event."""
 
-    reason: str  # "stop": an end token, stop string or complete grammar; "length"; "cancelled"; "timeout"; "error"
+    # "stop": an end token, stop string or complete grammar; "length". Not all of it came: "cancelled"; "timeout";
+    # "grammar": it cannot go on within its grammar; "error": of the engine.
+    reason: str
     prompt_tokens: int
     completion_tokens: int  # an end token included
     cached_tokens: int  # of the prompt, that were in the cache before
     first_seconds: float | None  # from the request to its first token
     seconds: float  # from the request to this event
-    message: str = ""  # of an error or timeout
+    message: str = ""  # of a grammar, timeout or error
 
 
 Event = Piece | PromptScores | Finished

@@ -122,7 +122,7 @@ class ResponseEnvelope:
                 for kind, fields in output.take(chunk["delta"]):
                     yield event(kind, fields)
         except ApiError as error:  # the status has been sent
-            failure = {"code": "server_error", "message": str(error)}
+            failure = {"code": error.body["error"]["code"], "message": str(error)}
             yield event("failed", {"response": self._response("failed", error=failure)})
             return
         status = self._status(running.choices)

@@ -57,7 +57,8 @@ class Running:
     async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
         """Choices of chunks, until all are finished; None where PING_SECONDS pass without one.
 
-        Raises ApiError: the engine failed, or ended an answer after its time or because the server shuts down.
+        Raises ApiError: the engine failed, the grammar of an answer did, or the engine ended an answer after its time
+        or because the server shuts down.
         """
         for choice in self.choices:
             if (first := choice.begin()) is not None:
@@ -72,14 +73,28 @@ class Running:
             if isinstance(event, Finished):
                 left -= 1
                 self._finished(event)
-                if event.reason == "error":
-                    raise ApiError(f"the engine failed: {event.message}", status=500, kind="server_error")
-                if event.reason == "timeout":
-                    raise ApiError(f"{event.message}; request fewer tokens", status=504, kind="server_error")
-                if event.reason == "cancelled":
-                    raise ApiError("the server is shutting down", status=503, kind="server_error")
+                if (failure := _failure(event)) is not None:
+                    raise failure
             if (chunk := self.choices[index].take(event)) is not None:
                 yield chunk
+
+
+def _failure(event: Finished) -> ApiError | None:
+    """What the end of an answer is to the client, if not all of it came."""
+    match event.reason:
+        case "error":
+            message = f"the engine failed: {event.message}"
+            return ApiError(message, status=500, kind="server_error", code="server_error")
+        case "grammar":
+            message = f"the answer cannot go on within its schema: {event.message}; simplify the schema"
+            return ApiError(message, code="invalid_json_schema")
+        case "timeout":
+            message = f"{event.message}; request fewer tokens"
+            return ApiError(message, status=504, kind="server_error", code="timeout")
+        case "cancelled":
+            message = "the server is shutting down"
+            return ApiError(message, status=503, kind="server_error", code="shutting_down")
+    return None
 
 
 @contextlib.asynccontextmanager

@@ -13,10 +13,10 @@ pytest.importorskip("uvicorn", reason="package uvicorn is not installed; pip ins
 pytest.importorskip("prometheus_client", reason="package prometheus-client is not installed")
 pytest.importorskip("jinja2", reason="package jinja2 is not installed; pip install jinja2")
 
-from bitnet_jax.serving.schemas import Served
+from bitnet_jax.serving.answer import Answer
+from bitnet_jax.serving.requests import Finished
 from bitnet_jax.serving.server import Server
-from tests.bitnet_jax.serving.tiny_models import engine
-from tests.bitnet_jax.serving.tiny_servers import CONVERSATION, TOKENIZER, ask, started
+from tests.bitnet_jax.serving.tiny_servers import ask, started
 
 PATH = "/v1/responses"
 
@@ -81,16 +81,56 @@ def test_a_stream_has_typed_events_and_ends_once(server: Server) -> None:
     assert unnamed(found[-1]["response"]) == unnamed(whole)
 
 
-def test_an_answer_that_fails_in_a_stream_says_so_once() -> None:
-    serving = engine(timeout=1e-9)
-    slow = started(lambda: (serving, Served("tiny", TOKENIZER, CONVERSATION, serving.context)))
-    status, answer, _ = ask(slow, PATH, body())
-    assert (status, "it took longer" in answer["error"]["message"]) == (504, True)
-    found = events(ask(slow, PATH, body(stream=True))[1])
-    slow.stop()
-    ends = [e for e in found if e["type"].split(".")[1] in ("completed", "incomplete", "failed")]
-    assert ends == found[-1:]
-    assert (ends[0]["response"]["status"], ends[0]["response"]["error"]["code"]) == ("failed", "server_error")
+FAILURES = [
+    ("timeout", (504, "server_error", "timeout", "slow; request fewer tokens")),
+    ("error", (500, "server_error", "server_error", "the engine failed: slow")),
+    ("cancelled", (503, "server_error", "shutting_down", "the server is shutting down")),
+    (
+        "grammar",
+        (400, "invalid_request_error", "invalid_json_schema", "cannot go on within its schema: slow;"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("reason", "expected"), FAILURES, ids=str)
+def test_an_answer_that_fails_says_why_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch, reason: str, expected: tuple[int, str, str, str]
+) -> None:
+    """In the status or the last event, with one code in all endpoints."""
+    push = Answer.push
+
+    def failing(self: Answer, token: int, score: Any) -> str | None:
+        push(self, token, score)
+        self.send(Finished(reason, 1, 1, 0, 0.0, 0.0, "slow"))
+        self.cancel()
+        return None
+
+    monkeypatch.setattr(Answer, "push", failing)
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+    status, kind, code, message = expected
+    for path, asked in (
+        (PATH, body()),
+        ("/v1/chat/completions", chat),
+        ("/v1/completions", {"model": "tiny", "prompt": "x"}),
+    ):
+        got, answer, _ = ask(server, path, asked)
+        error = answer["error"]
+        assert (got, error["type"], error["code"], message in error["message"]) == (
+            status,
+            kind,
+            code,
+            True,
+        ), path
+        stream = ask(server, path, asked | {"stream": True})[1]
+        if path == PATH:
+            found = events(stream)
+            ends = [e for e in found if e["type"].split(".")[1] in ("completed", "incomplete", "failed")]
+            assert ends == found[-1:]
+            assert ends[0]["response"]["status"] == "failed"
+            assert ends[0]["response"]["error"] == {"code": code, "message": error["message"]}
+        else:
+            last = stream.removesuffix("\n\n").split("\n\n")[-1]
+            assert json.loads(last.removeprefix("data: ")) == answer
 
 
 @pytest.mark.parametrize(
