@@ -9,7 +9,7 @@ vector does not depend on the other texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,16 @@ def encoder_ids(
 
 
 def embed(
-    config: ModelConfig, variables: Variables, ids: Sequence[np.ndarray], batch_size: int = 32
+    config: ModelConfig,
+    variables: Variables,
+    ids: Sequence[np.ndarray],
+    batch_size: int = 32,
+    before_pass: Callable[[], None] = lambda: None,
 ) -> Float[np.ndarray, "N D"]:
     """float32 unit vectors of token sequences, each of 1 to config.max_length tokens.
+
+    Args:
+      before_pass: called before each batch; what it raises ends the work.
 
     Raises:
       ValueError: a model without `pooling`, an empty sequence or one that is too long, or an unknown token.
@@ -59,6 +66,7 @@ def embed(
         program = PROGRAMS.of(_vectors, config, shapes=(batch_size, width, "packed" in variables))
         for start in range(0, len(members), batch_size):
             part = members[start : start + batch_size]
+            before_pass()
             tokens, mask = padded_rows([ids[i] for i in part], batch_size, width)
             vectors[part] = np.asarray(program(variables, tokens, mask))[: len(part)]
     return vectors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import dataclasses
 import threading
 from typing import Any
 
@@ -22,7 +24,7 @@ MOST_INPUTS = 2048  # of a request
 
 
 class Encoder:
-    """A sentence encoder that any thread may ask; requests take turns.
+    """A sentence encoder. Requests take turns, in the event loop; their passes run in another thread.
 
     Args:
       queue_limit: requests that may wait.
@@ -44,12 +46,13 @@ class Encoder:
             raise ValueError("got a model without pooling, expected a sentence encoder")
         self.config, self.context = config, config.known_length
         self._variables, self._tokenizer, self._conversation = variables, tokenizer, conversation
-        self._working, self._places = threading.Lock(), threading.Semaphore(queue_limit + 1)
-        self._queue_limit, self._closed = queue_limit, threading.Event()
+        self._turn, self._asking, self._queue_limit = asyncio.Lock(), 0, queue_limit
+        self._closed = threading.Event()
 
     def warm(self) -> None:
         """Compiles and runs the pass of a short text."""
-        self.vectors([np.array([*self._conversation.begin, *self._conversation.end] or [0], np.int32)])
+        ids = np.array([*self._conversation.begin, *self._conversation.end] or [0], np.int32)
+        embed(self.config, self._variables, [ids], BATCH)
 
     def run(self) -> None:
         """Returns after `close`."""
@@ -68,26 +71,57 @@ class Encoder:
             )
         return ids
 
-    def vectors(self, ids: list[np.ndarray]) -> np.ndarray:
-        """Unit vectors, float32 [N, D].
+    async def vectors(self, ids: list[np.ndarray]) -> np.ndarray:
+        """Unit vectors, float32 [N, D]. If it is cancelled, its work ends with the batch that is being computed.
 
         Raises:
           ValueError: see `embed`.
           QueueFull, Closed: see there.
         """
-        if not self._places.acquire(blocking=False):
+        if self._asking > self._queue_limit:
             raise QueueFull(f"{self._queue_limit} requests wait; try again later")
+        cancelled = threading.Event()
+
+        def go_on() -> None:
+            if cancelled.is_set():
+                raise InterruptedError
+
+        self._asking += 1
         try:
-            with self._working:
+            async with self._turn:
                 if self._closed.is_set():
                     raise Closed("the server is shutting down")
-                return embed(self.config, self._variables, ids, BATCH)
+                return await asyncio.to_thread(
+                    embed, self.config, self._variables, ids, BATCH, before_pass=go_on
+                )
         finally:
-            self._places.release()
+            cancelled.set()
+            self._asking -= 1
 
 
-def embeddings(fields: Fields, served: Served, encoder: Encoder) -> dict[str, Any]:
-    """The answer to a body. Raises ApiError, and ValueError as `Encoder` does."""
+@dataclasses.dataclass(frozen=True)
+class AskedVectors:
+    """What a body asks for: vectors of these tokens, in this form."""
+
+    ids: list[np.ndarray]
+    form: str
+
+    def answer(self, vectors: np.ndarray, served: Served) -> dict[str, Any]:
+        shown = [
+            one.tolist() if self.form == "float" else base64.b64encode(one.astype("<f4").tobytes()).decode()
+            for one in vectors
+        ]
+        count = sum(map(len, self.ids))
+        return {
+            "object": "list",
+            "data": [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(shown)],
+            "model": served.name,
+            "usage": {"prompt_tokens": count, "total_tokens": count},
+        }
+
+
+def embeddings(fields: Fields, served: Served, encoder: Encoder) -> AskedVectors:
+    """Raises ApiError, or ValueError of a text that is too long."""
     served.check_model(fields)
     ids = _inputs(fields, served, encoder)
     form, D = fields.text("encoding_format", "float"), encoder.config.hidden_size
@@ -96,18 +130,7 @@ def embeddings(fields: Fields, served: Served, encoder: Encoder) -> dict[str, An
     fields.integer("dimensions", D, D)
     fields.text("user")
     fields.done()
-    vectors = encoder.vectors(ids)
-    shown = [
-        vector.tolist() if form == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        for vector in vectors
-    ]
-    count = sum(map(len, ids))
-    return {
-        "object": "list",
-        "data": [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(shown)],
-        "model": served.name,
-        "usage": {"prompt_tokens": count, "total_tokens": count},
-    }
+    return AskedVectors(ids, form)
 
 
 def _inputs(fields: Fields, served: Served, encoder: Encoder) -> list[np.ndarray]:

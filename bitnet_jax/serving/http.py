@@ -186,9 +186,13 @@ def application(serving: Serving) -> Starlette:
         encoder, served = serving.encoding
         body = await read_body(request)
         with refusing():
-            return JSONResponse(
-                await asyncio.to_thread(lambda: embeddings(parse_body(body), served, encoder))
-            )
+            asked = await asyncio.to_thread(lambda: embeddings(parse_body(body), served, encoder))
+            work = asyncio.create_task(encoder.vectors(asked.ids))
+            async with cancelled_if_the_client_leaves(work, request.receive):
+                await asyncio.wait([work])
+            if work.cancelled():
+                raise ClientDisconnect
+            return JSONResponse(await asyncio.to_thread(asked.answer, work.result(), served))
 
     def answered(
         parse: Callable[[Fields, Served, str], Asked], reply_of: Callable[[Asked, Served], Reply] = Completion

@@ -33,17 +33,19 @@ class RequestLog:
             return
         began, now = time.perf_counter(), datetime.datetime.now(datetime.UTC)
         answers: list[Finished] = []
-        status, body = None, bytearray()
+        status, left, body = None, False, bytearray()
 
         async def received() -> Any:
+            nonlocal left
             message = await receive()
+            left = left or message["type"] == "http.disconnect"
             if self._prompts:
                 body.extend(message.get("body", b""))
             return message
 
         async def sent(message: Any) -> None:
             nonlocal status
-            status = message.get("status", status)
+            status = status if left else message.get("status", status)
             await send(message)
 
         try:

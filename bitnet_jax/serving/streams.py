@@ -24,6 +24,12 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
 
+class Cancellable(Protocol):
+    """Answers that run, or a task."""
+
+    def cancel(self) -> Any: ...
+
+
 class Running:
     """The choices of a body at work. `cancel` must be called in the end, whatever happens.
 
@@ -98,19 +104,19 @@ def _failure(event: Finished) -> ApiError | None:
 
 
 @contextlib.asynccontextmanager
-async def cancelled_if_the_client_leaves(running: Running, receive: Receive) -> AsyncIterator[None]:
-    """Cancels the answers when the client disconnects, also where nothing is sent yet, and in the end."""
+async def cancelled_if_the_client_leaves(work: Cancellable, receive: Receive) -> AsyncIterator[None]:
+    """Cancels the work when the client disconnects, also where nothing is sent yet, and in the end."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        running.cancel()
+        work.cancel()
 
     watcher = asyncio.create_task(watch())
     try:
         yield
     finally:
-        running.cancel()
+        work.cancel()
         watcher.cancel()
 
 

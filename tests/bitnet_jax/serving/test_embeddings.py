@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from bitnet_jax.cli import serve
+from bitnet_jax.inference import text_vectors
 from bitnet_jax.inference.text_vectors import embed, encoder_ids
 from bitnet_jax.model_folders import load_text_model
 from tests.bitnet_jax.interop.sentence_folder import write
@@ -24,10 +27,10 @@ pytest.importorskip("uvicorn", reason="package uvicorn is not installed; pip ins
 pytest.importorskip("prometheus_client", reason="package prometheus-client is not installed")
 
 from bitnet_jax.serving.embeddings import BATCH, Encoder
-from bitnet_jax.serving.requests import QueueFull
+from bitnet_jax.serving.requests import Closed, QueueFull
 from bitnet_jax.serving.schemas import Served
 from bitnet_jax.serving.server import Server
-from tests.bitnet_jax.serving.tiny_servers import CONVERSATION, TOKENIZER, ask, started
+from tests.bitnet_jax.serving.tiny_servers import CONVERSATION, TOKENIZER, ask, connection, started, until
 
 TEXTS = ["a cat sat on the mat", "the dog barks", "a dog", "the mat", "cat cat cat"]
 
@@ -118,22 +121,57 @@ def test_each_kind_of_model_has_its_endpoints(encoder: tuple[Server, Any]) -> No
     writer.stop()
 
 
-def test_a_full_queue(tmp_path: Path) -> None:
-    model = load_text_model(write(tmp_path / "model"))
-    assert model.tokenizer is not None
-    encoder = Encoder(model.config, model.variables, model.tokenizer, model.conversation, queue_limit=1)
-    ids = encoder.tokens(["a"])
-    with encoder._working:
-        waiting = [threading.Thread(target=encoder.vectors, args=(ids,)) for _ in range(2)]
-        for thread in waiting:
-            thread.start()
-        while encoder._places._value:
-            pass
-        with pytest.raises(QueueFull, match="1 requests wait"):
-            encoder.vectors(ids)
-    for thread in waiting:
-        thread.join()
-    assert encoder.vectors(ids).shape == (1, 32)
+def test_a_full_queue(encoder: tuple[Server, Any]) -> None:
+    async def scenario() -> None:
+        model = encoder[1]
+        asked = Encoder(model.config, model.variables, model.tokenizer, model.conversation, queue_limit=1)
+        ids = asked.tokens(["a"])
+        async with asked._turn:
+            waiting = [asyncio.create_task(asked.vectors(ids)) for _ in range(2)]
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFull, match="1 requests wait"):
+                await asked.vectors(ids)
+            waiting[0].cancel()  # whoever leaves gives up the place
+            await asyncio.wait(waiting[:1])
+            waiting.append(asyncio.create_task(asked.vectors(ids)))
+        assert [(await one).shape for one in waiting[1:]] == [(1, 32)] * 2
+        asked.close()
+        with pytest.raises(Closed):
+            await asked.vectors(ids)
+
+    asyncio.run(scenario())
+
+
+def test_what_a_client_asked_for_ends_within_one_batch_when_it_leaves(
+    encoder: tuple[Server, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At work and in the queue; the others get their vectors."""
+    server, _ = encoder
+    (expected,) = vectors(server, input="a dog")
+    read, began, held, batches = text_vectors.padded_rows, threading.Event(), threading.Event(), []
+
+    def holding(rows: list[np.ndarray], *sizes: int) -> Any:
+        batches.append(len(rows))
+        began.set()
+        held.wait()
+        return read(rows, *sizes)
+
+    monkeypatch.setattr(text_vectors, "padded_rows", holding)
+    asked = server.serving.encoder
+    assert asked is not None
+    body = json.dumps({"model": "tiny", "input": ["a cat"] * (5 * BATCH)})
+    links = []
+    for waiting in (1, 2):
+        links.append(connection(server))
+        links[-1].request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
+        assert until(lambda waiting=waiting: asked._asking == waiting)
+    assert began.wait(20)
+    for link in links:
+        link.close()
+    assert until(lambda: asked._asking == 0)
+    held.set()
+    assert vectors(server, input="a dog") == [expected]
+    assert batches == [BATCH, 1]
 
 
 @pytest.mark.parametrize("flag", [["--timeout", "9"], ["--context", "16"], ["--prompt-lookup", "2"]], ids=str)

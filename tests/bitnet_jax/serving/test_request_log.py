@@ -50,6 +50,7 @@ def test_what_is_logged(monkeypatch: pytest.MonkeyPatch, prompts: bool) -> None:
         link.close()
         assert until(lambda: len(lines) == 4)
         left: Any = json.loads(lines[3])
+        assert left["status"] is None
         assert [counted["reason"] for counted in left["answers"]] == ["cancelled"]
         text = "".join(lines)
         assert ("private" in text) == prompts
