@@ -103,7 +103,8 @@ class Fields:
     def only(self, name: str, neutral: Collection[Any]) -> None:
         """A field that the server does not support: only values that ask for nothing are accepted."""
         value = self.take(name)
-        if value is not None and value not in neutral:
+        same = [one for one in neutral if one == value and isinstance(one, bool) == isinstance(value, bool)]
+        if value is not None and not same:
             name = self._within + name
             raise ApiError(f"{name}: not supported by this server; leave it out", param=name)
 

@@ -8,6 +8,8 @@ from bitnet_jax.data.errors import DataError
 from bitnet_jax.serving.fields import ApiError, Fields
 from bitnet_jax.serving.grammar import json_answer
 
+VERBOSITY = ("medium",)  # a model is not told of others
+
 
 def response_format(fields: Fields) -> str | None:
     """The grammar that the field of a chat asks for; None: the answer is any text. Raises ApiError."""
@@ -21,7 +23,7 @@ def text_format(fields: Fields) -> str | None:
         raise fields.wrong("text", text, "an object with format")
     inner = Fields(text, "text.")
     lark = _grammar(inner, "format", "text.format", flat=True)
-    inner.only("verbosity", ("medium",))
+    inner.only("verbosity", VERBOSITY)
     inner.done()
     return lark
 

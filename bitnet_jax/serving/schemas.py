@@ -32,6 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
 }
+NEUTRAL_OF_TEXT: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
 
 
 class Served:
@@ -151,8 +152,8 @@ def completion(fields: Fields, served: Served, client: str) -> Asked:
     echo = fields.boolean("echo")
     most = fields.integer("max_tokens", 0 if echo else 1, 2**31 - 1, 16)
     assert most is not None
-    fields.only("best_of", (1,))
-    fields.only("suffix", ("",))
+    for name, neutral in NEUTRAL_OF_TEXT.items():
+        fields.only(name, neutral)
     return _asked(fields, served, client, prompts, most, chat=False, top=top, echo=texts if echo else None)
 
 
