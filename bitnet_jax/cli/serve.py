@@ -6,6 +6,7 @@ be in the environment variable BITNET_JAX_API_KEY, where other users of the mach
 
 example:
   bitnet-jax serve models/SmolLM2-135M-Instruct --port 8080 --slots 4
+  bitnet-jax serve smollm2-packed --adapter support=support.safetensors    # {"model": "support"} asks for it
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bitnet_jax.cli.shared import kv_format_argument, model_argument, write_json
@@ -23,6 +25,13 @@ API_KEY = "BITNET_JAX_API_KEY"
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     model_argument(command)
+    command.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="serve the packed model also with this adapter, as the model NAME; repeatable",
+    )
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: this machine only)"
     )
@@ -65,7 +74,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitnet_jax.model_folders import INSTALLED, folder_kind, load_text_model, source_path
+    from bitnet_jax.model_folders import INSTALLED, by_adapter, folder_kind, load_text_model, source_path
 
     folder_kind(source_path(args.folder))  # before anything listens
     from bitnet_jax.serving.embeddings import Encoder
@@ -76,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     package = args.folder.removeprefix(INSTALLED)
     name = package if package != args.folder else Path(args.folder).resolve().name
+    files = _adapters(args.adapter, name)
     api_key = os.environ.get(API_KEY) if args.api_key is None else args.api_key
     if api_key == "":  # an unset variable of a shell must not open the server
         raise ValueError("got an empty API key, expected at least one character, or no key at all")
@@ -89,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
                 f"got {args.folder} without tokenizer.json, expected one to tokenize text; add it"
             )
         if model.config.pooling != "none":
-            for flag in ("context", "kv_format", "prompt_lookup", "timeout"):
+            for flag in ("adapter", "context", "kv_format", "prompt_lookup", "timeout"):
                 if value := getattr(args, flag):
                     name_of = flag.replace("_", "-")
                     raise ValueError(
@@ -110,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
             queue_limit=args.queue,
             prompt_lookup=args.prompt_lookup,
             timeout=args.timeout,
+            adapters=by_adapter(model, args.folder, files),
         )
         if not engine.exact:
             print(
@@ -118,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         engine.warm()
-        return engine, Served(name, model.tokenizer, model.conversation, engine.context)
+        return engine, Served(name, model.tokenizer, model.conversation, engine.context, engine.adapters)
 
     def ready(server: Server) -> None:
         engine, encoder = server.serving.engine, server.serving.encoder
@@ -141,3 +152,16 @@ def run(args: argparse.Namespace) -> int:
         if server.serving.engine is not None:
             write_json(args.json, dataclasses.asdict(server.serving.engine.counters))
     return 0
+
+
+def _adapters(given: Sequence[str], model: str) -> dict[str, str]:
+    """Name -> file. Raises ValueError: not NAME=FILE, or a name that is taken."""
+    files: dict[str, str] = {}
+    for text in given:
+        name, _, file = text.partition("=")
+        if not name or not file:
+            raise ValueError(f"got --adapter {text}, expected NAME=FILE, such as support=support.safetensors")
+        if name == model or name in files:
+            raise ValueError(f"got --adapter {text}, expected another name than those of other models")
+        files[name] = file
+    return files

@@ -122,7 +122,7 @@ class AskedVectors:
 
 def embeddings(fields: Fields, served: Served, encoder: Encoder) -> AskedVectors:
     """Raises ApiError, or ValueError of a text that is too long."""
-    served.check_model(fields)
+    served.adapter(fields)
     ids = _inputs(fields, served, encoder)
     form, D = fields.text("encoding_format", "float"), encoder.config.hidden_size
     if form not in ("float", "base64"):

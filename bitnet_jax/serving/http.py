@@ -152,16 +152,16 @@ def application(serving: Serving) -> Starlette:
     async def described_by_openapi(request: Request) -> Response:
         return JSONResponse(document(serving.ready))
 
-    def described(served: Served) -> dict[str, Any]:
-        return {"id": served.name, "object": "model", "created": serving.created, "owned_by": "bitnet-jax"}
+    def described(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": serving.created, "owned_by": "bitnet-jax"}
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [described(serving.ready)]})
+        return JSONResponse({"object": "list", "data": [*map(described, serving.ready.names)]})
 
     async def model(request: Request) -> Response:
-        served = serving.ready
-        served.check_model(Fields({"model": request.path_params["name"]}))
-        return JSONResponse(described(served))
+        name = request.path_params["name"]
+        serving.ready.adapter(Fields({"model": name}))
+        return JSONResponse(described(name))
 
     async def tokenize(request: Request) -> Response:
         served = serving.ready

@@ -151,7 +151,7 @@ class Envelope:
         self._fixed = {
             "id": f"{prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": served.name,
+            "model": asked.model(served),
         }
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -69,7 +69,7 @@ TOP_LOGPROBS: Schema = {"type": "integer", "minimum": 0, "maximum": TOP}
 
 
 def _model(served: Served) -> Schema:
-    return _one_of(served.name)
+    return _one_of(*served.names)
 
 
 def _sampled(most: str) -> dict[str, Schema]:

@@ -42,7 +42,7 @@ class AskedResponse(Asked):
 
 def response(fields: Fields, served: Served, client: str) -> AskedResponse:
     """Raises ApiError, or DataError of the chat template."""
-    served.check_model(fields)
+    adapter = served.adapter(fields)
     instructions = fields.text("instructions")
     history = [] if instructions is None else [{"role": "system", "content": instructions}]
     history += input_messages(fields)
@@ -69,7 +69,7 @@ def response(fields: Fields, served: Served, client: str) -> AskedResponse:
     for name, neutral in NEUTRAL.items():
         fields.only(name, neutral)
     fields.done()
-    asked = chat(Fields(others), served, client, history, functions, lark, "text.format")
+    asked = chat(Fields(others), served, client, adapter, history, functions, lark, "text.format")
     repeated["text"] = {"format": repeated["text"].get("format") or {"type": "text"}}
     repeated["tools"] = [tool | {"strict": tool.get("strict") is not False} for tool in repeated["tools"]]
     return AskedResponse(**vars(asked), given=given | repeated)
@@ -86,7 +86,7 @@ class ResponseEnvelope:
             "id": f"resp_{self._key}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": served.name,
+            "model": asked.model(served),
             **asked.given,
             "metadata": {},
             "previous_response_id": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,16 @@ NEUTRAL_OF_TEXT: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
 class Served:
     """The model as requests name and see it."""
 
-    def __init__(self, name: str, tokenizer: Tokenizer, conversation: Conversation, context: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        conversation: Conversation,
+        context: int,
+        adapters: Sequence[str] = (),
+    ) -> None:
         self.name, self.tokenizer, self.conversation, self.context = name, tokenizer, conversation, context
+        self.names = (name, *adapters)  # an adapter is a model to its clients
         self.bytes_of = token_bytes(tokenizer)
         self.special = special_tokens(tokenizer)
         self.vocab_size = tokenizer.vocab_size
@@ -55,13 +64,17 @@ class Served:
         except DataError as error:
             raise ApiError(f"{param}: {error}", param=param) from error
 
-    def check_model(self, fields: Fields) -> None:
+    def adapter(self, fields: Fields) -> str | None:
+        """The adapter that the field `model` names; None: the model itself. Raises ApiError: neither."""
         name = fields.text("model")
+        expected = " or ".join(map(repr, self.names))
         if name is None:
-            raise ApiError(f"model: missing, expected {self.name!r}", param="model")
-        if name != self.name:
-            message = f"model: got {name[:60]!r}, expected {self.name!r}, the only one that is loaded"
+            raise ApiError(f"model: missing, expected {expected}", param="model")
+        if name not in self.names:
+            only = ", the only one that is loaded" if len(self.names) == 1 else ""
+            message = f"model: got {name[:60]!r}, expected {expected}{only}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
+        return None if name == self.name else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +89,23 @@ class Asked:
     echo: tuple[str, ...] | None  # the text of each choice's prompt, or None
     tools: Tools | None = None  # whose calls are recognised in the answers
 
+    def model(self, served: Served) -> str:
+        """The name of the model, or of the adapter, that answers."""
+        return self.requests[0].adapter or served.name
+
 
 def chat_completion(fields: Fields, served: Served, client: str) -> Asked:
     """Raises ApiError, or DataError of the chat template."""
-    served.check_model(fields)
+    adapter = served.adapter(fields)
     history, functions, lark = messages(fields), tools(fields), response_format(fields)
-    return chat(fields, served, client, history, functions, lark)
+    return chat(fields, served, client, adapter, history, functions, lark)
 
 
 def chat(
     fields: Fields,
     served: Served,
     client: str,
+    adapter: str | None,
     history: list[dict[str, Any]],
     functions: Tools | None,
     lark: str | None,
@@ -121,7 +139,7 @@ def chat(
         grammar = served.grammar(lark, format_name)
     elif functions is not None and functions.lark is not None:
         grammar = served.grammar(functions.lark, "tools")
-    asked = _asked(fields, served, client, [prompt], most, chat=True, top=top, grammar=grammar)
+    asked = _asked(fields, served, client, adapter, [prompt], most, chat=True, top=top, grammar=grammar)
     return dataclasses.replace(asked, tools=functions)
 
 
@@ -146,7 +164,7 @@ def _check_tools(served: Served, functions: Tools | None, lark: str | None, form
 
 def completion(fields: Fields, served: Served, client: str) -> Asked:
     """Raises ApiError."""
-    served.check_model(fields)
+    adapter = served.adapter(fields)
     texts, prompts = _prompts(fields, served)
     top = fields.integer("logprobs", 0, TOP)
     echo = fields.boolean("echo")
@@ -154,13 +172,16 @@ def completion(fields: Fields, served: Served, client: str) -> Asked:
     assert most is not None
     for name, neutral in NEUTRAL_OF_TEXT.items():
         fields.only(name, neutral)
-    return _asked(fields, served, client, prompts, most, chat=False, top=top, echo=texts if echo else None)
+    return _asked(
+        fields, served, client, adapter, prompts, most, chat=False, top=top, echo=texts if echo else None
+    )
 
 
 def _asked(
     fields: Fields,
     served: Served,
     client: str,
+    adapter: str | None,
     prompts: list[np.ndarray],
     max_tokens: int,
     *,
@@ -199,6 +220,7 @@ def _asked(
         grammar=grammar,
         scores=top is not None,
         score_prompt=top is not None and echo is not None,
+        adapter=adapter,
         client=fields.text("user") or client,
     )
     fields.done()

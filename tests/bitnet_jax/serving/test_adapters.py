@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitnet_jax.cli.serve import _adapters
 from bitnet_jax.inference.generation import generate
 from bitnet_jax.inference.sampling import SamplingConfig
 from bitnet_jax.nn.adapter import adapter_output
 from bitnet_jax.packed.adapters import Adapter, layer_shapes, padded, with_adapters
 from bitnet_jax.serving.engine import Engine
+from bitnet_jax.serving.schemas import Served
 from tests.bitnet_jax.serving.tiny_models import (
     CHUNK,
     TOKENIZER,
@@ -24,6 +26,7 @@ from tests.bitnet_jax.serving.tiny_models import (
     text,
     timeless,
 )
+from tests.bitnet_jax.serving.tiny_servers import CONVERSATION, ask, started
 
 
 @functools.cache
@@ -108,3 +111,32 @@ def test_an_unknown_adapter_is_refused() -> None:
         ValueError, match="adapter: got 'pirates', expected one of pirate, lawyer; did you mean"
     ):
         engine().submit(request(b"x", adapter="pirates"), print)
+
+
+def test_to_clients_an_adapter_is_a_model() -> None:
+    serving = engine()
+    served = Served("tiny", TOKENIZER, CONVERSATION, serving.context, serving.adapters)
+    server = started(lambda: (serving, served))
+    body = {"prompt": "the same prompt", "temperature": 0, "max_tokens": 8}
+    status, models, _ = ask(server, "/v1/models")
+    assert [model["id"] for model in models["data"]] == ["tiny", "pirate", "lawyer"]
+    assert ask(server, "/v1/models/lawyer")[1]["id"] == "lawyer"
+    for name, kind in (("tiny", None), ("pirate", "pirate")):
+        status, answer, _ = ask(server, "/v1/completions", body | {"model": name})
+        (events,) = answers(engine(slots=1), request(b"the same prompt", 8, adapter=kind))
+        assert (status, answer["model"], answer["choices"][0]["text"]) == (200, name, text(events))
+    status, answer, _ = ask(
+        server, "/v1/responses", {"model": "lawyer", "input": "hello", "max_output_tokens": 3}
+    )
+    assert (status, answer["model"]) == (200, "lawyer")
+    status, answer, _ = ask(server, "/v1/completions", body | {"model": "judge"})
+    assert status == 404
+    assert "expected 'tiny' or 'pirate' or 'lawyer'" in answer["error"]["message"]
+    server.stop()
+
+
+def test_the_command_names_each_adapter_once() -> None:
+    assert _adapters(["a=x.safetensors", "b=y=z"], "model") == {"a": "x.safetensors", "b": "y=z"}
+    for given in (["a"], ["=x"], ["a="], ["a=x", "a=y"], ["model=x"]):
+        with pytest.raises(ValueError, match="got --adapter"):
+            _adapters(given, "model")
