@@ -5,7 +5,6 @@ model: the packed model with the file is the model of the run. The packed model 
 other one.
 
 example:
-  bitnet-jax train --config adapter --workdir runs/support --config.init=smollm2-packed --config.data.source=texts.jsonl
   bitnet-jax adapter runs/support support.safetensors
   bitnet-jax generate smollm2-packed --adapter support.safetensors --prompt "Dear customer"
 """

@@ -11,16 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_jax.data.conversation import with_begin
 from bitnet_jax.data.errors import DataError
-from bitnet_jax.evaluation.completion import complete
 from bitnet_jax.evaluation.intervals import mean
 from bitnet_jax.evaluation.likelihood import TextModel
 from bitnet_jax.evaluation.result import Result
+from bitnet_jax.evaluation.summaries import continued
 from bitnet_jax.optional_packages import missing_package
 
 KINDS = ("rouge1", "rouge2", "rougeL")
-CUE = "\n\nTL;DR:"  # prompts a language model to summarize (Radford et al. 2019)
 SUMMARY_BYTES = 240  # maximum length of a summary: about forty English words
 
 
@@ -45,28 +43,19 @@ def summarization(model: TextModel, records: Sequence[dict[str, Any]], *, progre
     """
     references = [record["target"] for record in records]
     lead = rouge(references, [record["source"][0] for record in records]).mean(axis=0)
-    tokenizer = model.tokenizer
     texts = [" ".join(s.strip() for s in record["source"]) for record in records]
-    sources = tokenizer.encode_batch(texts)
-    cue = tokenizer.encode(CUE)
-    bytes_per_token = sum(len(text.encode()) for text in texts) / sum(map(len, sources))
+    tokens = sum(map(len, model.tokenizer.encode_batch(texts)))
+    bytes_per_token = sum(len(text.encode()) for text in texts) / tokens
     new_tokens = max(1, min(round(SUMMARY_BYTES / bytes_per_token), model.config.max_length // 3))
-    room = model.config.max_length - new_tokens - len(cue) - len(model.begin)
-    if room < 1:
-        raise DataError(
-            f"got a model with {model.config.max_length} positions, expected room for a text, {len(cue)} tokens of "
-            f"cue and {new_tokens} of answer"
-        )
-    prompts = [with_begin(model.begin, np.concatenate([ids[:room], cue])) for ids in sources]
-    summaries = complete(model, prompts, new_tokens, stop=("\n",), progress=progress)
-    scores = rouge(references, [summary.strip() for summary in summaries])
+    summaries, cut = continued(model, texts, new_tokens, progress=progress)
+    scores = rouge(references, summaries)
     return Result(
         len(records),
         {kind: mean(scores[:, i]) for i, kind in enumerate(KINDS)},
         {f"{kind}_of_the_first_sentence": float(lead[i]) for i, kind in enumerate(KINDS)},
         {
             "new_tokens": new_tokens,
-            "sources_cut": int(sum(len(ids) > room for ids in sources)),
+            "sources_cut": len(cut),
             "first_summary": summaries[0],
         },
     )

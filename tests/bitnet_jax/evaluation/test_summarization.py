@@ -11,10 +11,11 @@ import pytest
 
 from bitnet_jax.data import ByteTokenizer, DataError
 from bitnet_jax.data.conversation import Conversation
-from bitnet_jax.evaluation import completion, summarization
+from bitnet_jax.evaluation import completion, summaries, summarization
 from bitnet_jax.evaluation.completion import complete, cut
 from bitnet_jax.evaluation.likelihood import TextModel
-from bitnet_jax.evaluation.summarization import CUE, rouge
+from bitnet_jax.evaluation.summaries import CUE
+from bitnet_jax.evaluation.summarization import rouge
 from bitnet_jax.inference.generation import generate
 from bitnet_jax.models import ModelConfig, Transformer
 
@@ -86,7 +87,7 @@ def test_summarization_scores(model: TextModel, monkeypatch: pytest.MonkeyPatch)
         assert stop == ("\n",)
         return [" a cat slept", " nothing"]
 
-    monkeypatch.setattr(summarization, "complete", told)
+    monkeypatch.setattr(summaries, "complete", told)
     records = [{"source": ["A cat."], "target": ["cat slept", "a cat slept"]},
                {"source": ["Dogs run.", "They run far away."], "target": ["dogs run"]}]  # fmt: skip
     result = summarization.summarization(model, records)
