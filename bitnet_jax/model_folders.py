@@ -108,10 +108,10 @@ def text_model(model: LoadedModel[Architecture]) -> LoadedModel[ModelConfig]:
     return LoadedModel(model.kind, text_config(model.config), *model[2:])
 
 
-def with_adapter_files(
+def weighted_adapters(
     model: LoadedModel[ModelConfig], source: str | Path, files: Sequence[str]
-) -> LoadedModel[ModelConfig]:
-    """A packed model with the sum of some adapters.
+) -> list[tuple[adapters.Adapter, float]]:
+    """Adapters of a packed model, each with its weight.
 
     Args:
       source: that the model was loaded from.
@@ -121,9 +121,8 @@ def with_adapter_files(
       ValueError: not a packed model.
       StorageError: a file is damaged or belongs to another model.
     """
-    if not files:
-        return model
-    _check_packed(model, source)
+    if files:
+        _check_packed(model, source)
     found = []
     for text in files:
         path, _, weight = text.rpartition(":")
@@ -132,7 +131,18 @@ def with_adapter_files(
         except ValueError:
             of_file = (text, 1.0)
         found.append((adapters.load_adapter(of_file[0], source_path(source), model.config), of_file[1]))
-    return model._replace(variables=adapters.with_adapters(model.variables, found))
+    return found
+
+
+def with_adapter_files(
+    model: LoadedModel[ModelConfig], source: str | Path, files: Sequence[str]
+) -> LoadedModel[ModelConfig]:
+    """A packed model with the sum of some adapters. Arguments and errors: see `weighted_adapters`."""
+    if not files:
+        return model
+    return model._replace(
+        variables=adapters.with_adapters(model.variables, weighted_adapters(model, source, files))
+    )
 
 
 def by_adapter(
@@ -143,7 +153,7 @@ def by_adapter(
     Args:
       files: name -> adapter file.
 
-    Raises: see with_adapter_files.
+    Raises: see weighted_adapters.
     """
     if files:
         _check_packed(model, source)

@@ -24,7 +24,7 @@ from typing import Any
 
 from bitnet_jax.cli.shared import write_json
 
-LENGTH = 128  # tokens in a row
+LENGTH = 128  # that of tools/text_rows.py, whose imports would slow --help
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from bitnet_jax.model_folders import load_text_model
     from bitnet_jax.packed.latent import unpack_model
     from bitnet_jax.tools import agreement
+    from bitnet_jax.tools.text_rows import text_rows
 
     for name, least in {"rows": 1, "length": 1, "new_tokens": 0, "max_kl": 0, "max_logit_error": 0}.items():
         if (value := getattr(args, name)) is not None and not value >= least:  # NaN is not
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"got --length {args.length}, expected at most {longest}, the positions of {shorter}"
             )
-        tokens = _tokens(args, model, args.length or min(LENGTH, longest))
+        tokens = text_rows(model, args.source, args.rows, args.length or min(LENGTH, longest))
         figures = dataclasses.asdict(agreement.compare(agreement.logits_of(reference, tokens), model))
         figures["layers"] = agreement.compare_layers(reference, model, tokens[0])
         room = longest - tokens.shape[1] // 2
@@ -110,34 +111,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 _LIMITED = {"kl": "KL divergence", "max_logit_error": "largest difference of a logit"}
-
-
-def _tokens(args: argparse.Namespace, model: Any, length: int) -> Any:
-    """int32 [rows, length] of the text, or random ones."""
-    import numpy as np
-
-    from bitnet_jax.data import read_documents
-    from bitnet_jax.data.conversation import with_begin
-
-    if model.tokenizer is None:
-        return (
-            np.random.default_rng(0)
-            .integers(0, model.config.vocab_size, (args.rows, length))
-            .astype(np.int32)
-        )
-    rows: list[np.ndarray] = []
-    for document in read_documents(args.source or "stdlib").documents:
-        text = document.text[: 64 * args.rows * length]  # far more than the tokens that are left
-        ids = model.tokenizer.encode(text)
-        ids = with_begin(model.conversation.begin, ids) if model.conversation.begins_prompts else ids
-        rows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-        if len(rows) >= args.rows:
-            break
-    if not rows:
-        raise ValueError(
-            f"got fewer than {length} tokens in {args.source}, expected at least one row of --length"
-        )
-    return np.stack(rows[: args.rows])
 
 
 def _check_same_text(model: Any, other: Any) -> None:
