@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -9,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -95,6 +97,110 @@ def test_langchain(talker: Server) -> None:
     assert [each.content for each in chat.batch([messages] * 3)] == [ANSWER] * 3
     with pytest.raises(Exception, match="best_of: unknown or unsupported field"):
         chat.invoke(messages, extra_body={"best_of": 2})
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same model with a template that shows tools. Of texts that a grammar allows it writes the first in order."""
+    pytest.importorskip("llguidance", reason="package llguidance is not installed; pip install llguidance")
+    folder = write_folder(tmp_path_factory.mktemp("caller") / "caller")
+    template = "{%- for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}" + TEMPLATE
+
+    def load() -> tuple[Engine, Served]:
+        loaded = load_text_model(folder)
+        conversation = dataclasses.replace(loaded.conversation, template=template)
+        engine = Engine(loaded.config, loaded.variables, loaded.tokenizer, slots=1, context=256)
+        return engine, Served("caller", loaded.tokenizer, conversation, 256)
+
+    server = started(load)
+    yield server
+    server.stop()
+
+
+def total_type(pydantic: Any) -> Any:
+    """A type without further fields, which the model would write for ever."""
+    number = (int, pydantic.Field(ge=0, le=99))
+    return pydantic.create_model("Total", __config__={"extra": "forbid"}, total=number)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("api", ["OpenAIChatModel", "OpenAIResponsesModel"])
+def test_pydantic_ai(caller: Server, talker: Server, api: str) -> None:
+    """Text, whole and as a stream; a function that is called and returns; an answer of a type; an error."""
+    library = pytest.importorskip(
+        "pydantic_ai", reason="no package pydantic-ai: pip install pydantic-ai-slim[openai]"
+    )
+    pydantic = pytest.importorskip("pydantic")
+    models = pytest.importorskip("pydantic_ai.models.openai")
+    providers = pytest.importorskip("pydantic_ai.providers.openai")
+
+    openai = pytest.importorskip("openai")
+
+    def client(server: Server) -> Any:
+        return openai.AsyncOpenAI(base_url=f"{server.address}/v1", api_key="unused", max_retries=0)
+
+    def model(name: str, link: Any) -> Any:
+        return getattr(models, api)(name, provider=providers.OpenAIProvider(openai_client=link))
+
+    async def scenario() -> None:
+        async with client(talker) as talking, client(caller) as calling:
+            await text(model("talker", talking))
+            await tools(model("caller", calling))
+
+    async def text(model: Any) -> None:
+        agent = library.Agent(model, instructions="Be brief.", model_settings={"temperature": 0})
+        assert (await agent.run("What?")).output == ANSWER
+        async with agent.run_stream("What?") as stream:
+            assert await stream.get_output() == ANSWER
+
+    async def tools(model: Any) -> None:
+        total = total_type(pydantic)
+        settings = {"temperature": 0, "parallel_tool_calls": False}
+        agent = library.Agent(model, output_type=total, model_settings=settings)
+        called: list[int] = []
+
+        async def first_only(context: Any, tool: Any) -> Any:
+            return None if called else tool
+
+        @agent.tool_plain(prepare=first_only)
+        def add(number: Literal[7]) -> int:
+            """Adds a number."""
+            called.append(number)
+            return 42
+
+        done = await agent.run("Go?")
+        assert called == [7]
+        assert done.output.total in range(100)
+        parts = [part for message in done.all_messages() for part in message.parts]
+        results = [
+            part.content for part in parts if part.part_kind == "tool-return" and part.tool_name == "add"
+        ]
+        assert results == [42]
+        native = library.Agent(model, output_type=library.NativeOutput(total), model_settings=settings)
+        assert (await native.run("Go?")).output.total in range(100)
+        with pytest.raises(Exception, match="unknown or unsupported field"):
+            await native.run("Go?", model_settings={"extra_body": {"top_k": 2}})
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.extended
+def test_instructor(caller: Server) -> None:
+    """An answer of a type, as JSON of its schema and as the call of a function."""
+    instructor = pytest.importorskip("instructor", reason="no package instructor: pip install instructor")
+    pydantic = pytest.importorskip("pydantic")
+    openai = pytest.importorskip("openai")
+    total = total_type(pydantic)
+    messages = [{"role": "user", "content": "Go?"}]
+    with openai.OpenAI(base_url=f"{caller.address}/v1", api_key="unused") as plain:
+        for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS):
+            client = instructor.from_openai(plain, mode=mode)
+            answer, raw = client.chat.completions.create_with_completion(
+                model="caller", messages=messages, response_model=total, max_retries=0, temperature=0
+            )
+            assert answer.total in range(100)
+            reason = "tool_calls" if mode is instructor.Mode.TOOLS else "stop"
+            assert raw.choices[0].finish_reason == reason
 
 
 @pytest.mark.slow
