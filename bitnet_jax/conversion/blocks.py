@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
-from bitnet_jax.conversion.calibration import Stream, stages
+from bitnet_jax.conversion.calibration import Stream, Weights, stages
 from bitnet_jax.conversion.fit import fitted_scale, nearest_codes
 from bitnet_jax.conversion.gptq import (
     DAMPING,
@@ -26,6 +26,7 @@ from bitnet_jax.conversion.grids import GRIDS
 from bitnet_jax.models import ModelConfig
 from bitnet_jax.quantization.input_transforms import hadamard
 from bitnet_jax.quantization.precision import Precision
+from bitnet_jax.quantization.recipes import Rules
 from bitnet_jax.quantization.scales import Granularity
 
 Method = Literal["fit", "weighted", "gptq"]
@@ -41,10 +42,24 @@ class Settings:
     # fit: least squares. weighted: squares times the second moment of each input. gptq: compensated, scales refitted.
     method: Method = "fit"
     rotate: bool = False  # inputs and weights in blocks by Hadamard matrices
+    others: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # path of a layer -> its grid, if another
 
     @property
     def precision(self) -> Precision:
+        """Of a layer with the grid `grid`."""
         return GRIDS[self.grid].precision(self.granularity, self.activation, self.rotate)
+
+    @property
+    def rules(self) -> Rules:
+        """The precision of a model that is converted so."""
+        own = ((path, self.of(path).precision) for path in self.others)
+        return (*own, ("*", self.precision)) if self.others else self.precision
+
+    def of(self, path: str) -> Settings:
+        """Those of one layer, without the others."""
+        return dataclasses.replace(self, grid=self.others.get(path, self.grid), others={})
 
     @property
     def calibrated(self) -> bool:
@@ -82,7 +97,7 @@ def rounded_layer(
 
 def linear_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Path -> (outputs, inputs) of each linear layer of a block."""
-    return {path: weight.shape for path, weight in _split(params)[0].items()}
+    return {path: weight.shape for path, weight in split(params)[0].items()}
 
 
 def convert_block(
@@ -91,7 +106,7 @@ def convert_block(
     """Codes and scales of the linear layers of one block, by path.
 
     Args:
-      config: of the converted model, all of whose linear layers have `settings.precision`.
+      config: of the converted model, whose linear layers have the precisions `settings.rules`.
       params: of the block, float.
       layer: its index.
       stream: the calibration text before this block, for settings that need it.
@@ -99,33 +114,23 @@ def convert_block(
     Raises:
       ValueError: a matrix or the calibration text has NaN, or every code of a matrix became 0; the message names it.
     """
-    weights, others = _split(params)
+    weights, others = split(params)
     done: dict[str, Rounded] = {}
     reports: dict[str, Report] = {}
     for stage in stages(config):
         moment = factor = damping = None
         if stream is not None:
             values = {path: rounded.dequantized() for path, rounded in done.items()}
-            moment = stream.moment(layer, others, values, stage[0])
-            if not np.isfinite(moment).all():
-                raise ValueError(
-                    f"layers_{layer}/{stage[0]}: got NaN or infinite inputs on the calibration text, expected finite "
-                    "ones"
-                )
+            moment = finite_moment(stream, layer, others, values, stage[0])
             if settings.method == "gptq":
                 factor, damping = inverse_factor(moment)
         for path in stage:
-            w = np.asarray(weights[path], np.float32)
-            if not np.isfinite(w).all():
-                raise ValueError(
-                    f"layers_{layer}/{path}: got weights with NaN or infinity, expected finite ones"
-                )
-            if settings.rotate:
-                w = np.asarray(hadamard(jnp.asarray(w), block=True))
-            done[path] = rounded_layer(w, settings, moment, factor)
+            name = f"layers_{layer}/{path}"
+            w = matrix(name, weights[path], settings.rotate)
+            done[path] = rounded_layer(w, settings.of(name), moment, factor)
             if not done[path].codes.any():
                 raise ValueError(
-                    f"layers_{layer}/{path}: every code became 0 (the largest weight is {np.abs(w).max():.3g}), "
+                    f"{name}: every code became 0 (the largest weight is {np.abs(w).max():.3g}), "
                     "expected some that are not; is the layer used?"
                 )
             error = output_error(w, done[path].dequantized(), moment)
@@ -133,12 +138,32 @@ def convert_block(
     return done, reports
 
 
+def matrix(name: str, weight: Any, rotate: bool) -> Float[np.ndarray, "n k"]:
+    """The float weights of a layer as they are rounded. Raises ValueError: they have NaN or infinity."""
+    w = np.asarray(weight, np.float32)
+    if not np.isfinite(w).all():
+        raise ValueError(f"{name}: got weights with NaN or infinity, expected finite ones")
+    return np.asarray(hadamard(jnp.asarray(w), block=True)) if rotate else w
+
+
+def finite_moment(
+    stream: Stream, layer: int, others: Mapping[str, Any], weights: Weights, path: str
+) -> Float[np.ndarray, "k k"]:
+    """`Stream.moment`. Raises ValueError: it has NaN or infinity."""
+    moment = stream.moment(layer, others, weights, path)
+    if not np.isfinite(moment).all():
+        raise ValueError(
+            f"layers_{layer}/{path}: got NaN or infinite inputs on the calibration text, expected finite ones"
+        )
+    return moment
+
+
 def advance(stream: Stream, params: Mapping[str, Any], layer: int, block: Mapping[str, Rounded]) -> None:
     """Runs the calibration text through a converted block."""
-    stream.advance(layer, _split(params)[1], {path: rounded.dequantized() for path, rounded in block.items()})
+    stream.advance(layer, split(params)[1], {path: rounded.dequantized() for path, rounded in block.items()})
 
 
-def _split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Path -> matrix of each linear layer of a block, and the nested parameters that are no matrices of one."""
     flat = flatten_dict(dict(params), sep="/")
     weights = {path.removesuffix("/weight"): w for path, w in flat.items() if path.endswith("/weight")}

@@ -107,23 +107,35 @@ class Stream:
         """
         total: Any = 0.0
         for _, batch in self._batches():
-            x = np.asarray(_input(*self._static(layer), path, others, weights, batch))
+            x = np.asarray(_input(*_static(self.config, layer), path, others, weights, batch))
             total = total + (x.T @ x).astype(np.float64)
         return total / (self.x.shape[0] * self.x.shape[1])
 
     def advance(self, layer: int, others: Mapping[str, Any], weights: Weights) -> None:
         """Runs the text through a block with rounded weights."""
         for part, batch in self._batches():
-            self.x[part] = np.asarray(_output(*self._static(layer), others, weights, batch))
+            self.x[part] = np.asarray(after_block(self.config, layer, others, weights, batch))
 
     def _batches(self) -> Iterator[tuple[slice, np.ndarray]]:
         for start in range(0, len(self.x), self.rows):
             part = slice(start, start + self.rows)
             yield part, self.x[part]
 
-    def _static(self, layer: int) -> tuple[ModelConfig, tuple[tuple[str, Precision], ...], bool]:
-        precisions = layer_precisions(self.config)[layer]
-        return self.config, tuple(precisions.items()), layer not in self.config.no_rope_layers
+
+def after_block(
+    config: ModelConfig,
+    layer: int,
+    others: Mapping[str, Any],
+    weights: Weights,
+    x: Float[Array | np.ndarray, "B T D"],
+) -> Float[Array, "B T D"]:
+    """The output of a block. Arguments: see `Stream.moment`; weights are those of all its linear layers."""
+    return _output(*_static(config, layer), others, weights, x)
+
+
+def _static(config: ModelConfig, layer: int) -> tuple[ModelConfig, tuple[tuple[str, Precision], ...], bool]:
+    precisions = layer_precisions(config)[layer]
+    return config, tuple(precisions.items()), layer not in config.no_rope_layers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

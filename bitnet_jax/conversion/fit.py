@@ -16,17 +16,24 @@ from jaxtyping import Float, Int8
 from bitnet_jax.conversion.grids import Grid
 from bitnet_jax.quantization.scales import SMALLEST_SCALE, Granularity
 
+MOST_MAGNITUDES = 16  # of a grid whose scale is searched; each weight has an event for every one of them
+
 
 def best_scale(
     w: Float[np.ndarray, "*rows g"], importance: Float[np.ndarray, "*rows g"], grid: Grid
 ) -> Float[np.ndarray, "*rows"]:
     """The scale that minimizes sum(importance (w - scale codes)^2) over scales and codes; at least SMALLEST_SCALE.
 
+    Of a grid of more than MOST_MAGNITUDES it is max|w| over the largest of them: it cuts nothing off, and the best one
+    is hardly smaller.
+
     Args:
       w: the weights that share a scale, along the last axis.
       importance: positive, broadcasts to w.
     """
     size, c, m = np.abs(w), np.broadcast_to(importance, w.shape), grid.magnitudes
+    if len(m) > MOST_MAGNITUDES:
+        return np.maximum(size.max(axis=-1) / m[-1], SMALLEST_SCALE)
     # From the largest scale on, with the smallest magnitude everywhere, to the events in their order.
     products = [m[0] * np.sum(c * size, axis=-1, keepdims=True, dtype=np.float64)]
     squares = [m[0] ** 2 * np.sum(c, axis=-1, keepdims=True, dtype=np.float64)]

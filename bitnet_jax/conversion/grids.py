@@ -39,4 +39,5 @@ GRIDS: dict[str, Grid] = {
     "2": Grid((1, 3), "int2"),
     "3": Grid((1, 3, 5, 7), "int3", (("levels", "midrise"),)),
     "4": Grid(tuple(range(8)), "int4"),
+    "8": Grid(tuple(range(128)), "int8"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,8 +93,7 @@ def few_bits(
     """
     target = Path(target)
     storage.check_target(target, overwrite)
-    model = load_text_model(source, step=step)
-    _check_float(source, model)
+    model = float_model(source, step)
     settings = Settings(
         grid=grid,
         method=method or ("fit" if calibration is None else "gptq"),
@@ -106,25 +106,40 @@ def few_bits(
         raise ValueError(
             f"got the method {settings.method} {got} calibration text; fit has none, the others need one"
         )
-    config = dataclasses.replace(
-        model.config,
-        precision=settings.precision,
-        embedding_dtype=embedding or model.config.embedding_dtype,
-    )
+    config = converted_config(model.config, settings, embedding)
     packing.check_packable(config)
     tokens = None
     if settings.calibrated:
-        tokens = _calibration_windows(model, str(calibration), length, count)
-        _check_fits(model, tokens[0])
+        tokens = calibration_windows(model, str(calibration), length, count)
     params = dict(model.variables["params"])
     model = model._replace(config=config, variables={})
-    subject = {
-        "settings": dataclasses.asdict(settings),
-        "embedding": config.embedding_dtype,
-        "weights": _digest(flatten_dict(params, sep="/")),
-        "calibration": None if tokens is None else _digest({"tokens": tokens}),
-    }
-    finished = FinishedBlocks(target.with_name(target.name + PARTS), subject)
+    subject = subject_of(params, config, dataclasses.asdict(settings), tokens)
+    parts = target.with_name(target.name + PARTS)
+    finished = FinishedBlocks(parts, subject)
+    reports, resumed = convert_blocks(config, params, settings, tokens, finished, progress)
+    proof, sizes = prove_and_save(
+        target, model._replace(variables={"params": params}), PROOF_TOKENS, overwrite
+    )
+    shutil.rmtree(parts)
+    return Converted(settings, reports, resumed, 0 if tokens is None else tokens.size, proof, sizes)
+
+
+def convert_blocks(
+    config: ModelConfig,
+    params: dict[str, Any],
+    settings: Settings,
+    tokens: Int[np.ndarray, "B T"] | None,
+    finished: FinishedBlocks,
+    progress: bool,
+) -> tuple[dict[str, Report], int]:
+    """Replaces the float weights of each block in `params` by latent ones that quantize to its codes and scales.
+
+    Args:
+      config: of the converted model.
+      tokens: the calibration text, for settings that need it.
+
+    Returns: what became of the layers that this call converted, and the number of blocks that were finished before.
+    """
     stream = None if tokens is None else Stream(config, embedded(config, params, tokens))
     reports: dict[str, Report] = {}
     resumed = 0
@@ -144,10 +159,28 @@ def few_bits(
                 advance(stream, params[name], layer, block)
             params[name] = _latent(params[name], block)  # frees the float weights of the block
             bar.update()
-    written = model._replace(variables={"params": params})
-    proof, sizes = prove_and_save(target, written, PROOF_TOKENS, overwrite)
-    finished.remove()
-    return Converted(settings, reports, resumed, 0 if tokens is None else tokens.size, proof, sizes)
+    return reports, resumed
+
+
+def converted_config(config: ModelConfig, settings: Settings, embedding: str | None) -> ModelConfig:
+    return dataclasses.replace(
+        config, precision=settings.rules, embedding_dtype=embedding or config.embedding_dtype
+    )
+
+
+def subject_of(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    settings: Mapping[str, Any],
+    tokens: Int[np.ndarray, "B T"] | None,
+) -> dict[str, Any]:
+    """Everything that converted blocks depend on, see `FinishedBlocks`."""
+    return {
+        "settings": settings,
+        "embedding": config.embedding_dtype,
+        "weights": digest(flatten_dict(dict(params), sep="/")),
+        "calibration": None if tokens is None else digest({"tokens": tokens}),
+    }
 
 
 def default_granularity(config: ModelConfig) -> Granularity:
@@ -156,7 +189,9 @@ def default_granularity(config: ModelConfig) -> Granularity:
     return next((size for size in GROUPS if all(k % size == 0 for k in inputs)), "channel")
 
 
-def _check_float(source: str | Path, model: LoadedModel[ModelConfig]) -> None:
+def float_model(source: str | Path, step: int | None) -> LoadedModel[ModelConfig]:
+    """A model that can be converted. Raises ValueError: it is quantized, or no language model of ours."""
+    model = load_text_model(source, step=step)
     config = model.config
     if quantizes_layers(config) or model.variables.get("packed"):
         raise ValueError(f"got {source}, a quantized {model.kind} model, expected a float model")
@@ -166,17 +201,24 @@ def _check_float(source: str | Path, model: LoadedModel[ModelConfig]) -> None:
         raise ValueError(
             f"got {source} with a norm inside its linear layers, expected norms before blocks or outputs only"
         )
+    return model
 
 
-def _calibration_windows(
+def calibration_windows(
     model: LoadedModel[ModelConfig], source: str, length: int, count: int
 ) -> Int[np.ndarray, "B T"]:
+    """The first `count` windows of a text source.
+
+    Raises:
+      ValueError: the model has no tokenizer, its tokenizer does not fit the model, or the text has no whole window.
+    """
     if model.tokenizer is None:
         raise ValueError("got a model without a tokenizer, expected one to read the calibration text; add it")
     length = min(length, model.config.known_length)
     blocks = stream_blocks(Source(source), model.tokenizer, measured=False)
     found = windows((block.tokens for block in blocks), length, count)
     check_tokens(model.config, model.tokenizer, found.reshape(-1), "calibration text")
+    _check_fits(model, found[0])
     return found
 
 
@@ -192,13 +234,13 @@ def _check_fits(model: LoadedModel[ModelConfig], tokens: Int[np.ndarray, "T"]) -
         )
 
 
-def _digest(arrays: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256()
+def digest(arrays: Mapping[str, Any]) -> str:
+    sha = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
-    return digest.hexdigest()
+        sha.update(f"{name} {array.dtype} {array.shape}".encode())
+        sha.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+    return sha.hexdigest()
 
 
 def _latent(params: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
