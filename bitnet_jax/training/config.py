@@ -47,7 +47,7 @@ WHERE_COMPUTED = ("mesh", "distributed")
 ADDED_LATER = {
     "data": ("skip_bad_files", "document_mask", "mixture", "test", "begin_tokens", "end_tokens"),
     "distillation": ("hidden", "vectors", "similarities"),
-    "optimizer": ("name", "moments", "base_width", "ema_decay"),
+    "optimizer": ("name", "moments", "base_width", "ema_decay", "rates"),
     "evaluation": ("samples", "sample_tokens"),
     "training": ("scan_layers", "spike_factor", "spike_window", "max_returns"),
 }
@@ -130,6 +130,11 @@ class RunConfig:
             raise ValueError(
                 f"adapter.rank: got {self.adapter.rank} for task {self.task!r} with init {self.init}, expected task "
                 "'language', the folder of a packed model, and a mesh of one device"
+            )
+        if self.training.scan_layers and self.optimizer.rates is not None:
+            raise ValueError(
+                "training.scan_layers: got True with optimizer.rates, which name single layers, expected False; remove "
+                "one of them"
             )
         if self.training.scan_layers and (self.task == "images" or self.distillation.relations):
             reads = f"task {self.task!r}" if self.task == "images" else "distillation.relations"

@@ -57,9 +57,15 @@ def min_training_bytes(config: RunConfig) -> int:
 
 
 def state_bytes(config: OptimizerConfig) -> int:
-    """Per parameter at least: float32 weight and gradient, two moments of Adam or one of Muon, and an average."""
+    """Per parameter at least: float32 weight and gradient, two moments of Adam or one of Muon, and an average.
+
+    Frozen parameters have no gradient and no moments; where there are some, all are counted as if they were.
+    """
+    average = 4 if config.ema_decay is not None else 0
+    if 0 in (config.rates or {}).values():
+        return 4 + average
     moments = {"adamw": 2, "muon": 1}[config.name] * jnp.dtype(config.moments).itemsize
-    return 8 + moments + (4 if config.ema_decay is not None else 0)
+    return 8 + moments + average
 
 
 def parameters(model: Architecture) -> int:

@@ -50,6 +50,7 @@ from bitnet_jax.training.interrupt import Interrupted, stop_on_signals
 from bitnet_jax.training.limits import check_trainable
 from bitnet_jax.training.metrics import MetricsLog, read_metrics
 from bitnet_jax.training.optimizers import average_warning, make_optimizer
+from bitnet_jax.training.parameter_labels import path_factors
 from bitnet_jax.training.record import RunRecord, Work
 from bitnet_jax.training.recorder import Recorder
 from bitnet_jax.training.run_folder import EXTENDED_FROM, RunError, RunFolder
@@ -117,7 +118,9 @@ def fit(
         problem = adapter_task(problem, config)
     if initial is not None:
         problem = problem._replace(init=partial(initial_values, problem.init, initial))
-        jax.eval_shape(problem.init, jax.random.key(0))  # an error before the folder exists
+    if initial is not None or config.optimizer.rates:  # an error before the folder exists
+        shapes = jax.eval_shape(problem.init, jax.random.key(0))
+        path_factors(shapes["params"], config.optimizer.rates or {})
     with contextlib.ExitStack() as stack:
         lock = folder.training(config, overwrite=overwrite)
         result = everywhere(partial(stack.enter_context, lock), only_first=True)

@@ -20,7 +20,7 @@ from bitnet_jax.models.stacked import path_in_first_layer
 from bitnet_jax.names import check_name
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.training.directions import DIRECTIONS, LARGEST_BFLOAT16_DECAY, stored_in
-from bitnet_jax.training.parameter_labels import label_parameters
+from bitnet_jax.training.parameter_labels import label_parameters, path_factors
 from bitnet_jax.training.width_transfer import rate_factors
 
 
@@ -53,6 +53,9 @@ class OptimizerConfig:
     scale_learning_rate_factor: float = (
         1.0  # learned quantizer scales and shifts: factor on their learning rate
     )
+    # Factors on the learning rate by pattern of a parameter's path, as {"layers_0/*": 0.1}. Those of all patterns that
+    # match are multiplied; 0 freezes. None: 1 everywhere
+    rates: Mapping[str, float] | None = None
     # hidden_size at which learning_rate was tuned, see width_transfer.py; None: the same rate at every width
     base_width: int | None = None
     ema_decay: float | None = None  # also evaluate an exponential moving average of the weights; None: do not
@@ -84,6 +87,13 @@ class OptimizerConfig:
                     f"optimizer.{name}: got {beta} with moments='bfloat16', in which such a slow average stands still, "
                     f"expected at most {LARGEST_BFLOAT16_DECAY:.4f}; lower it, or store moments in float32"
                 )
+        if self.rates is not None:
+            for pattern, factor in self.rates.items():
+                if factor < 0:
+                    raise ValueError(
+                        f"optimizer.rates: got {factor} for {pattern!r}, expected 0 (frozen) or a positive factor"
+                    )
+            object.__setattr__(self, "rates", {name: float(f) for name, f in sorted(self.rates.items())})
         if self.base_width is not None and self.base_width < 1:
             raise ValueError(f"optimizer.base_width: got {self.base_width}, expected a hidden_size or None")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -164,20 +174,29 @@ class Optimizer(NamedTuple):
     weight_decay: Callable[[Int[Array, ""]], Float[Array, ""]]
     average: Callable[[PyTree, PyTree], PyTree]  # (state, params after an update) -> state
     averaged: Callable[[PyTree], PyTree | None]  # state -> moving average of params; None: it keeps none
+    trained: Callable[[PyTree], PyTree]  # params -> False for those that are frozen, else True
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, width_ratio: float = 1.0) -> Optimizer:
     """`update = -lr(t) * factor * (f * direction(clipped gradient) + wd(t) * parameter)`.
 
     `wd` applies to weights (and, optionally, embeddings), not to norms, biases and learned scales. `factor` is 1
-    except for learned scales and shifts. `f` is 1 except with `width_ratio`, see width_transfer.py; it leaves out the
-    decay, so that a matrix is pulled to zero equally fast at every width.
+    except for learned scales and shifts, and what `config.rates` names. `f` is 1 except with `width_ratio`, see
+    width_transfer.py; it leaves out the decay, so that a matrix is pulled to zero equally fast at every width.
+    Parameters whose factor in `config.rates` is 0 have no state; `trained` tells which.
 
     Args:
       width_ratio: hidden_size as a multiple of config.base_width.
     """
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     direction = DIRECTIONS[config.name](config.beta1, config.beta2, config.epsilon)
+    rates = config.rates or {}
+
+    def trained(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda factor: factor != 0, path_factors(params, rates))
+
+    if 0 in rates.values():
+        direction = optax.masked(direction, trained)
     chain = optax.chain(clip, stored_in(config.moments, direction))
     decayed = {"weight", "end", "embedding"} if config.decay_embeddings else {"weight", "end"}
 
@@ -192,19 +211,21 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, width_ratio: float
     ) -> tuple[PyTree, PyTree]:
         lr, wd = rate(step), decay(step)
 
-        def scaled(u: Array, p: Array, label: str, f: float) -> Array:
-            factor = config.scale_learning_rate_factor if label == "quantizer" else 1.0
+        def scaled(u: Array, p: Array, label: str, f: float, factor: float) -> Array:
+            factor *= config.scale_learning_rate_factor if label == "quantizer" else 1.0
             return -lr * factor * (f * u + wd * p) if label in decayed else -lr * factor * (f * u)
 
         # optax computes `decay ** count` with an int32 count, which strict dtype promotion rejects.
         with jax.numpy_dtype_promotion("standard"):
             directions, chained = chain.update(gradients, state[:2], params)
-        factors = rate_factors(params, width_ratio, config.name)
-        updates = jax.tree.map(scaled, directions, params, label_parameters(params), factors)
+        factors = (rate_factors(params, width_ratio, config.name), path_factors(params, rates))
+        updates = jax.tree.map(scaled, directions, params, label_parameters(params), *factors)
         return updates, (*chained, *state[2:])
 
     if config.ema_decay is None:
-        return Optimizer(chain.init, update, rate, decay, lambda state, params: state, lambda state: None)
+        return Optimizer(
+            chain.init, update, rate, decay, lambda state, params: state, lambda state: None, trained
+        )
     ema = optax.ema(config.ema_decay, debias=False)
 
     def init(params: PyTree) -> PyTree:
@@ -217,7 +238,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, width_ratio: float
         with jax.numpy_dtype_promotion("standard"):
             return optax.tree.bias_correction(state[2].ema, config.ema_decay, state[2].count)
 
-    return Optimizer(init, update, rate, decay, average, averaged)
+    return Optimizer(init, update, rate, decay, average, averaged, trained)
 
 
 def average_warning(config: OptimizerConfig, precisions: Mapping[str, Precision]) -> str | None:

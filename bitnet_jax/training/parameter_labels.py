@@ -1,12 +1,16 @@
-"""The kind of every parameter, by its path, which selects its settings in the optimizer."""
+"""The kind of every parameter, and the factor on its rate, by its path, which selects its settings in the optimizer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
+
+from bitnet_jax.names import suggestion
 
 # The first and last linear layers of a model; all others are hidden.
 ENDS = ("lm_head", "classifier", "patch_embed", "dense_0", "conv_0")
@@ -45,3 +49,28 @@ def label_parameters(params: Mapping[str, Any]) -> PyTree[str]:
         return LABELS[names[-1]]
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def path_factors(params: Mapping[str, Any], rates: Mapping[str, float]) -> PyTree[float]:
+    """The tree with leaves: product of the factors in `rates` whose patterns (fnmatch, `*` crosses `/`) match the
+    parameter's path; 1 if none does.
+
+    Raises:
+      ValueError: a pattern that matches no parameter.
+    """
+    used: set[str] = set()
+    paths: list[str] = []
+
+    def factor(path: tuple[Any, ...], leaf: Any) -> float:
+        paths.append("/".join(key.key for key in path))
+        matching = [pattern for pattern in rates if fnmatchcase(paths[-1], pattern)]
+        used.update(matching)
+        return math.prod((rates[pattern] for pattern in matching), start=1.0)
+
+    factors = jax.tree_util.tree_map_with_path(factor, params)
+    if idle := sorted(rates.keys() - used):
+        raise ValueError(
+            f"optimizer.rates: got {idle[0]!r}, which matches no parameter, expected a pattern of paths such as "
+            f"{paths[0]}{suggestion(idle[0], paths)}"
+        )
+    return factors

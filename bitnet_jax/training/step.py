@@ -40,7 +40,8 @@ def make_train_step(
 ) -> TrainStep:
     """The jitted update. Its state argument is donated and must not be used afterwards.
 
-    All randomness of an update follows from (key, state.step), so a resumed run matches an uninterrupted one.
+    All randomness of an update follows from (key, state.step), so a resumed run matches an uninterrupted one. Frozen
+    parameters (optimizer.rates) keep their bits; they have no gradient, in norms and statistics too.
 
     Args:
       loss: weighted sums, not means, so that gradients of micro-batches add up to those of the full batch. Its model
@@ -96,9 +97,13 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         progress = state.step.astype(jnp.float32) / total_steps
         gradients, (sums, model_state) = gradients_and_sums(state, frozen or {}, batch, key, progress)
-        gradients = jax.tree.map(lambda g: g / sums.weight, gradients)
+        trained = optimizer.trained(state.params)
+        gradients = jax.tree.map(
+            lambda g, moves: g / sums.weight if moves else jnp.zeros_like(g), gradients, trained
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, state.step)
         params = clip_latents(optax.apply_updates(state.params, updates), precisions)
+        params = jax.tree.map(lambda old, new, moves: new if moves else old, state.params, params, trained)
         opt_state = optimizer.average(opt_state, params)
 
         mean_loss = sums.loss / sums.weight

@@ -149,6 +149,14 @@ def test_the_hash_is_stable_and_covers_every_section() -> None:
             },
             "mesh.context: got 2 with distillation.relations",
         ),
+        (
+            {"model": MODEL, "optimizer": {"rates": {"embed*": "0"}}},
+            "optimizer.rates: got {'embed\\*': '0'}, expected",
+        ),
+        (
+            {"model": MODEL, "optimizer": {"rates": {"embed*": 0}}, "training": {"scan_layers": True}},
+            "training.scan_layers: got True with optimizer.rates",
+        ),
         ({"model": MODEL, "mesh": {"pipeline": 2}}, "field of mesh: got 'pipeline'"),
         (
             {"model": MODEL, "training": {"accumulate": 4}, "mesh": {"data": 4, "fsdp": 2}},

@@ -94,3 +94,20 @@ def test_another_tokenizer_is_refused(run: Path) -> None:
     config = settings(run.parent, {"precision": "int8"}, init=str(run))
     with pytest.raises(ValueError, match="data.tokenizer: got 'char' beside init, expected it to be unset"):
         with_shape(config, read_initial(str(run)))
+
+
+def test_frozen_parameters_of_the_model_stay_and_a_wrong_pattern_leaves_no_folder(
+    run: Path, tmp_path: Path
+) -> None:
+    model = {"precision": "bitnet_b158"}
+    frozen = from_run(run, model, optimizer={"rates": {"embed*": 0, "layers_0/*": 0.5}})
+    fit(frozen, tmp_path / "run", progress=False)
+    before, after = (load_run(folder)[2] for folder in (run, tmp_path / "run"))
+    np.testing.assert_array_equal(after["embed"]["embedding"], before["embed"]["embedding"])
+    moved = [np.abs(after[f"layers_{i}"]["mlp"]["up_proj"]["weight"]
+                    - before[f"layers_{i}"]["mlp"]["up_proj"]["weight"]).mean() for i in range(2)]  # fmt: skip
+    assert 0.3 < moved[0] / moved[1] < 0.7
+    wrong = from_run(run, model, optimizer={"rates": {"embedd/*": 0}})
+    with pytest.raises(ValueError, match="optimizer.rates: got 'embedd/\\*', which matches no parameter"):
+        fit(wrong, tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()

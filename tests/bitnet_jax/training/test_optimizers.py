@@ -199,3 +199,30 @@ def test_latents_are_clipped_where_their_precision_requires_it() -> None:
     np.testing.assert_array_equal(clipped["a"]["weight"], [1.0, -0.5, -1.0])
     np.testing.assert_array_equal(clipped["a"]["bias"], [2.0])
     np.testing.assert_array_equal(clipped["b"]["weight"], [2.0])
+
+
+def test_factors_of_matching_patterns_multiply_and_zero_freezes_without_state() -> None:
+    rates = {"layer/*": 0.5, "*bias": 0.1, "embed*": 0}
+    updates = one_update(1.0, weight_decay=0.5, clip_norm=None, rates=rates)
+    # Adam's first step has magnitude one; the factor also scales the decay: 0.1 * 0.5 * (1 + 0.5 * 3)
+    assert updates["layer/weight"] == pytest.approx(-0.1 * 0.5 * (1 + 0.5 * 3.0), rel=1e-5)
+    assert updates["layer/bias"] == pytest.approx(-0.1 * 0.5 * 0.1, rel=1e-5)
+    assert updates["norm/scale"] == pytest.approx(-0.1, rel=1e-5)
+    assert updates["embed/embedding"] == 0
+    for name in ("adamw", "muon"):
+        matrices = {
+            layer: {n: jnp.ones((2, 3)) if n == "weight" else p for n, p in part.items()}
+            for layer, part in PARAMS.items()
+        }
+        sizes = [
+            sum(leaf.size for leaf in jax.tree.leaves(make_optimizer(config, 10).init(matrices)))
+            for config in (OptimizerConfig(name=name), OptimizerConfig(name=name, rates={"embed*": 0.0}))
+        ]
+        assert sizes[0] - sizes[1] == 2 * PARAMS["embed"]["embedding"].size, "two moments"
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="optimizer.rates: got 'layers_9/\\*', which matches no parameter"):
+        one_update(1.0, rates={"layers_9/*": 0.1})
+    with pytest.raises(ValueError, match="optimizer.rates: got -1.0 for 'embed\\*', expected 0"):
+        OptimizerConfig(rates={"embed*": -1.0})

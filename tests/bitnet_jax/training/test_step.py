@@ -138,6 +138,31 @@ def test_latents_stay_within_their_clip_range(toy: Task) -> None:
     assert np.abs(state.params["embed"]["embedding"]).max() > 0.5
 
 
+def test_frozen_parameters_keep_their_bits_and_have_no_part_in_the_gradient_norm(toy: Task) -> None:
+    """Even beyond the clip range of their latents, and with weight decay."""
+    precisions = {"out": Precision(weight="binary_raw", latent_clip=0.5)}
+    settings = OptimizerConfig(schedule="constant", learning_rate=0.05, rates={"out/*": 0.0})
+    moving = make_optimizer(settings, STEPS)
+    update = make_train_step(toy.loss, moving, total_steps=STEPS, precisions=precisions, accumulate=2)
+    variables = toy.init(jax.random.key(0))
+    state = TrainState.create(jax.tree.map(jnp.array, variables), moving)
+    for step in range(3):
+        state, metrics = update(state, toy.train_batch(step), KEY)
+    out, embedding = state.params["out"]["weight"], state.params["embed"]["embedding"]
+    np.testing.assert_array_equal(out, variables["params"]["out"]["weight"])
+    assert np.abs(out).max() > 0.5
+    assert (np.asarray(embedding) != variables["params"]["embed"]["embedding"]).any()
+    assert float(metrics["statistics"].weight_grad_norm[0]) == 0
+
+    def loss(params: Any) -> jax.Array:
+        sums, _ = toy.loss(variables | {"params": params}, toy.train_batch(0), None, 0.0)
+        return sums.loss / sums.weight
+
+    gradient = jax.grad(loss)(variables["params"])["embed"]["embedding"]
+    _, first = update(TrainState.create(jax.tree.map(jnp.array, variables), moving), toy.train_batch(0), KEY)
+    assert float(first["grad_norm"]) == pytest.approx(float(jnp.linalg.norm(gradient)), rel=1e-5)
+
+
 SHAPE = dict(vocab_size=8, hidden_size=8, num_layers=1, num_heads=2, ffn_size=8, max_length=4)
 TOKENS = np.arange(8, dtype=np.int32).reshape(2, 4)
 
