@@ -127,6 +127,7 @@ def _check_precision(layer: str, precision: Precision) -> None:
         "scale",
         "scale_init",
         "granularity",
+        "warmup",
     }
     usual = RECIPES["bitnet_b158"]
     assert isinstance(usual, Precision)

@@ -302,6 +302,8 @@ class TransformerShape(Architecture):
                 "model.remat: got 'codes' with a precision that quantizes no input of a linear layer to int8, "
                 "expected true or false"
             )
+        if self.remat == "codes" and any(p.warmup for p in precisions.values()):
+            raise ValueError("model.remat: got 'codes' with a precision with warmup, expected true or false")
 
     def _check_rotary(self) -> None:
         layers = self.no_rope_layers

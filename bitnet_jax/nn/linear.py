@@ -29,6 +29,7 @@ from bitnet_jax.nn.products import sums_of_products
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.scales import Quantized, floats
 from bitnet_jax.quantization.ste import straight_through
+from bitnet_jax.quantization.warmup import blend, warm_up
 from bitnet_kernels import PackedArray, packed_matmul, packed_matmuls
 from bitnet_kernels.reference import digits, join_digits, rescale, rounded_product
 
@@ -118,8 +119,8 @@ class BitLinear(nn.Module):
 
     Parameters: weight [n, k], bias [n] if `use_bias`, and the learned scales and thresholds of `precision`. With a
     variable `weight` (a PackedArray) in the collection `packed`, the layer has no parameter `weight` and calls
-    `packed_matmul`. With a float Precision it is a plain dense layer. The term of the adapter (nn/adapter.py)
-    is there if the collection `adapter` has variables of the layer.
+    `packed_matmul`. With a float Precision it is a plain dense layer, and a latent layer with a warm-up begins as one. The
+    term of the adapter (nn/adapter.py) is there if the collection `adapter` has variables of the layer.
 
     Raises:
       ValueError: the packed weight does not fit the layer.
@@ -249,18 +250,29 @@ class BitLinear(nn.Module):
         if packed is not None:
             return packed_product(x_quantized, packed, precision)
         weight, scale = self._weight_params(k)
-        if precision.quantizes_weights:
-            w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
-            format = precision.packed_format if precision.codes_fit_int8 else None
-            if format is not None:
-                w_quantized = _visible_nan(w_quantized)
-                codes = gathered(w_quantized.codes, format, self.name or "")
-                w_quantized = w_quantized._replace(codes=codes)
-            return quantized_matmul(
-                x_quantized, w_quantized, self.dtype, self.product, precision.input_digits, format
-            )
-        dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
-        return dense(x_quantized.dequantize(), weight, dtype)
+        if not precision.quantizes_weights:
+            dtype = "bfloat16" if "bfloat16" in (precision.compute_dtype, self.dtype) else "float32"
+            return dense(x_quantized.dequantize(), weight, dtype)
+        w_quantized = precision.quantize_weight(weight, scale=scale, progress=progress, key=w_key)
+        product = functools.partial(self._quantized_product, x_quantized, w_quantized)
+        amount = warm_up(progress, precision.warmup)
+        if isinstance(amount, float):
+            return product()
+
+        def blended() -> Array:
+            x_mixed = blend(x.astype(jnp.float32), x_quantized.dequantize(), amount)
+            return dense(x_mixed, blend(weight, w_quantized.dequantize(), amount), self.dtype)
+
+        return jax.lax.cond(amount < 1, blended, product)
+
+    @nn.nowrap
+    def _quantized_product(self, x: Quantized, w: Quantized) -> Float[Array, "*rows n"]:
+        precision = self.precision
+        format = precision.packed_format if precision.codes_fit_int8 else None
+        if format is not None:
+            w = _visible_nan(w)
+            w = w._replace(codes=gathered(w.codes, format, self.name or ""))
+        return quantized_matmul(x, w, self.dtype, self.product, precision.input_digits, format)
 
 
 def precisions_of(module: nn.Module, *inputs: Any, **arguments: Any) -> dict[str, Precision]:

@@ -7,6 +7,7 @@
                            the quantizers, one pure function each
     records.py registry.py the properties of a quantizer as a record; all records by name
     input_transforms.py    rotation before an activation quantizer, sparsity after it
+    warmup.py              the passage from float to quantized in the first part of training
     precision.py           Precision: the quantizers of one linear layer
     recipes.py             precisions by name, and rules that assign them to the layers of a model
 

@@ -7,6 +7,10 @@ In training, a layer with `p: Precision` computes
     y = (xq.codes @ wq.codes.T) * wq.scale * xq.scale        (x @ w.T where p.quantizes_weights is False;
                                                               + sum(xq.codes) * wq.minimum * xq.scale if there is one)
 
+in the warm-up, if there is one, with amount = warm_up(progress, p.warmup) below 1,
+
+    y = blend(x, xq.dequantize(), amount) @ blend(w, wq.dequantize(), amount).T
+
 and creates its extra parameters, all float32, from
 
     p.weight_scale_init(w)        -> initial learned weight scale [#n, G], or None if it has none
@@ -43,6 +47,7 @@ from bitnet_jax.quantization.scales import (
     measure,
 )
 from bitnet_jax.quantization.ste import ANNEALED, Progress
+from bitnet_jax.quantization.warmup import check_share
 
 Options = Mapping[str, Any] | tuple[tuple[str, Any], ...]
 OPTION_FIELDS = ("weight_options", "activation_options")
@@ -61,6 +66,8 @@ class Precision:
     weight_ste: str = "identity"
     activation_ste: str = "identity"
     latent_clip: float | None = None  # the optimizer clips latents to [-c, c] after each update
+    # share of training in which weights and input pass from float to quantized, see warmup.py; 0: quantized throughout
+    warmup: float = 0.0
     # scales
     scale: Literal["analytic", "learned", "none"] = "analytic"
     scale_init: Literal["analytic", "lsq"] = "analytic"  # of a learned one: lsq is 2 mean|w| / sqrt(Qp)
@@ -96,6 +103,12 @@ class Precision:
         if not 0 < self.top_k <= 1:
             raise ValueError(f"top_k: got {self.top_k}, expected a fraction in (0, 1]")
         check_name("top_k_ste", self.top_k_ste, TOP_K_STES)
+        check_share("warmup", self.warmup)
+        if self.warmup and (not self.quantizes_weights or self.hadamard or self.top_k < 1):
+            raise ValueError(
+                f"warmup: got {self.warmup} with weight={self.weight!r}, hadamard={self.hadamard}, top_k={self.top_k}, "
+                "expected a quantizer of weights and an input that is neither rotated nor thinned out, or warmup=0"
+            )
         self._check_weight()
         self._check_activation()
 
@@ -316,6 +329,9 @@ def _check_given(setting: str, what: str, value: Array | None, expected: bool) -
         raise ValueError(f"{setting}: got {got} {what}, expected {wanted}")
 
 
-def annealed_gradients(precisions: Iterable[Precision]) -> list[str]:
-    """The gradient estimators of these layers that depend on the total number of updates, by name."""
-    return sorted({ste for p in precisions for ste in (p.weight_ste, p.activation_ste)} & ANNEALED)
+def annealed(precisions: Iterable[Precision]) -> list[str]:
+    """What depends on the total number of updates in these layers: gradient estimators and warm-ups, in words."""
+    precisions = list(precisions)
+    stes = {ste for p in precisions for ste in (p.weight_ste, p.activation_ste)} & ANNEALED
+    shares = {p.warmup for p in precisions} - {0.0}
+    return [f"the gradient {ste!r}" for ste in sorted(stes)] + [f"warmup={share}" for share in sorted(shares)]

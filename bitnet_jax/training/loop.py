@@ -6,8 +6,9 @@
 checkpoint, and its result is bit-identical to an uninterrupted run.
 
 A run whose `training.steps` is raised, finished or not, resumes in the same way. Anything that depends on the total
-number of updates (a schedule other than constant, the end of weight decay, annealed gradients) follows the new total
-from then on, so the run differs from one started with that total; if nothing depends on it, both are bit-identical.
+number of updates (a schedule other than constant, the end of weight decay, annealed gradients, a warm-up) follows the
+new total from then on, so the run differs from one started with that total; if nothing depends on it, both are
+bit-identical.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jaxtyping import PRNGKeyArray
 import bitnet_jax
 from bitnet_jax.models.stacked import is_stacked, stack_like, unstack
 from bitnet_jax.progress import progress_bar
-from bitnet_jax.quantization.precision import annealed_gradients
+from bitnet_jax.quantization.precision import annealed
 from bitnet_jax.training.adapter_task import adapter_task, with_base
 from bitnet_jax.training.checkpoints import Checkpoints
 from bitnet_jax.training.collectives import collectives, received_bytes
@@ -199,6 +200,8 @@ def _train(
 
     if (warning := average_warning(config.optimizer, task.precisions)) is not None:
         tell(warning)
+    if (notice := _warm_up_notice(config, task)) is not None:
+        tell(notice)
     began, name = time.monotonic(), folder.path.absolute().name
     with contextlib.ExitStack() as stack:
         stop_request = stack.enter_context(stop_on_signals())
@@ -347,13 +350,24 @@ def _extension_notice(config: RunConfig, task: Task, before: int, step: int) -> 
     follows = [f"schedule={optimizer.schedule!r}"] if optimizer.schedule != "constant" else []
     if optimizer.weight_decay and optimizer.weight_decay_until < 1:
         follows.append(f"weight_decay_until={optimizer.weight_decay_until}")
-    follows += [f"the gradient {ste!r}" for ste in annealed_gradients(task.precisions.values())]
+    follows += annealed(task.precisions.values())
     effect = (
         f"with {', '.join(follows)} computed for {steps} from here on; differs from a run started with {steps}"
         if follows
         else f"bit-identical to a run started with {steps}"
     )
     return f"training.steps: {before} before, {steps} now; resuming from step {step}, {effect}"
+
+
+def _warm_up_notice(config: RunConfig, task: Task) -> str | None:
+    """One line if the losses of updates are for a time not those of the quantized model; else None."""
+    share = max((precision.warmup for precision in task.precisions.values()), default=0.0)
+    if not share:
+        return None
+    return (
+        f"warm-up: updates before {math.ceil(share * config.training.steps)} train a blend of the float and the "
+        "quantized model; evaluations, samples and packed models are of the quantized one"
+    )
 
 
 def _evaluated(metrics: Path, step: int) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_experiments.runs import locked, train
-from bitnet_jax.quantization.precision import annealed_gradients
+from bitnet_jax.quantization.precision import annealed
 from bitnet_jax.training.checkpoints import saved_steps
 from bitnet_jax.training.config import CHANGEABLE_ON_RESUME, RunConfig, differing_fields
 from bitnet_jax.training.optimizers import learning_rate, weight_decay
@@ -70,8 +70,8 @@ def _check_shared(shorter: RunConfig, config: RunConfig, step: int) -> None:
                 "number of updates only in the decay"
             )
     precisions = config.model_config(config.model["vocab_size"]).precisions()
-    if annealed := annealed_gradients(precisions.values()):
-        raise ValueError(f"got the gradient {annealed[0]!r}, which depends on the total number of updates")
+    if follows := annealed(precisions.values()):
+        raise ValueError(f"got {follows[0]}, which depends on the total number of updates")
 
 
 def _copy(begun: Path, config: RunConfig, folder: Path, step: int) -> None:

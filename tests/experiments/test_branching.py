@@ -69,6 +69,11 @@ def test_a_branch_equals_a_run_from_scratch(study: Study, tmp_path: Path) -> Non
                 {"weight": "binary_centred", "activation": "sign", "activation_ste": "tanh"},
             )
         ),
+        (
+            {"model__precision": "bitnet_b158(warmup=0.5)"},
+            {"model__precision": "bitnet_b158(warmup=0.5)"},
+            "got warmup=0.5, which depends on the total",
+        ),
     ],
 )
 def test_runs_that_share_nothing_are_refused(

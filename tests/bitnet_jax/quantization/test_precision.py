@@ -243,6 +243,16 @@ def test_json_round_trip_and_hashing(precision: Precision) -> None:
             {"weight": "binary", "scale": "learned", "scale_init": "lsq"},
             "weight with scale_init='lsq': got 'binary'",
         ),
+        ({"warmup": 0.2}, "warmup: got 0.2 with weight='float'"),
+        ({"weight": "ternary_absmean", "warmup": 1.0}, "warmup: got 1.0, expected a share of training"),
+        (
+            {"weight": "int8", "activation": "int8", "warmup": 0.2, "hadamard": True},
+            "warmup: got 0.2 .* hadamard=True",
+        ),
+        (
+            {"weight": "int8", "activation": "int8", "warmup": 0.2, "top_k": 0.5},
+            "warmup: got 0.2 .* top_k=0.5",
+        ),
         ({"weight": "ternary_absmean", "weight_ste": "tanh"}, "weight_ste: got 'tanh', expected .*clipped"),
         (
             {"weight": "binary", "activation": "int8", "activation_ste": "reste"},

@@ -13,6 +13,7 @@ from bitnet_jax.training.config import RunConfig
 from bitnet_jax.training.initial import initial_values, read_initial, with_shape
 from bitnet_jax.training.load import load_run
 from bitnet_jax.training.loop import fit
+from bitnet_jax.training.metrics import read_metrics
 from bitnet_jax.training.task import initial_variables
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 40
@@ -111,3 +112,26 @@ def test_frozen_parameters_of_the_model_stay_and_a_wrong_pattern_leaves_no_folde
     with pytest.raises(ValueError, match="optimizer.rates: got 'embedd/\\*', which matches no parameter"):
         fit(wrong, tmp_path / "other", progress=False)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.optimized
+def test_a_warm_up_begins_with_the_loss_of_the_float_model_and_measures_the_quantized_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trained(precision: str) -> tuple[float, float, dict[str, float]]:
+        """Losses of the first and second update, and the last evaluation."""
+        config = from_run(
+            run,
+            {"precision": precision},
+            optimizer={"learning_rate": 0.0},
+            training={"steps": 2, "log_every": 1},
+        )
+        folder = tmp_path / precision
+        result = fit(config, folder, progress=False)
+        losses = [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"]
+        return losses[0], losses[1], result["valid"]
+
+    warm, floats, plain = (trained(name) for name in ("bitnet_b158(warmup=0.5)", "float32", "bitnet_b158"))
+    assert warm[0] == floats[0] != plain[0]
+    assert warm[1:] == plain[1:]
+    assert "warm-up: updates before 1 train a blend of the float and the quantized" in capsys.readouterr().err
