@@ -103,7 +103,7 @@ _WRITTEN = (
 )  # fmt: skip
 _FREE = (
     "trained_length", "dropout", "inside_norm_eps", "embedding_dtype", "init_std", "ternary_format",
-    "dtype", "product", "remat",
+    "dtype", "product", "remat", "sub_norm_warmup",
 )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ FORMS: dict[str, Form] = {
 # Fields of ModelConfig that config.json does not hold, because the outputs of the exported model do not depend on
 # them. Precisions are compared separately, and `embedding_dtype` is the dtype of the stored tables.
 NOT_STORED = {
-    "dropout", "dtype", "embedding_dtype", "init_std", "precision", "product", "remat", "ternary_format",
-    "trained_length",
+    "dropout", "dtype", "embedding_dtype", "init_std", "precision", "product", "remat",
+    "sub_norm_warmup", "ternary_format", "trained_length",
 }  # fmt: skip
 # Fields with a default that depends on other fields -> the property with the resolved value.
 RESOLVED = {

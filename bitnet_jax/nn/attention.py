@@ -32,7 +32,7 @@ from bitnet_jax.nn.context import context_parts, cut, join, whole_sequence
 from bitnet_jax.nn.kv_cache import KVCache, cached_keys_values, fake_quantized_kv, write
 from bitnet_jax.nn.linear import BitLinear, apply_fused
 from bitnet_jax.nn.linear_attention import LinearState, zero_state
-from bitnet_jax.nn.norms import block_norm
+from bitnet_jax.nn.norms import block_norm, sub_norm
 from bitnet_jax.nn.placement import automatic_axes, on_one_device
 from bitnet_jax.nn.rotary import angles, rotate
 from bitnet_jax.quantization.arguments import Arguments
@@ -277,7 +277,5 @@ class Attention(nn.Module):
                 cache = write(cache, k, v, length)
                 o = mixed(q, *cached_keys_values(cache), visible)
 
-        o = o.reshape(B, T, config.num_heads * config.head_size)
-        if config.norm_placement == "sub":
-            o = block_norm(config, "sub_norm")(o)
+        o = sub_norm(config, o.reshape(B, T, config.num_heads * config.head_size), progress)
         return BitLinear.of(config, D, self.precisions["o_proj"], "o_proj")(o, progress), cache

@@ -21,6 +21,7 @@ from bitnet_jax.nn.rope_scaling import RopeScaling
 from bitnet_jax.nn.tables import HEADS, INTEGER_TABLES, head_precision, table_precision
 from bitnet_jax.quantization.precision import Precision
 from bitnet_jax.quantization.recipes import Recipe, Rules, resolve
+from bitnet_jax.quantization.warmup import check_share
 
 GATED_MLPS = ("silu_glu", "relu2_glu")
 FLOAT32_MAX = 3.4028234e38  # settings enter float32 computations
@@ -230,6 +231,7 @@ class TransformerShape(Architecture):
     norm_bias: bool = False  # on the block norms of norm="layernorm"
     # Papers' variants: sub = B (2B-4T), pre = C (TriLM), inside = A (BitNet b1), post = after the residual sum (BERT).
     norm_placement: str = "sub"
+    sub_norm_warmup: float = 0.0  # share of training in which sub norms are blended in, see nn/norms.py
     inside_norm: bool = False  # an extra RMSNorm with gain before each projection (HF `use_rms_norm`)
     inside_norm_eps: float = 1e-6
 
@@ -280,6 +282,12 @@ class TransformerShape(Architecture):
             )
         if self.norm_bias and self.norm != "layernorm":
             raise ValueError(f"model.norm_bias: got true with norm={self.norm!r}, expected norm='layernorm'")
+        check_share("model.sub_norm_warmup", self.sub_norm_warmup)
+        if self.sub_norm_warmup and self.norm_placement != "sub":
+            raise ValueError(
+                f"model.sub_norm_warmup: got {self.sub_norm_warmup} with norm_placement={self.norm_placement!r}, "
+                "expected 'sub'"
+            )
         self._check_rotary()
         if isinstance(self.remat, str):
             check_name("model.remat", self.remat, ("codes",), also=", true or false")

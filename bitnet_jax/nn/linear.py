@@ -260,7 +260,7 @@ class BitLinear(nn.Module):
             return product()
 
         def blended() -> Array:
-            x_mixed = blend(x.astype(jnp.float32), x_quantized.dequantize(), amount)
+            x_mixed = blend(x, x_quantized.dequantize(), amount)
             return dense(x_mixed, blend(weight, w_quantized.dequantize(), amount), self.dtype)
 
         return jax.lax.cond(amount < 1, blended, product)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.linear import BitLinear, apply_fused
-from bitnet_jax.nn.norms import block_norm
+from bitnet_jax.nn.norms import sub_norm
 from bitnet_jax.quantization.precision import Precision
 
 
@@ -49,6 +49,4 @@ class MLP(nn.Module):
         inner = [linear(name, config.ffn_size) for name in config.mlp_linears if name != "down_proj"]
         *gate, up = apply_fused(inner, x, progress)
         hidden = activation(gate[0]) * up if gate else activation(up)
-        if config.norm_placement == "sub":
-            hidden = block_norm(config, "sub_norm")(hidden)
-        return linear("down_proj", config.hidden_size)(hidden, progress)
+        return linear("down_proj", config.hidden_size)(sub_norm(config, hidden, progress), progress)

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 from bitnet_jax.nn.config import TransformerShape
 from bitnet_jax.nn.placement import on_one_device
 from bitnet_jax.quantization.scales import floats
+from bitnet_jax.quantization.ste import Progress
+from bitnet_jax.quantization.warmup import blend, warm_up
 from bitnet_kernels import rms_norm
 
 
@@ -66,6 +68,21 @@ class Norm(nn.Module):
 def block_norm(config: TransformerShape, name: str) -> Norm:
     """The norm before or after a block, before the output head, or before an output projection (SubLN)."""
     return Norm(config.norm, config.norm_eps, config.norm_scale, config.norm_bias, name=name)
+
+
+def sub_norm(
+    config: TransformerShape, x: Float[Array, "*rows D"], progress: Progress = 1.0
+) -> Float[Array, "*rows D"]:
+    """The input of an output projection: for placement "sub" the norm of x, else x.
+
+    With `sub_norm_warmup` training begins with x itself, `blend(x, norm(x), warm_up(progress, sub_norm_warmup))`: no
+    gain makes an RMSNorm the identity, so a float model that gets sub norms would be another function.
+    """
+    if config.norm_placement != "sub":
+        return x
+    normed = block_norm(config, "sub_norm")(x)
+    amount = warm_up(progress, config.sub_norm_warmup)
+    return normed if isinstance(amount, float) else blend(x, normed, amount).astype(x.dtype)
 
 
 def projection_norm(config: TransformerShape) -> Norm | None:

@@ -1,4 +1,4 @@
-"""Warm-up: a layer passes from one form to another, from float to quantized, in the first part of training.
+"""Warm-up: a layer passes from one form to another, as from float to quantized, in the first part of training.
 
     blend(a, b, amount) = (1 - amount) a + amount b        amount = min(1, progress / share)
 
@@ -23,9 +23,9 @@ def warm_up(progress: Progress, share: float) -> Progress:
 
 
 def blend(a: Float[Array, "..."], b: Float[Array, "..."], amount: Progress) -> Float[Array, "..."]:
-    """(1 - amount) a + amount b; a and b broadcast, in float32."""
+    """(1 - amount) a + amount b in float32."""
     amount = jnp.asarray(amount, jnp.float32)
-    return (1 - amount) * a + amount * b
+    return (1 - amount) * a.astype(jnp.float32) + amount * b.astype(jnp.float32)
 
 
 def check_share(setting: str, share: float) -> None:

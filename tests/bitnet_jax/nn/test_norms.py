@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax.models import PRESETS
+from bitnet_jax.models import PRESETS, ModelConfig
 from bitnet_jax.nn.mlp import MLP
-from bitnet_jax.nn.norms import NORMS, Norm
+from bitnet_jax.nn.norms import NORMS, Norm, sub_norm
 
 X = np.random.default_rng(0).normal(2.0, 3.0, (4, 32)).astype(np.float32)
 
@@ -69,3 +70,24 @@ def test_mlp_kinds_match_their_formulas() -> None:
         want = expected(up, gate) @ w["down_proj"].T
         # float32 against float32 in a different summation order
         np.testing.assert_allclose(module.apply({"params": params}, x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sub_norm_in_its_warm_up_by_hand() -> None:
+    """x = (3, 4) has the root mean square 5 / sqrt(2); at half of the warm-up, the mean of x and norm(x)."""
+    shape = dict(vocab_size=8, hidden_size=2, num_layers=1, num_heads=1, ffn_size=2, max_length=4)
+    config = ModelConfig(**shape, sub_norm_warmup=0.5, norm_eps=1e-30)
+
+    class Sub(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, progress: jax.Array) -> jax.Array:
+            return sub_norm(config, x, progress)
+
+    x, variables = jnp.array([[3.0, 4.0]]), {"params": {"sub_norm": {"scale": jnp.array([1.0, 2.0])}}}
+    normed = np.array([[3.0, 8.0]]) * 2**0.5 / 5
+    for progress, expected in ((0.0, x), (0.25, (x + normed) / 2), (0.5, normed), (1.0, normed)):
+        y = Sub().apply(variables, x, jnp.float32(progress))
+        np.testing.assert_allclose(y, expected, rtol=1e-6)
+    with pytest.raises(
+        ValueError, match="model.sub_norm_warmup: got 0.5 with norm_placement='pre', expected"
+    ):
+        dataclasses.replace(config, norm_placement="pre")

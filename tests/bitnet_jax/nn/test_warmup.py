@@ -1,4 +1,4 @@
-"""Warm-up of quantization in a layer and in a model: exact at both ends, and the blend between."""
+"""Warm-up of quantization and of sub norms, in a layer and in a model: exact at both ends, and the blend between."""
 
 from __future__ import annotations
 
@@ -91,6 +91,25 @@ def test_a_model_begins_as_float_and_without_progress_it_is_quantized() -> None:
     middle = logits(warm, progress=jnp.float32(0.1))
     assert (middle != logits(plain)).any()
     assert (middle != logits(floats)).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inserted_sub_norms_leave_the_function_unchanged_at_first(dtype: str) -> None:
+    def config(**fields: object) -> ModelConfig:
+        return ModelConfig(**SHAPE, precision="float32", dtype=dtype, **fields)
+
+    warm, plain, without = config(sub_norm_warmup=0.2), config(), config(norm_placement="pre")
+    variables = init_variables(plain, jax.random.key(0))
+
+    def logits(config: ModelConfig, **given: jax.Array) -> jax.Array:
+        module = config.module()
+        return jax.jit(lambda v, given: module.apply(v, TOKENS, **given).logits)(variables, given)
+
+    np.testing.assert_array_equal(logits(warm, progress=jnp.float32(0)), logits(without))
+    np.testing.assert_array_equal(logits(warm, progress=jnp.float32(0.3)), logits(plain))
+    np.testing.assert_array_equal(logits(warm), logits(plain))
+    assert (logits(warm, progress=jnp.float32(0.1)) != logits(plain)).any()
+    assert (logits(without) != logits(plain)).any()
 
 
 def test_codes_kept_for_the_backward_pass_exclude_a_warm_up() -> None:

@@ -118,15 +118,15 @@ def test_frozen_parameters_of_the_model_stay_and_a_wrong_pattern_leaves_no_folde
 def test_a_warm_up_begins_with_the_loss_of_the_float_model_and_measures_the_quantized_one(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def trained(precision: str) -> tuple[float, float, dict[str, float]]:
+    def trained(precision: str, **model: Any) -> tuple[float, float, dict[str, float]]:
         """Losses of the first and second update, and the last evaluation."""
         config = from_run(
             run,
-            {"precision": precision},
+            {"precision": precision, **model},
             optimizer={"learning_rate": 0.0},
             training={"steps": 2, "log_every": 1},
         )
-        folder = tmp_path / precision
+        folder = tmp_path / "-".join(map(str, (precision, *model.values())))
         result = fit(config, folder, progress=False)
         losses = [row["loss"] for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"]
         return losses[0], losses[1], result["valid"]
@@ -134,4 +134,10 @@ def test_a_warm_up_begins_with_the_loss_of_the_float_model_and_measures_the_quan
     warm, floats, plain = (trained(name) for name in ("bitnet_b158(warmup=0.5)", "float32", "bitnet_b158"))
     assert warm[0] == floats[0] != plain[0]
     assert warm[1:] == plain[1:]
-    assert "warm-up: updates before 1 train a blend of the float and the quantized" in capsys.readouterr().err
+    sub = {"norm_placement": "sub"}
+    with_norms = trained("bitnet_b158(warmup=0.5)", **sub, sub_norm_warmup=0.5)
+    assert with_norms[0] == floats[0], "an inserted sub norm leaves the function unchanged"
+    assert with_norms[1:] == trained("bitnet_b158", **sub)[1:]
+    assert (
+        "warm-up: updates before 1 train a blend with the float model; evaluations" in capsys.readouterr().err
+    )
