@@ -119,8 +119,8 @@ class BitLinear(nn.Module):
 
     Parameters: weight [n, k], bias [n] if `use_bias`, and the learned scales and thresholds of `precision`. With a
     variable `weight` (a PackedArray) in the collection `packed`, the layer has no parameter `weight` and calls
-    `packed_matmul`. With a float Precision it is a plain dense layer, and a latent layer with a warm-up begins as one. The
-    term of the adapter (nn/adapter.py) is there if the collection `adapter` has variables of the layer.
+    `packed_matmul`. With a float Precision it is a plain dense layer, and a latent layer with a warm-up begins as one.
+    The term of the adapter (nn/adapter.py) is there if the collection `adapter` has variables of the layer.
 
     Raises:
       ValueError: the packed weight does not fit the layer.
