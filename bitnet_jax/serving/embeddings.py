@@ -91,11 +91,18 @@ class Encoder:
             async with self._turn:
                 if self._closed.is_set():
                     raise Closed("the server is shutting down")
-                return await asyncio.to_thread(
-                    embed, self.config, self._variables, ids, BATCH, before_pass=go_on
-                )
+                passes = asyncio.to_thread(embed, self.config, self._variables, ids, BATCH, before_pass=go_on)
+                work = asyncio.ensure_future(passes)
+                try:
+                    return await asyncio.shield(work)
+                except (
+                    asyncio.CancelledError
+                ):  # the next request begins when the batch is done, not beside it
+                    cancelled.set()
+                    await asyncio.wait([work])
+                    work.exception()  # known
+                    raise
         finally:
-            cancelled.set()
             self._asking -= 1
 
 
