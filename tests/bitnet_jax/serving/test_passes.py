@@ -43,7 +43,7 @@ def test_bits_depend_neither_on_other_rows_nor_on_where_a_text_is_cut(fields: di
     config, variables = packed(**fields)
     assert rows_are_exact(config, variables)
     text = np.random.default_rng(0).integers(1, config.vocab_size, 40).astype(np.int32)
-    alone, several = (Pool(config, variables, rows, 96, "bfloat16") for rows in (1, 5))
+    alone, several = (Pool(config, {None: variables}, rows, 96, "bfloat16") for rows in (1, 5))
 
     def read(pool: Pool, row: int, cuts: list[int]) -> np.ndarray:
         for start, end in zip([0, *cuts], [*cuts, 40], strict=True):
